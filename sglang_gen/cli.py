@@ -1,0 +1,232 @@
+"""The command line: one strict parser that owns argv, and one door through which every failure leaves.
+
+`main(argv)` returns the exit code: 0 done, 1 the run failed, 2 the request is wrong, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+import argparse
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from sglang_gen import help_page, log
+from sglang_gen.errors import RunError, Terminated, UserError, first_line, nearest
+from sglang_gen.flags import BY_KEY, FILE_OR_INLINE, FLAGS, Flag
+from sglang_gen.schema import coerce, leaves
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message[0].upper() + message[1:])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of the table and Hydra's own; nothing has a default here."""
+    parser = _Parser(prog="sglang generate", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    kinds = leaves()
+    for flag in FLAGS:
+        if flag.path and kinds[flag.path] is bool:
+            parser.add_argument(flag.option, dest=flag.path, action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(flag.option, dest=flag.path or flag.key)
+    parser.add_argument("-h", "--help", dest="help", action="store_true")
+    parser.add_argument("-m", "--multirun", dest="multirun", action="store_true")
+    parser.add_argument("-r", "--run", dest="run", action="store_true")
+    parser.add_argument("-c", "--cfg", dest="cfg", choices=("job", "hydra", "all"))
+    parser.add_argument("-p", "--package", dest="package")
+    parser.add_argument("-i", "--info", dest="info", nargs="?", const="all")
+    parser.add_argument("--resolve", dest="resolve", action="store_true")
+    parser.add_argument("-cn", "--config-name", dest="config_name")
+    parser.add_argument("-cd", "--config-dir", dest="config_dir")
+    parser.add_argument("--hydra-help", dest="hydra_help", action="store_true")
+    parser.add_argument("--version", dest="version", action="store_true")
+    return parser
+
+
+def split_argv(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """(options as `--name=value`, overrides). A value is taken verbatim, whatever it starts with.
+
+    Raises UserError for an unknown option, one given twice, or one without its value.
+    """
+    actions: dict[str, argparse.Action] = dict(parser._option_string_actions)
+    options, overrides, seen = [], [], set()
+    words = iter(argv)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not word.startswith("-") or word == "-":
+            overrides.append(word)
+            continue
+        if name not in actions:
+            raise UserError(f"Unknown option {name}{nearest(name, actions)} (sglang generate --help lists all)")
+        action = actions[name]
+        if action.dest in seen:
+            raise UserError(f"{name} is given twice")
+        seen.add(action.dest)
+        takes_value = action.nargs != 0 and action.nargs != "?"
+        if not takes_value and equals and action.nargs == 0:
+            raise UserError(f"{name} is a switch and takes no value; write {name} or --no-{name.lstrip('-')}")
+        if takes_value and not equals:
+            value = next(words, None)
+            if value is None or value in actions:
+                hint = "" if value is None else f" (write {name}={value} if '{value}' is the value)"
+                raise UserError(f"{name} needs a value{hint}")
+            word = f"{action.option_strings[-1]}={value}"
+        elif takes_value:
+            word = f"{action.option_strings[-1]}={word.partition('=')[2]}"
+        options.append(word)
+    return options, overrides
+
+
+def flag_values(options: dict[str, Any]) -> dict[str, Any]:
+    """Config path -> typed value for every flag that was given.
+
+    Raises UserError in the flag's own name when a value does not fit the schema.
+    """
+    kinds = leaves()
+    values = {}
+    for flag in FLAGS:
+        if flag.path is None or flag.path not in options:
+            continue
+        values[flag.path] = _typed(flag, options[flag.path], kinds[flag.path])
+    return values
+
+
+def python_flags(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of `sglang_gen.generate` (flag names with underscores) as config path -> typed value."""
+    for name in keywords:
+        if name not in BY_KEY or BY_KEY[name].path is None:
+            raise UserError(f"generate() takes no keyword '{name}'{nearest(name, BY_KEY)}")
+    return flag_values({str(BY_KEY[name].path): value for name, value in keywords.items()})
+
+
+def _typed(flag: Flag, text: Any, kind: Any) -> Any:
+    from sglang_gen.config_file import read_mapping
+
+    try:
+        if flag.path in FILE_OR_INLINE and isinstance(text, str) and not text.lstrip().startswith("{"):
+            return coerce(read_mapping(text), kind)
+        return coerce(text, kind)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        shown = text if len(str(text)) <= 60 else f"{str(text)[:57]}..."
+        raise UserError(f"{flag.option}: '{shown}' {error}") from None
+
+
+def command_generate(argv: Sequence[str]) -> int:
+    """`sglang generate`: parse, compose, run; the result's exit code."""
+    parser = build_parser()
+    options, overrides = split_argv(argv, parser)
+    given = vars(parser.parse_args(options))
+    if given.get("help"):
+        print(help_page.generate(parser))
+        return 0
+    from sglang_gen import config
+
+    choices = config.Choices(
+        overrides=tuple(overrides),
+        flags=flag_values(given),
+        file=given.get("config"),
+        config_dir=given.get("config_dir"),
+        config_name=given.get("config_name", "config"),
+    )
+    if given.get("hydra_help") or given.get("info") or given.get("cfg"):
+        print(config.show(choices, given))
+        return 0
+    if given.get("version"):
+        print(help_page.version())
+        return 0
+    if given.get("run") and given.get("multirun"):
+        raise UserError("--run and --multirun exclude each other")
+    if config.is_multirun(choices, bool(given.get("multirun"))):
+        from sglang_gen.sweep import jobs
+
+        return jobs.run_sweep(choices)
+    from sglang_gen.generate import execute
+
+    execute(config.compose(choices))
+    return 0
+
+
+def command_models(argv: Sequence[str]) -> int:
+    """`sglang models`: presets and what can run them."""
+    if argv:
+        if set(argv) <= {"-h", "--help"}:
+            print(help_page.MODELS)
+            return 0
+        raise UserError(f"sglang models takes no arguments, found '{argv[0]}'")
+    print(help_page.models())
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"generate": command_generate, "models": command_models}
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_page.TOP)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(help_page.version())
+        return 0
+    if argv[0] == "serve":
+        raise UserError("'sglang serve' is not part of sglang-gen, which generates with diffusion models only")
+    if argv[0] not in COMMANDS:
+        raise UserError(f"Unknown command '{argv[0]}'{nearest(argv[0], COMMANDS)} (commands: {', '.join(COMMANDS)})")
+    return COMMANDS[argv[0]](argv[1:])
+
+
+def _wants_debug(argv: Sequence[str]) -> bool:
+    words = " ".join(argv).replace("=", " ").replace("log_level", "--log-level")
+    return "--log-level debug" in words
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise Terminated
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command `argv` (default: this process's arguments) and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = _wants_debug(argv)
+    log.setup("debug" if debug else "info")
+    previous = _install_sigterm()
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        return _report(str(error), 2, debug)
+    except RunError as error:
+        return _report(str(error), 1, debug)
+    except KeyboardInterrupt:
+        return _report("Interrupted", 130, debug)
+    except Terminated:
+        return _report("Terminated", 143, debug)
+    except BrokenPipeError:
+        return 1
+    except Exception as error:  # the door: a defect of ours still ends in one sentence
+        return _report(f"{type(error).__name__}: {first_line(error)} (--log-level debug shows where)", 1, debug)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _install_sigterm() -> Any:
+    try:
+        return signal.signal(signal.SIGTERM, _terminate)
+    except ValueError:  # not the main thread: the host program owns the signals
+        return None
+
+
+def _report(sentence: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    log.error(sentence)
+    return code
+
+
+def console() -> NoReturn:
+    """Entry point of the `sglang` script."""
+    sys.exit(main())

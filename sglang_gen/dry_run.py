@@ -1,0 +1,68 @@
+"""`dry_run=true` and `dry_run=json`: the resolved plan, nothing loaded."""
+
+import json
+from typing import Any
+
+from sglang_gen.schema import plain
+from sglang_gen.types import Plan
+
+
+def describe(plan: Plan) -> str:
+    """The plan as a table, or as JSON where the run asks for that."""
+    return json.dumps(_as_dict(plan), indent=2, ensure_ascii=False) if plan.run.dry_run == "json" else _as_table(plan)
+
+
+def _as_dict(plan: Plan) -> dict[str, Any]:
+    return {
+        "model": plan.card.name,
+        "pipeline": plan.run.model.pipeline_class_name or plan.card.pipeline_class,
+        "components": {name: part.class_name for name, part in plan.card.components.items()},
+        "layout": {**plain(plan.layout), "ranks": plan.layout.ranks},
+        "requested": dict(plan.requested),
+        "effective": dict(plan.effective),
+        "batches": [[plain(sample) for sample in batch] for batch in plan.batches],
+        "run": plain(plan.run),
+        "sources": dict(plan.sources),
+        "warnings": list(plan.warnings),
+    }
+
+
+def _as_table(plan: Plan) -> str:
+    content, sampling = _as_dict(plan), plan.run.sampling
+    layout = ", ".join(f"{name} {value}" for name, value in content["layout"].items())
+    size = f"{sampling.width} x {sampling.height}" if sampling.width and sampling.height else "the model's own"
+    rows = [
+        ("model", content["model"]),
+        ("pipeline", content["pipeline"]),
+        ("components", ", ".join(content["components"])),
+        ("layout", layout),
+        ("samples", f"{sum(map(len, plan.batches))} in {len(plan.batches)} batches"),
+        ("size", size),
+        ("steps, guidance, seed", f"{sampling.num_inference_steps}, {sampling.guidance_scale}, {sampling.seed}"),
+    ]
+    rows += [
+        (name, f"{_short(value)}  ->  {_short(plan.effective[name])}") for name, value in plan.requested.items()
+    ]
+    rows += [
+        (path, f"{_short(_at(content['run'], path))}  (from {source})")
+        for path, source in plan.sources.items()
+        if source not in ("default",)
+    ]
+    rows += [("warning", warning) for warning in plan.warnings]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def _at(run: dict[str, Any], path: str) -> Any:
+    value: Any = run
+    for name in path.split("."):
+        value = value[name]
+    return value
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)

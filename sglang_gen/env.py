@@ -1,0 +1,106 @@
+"""The environment, read here and nowhere else: variables, folders, versions, CPU flags."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+PACKAGES = (
+    "sglang-gen", "torch", "diffusers", "transformers", "tokenizers", "safetensors", "accelerate", "huggingface-hub",
+    "hydra-core", "omegaconf", "numpy", "pillow",
+)  # fmt: skip
+
+
+def use_modelscope() -> bool:
+    """SGLANG_USE_MODELSCOPE=1 or true: model ids are ModelScope's."""
+    return os.environ.get("SGLANG_USE_MODELSCOPE", "").lower() in ("1", "true")
+
+
+def cache_dir() -> Path:
+    """Where measured machine rates are kept: SGLANG_GEN_CACHE, else XDG_CACHE_HOME, else ~/.cache."""
+    if explicit := os.environ.get("SGLANG_GEN_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-gen"
+
+
+def conf_dir() -> Path:
+    """The shipped configuration: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def embedded_model() -> Path:
+    return Path(__file__).parent / "assets" / "landscape"
+
+
+def preset_configs(preset: str) -> Path:
+    """Folder with the component configs of a preset; it need not exist."""
+    return Path(__file__).parent / "assets" / "configs" / preset
+
+
+def quiet_libraries() -> None:
+    """Library progress bars, telemetry and the remarks that they make while being imported: off, before the import."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def deterministic_cublas() -> None:
+    """cuBLAS is deterministic only with a fixed workspace, which it reads before its first product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of the packages that can change a picture or its speed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+@cache
+def commit_hash() -> str | None:
+    """Commit of this checkout, with `-dirty` where tracked files differ; None when installed from a wheel."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}-dirty" if status.stdout.strip() else commit
+
+
+@cache
+def cpu() -> tuple[str, frozenset[str]]:
+    """Model name and capability flags of the CPU, from /proc/cpuinfo where there is one."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return platform.processor() or platform.machine(), frozenset()
+    fields: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    return fields.get("model name", platform.machine()), frozenset(fields.get("flags", "").split())
+
+
+def cpu_has_bf16() -> bool:
+    """True where bf16 matrix products run in hardware (avx512_bf16 or AMX)."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu()[1])
+
+
+def cpu_count() -> int:
+    """Processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,28 @@
+"""The two kinds of failure that a user meets, and the words for a near miss."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """The request cannot be carried out as stated: one sentence, exit code 2."""
+
+
+class RunError(RuntimeError):
+    """The request was legal and the run failed: one sentence with the root cause, exit code 1."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; unwinds like KeyboardInterrupt so that nothing half-written stays."""
+
+
+def nearest(name: str, legal: Iterable[str]) -> str:
+    """Half a sentence that names the closest legal spelling of `name`, or nothing."""
+    close = difflib.get_close_matches(name, list(legal), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its class where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,54 @@
+"""The spine: configuration -> plan -> engine -> batches of frames -> files, with a clock beside it."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_gen import env, log
+from sglang_gen.errors import UserError
+from sglang_gen.types import Plan, Result
+
+if TYPE_CHECKING:
+    from sglang_gen.config import Composed
+
+
+def generate(*overrides: str, config: str | None = None, **flags: Any) -> Result | None:
+    """Generate from Python what `sglang generate` generates from a shell.
+
+    `overrides` are Hydra's ("model=sdxl", "parallel=tp2"), keywords are flags with underscores (prompt="a lake",
+    num_inference_steps=28). Returns None for a dry run, which only prints. Raises `errors.UserError` for a request
+    that cannot be carried out and `errors.RunError` when the run fails; nothing half-written stays.
+    """
+    from sglang_gen import cli
+    from sglang_gen.config import Choices, compose
+
+    return execute(compose(Choices(overrides=overrides, flags=cli.python_flags(flags), file=config)))
+
+
+def execute(composed: "Composed") -> Result | None:
+    """Carry out a composed run; None for a dry run."""
+    from sglang_gen import hub, plan as planning
+
+    run = composed.run
+    log.setup(run.log_level.name)
+    for notice in composed.notices:
+        log.info(notice)
+    if run.dry_run:
+        from sglang_gen import dry_run
+
+        planning.refuse_missing(run, composed.sources)
+        print(dry_run.describe(planning.make_plan(composed, hub.find(run.model, weights=False))))
+        return None
+    env.quiet_libraries()
+    planning.refuse_missing(run, composed.sources)
+    log.info(f"Loading model: {run.model.path or run.model.preset}")
+    started = time.perf_counter()
+    plan = planning.make_plan(composed, hub.find(run.model, weights=True))
+    for warning in plan.warnings:
+        log.warning(warning)
+    from sglang_gen import launch, output
+
+    output.prepare_folder(Path(run.output.path))
+    if run.output.perf_dump_path:
+        output.prepare_folder(Path(run.output.perf_dump_path).parent)
+    return launch.launch(plan, started)

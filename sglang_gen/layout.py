@@ -1,0 +1,78 @@
+"""Parallel degrees: what was given, what follows, and the one equation between them."""
+
+from collections.abc import Set
+
+from sglang_gen.errors import UserError
+from sglang_gen.schema import Parallel
+from sglang_gen.types import Layout
+
+EQUATION = "num_gpus = dp_size * cfg * ring_degree * ulysses_degree * tp_size"
+
+
+def infer(parallel: Parallel, given: Set[str], heads: int | None = None) -> Layout:
+    """The layout that the degrees ask for; `given` holds the names of the fields that were stated.
+
+    `heads` is the greatest common divisor of the attention head counts of all layers: Ulysses is taken as far as it
+    divides after tensor parallelism, Ring takes the rest. Raises UserError when the equation cannot hold.
+    """
+    stated = {name: getattr(parallel, name) for name in given if getattr(parallel, name) is not None}
+    for name, value in stated.items():
+        if name != "enable_cfg_parallel" and value < 1:
+            raise UserError(f"parallel.{name} is {value}; a degree is at least 1")
+    cfg = 2 if parallel.enable_cfg_parallel else 1
+    tp, dp = stated.get("tp_size", 1), stated.get("dp_size", 1)
+    sp = _sequence_degree(stated, stated.get("num_gpus"), dp * cfg * tp)
+    ring, ulysses = _split_sequence(sp, stated.get("ring_degree"), stated.get("ulysses_degree"), heads, tp)
+    layout = Layout(dp, cfg, ring, ulysses, tp)
+    _check(layout, stated)
+    return layout
+
+
+def _sequence_degree(stated: dict[str, int], num_gpus: int | None, others: int) -> int:
+    ring, ulysses = stated.get("ring_degree"), stated.get("ulysses_degree")
+    if "sp_degree" in stated:
+        return stated["sp_degree"]
+    rest = num_gpus // others if num_gpus and num_gpus % others == 0 else 1
+    if ring is not None and ulysses is not None:
+        return ring * ulysses
+    part = ring or ulysses
+    if part is None:
+        return rest
+    return rest if rest % part == 0 and rest > part else part
+
+
+def _split_sequence(
+    sp: int, ring: int | None, ulysses: int | None, heads: int | None, tp: int
+) -> tuple[int, int]:
+    """(ring, ulysses) with ring * ulysses = sp wherever the stated parts allow it."""
+    if ring is not None and ulysses is not None:
+        return ring, ulysses
+    if ring is not None:
+        return ring, max(sp // ring, 1)
+    if ulysses is not None:
+        return max(sp // ulysses, 1), ulysses
+    per_rank = (heads or sp * tp) // tp
+    best = max(degree for degree in range(1, sp + 1) if sp % degree == 0 and per_rank % degree == 0)
+    return sp // best, best
+
+
+def _check(layout: Layout, stated: dict[str, int]) -> None:
+    values = (
+        f"dp_size {layout.dp}, cfg {layout.cfg}, ring_degree {layout.ring}, "
+        f"ulysses_degree {layout.ulysses}, tp_size {layout.tp}"
+    )
+    num_gpus = stated.get("num_gpus", layout.ranks)
+    if num_gpus != layout.ranks:
+        raise UserError(f"{EQUATION} does not hold: {values} make {layout.ranks}, num_gpus is {num_gpus}")
+    sp = stated.get("sp_degree", layout.ring * layout.ulysses)
+    if sp != layout.ring * layout.ulysses:
+        raise UserError(
+            f"sp_degree = ring_degree * ulysses_degree does not hold: "
+            f"sp_degree is {sp}, ring_degree {layout.ring}, ulysses_degree {layout.ulysses}"
+        )
+    per_group = layout.ranks // layout.dp
+    if stated.get("dp_degree", per_group) != per_group:
+        raise UserError(
+            f"dp_degree = num_gpus / dp_size does not hold: dp_degree is {stated['dp_degree']}, "
+            f"num_gpus {layout.ranks}, dp_size {layout.dp}"
+        )

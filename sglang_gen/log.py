@@ -1,0 +1,113 @@
+"""Log lines as the command's page prints them: `INFO: ...` on stderr, and progress as a bar or as lines."""
+
+import logging
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+_LOGGER = logging.getLogger("sglang_gen")
+_LIBRARIES = ("diffusers", "transformers", "huggingface_hub", "py.warnings")
+PROGRESS_SECONDS = 5.0  # at most one progress line in this many seconds when stderr is no terminal
+
+
+class _Stderr(logging.StreamHandler[Any]):
+    """Writes to whatever sys.stderr is at the time, so that redirection works."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        pass
+
+
+def setup(level: str) -> None:
+    """Send our lines, and the libraries' warnings, to stderr from `level` upwards. Calling it again changes the level."""
+    handler = _Stderr()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    _LOGGER.handlers = [handler]
+    _LOGGER.propagate = False
+    _LOGGER.setLevel(level.upper())
+    logging.captureWarnings(True)
+    adopt_libraries()
+
+
+def adopt_libraries() -> None:
+    """Route the libraries' own loggers through our handler; again after their import, which installs their own.
+
+    Their warnings are shown; Python warnings are for developers and are shown with --log-level debug.
+    """
+    verbose = _LOGGER.level <= logging.DEBUG
+    for name in _LIBRARIES:
+        library = logging.getLogger(name)
+        library.handlers = list(_LOGGER.handlers)
+        library.propagate = False
+        library.setLevel(logging.DEBUG if verbose else max(logging.WARNING, _LOGGER.level))
+    logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
+
+
+def debug(message: str) -> None:
+    _LOGGER.debug(message)
+
+
+def info(message: str) -> None:
+    _LOGGER.info(message)
+
+
+def warning(message: str) -> None:
+    _LOGGER.warning(message)
+
+
+def error(message: str) -> None:
+    _LOGGER.error(message)
+
+
+def shorten(text: str, length: int = 100) -> str:
+    """`text` on one line, cut to `length` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 3]}..."
+
+
+class Progress:
+    """Denoising progress of one batch: a bar on a terminal, `Progress: 40% [20/50 steps]` lines elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self._last = time.monotonic()
+        self._bar: AbstractContextManager[Any] = nullcontext()
+        self._task: Any = None
+        if sys.stderr.isatty() and _LOGGER.isEnabledFor(logging.INFO):
+            self._bar = _rich_bar()
+
+    def __enter__(self) -> "Progress":
+        bar = self._bar.__enter__()
+        if bar is not None:
+            self._task = bar.add_task("", total=self.total)
+        return self
+
+    def step(self) -> None:
+        """One denoising step is done."""
+        self.done += 1
+        if self._task is not None:
+            self._bar.advance(self._task)  # type: ignore[attr-defined]
+        elif self.done < self.total and time.monotonic() - self._last > PROGRESS_SECONDS:
+            self._line()
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        self._bar.__exit__(kind, value, trace)
+        if kind is None:
+            self._line()
+
+    def _line(self) -> None:
+        self._last = time.monotonic()
+        info(f"Progress: {100 * self.done // max(self.total, 1)}% [{self.done}/{self.total} steps]")
+
+
+def _rich_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("denoising"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -1,0 +1,144 @@
+"""What a run leaves on disk: numbered files that never overwrite, written atomically.
+
+A file is written under a temporary name, flushed, and only then linked to its own name; the link fails where the name
+is taken, also by another run in the same folder at the same moment, and the next number is tried.
+"""
+
+import errno
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sglang_gen.errors import RunError, UserError
+
+PNG_KEY = "sglang_gen"  # name of the PNG text chunk that holds the run record
+
+
+def prepare_folder(folder: Path) -> None:
+    """Create the output folder and prove that it can be written. Raises UserError, or RunError on a full disk."""
+    probe = folder / f".write-test-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+    except OSError as error:
+        raise _write_error(error, folder, RunError if error.errno == errno.ENOSPC else UserError) from None
+    finally:
+        probe.unlink(missing_ok=True) if folder.is_dir() else None
+
+
+def _write_error(error: OSError, path: Path, kind: type[Exception] = RunError) -> Exception:
+    return kind(f"{path} cannot be written: {error.strerror or error}")
+
+
+@contextmanager
+def _temporary(folder: Path, suffix: str) -> Iterator[Path]:
+    """A name in `folder` that is gone afterwards, whatever happens."""
+    path = folder / f".tmp-{os.getpid()}-{secrets.token_hex(6)}{suffix}"
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _fill(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    with open(path, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically; an existing file is replaced whole or not at all. Raises OSError."""
+    data = (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(path.parent, path.suffix) as temporary:
+        _fill(temporary, lambda file: file.write(data))
+        os.replace(temporary, path)
+
+
+def save_json(path: Path, content: Any) -> None:
+    """`write_json` for the user's eyes. Raises RunError with one sentence when the file cannot be written."""
+    try:
+        write_json(path, content)
+    except OSError as error:
+        raise _write_error(error, path) from error
+
+
+def save_numbered(folder: Path, stem: str, suffix: str, write: Callable[[BinaryIO, str], None]) -> Path:
+    """Write `folder/stem_N.suffix` with the first free N. `write(file, name)` gets the name that is being tried.
+
+    A number is free when no file of that stem carries it, whatever its suffix. Raises RunError.
+    """
+    number = _next_number(folder, stem)
+    try:
+        while True:
+            path = folder / f"{stem}_{number}{suffix}"
+            with _temporary(folder, suffix) as temporary:
+                _fill(temporary, lambda file, name=path.name: write(file, name))  # type: ignore[misc]
+                if _claim(temporary, path):
+                    return path
+            number = max(number + 1, _next_number(folder, stem))
+    except OSError as error:
+        raise _write_error(error, path) from error
+
+
+def _next_number(folder: Path, stem: str) -> int:
+    pattern = re.compile(rf"{re.escape(stem)}_(\d+)\.")
+    taken = [int(found[1]) for name in os.listdir(folder) if (found := pattern.match(name))]
+    return max(taken, default=-1) + 1
+
+
+def _claim(temporary: Path, path: Path) -> bool:
+    """Give a finished file its name; False when the name is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV):
+            raise
+        return _claim_without_links(temporary, path)
+    return True
+
+
+def _claim_without_links(temporary: Path, path: Path) -> bool:
+    """For file systems without hard links: reserve the name, then put the finished file in its place."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    os.replace(temporary, path)
+    return True
+
+
+def save_picture(folder: Path, frame: Any, record: Callable[[str], dict[str, Any]]) -> Path:
+    """One uint8 [H, W, 3] frame as the next generated_image_N.png, its record inside and beside it as JSON."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    def write(file: BinaryIO, name: str) -> None:
+        info = PngInfo()
+        info.add_itxt(PNG_KEY, json.dumps(record(name), ensure_ascii=False))
+        Image.fromarray(frame).save(file, format="png", pnginfo=info)
+
+    path = save_numbered(folder, "generated_image", ".png", write)
+    save_json(path.with_suffix(".json"), record(path.name))
+    return path
+
+
+def save_latents(path: Path, tensors: dict[str, Any]) -> None:
+    """Noise and final latents of one sample as safetensors, written atomically. Raises RunError."""
+    from safetensors.torch import save
+
+    data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+    try:
+        with _temporary(path.parent, path.suffix) as temporary:
+            _fill(temporary, lambda file: file.write(data))
+            os.replace(temporary, path)
+    except OSError as error:
+        raise _write_error(error, path) from error

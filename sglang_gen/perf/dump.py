@@ -1,0 +1,113 @@
+"""The perf dump: one JSON document per run, with the field names that exist upstream and ours beside them."""
+
+import datetime
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sglang_gen import env
+from sglang_gen.perf.flops import CallLog, work
+from sglang_gen.perf.machine import describe, rates
+from sglang_gen.perf.record import STAGES, Clock
+from sglang_gen.schema import SCHEMA_VERSION
+from sglang_gen.types import Plan
+
+
+@dataclass
+class Phases:
+    """The clocks of one run: loading, the untimed warmup if there was one, and the generation itself."""
+
+    load: Clock
+    generate: Clock
+    warmup: Clock | None = None
+    calls: CallLog = field(default_factory=CallLog)
+    imports_ms: float = 0.0
+
+
+def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """The dump as a dict. `total_duration_ms` is the generation: loading and warmup are not in it."""
+    total = phases.generate.total_ms
+    stages = {**phases.load.stages_ms, **phases.generate.stages_ms}
+    warmup = phases.warmup
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "timestamp": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        "request_id": uuid.uuid4().hex,
+        "commit_hash": env.commit_hash(),
+        "tag": plan.run.perf.tag,
+        "total_duration_ms": _rounded(total),
+        "steps": [{"name": name, "duration_ms": _rounded(stages[name])} for name in STAGES if name in stages],
+        "denoise_steps_ms": [
+            {"step": step, "duration_ms": _rounded(duration), "batch": batch}
+            for batch, step, duration in phases.generate.steps_ms
+        ],
+        "memory_checkpoints": {
+            name: asdict(checkpoint)
+            for name, checkpoint in {**phases.load.checkpoints, **phases.generate.checkpoints}.items()
+        },
+        "meta": {"prompt": samples[0]["prompt"], "model": plan.card.name},
+        "samples": samples,
+        "images_per_second": round(len(samples) / (total / 1000), 4) if total else None,
+        "warmup": None
+        if warmup is None
+        else {"steps": plan.run.compile.warmup_steps, "duration_ms": _rounded(warmup.total_ms)},
+        "load": {"duration_ms": _rounded(phases.load.total_ms), "imports_ms": _rounded(phases.imports_ms)},
+        "requested": dict(plan.requested),
+        "effective": dict(effective),
+        "fingerprint": fingerprint(plan, effective),
+        "machine": describe(plan.device),
+        "work": None,
+        "comm": {},
+        "cache": None,
+        "quality": None,
+    }
+
+
+def add_measurements(dump: dict[str, Any], plan: Plan, phases: Phases) -> None:
+    """Machine rates and the work of each stage; done after the run, outside every timed stage."""
+    if plan.run.perf.machine_rates or plan.run.machine.name != "auto":
+        dump["machine"]["rates"] = rates(plan.device, plan.dtype, plan.run.machine)
+    if plan.run.perf.work:
+        dump["work"] = work(phases.calls, phases.generate.stages_ms, dump["machine"].get("rates", {}))
+
+
+def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that changes speed and nothing that does not, as readable fields and as one hash."""
+    sampling, facts = plan.run.sampling, describe(plan.device)
+    networks = {
+        name: {key: value for key, value in part.config.items() if not key.startswith("_")}
+        for name, part in plan.card.components.items()
+        if part.library in ("diffusers", "transformers")
+    }
+    fields = {
+        "pipeline": effective.get("pipeline", plan.card.pipeline_class),
+        "networks": _hash(networks),
+        "scheduler": effective.get("components", {}).get("scheduler"),
+        "steps": sampling.num_inference_steps,
+        "guided": sampling.guidance_scale > 1,
+        "size": [effective.get("height"), effective.get("width")],
+        "batches": [len(batch) for batch in plan.batches],
+        "max_sequence_length": sampling.max_sequence_length,
+        "diffusers_kwargs": _hash(plan.run.backend.diffusers_kwargs),
+        "warmup_steps": plan.run.compile.warmup_steps if plan.run.compile.warmup else 0,
+        "deterministic": plan.run.deterministic,
+        **{
+            name: effective[name]
+            for name in ("backend", "attention", "dtype", "device", "parallel", "cache", "quantization", "offload",
+                         "compile")
+        },
+        "hardware": [facts["gpus"] or facts["cpu"], facts["cpu_count"], facts["threads"]],
+        "versions": {name: facts["versions"][name] for name in ("python", "torch", "diffusers", "transformers")},
+    }  # fmt: skip
+    return {"hash": _hash(fields), "fields": fields}
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _rounded(milliseconds: float) -> float:
+    return round(milliseconds, 3)

@@ -1,0 +1,130 @@
+"""The work of a run: which networks were called with which shapes, and what such a call costs.
+
+Calls are noted as they happen, shapes only. Afterwards each distinct call is repeated on a twin of the network on the
+meta device, where torch's counter sees every product, attention included, and no arithmetic is done.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class Call:
+    """One distinct call: the network, its method, the arguments as meta tensors, and how often it was made."""
+
+    stage: str
+    name: str
+    module: nn.Module
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    io_bytes: int
+    count: int = 1
+
+
+@dataclass
+class CallLog:
+    """Notes the calls of the watched networks while `on`."""
+
+    on: bool = False
+    calls: dict[str, Call] = field(default_factory=dict)
+
+    def watch(self, stage: str, name: str, module: nn.Module, method: str = "forward") -> None:
+        """Note every call of `module.method` as work of `stage`."""
+        if method == "forward":
+            module.register_forward_pre_hook(
+                lambda _module, args, kwargs: self._note(stage, name, module, method, args, kwargs), with_kwargs=True
+            )
+            return
+        inner: Callable[..., Any] = getattr(module, method)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self._note(stage, name, module, method, args, kwargs)
+            return inner(*args, **kwargs)
+
+        setattr(module, method, noted)
+
+    def _note(
+        self, stage: str, name: str, module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if not self.on:
+            return
+        leaves, shape = tree_flatten((args, kwargs))
+        key = repr((name, method, shape, [_signature(leaf) for leaf in leaves]))
+        if key in self.calls:
+            self.calls[key].count += 1
+            return
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        size = sum(leaf.numel() * leaf.element_size() for leaf in tensors)
+        meta_args, meta_kwargs = tree_map(_to_meta, (args, kwargs))
+        self.calls[key] = Call(stage, name, module, method, meta_args, meta_kwargs, size)
+
+
+def _signature(leaf: Any) -> Any:
+    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+
+
+def _to_meta(leaf: Any) -> Any:
+    return torch.empty_like(leaf, device="meta") if isinstance(leaf, torch.Tensor) else leaf
+
+
+def work(log: CallLog, stages_ms: dict[str, float], rates: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each stage `{flops, bytes, mfu, bound}` against the machine's rates.
+
+    `bytes` is a lower bound: weights and inputs once per call. `mfu` is flops over what the machine's matmul rate
+    gives in the measured time. `bound` is the slower of compute and memory, or launch where the stage took over four
+    times as long as either. A network that has no meta twin gives `{"reason": ...}` instead.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for call in log.calls.values():
+        entry = found.setdefault(call.stage, {"flops": 0, "bytes": 0})
+        counted = count(call)
+        if isinstance(counted, str):
+            entry["reason"] = counted
+            continue
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in call.module.parameters())
+        entry["flops"] += counted * call.count
+        entry["bytes"] += (weights + call.io_bytes) * call.count
+    return {
+        stage: {"reason": entry["reason"]} if "reason" in entry else _judge(entry, stages_ms.get(stage, 0.0), rates)
+        for stage, entry in found.items()
+    }
+
+
+def _judge(entry: dict[str, Any], milliseconds: float, rates: dict[str, Any]) -> dict[str, Any]:
+    peak, bandwidth, seconds = rates.get("matmul_tflops"), rates.get("memory_gb_per_s"), milliseconds / 1000
+    if not peak or not bandwidth or seconds <= 0:
+        return {**entry, "mfu": None, "bound": None}
+    compute, memory = entry["flops"] / (peak * 1e12), entry["bytes"] / (bandwidth * 1e9)
+    bound = "compute" if compute >= memory else "memory"
+    if seconds > 4 * max(compute, memory):
+        bound = "launch"
+    mfu = compute / seconds
+    return {**entry, "mfu": round(mfu, 4) if math.isfinite(mfu) else None, "bound": bound}
+
+
+def count(call: Call) -> int | str:
+    """FLOPs of one call (a multiplication and an addition are two), or the reason why they cannot be counted."""
+    try:
+        twin = _meta_twin(call.module)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            getattr(twin, call.method)(*call.args, **call.kwargs)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        return f"{type(call.module).__name__} cannot be counted on meta: {str(error).splitlines()[0]}"
+    return int(counter.get_total_flops())
+
+
+def _meta_twin(module: nn.Module) -> nn.Module:
+    """A network of the same configuration without memory, in the same dtype."""
+    dtype = next(module.parameters()).dtype
+    kind: Any = type(module)
+    with torch.device("meta"):
+        twin = kind.from_config(module.config) if hasattr(kind, "load_config") else kind(module.config)
+    return nn.Module.to(twin, dtype).eval()

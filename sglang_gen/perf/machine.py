@@ -1,0 +1,79 @@
+"""The machine: its parts, and the rates that it really reaches, measured once and kept on disk."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sglang_gen import env, output
+from sglang_gen.perf.record import synchroniser
+from sglang_gen.schema import Machine
+
+
+def describe(device: str) -> dict[str, Any]:
+    """CPU, GPUs, threads and versions; nothing is measured."""
+    import torch
+
+    name, _ = env.cpu()
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if device == "cuda" else []
+    return {
+        "cpu": name,
+        "cpu_count": env.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "versions": env.versions(),
+    }
+
+
+def rates(device: str, dtype: str, named: Machine) -> dict[str, Any]:
+    """`{matmul_tflops, memory_gb_per_s, source}` of a named machine, or measured here once per dtype and versions."""
+    if named.name != "auto":
+        return {
+            "matmul_tflops": named.matmul_tflops,
+            "memory_gb_per_s": named.memory_gb_per_s,
+            "source": f"machine={named.name}",
+        }
+    facts = describe(device)
+    key = json.dumps([facts["cpu"], facts["threads"], facts["gpus"], device, dtype, facts["versions"]["torch"]])
+    path = env.cache_dir() / "machine" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    try:
+        kept = json.loads(path.read_text())
+        return {name: kept[name] for name in ("matmul_tflops", "memory_gb_per_s", "source")}
+    except (OSError, ValueError, KeyError):
+        measured = {**_measure(device, dtype), "source": "measured"}
+    try:
+        output.write_json(path, measured)
+    except OSError:
+        pass  # an unwritable cache costs the next run a second, nothing else
+    return measured
+
+
+def _measure(device: str, dtype: str) -> dict[str, float]:
+    import torch
+
+    size = 8192 if device == "cuda" else 2048
+    wait = synchroniser(device)
+    left = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    right = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    seconds = _best(lambda: left @ right, wait, repeats=7)
+    source = torch.randn(2**26 if device == "cpu" else 2**30, device=device)
+    target = torch.empty_like(source)
+    copying = _best(lambda: target.copy_(source), wait, repeats=5)
+    moved = 2 * source.numel() * source.element_size()
+    return {
+        "matmul_tflops": round(2 * size**3 / seconds / 1e12, 4),
+        "memory_gb_per_s": round(moved / copying / 1e9, 2),
+    }
+
+
+def _best(work: Callable[[], Any], wait: Callable[[], None], repeats: int) -> float:
+    """Seconds of the fastest of `repeats` runs, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

@@ -1,0 +1,60 @@
+"""The model presets of conf/model: their names, and which of them a path or an id means."""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sglang_gen import env
+
+
+@dataclass(frozen=True)
+class Preset:
+    name: str
+    path: str | None
+    description: str
+
+
+def load(config_dir: str | None = None) -> list[Preset]:
+    """All presets, a user's own `--config-dir` first. A file that is no mapping is left to the composition to refuse."""
+    found: dict[str, Preset] = {}
+    for folder in (Path(config_dir) if config_dir else None, env.conf_dir()):
+        for preset in _load_folder(folder / "model") if folder else ():
+            found.setdefault(preset.name, preset)
+    return sorted(found.values(), key=lambda preset: preset.name)
+
+
+@cache
+def _load_folder(folder: Path) -> tuple[Preset, ...]:
+    return tuple(_read(path) for path in sorted(folder.glob("*.yaml")))
+
+
+def _read(path: Path) -> Preset:
+    import yaml
+
+    text = path.read_text(encoding="utf-8")
+    try:
+        content: Any = yaml.safe_load(text)
+    except yaml.YAMLError:
+        content = None
+    model = content.get("model") if isinstance(content, dict) else None
+    comments = [line.lstrip("# ").rstrip() for line in text.splitlines() if re.match(r"# (?!@package)", line)]
+    return Preset(path.stem, model.get("path") if isinstance(model, dict) else None, comments[0] if comments else "")
+
+
+def by_path(path: str, known: list[Preset]) -> str | None:
+    """The preset whose hub id a model path is, or whose repository name a local folder has."""
+    wanted = _normal(Path(path).name)
+    found = [preset.name for preset in known if preset.path and _normal(Path(preset.path).name) == wanted]
+    return found[0] if found else None
+
+
+def by_id(name: str, known: list[Preset]) -> str | None:
+    """The preset that a model id means: its own name, its hub id or its repository's name, punctuation and case aside."""
+    own = [preset.name for preset in known if _normal(preset.name) == _normal(name)]
+    return own[0] if own else by_path(name, known)
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())

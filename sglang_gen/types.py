@@ -1,0 +1,110 @@
+"""The frozen values that pass between the steps of a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sglang_gen.schema import Run
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from sglang_gen.perf.record import Clock
+
+
+@dataclass(frozen=True)
+class Component:
+    """One entry of model_index.json: the class of a pipeline component and the folder that holds it."""
+
+    library: str
+    class_name: str
+    folder: Path | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known of a model before a weight is loaded."""
+
+    name: str  # as the user named it
+    folder: Path | None  # local folder with weights; None where only the component configs are known
+    pipeline_class: str
+    components: Mapping[str, Component]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of the mesh axes, outermost first. Their product is the number of ranks."""
+
+    dp: int = 1
+    cfg: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tp: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.cfg * self.ring * self.ulysses * self.tp
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture to make. `index` counts over the whole run."""
+
+    index: int
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that was decided before a weight is loaded. Nothing below the plan reads a source or a flag."""
+
+    run: Run
+    sources: Mapping[str, str]
+    card: ModelCard
+    layout: Layout
+    backend: str
+    device: str
+    dtype: str
+    batches: tuple[tuple[Sample, ...], ...]
+    requested: Mapping[str, Any]
+    effective: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+
+    def user_gave(self, path: str) -> bool:
+        """True where the value came from a flag, an override or a configuration file."""
+        return self.sources.get(path) in ("flag", "override", "file")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What an engine makes of one batch."""
+
+    frames: "np.ndarray[Any, Any]"  # uint8 [B, H, W, 3]
+    noise: "torch.Tensor | None" = None  # what the first step starts from, in the pipeline's own layout
+    latents: "torch.Tensor | None" = None  # what is decoded, in the pipeline's own layout
+    notes: tuple[str, ...] = ()
+
+
+class Engine(Protocol):
+    """What a backend builds: something that turns a batch of samples into frames."""
+
+    def sample(self, batch: tuple[Sample, ...], steps: int, clock: "Clock") -> Decoded: ...
+
+    def effective(self) -> dict[str, Any]:
+        """What took effect, read back from the built components."""
+        ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind: `paths[i]` holds `frames[i]`, and `report` is the perf dump as a dict."""
+
+    paths: tuple[Path, ...]
+    frames: tuple["np.ndarray[Any, Any]", ...]
+    seeds: tuple[int, ...]
+    report: dict[str, Any]

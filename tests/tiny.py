@@ -1,0 +1,157 @@
+"""Tiny diffusers pipelines with random weights, saved as ordinary folders: SD 1.5, SDXL, SD3 and FLUX.
+
+The weights make every part matter: linear and convolution weights are scaled up, biases and norms are random, and
+layers that are initialised to zero are filled. With plain initialisation a network whose attention is removed would
+still give nearly the same picture.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-:;()"
+
+
+def fill(module: nn.Module, seed: int) -> nn.Module:
+    """Discriminating weights: linear x3, biases and norms random around their usual value."""
+    generator = torch.Generator().manual_seed(seed)
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            noise = torch.randn(parameter.shape, generator=generator)
+            with torch.no_grad():
+                if name == "weight" and parameter.dim() >= 2:
+                    fan_in = parameter[0].numel()
+                    scale = 3.0 if isinstance(child, nn.Linear) else 1.0
+                    parameter.copy_(noise * (scale / fan_in**0.5 / 3**0.5))
+                elif name == "weight":
+                    parameter.copy_(1 + 0.2 * noise)
+                else:
+                    parameter.copy_(0.2 * noise)
+    return module.eval()
+
+
+def clip_tokenizer(length: int = 77) -> CLIPTokenizer:
+    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=length)
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0)
+
+
+def _clip(seed: int, hidden: int, projected: bool) -> nn.Module:
+    config = CLIPTextConfig(
+        vocab_size=len(clip_tokenizer()), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
+        num_attention_heads=2, projection_dim=hidden, max_position_embeddings=77,
+        bos_token_id=len(clip_tokenizer()) - 2, eos_token_id=len(clip_tokenizer()) - 1,
+    )  # fmt: skip
+    return fill((CLIPTextModelWithProjection if projected else CLIPTextModel)(config), seed)
+
+
+def _t5(seed: int) -> nn.Module:
+    config = T5Config(vocab_size=len(t5_tokenizer()), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
+    return fill(T5EncoderModel(config), seed)
+
+
+def _vae(latent_channels: int, seed: int, scaling: float, shift: float | None = None) -> nn.Module:
+    return fill(
+        AutoencoderKL(
+            block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=latent_channels, layers_per_block=1,
+            scaling_factor=scaling, shift_factor=shift, sample_size=32, use_quant_conv=shift is None,
+            use_post_quant_conv=shift is None,
+        ),
+        seed,
+    )  # fmt: skip
+
+
+def sd15(folder: Path) -> Path:
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, sample_size=16, cross_attention_dim=32, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        unet=fill(unet, 11), vae=_vae(4, 12, 0.18215), text_encoder=_clip(13, 32, False), tokenizer=clip_tokenizer(),
+        scheduler=PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True,
+                                steps_offset=1, set_alpha_to_one=False),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def sdxl(folder: Path) -> Path:
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=2, sample_size=16, cross_attention_dim=64, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
+    )  # fmt: skip
+    pipeline = StableDiffusionXLPipeline(
+        unet=fill(unet, 1), vae=_vae(4, 2, 0.13025), text_encoder=_clip(3, 32, False), tokenizer=clip_tokenizer(),
+        text_encoder_2=_clip(4, 32, True), tokenizer_2=clip_tokenizer(), add_watermarker=False,
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                                         steps_offset=1, timestep_spacing="leading"),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def sd3(folder: Path) -> Path:
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, out_channels=4,
+        pos_embed_max_size=32, qk_norm="rms_norm", dual_attention_layers=(0,),
+    )  # fmt: skip
+    pipeline = StableDiffusion3Pipeline(
+        transformer=fill(transformer, 21), vae=_vae(4, 22, 1.5305, 0.0609), scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0), text_encoder=_clip(23, 32, True), tokenizer=clip_tokenizer(), text_encoder_2=_clip(24, 32, True),
+        tokenizer_2=clip_tokenizer(), text_encoder_3=fill(T5EncoderModel(T5Config(
+            vocab_size=len(t5_tokenizer()), d_model=64, d_kv=8, d_ff=64, num_layers=2, num_heads=2)), 25),
+        tokenizer_3=t5_tokenizer(),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def flux(folder: Path, guidance_embeds: bool = True) -> Path:
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+    pipeline = FluxPipeline(
+        transformer=fill(transformer, 31), vae=_vae(4, 32, 0.3611, 0.1159), text_encoder=_clip(33, 32, False),
+        tokenizer=clip_tokenizer(), text_encoder_2=_t5(34), tokenizer_2=t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+BUILDERS = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux}
