@@ -67,7 +67,7 @@ def split_argv(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[li
         seen.add(action.dest)
         takes_value = action.nargs != 0 and action.nargs != "?"
         if not takes_value and equals and action.nargs == 0:
-            raise UserError(f"{name} is a switch and takes no value; write {name} or --no-{name.lstrip('-')}")
+            raise UserError(f"{name} is a switch and takes no value (write {' or '.join(action.option_strings)})")
         if takes_value and not equals:
             value = next(words, None)
             if value is None or value in actions:
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report("Terminated", 143, debug)
     except BrokenPipeError:
         return 1
-    except Exception as error:  # the door: a defect of ours still ends in one sentence
+    except Exception as error:  # noqa: BLE001 - the door: a defect of ours still ends in one sentence
         return _report(f"{type(error).__name__}: {first_line(error)} (--log-level debug shows where)", 1, debug)
     finally:
         if previous is not None:

@@ -66,6 +66,9 @@ def compose(choices: Choices) -> Composed:
 def _compose(choices: Choices) -> Composed:
     loader = _loader(choices.config_dir)
     overrides = _parse(loader, choices)
+    for override in overrides:
+        if override.is_sweep_override():
+            raise UserError(f"'{override.input_line}' is a sweep: add -m for one run per value, or quote the value")
     _check(overrides, choices.flags, loader)
     file = read_config_file(choices.file) if choices.file else FileValues()
     typed_paths = {_path(override) for override in overrides}
@@ -103,12 +106,21 @@ def _parse(loader: ConfigLoaderImpl, choices: Choices) -> list[Override]:
     for word in choices.overrides:
         if "=" not in word and not word.startswith("~"):
             raise UserError(f"'{word}' is neither an option nor an override of the form key=value")
-    return OverridesParser.create(config_loader=loader).parse_overrides(list(choices.overrides))
+    parser = OverridesParser.create(config_loader=loader)
+    found = []
+    for word in choices.overrides:
+        try:
+            found.append(parser.parse_override(word))
+        except HydraException as error:
+            raise UserError(
+                f"The override '{word}' cannot be read: {first_line(error)} (quote special characters)"
+            ) from error
+    return found
 
 
 def _path(override: Override) -> str:
     """The key of an override as a config path or group name: `sampling.seed`, `model`."""
-    return override.key_or_group.replace("/", ".")
+    return str(override.key_or_group).replace("/", ".")
 
 
 def _covers(outer: str, path: str) -> bool:
@@ -155,7 +167,7 @@ def _check_option(override: Override, group: str, flags: Mapping[str, Any], load
                 f"Unknown option '{option}' of the group '{group}'{nearest(str(option), available)}"
                 f" (options: {', '.join(available)})"
             )
-    selector = SELECTORS.get(group)
+    selector = SELECTORS.get(group, "")
     if selector in flags:
         raise UserError(f"{BY_PATH[selector].option} and '{group}={override.value()}' both choose {selector}; give one")
 
@@ -196,7 +208,8 @@ def _sources(loader: ConfigLoaderImpl, config_name: str, words: Sequence[str]) -
             continue
         label = {"model": "preset", "experiment": "experiment"}.get(item.config_path.partition("/")[0], "group")
         package = item.package or ""
-        for name in _flatten(OmegaConf.to_container(loaded.config, resolve=False), package):
+        content = OmegaConf.to_container(loaded.config, resolve=False)
+        for name in _flatten(content, package) if content else ():
             for path in found:
                 if _covers(name, path) or _covers(path, name):
                     found[path] = label
@@ -292,7 +305,7 @@ def is_multirun(choices: Choices, asked: bool) -> bool:
         return asked
     hydra = Hydra(task_name="generate", config_loader=_loader(choices.config_dir))
     try:
-        return hydra.get_mode(choices.config_name, list(choices.overrides)) == RunMode.MULTIRUN
+        return bool(hydra.get_mode(choices.config_name, list(choices.overrides)) == RunMode.MULTIRUN)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_sentence(error)) from error
 

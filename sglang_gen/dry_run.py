@@ -40,9 +40,7 @@ def _as_table(plan: Plan) -> str:
         ("size", size),
         ("steps, guidance, seed", f"{sampling.num_inference_steps}, {sampling.guidance_scale}, {sampling.seed}"),
     ]
-    rows += [
-        (name, f"{_short(value)}  ->  {_short(plan.effective[name])}") for name, value in plan.requested.items()
-    ]
+    rows += [(name, f"{_short(value)}  ->  {_short(plan.effective[name])}") for name, value in plan.requested.items()]
     rows += [
         (path, f"{_short(_at(content['run'], path))}  (from {source})")
         for path, source in plan.sources.items()

@@ -1,7 +1,7 @@
-"""The one table of command-line flags: each documented flag, its config path, its place on the help page and its help.
+"""The one table of command-line flags: each flag, its config path, its place on the help page and its help.
 
-Types and defaults are not here: they are the schema's (`schema.leaves`). The table is frozen by a test; a setting that is
-not in it is reached as a config key (`sampling.batch_size=4`).
+Types and defaults are not here: they are the schema's (`schema.leaves`). The table is frozen by a test; a setting
+that is not in it is reached as a config key (`sampling.batch_size=4`).
 """
 
 from dataclasses import dataclass

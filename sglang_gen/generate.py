@@ -1,12 +1,12 @@
 """The spine: configuration -> plan -> engine -> batches of frames -> files, with a clock beside it."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_gen import env, log
-from sglang_gen.errors import UserError
-from sglang_gen.types import Plan, Result
+from sglang_gen.types import Result
 
 if TYPE_CHECKING:
     from sglang_gen.config import Composed
@@ -27,28 +27,28 @@ def generate(*overrides: str, config: str | None = None, **flags: Any) -> Result
 
 def execute(composed: "Composed") -> Result | None:
     """Carry out a composed run; None for a dry run."""
-    from sglang_gen import hub, plan as planning
+    from sglang_gen import hub
+    from sglang_gen import plan as planning
 
     run = composed.run
     log.setup(run.log_level.name)
     for notice in composed.notices:
         log.info(notice)
+    env.quiet_libraries()
+    planning.check(composed)
+    plan = planning.make_plan(composed, hub.find(run.model, weights=False))
+    for warning in plan.warnings:
+        log.warning(warning)
     if run.dry_run:
         from sglang_gen import dry_run
 
-        planning.refuse_missing(run, composed.sources)
-        print(dry_run.describe(planning.make_plan(composed, hub.find(run.model, weights=False))))
+        print(dry_run.describe(plan))
         return None
-    env.quiet_libraries()
-    planning.refuse_missing(run, composed.sources)
-    log.info(f"Loading model: {run.model.path or run.model.preset}")
-    started = time.perf_counter()
-    plan = planning.make_plan(composed, hub.find(run.model, weights=True))
-    for warning in plan.warnings:
-        log.warning(warning)
     from sglang_gen import launch, output
 
     output.prepare_folder(Path(run.output.path))
     if run.output.perf_dump_path:
         output.prepare_folder(Path(run.output.perf_dump_path).parent)
-    return launch.launch(plan, started)
+    log.info(f"Loading model: {plan.card.name}")
+    started = time.perf_counter()
+    return launch.launch(replace(plan, card=hub.find(run.model, weights=True)), started)

@@ -54,7 +54,7 @@ def generate(_parser: Any = None) -> str:
         '  sglang generate --prompt "A serene landscape with mountains and a lake at sunset" --seed 42',
         "  sglang generate model=sdxl parallel=sp2_tp2",
         "  sglang generate --config generation_config.json",
-        "  sglang generate -m sampling.num_inference_steps=10,20,28 --prompt \"a lake\" --seed 1",
+        '  sglang generate -m sampling.num_inference_steps=10,20,28 --prompt "a lake" --seed 1',
     ]
     section = ""
     for flag in FLAGS:

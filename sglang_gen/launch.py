@@ -34,7 +34,6 @@ def _run(plan: Plan, memory: Memory, started: float) -> Result:
     phases = dump.Phases(load=Clock(wait, memory), generate=Clock(wait, memory), calls=CallLog())
     from sglang_gen.backends import diffusers  # the import itself takes seconds and is told apart from loading
 
-    log.adopt_libraries()
     phases.imports_ms = 1000 * (time.perf_counter() - started)
     phases.load.enter("load")
     engine: Engine = diffusers.load(plan, phases.calls)
@@ -104,5 +103,7 @@ def _save(plan: Plan, effective: dict[str, Any], sample: Sample, decoded: Decode
     if plan.run.output.latents:
         if decoded.noise is None or decoded.latents is None:
             raise RunError(f"{plan.card.pipeline_class} does not show its latents, so output.latents cannot be met")
-        output.save_latents(path.with_suffix(".safetensors"), {"noise": decoded.noise[row], "latents": decoded.latents[row]})
+        output.save_latents(
+            path.with_suffix(".safetensors"), {"noise": decoded.noise[row], "latents": decoded.latents[row]}
+        )
     return path

@@ -41,9 +41,7 @@ def _sequence_degree(stated: dict[str, int], num_gpus: int | None, others: int) 
     return rest if rest % part == 0 and rest > part else part
 
 
-def _split_sequence(
-    sp: int, ring: int | None, ulysses: int | None, heads: int | None, tp: int
-) -> tuple[int, int]:
+def _split_sequence(sp: int, ring: int | None, ulysses: int | None, heads: int | None, tp: int) -> tuple[int, int]:
     """(ring, ulysses) with ring * ulysses = sp wherever the stated parts allow it."""
     if ring is not None and ulysses is not None:
         return ring, ulysses

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 _LOGGER = logging.getLogger("sglang_gen")
-_LIBRARIES = ("diffusers", "transformers", "huggingface_hub", "py.warnings")
+_LIBRARIES = ("diffusers", "transformers")  # their warnings are for the user
+_DEVELOPERS = ("huggingface_hub", "py.warnings")  # their warnings repeat what we say, or are for developers
 PROGRESS_SECONDS = 5.0  # at most one progress line in this many seconds when stderr is no terminal
 
 
@@ -23,8 +24,22 @@ class _Stderr(logging.StreamHandler[Any]):
         pass
 
 
+class _Once(logging.Filter):
+    """Lets a message of a library through once; they repeat themselves for every component and batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self.seen
+        self.seen.add(message)
+        return new
+
+
 def setup(level: str) -> None:
-    """Send our lines, and the libraries' warnings, to stderr from `level` upwards. Calling it again changes the level."""
+    """Send our lines, and the libraries' warnings, to stderr from `level` upwards; again to change the level."""
     handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     _LOGGER.handlers = [handler]
@@ -37,15 +52,17 @@ def setup(level: str) -> None:
 def adopt_libraries() -> None:
     """Route the libraries' own loggers through our handler; again after their import, which installs their own.
 
-    Their warnings are shown; Python warnings are for developers and are shown with --log-level debug.
+    Everything they say is shown with --log-level debug.
     """
-    verbose = _LOGGER.level <= logging.DEBUG
-    for name in _LIBRARIES:
+    handler = _Stderr()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.addFilter(_Once())
+    for name in (*_LIBRARIES, *_DEVELOPERS):
         library = logging.getLogger(name)
-        library.handlers = list(_LOGGER.handlers)
+        library.handlers = [handler]
         library.propagate = False
-        library.setLevel(logging.DEBUG if verbose else max(logging.WARNING, _LOGGER.level))
-    logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
+        quietest = logging.WARNING if name in _LIBRARIES else logging.ERROR
+        library.setLevel(logging.DEBUG if _LOGGER.level <= logging.DEBUG else max(quietest, _LOGGER.level))
 
 
 def debug(message: str) -> None:

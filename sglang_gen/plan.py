@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 from sglang_gen import env, layout
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.schema import BackendName, CacheMethod, Device, DType, QuantMethod, Run, get, leaves, plain
-from sglang_gen.types import Layout, ModelCard, Plan, Sample
+from sglang_gen.types import Layout, ModelCard, Plan, Sample, user_gave
 
 if TYPE_CHECKING:
     from sglang_gen.config import Composed
-
-USER = ("flag", "override", "file")
 
 # What this version cannot do yet: the config paths, and the sentence for a run that asks for one of them.
 MISSING: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -41,11 +39,16 @@ MISSING: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
+def check(composed: "Composed") -> None:
+    """Refuse what needs no look at the model to be refused. Raises UserError."""
+    _check_numbers(composed.run)
+    refuse_missing(composed.run, composed.sources)
+    _choose_backend(composed.run)
+
+
 def make_plan(composed: "Composed", card: ModelCard) -> Plan:
-    """The plan of a run. Raises UserError when the run cannot be what it asks to be."""
+    """The plan of a run that passed `check`. Raises UserError when the run cannot be what it asks to be."""
     run, sources = composed.run, composed.sources
-    _check_numbers(run)
-    refuse_missing(run, sources)
     degrees = layout.infer(run.parallel, _given_degrees(composed), _common_heads(card))
     if degrees.ranks > 1:
         raise UserError(
@@ -218,7 +221,7 @@ def _samples(run: Run) -> list[Sample]:
     entries = sampling.prompts or [{"prompt": sampling.prompt}]
     samples: list[Sample] = []
     for entry in entries:
-        base = entry.get("seed", sampling.seed)
+        base: int = entry.get("seed", sampling.seed)
         negative = entry.get("negative_prompt", sampling.negative_prompt)
         for offset in range(sampling.num_samples):
             samples.append(Sample(len(samples), entry["prompt"], negative, base + offset))
@@ -294,9 +297,9 @@ def _effective(run: Run, degrees: Layout, device: str, dtype: str) -> dict[str, 
 def _warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str | None]) -> list[str]:
     """Settings that the user gave and that change nothing, and a record that was made elsewhere."""
     found = []
-    if sources.get("compile.warmup_steps") in USER and not run.compile.warmup:
+    if user_gave(run, sources, "compile.warmup_steps") and not run.compile.warmup:
         found.append("--warmup-steps has no effect without --warmup")
-    if sources.get("perf.machine_rates") in USER and run.machine.name != "auto":
+    if user_gave(run, sources, "perf.machine_rates") and run.machine.name != "auto":
         found.append(f"perf.machine_rates has no effect: the rates are those of machine={run.machine.name}")
     here = env.versions()
     other = [f"{name} {then} (here {here.get(name)})" for name, then in versions.items() if here.get(name) != then]

@@ -17,7 +17,7 @@ class Preset:
 
 
 def load(config_dir: str | None = None) -> list[Preset]:
-    """All presets, a user's own `--config-dir` first. A file that is no mapping is left to the composition to refuse."""
+    """All presets, a user's own `--config-dir` first. A broken file is left to the composition to refuse."""
     found: dict[str, Preset] = {}
     for folder in (Path(config_dir) if config_dir else None, env.conf_dir()):
         for preset in _load_folder(folder / "model") if folder else ():
@@ -51,7 +51,7 @@ def by_path(path: str, known: list[Preset]) -> str | None:
 
 
 def by_id(name: str, known: list[Preset]) -> str | None:
-    """The preset that a model id means: its own name, its hub id or its repository's name, punctuation and case aside."""
+    """The preset that a model id means: its name, or its hub id or repository name; punctuation and case aside."""
     own = [preset.name for preset in known if _normal(preset.name) == _normal(name)]
     return own[0] if own else by_path(name, known)
 

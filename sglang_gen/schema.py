@@ -239,7 +239,7 @@ class Run:
     quality: Quality = field(default_factory=Quality)
     tracking: Tracking = field(default_factory=Tracking)
     machine: Machine = field(default_factory=Machine)
-    dry_run: Union[bool, str] = False  # false, true (a table) or json
+    dry_run: bool | str = False  # false, true (a table) or json
     device: Device = Device.auto
     dtype: DType = DType.auto
     deterministic: bool = False

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sglang_gen.schema import Run
+from sglang_gen.schema import Run, get
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,6 +59,11 @@ class Sample:
     seed: int
 
 
+def user_gave(run: Run, sources: Mapping[str, str], path: str) -> bool:
+    """True where a flag, an override or a configuration file says something else than the schema."""
+    return sources.get(path) in ("flag", "override", "file") and get(run, path) != get(Run(), path)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that was decided before a weight is loaded. Nothing below the plan reads a source or a flag."""
@@ -76,8 +81,8 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
     def user_gave(self, path: str) -> bool:
-        """True where the value came from a flag, an override or a configuration file."""
-        return self.sources.get(path) in ("flag", "override", "file")
+        """True where a flag, an override or a configuration file says something else than the schema."""
+        return user_gave(self.run, self.sources, path)
 
 
 @dataclass(frozen=True)

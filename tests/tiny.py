@@ -73,8 +73,8 @@ def _clip(seed: int, hidden: int, projected: bool) -> nn.Module:
     return fill((CLIPTextModelWithProjection if projected else CLIPTextModel)(config), seed)
 
 
-def _t5(seed: int) -> nn.Module:
-    config = T5Config(vocab_size=len(t5_tokenizer()), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
+def _t5(seed: int, width: int = 32) -> nn.Module:
+    config = T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
     return fill(T5EncoderModel(config), seed)
 
 
@@ -130,11 +130,11 @@ def sd3(folder: Path) -> Path:
         pos_embed_max_size=32, qk_norm="rms_norm", dual_attention_layers=(0,),
     )  # fmt: skip
     pipeline = StableDiffusion3Pipeline(
-        transformer=fill(transformer, 21), vae=_vae(4, 22, 1.5305, 0.0609), scheduler=FlowMatchEulerDiscreteScheduler(
-            shift=3.0), text_encoder=_clip(23, 32, True), tokenizer=clip_tokenizer(), text_encoder_2=_clip(24, 32, True),
-        tokenizer_2=clip_tokenizer(), text_encoder_3=fill(T5EncoderModel(T5Config(
-            vocab_size=len(t5_tokenizer()), d_model=64, d_kv=8, d_ff=64, num_layers=2, num_heads=2)), 25),
-        tokenizer_3=t5_tokenizer(),
+        transformer=fill(transformer, 21), vae=_vae(4, 22, 1.5305, 0.0609),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=_clip(23, 32, True), tokenizer=clip_tokenizer(),
+        text_encoder_2=_clip(24, 32, True), tokenizer_2=clip_tokenizer(),
+        text_encoder_3=_t5(25, 64), tokenizer_3=t5_tokenizer(),
     )  # fmt: skip
     pipeline.save_pretrained(folder)
     return folder

@@ -39,9 +39,10 @@ def load(plan: Plan, calls: CallLog) -> "DiffusersEngine":
 
     Arguments are checked against the pipeline's class before a weight is read.
     """
+    pipeline_class = _pipeline_class(plan)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pipeline_class = _pipeline_class(plan)
+    log.adopt_libraries()
     accepted = inspect.signature(pipeline_class.__call__).parameters
     call_kwargs, scheduler_kwargs = _split_kwargs(plan, set(accepted))
     _check_kind(pipeline_class, accepted)
@@ -80,7 +81,7 @@ def _check_kind(pipeline_class: Any, accepted: Any) -> None:
     if "audio_length_in_s" in accepted or "audio_end_in_s" in accepted:
         raise UserError(f"{name} makes audio; this version makes images only")
     image = accepted.get("image")
-    if image is not None and "strength" in accepted or "mask_image" in accepted:
+    if (image is not None and "strength" in accepted) or "mask_image" in accepted:
         raise UserError(f"{name} needs an input image; this version takes text only")
     if "prompt" not in accepted:
         raise UserError(f"{name} takes no prompt; this version generates from text only")
@@ -286,9 +287,11 @@ def _read_noise(plan: Plan) -> torch.Tensor | None:
     path = plan.run.sampling.latents
     try:
         with safe_open(path, framework="pt") as file:
-            if "noise" not in file.keys():
+            names = list(file.keys())
+            if "noise" not in names:
                 raise UserError(f"sampling.latents: {path} holds no tensor 'noise'")
-            return file.get_tensor("noise").unsqueeze(0)
+            noise: torch.Tensor = file.get_tensor("noise")
+            return noise.unsqueeze(0)
     except (OSError, SafetensorError) as error:
         raise UserError(f"sampling.latents: {path} cannot be read: {first_line(error)}") from None
 

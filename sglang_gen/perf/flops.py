@@ -127,4 +127,4 @@ def _meta_twin(module: nn.Module) -> nn.Module:
     kind: Any = type(module)
     with torch.device("meta"):
         twin = kind.from_config(module.config) if hasattr(kind, "load_config") else kind(module.config)
-    return nn.Module.to(twin, dtype).eval()
+    return nn.Module.to(twin, dtype).eval()  # type: ignore[no-any-return]

@@ -1,5 +1,6 @@
 """The machine: its parts, and the rates that it really reaches, measured once and kept on disk."""
 
+import contextlib
 import hashlib
 import json
 import time
@@ -42,21 +43,21 @@ def rates(device: str, dtype: str, named: Machine) -> dict[str, Any]:
         return {name: kept[name] for name in ("matmul_tflops", "memory_gb_per_s", "source")}
     except (OSError, ValueError, KeyError):
         measured = {**_measure(device, dtype), "source": "measured"}
-    try:
+    with contextlib.suppress(OSError):  # an unwritable cache costs the next run a second, nothing else
         output.write_json(path, measured)
-    except OSError:
-        pass  # an unwritable cache costs the next run a second, nothing else
     return measured
 
 
 def _measure(device: str, dtype: str) -> dict[str, float]:
     import torch
 
-    size = 8192 if device == "cuda" else 2048
     wait = synchroniser(device)
-    left = torch.randn(size, size, device=device).to(getattr(torch, dtype))
-    right = torch.randn(size, size, device=device).to(getattr(torch, dtype))
-    seconds = _best(lambda: left @ right, wait, repeats=7)
+    size, seconds = 256, 0.0
+    while seconds < 0.02 and size < 8192:  # some dtypes are very slow on some machines, so sizes grow from small
+        size *= 2
+        left = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+        right = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+        seconds = _best(lambda left=left, right=right: left @ right, wait, repeats=3)  # type: ignore[misc]
     source = torch.randn(2**26 if device == "cpu" else 2**30, device=device)
     target = torch.empty_like(source)
     copying = _best(lambda: target.copy_(source), wait, repeats=5)

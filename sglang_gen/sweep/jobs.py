@@ -37,7 +37,7 @@ def run_job(job: Job) -> int:
         files = [path.name for path in result.paths] if result else []
     except (UserError, RunError) as failure:
         error = str(failure)
-    except Exception as failure:  # a defect in one cell must not cost the sweep
+    except Exception as failure:  # noqa: BLE001 - a defect in one cell must not cost the sweep
         error = f"{type(failure).__name__}: {first_line(failure)}"
         log.debug(traceback.format_exc())
     if error:

@@ -1,0 +1,53 @@
+# Two commands do everything on a fresh machine: `make generate` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROMPT ?= A serene landscape with mountains and a lake at sunset
+
+.PHONY: help setup generate test test-slow test-lowest lint types bench wheel-smoke docs clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+setup: $(STAMP)  ## virtual environment with everything installed
+
+generate: $(STAMP)  ## a picture from the embedded model, outputs/generated_image_0.png on a fresh clone
+	$(BIN)/sglang generate --prompt "$(PROMPT)" --seed 42
+
+test: $(STAMP)  ## the test suite (at most 15 minutes on two cores)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## the slow tests (at most 30 minutes more)
+	$(BIN)/python -m pytest -m slow
+
+test-lowest: constraints-lowest.txt  ## the test suite with the lowest versions that pyproject.toml admits
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
+	.venv-lowest/bin/python -m pytest
+
+lint: $(STAMP)  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## benchmarks: start, composition, generation (tables of pytest-benchmark)
+	$(BIN)/python -m pytest -m bench tests/bench
+
+wheel-smoke: $(STAMP)  ## build the wheel, install it in a clean environment, generate outside of the checkout
+	PYTHON=$(BIN)/python tools/wheel_smoke.sh
+
+docs: $(STAMP)  ## check that every command in README.md and docs/ is one that the parser accepts
+	$(BIN)/python -m pytest tests/test_documentation.py
+
+clean:  ## remove what was built
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
