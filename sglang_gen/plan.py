@@ -217,11 +217,12 @@ def _check_prompt(entry: Mapping[str, Any]) -> None:
 
 def _samples(run: Run) -> list[Sample]:
     """Every picture of the run: for each prompt, seeds base, base + 1, ...; each prompt starts at the run's seed."""
-    sampling = run.sampling
+    sampling, seed = run.sampling, run.sampling.seed
+    assert seed is not None  # pinned before
     entries = sampling.prompts or [{"prompt": sampling.prompt}]
     samples: list[Sample] = []
     for entry in entries:
-        base: int = entry.get("seed", sampling.seed)
+        base = int(entry.get("seed", seed))
         negative = entry.get("negative_prompt", sampling.negative_prompt)
         for offset in range(sampling.num_samples):
             samples.append(Sample(len(samples), entry["prompt"], negative, base + offset))

@@ -1,0 +1,58 @@
+"""Shared by all tests: tiny pipelines built once per session, and the command run in process."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks only lose by threads
+os.environ["HF_HUB_OFFLINE"] = "0"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+import tiny
+import torch
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended: exit code, standard output, and the log lines of standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.err.splitlines()
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the tiny pipelines by name: sd15, sdxl, sd3, flux."""
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: build(root / f"tiny-{name}") for name, build in tiny.BUILDERS.items()}
+
+
+@pytest.fixture(autouse=True)
+def _private_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a working directory and a cache of its own, and never asks a hub."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+    monkeypatch.setenv("SGLANG_GEN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("SGLANG_USE_MODELSCOPE", raising=False)
+
+
+@pytest.fixture
+def sglang(capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """Run `sglang ARGV...` in this process."""
+    from sglang_gen.cli import main
+
+    def run(*argv: object) -> Finished:
+        capsys.readouterr()
+        code = main([str(word) for word in argv])
+        captured = capsys.readouterr()
+        return Finished(code, captured.out, captured.err)
+
+    return run
