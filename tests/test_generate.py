@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from sglang_gen import generate
 
-SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7")
+SIZE = ("--height", "32", "--width", "32", "--num-inference-steps", "2")
+SMALL = (*SIZE, "--seed", "7")
 
 
 def picture(path: str | Path) -> np.ndarray:
@@ -65,7 +66,7 @@ def test_every_sampling_flag_reaches_the_pipeline(pipelines, sglang, monkeypatch
 
 
 def test_a_sample_is_the_same_alone_and_in_any_batch(pipelines, sglang):
-    common = ("generate", "--model-path", pipelines["sd3"], "--prompt", "a", *SMALL[:-1], "--dtype", "float32")
+    common = ("generate", "--model-path", pipelines["sd3"], "--prompt", "a", "--dtype", "float32", *SIZE, "--seed")
     assert sglang(*common, "7", "--num-samples", "3", "sampling.batch_size=1", "--output-path", "one").code == 0
     assert sglang(*common, "7", "--num-samples", "3", "sampling.batch_size=2", "--output-path", "two").code == 0
     assert sglang(*common, "9", "--output-path", "single").code == 0
@@ -182,7 +183,7 @@ def test_a_negative_prompt_that_cannot_act_is_a_warning(pipelines, sglang):
 
 
 def test_noise_and_latents_are_saved_and_the_noise_starts_another_run(pipelines, sglang):
-    common = ("generate", "--model-path", pipelines["sdxl"], "--prompt", "a", *SMALL[:-1], "--dtype", "float32")
+    common = ("generate", "--model-path", pipelines["sdxl"], "--prompt", "a", "--dtype", "float32", *SIZE, "--seed")
     assert sglang(*common, "7", "output.latents=true").code == 0
     kept = load_file("outputs/generated_image_0.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in kept.items()} == {
@@ -192,7 +193,7 @@ def test_noise_and_latents_are_saved_and_the_noise_starts_another_run(pipelines,
     again = sglang(*common, "99", "sampling.latents=outputs/generated_image_0.safetensors")
     assert again.code == 0, again.err
     assert np.array_equal(picture("outputs/generated_image_0.png"), picture("outputs/generated_image_1.png"))
-    other = sglang(*common[:-6], "--height", "64", "--width", "64", "--num-inference-steps", "2",
+    other = sglang("generate", "--model-path", pipelines["sdxl"], "--prompt", "a", "--height", "64", "--width", "64",
                    "sampling.latents=outputs/generated_image_0.safetensors")  # fmt: skip
     assert other.code == 2
     assert "holds noise of shape [1, 4, 16, 16], this request starts from [1, 4, 32, 32]" in other.err

@@ -1,0 +1,106 @@
+"""Every example of the command's page, word for word except for the model's path, which is a tiny pipeline here."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+BASIC = '--prompt "A serene landscape with mountains and a lake at sunset"'
+HIGH_QUALITY = """--prompt "A futuristic city with flying cars" --negative-prompt "blurry, low quality, distorted"
+  --num-inference-steps 100 --guidance-scale 9.0 --height 1024 --width 1024 --seed 42"""
+MULTI_GPU = '--prompt "A beautiful forest scene" --num-gpus 4 --sp-degree 2 --tp-size 2'
+BATCH = '--prompt "Abstract art with vibrant colors" --num-samples 4 --seed 42'
+LORA = '--prompt "Anime style character portrait" --lora-path path/to/anime-lora --lora-scale 0.8'
+OFFLOAD = """--prompt "A detailed photograph of nature" --dit-cpu-offload --vae-cpu-offload
+  --text-encoder-cpu-offload"""
+BENCHMARK = '--prompt "Test image" --perf-dump-path performance_metrics.json --warmup --warmup-steps 3'
+
+
+@pytest.fixture
+def example(pipelines, sglang):
+    """Run one example with the tiny SDXL in place of the model's path."""
+
+    def run(words: str):
+        return sglang("generate", "--model-path", pipelines["sdxl"], *shlex.split(words))
+
+    return run
+
+
+def test_basic_image_generation_logs_the_lines_of_the_page(example):
+    done = example(BASIC)
+    assert done.code == 0, done.err
+    lines = done.lines
+    assert lines[0].startswith("INFO: Loading model: ")
+    assert lines[1] == "INFO: Model loaded successfully"
+    assert lines[2] == 'INFO: Generating with prompt: "A serene landscape with mountains and a lake at sunset"'
+    assert "INFO: Progress: 100% [50/50 steps]" in lines
+    assert lines[-2] == "INFO: Generated image saved to: outputs/generated_image_0.png"
+    assert lines[-1].startswith("INFO: Total generation time: ")
+    assert lines[-1].endswith("s")
+    record = json.loads(Path("outputs/generated_image_0.json").read_text())
+    sampling = record["run"]["sampling"]
+    assert (sampling["num_inference_steps"], sampling["guidance_scale"]) == (50, 7.5)
+
+
+@pytest.mark.slow  # 1024 x 1024 pixels and 100 steps, also where the network is tiny
+def test_high_quality_generation(pipelines, sglang):
+    done = sglang("generate", "--model-path", pipelines["sdxl"], *shlex.split(HIGH_QUALITY.replace("1024", "256")))
+    assert done.code == 0, done.err
+    assert "INFO: Progress: 100% [100/100 steps]" in done.lines
+
+
+def test_batch_generation_numbers_pictures_and_seeds(example):
+    done = example(f"{BATCH} --num-inference-steps 2")
+    assert done.code == 0, done.err
+    seeds = [json.loads(path.read_text())["sample"]["seed"] for path in sorted(Path("outputs").glob("*.json"))]
+    assert seeds == [42, 43, 44, 45]
+    assert len(list(Path("outputs").glob("generated_image_*.png"))) == 4
+
+
+def test_configuration_file(pipelines, sglang):
+    content = {
+        "model_path": str(pipelines["sdxl"]),
+        "prompt": "A majestic dragon flying over mountains",
+        "negative_prompt": "blurry, low quality",
+        "num_inference_steps": 50,
+        "guidance_scale": 7.5,
+        "height": 32,  # 1024 on the page
+        "width": 32,
+        "seed": 12345,
+        "num_samples": 2,
+    }
+    Path("generation_config.json").write_text(json.dumps(content))
+    done = sglang("generate", "--config", "generation_config.json")
+    assert done.code == 0, done.err
+    records = [json.loads(path.read_text()) for path in sorted(Path("outputs").glob("*.json"))]
+    assert [record["sample"]["seed"] for record in records] == [12345, 12346]
+    assert records[0]["sample"]["negative_prompt"] == "blurry, low quality"
+    assert records[0]["sources"]["sampling.prompt"] == "file"
+
+
+def test_performance_benchmarking_writes_the_dump(example):
+    done = example(BENCHMARK)
+    assert done.code == 0, done.err
+    dump = json.loads(Path("performance_metrics.json").read_text())
+    assert dump["warmup"]["steps"] == 3
+    assert len(dump["denoise_steps_ms"]) == 50
+    assert [stage["name"] for stage in dump["steps"]] == [
+        "load", "text_encoding", "latents", "denoising", "decoding", "saving",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (MULTI_GPU, "Running on 4 ranks (dp 1, cfg 1, ring 1, ulysses 2, tp 2) is not available in this version"),
+        (LORA, "LoRA adapters are not available in this version"),
+        (OFFLOAD, "CPU offloading is not available in this version"),
+    ],
+)
+def test_examples_of_what_is_not_there_yet_are_refused_in_one_sentence(example, words, sentence):
+    done = example(words)
+    assert done.code == 2
+    assert len([line for line in done.lines if line.startswith("ERROR: ")]) == 1
+    assert sentence in done.err
+    assert not Path("outputs").exists()
