@@ -1,0 +1,49 @@
+"""No setting is accepted and ignored: every key of the schema is read during a generation, or refused by name."""
+
+import dataclasses
+import sys
+import typing
+
+import pytest
+
+from sglang_gen import schema
+from sglang_gen.plan import MISSING
+
+COPYING = ("dataclasses", "sglang_gen.schema", "copy", "omegaconf")  # modules that read every key without using it
+CONSUMED_WHILE_COMPOSING = {"model.id", "model.example_prompt"}  # tested in test_config.py
+ONLY_FOR_A_HUB = {"model.revision", "model.preset"}  # tested in test_hub.py
+
+
+@pytest.fixture
+def read(monkeypatch) -> set[str]:
+    """Config paths whose value some code looks at."""
+    seen: set[str] = set()
+
+    def trace(cls: type, prefix: str) -> None:
+        names = {field.name for field in dataclasses.fields(cls)}
+
+        def traced(self, name):
+            if name in names and not sys._getframe(1).f_globals["__name__"].startswith(COPYING):
+                seen.add(f"{prefix}{name}")
+            return object.__getattribute__(self, name)
+
+        monkeypatch.setattr(cls, "__getattribute__", traced)
+
+    trace(schema.Run, "")
+    for name, kind in typing.get_type_hints(schema.Run).items():
+        if dataclasses.is_dataclass(kind):
+            trace(typing.cast(type, kind), f"{name}.")
+    return seen
+
+
+def test_every_key_is_read_during_a_generation_or_refused(pipelines, sglang, read):
+    degrees = ("num_gpus", "tp_size", "sp_degree", "ulysses_degree", "ring_degree", "dp_size", "dp_degree")
+    done = sglang(
+        "generate", "--model-path", pipelines["sdxl"], "--prompt", "a", "--height", "32", "--width", "32",
+        "--num-inference-steps", "1", "--warmup", "--perf-dump-path", "perf.json", "machine=h100",
+        *(f"parallel.{name}=1" for name in degrees),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    refused = tuple(prefix for prefixes, _ in MISSING for prefix in prefixes)
+    ignored = {path for path in schema.leaves() if not path.startswith(refused)} - read
+    assert ignored - CONSUMED_WHILE_COMPOSING - ONLY_FOR_A_HUB == set()
