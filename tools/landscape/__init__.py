@@ -1,0 +1,1 @@
+"""Everything that makes the embedded model `landscape`: its pictures, captions, training and evaluation."""

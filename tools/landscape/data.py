@@ -1,0 +1,71 @@
+"""Pictures on disk: drawn once, in parallel, the same for the same seed.
+
+python -m tools.landscape.data --grid grid.png            look at some
+python -m tools.landscape.data --out work/data --count 20000   draw a data set
+"""
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tools.landscape.render import render
+from tools.landscape.scene import ATTRIBUTES, Scene, sample_scene
+
+CHUNK = 250
+
+
+def draw(seed: int, index: int, size: int) -> tuple[Scene, np.ndarray]:
+    """Scene and picture [size, size, 3] uint8 number `index` of the data set `seed`."""
+    rng = np.random.default_rng([seed, index])
+    scene = sample_scene(rng)
+    return scene, render(scene, rng, size)
+
+
+def draw_chunk(start: int, seed: int, count: int, size: int, folder: Path) -> None:
+    pictures = np.load(folder / "pictures.npy", mmap_mode="r+")
+    labels = np.load(folder / "labels.npy", mmap_mode="r+")
+    for index in range(start, min(start + CHUNK, count)):
+        scene, pictures[index] = draw(seed, index, size)
+        labels[index] = scene.labels()
+
+
+def write_dataset(folder: Path, seed: int, count: int, size: int, workers: int) -> None:
+    """pictures.npy [count, size, size, 3] uint8 and labels.npy [count, 5] uint8."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = {"pictures": (count, size, size, 3), "labels": (count, len(ATTRIBUTES))}
+    for name, shape in shapes.items():
+        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.uint8, shape=shape).flush()
+    job = partial(draw_chunk, seed=seed, count=count, size=size, folder=folder)
+    with ProcessPoolExecutor(workers) as pool:
+        for done, _ in enumerate(pool.map(job, range(0, count, CHUNK)), 1):
+            print(f"{min(done * CHUNK, count)}/{count}", flush=True)
+
+
+def tile(pictures: np.ndarray, columns: int) -> Image.Image:
+    """[N, H, W, 3] uint8, N a multiple of `columns`, as one picture."""
+    n, h, w, c = pictures.shape
+    grid = pictures.reshape(n // columns, columns, h, w, c).swapaxes(1, 2)
+    return Image.fromarray(grid.reshape(n // columns * h, columns * w, c))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", type=Path, help="write 48 pictures as one PNG")
+    parser.add_argument("--out", type=Path, help="folder of the data set")
+    parser.add_argument("--count", type=int, default=20000)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    if args.grid:
+        tile(np.stack([draw(args.seed, i, args.size)[1] for i in range(48)]), columns=8).save(args.grid)
+    if args.out:
+        write_dataset(args.out, args.seed, args.count, args.size, args.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Write the trained parts as a diffusers folder in bfloat16."""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+from tools.landscape.denoiser import Denoiser
+from tools.landscape.vocabulary import save_clip_tokenizer
+
+
+def build_pipeline(model: Denoiser, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+    text = model.text
+    return StableDiffusion3Pipeline(
+        transformer=model.transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=text.clip,
+        tokenizer=text.clip_tokenizer,
+        text_encoder_2=text.clip_2,
+        tokenizer_2=copy.deepcopy(text.clip_tokenizer),
+        text_encoder_3=text.t5,
+        tokenizer_3=text.t5_tokenizer,
+    )
+
+
+def save_pipeline(model: Denoiser, vae_folder: Path, out: Path) -> None:
+    """`model` stays as it is; a copy is rounded to bfloat16."""
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    pipeline = build_pipeline(copy.deepcopy(model).cpu(), vae).to(dtype=torch.bfloat16)
+    pipeline.save_pretrained(out)
+    for name in ("tokenizer", "tokenizer_2"):
+        save_clip_tokenizer(getattr(pipeline, name), out / name)
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        load_as_float32(out / name / "config.json")
+
+
+def load_as_float32(config: Path) -> None:
+    """Without a dtype, transformers follows this entry and diffusers takes float32: both must agree."""
+    values = json.loads(config.read_text()) | {"dtype": "float32"}
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,43 @@
+"""A scene is five attributes; pictures and captions are both drawn from it."""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "time": ("dawn", "noon", "sunset", "night"),
+    "terrain": ("mountains", "hills", "dunes", "forest", "city"),
+    "water": ("lake", "river", "none"),
+    "sky": ("clear", "cloudy", "starry", "foggy"),
+    "side": ("left", "center", "right"),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    time: str
+    terrain: str
+    water: str
+    sky: str
+    side: str
+
+    def labels(self) -> list[int]:
+        """Class index of every attribute, in the order of `ATTRIBUTES`."""
+        return [ATTRIBUTES[f.name].index(getattr(self, f.name)) for f in fields(self)]
+
+
+def from_labels(labels: list[int]) -> Scene:
+    return Scene(*(values[label] for values, label in zip(ATTRIBUTES.values(), labels, strict=True)))
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+    """Every combination with equal weight, except that no stars shine at noon."""
+    while True:
+        scene = Scene(*(values[rng.integers(len(values))] for values in ATTRIBUTES.values()))
+        if not (scene.time == "noon" and scene.sky == "starry"):
+            return scene
+
+
+def flip(scene: Scene) -> Scene:
+    """The scene that the mirrored picture shows."""
+    return replace(scene, side={"left": "right", "right": "left"}.get(scene.side, scene.side))
