@@ -54,11 +54,11 @@ def load(plan: Plan, calls: CallLog) -> "DiffusersEngine":
         )
         _configure_scheduler(pipeline, scheduler_kwargs)
         pipeline.to(plan.device)
-    except torch.OutOfMemoryError as error:
-        raise RunError(f"Out of memory while loading {plan.card.name}") from error
     except UserError:
         raise
     except LOADING_ERRORS as error:
+        if _is_out_of_memory(error):
+            raise RunError(f"Out of memory while loading {plan.card.name}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     _warn_ineffective(plan, pipeline, set(accepted), call_kwargs)
     return DiffusersEngine(plan, pipeline, set(accepted), call_kwargs, calls)
@@ -198,8 +198,10 @@ class DiffusersEngine:
         try:
             with torch.no_grad(), _observed(self.pipeline, clock, seen):
                 result = self.pipeline(**arguments)
-        except torch.OutOfMemoryError as error:
-            raise RunError("Out of memory while denoising; try fewer samples per batch or a smaller picture") from error
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise RunError("Out of memory while generating; try smaller batches or a smaller picture") from error
         except ValueError as error:
             raise UserError(f"{type(self.pipeline).__name__} refuses the request: {first_line(error)}") from error
         finally:
@@ -233,6 +235,11 @@ class DiffusersEngine:
         }
         given = {name: value for name, value in wanted.items() if name in self.accepted and value is not None}
         return given | self.call_kwargs
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On the GPU torch has a class for it, on the CPU only its allocator's words."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _plain_config(part: Any) -> dict[str, Any]:
