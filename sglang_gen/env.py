@@ -42,11 +42,10 @@ def preset_configs(preset: str) -> Path:
 
 
 def quiet_libraries() -> None:
-    """Library progress bars, telemetry and the remarks that they make while being imported: off, before the import."""
+    """Telemetry of libraries, and the remarks that they make while being imported: off, before the import."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

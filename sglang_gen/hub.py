@@ -3,11 +3,14 @@
 Every way in which that can fail is one sentence: UserError where the request is wrong, RunError where the hub is.
 """
 
+import errno
 import json
+import sys
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from sglang_gen import env
+from sglang_gen import env, log
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.schema import Model
 from sglang_gen.types import Component, ModelCard
@@ -16,6 +19,11 @@ LANGUAGE_MODEL = (
     "The generate command is currently only supported for diffusion models. "
     "For language models, use the sglang serve command to start a server and make API requests."
 )
+
+PICKLED = "offers no safetensors weights, and pickled weights are refused"
+LFS_POINTER = b"version https://git-lfs"
+CONFIGS = ["model_index.json", "*/config.json", "*/scheduler_config.json"]
+OTHER_FORMATS = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.onnx*", "*openvino*", "*.fp16.*"]
 
 
 def find(model: Model, weights: bool) -> ModelCard:
@@ -30,7 +38,7 @@ def find(model: Model, weights: bool) -> ModelCard:
         return read_card(env.embedded_model(), "landscape", weights)
     folder = Path(model.path).expanduser()
     if folder.is_dir():
-        return read_card(folder, model.path, weights)
+        return read_card(folder, model.path, weights, model.component_paths)
     if folder.exists():
         raise UserError(f"{model.path} is a file; --model-path takes a folder or a hub id")
     if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1 or "\\" in model.path:
@@ -38,11 +46,14 @@ def find(model: Model, weights: bool) -> ModelCard:
     packaged = env.preset_configs(model.preset or "")
     if not weights and model.preset and packaged.is_dir():
         return read_card(packaged, model.path, weights=False)
-    return read_card(_download(model, model.path, weights), model.path, weights)
+    return read_card(_download(model, model.path, weights), model.path, weights, model.component_paths)
 
 
-def read_card(folder: Path, name: str, weights: bool) -> ModelCard:
-    """The card of a diffusers folder. Raises UserError when it is not one, or a weight file is not whole."""
+def read_card(folder: Path, name: str, weights: bool, replaced: Container[str] = ()) -> ModelCard:
+    """The card of a diffusers folder. Raises UserError when it is not one, or its weight files are not whole.
+
+    Components in `replaced` come from elsewhere.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(_not_a_pipeline(folder, name))
@@ -52,14 +63,14 @@ def read_card(folder: Path, name: str, weights: bool) -> ModelCard:
         for part, entry in content.items()
         if isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
     }
-    if "_class_name" not in content or not components:
+    names = content.get("_class_name")
+    pipeline_class = names[-1] if isinstance(names, list) and names else names  # [file of the repository, class]
+    if not isinstance(pipeline_class, str) or not components:
         raise UserError(f"{index} names no pipeline class or no components")
     if weights:
-        for part in components:
-            _check_weights(folder / part)
-    pipeline_class = content["_class_name"]
-    if isinstance(pipeline_class, list):
-        pipeline_class = pipeline_class[1]
+        for part, component in components.items():
+            if part not in replaced:
+                _check_files(folder, part, component)
     return ModelCard(name, folder if weights else None, pipeline_class, components)
 
 
@@ -80,18 +91,51 @@ def _component_config(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _check_weights(folder: Path) -> None:
-    """Refuse a truncated or corrupt safetensors file before anything is loaded; only headers are read."""
+def _check_files(folder: Path, part: str, component: Component) -> None:
+    """Refuse a component whose files are missing, pickled, truncated or corrupt before anything is loaded.
+
+    Of weights only headers are read. A tokenizer without vocabulary would load, and make every prompt the same.
+    """
+    where = folder / part
+    if not where.is_dir():
+        if (folder / "config.json").is_file():
+            return  # diffusers reads a component that has no folder from the root
+        raise UserError(f"{folder} lacks the folder '{part}' that its model_index.json names")
+    for shard in _shards(where):
+        if not (where / shard).is_file():
+            raise UserError(f"{where} lacks the weight file {shard}")
+    files = sorted(where.glob("*.safetensors"))
+    is_network = (where / "config.json").is_file() and not {"_class_name", "architectures"}.isdisjoint(component.config)
+    if is_network and not files:
+        raise UserError(f"{where} {PICKLED if any(where.glob('*.bin')) else 'holds no weights (*.safetensors)'}")
+    if "Tokenizer" in component.class_name and "ByT5" not in component.class_name:
+        settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"}
+        if settings.issuperset(path.name for path in where.iterdir()):
+            raise UserError(f"{where} holds no vocabulary for {component.class_name}")
+    for path in files:
+        _check_header(path)
+
+
+def _shards(where: Path) -> list[str]:
+    """Names of the files that the weights of a folder are spread over, from its index."""
+    indices = (where / f"{stem}.safetensors.index.json" for stem in ("diffusion_pytorch_model", "model"))
+    maps = [_read_json(index).get("weight_map") for index in indices if index.is_file()]
+    return sorted({str(shard) for shards in maps if isinstance(shards, dict) for shard in shards.values()})
+
+
+def _check_header(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="np") as file:
-                file.keys()
-        except SafetensorError as error:
-            raise UserError(f"The weight file {path} is corrupt: {first_line(error)}") from None
-        except OSError as error:
-            raise UserError(f"The weight file {path} cannot be read: {error.strerror or first_line(error)}") from None
+    try:
+        with safe_open(path, framework="np") as file:
+            file.keys()
+    except SafetensorError as error:
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(f"The weight file {path} is a Git LFS pointer: run 'git lfs pull'") from None
+        raise UserError(f"The weight file {path} is corrupt: {first_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"The weight file {path} cannot be read: {error.strerror or first_line(error)}") from None
 
 
 def _not_a_pipeline(folder: Path, name: str) -> str:
@@ -105,68 +149,109 @@ def _not_a_pipeline(folder: Path, name: str) -> str:
 
 def _download(model: Model, name: str, weights: bool) -> Path:
     """A local snapshot of a hub repository: everything that its pipeline needs, or its configs alone."""
-    if env.use_modelscope():
-        return _download_modelscope(model, name, weights)
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    fetch = _download_modelscope if env.use_modelscope() else _download_huggingface
+    return fetch(model, name, weights)
 
+
+def _download_huggingface(model: Model, name: str, weights: bool) -> Path:
+    """One request shows whether the hub answers, without the library's 23 s of retries; if not, the cache must do."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    failures = (OSError, ValueError, errors.HTTPError)  # type: ignore[attr-defined] # what its HTTP client raises
+    patterns, refusal = CONFIGS, None
     try:
-        try:
-            hf_hub_download(name, "model_index.json", revision=model.revision)
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):
-                raise
-            patterns = ["config.json"]
+        get_hf_file_metadata(hf_hub_url(name, "model_index.json", revision=model.revision))
+    except errors.EntryNotFoundError:
+        weights, patterns = False, ["config.json"]  # no pipeline; its config says what it is
+    except failures as error:
+        refusal = error
+    local = refusal is not None
+    try:
+        if weights:
+            folder = _download_pipeline(model, name, local)
         else:
-            patterns = [] if weights else ["*.json"]
-        if patterns:
-            return Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
-        from diffusers import DiffusionPipeline
+            folder = snapshot_download(name, revision=model.revision, allow_patterns=patterns, local_files_only=local)
+    except failures as error:
+        raise _hub_error(refusal or error, name, model.revision) from error
+    if refusal and weights:
+        log.warning(f"{_reason(refusal)}: using the copy of {name} in the local cache")
+    return Path(folder)
 
-        return Path(
-            DiffusionPipeline.download(
-                name, revision=model.revision, use_safetensors=True, trust_remote_code=model.trust_remote_code
-            )
-        )
-    except (OSError, ValueError) as error:
-        raise _hub_error(error, name, model.revision) from error
+
+def _download_pipeline(model: Model, name: str, local: bool) -> str:
+    """diffusers knows which files of a repository its pipeline reads: one variant, no pickles, no other formats."""
+    from diffusers import DiffusionPipeline
+
+    folder: str = DiffusionPipeline.download(
+        name,
+        revision=model.revision,
+        use_safetensors=True,
+        trust_remote_code=model.trust_remote_code,
+        local_files_only=local,
+    )
+    return folder
 
 
 def _hub_error(error: Exception, name: str, revision: str | None) -> Exception:
-    """The sentence for a failed download, from the first cause that says something."""
+    """The sentence for a failed download: UserError where another request helps, RunError where it is the hub."""
     from huggingface_hub import errors
 
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for cause in chain:
-        if isinstance(cause, errors.GatedRepoError):
-            return UserError(
-                f"{name} is gated: accept its licence on its page on the hub, then log in with 'hf auth login'"
-            )
-        if isinstance(cause, errors.RevisionNotFoundError):
-            return UserError(f"{name} has no revision '{revision}'")
-        if isinstance(cause, errors.RepositoryNotFoundError):
-            return UserError(f"{name} is neither a local folder nor a model on the hub (or it is private: log in)")
-        if isinstance(cause, errors.HFValidationError):
-            return UserError(f"'{name}' is neither a local folder nor a possible hub id")
-    if any("safetensors" in str(cause) for cause in chain):
-        return UserError(f"{name} offers no safetensors weights, and pickled weights are refused")
-    return RunError(
-        f"{name} is not a local folder, is not in the local cache, and the hub cannot be reached "
-        f"({first_line(chain[-1])})"
-    )
+    if isinstance(error, errors.GatedRepoError):
+        return UserError(
+            f"{name} is gated: accept its licence on its page on the hub, then log in with 'hf auth login'"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UserError(f"{name} has no revision '{revision or 'main'}'")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return UserError(
+            f"{name} is neither a local folder nor a model on the hub (if it is private, log in with 'hf auth login')"
+        )
+    if isinstance(error, errors.HFValidationError):
+        return UserError(f"'{name}' is neither a local folder nor a possible hub id")
+    if "necessary `safetensors` weights" in str(error):
+        return UserError(f"{name} {PICKLED}")
+    return RunError(f"{name} is not a local folder, not whole in the local cache, and not to be had: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    """Why the hub gave nothing, from the innermost cause."""
+    from huggingface_hub import errors
+
+    while not isinstance(error, errors.HfHubHTTPError) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"the hub answers {error.response.status_code} {error.response.reason_phrase}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return f"the cache cannot be written ({error.strerror})"
+    return f"the hub cannot be reached ({first_line(error)})"
 
 
 def _download_modelscope(model: Model, name: str, weights: bool) -> Path:
+    """Configs first; then only the folders that the pipeline names, without pickles and other formats."""
     try:
         from modelscope import snapshot_download
+        from modelscope.hub import errors
     except ImportError:
         raise UserError("SGLANG_USE_MODELSCOPE=1 needs ModelScope: pip install 'sglang-gen[modelscope]'") from None
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *kinds)
     try:
-        patterns = {} if weights else {"allow_patterns": ["*.json", "*/*.json"]}
-        return Path(snapshot_download(name, revision=model.revision, **patterns))
-    except (OSError, ValueError, RuntimeError) as error:
+        folder = snapshot_download(name, revision=model.revision, allow_patterns=["config.json", *CONFIGS])
+        index = Path(folder) / "model_index.json"
+        if weights and index.is_file():
+            parts = [f"{part}/*" for part, entry in _read_json(index).items() if isinstance(entry, list)]
+            folder = snapshot_download(
+                name, revision=model.revision, allow_patterns=[*CONFIGS, *parts], ignore_patterns=OTHER_FORMATS
+            )
+    except UserError:
+        raise
+    except errors.NotExistError as error:
+        raise UserError(f"ModelScope has no {name}: {first_line(error)}") from error
+    except failures as error:
         raise RunError(f"ModelScope cannot provide {name}: {first_line(error)}") from error
+    return Path(folder)

@@ -1,0 +1,237 @@
+"""Everything that can be wrong with a model or go wrong in a run: one sentence, its exit code, nothing half-written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7", "--dtype", "float32")
+
+
+@pytest.fixture
+def folder(pipelines, tmp_path) -> Path:
+    """A copy of the SD3 pipeline that may be damaged."""
+    return Path(shutil.copytree(pipelines["sd3"], tmp_path / "model"))
+
+
+@pytest.fixture
+def fails(sglang):
+    """Run with a model that must fail: the ERROR line is the last, alone of its kind, and no file is left."""
+
+    def run(path: object, code: int, *more: str) -> str:
+        done = sglang("generate", "--model-path", path, "--prompt", "a", *SMALL, *more)
+        assert done.code == code, done.err
+        assert [line for line in done.lines if not line.startswith(("INFO: ", "WARNING: "))] == done.lines[-1:]
+        assert done.out == ""
+        left = [file.name for file in Path("outputs").glob("*")] if Path("outputs").exists() else []
+        assert left == []
+        return done.lines[-1]
+
+    return run
+
+
+def edit(path: Path, name: str, value: object) -> None:
+    content = json.loads(path.read_text())
+    content[name] = value
+    path.write_text(json.dumps(content))
+
+
+def spoil(path: Path, name: str, tensor: torch.Tensor | None = None) -> None:
+    """Put another tensor, or NaN, in place of one in a weight file."""
+    tensors = load_file(path)
+    tensors[name] = torch.full_like(tensors[name], torch.nan) if tensor is None else tensor
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_a_missing_folder(fails):
+    for path in ("/nowhere/model", "./model", "nowhere"):
+        assert fails(path, 2) == f"ERROR: The model folder {path} does not exist"
+
+
+def test_a_file_in_place_of_a_folder(fails):
+    Path("model.safetensors").write_bytes(b"x")
+    assert fails("model.safetensors", 2) == (
+        "ERROR: model.safetensors is a file; --model-path takes a folder or a hub id"
+    )
+
+
+def test_a_folder_without_model_index(fails, tmp_path):
+    assert fails(tmp_path, 2) == f"ERROR: {tmp_path} is not a diffusers model: it has no model_index.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"{", "cannot be read: Expecting property name"),
+        (b"\xff\xfe", "cannot be read: "),
+        (b"[1]", "holds no JSON object"),
+        (b"{}", "names no pipeline class or no components"),
+        (b'{"_class_name": 3, "vae": ["diffusers", "AutoencoderKL"]}', "names no pipeline class or no components"),
+        (b'{"_class_name": [], "vae": ["diffusers", "AutoencoderKL"]}', "names no pipeline class or no components"),
+    ],
+)
+def test_a_broken_model_index(fails, folder, content, sentence):
+    (folder / "model_index.json").write_bytes(content)
+    assert fails(folder, 2).startswith(f"ERROR: {folder}/model_index.json {sentence}")
+
+
+def test_a_pipeline_class_that_diffusers_lacks(fails, folder):
+    edit(folder / "model_index.json", "_class_name", "StableDifusion3Pipeline")
+    assert "did you mean 'StableDiffusion3Pipeline'?" in fails(folder, 2)
+
+
+def test_a_broken_component_config(fails, folder):
+    (folder / "vae" / "config.json").write_text("{")
+    assert fails(folder, 2).startswith(f"ERROR: {folder}/vae/config.json cannot be read: ")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer_3", "scheduler"])
+def test_a_missing_component_folder(fails, folder, part):
+    shutil.rmtree(folder / part)
+    assert fails(folder, 2) == f"ERROR: {folder} lacks the folder '{part}' that its model_index.json names"
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
+def test_a_missing_weight_file(fails, folder, part):
+    (file,) = (folder / part).glob("*.safetensors")
+    file.unlink()
+    assert fails(folder, 2) == f"ERROR: {folder}/{part} holds no weights (*.safetensors)"
+
+
+def test_a_missing_shard(fails, folder):
+    part = folder / "transformer"
+    model = diffusers.SD3Transformer2DModel.from_pretrained(part)
+    next(part.glob("*.safetensors")).unlink()
+    model.save_pretrained(part, max_shard_size="50KB")
+    shards = sorted(part.glob("*.safetensors"))
+    assert len(shards) > 1
+    shards[1].unlink()
+    assert fails(folder, 2) == f"ERROR: {part} lacks the weight file {shards[1].name}"
+
+
+def test_a_tokenizer_without_vocabulary(fails, folder):
+    (folder / "tokenizer_3" / "tokenizer.json").unlink()
+    assert fails(folder, 2) == f"ERROR: {folder}/tokenizer_3 holds no vocabulary for T5Tokenizer"
+
+
+def test_a_git_lfs_pointer(fails, folder):
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert fails(folder, 2) == f"ERROR: The weight file {file} is a Git LFS pointer: run 'git lfs pull'"
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+def test_a_corrupt_weight_file(fails, folder, part, damage):
+    (file,) = (folder / part).glob("*.safetensors")
+    data = file.read_bytes()
+    file.write_bytes({"truncated": data[: len(data) // 2], "garbage": b"\x07" * 4096, "empty": b""}[damage])
+    assert fails(folder, 2).startswith(f"ERROR: The weight file {file} is corrupt: ")
+
+
+def test_weights_of_another_shape(fails, folder):
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    name = "transformer_blocks.0.attn.to_q.weight"
+    spoil(file, name, torch.zeros(3, 5))
+    sentence = fails(folder, 1)
+    assert sentence.startswith(f"ERROR: Loading {folder} failed: ")
+    assert name in sentence
+
+
+def test_a_component_of_a_class_that_does_not_exist(fails, folder):
+    edit(folder / "model_index.json", "transformer", ["diffusers", "NoSuchTransformer"])
+    sentence = fails(folder, 1)
+    assert sentence.startswith(f"ERROR: Loading {folder} failed: ")
+    assert "NoSuchTransformer" in sentence
+
+
+def test_a_component_of_a_library_that_is_not_installed(fails, folder):
+    edit(folder / "model_index.json", "transformer", ["no_such_library", "Transformer"])
+    assert "no_such_library" in fails(folder, 1)
+
+
+def test_nan_in_the_network_saves_no_black_picture(fails, folder):
+    spoil(folder / "transformer" / "diffusion_pytorch_model.safetensors", "proj_out.bias")
+    assert fails(folder, 1) == (
+        "ERROR: The latents of sample 0 (seed 7) are not finite numbers, so the picture would be black; "
+        "try --dtype float32 (or bfloat16 in place of float16)"
+    )
+
+
+def test_nan_in_the_decoder_saves_no_black_picture(fails, folder):
+    spoil(folder / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_out.bias")
+    assert fails(folder, 1).startswith("ERROR: The decoded picture of sample 0 (seed 7) are not finite numbers")
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [(diffusers.SD3Transformer2DModel, "forward"), (diffusers.AutoencoderKL, "decode")],
+)
+def test_running_out_of_memory(fails, pipelines, monkeypatch, owner, method):
+    def full(*_args: object, **_kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr(owner, method, full)
+    assert fails(pipelines["sd3"], 1).startswith("ERROR: Out of memory while ")
+
+
+def test_running_out_of_host_memory(fails, pipelines, monkeypatch):
+    def full(*_args: object, **_kwargs: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                           "you tried to allocate 9 bytes. Error code 12 (Cannot allocate memory)")  # fmt: skip
+
+    monkeypatch.setattr(diffusers.SD3Transformer2DModel, "forward", full)
+    assert fails(pipelines["sd3"], 1).startswith("ERROR: Out of memory while ")
+
+
+def test_running_out_of_memory_while_loading(fails, pipelines, monkeypatch):
+    def full(*_args: object, **_kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(diffusers.StableDiffusion3Pipeline, "to", full)
+    assert fails(pipelines["sd3"], 1) == f"ERROR: Out of memory while loading {pipelines['sd3']}"
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, IndexError, AttributeError, ZeroDivisionError])
+def test_a_defect_in_a_pipeline_is_one_sentence_and_a_traceback_on_request(fails, sglang, pipelines, monkeypatch, kind):
+    def broken(*_args: object, **_kwargs: object) -> None:
+        raise kind("the pipe burst\nin two places")
+
+    monkeypatch.setattr(diffusers.SD3Transformer2DModel, "forward", broken)
+    sentence = fails(pipelines["sd3"], 1)
+    assert "the pipe burst" in sentence
+    shown = sglang("generate", "--model-path", pipelines["sd3"], "--prompt", "a", *SMALL, "--log-level", "debug")
+    assert shown.code == 1
+    assert "Traceback (most recent call last):" in shown.err
+    assert "in two places" in shown.err
+    assert shown.lines[-1] == sentence
+
+
+def test_a_refusal_of_the_pipeline_is_the_users(fails, pipelines):
+    assert fails(pipelines["sd3"], 2, "sampling.max_sequence_length=9999") == (
+        "ERROR: StableDiffusion3Pipeline refuses the request: "
+        "`max_sequence_length` cannot be greater than 512 but is 9999"
+    )
+
+
+def test_what_was_finished_before_a_failure_stays_whole(sglang, pipelines, monkeypatch):
+    calls = []
+    forward = diffusers.SD3Transformer2DModel.forward
+
+    def second_breaks(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("lost")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(diffusers.SD3Transformer2DModel, "forward", second_breaks)
+    done = sglang("generate", "--model-path", pipelines["sd3"], "--prompt", "a", *SMALL, "--num-samples", "2")
+    assert done.code == 1
+    assert sorted(file.name for file in Path("outputs").iterdir()) == [
+        "generated_image_0.json",
+        "generated_image_0.png",
+    ]
