@@ -94,16 +94,13 @@ def _save(plan: Plan, effective: dict[str, Any], sample: Sample, decoded: Decode
             "sources": dict(plan.sources),
             "requested": dict(plan.requested),
             "effective": effective,
-            "versions": env.versions(),
+            "versions": dict(env.versions()),
             "commit_hash": env.commit_hash(),
         }
 
-    folder = Path(plan.run.output.path)
-    path = output.save_picture(folder, decoded.frames[row], record)
+    latents = None
     if plan.run.output.latents:
         if decoded.noise is None or decoded.latents is None:
             raise RunError(f"{plan.card.pipeline_class} does not show its latents, so output.latents cannot be met")
-        output.save_latents(
-            path.with_suffix(".safetensors"), {"noise": decoded.noise[row], "latents": decoded.latents[row]}
-        )
-    return path
+        latents = {"noise": decoded.noise[row], "latents": decoded.latents[row]}
+    return output.save_picture(Path(plan.run.output.path), decoded.frames[row], record, latents)

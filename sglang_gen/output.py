@@ -9,14 +9,18 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from sglang_gen.errors import RunError, UserError
 
 PNG_KEY = "sglang_gen"  # name of the PNG text chunk that holds the run record
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+
+Write = Callable[[BinaryIO], object]
 
 
 def prepare_folder(folder: Path) -> None:
@@ -26,9 +30,10 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
     except OSError as error:
-        raise _write_error(error, folder, RunError if error.errno == errno.ENOSPC else UserError) from None
+        raise _write_error(error, folder, RunError if error.errno in FULL else UserError) from None
     finally:
-        probe.unlink(missing_ok=True) if folder.is_dir() else None
+        if folder.is_dir():
+            probe.unlink(missing_ok=True)
 
 
 def _write_error(error: OSError, path: Path, kind: type[Exception] = RunError) -> Exception:
@@ -45,16 +50,20 @@ def _temporary(folder: Path, suffix: str) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _fill(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def _fill(path: Path, write: Write) -> None:
     with open(path, "wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
 
 
+def _json_bytes(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically; an existing file is replaced whole or not at all. Raises OSError."""
-    data = (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    data = _json_bytes(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path.parent, path.suffix) as temporary:
         _fill(temporary, lambda file: file.write(data))
@@ -69,19 +78,27 @@ def save_json(path: Path, content: Any) -> None:
         raise _write_error(error, path) from error
 
 
-def save_numbered(folder: Path, stem: str, suffix: str, write: Callable[[BinaryIO, str], None]) -> Path:
-    """Write `folder/stem_N.suffix` with the first free N. `write(file, name)` gets the name that is being tried.
+def save_numbered(folder: Path, stem: str, files: Callable[[str], Mapping[str, Write]]) -> Path:
+    """Write the files of one result as `folder/stem_N.suffix` with the first free N; the path of the first is returned.
 
-    A number is free when no file of that stem carries it, whatever its suffix. Raises RunError.
+    `files("stem_N")` gives a writer for each suffix. A number is free when no file of that stem carries it, whatever
+    its suffix. All files are whole before the first gets its name, which claims the number. Raises RunError.
     """
-    number = _next_number(folder, stem)
+    path = folder
     try:
+        number = _next_number(folder, stem)
         while True:
-            path = folder / f"{stem}_{number}{suffix}"
-            with _temporary(folder, suffix) as temporary:
-                _fill(temporary, lambda file, name=path.name: write(file, name))  # type: ignore[misc]
-                if _claim(temporary, path):
-                    return path
+            finished: dict[Path, Path] = {}
+            with ExitStack() as stack:
+                for suffix, write in files(f"{stem}_{number}").items():
+                    path = folder / f"{stem}_{number}{suffix}"
+                    finished[path] = stack.enter_context(_temporary(folder, suffix))
+                    _fill(finished[path], write)
+                first, *others = finished
+                if _claim(finished[first], first):
+                    for path in others:
+                        os.replace(finished[path], path)
+                    return first
             number = max(number + 1, _next_number(folder, stem))
     except OSError as error:
         raise _write_error(error, path) from error
@@ -100,7 +117,7 @@ def _claim(temporary: Path, path: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV):
+        if error.errno not in NO_HARD_LINKS:
             raise
         return _claim_without_links(temporary, path)
     return True
@@ -112,33 +129,45 @@ def _claim_without_links(temporary: Path, path: Path) -> bool:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return False
-    os.replace(temporary, path)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        path.unlink()
+        raise
     return True
 
 
-def save_picture(folder: Path, frame: Any, record: Callable[[str], dict[str, Any]]) -> Path:
-    """One uint8 [H, W, 3] frame as the next generated_image_N.png, its record inside and beside it as JSON."""
+def save_picture(
+    folder: Path, frame: Any, record: Callable[[str], dict[str, Any]], latents: Mapping[str, Any] | None = None
+) -> Path:
+    """One uint8 [H, W, 3] frame as the next generated_image_N.png, its record inside and beside it as JSON.
+
+    `latents`, tensors by name, are kept as safetensors beside it. Raises RunError.
+    """
+
+    def files(name: str) -> dict[str, Write]:
+        content = record(f"{name}.png")
+        found: dict[str, Write] = {
+            ".png": lambda file: _write_png(file, frame, content),
+            ".json": lambda file: file.write(_json_bytes(content)),
+        }
+        if latents is not None:
+            found[".safetensors"] = lambda file: file.write(_safetensors_bytes(latents))
+        return found
+
+    return save_numbered(folder, "generated_image", files)
+
+
+def _write_png(file: BinaryIO, frame: Any, record: dict[str, Any]) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    def write(file: BinaryIO, name: str) -> None:
-        info = PngInfo()
-        info.add_itxt(PNG_KEY, json.dumps(record(name), ensure_ascii=False))
-        Image.fromarray(frame).save(file, format="png", pnginfo=info)
-
-    path = save_numbered(folder, "generated_image", ".png", write)
-    save_json(path.with_suffix(".json"), record(path.name))
-    return path
+    info = PngInfo()
+    info.add_itxt(PNG_KEY, json.dumps(record, ensure_ascii=False))
+    Image.fromarray(frame).save(file, format="png", pnginfo=info)
 
 
-def save_latents(path: Path, tensors: dict[str, Any]) -> None:
-    """Noise and final latents of one sample as safetensors, written atomically. Raises RunError."""
+def _safetensors_bytes(tensors: Mapping[str, Any]) -> bytes:
     from safetensors.torch import save
 
-    data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
-    try:
-        with _temporary(path.parent, path.suffix) as temporary:
-            _fill(temporary, lambda file: file.write(data))
-            os.replace(temporary, path)
-    except OSError as error:
-        raise _write_error(error, path) from error
+    return save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})  # type: ignore[no-any-return]

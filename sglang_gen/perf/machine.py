@@ -23,7 +23,7 @@ def describe(device: str) -> dict[str, Any]:
         "cpu_count": env.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "versions": env.versions(),
+        "versions": dict(env.versions()),
     }
 
 
