@@ -77,6 +77,8 @@ def add_measurements(dump: dict[str, Any], plan: Plan, phases: Phases) -> None:
 def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that changes speed and nothing that does not, as readable fields and as one hash."""
     sampling, facts = plan.run.sampling, describe(plan.device)
+    kwargs = plan.run.backend.diffusers_kwargs
+    negative = any(sample.negative_prompt for batch in plan.batches for sample in batch)
     networks = {
         name: {key: value for key, value in part.config.items() if not key.startswith("_")}
         for name, part in plan.card.components.items()
@@ -85,13 +87,15 @@ def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
     fields = {
         "pipeline": effective.get("pipeline", plan.card.pipeline_class),
         "networks": _hash(networks),
-        "scheduler": effective.get("components", {}).get("scheduler"),
+        "components": effective.get("components"),
         "steps": sampling.num_inference_steps,
         "guided": sampling.guidance_scale > 1,
+        "true_cfg": negative and "true_cfg_scale" in kwargs,  # FLUX: a second branch only with a negative prompt
         "size": [effective.get("height"), effective.get("width")],
         "batches": [len(batch) for batch in plan.batches],
         "max_sequence_length": sampling.max_sequence_length,
-        "diffusers_kwargs": _hash(plan.run.backend.diffusers_kwargs),
+        "diffusers_kwargs": _hash(kwargs),
+        "latents_saved": plan.run.output.latents,
         "warmup_steps": plan.run.compile.warmup_steps if plan.run.compile.warmup else 0,
         "deterministic": plan.run.deterministic,
         **{

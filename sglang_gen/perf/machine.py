@@ -5,6 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sglang_gen import env, output
@@ -38,14 +39,24 @@ def rates(device: str, dtype: str, named: Machine) -> dict[str, Any]:
     facts = describe(device)
     key = json.dumps([facts["cpu"], facts["threads"], facts["gpus"], device, dtype, facts["versions"]["torch"]])
     path = env.cache_dir() / "machine" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    try:
-        kept = json.loads(path.read_text())
-        return {name: kept[name] for name in ("matmul_tflops", "memory_gb_per_s", "source")}
-    except (OSError, ValueError, KeyError):
-        measured = {**_measure(device, dtype), "source": "measured"}
+    if (kept := _read(path)) is not None:
+        return kept
+    measured = {**_measure(device, dtype), "source": "measured"}
     with contextlib.suppress(OSError):  # an unwritable cache costs the next run a second, nothing else
         output.write_json(path, measured)
     return measured
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Rates that an earlier run kept; None where there are none, or the file is not whole."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    numbers = [kept.get("matmul_tflops"), kept.get("memory_gb_per_s")] if isinstance(kept, dict) else [None]
+    if not all(isinstance(number, float) and number > 0 for number in numbers):
+        return None
+    return {"matmul_tflops": numbers[0], "memory_gb_per_s": numbers[1], "source": "measured"}
 
 
 def _measure(device: str, dtype: str) -> dict[str, float]:
