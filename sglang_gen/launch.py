@@ -39,12 +39,16 @@ def _run(plan: Plan, memory: Memory, started: float) -> Result:
     engine: Engine = diffusers.load(plan, phases.calls)
     phases.load.leave()
     log.info("Model loaded successfully")
-    if plan.run.compile.warmup:
-        phases.warmup = Clock(wait, memory)
-        engine.sample(plan.batches[0], plan.run.compile.warmup_steps, phases.warmup)
-    saved = _generate(plan, engine, phases)
+    try:
+        if plan.run.compile.warmup:
+            phases.warmup = Clock(wait, memory)
+            engine.sample(plan.batches[0], plan.run.compile.warmup_steps, phases.warmup)
+        saved = _generate(plan, engine, phases)
+        decisions = engine.cache_decisions()
+    finally:
+        engine.close()
     log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
-    report = dump.build(plan, phases, saved.effective, saved.samples)
+    report = dump.build(plan, phases, saved.effective, saved.samples) | {"cache": decisions}
     if plan.run.output.perf_dump_path:
         dump.add_measurements(report, plan, phases)
         output.save_json(Path(plan.run.output.perf_dump_path), report)
@@ -71,11 +75,11 @@ def _generate(plan: Plan, engine: Engine, phases: dump.Phases) -> _Saved:
         for prompt in dict.fromkeys(sample.prompt for sample in batch):
             log.info(f'Generating with prompt: "{log.shorten(prompt)}"')
         decoded = engine.sample(batch, plan.run.sampling.num_inference_steps, clock)
-        saved.effective |= {"height": decoded.frames.shape[1], "width": decoded.frames.shape[2]}
+        saved.effective |= _size(plan, decoded)
         clock.enter("saving")
         for row, sample in enumerate(batch):
             path = _save(plan, saved.effective, sample, decoded, row)
-            log.info(f"Generated image saved to: {path}")
+            log.info(f"Generated {decoded.kind} saved to: {path}")
             saved.paths.append(path)
             saved.frames.append(decoded.frames[row])
             saved.seeds.append(sample.seed)
@@ -103,4 +107,24 @@ def _save(plan: Plan, effective: dict[str, Any], sample: Sample, decoded: Decode
         if decoded.noise is None or decoded.latents is None:
             raise RunError(f"{plan.card.pipeline_class} does not show its latents, so output.latents cannot be met")
         latents = {"noise": decoded.noise[row], "latents": decoded.latents[row]}
-    return output.save_picture(Path(plan.run.output.path), decoded.frames[row], record, latents)
+    folder, data = Path(plan.run.output.path), decoded.frames[row]
+    if decoded.kind == "image":
+        return output.save_picture(folder, data, record, latents)
+    from sglang_gen import media
+
+    if decoded.kind == "video":
+        return media.save_video(folder, data, effective["fps"], record, latents)
+    return media.save_sound(folder, data, effective["sampling_rate"], record)
+
+
+def _size(plan: Plan, decoded: Decoded) -> dict[str, Any]:
+    """What the result is like: pixels, frames, rates."""
+    if decoded.kind == "audio":
+        return {"sampling_rate": decoded.rate, "samples": decoded.frames.shape[-1]}
+    height, width = decoded.frames.shape[-3:-1]
+    size = {"height": height, "width": width}
+    if decoded.kind == "video":
+        from sglang_gen.media import FRAMES_PER_SECOND
+
+        size |= {"num_frames": decoded.frames.shape[1], "fps": plan.run.output.fps or FRAMES_PER_SECOND}
+    return size

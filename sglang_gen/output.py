@@ -57,13 +57,14 @@ def _fill(path: Path, write: Write) -> None:
         os.fsync(file.fileno())
 
 
-def _json_bytes(content: Any) -> bytes:
+def record_bytes(content: Any) -> bytes:
+    """JSON as every file of ours holds it."""
     return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically; an existing file is replaced whole or not at all. Raises OSError."""
-    data = _json_bytes(content)
+    data = record_bytes(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path.parent, path.suffix) as temporary:
         _fill(temporary, lambda file: file.write(data))
@@ -149,10 +150,10 @@ def save_picture(
         content = record(f"{name}.png")
         found: dict[str, Write] = {
             ".png": lambda file: _write_png(file, frame, content),
-            ".json": lambda file: file.write(_json_bytes(content)),
+            ".json": lambda file: file.write(record_bytes(content)),
         }
         if latents is not None:
-            found[".safetensors"] = lambda file: file.write(_safetensors_bytes(latents))
+            found[".safetensors"] = lambda file: file.write(safetensors_bytes(latents))
         return found
 
     return save_numbered(folder, "generated_image", files)
@@ -167,7 +168,8 @@ def _write_png(file: BinaryIO, frame: Any, record: dict[str, Any]) -> None:
     Image.fromarray(frame).save(file, format="png", pnginfo=info)
 
 
-def _safetensors_bytes(tensors: Mapping[str, Any]) -> bytes:
+def safetensors_bytes(tensors: Mapping[str, Any]) -> bytes:
+    """Tensors by name as one safetensors file."""
     from safetensors.torch import save
 
     return save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})  # type: ignore[no-any-return]

@@ -89,10 +89,11 @@ class Plan:
 class Decoded:
     """What an engine makes of one batch."""
 
-    frames: "np.ndarray[Any, Any]"  # uint8 [B, H, W, 3]
+    frames: "np.ndarray[Any, Any]"  # image uint8 [B, H, W, 3]; video uint8 [B, F, H, W, 3]; audio float [B, C, T]
     noise: "torch.Tensor | None" = None  # what the first step starts from, in the pipeline's own layout
     latents: "torch.Tensor | None" = None  # what is decoded, in the pipeline's own layout
-    notes: tuple[str, ...] = ()
+    kind: str = "image"  # image, video or audio
+    rate: int | None = None  # samples per second of audio
 
 
 class Engine(Protocol):
@@ -102,6 +103,14 @@ class Engine(Protocol):
 
     def effective(self) -> dict[str, Any]:
         """What took effect, read back from the built components."""
+        ...
+
+    def cache_decisions(self) -> dict[str, Any] | None:
+        """What a step cache did in the last generation; None without one."""
+        ...
+
+    def close(self) -> None:
+        """Undo whatever reaches beyond this engine."""
         ...
 
 

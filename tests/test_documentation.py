@@ -29,7 +29,8 @@ def test_the_pages_hold_commands():
 
 @pytest.mark.parametrize("line", commands())
 def test_a_documented_command_is_accepted(line):
-    Path("generation_config.json").write_text('{"model_path": "stabilityai/stable-diffusion-xl-base-1.0", "prompt": "a"}')
+    path = "stabilityai/stable-diffusion-xl-base-1.0"
+    Path("generation_config.json").write_text(f'{{"model_path": "{path}", "prompt": "a"}}')
     Path("outputs").mkdir()
     Path("outputs/generated_image_0.json").write_text('{"schema_version": 1, "run": {"sampling": {"prompt": "a"}}}')
     parser = build_parser()

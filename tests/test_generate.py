@@ -151,15 +151,25 @@ def test_pipeline_class_name_chooses_the_class(pipelines, sglang, monkeypatch):
                   "StableDiffusionPAGPipeline", "--diffusers-kwargs", '{"pag_scale": 0.0}')  # fmt: skip
     assert done.code == 0, done.err
     assert len(calls) == 1
-    wrong = sglang("generate", "--model-path", pipelines["sd15"], "--prompt", "a", "--pipeline-class-name", "FluxPipline")
+    wrong = sglang(
+        "generate", "--model-path", pipelines["sd15"], "--prompt", "a", "--pipeline-class-name", "FluxPipline"
+    )
     assert (wrong.code, "did you mean 'FluxPipeline'?" in wrong.err) == (2, True)
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "WanPipeline"])
-def test_pipelines_of_another_kind_are_refused_by_name(pipelines, sglang, name):
+@pytest.mark.parametrize(
+    ("name", "need"),
+    [
+        ("StableDiffusionImg2ImgPipeline", "an input image: --image-path FILE"),
+        ("StableDiffusionInpaintPipeline", "an input image: --image-path FILE"),
+        ("DDPMPipeline", "a pipeline that does"),
+    ],
+)
+def test_pipelines_that_need_more_say_what(pipelines, sglang, name, need):
     done = sglang("generate", "--model-path", pipelines["sd15"], "--prompt", "a", "--pipeline-class-name", name)
     assert done.code == 2
     assert done.lines[-1].startswith(f"ERROR: {name} ")
+    assert need in done.lines[-1]
 
 
 def test_max_sequence_length_reaches_the_text_encoder(pipelines, sglang, monkeypatch):
@@ -170,13 +180,15 @@ def test_max_sequence_length_reaches_the_text_encoder(pipelines, sglang, monkeyp
     sdxl = sglang("generate", "--model-path", pipelines["sdxl"], "--prompt", "a", *SMALL,
                   "sampling.max_sequence_length=16")  # fmt: skip
     assert sdxl.code == 0
-    assert "WARNING: sampling.max_sequence_length has no effect: StableDiffusionXLPipeline does not take it" in sdxl.lines
+    assert (
+        "WARNING: sampling.max_sequence_length has no effect: StableDiffusionXLPipeline does not take it" in sdxl.lines
+    )
 
 
 def test_a_negative_prompt_that_cannot_act_is_a_warning(pipelines, sglang):
     flux = sglang("generate", "--model-path", pipelines["flux"], "--prompt", "a", *SMALL, "--negative-prompt", "b")
     assert flux.code == 0
-    assert any("negative prompt has no effect: FluxPipeline" in line for line in flux.lines)
+    assert any("negative prompt has no effect at a true_cfg_scale of 1.0" in line for line in flux.lines)
     sd3 = sglang("generate", "--model-path", pipelines["sd3"], "--prompt", "a", *SMALL, "--negative-prompt", "b",
                  "--guidance-scale", "1")  # fmt: skip
     assert "WARNING: The negative prompt has no effect at a guidance scale of 1.0" in sd3.lines

@@ -1,0 +1,97 @@
+"""The arguments of a pipeline's call: which setting owns which, and where --diffusers-kwargs go."""
+
+import inspect
+from typing import Any
+
+import diffusers
+
+from sglang_gen import log
+from sglang_gen.backends.options.kinds import Kind, read_image
+from sglang_gen.errors import UserError, nearest
+from sglang_gen.types import Plan
+
+# Arguments that a documented flag or a config key sets; None: sglang-gen itself.
+OWNED: dict[str, str | None] = {
+    "prompt": "--prompt", "negative_prompt": "--negative-prompt", "num_inference_steps": "--num-inference-steps",
+    "guidance_scale": "--guidance-scale", "height": "--height", "width": "--width", "generator": "--seed",
+    "num_images_per_prompt": "--num-samples", "num_videos_per_prompt": "--num-samples", "image": "--image-path",
+    "num_frames": "--num-frames", "max_sequence_length": "sampling.max_sequence_length",
+    "latents": "sampling.latents", "output_type": None, "return_dict": None, "callback_on_step_end": None,
+    "callback_on_step_end_tensor_inputs": None, "callback": None, "callback_steps": None,
+}  # fmt: skip
+FROM_FLAGS = ("negative_prompt", "guidance_scale", "num_inference_steps", "height", "width", "max_sequence_length",
+              "num_frames")  # fmt: skip
+IMAGES = ("mask_image", "control_image", "ip_adapter_image", "last_image", "padding_mask_crop_image")
+
+
+def split(plan: Plan, kind: Kind) -> tuple[dict[str, Any], dict[str, Any]]:
+    """--diffusers-kwargs as (arguments of the call, settings of the scheduler); picture arguments are read from files.
+
+    Raises UserError for a name that neither takes, or that a flag owns.
+    """
+    scheduler = plan.card.components.get("scheduler")
+    scheduler_class = getattr(diffusers, scheduler.class_name, None) if scheduler else None
+    settings = set(inspect.signature(scheduler_class.__init__).parameters) - {"self"} if scheduler_class else set()
+    call, configure = {}, {}
+    for name, value in plan.run.backend.diffusers_kwargs.items():
+        if name in OWNED:
+            raise UserError(f"--diffusers-kwargs: '{name}' is set by {OWNED[name] or 'sglang-gen itself'}")
+        if name in kind.accepted:
+            is_picture = name in IMAGES and isinstance(value, str)
+            call[name] = read_image(value, f"--diffusers-kwargs: '{name}'") if is_picture else value
+        elif name in settings:
+            configure[name] = value
+        else:
+            where = f"{kind.pipeline_class.__name__} nor {scheduler.class_name if scheduler else 'its scheduler'}"
+            raise UserError(
+                f"--diffusers-kwargs: neither {where} takes '{name}'"
+                f"{nearest(name, kind.accepted - set(OWNED) | settings)}"
+            )
+    return call, configure
+
+
+def check_complete(kind: Kind, plan: Plan, call: dict[str, Any]) -> None:
+    """Refuse a pipeline that needs what the request does not give. Raises UserError."""
+    name = kind.pipeline_class.__name__
+    if "prompt" not in kind.accepted:
+        raise UserError(f"{name} takes no prompt; sglang generate needs a pipeline that does")
+    if plan.run.sampling.image_path is None and _needs_image(kind):
+        raise UserError(f"{name} needs an input image: --image-path FILE")
+    if "mask_image" in kind.accepted and "mask_image" not in call:
+        raise UserError(f"""{name} needs a mask: --diffusers-kwargs '{{"mask_image": "FILE"}}'""")
+    missing = sorted(kind.required - set(OWNED) - set(call))
+    if missing:
+        raise UserError(f"{name} needs {', '.join(missing)}: give it with --diffusers-kwargs")
+
+
+def _needs_image(kind: Kind) -> bool:
+    """Pipelines declare `image=None` where they need one; that they transform it shows in a strength or a mask."""
+    if "image" not in kind.accepted:
+        return False
+    return "image" in kind.required or bool(kind.accepted & {"strength", "mask_image"})
+
+
+def warn_ineffective(plan: Plan, kind: Kind, pipeline: Any, call: dict[str, Any]) -> None:
+    """One warning for each setting that the user gave and that this pipeline cannot use."""
+    name, sampling = type(pipeline).__name__, plan.run.sampling
+    for argument in FROM_FLAGS:
+        if plan.user_gave(f"sampling.{argument}") and argument not in kind.accepted:
+            log.warning(f"sampling.{argument} has no effect: {name} does not take it")
+    if plan.user_gave("output.fps") and kind.makes != "video":
+        log.warning(f"output.fps has no effect: {name} makes no video")
+    step = inspect.signature(pipeline.scheduler.step).parameters if hasattr(pipeline, "scheduler") else {}
+    if call.get("eta") and "eta" not in step:
+        log.warning(f"eta has no effect with {type(pipeline.scheduler).__name__}")
+    negative = any(sample.negative_prompt for batch in plan.batches for sample in batch)
+    scale = sampling.guidance_scale
+    if "true_cfg_scale" in kind.accepted:
+        scale = call.get(
+            "true_cfg_scale", inspect.signature(type(pipeline).__call__).parameters["true_cfg_scale"].default
+        )
+    if negative and "negative_prompt" in kind.accepted and scale <= 1:
+        which = "true_cfg_scale" if "true_cfg_scale" in kind.accepted else "guidance scale"
+        log.warning(f"The negative prompt has no effect at a {which} of {scale}{_raise_it(which)}")
+
+
+def _raise_it(which: str) -> str:
+    return """; raise it with --diffusers-kwargs '{"true_cfg_scale": 4.0}'""" if which == "true_cfg_scale" else ""

@@ -1,0 +1,109 @@
+"""The attention kernel of a diffusers pipeline.
+
+The four kernels inside torch's scaled_dot_product_attention are chosen by a context around the call, which reaches
+every network. Other kernels are set on the attention processors, which not every network has: the processors that took
+the kernel are counted, and none is an error.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sglang_gen.backends.options.networks import denoisers
+from sglang_gen.errors import UserError, first_line, nearest
+from sglang_gen.schema import Attention
+
+SDPA_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A chosen kernel: its name for the record, and the context inside which the network runs."""
+
+    name: str
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def legal(device: str, dtype: torch.dtype) -> list[str]:
+    """Names that `attention.backend` can take here: sdpa, its kernels that run on this device, diffusers' others."""
+    others = [name for name in _processor_kernels() if not name.startswith("_") and not name.endswith("_hub")]
+    kernels = [name for name in SDPA_KERNELS if _runs(name, device, dtype)]
+    return ["auto", "sdpa", *kernels, *(name for name in others if name not in SDPA_KERNELS)]
+
+
+def apply(pipeline: Any, attention: Attention, device: str, dtype: torch.dtype) -> Kernel:
+    """Choose the kernel. Raises UserError with the legal names for one that is unknown, unusable or takes no effect."""
+    name = attention.backend
+    if name in ("auto", "sdpa"):
+        order = _priority(attention.backend_config, device, dtype)
+        if not order:
+            return Kernel("sdpa")
+        kernels = [SDPA_KERNELS[item] for item in order]
+        return Kernel(f"sdpa({', '.join(order)})", lambda: sdpa_kernel(kernels, set_priority=True))
+    if attention.backend_config:
+        raise UserError(f"attention.backend_config: the kernel '{name}' takes no settings; sdpa takes 'priority'")
+    if name in SDPA_KERNELS:
+        if not _runs(name, device, dtype):
+            raise UserError(f"attention.backend: '{name}' does not run here; legal: {', '.join(legal(device, dtype))}")
+        return Kernel(name, lambda: sdpa_kernel(SDPA_KERNELS[name]))
+    if name not in _processor_kernels():
+        names = legal(device, dtype)
+        raise UserError(f"attention.backend: unknown kernel '{name}'{nearest(name, names)} (legal: {', '.join(names)})")
+    return _set_processors(pipeline, name)
+
+
+def _priority(config: dict[str, Any], device: str, dtype: torch.dtype) -> list[str]:
+    """`{"priority": ["cudnn", "flash"]}`: the kernels that sdpa may take, in this order."""
+    for key in config:
+        if key != "priority":
+            raise UserError(f"attention.backend_config: unknown key '{key}'{nearest(key, ['priority'])}")
+    order = config.get("priority", [])
+    usable = [name for name in SDPA_KERNELS if _runs(name, device, dtype)]
+    if not isinstance(order, list) or any(name not in usable for name in order):
+        raise UserError(f"attention.backend_config: 'priority' is a list of kernels that run here: {', '.join(usable)}")
+    return order
+
+
+def _runs(name: str, device: str, dtype: torch.dtype) -> bool:
+    """True where this kernel of scaled_dot_product_attention takes a small problem of this device and dtype."""
+    tensor = torch.zeros(1, 1, 16, 32, device=device, dtype=dtype)
+    try:
+        with sdpa_kernel(SDPA_KERNELS[name]):
+            torch.nn.functional.scaled_dot_product_attention(tensor, tensor, tensor)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _processor_kernels() -> list[str]:
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return [item.value for item in AttentionBackendName if not item.value.startswith(("native", "_native"))]
+
+
+def _set_processors(pipeline: Any, name: str) -> Kernel:
+    taken = 0
+    for network in denoisers(pipeline).values():
+        try:
+            network.set_attention_backend(name)  # type: ignore[operator]
+        except (ValueError, RuntimeError, ImportError, AttributeError) as error:
+            raise UserError(f"attention.backend: '{name}' cannot be used here: {first_line(error)}") from error
+        processors = [module.processor for module in network.modules() if hasattr(module, "processor")]
+        found = [getattr(processor, "_attention_backend", None) for processor in processors]
+        taken += sum(backend is not None and getattr(backend, "value", backend) == name for backend in found)
+    if not taken:
+        kinds = ", ".join(type(network).__name__ for network in denoisers(pipeline).values())
+        raise UserError(
+            f"attention.backend: '{name}' takes no effect on {kinds}, whose attention processors do not dispatch; "
+            f"use sdpa, {', '.join(SDPA_KERNELS)}"
+        )
+    return Kernel(name)

@@ -1,0 +1,30 @@
+"""torch.compile for a diffusers pipeline: one repeated block for all of its repeats, or the whole network."""
+
+import shutil
+from typing import Any
+
+import torch
+
+from sglang_gen import env
+from sglang_gen.backends.options.networks import denoisers, repeated_blocks
+from sglang_gen.errors import UserError
+from sglang_gen.schema import Compile
+
+
+def apply(pipeline: Any, settings: Compile, device: str) -> bool | str:
+    """Compile the denoising networks; False, "regional" or "full" for the record.
+
+    `forward` is compiled, not the module, so that hooks on the module stay outside of the graph. Raises UserError
+    where this machine has no compiler.
+    """
+    if not settings.enable_torch_compile:
+        return False
+    if device == "cpu" and not any(shutil.which(name) for name in env.cxx_compilers()):
+        raise UserError("compile: torch.compile on CPU needs a C++ compiler (g++ or clang++); run with compile=none")
+    kinds = set()
+    for network in denoisers(pipeline).values():
+        blocks = repeated_blocks(network) if settings.regional else []
+        for module in blocks or [network]:
+            module.forward = torch.compile(module.forward)
+        kinds.add("regional" if blocks else "full")
+    return " and ".join(sorted(kinds))

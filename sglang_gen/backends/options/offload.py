@@ -1,0 +1,73 @@
+"""Where the components of a diffusers pipeline wait, and how they come to the device."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sglang_gen import log
+from sglang_gen.backends.options.networks import DENOISERS, TEXT_ENCODERS, modules
+from sglang_gen.errors import UserError
+from sglang_gen.schema import Offload
+
+PARTS = {
+    "dit_cpu_offload": DENOISERS,
+    "dit_layerwise_offload": DENOISERS,
+    "text_encoder_cpu_offload": TEXT_ENCODERS,
+    "image_encoder_cpu_offload": ("image_encoder",),
+    "vae_cpu_offload": ("vae",),
+}
+
+
+def apply(pipeline: Any, offload: Offload, device: str) -> list[str]:
+    """Place every component and say which options took effect.
+
+    On a CPU there is nowhere to offload from: a warning, and nothing takes effect. Elsewhere a flagged component comes
+    to the device when it is called and returns after the call; `dit_layerwise_offload` does so block by block, the
+    next block being copied while one computes. Raises UserError for two options that contradict.
+    """
+    asked = [name for name, value in vars(offload).items() if value is True]
+    if offload.disk_path and not offload.dit_layerwise_offload:
+        raise UserError("offload.disk_path holds what layerwise offloading streams; add --dit-layerwise-offload")
+    if offload.dit_cpu_offload and offload.dit_layerwise_offload:
+        raise UserError("--dit-cpu-offload and --dit-layerwise-offload exclude each other; give one")
+    if device == "cpu":
+        if asked:
+            log.warning(f"{', '.join(asked)}: no effect, the run computes on the CPU")
+        pipeline.to("cpu")
+        return []
+    return _place(pipeline, offload, asked, device)
+
+
+def _place(pipeline: Any, offload: Offload, asked: list[str], device: str) -> list[str]:
+    waiting: dict[str, str] = {}  # component -> the option under which it waits
+    for option in asked:
+        found = modules(pipeline, PARTS[option])
+        if not found:
+            log.warning(f"{option}: no effect, {type(pipeline).__name__} has no such component")
+        waiting |= dict.fromkeys(found, option)
+    for name, part in pipeline.components.items():
+        if not isinstance(part, nn.Module):
+            continue
+        if name not in waiting:
+            part.to(device)
+        elif waiting[name] == "dit_layerwise_offload":
+            _stream(part, device, offload.disk_path, layerwise=True)
+        else:
+            _stream(part, device, None, layerwise=False)
+    return [option for option in asked if option in waiting.values()]
+
+
+def _stream(part: nn.Module, device: str, disk_path: str | None, layerwise: bool) -> None:
+    """diffusers' group offloading: one group an entire component, or one group a block with prefetch."""
+    from diffusers.hooks import apply_group_offloading
+
+    apply_group_offloading(
+        part,
+        onload_device=torch.device(device),
+        offload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=1 if layerwise else 10**6,
+        use_stream=layerwise,
+        offload_to_disk_path=disk_path,
+    )
