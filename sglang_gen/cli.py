@@ -4,16 +4,21 @@
 """
 
 import argparse
+import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from sglang_gen import help_page, log
 from sglang_gen.errors import RunError, Terminated, UserError, first_line, nearest
-from sglang_gen.flags import BY_KEY, FILE_OR_INLINE, FLAGS, Flag
-from sglang_gen.schema import coerce, leaves
+from sglang_gen.flags import BY_KEY, FLAGS, Flag
+from sglang_gen.schema import leaves
+
+TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # of --info
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-r", "--run", dest="run", action="store_true")
     parser.add_argument("-c", "--cfg", dest="cfg", choices=("job", "hydra", "all"))
     parser.add_argument("-p", "--package", dest="package")
-    parser.add_argument("-i", "--info", dest="info", nargs="?", const="all")
+    parser.add_argument("-i", "--info", dest="info", nargs="?", const="all", choices=TOPICS)
     parser.add_argument("--resolve", dest="resolve", action="store_true")
     parser.add_argument("-cn", "--config-name", dest="config_name")
     parser.add_argument("-cd", "--config-dir", dest="config_dir")
@@ -53,31 +58,47 @@ def split_argv(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[li
     """
     actions: dict[str, argparse.Action] = dict(parser._option_string_actions)
     options, overrides, seen = [], [], set()
-    words = iter(argv)
-    for word in words:
-        name, equals, _ = word.partition("=")
+    words = deque(argv)
+    while words:
+        word = words.popleft()
+        name = word.partition("=")[0]
         if not word.startswith("-") or word == "-":
             overrides.append(word)
             continue
         if name not in actions:
-            raise UserError(f"Unknown option {name}{nearest(name, actions)} (sglang generate --help lists all)")
-        action = actions[name]
-        if action.dest in seen:
+            raise UserError(f"Unknown option {name}{_instead(name, actions)} (sglang generate --help lists all)")
+        if actions[name].dest in seen:
             raise UserError(f"{name} is given twice")
-        seen.add(action.dest)
-        takes_value = action.nargs != 0 and action.nargs != "?"
-        if not takes_value and equals and action.nargs == 0:
-            raise UserError(f"{name} is a switch and takes no value (write {' or '.join(action.option_strings)})")
-        if takes_value and not equals:
-            value = next(words, None)
-            if value is None or value in actions:
-                hint = "" if value is None else f" (write {name}={value} if '{value}' is the value)"
-                raise UserError(f"{name} needs a value{hint}")
-            word = f"{action.option_strings[-1]}={value}"
-        elif takes_value:
-            word = f"{action.option_strings[-1]}={word.partition('=')[2]}"
-        options.append(word)
+        seen.add(actions[name].dest)
+        options.append(_with_value(word, actions, words))
     return options, overrides
+
+
+def _with_value(word: str, actions: dict[str, argparse.Action], following: deque[str]) -> str:
+    """An option as argparse cannot misread it, `--name=value`; its value may be the next word, which is then taken."""
+    name, equals, value = word.partition("=")
+    action = actions[name]
+    if action.nargs == 0:
+        if equals:
+            raise UserError(f"{name} is a switch and takes no value (write {' or '.join(action.option_strings)})")
+        return word
+    if not equals and action.nargs == "?":
+        if not following or following[0] not in (action.choices or ()):
+            return word
+        value = following.popleft()
+    elif not equals:
+        if not following or following[0] in actions:
+            hint = f" (write {name}={following[0]} if '{following[0]}' is the value)" if following else ""
+            raise UserError(f"{name} needs a value{hint}")
+        value = following.popleft()
+    return f"{action.option_strings[-1]}={value}"
+
+
+def _instead(name: str, legal: Iterable[str]) -> str:
+    """Half a sentence: the config key of that name, or the closest option."""
+    key = name.lstrip("-").replace("-", "_")
+    paths = [path for path in leaves() if key and path.rpartition(".")[2] == key]
+    return f"; write {paths[0]}=..." if len(paths) == 1 else nearest(name, legal)
 
 
 def flag_values(options: dict[str, Any]) -> dict[str, Any]:
@@ -85,13 +106,7 @@ def flag_values(options: dict[str, Any]) -> dict[str, Any]:
 
     Raises UserError in the flag's own name when a value does not fit the schema.
     """
-    kinds = leaves()
-    values = {}
-    for flag in FLAGS:
-        if flag.path is None or flag.path not in options:
-            continue
-        values[flag.path] = _typed(flag, options[flag.path], kinds[flag.path])
-    return values
+    return {flag.path: _typed(flag, options[flag.path]) for flag in FLAGS if flag.path and flag.path in options}
 
 
 def python_flags(keywords: dict[str, Any]) -> dict[str, Any]:
@@ -102,16 +117,14 @@ def python_flags(keywords: dict[str, Any]) -> dict[str, Any]:
     return flag_values({str(BY_KEY[name].path): value for name, value in keywords.items()})
 
 
-def _typed(flag: Flag, text: Any, kind: Any) -> Any:
-    from sglang_gen.config_file import read_mapping
+def _typed(flag: Flag, text: Any) -> Any:
+    from sglang_gen.config_file import typed
 
     try:
-        if flag.path in FILE_OR_INLINE and isinstance(text, str) and not text.lstrip().startswith("{"):
-            return coerce(read_mapping(text), kind)
-        return coerce(text, kind)
+        return typed(str(flag.path), text)
+    except UserError:
+        raise
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         shown = text if len(str(text)) <= 60 else f"{str(text)[:57]}..."
         raise UserError(f"{flag.option}: '{shown}' {error}") from None
 
@@ -133,6 +146,10 @@ def command_generate(argv: Sequence[str]) -> int:
         config_dir=given.get("config_dir"),
         config_name=given.get("config_name", "config"),
     )
+    if "cfg" not in given and (unused := {"package", "resolve"} & given.keys()):
+        raise UserError(f"--{min(unused)} says what --cfg prints; add --cfg job, hydra or all")
+    if given.get("multirun") and given.get("cfg") in ("job", "all"):
+        raise UserError("--cfg job shows one job; leave out --multirun and every sweep")
     if given.get("hydra_help") or given.get("info") or given.get("cfg"):
         print(config.show(choices, given))
         return 0
@@ -141,7 +158,7 @@ def command_generate(argv: Sequence[str]) -> int:
         return 0
     if given.get("run") and given.get("multirun"):
         raise UserError("--run and --multirun exclude each other")
-    if config.is_multirun(choices, bool(given.get("multirun"))):
+    if not given.get("run") and config.is_multirun(choices, bool(given.get("multirun"))):
         from sglang_gen.sweep import jobs
 
         return jobs.run_sweep(choices)
@@ -180,8 +197,7 @@ def _dispatch(argv: Sequence[str]) -> int:
 
 
 def _wants_debug(argv: Sequence[str]) -> bool:
-    words = " ".join(argv).replace("=", " ").replace("log_level", "--log-level")
-    return "--log-level debug" in words
+    return ("--log-level", "debug") in pairwise(argv) or not {"--log-level=debug", "log_level=debug"}.isdisjoint(argv)
 
 
 def _terminate(signum: int, frame: Any) -> None:
@@ -229,4 +245,9 @@ def _report(sentence: str, code: int, debug: bool) -> int:
 
 def console() -> NoReturn:
     """Entry point of the `sglang` script."""
-    sys.exit(main())
+    code = main()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has left (`| head`); without this the interpreter complains at its exit
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    sys.exit(code)

@@ -6,8 +6,11 @@ sweep choices. `Composed.sources` says for every config path which of these its 
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os.path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -25,12 +28,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sglang_gen import env, presets
 from sglang_gen.config_file import FileValues, read_config_file
-from sglang_gen.errors import UserError, first_line, nearest
-from sglang_gen.flags import BY_PATH, FLAGS
-from sglang_gen.schema import Run, leaves, plain, put
-
-# Groups whose option is the choice of one key: the flag and the option then name the same thing.
-SELECTORS = {"backend": "backend.name", "attention": "attention.backend"}
+from sglang_gen.errors import UserError, first_line
+from sglang_gen.flags import BY_PATH
+from sglang_gen.overrides import Word, check, check_option, covers, dict_leaf
+from sglang_gen.schema import Run, get, leaves, plain, put
 
 
 @dataclass(frozen=True)
@@ -57,143 +58,107 @@ class Composed:
 
 def compose(choices: Choices) -> Composed:
     """One `Run` from what the user typed. Raises UserError, with the nearest legal name for an unknown key."""
-    try:
-        return _compose(choices)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_sentence(error)) from error
+    composed, named = _compose(choices)
+    notices = _complete(composed.run, composed.sources, named, choices.seed)
+    return dataclasses.replace(composed, notices=(*notices, *composed.notices))
 
 
-def _compose(choices: Choices) -> Composed:
+def _compose(choices: Choices) -> tuple[Composed, bool]:
+    """The composition, and whether an option of the group `model` was named."""
     loader = _loader(choices.config_dir)
-    overrides = _parse(loader, choices)
-    for override in overrides:
-        if override.is_sweep_override():
-            raise UserError(f"'{override.input_line}' is a sweep: add -m for one run per value, or quote the value")
-    _check(overrides, choices.flags, loader)
-    file = read_config_file(choices.file) if choices.file else FileValues()
-    typed_paths = {_path(override) for override in overrides}
-    covered = typed_paths | set(choices.flags)
-    file_values = {path: value for path, value in file.values.items() if not covered & {path, path.partition(".")[0]}}
-    options = {group: option for group, option in file.options.items() if group not in typed_paths}
-    options |= _model_option(overrides, choices, file_values, options)
-    words = [*(f"{group}={option}" for group, option in options.items()), *choices.overrides]
-    cfg = loader.load_configuration(choices.config_name, words, run_mode=RunMode.RUN)
-    sources = _sources(loader, choices.config_name, words)
-    sources |= {path: "override" for path in leaves() if any(_covers(path, typed) for typed in typed_paths)}
-    run = _to_run(cfg)
-    for values, source in ((file_values, "file"), (choices.flags, "flag")):
-        for path, value in values.items():
-            put(run, path, value)
+    words = _parse(loader, choices.overrides)
+    check(words, choices.flags, loader.get_group_options)
+    file = read_config_file(choices.file) if choices.file is not None else FileValues()
+    typed = {word.key: word for word in words if not word.is_hydra}
+    stated = {key: word.values[0] for key, word in typed.items() if word.values}
+    covered = {*typed, *choices.flags}
+    values = {path: value for path, value in file.values.items() if not covered & {path, path.partition(".")[0]}}
+    options = {group: option for group, option in file.options.items() if group not in typed}
+    for group, option in options.items():
+        check_option(group, option, loader.get_group_options(group))
+    implied = None
+    if "model" in stated or "model" not in typed:  # not ~model
+        given = {**values, **stated, **choices.flags}
+        implied = presets.option(stated.get("model", options.get("model")), given, choices.config_dir)
+    chosen = {**options, **({"model": implied} if implied else {})}
+    lines = [*(f"{group}={option}" for group, option in chosen.items()), *map(_line, words)]
+    with _as_user_error():
+        cfg = loader.load_configuration(choices.config_name, lines, run_mode=RunMode.RUN)
+        sources = _sources(loader, choices.config_name, lines)
+        run = _to_run(cfg, {**values, **choices.flags})
+    sources |= {path: "override" for path in leaves() if any(covers(path, key) for key in typed)}
+    for stated_values, source in ((values, "file"), (choices.flags, "flag")):
+        for path, value in stated_values.items():
+            put(run, path, _merged(get(run, path), value, path, typed))
             sources[path] = source
-    named = "model" in typed_paths or "model" in file.options
-    notices = _complete(run, sources, named, choices.seed)
-    if options.get("model") not in (None, "custom") and "model" not in file.options:
-        notices += (f"The settings of the preset '{options['model']}' apply to {run.model.path}",)
-    return Composed(run, sources, notices, file.versions)
+    notices = []
+    if implied not in (None, "custom"):
+        notices.append(f"The settings of the preset '{implied}' apply to {run.model.path}")
+    yielded = [path for path in file.values if path not in values and path.partition(".")[0] in typed]
+    if yielded:
+        notices.append(f"Group options given beside {choices.file} replace its {', '.join(yielded)}")
+    return Composed(run, sources, tuple(notices), file.versions), "model" in typed or "model" in file.options
+
+
+def _merged(composed: Any, value: Any, path: str, typed: Iterable[str]) -> Any:
+    """A mapping keeps the keys that it had from below (a preset) and those that were overridden one by one."""
+    if not isinstance(value, dict) or dict_leaf(path) is None:
+        return value
+    overridden = {key.removeprefix(f"{path}.").partition(".")[0] for key in typed if key.startswith(f"{path}.")}
+    return {**composed, **{name: item for name, item in value.items() if name not in overridden}}
+
+
+@contextmanager
+def _as_user_error() -> Iterator[None]:
+    """What Hydra and OmegaConf raise while they read a configuration is the user's to mend: one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, AttributeError) as error:
+        raise UserError(_sentence(error)) from error
+    except OSError as error:
+        raise UserError(f"{error.filename or 'The configuration'} cannot be used: {error.strerror or error}") from error
 
 
 def _loader(config_dir: str | None) -> ConfigLoaderImpl:
     search_path = create_config_search_path(str(env.conf_dir()))
     if config_dir is not None:
-        if not Path(config_dir).is_dir():
-            raise UserError(f"--config-dir: the folder {config_dir} does not exist")
+        if not os.path.isdir(config_dir):  # False also for names that no file system takes
+            raise UserError(f"--config-dir: '{config_dir}' is not a folder")
         search_path.prepend("command-line", f"file://{Path(config_dir).absolute()}")
     ConfigStore.instance().store(name="schema", node=Run, provider="schema")
     return ConfigLoaderImpl(config_search_path=search_path)
 
 
-def _parse(loader: ConfigLoaderImpl, choices: Choices) -> list[Override]:
-    for word in choices.overrides:
-        if "=" not in word and not word.startswith("~"):
-            raise UserError(f"'{word}' is neither an option nor an override of the form key=value")
+def _parse(loader: ConfigLoaderImpl, lines: Iterable[str]) -> list[Word]:
     parser = OverridesParser.create(config_loader=loader)
-    found = []
-    for word in choices.overrides:
-        try:
-            found.append(parser.parse_override(word))
-        except HydraException as error:
-            raise UserError(
-                f"The override '{word}' cannot be read: {first_line(error)} (quote special characters)"
-            ) from error
-    return found
+    return [_word(parser, line) for line in lines]
 
 
-def _path(override: Override) -> str:
-    """The key of an override as a config path or group name: `sampling.seed`, `model`."""
-    return str(override.key_or_group).replace("/", ".")
+def _word(parser: OverridesParser, line: str) -> Word:
+    if "=" not in line and not line.startswith("~"):
+        raise UserError(f"'{line}' is neither an option nor an override of the form key=value")
+    try:
+        (override,) = parser.parse_overrides([line])
+    except (HydraException, ValueError) as error:
+        key = line.partition("=")[0]
+        raise UserError(
+            f"The override '{line}' cannot be read: {first_line(error)}"
+            f" (special characters need quotes inside: {key}='\"...\"')"
+        ) from error
+    sign = {OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++", OverrideType.DEL: "~"}.get(override.type, "")
+    values: tuple[Any, ...] = ()
+    if override.is_discrete_sweep():
+        values = tuple(Override._convert_value(value) for value in override.sweep_iterator())
+    elif not override.is_sweep_override() and not override.is_delete():
+        values = (override.value(),)
+    return Word(line, sign, override.key_or_group, override.package, values, override.is_sweep_override())
 
 
-def _covers(outer: str, path: str) -> bool:
-    """True where `path` is `outer` or lies below it."""
-    return path == outer or path.startswith(f"{outer}.")
-
-
-def _check(overrides: Iterable[Override], flags: Mapping[str, Any], loader: ConfigLoaderImpl) -> None:
-    """Refuse unknown keys and options, and settings that are given twice, before Hydra composes."""
-    kinds, groups = leaves(), set(loader.list_groups("")) - {"hydra"}
-    seen: set[str] = set()
-    for override in overrides:
-        path = _path(override)
-        if path == "hydra" or path.startswith("hydra."):
-            continue
-        if path in seen:
-            raise UserError(f"'{path}' is overridden twice")
-        seen.add(path)
-        if path in flags:
-            raise UserError(f"{path} is given twice, by {BY_PATH[path].option} and by the override '{path}=...'")
-        if path in groups:
-            _check_option(override, path, flags, loader)
-        elif not any(leaf == path or (_is_dict(kind) and _covers(leaf, path)) for leaf, kind in kinds.items()):
-            legal = [*kinds, *groups, *(flag.option for flag in FLAGS)]
-            raise UserError(f"Unknown key '{path}'{nearest(path, legal)}")
-        elif override.is_delete():
-            raise UserError(f"'~{path}': a key of the schema cannot be deleted; set it to null or to its default")
-
-
-def _is_dict(kind: Any) -> bool:
-    return getattr(kind, "__origin__", None) is dict
-
-
-def _check_option(override: Override, group: str, flags: Mapping[str, Any], loader: ConfigLoaderImpl) -> None:
-    if override.is_delete():
-        return
-    available = loader.get_group_options(group)
-    chosen = override.sweep_string_iterator() if override.is_discrete_sweep() else [override.value()]
-    for option in chosen:
-        if option is None and group == "experiment":
-            continue
-        if str(option) not in available:
-            raise UserError(
-                f"Unknown option '{option}' of the group '{group}'{nearest(str(option), available)}"
-                f" (options: {', '.join(available)})"
-            )
-    selector = SELECTORS.get(group, "")
-    if selector in flags:
-        raise UserError(f"{BY_PATH[selector].option} and '{group}={override.value()}' both choose {selector}; give one")
-
-
-def _model_option(
-    overrides: Iterable[Override], choices: Choices, file_values: Mapping[str, Any], options: Mapping[str, str]
-) -> dict[str, str]:
-    """The option of the group `model` that a path or an id implies: {} where the user chose one or named nothing."""
-    typed = {_path(override): override.value() for override in overrides if not override.is_delete()}
-    given = {**file_values, **typed, **choices.flags}
-    known = presets.load(choices.config_dir)
-    by_id = presets.by_id(given["model.id"], known) if given.get("model.id") else None
-    explicit = typed.get("model", options.get("model"))
-    if given.get("model.id") is not None and by_id is None:
-        legal = [preset.name for preset in known]
-        raise UserError(f"No preset is named '{given['model.id']}'{nearest(str(given['model.id']), legal)}")
-    if explicit is not None:
-        if by_id is not None and by_id != explicit:
-            raise UserError(f"model={explicit} and the model id '{given['model.id']}' name two presets; give one")
-        return {}
-    if by_id is not None:
-        return {"model": by_id}
-    if given.get("model.path") is None:
-        return {}
-    preset = given.get("model.preset")  # a record names the preset that it was made with
-    return {"model": str(preset or presets.by_path(given["model.path"], known) or "custom")}
+def _line(word: Word) -> str:
+    """The word as Hydra is to see it: keys of a free mapping are added or changed alike."""
+    return f"++{word.text}" if not word.sign and dict_leaf(word.key) else word.text
 
 
 def _sources(loader: ConfigLoaderImpl, config_name: str, words: Sequence[str]) -> dict[str, str]:
@@ -211,7 +176,7 @@ def _sources(loader: ConfigLoaderImpl, config_name: str, words: Sequence[str]) -
         content = OmegaConf.to_container(loaded.config, resolve=False)
         for name in _flatten(content, package) if content else ():
             for path in found:
-                if _covers(name, path) or _covers(path, name):
+                if covers(name, path) or covers(path, name):
                     found[path] = label
     return found
 
@@ -223,21 +188,28 @@ def _flatten(content: Any, prefix: str) -> list[str]:
     return [path for name, value in content.items() for path in _flatten(value, f"{inner}{name}")]
 
 
-def _to_run(cfg: DictConfig) -> Run:
-    """The composed job configuration as a `Run`; missing values and interpolations raise OmegaConf's errors."""
+def _to_run(cfg: DictConfig, later: Mapping[str, Any]) -> Run:
+    """The composed job configuration as a `Run`; missing values and interpolations raise OmegaConf's errors.
+
+    `later` holds what flags and files will set. An interpolation (`width: ${sampling.height}`) sees those values, as
+    far as they are plain; the values themselves are set verbatim, after this.
+    """
     job = copy.deepcopy(cfg)
     with read_write(job), open_dict(job):
         del job["hydra"]
+        for path, value in later.items():
+            if isinstance(value, (int, float, Enum)) or (isinstance(value, str) and not {"$", "?"} & set(value)):
+                OmegaConf.update(job, path, value)
     run = OmegaConf.to_object(job)
     if not isinstance(run, Run):
         raise UserError("The primary configuration does not build on 'config': put '- config' first in its defaults")
     return run
 
 
-def _complete(run: Run, sources: dict[str, str], named: bool, seed: int | None) -> tuple[str, ...]:
+def _complete(run: Run, sources: dict[str, str], named: bool, seed: int | None) -> list[str]:
     """Fill in the example prompt of a named preset and the sweep's seed; the sentences that say so."""
     notices = []
-    if sources["model.path"] in ("default", "preset") and run.model.preset == "landscape" and not named:
+    if run.model.path is None and run.model.preset == "landscape" and not named:
         notices.append("No model given: using the embedded model 'landscape'")
     if run.sampling.prompt is None and not run.sampling.prompts_file and not run.sampling.prompts:
         if not (named and run.model.example_prompt) or sources["model.path"] in ("flag", "override", "file"):
@@ -245,9 +217,9 @@ def _complete(run: Run, sources: dict[str, str], named: bool, seed: int | None) 
         run.sampling.prompt = run.model.example_prompt
         sources["sampling.prompt"] = "preset"
         notices.append(f"No prompt given: using the example prompt of the preset '{run.model.preset}'")
-    if run.sampling.seed is None and seed is not None:
+    if run.sampling.seed is None:
         run.sampling.seed = seed
-    return tuple(notices)
+    return notices
 
 
 def _sentence(error: Exception) -> str:
@@ -264,15 +236,13 @@ def show(choices: Choices, given: Mapping[str, Any]) -> str:
     """What --cfg, --info and --hydra-help print."""
     hydra = Hydra(task_name="generate", config_loader=_loader(choices.config_dir))
     mode = RunMode.MULTIRUN if given.get("multirun") else RunMode.RUN
-    try:
+    with _as_user_error():
         if given.get("hydra_help"):
             return _hydra_help(hydra)
         if given.get("info"):
             hydra.show_info(given["info"], choices.config_name, list(choices.overrides), mode)
             return ""
         return _show_cfg(hydra, choices, given, mode)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_sentence(error)) from error
 
 
 def _hydra_help(hydra: Hydra) -> str:
@@ -286,28 +256,32 @@ def _show_cfg(hydra: Hydra, choices: Choices, given: Mapping[str, Any], mode: Ru
 
     parts: dict[str, Any] = {}
     if given["cfg"] in ("job", "all"):
-        parts = plain(compose(choices).run)
+        parts = plain(_compose(choices)[0].run)
     if given["cfg"] in ("hydra", "all"):
         cfg = hydra.compose_config(choices.config_name, list(choices.overrides), mode, with_log_configuration=False)
+        if given.get("resolve"):
+            with read_write(cfg.hydra), open_dict(cfg.hydra):  # what only a job has
+                cfg.hydra.job.update({"num": 0, "id": "0"})
+                cfg.hydra.runtime.output_dir = cfg.hydra.run.dir
         HydraConfig.instance().set_config(cfg)
         parts["hydra"] = OmegaConf.to_container(cfg.hydra, resolve=bool(given.get("resolve")), enum_to_str=True)
     for name in [] if given.get("package") in (None, "_global_") else given["package"].split("."):
         if not isinstance(parts, dict) or name not in parts:
             raise UserError(f"--package: the configuration has no '{given['package']}'")
         parts = parts[name]
-    return yaml.safe_dump(parts, sort_keys=False, allow_unicode=True).rstrip()
+    return yaml.safe_dump(parts, sort_keys=False, allow_unicode=True).removesuffix("...\n").rstrip("\n")
 
 
 def is_multirun(choices: Choices, asked: bool) -> bool:
     """True where -m was given or the configuration sets hydra.mode to MULTIRUN (a sweep file does)."""
     mode_typed = any(word.lstrip("+").startswith("hydra.mode=") for word in choices.overrides)
-    if asked or not (mode_typed or choices.config_dir or choices.config_name != "config"):
+    if not (mode_typed or choices.config_dir or choices.config_name != "config"):
         return asked
     hydra = Hydra(task_name="generate", config_loader=_loader(choices.config_dir))
-    try:
-        return bool(hydra.get_mode(choices.config_name, list(choices.overrides)) == RunMode.MULTIRUN)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_sentence(error)) from error
+    mode = hydra.get_mode(choices.config_name, list(choices.overrides))  # None for what composition will refuse
+    if asked and mode_typed and mode == RunMode.RUN:
+        raise UserError("--multirun and hydra.mode=RUN exclude each other")
+    return asked or bool(mode == RunMode.MULTIRUN)
 
 
 @dataclass(frozen=True)
@@ -330,28 +304,34 @@ class _Task:
     def __call__(self, _cfg: DictConfig) -> Any:
         hydra = HydraConfig.get()
         overrides = tuple(hydra.overrides.task)
-        choices = dataclasses.replace(self.choices, overrides=overrides)
+        search = tuple(word for word in self.choices.overrides if "hydra.searchpath=" in word)
+        choices = dataclasses.replace(self.choices, overrides=(*overrides, *search))
         return self.work(Job(int(hydra.job.num), Path(hydra.runtime.output_dir), overrides, choices))
 
 
 def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
     """Call `work` for every job that Hydra's sweeper makes of the choices; the results in order of the jobs."""
     hydra = Hydra(task_name="generate", config_loader=_loader(choices.config_dir))
-    overrides = _parse(hydra.config_loader, choices)
-    try:
-        _check(overrides, choices.flags, hydra.config_loader)
-        words = [*choices.overrides, *_sweep_dir(choices, overrides)]
-        batches = hydra.multirun(choices.config_name, _Task(choices, work), words, with_log_configuration=False)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_sentence(error)) from error
+    words = _parse(hydra.config_loader, choices.overrides)
+    check(words, choices.flags, hydra.config_loader.get_group_options, multirun=True)
+    lines = [*map(_line, words), *_sweep_dir(choices, words)]
+    with _as_user_error():
+        cfg = hydra.compose_config(choices.config_name, lines, RunMode.MULTIRUN, with_log_configuration=False)
+        for key in OmegaConf.select(cfg, "hydra.sweeper.params") or {}:
+            if (flag := BY_PATH.get(str(key).lstrip("+"))) and flag.path in choices.flags:
+                raise UserError(f"{flag.path} is given twice, by {flag.option} and by the sweep {choices.config_name}")
+        batches = hydra.multirun(choices.config_name, _Task(choices, work), lines, with_log_configuration=False)
     return [job.return_value for batch in batches for job in batch]
 
 
-def _sweep_dir(choices: Choices, overrides: Iterable[Override]) -> list[str]:
+def _sweep_dir(choices: Choices, words: Iterable[Word]) -> list[str]:
     """--output-path is the sweep's folder; each job works in a folder below it."""
-    typed = {_path(override): override.value() for override in overrides if not override.is_delete()}
-    folder = choices.flags.get("output.path", typed.get("output.path"))
-    if folder is None or "hydra.sweep.dir" in typed:
+    file = read_config_file(choices.file).values if choices.file is not None else {}
+    stated = {word.key: word.values[0] for word in words if word.values}
+    folder = {**file, **stated, **choices.flags}.get("output.path")
+    if folder is None:
         return []
+    if "hydra.sweep.dir" in stated:
+        raise UserError("output.path and hydra.sweep.dir both name the folder of the sweep; give one")
     quoted = str(folder).replace("\\", "\\\\").replace('"', '\\"')
     return [f'hydra.sweep.dir="{quoted}"']

@@ -1,6 +1,5 @@
 """Reading `--config FILE`: flag names with underscores, nested group keys, or the record of an earlier run."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any
 
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.flags import BY_KEY, FILE_OR_INLINE
-from sglang_gen.schema import SCHEMA_VERSION, coerce, leaves
+from sglang_gen.schema import SCHEMA_VERSION, leaves
+from sglang_gen.values import coerce, parse_json, parse_yaml
 
 # What a record pins: the choice that the run made where the request left it open.
 PINNED = {"backend": "backend.name", "dtype": "dtype", "device": "device", "seed": "sampling.seed"}
@@ -25,48 +25,37 @@ class FileValues:
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """The mapping in a .json, .yaml or .yml file. Raises UserError with one sentence when there is none."""
-    path = Path(path)
+    given, path = path, Path(path)
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
-        raise UserError(f"{path} is not a .json, .yaml or .yml file")
+        raise UserError(f"'{given}' is not a .json, .yaml or .yml file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"The file {path} does not exist") from None
     except UnicodeDecodeError:
         raise UserError(f"The file {path} is not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"The file {path} cannot be read: {error.strerror}") from None
-    content = _parse(text, path)
+    except ValueError as error:  # a zero byte in the name
+        raise UserError(f"The file {str(path)!r} cannot be read: {error}") from None
+    try:
+        content = parse_json(text) if path.suffix.lower() == ".json" else parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"The file {path} holds no mapping of keys to values")
     return content
 
 
-def _parse(text: str, path: Path) -> Any:
-    if path.suffix.lower() == ".json":
-        try:
-            return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON: {error.msg} in line {error.lineno}") from None
-        except RecursionError:
-            raise UserError(f"{path} is nested too deeply") from None
-    import yaml
+def typed(target: str, value: Any) -> Any:
+    """`value` as the type of the config path `target`; a JSON setting may name a file that holds it.
 
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path} is not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}{where}") from None
-
-
-def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path} gives the key '{twice}' twice")
-    return found
+    Raises UserError when such a file cannot be read, ValueError with half a sentence when the value does not fit.
+    """
+    kind = leaves()[target]
+    if target in FILE_OR_INLINE and isinstance(value, str) and not value.lstrip().startswith("{"):
+        return coerce(read_mapping(value), kind)
+    return coerce(value, kind)
 
 
 def read_config_file(path: str | Path) -> FileValues:
@@ -79,62 +68,68 @@ def read_config_file(path: str | Path) -> FileValues:
 
 def _read_record(record: Mapping[str, Any], path: str | Path) -> FileValues:
     version = record["schema_version"]
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise UserError(f"{path} is a record of schema version {version}; this sglang-gen reads up to {SCHEMA_VERSION}")
-    if not isinstance(record.get("run"), dict):
+    parts = {name: record.get(name) or {} for name in ("run", "effective", "sources", "versions")}
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise UserError(f"{path}: '{name}' of the record is not a mapping")
+    if not parts["run"]:
         raise UserError(f"{path} has a schema_version but no 'run': it is not the record of a run")
-    found = _collect(record["run"], path)
-    kinds, effective = leaves(), record.get("effective") or {}
+    found = _collect(parts["run"], path)
+    for target in [target for target in found.values if target.startswith("parallel.")]:
+        if parts["sources"].get(target) == "default":  # nobody stated this degree; it follows from the others
+            del found.values[target]
     for name, target in PINNED.items():
-        if effective.get(name) is not None:
-            found.values[target] = _typed(f"effective.{name}", target, effective[name], kinds, path)
-    return FileValues(found.values, found.options, dict(record.get("versions") or {}))
+        if parts["effective"].get(name) is not None:
+            found.values[target] = _typed(f"effective.{name}", target, parts["effective"][name], path)
+    return FileValues(found.values, found.options, parts["versions"])
 
 
 def _collect(content: Mapping[str, Any], path: str | Path) -> FileValues:
     kinds = leaves()
-    groups = {name.partition(".")[0] for name in kinds if "." in name}
+    groups = {*(name.partition(".")[0] for name in kinds if "." in name), "experiment"}
     found = FileValues()
     for key, value in content.items():
         key = str(key)
         if key in groups and isinstance(value, dict):
-            _collect_group(key, value, kinds, found, path)
+            _collect_group(key, value, found, path)
         elif key in groups and isinstance(value, str) and key not in BY_KEY:
             found.options[key] = value
         elif key == "config":
             raise UserError(f"{path}: a configuration file cannot name another with 'config'")
         elif key in BY_KEY:
-            _set(found, key, str(BY_KEY[key].path), value, kinds, path)
+            _set(found, key, str(BY_KEY[key].path), value, path)
         elif key in kinds:
-            _set(found, key, key, value, kinds, path)
+            _set(found, key, key, value, path)
+        elif key in groups:
+            raise UserError(f"{path}: '{key}' takes the name of an option or a mapping of keys, not {value!r}")
         else:
             legal = [*BY_KEY, *groups, *kinds]
-            raise UserError(f"{path}: unknown key '{key}'{nearest(key, legal)}")
+            raise UserError(f"{path}: unknown key '{key}'{nearest(key.replace('-', '_'), legal)}")
     return found
 
 
-def _collect_group(
-    group: str, values: Mapping[str, Any], kinds: dict[str, Any], found: FileValues, path: str | Path
-) -> None:
+def _collect_group(group: str, values: Mapping[str, Any], found: FileValues, path: str | Path) -> None:
+    kinds = leaves()
     for name, value in values.items():
         target = f"{group}.{name}"
         if target not in kinds:
             raise UserError(f"{path}: unknown key '{target}'{nearest(target, kinds)}")
-        _set(found, target, target, value, kinds, path)
+        _set(found, target, target, value, path)
 
 
-def _set(found: FileValues, key: str, target: str, value: Any, kinds: dict[str, Any], path: str | Path) -> None:
+def _set(found: FileValues, key: str, target: str, value: Any, path: str | Path) -> None:
     if target in found.values:
         raise UserError(f"{path} gives {target} twice (as '{key}' and in another form)")
-    found.values[target] = _typed(key, target, value, kinds, path)
+    found.values[target] = _typed(key, target, value, path)
 
 
-def _typed(key: str, target: str, value: Any, kinds: dict[str, Any], path: str | Path) -> Any:
+def _typed(key: str, target: str, value: Any, path: str | Path) -> Any:
     try:
-        if target in FILE_OR_INLINE and isinstance(value, str) and not value.lstrip().startswith("{"):
-            return coerce(read_mapping(value), kinds[target])
-        return coerce(value, kinds[target])
+        return typed(target, value)
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{path}: {key}: '{value}' {error}") from None
+        shown = "null" if value is None else f"'{value}'"
+        raise UserError(f"{path}: {key}: {shown} {error}") from None

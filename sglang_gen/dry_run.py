@@ -30,14 +30,14 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
 def _as_table(plan: Plan) -> str:
     content, sampling = _as_dict(plan), plan.run.sampling
     layout = ", ".join(f"{name} {value}" for name, value in content["layout"].items())
-    size = f"{sampling.width} x {sampling.height}" if sampling.width and sampling.height else "the model's own"
+    own = "the model's own"
     rows = [
         ("model", content["model"]),
         ("pipeline", content["pipeline"]),
         ("components", ", ".join(content["components"])),
         ("layout", layout),
         ("samples", f"{sum(map(len, plan.batches))} in {len(plan.batches)} batches"),
-        ("size", size),
+        ("width, height", f"{sampling.width or own}, {sampling.height or own}"),
         ("steps, guidance, seed", f"{sampling.num_inference_steps}, {sampling.guidance_scale}, {sampling.seed}"),
     ]
     rows += [(name, f"{_short(value)}  ->  {_short(plan.effective[name])}") for name, value in plan.requested.items()]
@@ -63,4 +63,4 @@ def _short(value: Any) -> str:
         return ", ".join(f"{name} {item}" for name, item in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return str(value)
+    return str(value).replace("\n", "\\n")

@@ -17,9 +17,10 @@ class Terminated(BaseException):
 
 
 def nearest(name: str, legal: Iterable[str]) -> str:
-    """Half a sentence that names the closest legal spelling of `name`, or nothing."""
-    close = difflib.get_close_matches(name, list(legal), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    """Half a sentence that names the closest legal spelling of `name`, or nothing. Case does not count."""
+    spelled = {word.lower(): word for word in legal}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
+    return f"; did you mean '{spelled[close[0]]}'?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -20,33 +20,36 @@ def infer(parallel: Parallel, given: Set[str], heads: int | None = None) -> Layo
         if name != "enable_cfg_parallel" and value < 1:
             raise UserError(f"parallel.{name} is {value}; a degree is at least 1")
     cfg = 2 if parallel.enable_cfg_parallel else 1
-    tp, dp = stated.get("tp_size", 1), stated.get("dp_size", 1)
-    sp = _sequence_degree(stated, stated.get("num_gpus"), dp * cfg * tp)
+    tp, dp = stated.get("tp_size", 1), _data_degree(stated)
+    sp = _sequence_degree(stated, dp, cfg * tp)
     ring, ulysses = _split_sequence(sp, stated.get("ring_degree"), stated.get("ulysses_degree"), heads, tp)
     layout = Layout(dp, cfg, ring, ulysses, tp)
     _check(layout, stated)
     return layout
 
 
-def _sequence_degree(stated: dict[str, int], num_gpus: int | None, others: int) -> int:
+def _data_degree(stated: dict[str, int]) -> int:
+    """The number of data parallel groups: as stated, or what the ranks make of the size of a group; 1 otherwise."""
+    if "dp_size" in stated or not {"num_gpus", "dp_degree"} <= stated.keys():
+        return stated.get("dp_size", 1)
+    return max(stated["num_gpus"] // stated["dp_degree"], 1)
+
+
+def _sequence_degree(stated: dict[str, int], dp: int, cfg_and_tp: int) -> int:
+    """As stated, whole or in parts; else what the other axes leave of the ranks, or of the ranks of one group."""
     ring, ulysses = stated.get("ring_degree"), stated.get("ulysses_degree")
     if "sp_degree" in stated:
         return stated["sp_degree"]
-    rest = num_gpus // others if num_gpus and num_gpus % others == 0 else 1
-    if ring is not None and ulysses is not None:
+    if ring and ulysses:
         return ring * ulysses
-    part = ring or ulysses
-    if part is None:
-        return rest
-    return rest if rest % part == 0 and rest > part else part
+    ranks = stated.get("num_gpus", stated.get("dp_degree", 0) * dp)
+    return max(ranks // (dp * cfg_and_tp), ring or ulysses or 1)
 
 
 def _split_sequence(sp: int, ring: int | None, ulysses: int | None, heads: int | None, tp: int) -> tuple[int, int]:
     """(ring, ulysses) with ring * ulysses = sp wherever the stated parts allow it."""
-    if ring is not None and ulysses is not None:
-        return ring, ulysses
     if ring is not None:
-        return ring, max(sp // ring, 1)
+        return ring, ulysses or max(sp // ring, 1)
     if ulysses is not None:
         return max(sp // ulysses, 1), ulysses
     per_rank = (heads or sp * tp) // tp

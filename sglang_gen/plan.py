@@ -5,6 +5,7 @@ In: the composed `Run`, the model's card, the machine. Out: a frozen `Plan` that
 
 import json
 import math
+import os.path
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ from sglang_gen import env, layout
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.schema import BackendName, CacheMethod, Device, DType, QuantMethod, Run, get, leaves, plain
 from sglang_gen.types import Layout, ModelCard, Plan, Sample, user_gave
+from sglang_gen.values import check_plain, parse_json
 
 if TYPE_CHECKING:
     from sglang_gen.config import Composed
@@ -41,7 +43,7 @@ MISSING: tuple[tuple[tuple[str, ...], str], ...] = (
 
 def check(composed: "Composed") -> None:
     """Refuse what needs no look at the model to be refused. Raises UserError."""
-    _check_numbers(composed.run)
+    _check_values(composed.run)
     refuse_missing(composed.run, composed.sources)
     _choose_backend(composed.run)
 
@@ -90,26 +92,53 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _check_numbers(run: Run) -> None:
-    sampling = run.sampling
-    at_least_one = {
-        "sampling.num_inference_steps": sampling.num_inference_steps,
-        "sampling.num_samples": sampling.num_samples,
-        "sampling.batch_size": sampling.batch_size,
-        "sampling.height": sampling.height,
-        "sampling.width": sampling.width,
-        "sampling.max_sequence_length": sampling.max_sequence_length,
-        "compile.warmup_steps": run.compile.warmup_steps,
-    }
-    for path, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise UserError(f"{path} is {value}; it must be at least 1")
-    if not math.isfinite(sampling.guidance_scale):
-        raise UserError(f"sampling.guidance_scale is {sampling.guidance_scale}; it must be a finite number")
-    if sampling.seed is not None and not 0 <= sampling.seed < 2**63:
-        raise UserError(f"sampling.seed is {sampling.seed}; it must lie between 0 and 2**63 - 1")
+# The least and the most that a number may be; above, arithmetic or memory ends before the run does.
+BOUNDS: dict[str, tuple[int, int]] = {
+    "sampling.num_inference_steps": (1, 100_000),
+    "sampling.num_samples": (1, 1_000_000),
+    "sampling.batch_size": (1, 1_000_000),
+    "sampling.height": (1, 65_536),
+    "sampling.width": (1, 65_536),
+    "sampling.max_sequence_length": (1, 1_000_000),
+    "sampling.seed": (0, 2**63 - 1),
+    "compile.warmup_steps": (1, 100_000),
+}
+FREE_TEXT = ("sampling.prompt", "sampling.negative_prompt")  # may be empty and hold any character
+
+
+def _check_values(run: Run) -> None:
+    try:
+        check_plain(plain(run))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if run.model.path is None and run.model.preset != "landscape":
+        raise UserError("No model is named: give --model-path, or a preset such as model=sdxl")
+    for path in leaves():
+        value = get(run, path)
+        if isinstance(value, str) and path not in FREE_TEXT and (not value.strip() or "\0" in value):
+            raise UserError(
+                f"{path} is {'blank' if not value.strip() else 'text with a zero byte'}; leave it out instead"
+            )
+    for path, (least, most) in BOUNDS.items():
+        value = get(run, path)
+        if value is not None and value < least:
+            raise UserError(f"{path} is {value}; it must be at least {least}")
+        if value is not None and value > most:
+            raise UserError(f"{path} is {value}; it must be at most {most}")
     if run.dry_run not in (False, True, "json"):
         raise UserError(f"dry_run is '{run.dry_run}'; it must be false, true or json")
+
+
+def _check_name(path: str, value: str) -> None:
+    """Texts that are not prompts name things: files, folders, models."""
+    if not value.strip():
+        raise UserError(f"{path} is blank; leave it out instead")
+    if "\0" in value:
+        raise UserError(f"{path} holds a zero byte")
+    if any(len(part.encode()) > 255 for part in value.split("/")):
+        raise UserError(f"{path} is too long to name anything: '{value[:40]}...'")
+    if path == "output.perf_dump_path" and os.path.isdir(value):
+        raise UserError(f"{path} is the folder {value}; it must name a JSON file")
 
 
 def _given_degrees(composed: "Composed") -> set[str]:
@@ -181,22 +210,22 @@ def _pin_prompts(run: Run) -> Run:
 
 def _read_prompts(path: str) -> list[dict[str, Any]]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"sampling.prompts_file: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"sampling.prompts_file: {path} is not UTF-8 text") from None
     entries = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         if not line.lstrip().startswith("{"):
             entries.append({"prompt": line})
             continue
         try:
-            entries.append(json.loads(line))
+            entries.append(parse_json(line))
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: not a JSON object ({error})") from None
+            raise UserError(f"sampling.prompts_file: {path}, line {number} {error}") from None
     if not entries:
         raise UserError(f"sampling.prompts_file: {path} holds no prompt")
     return entries
@@ -211,8 +240,9 @@ def _check_prompt(entry: Mapping[str, Any]) -> None:
             raise UserError(f"A prompt's '{key}' is {value!r}; it must be {'an integer' if key == 'seed' else 'text'}")
     if "prompt" not in entry:
         raise UserError(f"A prompt entry has no 'prompt': {json.dumps(dict(entry), ensure_ascii=False)}")
-    if not 0 <= entry.get("seed", 0) < 2**63:
-        raise UserError(f"A prompt's seed is {entry['seed']}; it must lie between 0 and 2**63 - 1")
+    least, most = BOUNDS["sampling.seed"]
+    if not least <= entry.get("seed", 0) <= most:
+        raise UserError(f"A prompt's seed is {entry['seed']}; it must lie between {least} and {most}")
 
 
 def _samples(run: Run) -> list[Sample]:
@@ -221,8 +251,13 @@ def _samples(run: Run) -> list[Sample]:
     assert seed is not None  # pinned before
     entries = sampling.prompts or [{"prompt": sampling.prompt}]
     samples: list[Sample] = []
+    most = BOUNDS["sampling.num_samples"][1]
+    if len(entries) * sampling.num_samples > most:
+        raise UserError(f"{len(entries)} prompts x {sampling.num_samples} samples are more than {most} pictures")
     for entry in entries:
         base = int(entry.get("seed", seed))
+        if base + sampling.num_samples - 1 > BOUNDS["sampling.seed"][1]:
+            raise UserError(f"The seeds from {base} on leave the range of seeds with {sampling.num_samples} samples")
         negative = entry.get("negative_prompt", sampling.negative_prompt)
         for offset in range(sampling.num_samples):
             samples.append(Sample(len(samples), entry["prompt"], negative, base + offset))
@@ -295,6 +330,10 @@ def _effective(run: Run, degrees: Layout, device: str, dtype: str) -> dict[str, 
     }
 
 
+def _differs(run: Run, sources: Mapping[str, str], path: str) -> bool:
+    return sources.get(path, "default") not in ("default", "preset") and get(run, path) != get(Run(), path)
+
+
 def _warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str | None]) -> list[str]:
     """Settings that the user gave and that change nothing, and a record that was made elsewhere."""
     found = []
@@ -302,6 +341,13 @@ def _warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str |
         found.append("--warmup-steps has no effect without --warmup")
     if user_gave(run, sources, "perf.machine_rates") and run.machine.name != "auto":
         found.append(f"perf.machine_rates has no effect: the rates are those of machine={run.machine.name}")
+    if not run.output.perf_dump_path:
+        idle = [
+            path for path in leaves() if path.startswith(("perf.", "machine.name")) and _differs(run, sources, path)
+        ]
+        found += [f"{path} has no effect without --perf-dump-path" for path in idle]
+    if run.model.revision and (run.model.path is None or Path(run.model.path).expanduser().is_dir()):
+        found.append("--revision has no effect: the model is a local folder")
     here = env.versions()
     other = [f"{name} {then} (here {here.get(name)})" for name, then in versions.items() if here.get(name) != then]
     if other:

@@ -1,18 +1,16 @@
 """The schema of a run: one root dataclass, one nested dataclass per config group.
 
 Every documented default lives here (or in a YAML file of `conf/`) and nowhere else. Type-checking of YAML files against
-this schema is Hydra's; `leaves` and `coerce` do the same for flags and configuration files.
+this schema is Hydra's; `leaves` and `values.coerce` do the same for flags and configuration files.
 """
 
 import dataclasses
-import json
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 SCHEMA_VERSION = 1
 
@@ -219,7 +217,6 @@ class Machine:
     name: str = "auto"
     matmul_tflops: float | None = None  # dense bf16
     memory_gb_per_s: float | None = None
-    memory_gb: float | None = None
 
 
 @dataclass
@@ -267,96 +264,9 @@ def get(run: Run, path: str) -> Any:
 
 
 def put(run: Run, path: str, value: Any) -> None:
-    """Set the value at a config path; `value` has passed `coerce`."""
+    """Set the value at a config path; `value` has passed `values.coerce`."""
     *parents, name = path.split(".")
     setattr(get(run, ".".join(parents)) if parents else run, name, value)
-
-
-def coerce(value: Any, kind: Any) -> Any:
-    """`value` as the schema's type `kind`; text from a command line and parsed JSON or YAML are both taken.
-
-    Raises ValueError with half a sentence ("is not an integer") when the value does not fit.
-    """
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
-        return _coerce_union(value, args)
-    if dataclasses.is_dataclass(kind):
-        return _coerce_dataclass(value, typing.cast(type, kind))
-    if origin is dict:
-        return _coerce_dict(value, args[1])
-    if origin is list:
-        return _coerce_list(value, args[0])
-    if kind is Any:
-        return value
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        names = [member.name for member in kind]
-        if isinstance(value, kind):
-            return value
-        if not isinstance(value, str) or value not in names:
-            raise ValueError(f"is not one of {', '.join(names)}")
-        return kind[value]
-    return _coerce_scalar(value, kind)
-
-
-def _coerce_union(value: Any, args: tuple[Any, ...]) -> Any:
-    if value is None and type(None) in args:
-        return None
-    kinds = [kind for kind in args if kind is not type(None)]
-    if bool in kinds and str in kinds:  # dry_run: the words true and false are the switch
-        return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else coerce(value, bool)
-    return coerce(value, kinds[0])
-
-
-def _coerce_dataclass(value: Any, cls: type) -> Any:
-    hints = typing.get_type_hints(cls)
-    if not isinstance(value, dict):
-        raise ValueError(f"is not a mapping with the keys {', '.join(hints)}")
-    for name in value:
-        if name not in hints:
-            raise ValueError(f"has the unknown key '{name}'; the keys are {', '.join(hints)}")
-    return cls(**{name: coerce(item, hints[name]) for name, item in value.items()})
-
-
-def _coerce_dict(value: Any, item_kind: Any) -> dict[str, Any]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"is not JSON ({error.msg} at character {error.pos + 1})") from None
-    if not isinstance(value, dict):
-        raise ValueError("is not a JSON object")
-    return {str(name): coerce(item, item_kind) for name, item in value.items()}
-
-
-def _coerce_list(value: Any, item_kind: Any) -> list[Any]:
-    if isinstance(value, str):
-        value = [item.strip() for item in value.split(",") if item.strip()]
-    if not isinstance(value, list):
-        raise ValueError("is not a list")
-    return [coerce(item, item_kind) for item in value]
-
-
-def _coerce_scalar(value: Any, kind: type) -> Any:
-    if kind is str:
-        if not isinstance(value, str):
-            raise ValueError("is not text")
-        return value
-    if kind is bool:
-        words = {"true": True, "false": False}
-        if isinstance(value, str) and value.lower() in words:
-            return words[value.lower()]
-        if not isinstance(value, bool):
-            raise ValueError("is not true or false")
-        return value
-    noun = "an integer" if kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"is not {noun}")
-    if kind is int and isinstance(value, float) and not value.is_integer():
-        raise ValueError(f"is not {noun}")
-    try:
-        return kind(value)
-    except (ValueError, OverflowError):
-        raise ValueError(f"is not {noun}") from None
 
 
 def plain(value: Any) -> Any:

@@ -12,8 +12,8 @@ PACKAGE = Path(sglang_gen.__file__).parent
 # Lower may not import higher. A module stands in the first layer whose prefix fits.
 LAYERS = (
     ("errors", "schema"),
-    ("env", "flags", "types", "perf.memory"),
-    ("log", "presets", "config_file", "layout", "output", "perf.record", "perf.flops"),
+    ("env", "flags", "types", "values", "perf.memory"),
+    ("log", "presets", "config_file", "overrides", "layout", "output", "perf.record", "perf.flops"),
     ("config", "hub", "perf.machine", "plan", "dry_run", "help_page"),
     ("perf.dump", "backends"),
     ("launch",),
@@ -43,12 +43,15 @@ def imports(path: Path) -> set[str]:
         for node in ast.walk(block)
     }
     for node in ast.walk(tree):
-        if node in typing_only or not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("sglang_gen"):
+        if node in typing_only or not isinstance(node, ast.ImportFrom):
+            continue
+        if not (node.module or "").startswith("sglang_gen"):
             continue
         base = (node.module or "").removeprefix("sglang_gen").lstrip(".")
         for alias in node.names:
             inner = f"{base}.{alias.name}".lstrip(".")
-            is_module = (PACKAGE / f"{inner.replace('.', '/')}.py").exists() or (PACKAGE / inner.replace(".", "/")).is_dir()
+            place = PACKAGE / inner.replace(".", "/")
+            is_module = place.with_suffix(".py").exists() or place.is_dir()
             found.add(inner if is_module else base or "__init__")
     return found
 

@@ -18,6 +18,7 @@ DUMP = "perf.json"
 def run_sweep(choices: Choices) -> int:
     """Run all jobs; 0 when all succeeded, 1 when one failed. A failed job does not stop the others."""
     sweep = dataclasses.replace(choices, seed=secrets.randbelow(2**32))
+    log.info(f"Multirun: jobs without a seed use seed {sweep.seed}")
     codes = multirun(sweep, run_job)
     failed = sum(code != 0 for code in codes)
     log.info(f"Multirun: {len(codes) - failed} of {len(codes)} jobs succeeded")
@@ -58,6 +59,6 @@ def _place(run: Run, job: Job) -> None:
     """Everything that the job writes goes into its folder, the perf dump under its own name or `perf.json`."""
     run.output.path = str(job.folder)
     dump = Path(run.output.perf_dump_path or DUMP)
-    if dump.is_absolute() or len(dump.parts) > 1:
-        raise UserError(f"In a multirun each job writes its own perf dump: give a file name, not the path {dump}")
+    if dump.is_absolute() or len(dump.parts) != 1 or dump.name in (NOTE, "", ".."):
+        raise UserError(f"In a multirun each job writes its own perf dump: give it a name of its own, not '{dump}'")
     run.output.perf_dump_path = str(job.folder / dump)

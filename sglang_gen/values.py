@@ -1,0 +1,212 @@
+"""Text, JSON and YAML -> values of the schema's types; no key twice, and nothing that JSON could not say again."""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from enum import Enum
+from functools import cache
+from typing import Any, NoReturn, Union
+
+DEPTH, SIZE = 64, 1_000_000  # of what a file or a flag may hold; an alias of YAML can stand for itself
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError with half a sentence ("is not valid JSON: ...")."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_finite, parse_int=_integer)
+    except json.JSONDecodeError as error:
+        where = f" in line {error.lineno}" if "\n" in text else f" at character {error.pos + 1}"
+        raise ValueError(f"is not valid JSON: {error.msg}{where}") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    check_plain(value)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"gives the key '{next(name for name in names if names.count(name) > 1)}' twice")
+    return found
+
+
+def _not_finite(word: str) -> NoReturn:
+    raise ValueError(f"holds {word}; a number must be finite")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError("holds an integer of more than 64 bits")
+    return int(digits)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, by the safe loader. Raises ValueError with half a sentence."""
+    import yaml
+
+    try:
+        value = yaml.load(text, Loader=_yaml_loader())
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise ValueError(f"is not valid YAML: {problem or getattr(error, 'reason', 'unreadable')}{where}") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except (ValueError, LookupError, AttributeError, TypeError):  # what a tag's constructor raises: !!bool maybe
+        raise ValueError("is not valid YAML: a value does not fit its tag, or a number is too long") from None
+    check_plain(value)
+    return value
+
+
+@cache
+def _yaml_loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """The safe loader, which refuses a key that is given twice and leaves dates as the text they are."""
+
+        yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own name and shape
+            letter: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+            for letter, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def flatten_mapping(self, node: Any) -> None:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key, _ in node.value:
+                if keys.count(key.value) > 1:
+                    raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' twice", problem_mark=key.start_mark)
+            super().flatten_mapping(node)
+
+    return Loader
+
+
+def check_plain(content: Any) -> None:
+    """Refuse what cannot be written back as JSON in UTF-8. Raises ValueError with the place: "a.b is nan; ..."."""
+    pending, seen = [("", content, 0)], 0
+    while pending:
+        where, value, depth = pending.pop()
+        seen += 1
+        if depth > DEPTH or seen > SIZE:
+            raise ValueError("is nested too deeply, or holds too much")
+        if isinstance(value, dict):
+            pending += [(f"{where}.{name}" if where else str(name), item, depth + 1) for name, item in value.items()]
+            pending += [(f"the key '{name!r}'", name, depth + 1) for name in value]
+        elif isinstance(value, list):
+            pending += [(f"{where}[{index}]", item, depth + 1) for index, item in enumerate(value)]
+        else:
+            _check_scalar(where or "it", value)
+
+
+def _check_scalar(where: str, value: Any) -> None:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where} holds characters that are not Unicode text") from None
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where} is {value}; it must be a finite number")
+    elif isinstance(value, int):
+        if value.bit_length() > 64:
+            raise ValueError(f"{where} is an integer of more than 64 bits")
+    elif value is not None:
+        raise ValueError(f"{where} is of the type {type(value).__name__}, which JSON does not have")
+
+
+def coerce(value: Any, kind: Any) -> Any:
+    """`value` as the schema's type `kind`; text from a command line and parsed JSON or YAML are both taken.
+
+    Raises ValueError with half a sentence ("is not an integer") when the value does not fit.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _coerce_union(value, args)
+    if dataclasses.is_dataclass(kind):
+        return _coerce_dataclass(value, typing.cast(type, kind))
+    if origin is dict:
+        return _coerce_dict(value, args[1])
+    if origin is list:
+        return _coerce_list(value, args[0])
+    if kind is Any:
+        return value
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        names = [member.name for member in kind]
+        if isinstance(value, kind):
+            return value
+        if not isinstance(value, str) or value not in names:
+            raise ValueError(f"is not one of {', '.join(names)}")
+        return kind[value]
+    return _coerce_scalar(value, kind)
+
+
+def _coerce_union(value: Any, args: tuple[Any, ...]) -> Any:
+    if value is None and type(None) in args:
+        return None
+    kinds = [kind for kind in args if kind is not type(None)]
+    if bool in kinds and str in kinds:  # dry_run: the words true and false are the switch
+        return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else coerce(value, bool)
+    return coerce(value, kinds[0])
+
+
+def _coerce_dataclass(value: Any, cls: type) -> Any:
+    hints = typing.get_type_hints(cls)
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"is not a mapping with the keys {', '.join(hints)}")
+    for name in value:
+        if name not in hints:
+            raise ValueError(f"has the unknown key '{name}'; the keys are {', '.join(hints)}")
+    return cls(**{name: coerce(item, hints[name]) for name, item in value.items()})
+
+
+def _coerce_dict(value: Any, item_kind: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        value = parse_json(value)
+    if not isinstance(value, dict):
+        raise ValueError("is not a JSON object")
+    return {str(name): coerce(item, item_kind) for name, item in value.items()}
+
+
+def _coerce_list(value: Any, item_kind: Any) -> list[Any]:
+    if isinstance(value, str):
+        value = [item.strip() for item in value.split(",") if item.strip()]
+        if not value:
+            raise ValueError("names nothing")
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("is not a list")
+    return [coerce(item, item_kind) for item in value]
+
+
+def _coerce_scalar(value: Any, kind: type) -> Any:
+    if kind is str:
+        return _coerce_text(value)
+    if kind is bool:
+        words = {"true": True, "false": False}
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+        if not isinstance(value, bool):
+            raise ValueError("is not true or false")
+        return value
+    noun = "an integer" if kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"is not {noun}")
+    if kind is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"is not {noun}")
+    try:
+        return kind(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"is not {noun}") from None
+
+
+def _coerce_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("is not text (quotes make it text)")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not Unicode text") from None
+    return value
