@@ -1,6 +1,7 @@
 """Log lines as the command's page prints them: `INFO: ...` on stderr, and progress as a bar or as lines."""
 
 import logging
+import re
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -9,6 +10,7 @@ from typing import Any
 _LOGGER = logging.getLogger("sglang_gen")
 _LIBRARIES = ("diffusers", "transformers")  # their warnings are for the user
 _DEVELOPERS = ("huggingface_hub", "py.warnings")  # their warnings repeat what we say, or are for developers
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")  # line ends, and what a terminal would obey
 PROGRESS_SECONDS = 5.0  # at most one progress line in this many seconds when stderr is no terminal
 
 
@@ -24,27 +26,41 @@ class _Stderr(logging.StreamHandler[Any]):
         pass
 
 
+class _OneLine(logging.Formatter):
+    """`LEVEL: message` on one line, whatever the message holds."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        return _CONTROL.sub(" ", super().formatMessage(record))
+
+
 class _Once(logging.Filter):
-    """Lets a message of a library through once; they repeat themselves for every component and batch."""
+    """Lets a message of a library through once, and no louder than a warning.
+
+    Libraries repeat themselves for every component and batch, and log as errors what they then raise.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno > logging.WARNING:
+            record.levelno, record.levelname = logging.WARNING, "WARNING"
         message = record.getMessage()
         new = message not in self.seen
         self.seen.add(message)
-        return new
+        return new and record.levelno >= _LOGGER.level
+
+
+_ONCE = _Once()
 
 
 def setup(level: str) -> None:
     """Send our lines, and the libraries' warnings, to stderr from `level` upwards; again to change the level."""
-    handler = _Stderr()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    _LOGGER.handlers = [handler]
+    _LOGGER.handlers = [_handler()]
     _LOGGER.propagate = False
     _LOGGER.setLevel(level.upper())
+    _ONCE.seen.clear()
     logging.captureWarnings(True)
     adopt_libraries()
 
@@ -54,15 +70,20 @@ def adopt_libraries() -> None:
 
     Everything they say is shown with --log-level debug.
     """
-    handler = _Stderr()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    handler.addFilter(_Once())
+    handler = _handler()
+    handler.addFilter(_ONCE)
     for name in (*_LIBRARIES, *_DEVELOPERS):
         library = logging.getLogger(name)
         library.handlers = [handler]
         library.propagate = False
         quietest = logging.WARNING if name in _LIBRARIES else logging.ERROR
         library.setLevel(logging.DEBUG if _LOGGER.level <= logging.DEBUG else max(quietest, _LOGGER.level))
+
+
+def _handler() -> logging.Handler:
+    handler = _Stderr()
+    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
+    return handler
 
 
 def debug(message: str) -> None:

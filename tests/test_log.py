@@ -1,0 +1,162 @@
+"""What the command says on stderr: the lines of its page, progress, and little else."""
+
+import io
+import logging
+import re
+import warnings
+
+import pytest
+
+from sglang_gen import log
+
+SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7", "--dtype", "float32")
+
+
+class Terminal(io.StringIO):
+    """A standard error that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_lines_are_those_of_the_page_in_their_order(pipelines, sglang):
+    done = sglang("generate", "--model-path", pipelines["sdxl"], "--prompt", "A serene landscape", *SMALL,
+                  "--num-samples", "2")  # fmt: skip
+    assert (done.code, done.out) == (0, "")
+    assert done.lines[:-1] == [
+        f"INFO: Loading model: {pipelines['sdxl']}",
+        "INFO: Model loaded successfully",
+        'INFO: Generating with prompt: "A serene landscape"',
+        "INFO: Progress: 100% [2/2 steps]",
+        "INFO: Generated image saved to: outputs/generated_image_0.png",
+        'INFO: Generating with prompt: "A serene landscape"',
+        "INFO: Progress: 100% [2/2 steps]",
+        "INFO: Generated image saved to: outputs/generated_image_1.png",
+    ]
+    assert re.fullmatch(r"INFO: Total generation time: \d+\.\d\ds", done.lines[-1])
+
+
+def test_a_level_silences_what_lies_below_it(pipelines, sglang):
+    quiet = sglang("generate", "--model-path", pipelines["flux"], "--prompt", "a", *SMALL, "--negative-prompt", "b",
+                   "--log-level", "warning")  # fmt: skip
+    assert quiet.code == 0
+    assert [line.partition(":")[0] for line in quiet.lines] == ["WARNING"]
+    silent = sglang("generate", "--model-path", pipelines["flux"], "--prompt", "a", *SMALL, "--negative-prompt", "b",
+                    "--log-level", "error")  # fmt: skip
+    assert (silent.code, silent.err, silent.out) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("a cat,\n\tsitting\r\n on a mat ", "a cat, sitting on a mat"),
+        ("red \x1b[31m and \u2028 more", "red [31m and more"),
+        ("a" * 300, "a" * 97 + "..."),
+        ("\N{CAT}\u200d\N{BLACK LARGE SQUARE} 中文 {x}%s", "\N{CAT}\u200d\N{BLACK LARGE SQUARE} 中文 {x}%s"),
+    ],
+)
+def test_a_prompt_stays_on_one_line(pipelines, sglang, prompt, shown):
+    done = sglang("generate", "--model-path", pipelines["sd15"], "--prompt", prompt, *SMALL)
+    assert done.code == 0, done.err
+    (line,) = [line for line in done.lines if "prompt" in line]
+    assert re.sub(" +", " ", line) == f'INFO: Generating with prompt: "{shown}"'
+
+
+def test_an_error_stays_on_one_line(sglang):
+    done = sglang("generate", "--model-path", "./no\nsuch\nfolder", "--prompt", "a")
+    assert done.lines == ["ERROR: The model folder ./no such folder does not exist"]
+
+
+def test_piped_progress_is_a_line_every_few_seconds_and_the_last(capsys, monkeypatch):
+    log.setup("info")
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    with log.Progress(50) as progress:
+        for _ in range(50):
+            now[0] += 1.0
+            progress.step()
+    assert capsys.readouterr().err.splitlines() == [
+        *(f"INFO: Progress: {2 * step}% [{step}/50 steps]" for step in range(6, 50, 6)),
+        "INFO: Progress: 100% [50/50 steps]",
+    ]
+
+
+def test_a_quick_run_says_only_the_end_and_a_failed_one_nothing(capsys):
+    log.setup("info")
+    with log.Progress(3) as progress:
+        for _ in range(3):
+            progress.step()
+    assert capsys.readouterr().err == "INFO: Progress: 100% [3/3 steps]\n"
+    progress = log.Progress(3)
+    progress.__enter__()
+    progress.step()
+    progress.__exit__(RuntimeError, RuntimeError(), None)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar_that_leaves_the_last_line(monkeypatch):
+    log.setup("info")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(log, "PROGRESS_SECONDS", -1.0)
+    with log.Progress(3) as progress:
+        for _ in range(3):
+            progress.step()
+    said = terminal.getvalue()
+    assert "denoising" in said
+    assert "3/3" in said
+    assert said.count("Progress:") == 1
+    assert said.endswith("INFO: Progress: 100% [3/3 steps]\n")
+
+
+def test_a_terminal_at_level_warning_gets_no_bar(monkeypatch):
+    log.setup("warning")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with log.Progress(2) as progress:
+        progress.step()
+        progress.step()
+    assert terminal.getvalue() == ""
+
+
+@pytest.fixture
+def library() -> logging.Logger:
+    return logging.getLogger("diffusers.some.module")
+
+
+def test_a_library_warns_once_and_never_as_an_error(capsys, library):
+    log.setup("info")
+    for _ in range(2):
+        library.warning("be %s", "careful\nplease")
+        library.error("not found")
+        library.info("by the way")
+        log.adopt_libraries()  # as after the library's import
+    assert capsys.readouterr().err.splitlines() == ["WARNING: be careful please", "WARNING: not found"]
+    log.setup("info")
+    library.warning("be careful")
+    assert capsys.readouterr().err == "WARNING: be careful\n"
+
+
+def test_a_library_is_silent_at_level_error_and_talks_at_level_debug(capsys, library):
+    log.setup("error")
+    library.error("not found")
+    logging.getLogger("huggingface_hub").warning("retrying")
+    assert capsys.readouterr().err == ""
+    log.setup("debug")
+    library.debug("a detail")
+    assert capsys.readouterr().err == "DEBUG: a detail\n"
+    log.setup("info")
+
+
+def test_warnings_for_developers_are_shown_at_level_debug_only(capsys):
+    for level, shown in (("info", False), ("debug", True)):
+        log.setup(level)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            logging.captureWarnings(False)
+            logging.captureWarnings(True)
+            warnings.warn("this will be removed in 2031", FutureWarning, stacklevel=1)
+            logging.captureWarnings(False)
+        assert ("removed in 2031" in capsys.readouterr().err) is shown
+    log.setup("info")
