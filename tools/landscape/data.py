@@ -1,7 +1,7 @@
 """Pictures on disk: drawn once, in parallel, the same for the same seed.
 
-python -m tools.landscape.data --grid grid.png            look at some
-python -m tools.landscape.data --out work/data --count 20000   draw a data set
+python -m tools.landscape.data --grid grid.png   look at some
+python -m tools.landscape.data --out work/data   draw the data set of the preset
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tools.landscape.presets import PRESETS
 from tools.landscape.render import render
 from tools.landscape.scene import ATTRIBUTES, Scene, sample_scene
 
@@ -56,15 +57,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=Path, help="write 48 pictures as one PNG")
     parser.add_argument("--out", type=Path, help="folder of the data set")
-    parser.add_argument("--count", type=int, default=20000)
-    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--count", type=int, help="default: the preset's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
+    preset = PRESETS[args.preset]
     if args.grid:
-        tile(np.stack([draw(args.seed, i, args.size)[1] for i in range(48)]), columns=8).save(args.grid)
+        tile(np.stack([draw(args.seed, i, preset.size)[1] for i in range(48)]), columns=8).save(args.grid)
     if args.out:
-        write_dataset(args.out, args.seed, args.count, args.size, args.workers)
+        write_dataset(args.out, args.seed, args.count or preset.pictures, preset.size, args.workers)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The network that is trained (SD3Transformer2DModel with its text encoders), its loss and its optimizers."""
 
+import math
+
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
@@ -11,10 +13,10 @@ ADAM_ONLY = ("norm", "embed", "proj_out", "text.", "context_embedder")  # not hi
 
 
 class Denoiser(nn.Module):
-    def __init__(self, preset: Preset, latent_size: int, seed: int) -> None:
+    def __init__(self, preset: Preset, latent_size: int) -> None:
         super().__init__()
         spec = preset.denoiser
-        self.text = TextEncoders(spec, seed)
+        self.text = TextEncoders(spec)
         self.transformer = SD3Transformer2DModel(
             sample_size=latent_size,
             patch_size=spec.patch,
@@ -42,10 +44,13 @@ class Denoiser(nn.Module):
         return self.transformer(noisy, sequence, pooled, 1000 * sigma, return_dict=False)[0]
 
 
-def flow_loss(model: Denoiser, latents: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> Tensor:
-    """Flow matching with logit-normal noise levels (Esser et al. 2024, section 3.1)."""
+def flow_loss(model: Denoiser, latents: Tensor, clip_ids: Tensor, t5_ids: Tensor, shift: float) -> Tensor:
+    """Flow matching with logit-normal noise levels (Esser et al. 2024, section 3.1).
+
+    `shift` moves them towards noise (equation 23), where the layout of a picture is decided.
+    """
     noise = torch.randn_like(latents)
-    sigma = torch.sigmoid(torch.randn(len(latents), device=latents.device))
+    sigma = torch.sigmoid(torch.randn(len(latents), device=latents.device) + math.log(shift))
     s = sigma[:, None, None, None]
     with torch.autocast(latents.device.type, torch.bfloat16):
         velocity = model((1 - s) * latents + s * noise, sigma, clip_ids, t5_ids)

@@ -56,12 +56,20 @@ def accuracy(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
 
 
 def judge(args: argparse.Namespace) -> tuple[Classifier, dict[str, float]]:
-    """A classifier trained on real renders, and its accuracy on renders it has not seen."""
+    """A classifier trained on real renders, and its accuracy on renders it has not seen; kept in `args.out`."""
+    kept = args.out / "classifier.pt"
+    if kept.exists():
+        saved = torch.load(kept, map_location=args.device)
+        model = Classifier().to(args.device)
+        model.load_state_dict(saved["weights"])
+        return model.eval(), saved["accuracy"]
     data = np.load(args.data / "pictures.npy", mmap_mode="r"), np.load(args.data / "labels.npy")
     model = train_classifier(*data, args.classifier_steps, 32, args.device, args.seed)
     drawn = [draw(HELD_OUT_SEED, index, data[0].shape[1]) for index in range(500)]
     labels = np.array([scene.labels() for scene, _ in drawn])
-    return model, accuracy(classify(model, np.stack([picture for _, picture in drawn]), args.device), labels)
+    trust = accuracy(classify(model, np.stack([picture for _, picture in drawn]), args.device), labels)
+    torch.save({"weights": model.state_dict(), "accuracy": trust}, kept)
+    return model, trust
 
 
 def adherence(pipeline: DiffusionPipeline, model: Classifier, args: argparse.Namespace) -> dict[str, float]:

@@ -11,11 +11,11 @@ from tools.landscape.denoiser import Denoiser
 from tools.landscape.vocabulary import save_clip_tokenizer
 
 
-def build_pipeline(model: Denoiser, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+def build_pipeline(model: Denoiser, vae: AutoencoderKL, shift: float) -> StableDiffusion3Pipeline:
     text = model.text
     return StableDiffusion3Pipeline(
         transformer=model.transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=vae,
         text_encoder=text.clip,
         tokenizer=text.clip_tokenizer,
@@ -26,15 +26,27 @@ def build_pipeline(model: Denoiser, vae: AutoencoderKL) -> StableDiffusion3Pipel
     )
 
 
-def save_pipeline(model: Denoiser, vae_folder: Path, out: Path) -> None:
+def save_pipeline(model: Denoiser, vae_folder: Path, shift: float, out: Path) -> None:
     """`model` stays as it is; a copy is rounded to bfloat16."""
     vae = AutoencoderKL.from_pretrained(vae_folder)
-    pipeline = build_pipeline(copy.deepcopy(model).cpu(), vae).to(dtype=torch.bfloat16)
+    pipeline = build_pipeline(copy.deepcopy(model).cpu(), vae, shift).to(dtype=torch.bfloat16)
     pipeline.save_pretrained(out)
     for name in ("tokenizer", "tokenizer_2"):
         save_clip_tokenizer(getattr(pipeline, name), out / name)
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         load_as_float32(out / name / "config.json")
+
+
+def load_weights(model: Denoiser, folder: Path) -> None:
+    """Continue from a folder that `save_pipeline` wrote."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    model.transformer.load_state_dict(pipeline.transformer.state_dict())
+    for ours, saved in zip(
+        (model.text.clip, model.text.clip_2, model.text.t5),
+        (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3),
+        strict=True,
+    ):
+        ours.load_state_dict(saved.state_dict())
 
 
 def load_as_float32(config: Path) -> None:

@@ -25,6 +25,7 @@ class Denoiser:
     steps: int
     rate: float  # AdamW; the hidden matrices have Muon's own
     muon_rate: float
+    shift: float  # of the noise levels, in training and in the scheduler
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,20 @@ class Preset:
 PRESETS = {
     "cpu": Preset(
         size=128,
-        pictures=8000,
+        pictures=12000,
         autoencoder=Autoencoder((16, 32, 64), latent_channels=6, batch=4, steps=4500, rate=2e-3),
         denoiser=Denoiser(
             layers=7, heads=6, head_dim=32, patch=4, text_width=96, text_layers=2,
-            batch=32, steps=3000, rate=1e-3, muon_rate=2e-3,
+            batch=32, steps=2800, rate=1e-3, muon_rate=2e-3, shift=3.0,
         ),
     ),
     "gpu": Preset(
         size=256,
-        pictures=80000,
+        pictures=100000,
         autoencoder=Autoencoder((64, 128, 256, 256), latent_channels=16, batch=32, steps=40000, rate=5e-4),
         denoiser=Denoiser(
             layers=12, heads=12, head_dim=64, patch=2, text_width=256, text_layers=4,
-            batch=256, steps=100000, rate=5e-4, muon_rate=1e-3,
+            batch=256, steps=100000, rate=5e-4, muon_rate=1e-3, shift=3.0,
         ),
     ),
 }  # fmt: skip

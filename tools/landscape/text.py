@@ -16,6 +16,7 @@ from tools.landscape.presets import Denoiser
 from tools.landscape.vocabulary import CLIP_LENGTH, build_clip_tokenizer, build_t5_tokenizer
 
 CLIP_MERGES = 800
+CORPUS_SEED = 0  # the vocabulary stays the same when training goes on with another seed
 
 
 def clip_config(spec: Denoiser, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
@@ -54,10 +55,10 @@ def t5_config(spec: Denoiser, tokenizer: T5TokenizerFast) -> T5Config:
 class TextEncoders(nn.Module):
     """Two CLIP encoders and a T5 encoder, used as StableDiffusion3Pipeline.encode_prompt uses them."""
 
-    def __init__(self, spec: Denoiser, seed: int) -> None:
+    def __init__(self, spec: Denoiser) -> None:
         super().__init__()
-        self.clip_tokenizer = build_clip_tokenizer(seed, CLIP_MERGES)
-        self.t5_tokenizer = build_t5_tokenizer(seed, self.clip_tokenizer)
+        self.clip_tokenizer = build_clip_tokenizer(CORPUS_SEED, CLIP_MERGES)
+        self.t5_tokenizer = build_t5_tokenizer(CORPUS_SEED, self.clip_tokenizer)
         self.clip = CLIPTextModelWithProjection(clip_config(spec, self.clip_tokenizer))
         self.clip_2 = CLIPTextModelWithProjection(clip_config(spec, self.clip_tokenizer))
         self.t5 = T5EncoderModel(t5_config(spec, self.t5_tokenizer))

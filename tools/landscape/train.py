@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tools.landscape.captions import caption
 from tools.landscape.denoiser import Denoiser, flow_loss, optimizers
-from tools.landscape.export import save_pipeline
+from tools.landscape.export import load_weights, save_pipeline
 from tools.landscape.presets import PRESETS, Preset
 from tools.landscape.ranks import average_gradients, join
 from tools.landscape.scene import from_labels
@@ -77,16 +77,16 @@ def train(model: Denoiser, args: argparse.Namespace, preset: Preset, steps: int)
     for block in model.transformer.transformer_blocks:
         block.compile(dynamic=False)
     for step in range(1, steps + 1):
-        loss = flow_loss(model, *(part.to(args.device) for part in next(source)))
+        loss = flow_loss(model, *(part.to(args.device) for part in next(source)), spec.shift)
         update(loss, model, optims, rate_factor(step, steps))
         average_into(averaged, model, step)
         losses.append(loss.item())
         if step % 50 == 0 and rank == 0:
             print(f"step {step} loss {np.mean(losses[-50:]):.4f} {time.time() - started:.0f} s", flush=True)
         if step % args.save_every == 0 and rank == 0:
-            save_pipeline(averaged, args.vae, args.out)
+            save_pipeline(averaged, args.vae, spec.shift, args.out)
     if rank == 0:
-        save_pipeline(averaged, args.vae, args.out)
+        save_pipeline(averaged, args.vae, spec.shift, args.out)
 
 
 def main() -> None:
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--steps", type=int, help="default: the preset's")
+    parser.add_argument("--continue-from", type=Path, help="continue from this model")
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--seed", type=int, default=0)
@@ -103,7 +104,9 @@ def main() -> None:
     preset = PRESETS[args.preset]
     torch.manual_seed(args.seed)
     latent_size = np.load(args.data / "latents.npy", mmap_mode="r").shape[-1]
-    model = Denoiser(preset, latent_size, args.seed).to(args.device)
+    model = Denoiser(preset, latent_size).to(args.device)
+    if args.continue_from:
+        load_weights(model, args.continue_from)
     # the plain product is faster than the fused kernel for 128 tokens on a CPU
     with sdpa_kernel(SDPBackend.MATH) if args.device.type == "cpu" else nullcontext():
         train(model, args, preset, args.steps or preset.denoiser.steps)
