@@ -1,0 +1,241 @@
+"""`sglang perf`: compare the perf dumps of two programs. Prints Markdown, answers with an exit code."""
+
+import argparse
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sglang_gen import output
+from sglang_gen.errors import RunError, UserError, nearest
+from sglang_gen.perf.compare import KINDS, TOLERANCES, Comparison, Report, Row, Tolerance, compare
+from sglang_gen.perf.observations import collect
+from sglang_gen.perf.statistics import MOST, Verdict
+from sglang_gen.schema import plain
+
+REPORT_VERSION = 1
+EXIT_CODES = {
+    Verdict.PASS: 0,
+    Verdict.IMPROVEMENT: 0,
+    Verdict.REGRESSION: 1,
+    Verdict.TOO_NOISY: 3,
+    Verdict.RECIPE_MISMATCH: 3,
+}
+_MEANINGS = {
+    "total": "end to end",
+    "stage": "each stage",
+    "step": "the median denoising step",
+    "memory": "each memory peak",
+}
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.4g}%"
+
+
+def _spelling(kind: str, tolerance: Tolerance) -> str:
+    parts = [_share(tolerance.relative)] if tolerance.relative or not tolerance.absolute else []
+    parts += [f"{tolerance.absolute:g}{KINDS[kind][0].lower()}"] if tolerance.absolute else []
+    return ",".join(parts)
+
+
+HELP = """\
+usage: sglang perf COMMAND ...
+
+commands:
+  compare    regression verdict between perf dumps (sglang perf compare --help)"""
+
+COMPARE_HELP = """\
+usage: sglang perf compare BASE NEW [NEW ...] [options]
+
+Compare the perf dumps of two programs. BASE and NEW are dumps (--perf-dump-path) or folders with dumps below them;
+dumps with the same fingerprint are repeats of one recipe. All NEW together are one side.
+
+options:
+  --tolerance METRIC=VALUE  how far a metric may move, as a share, an amount, or both, of which the larger counts
+                            (total=3%, stage=10%,120ms, memory=64mb); can be given for several metrics. Defaults:
+{tolerances}
+  --confidence SHARE        of the intervals (default 95%)
+  --json FILE               write all numbers
+  --markdown FILE           write what is printed
+  -h, --help                show this text
+
+exit codes: 0 PASS or IMPROVEMENT, 1 REGRESSION, 2 wrong usage, 3 TOO_NOISY or RECIPE_MISMATCH""".format(
+    tolerances="\n".join(
+        f"{'':28}{f'{kind}={_spelling(kind, tolerance)}':18}{_MEANINGS[kind]}" for kind, tolerance in TOLERANCES.items()
+    )
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `sglang perf ARGV...`; the exit code. Raises UserError, or RunError where a report cannot be written."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if argv else 2
+    if argv[0] != "compare":
+        raise UserError(f"Unknown command 'perf {argv[0]}'{nearest(argv[0], ['compare'])} (commands: compare)")
+    given = _parse(argv[1:])
+    if given.help:
+        print(COMPARE_HELP)
+        return 0
+    if len(given.paths) < 2:
+        raise UserError("sglang perf compare needs a BASE and at least one NEW, each a perf dump or a folder of dumps")
+    tolerances, confidence = _tolerances(given.tolerance), _confidence(given.confidence)
+    report = compare(collect(given.paths[:1]), collect(given.paths[1:]), tolerances, confidence)
+    text = markdown(report)
+    if given.json:
+        output.save_json(Path(given.json), as_json(report))
+    if given.markdown:
+        _save_text(Path(given.markdown), text + "\n")
+    print(text)
+    return EXIT_CODES[report.verdict]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"sglang perf compare: {message}")
+
+
+class _Once(argparse.Action):
+    def __call__(self, _parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise UserError(f"{option} is given twice")
+        setattr(namespace, self.dest, values)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("paths", nargs="*")
+    parser.add_argument("--tolerance", action="append", default=[])
+    for option in ("--confidence", "--json", "--markdown"):
+        parser.add_argument(option, action=_Once)
+    parser.add_argument("-h", "--help", action="store_true")
+    given, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        options = ("--tolerance", "--confidence", "--json", "--markdown", "--help")
+        raise UserError(f"Unknown option {name}{nearest(name, options)} (sglang perf compare --help lists all)")
+    return given
+
+
+def _tolerances(given: Sequence[str]) -> dict[str, Tolerance]:
+    """The defaults with what was given; a metric that is given loses both parts of its default."""
+    found: dict[str, Tolerance] = {}
+    for word in given:
+        kind, _, text = word.partition("=")
+        if kind not in KINDS:
+            raise UserError(
+                f"--tolerance: there is no metric '{kind}'{nearest(kind, KINDS)} (metrics: {', '.join(KINDS)})"
+            )
+        if kind in found:
+            raise UserError(f"--tolerance: {kind} is given twice")
+        parts: dict[str, float] = {}
+        for part in text.lower().split(","):
+            name, unit = ("relative", "%") if part.strip().endswith("%") else ("absolute", KINDS[kind][0].lower())
+            if name in parts:
+                raise UserError(f"--tolerance: '{word}' gives two values of one sort; write one share and one amount")
+            parts[name] = _amount(part.strip(), unit, word)
+        found[kind] = Tolerance(parts.get("relative", 0.0) / 100, parts.get("absolute", 0.0))
+    return {**TOLERANCES, **found}
+
+
+def _amount(text: str, unit: str, word: str) -> float:
+    try:
+        value = float(text.removesuffix(unit)) if text.endswith(unit) else -1.0
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e12:
+        raise UserError(f"--tolerance: '{word}' is not of the form total=2%, stage=10%,120ms or memory=64mb")
+    return value
+
+
+def _confidence(text: str | None) -> float:
+    try:
+        value = 95.0 if text is None else float(text.removesuffix("%"))
+    except ValueError:
+        value = 0.0
+    if not 50 <= value <= 99.99:
+        raise UserError(f"--confidence: '{text}' is not a share between 50% and 99.99%")
+    return value / 100
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report with all its numbers, ready for JSON."""
+    content: dict[str, Any] = plain(report)
+    return {"report_version": REPORT_VERSION, **content, "exit_code": EXIT_CODES[report.verdict]}
+
+
+def markdown(report: Report) -> str:
+    """The report as a reader wants it: the verdict, then a table per recipe."""
+    lines = [f"**{report.verdict.name}**"]
+    for found in report.comparisons:
+        lines += ["", f"## {found.verdict.name}: {_cell(found.model)}, {_cell(found.prompt)}", ""]
+        lines += _mismatch(found) if found.verdict is Verdict.RECIPE_MISMATCH else _judged(found, report.confidence)
+        lines += [f"- {note}" for note in found.notes]
+    if report.base_without_new:
+        names = ", ".join(map(str, report.base_without_new))
+        lines += ["", f"Recipes of the base without counterpart, not judged: {names}"]
+    return "\n".join(lines)
+
+
+def _mismatch(found: Comparison) -> list[str]:
+    files = f"{', '.join(map(str, found.new_files))} against the nearest recipe, {found.base_files[0]}:"
+    rows = [f"| {_cell(item['field'])} | {_cell(item['base'])} | {_cell(item['new'])} |" for item in found.differences]
+    return [files, "", "| field | base | new |", "|---|---|---|", *rows, ""]
+
+
+def _judged(found: Comparison, confidence: float) -> list[str]:
+    lines = [
+        f"| metric | base | new | new/base | {_share(confidence)} interval | tolerance | verdict |",
+        "|---|---|---|---|---|---|---|",
+        *map(_line, found.rows),
+        "",
+    ]
+    if None not in (rates := found.images_per_second).values():
+        lines.append(f"- images per second: {rates['base']:.4g}, now {rates['new']:.4g}")
+    for side, names in found.only_in.items():
+        if names:
+            lines.append(f"- only in {side}, not judged: {_cell(', '.join(names), 10_000)}")
+    return lines
+
+
+def _line(row: Row) -> str:
+    def side(values: Any) -> str:
+        count = len(values.observations)
+        spread = "" if values.noise is None else f" ± {_share(values.noise)}"
+        return f"{values.geometric_mean:.6g} {row.unit}{spread}" + (f" (n={count})" if count > 1 else "")
+
+    interval = "none" if row.interval is None else "{:.4f} to {:.4f}".format(*row.interval)
+    verdict = row.verdict.name
+    if row.repeats_needed is not None:
+        verdict += f", {'more than ' if row.repeats_needed >= MOST else ''}{row.repeats_needed} repeats needed"
+    cells = (
+        _cell(row.metric),
+        side(row.base),
+        side(row.new),
+        f"{row.ratio:.4f}",
+        interval,
+        _share(row.tolerance),
+        verdict,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(value: Any, length: int = 100) -> str:
+    """A value on one line of a Markdown table, cut to `length` characters."""
+    text = " ".join(str(value).split()).replace("|", "\\|")
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _save_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(6)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,182 @@
+"""Is the new program slower than the old one? A ratio, its interval, and a verdict.
+
+Run times scatter by factors rather than by amounts, so everything here works on logarithms. With observations
+x_1..x_n of the base, y_1..y_m of the new program, and sample variances u, v of their logarithms:
+
+    log ratio   d = mean(log y) - mean(log x)           the ratio of the geometric means
+    its error   e = sqrt(u / n + v / m)
+    freedom     k = e^4 / ((u/n)^2 / (n-1) + (v/m)^2 / (m-1))
+    interval    exp(d - t e) .. exp(d + t e)            t: quantile of Student's t, k degrees of freedom
+
+(B. L. Welch, "The generalization of 'Student's' problem when several different population variances are involved",
+Biometrika 34, 1947; the two variances need not be equal.) Where one side has a single observation, it is taken to
+scatter like the other: e = s sqrt(1 + 1/n), k = n - 1. Two single observations have no interval.
+
+The repeats needed follow C. Stein, "A two-sample test for a linear hypothesis whose power is independent of the
+variance", Annals of Mathematical Statistics 16, 1945: the quantiles of the first observations' own degrees of freedom
+allow for their variance being an estimate. Per side,
+
+    N = (t_confidence + t_power)^2 (u + v) / log(1 + tolerance)^2
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from statistics import NormalDist, fmean, variance
+
+POWER = 0.9  # probability with which the predicted number of repeats decides
+MOST = 10_000  # repeats; more than this is not a prediction anybody acts on
+_EXPONENT = 50.0  # ratios beyond exp(50) are all the same
+
+
+class Verdict(Enum):
+    """What is said of a metric, of a recipe, or of a whole comparison; later ones outweigh earlier ones."""
+
+    PASS = "PASS"
+    IMPROVEMENT = "IMPROVEMENT"
+    TOO_NOISY = "TOO_NOISY"
+    RECIPE_MISMATCH = "RECIPE_MISMATCH"
+    REGRESSION = "REGRESSION"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the observations say of new/base. `interval` is None where both sides have a single observation."""
+
+    ratio: float
+    interval: tuple[float, float] | None
+    verdict: Verdict
+    repeats_needed: int | None = None  # per side, where the verdict is TOO_NOISY
+
+
+def judge(base: Sequence[float], new: Sequence[float], tolerance: float, confidence: float = 0.95) -> Judgement:
+    """Judge positive observations where more is worse; `tolerance` is relative, 0.02 is two percent.
+
+    REGRESSION when the whole interval lies above 1 + tolerance, IMPROVEMENT when it lies below 1 - tolerance, PASS
+    when it ends at or below 1 + tolerance, TOO_NOISY otherwise. A program that is slower by the tolerance or less is
+    called a regression with probability (1 - confidence) / 2 at most, whatever the noise. Without an interval the
+    ratio alone is held against the tolerance.
+    """
+    logs = [math.log(value) for value in base], [math.log(value) for value in new]
+    shift = fmean(logs[1]) - fmean(logs[0])
+    error, freedom = _error(*logs)
+    if error is None:
+        return Judgement(_exp(shift), None, _verdict(shift, shift, tolerance))
+    half = quantile(0.5 + confidence / 2, freedom) * error if error else 0.0
+    verdict = _verdict(shift - half, shift + half, tolerance)
+    needed = _repeats_needed(logs, shift, freedom, tolerance, confidence) if verdict is Verdict.TOO_NOISY else None
+    return Judgement(_exp(shift), (_exp(shift - half), _exp(shift + half)), verdict, needed)
+
+
+def noise(values: Sequence[float]) -> float | None:
+    """Standard deviation of the logarithms (0.01 is about one percent); None for a single observation."""
+    return math.sqrt(variance(math.log(value) for value in values)) if len(values) > 1 else None
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(fmean(math.log(value) for value in values))
+
+
+def _exp(value: float) -> float:
+    return math.exp(max(-_EXPONENT, min(_EXPONENT, value)))
+
+
+def _verdict(low: float, high: float, tolerance: float) -> Verdict:
+    """`low` and `high` are the ends of the interval of the log ratio."""
+    if low > math.log1p(tolerance):
+        return Verdict.REGRESSION
+    if tolerance < 1 and high < math.log1p(-tolerance):
+        return Verdict.IMPROVEMENT
+    return Verdict.PASS if high <= math.log1p(tolerance) else Verdict.TOO_NOISY
+
+
+def _variances(base: Sequence[float], new: Sequence[float]) -> tuple[float, float] | None:
+    """Variances of both sides; a side with one observation borrows that of the other."""
+    found = [variance(side) if len(side) > 1 else None for side in (base, new)]
+    known = [value for value in found if value is not None]
+    if not known:
+        return None
+    first, second = (known[0] if value is None else value for value in found)
+    return first, second
+
+
+def _error(base: Sequence[float], new: Sequence[float]) -> tuple[float | None, float]:
+    """Standard error of the difference of the means, and its degrees of freedom."""
+    variances = _variances(base, new)
+    if variances is None:
+        return None, 0.0
+    parts = [value / len(side) for value, side in zip(variances, (base, new), strict=True)]
+    total = sum(parts)
+    if len(base) == 1 or len(new) == 1:
+        return math.sqrt(total), max(len(base), len(new)) - 1.0
+    below = sum(part**2 / (len(side) - 1) for part, side in zip(parts, (base, new), strict=True))
+    return math.sqrt(total), total**2 / below if below else len(base) + len(new) - 2.0
+
+
+def _repeats_needed(
+    logs: tuple[Sequence[float], Sequence[float]], shift: float, freedom: float, tolerance: float, confidence: float
+) -> int:
+    """Repeats per side after which an unchanged program passes, and one slower by twice the tolerance is found, each
+    with probability POWER. Where there are that many already, the ratio lies close to the tolerance, and the number is
+    that which tells this ratio from the tolerance.
+    """
+    variances = _variances(*logs)
+    assert variances is not None, "two single observations are never too noisy"
+    factor = (quantile(0.5 + confidence / 2, freedom) + quantile(POWER, freedom)) ** 2 * sum(variances)
+    have = min(len(side) for side in logs)
+    limit = math.log1p(tolerance)
+    for distance in (limit, abs(shift - limit)):
+        needed = MOST if factor >= MOST * distance**2 else math.ceil(factor / distance**2)
+        if needed > have:
+            return needed
+    return have + 1
+
+
+@lru_cache(maxsize=4096)
+def quantile(probability: float, freedom: float) -> float:
+    """Quantile of Student's t for a probability of at least 1/2; `freedom` need not be an integer.
+
+    Newton's method from the normal quantile, which lies below; the distribution function is concave there, so every
+    step stays below and the steps shrink.
+    """
+    value = NormalDist().inv_cdf(probability)
+    for _ in range(200):
+        density = math.exp(
+            math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
+            - (freedom + 1) / 2 * math.log1p(value**2 / freedom)
+        )  # fmt: skip
+        step = (probability - student(value, freedom)) / density
+        value += step
+        if abs(step) <= 1e-10 * max(value, 1e-6):
+            break
+    return value
+
+
+def student(value: float, freedom: float) -> float:
+    """Distribution function of Student's t for value >= 0 (Abramowitz and Stegun 26.7.1)."""
+    return 0.5 + incomplete_beta(value**2 / (freedom + value**2), 0.5, freedom / 2) / 2
+
+
+def incomplete_beta(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function I_x(a, b): continued fraction DLMF 8.17.22, by Lentz's method."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):  # the fraction converges fast on one side only
+        return 1 - incomplete_beta(1 - x, b, a)
+    tiny = 1e-300
+    above, below, fraction = 1.0, 0.0, 1.0
+    for index in range(1, 2000):
+        m = index // 2
+        if index % 2:
+            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        else:
+            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        below = 1 / ((1 + term * below) or tiny)
+        above = (1 + term / above) or tiny
+        fraction *= above * below
+        if abs(above * below - 1) < 1e-15:
+            break
+    front = a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    return math.exp(front) / (fraction * a)

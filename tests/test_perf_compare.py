@@ -1,0 +1,356 @@
+"""`sglang perf compare`: dumps of both kinds are read, paired and judged; the exit code and the reports say how."""
+
+import copy
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sglang_gen.errors import RunError, UserError
+from sglang_gen.perf import command
+from sglang_gen.perf.compare import TOLERANCES, compare
+from sglang_gen.perf.observations import collect, read
+from sglang_gen.perf.statistics import Verdict
+
+FIELDS = {"steps": 4, "dtype": "float32", "parallel": {"tp": 1, "ring": 1}, "versions": {"torch": "2.13.0"}}
+STAGES = {"load": 2000.0, "text_encoding": 300.0, "denoising": 8000.0, "decoding": 1500.0, "saving": 20.0}
+
+
+def times(factor: float = 1.0, stages: dict[str, float] = STAGES) -> dict:
+    """What one repeat holds."""
+    scaled = {name: value * factor for name, value in stages.items()}
+    return {
+        "total_duration_ms": sum(scaled.values()) - scaled.get("load", 0.0),
+        "steps": [{"name": name, "duration_ms": value} for name, value in scaled.items()],
+        "denoise_steps_ms": [{"step": step, "duration_ms": 2000.0 * factor} for step in range(4)],
+    }
+
+
+def ours(factor: float = 1.0, hash_: str = "aaaa", fields: dict | None = None, peak: float = 1000.0) -> dict:
+    return {
+        "schema_version": 1,
+        **times(factor),
+        "memory_checkpoints": {
+            "load": {"peak_allocated_mb": None, "peak_reserved_mb": None, "peak_host_anon_mb": peak / 2},
+            "denoising": {"peak_allocated_mb": None, "peak_reserved_mb": None, "peak_host_anon_mb": peak},
+        },
+        "meta": {"prompt": "a lake", "model": "landscape"},
+        "samples": [{"seed": 1}, {"seed": 2}],
+        "fingerprint": {"hash": hash_, "fields": copy.deepcopy(fields or FIELDS)},
+    }
+
+
+def upstreams(factor: float = 1.0, model: str = "FLUX.1-dev", steps: int = 4) -> dict:
+    stages = {"TextEncodingStage": 300.0, "DenoisingStage": 8000.0}
+    memory = {"allocated_mb": 1.0, "reserved_mb": 2.0, "peak_allocated_mb": 900.0, "peak_reserved_mb": 1200.0}
+    return {
+        "timestamp": "2026-01-01T00:00:00+00:00", "request_id": "r", "commit_hash": "c", "tag": "benchmark_dump",
+        **times(factor, stages),
+        "denoise_steps_ms": [{"step": step, "duration_ms": 8000.0 * factor / steps} for step in range(steps)],
+        "memory_checkpoints": {"after_DenoisingStage": memory},
+        "meta": {"prompt": "a lake", "model": model},
+    }  # fmt: skip
+
+
+def save(path: str | Path, content: object) -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def perf(*argv: str) -> tuple[int, dict]:
+    """Exit code and JSON report of `sglang perf compare ARGV...`."""
+    code = command.main(["compare", *argv, "--json", "report.json"])
+    return code, json.loads(Path("report.json").read_text(encoding="utf-8"))
+
+
+def rows(report: dict) -> dict[str, dict]:
+    return {row["metric"]: row for row in report["comparisons"][0]["rows"]}
+
+
+def test_a_dump_of_a_real_run_passes_against_itself(pipelines, sglang, capsys):
+    small = ("--height", "32", "--width", "32", "--num-inference-steps", "2", "perf.machine_rates=false")
+    done = sglang(
+        "generate", "--model-path", pipelines["sd3"], "--prompt", "a", *small, "--perf-dump-path", "perf.json"
+    )
+    assert done.code == 0, done.err
+    code, report = perf("perf.json", "perf.json")
+    assert (code, report["verdict"], report["exit_code"]) == (0, "PASS", 0)
+    assert {"total", "stage.load", "stage.denoising", "stage.decoding", "stage.saving", "step"} <= set(rows(report))
+    assert all(row["ratio"] == 1 and row["interval"] is None for row in rows(report).values())
+    assert "judged by tolerance alone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("factor", "code", "verdict"),
+    [(1.0, 0, "PASS"), (1.015, 0, "PASS"), (1.05, 1, "REGRESSION"), (0.9, 0, "IMPROVEMENT")],
+)
+def test_the_exit_code_is_the_verdicts(factor, code, verdict):
+    found, report = perf(save("base.json", ours()), save("new.json", ours(factor)))
+    assert (found, report["verdict"]) == (code, verdict)
+    assert rows(report)["total"]["ratio"] == pytest.approx(factor)
+    assert rows(report)["step"]["verdict"] == verdict
+
+
+def test_a_stage_counts_only_beyond_its_share_and_its_milliseconds():
+    base, new = ours(), ours()
+    for entry in new["steps"]:
+        entry["duration_ms"] += {"saving": 110.0, "decoding": 140.0, "denoising": 700.0, "text_encoding": 125.0}.get(
+            entry["name"], 0.0
+        )
+    code, report = perf(save("base.json", base), save("new.json", new))
+    assert code == 1
+    found = {name: row["verdict"] for name, row in rows(report).items() if name.startswith("stage.")}
+    assert found.pop("stage.text_encoding") == "REGRESSION"  # by 125 ms, 42 %
+    assert set(found.values()) == {"PASS"}  # 110 ms of 20, 140 of 1500 (9.3 %), 700 of 8000 (8.75 %)
+    assert rows(report)["stage.saving"]["tolerance"] == pytest.approx(120 / 20)
+
+
+def test_memory_counts_by_its_highest_peak():
+    code, report = perf(save("base.json", ours()), save("new.json", ours(peak=1030.0)))
+    assert code == 1
+    row = rows(report)["memory.peak_host_anon"]
+    assert (row["base"]["observations"], row["new"]["observations"], row["unit"]) == ([1000.0], [1030.0], "MB")
+    assert [name for name in rows(report) if name.startswith("memory")] == ["memory.peak_host_anon"]
+
+
+def test_every_repeat_is_an_observation_and_loading_is_one_per_dump():
+    def repeated(factor):
+        stages = {name: value for name, value in STAGES.items() if name != "load"}
+        factors = [factor * (1 + shift) for shift in (-0.004, 0.0, 0.003, 0.001)]
+        return {**ours(), "repeats": [times(item, stages) for item in factors]}
+
+    code, report = perf(save("base.json", repeated(1.0)), save("new.json", repeated(1.05)))
+    assert code == 1
+    assert len(rows(report)["total"]["base"]["observations"]) == 4
+    assert len(rows(report)["stage.load"]["base"]["observations"]) == 1
+    low, high = rows(report)["total"]["interval"]
+    assert 1.02 < low < 1.05 < high
+    rate = report["comparisons"][0]["images_per_second"]
+    assert rate["base"] == pytest.approx(2 / 9.82, rel=0.001)
+    assert rate["new"] == pytest.approx(rate["base"] / 1.05)
+
+
+def test_steps_of_a_repeat_may_be_plain_numbers():
+    plain = {**ours(), "repeats": [{**times(), "denoise_steps_ms": [1.0, 5.0, 2.0]}]}
+    assert read(Path(save("plain.json", plain))).metrics["step"] == [2.0]
+
+
+def test_files_of_one_fingerprint_are_repeats_whatever_folder_holds_them():
+    for number, shift in enumerate((0.0, 0.003, -0.002)):
+        save(f"base/{number}/perf.json", ours(1 + shift))
+        save(f"new/deep/{number}/perf.json", ours(1.1 + shift))
+    save("base/report.json", {"verdict": "PASS"})
+    save("base/list.json", [1, 2])
+    save("base/.tmp-1.json", "half")
+    code, report = perf("base", "new/deep/0", "new", "new/deep/1/perf.json")
+    assert code == 1
+    assert len(rows(report)["total"]["base"]["observations"]) == 3
+    assert len(rows(report)["total"]["new"]["observations"]) == 3  # a file that is named twice counts once
+
+
+def test_too_noisy_says_how_many_repeats_decide(capsys):
+    for number, factor in enumerate((0.9, 1.0, 1.12)):
+        save(f"base/{number}.json", ours(factor))
+        save(f"new/{number}.json", ours(factor * 1.01))
+    code, report = perf("base", "new")
+    assert (code, report["verdict"]) == (3, "TOO_NOISY")
+    needed = rows(report)["total"]["repeats_needed"]
+    assert needed > 3
+    assert f"TOO_NOISY, {needed} repeats needed" in capsys.readouterr().out
+
+
+def test_another_recipe_is_a_mismatch_that_lists_the_fields_with_both_values(capsys):
+    fields = {**FIELDS, "dtype": "bfloat16", "parallel": {"tp": 2, "ring": 1}}
+    save("base/far.json", ours(hash_="cccc", fields={**FIELDS, "steps": 99, "versions": {"torch": "1"}, "x": 1}))
+    save("base/near.json", ours())
+    code, report = perf("base", save("new.json", ours(hash_="bbbb", fields=fields)))
+    assert (code, report["verdict"]) == (3, "RECIPE_MISMATCH")
+    (found,) = report["comparisons"]
+    assert found["differences"] == [
+        {"field": "dtype", "base": "float32", "new": "bfloat16"},
+        {"field": "parallel.tp", "base": 1, "new": 2},
+    ]
+    assert found["base_files"] == ["base/near.json"]
+    assert "| parallel.tp | 1 | 2 |" in capsys.readouterr().out
+
+
+def test_a_regression_outweighs_a_mismatch_and_both_are_reported():
+    save("base/a.json", ours())
+    save("base/left.json", ours(hash_="dddd", fields={**FIELDS, "steps": 8}))
+    save("new/a.json", ours(1.2))
+    save("new/b.json", ours(hash_="bbbb", fields={**FIELDS, "steps": 5}))
+    code, report = perf("base", "new")
+    assert code == 1
+    assert [item["verdict"] for item in report["comparisons"]] == ["REGRESSION", "RECIPE_MISMATCH"]
+    assert report["base_without_new"] == ["base/left.json"]
+
+
+def test_upstreams_dumps_are_paired_by_model_and_prompt():
+    code, report = perf(save("base.json", upstreams()), save("new.json", upstreams(1.05)))
+    assert code == 1
+    assert set(rows(report)) == {
+        "total", "stage.TextEncodingStage", "stage.DenoisingStage", "step",
+        "memory.peak_allocated", "memory.peak_reserved",
+    }  # fmt: skip
+    assert rows(report)["stage.DenoisingStage"]["verdict"] == "PASS"  # 5 % of a stage is within 10 %
+    assert report["comparisons"][0]["images_per_second"] == {"base": None, "new": None}
+    assert "no fingerprint" in report["comparisons"][0]["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("other", "field"), [(upstreams(model="SDXL"), "model"), (upstreams(steps=8), "denoising_steps")]
+)
+def test_upstreams_dumps_of_another_model_or_length_are_a_mismatch(other, field):
+    code, report = perf(save("base.json", upstreams()), save("new.json", other))
+    assert code == 3
+    assert [item["field"] for item in report["comparisons"][0]["differences"]] == [field]
+
+
+def test_our_dump_is_held_against_upstreams_of_the_same_model_and_prompt():
+    other = upstreams(model="landscape")
+    code, report = perf(save("base.json", other), save("new.json", ours(0.5)))
+    assert code == 0
+    assert set(rows(report)) == {"total", "step"}
+    assert report["comparisons"][0]["only_in"]["base"][0] == "stage.TextEncodingStage"
+    save("two/a.json", ours())
+    save("two/b.json", ours(hash_="bbbb", fields={**FIELDS, "dtype": "bfloat16"}))
+    with pytest.raises(UserError, match=r"fits several recipes of the base.*name one: two/a.json, two/b.json"):
+        perf("two", "base.json")
+
+
+def test_old_dumps_without_newer_fields_stay_readable():
+    old = {
+        key: value for key, value in ours().items() if key not in ("samples", "memory_checkpoints", "denoise_steps_ms")
+    }
+    code, report = perf(save("base.json", old), save("new.json", ours()))
+    assert code == 0
+    assert report["comparisons"][0]["only_in"] == {"base": [], "new": ["step", "memory.peak_host_anon"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "is not valid JSON: Expecting property name enclosed in double quotes in line 1"),
+        ("[1]", "is no perf dump: it has no total_duration_ms and steps"),
+        ('{"steps": []}', "is no perf dump"),
+        ('{"total_duration_ms": NaN, "steps": []}', "is not valid JSON: NaN is no JSON number"),
+        ('{"total_duration_ms": null, "steps": []}', "total_duration_ms is null, not a number of at least 0"),
+        ('{"total_duration_ms": -1, "steps": []}', "total_duration_ms is -1, not a number of at least 0"),
+        ('{"total_duration_ms": 1e999, "steps": []}', "total_duration_ms is Infinity, not a number"),
+        ('{"total_duration_ms": 0, "steps": []}', "its total_duration_ms is zero"),
+        ('{"total_duration_ms": 1, "steps": [{"name": "a"}]}', "do not have the layout of a dump"),
+        ('{"total_duration_ms": 1, "steps": 5}', "do not have the layout of a dump"),
+        ('{"total_duration_ms": 1, "steps": [], "schema_version": 99}', "schema version 99, this program"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        ("[" * 100_000, "is nested too deeply"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_one_sentence(content, sentence):
+    Path("bad.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        command.main(["compare", "bad.json", "bad.json"])
+    assert str(error.value).startswith("bad.json ")
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["compare"], "needs a BASE and at least one NEW"),
+        (["compare", "base.json"], "needs a BASE and at least one NEW"),
+        (["compare", "base.json", "none.json"], "none.json does not exist"),
+        (["compare", "base.json", "empty"], "The folder empty holds no perf dump"),
+        (["compare", "base.json", "base.json", "--jsno", "x"], "Unknown option --jsno; did you mean '--json'?"),
+        (["compare", "base.json", "base.json", "--json"], "--json"),
+        (["compare", "base.json", "base.json", "--json", "a", "--json", "b"], "--json is given twice"),
+        (["compare", "base.json", "base.json", "--tolerance", "totl=2%"], "no metric 'totl'; did you mean 'total'?"),
+        (["compare", "base.json", "base.json", "--tolerance", "total=two"], "'total=two' is not of the form"),
+        (["compare", "base.json", "base.json", "--tolerance", "memory=3ms"], "'memory=3ms' is not of the form"),
+        (["compare", "base.json", "base.json", "--tolerance", "step=2%,3%"], "gives two values of one sort"),
+        (["compare", "base.json", "base.json", "--confidence", "high"], "--confidence: 'high'"),
+        (["comapre", "base.json"], "Unknown command 'perf comapre'; did you mean 'compare'?"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(argv, sentence):
+    save("base.json", ours())
+    Path("empty").mkdir()
+    with pytest.raises(UserError) as error:
+        command.main(argv)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [([], 1), (["total=6%", "step=200ms"], 0), (["total=6%"], 1), (["total=1%,2000ms", "step=6%"], 0)],
+)
+def test_every_tolerance_can_be_changed(words, code):
+    save("base.json", ours())
+    save("new.json", ours(1.05))
+    options = [option for word in words for option in ("--tolerance", word)]
+    assert perf("base.json", "new.json", *options)[0] == code
+
+
+def test_the_confidence_widens_the_interval():
+    for number, shift in enumerate((0.0, 0.003, -0.002)):
+        save(f"base/{number}.json", ours(1 + shift))
+    narrow, wide = (rows(perf("base", "base", "--confidence", text)[1])["total"]["interval"] for text in ("80%", "99"))
+    assert wide[0] < narrow[0] < 1 < narrow[1] < wide[1]
+
+
+def test_help_states_every_default_tolerance(capsys):
+    assert command.main(["compare", "--help"]) == 0
+    text = capsys.readouterr().out
+    for word in ("total=2%", "stage=10%,120ms", "step=2%", "memory=2%"):
+        assert word in text
+    assert command.main(["--help"]) == 0
+    assert capsys.readouterr().out.strip() == command.HELP
+
+
+def test_the_markdown_file_is_what_is_printed_and_a_prompt_cannot_break_the_table(capsys):
+    odd = {**ours(), "meta": {"prompt": "a | b\n## c", "model": "m"}}
+    assert command.main(["compare", save("a.json", odd), save("b.json", odd), "--markdown", "out/report.md"]) == 0
+    text = Path("out/report.md").read_text(encoding="utf-8")
+    assert text == capsys.readouterr().out
+    assert "## PASS: m, a \\| b ## c" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") - line.count("\\|") for line in table}) == 1
+    assert [path.name for path in Path("out").iterdir()] == ["report.md"]
+    Path("file").write_text("")
+    with pytest.raises(RunError, match=r"file/report\.md cannot be written"):
+        command.main(["compare", "a.json", "b.json", "--markdown", "file/report.md"])
+
+
+def test_a_whole_comparison_of_equal_programs_is_rarely_a_regression():
+    generator, trials, regressions = random.Random(3), 40, 0
+
+    def noisy(side: str, number: int) -> dict:
+        stages = {name: value * math.exp(generator.gauss(0, 0.02)) for name, value in STAGES.items()}
+        found = {**ours(peak=1000 * math.exp(generator.gauss(0, 0.002))), **times(1.0, stages)}
+        for entry in found["denoise_steps_ms"]:
+            entry["duration_ms"] = stages["denoising"] / 4
+        return found
+
+    for _ in range(trials):
+        for side in ("base", "new"):
+            for number in range(4):
+                save(f"{side}/{number}.json", noisy(side, number))
+        report = compare(collect(["base"]), collect(["new"]), TOLERANCES)
+        regressions += report.verdict is Verdict.REGRESSION
+    assert regressions / trials <= 0.05
+
+
+def test_comparing_imports_no_heavy_library():
+    code = (
+        "import sys; from sglang_gen.perf import command, quality; assert command.main(['compare', '--help']) == 0;"
+        "heavy = [name for name in ('torch', 'numpy', 'PIL', 'diffusers', 'hydra') if name in sys.modules];"
+        "print(heavy, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"

@@ -1,0 +1,164 @@
+"""The verdict's statistics: against tables and closed forms, and by simulation with known noise."""
+
+import math
+import random
+import statistics
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_gen.perf.statistics import Verdict, incomplete_beta, judge, noise, quantile, student
+
+TOLERANCE = 0.02
+
+
+def times(generator: random.Random, count: int, spread: float, factor: float = 1.0) -> list[float]:
+    """Log-normal run times around `factor` seconds."""
+    return [1000 * factor * math.exp(generator.gauss(0, spread)) for _ in range(count)]
+
+
+def verdicts(trials: int, repeats: int, spread: float, factor: float, seed: int = 0) -> dict[Verdict, float]:
+    """How often each verdict is given, as a share."""
+    generator = random.Random(seed)
+    found = [
+        judge(times(generator, repeats, spread), times(generator, repeats, spread, factor), TOLERANCE).verdict
+        for _ in range(trials)
+    ]
+    return {verdict: found.count(verdict) / trials for verdict in Verdict}
+
+
+@pytest.mark.parametrize(
+    ("probability", "freedom", "expected"),
+    [
+        (0.975, 1, 12.7062), (0.975, 2, 4.3027), (0.975, 4, 2.7764), (0.975, 8, 2.3060), (0.975, 30, 2.0423),
+        (0.95, 8, 1.8595), (0.9, 3, 1.6377), (0.9, 8, 1.3968), (0.995, 5, 4.0321), (0.975, 1e6, 1.9600), (0.5, 3, 0.0),
+    ],
+)  # fmt: skip
+def test_quantiles_of_t_are_those_of_the_tables(probability, freedom, expected):
+    assert quantile(probability, freedom) == pytest.approx(expected, abs=5e-5)
+
+
+@given(st.floats(0, 1e4))
+def test_the_distribution_of_t_has_its_closed_forms(value):
+    assert student(value, 1) == pytest.approx(0.5 + math.atan(value) / math.pi, abs=1e-12)
+    assert student(value, 2) == pytest.approx(0.5 + value / (2 * math.sqrt(2 + value**2)), abs=1e-12)
+
+
+@given(st.floats(0.5001, 0.9999), st.floats(1, 1e4))
+@settings(deadline=None)
+def test_the_quantile_inverts_the_distribution(probability, freedom):
+    assert student(quantile(probability, freedom), freedom) == pytest.approx(probability, abs=1e-9)
+
+
+@given(st.floats(0.01, 0.99), st.floats(0.5, 50), st.floats(0.5, 50))
+def test_the_incomplete_beta_function_is_symmetric(x, a, b):
+    assert incomplete_beta(x, a, b) == pytest.approx(1 - incomplete_beta(1 - x, b, a), abs=1e-10)
+
+
+def test_the_interval_is_welchs():
+    base, new = [100.0, 101.0, 99.0], [110.0, 114.0, 107.0, 111.0]
+    judged = judge(base, new, TOLERANCE)
+    assert judged.interval is not None
+    assert judged.ratio == pytest.approx(statistics.geometric_mean(new) / statistics.geometric_mean(base), rel=1e-12)
+    u, v = (noise(side) ** 2 / len(side) for side in (base, new))
+    freedom = (u + v) ** 2 / (u**2 / 2 + v**2 / 3)
+    half = quantile(0.975, freedom) * math.sqrt(u + v)
+    expected = judged.ratio * math.exp(-half), judged.ratio * math.exp(half)
+    assert judged.interval == pytest.approx(expected, rel=1e-12)
+    assert judged.verdict is Verdict.REGRESSION
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "spreads"), [(5, 5, (0.02, 0.02)), (3, 8, (0.01, 0.05)), (1, 6, (0.02, 0.02))]
+)
+def test_the_interval_holds_the_true_ratio_as_often_as_it_says(left, right, spreads):
+    generator, trials, held = random.Random(1), 1000, 0
+    for _ in range(trials):
+        base, new = times(generator, left, spreads[0]), times(generator, right, spreads[1], 1.03)
+        low, high = judge(base, new, TOLERANCE).interval
+        held += low <= 1.03 <= high
+    assert 0.93 <= held / trials <= 0.975
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 5, 10])
+@pytest.mark.parametrize("spread", [0.005, 0.02, 0.1])
+def test_an_unchanged_program_is_rarely_called_a_regression(repeats, spread):
+    assert verdicts(500, repeats, spread, factor=1.0)[Verdict.REGRESSION] <= 0.05
+
+
+@pytest.mark.parametrize("spread", [0.005, 0.1])
+def test_a_program_slower_by_the_tolerance_is_rarely_called_a_regression(spread):
+    assert verdicts(900, 5, spread, factor=1 + TOLERANCE)[Verdict.REGRESSION] <= 0.05
+
+
+def test_a_planted_slowdown_and_a_planted_speedup_are_found():
+    assert verdicts(500, 5, 0.01, factor=1.05)[Verdict.REGRESSION] >= 0.95
+    assert verdicts(500, 5, 0.01, factor=0.95)[Verdict.IMPROVEMENT] >= 0.95
+    assert verdicts(500, 5, 0.01, factor=1.05)[Verdict.PASS] <= 0.01
+    assert verdicts(500, 5, 0.005, factor=1.0)[Verdict.PASS] >= 0.95
+
+
+def test_wide_noise_is_too_noisy():
+    found = verdicts(500, 3, 0.05, factor=1.0)
+    assert found[Verdict.TOO_NOISY] >= 0.8
+    assert found[Verdict.REGRESSION] <= 0.05
+
+
+@pytest.mark.parametrize("factor", [1.0, (1 + TOLERANCE) ** 2])
+def test_the_predicted_number_of_repeats_decides(factor):
+    generator, decided, right, trials = random.Random(2), 0, 0, 120
+    expected = Verdict.REGRESSION if factor > 1 else Verdict.PASS
+    for _ in range(trials):
+        judged = judge(times(generator, 4, 0.04), times(generator, 4, 0.04, factor), TOLERANCE)
+        if judged.verdict is not Verdict.TOO_NOISY:
+            continue
+        assert judged.repeats_needed > 4
+        count = judged.repeats_needed
+        again = judge(times(generator, count, 0.04), times(generator, count, 0.04, factor), TOLERANCE)
+        decided += 1
+        right += again.verdict is expected
+    assert decided >= 80
+    assert right / decided >= 0.85  # 0.9 is planned
+
+
+def test_a_ratio_at_the_tolerance_itself_asks_for_more_repeats_than_there_are():
+    base = [100.0 * factor for factor in (0.99, 1.0, 1.01)] * 20
+    new = [value * 1.0205 for value in base]
+    judged = judge(base, new, TOLERANCE)
+    assert judged.verdict is Verdict.TOO_NOISY
+    assert judged.repeats_needed > 60
+    exactly = judge(base, [value * 1.02 for value in base], TOLERANCE)
+    assert exactly.repeats_needed >= 10_000
+
+
+def test_single_observations_are_judged_by_the_tolerance_alone():
+    for value, verdict in [(101.9, Verdict.PASS), (102.1, Verdict.REGRESSION), (97.9, Verdict.IMPROVEMENT)]:
+        judged = judge([100.0], [value], TOLERANCE)
+        assert (judged.interval, judged.verdict, judged.repeats_needed) == (None, verdict, None)
+
+
+def test_repeats_without_any_scatter_give_a_point():
+    judged = judge([100.0, 100.0], [103.0, 103.0, 103.0], TOLERANCE)
+    assert judged.interval == pytest.approx((1.03, 1.03))
+    assert judged.verdict is Verdict.REGRESSION
+
+
+positive = st.lists(st.floats(1e-3, 1e9), min_size=1, max_size=6)
+
+
+@given(positive, positive, st.floats(0, 2))
+def test_any_observations_get_a_verdict_and_an_interval_around_the_ratio(base, new, tolerance):
+    judged = judge(base, new, tolerance)
+    assert (judged.interval is None) == (len(base) == len(new) == 1)
+    assert (judged.repeats_needed is not None) == (judged.verdict is Verdict.TOO_NOISY)
+    if judged.interval:
+        assert 0 < judged.interval[0] <= judged.ratio <= judged.interval[1] < math.inf
+
+
+@given(positive, st.floats(0.1, 10))
+def test_the_verdict_does_not_depend_on_the_unit(base, scale):
+    new = [value * 1.5 for value in base]
+    first = judge(base, new, TOLERANCE)
+    second = judge([value * scale for value in base], [value * scale for value in new], TOLERANCE)
+    assert first.ratio == pytest.approx(second.ratio)
