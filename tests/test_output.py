@@ -175,9 +175,7 @@ def test_a_full_disk_leaves_neither_temporary_nor_half_a_result(tmp_path, monkey
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        RunError, match=r"_0\.(png|json|safetensors) cannot be written: No space left on device"
-    ):
+    with pytest.raises(RunError, match=r"_0\.(png|json|safetensors) cannot be written: No space left on device"):
         save(tmp_path, {"noise": torch.zeros(2), "latents": torch.zeros(2)})
     assert names(tmp_path) == []
 
@@ -250,8 +248,12 @@ def test_the_output_folder_that_vanishes_is_one_sentence(tmp_path):
         output.save_picture(tmp_path / "gone", NOISE, record)
 
 
-def test_an_empty_output_path_is_the_working_directory(pipelines, sglang):
-    done = sglang("generate", "--model-path", pipelines["sd15"], "--prompt", "a", *SMALL, "--output-path", "")
+def test_a_dot_is_the_working_directory_and_nothing_is_refused(pipelines, sglang):
+    common = ("generate", "--model-path", pipelines["sd15"], "--prompt", "a", *SMALL, "--output-path")
+    blank = sglang(*common, "")
+    assert (blank.code, len(blank.lines)) == (2, 1)
+    assert "output.path is blank" in blank.lines[0]
+    done = sglang(*common, ".")
     assert done.code == 0, done.err
     assert "INFO: Generated image saved to: generated_image_0.png" in done.lines
     assert names(Path()) == ["generated_image_0.json", "generated_image_0.png"]
