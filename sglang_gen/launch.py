@@ -45,6 +45,7 @@ def _run(plan: Plan, memory: Memory, started: float) -> Result:
             engine.sample(plan.batches[0], plan.run.compile.warmup_steps, phases.warmup)
         saved = _generate(plan, engine, phases)
         decisions = engine.cache_decisions()
+        phases.repeats = [_repeat(plan, engine, Clock(wait, memory), saved) for _ in range(plan.run.perf.repeat - 1)]
     finally:
         engine.close()
     log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
@@ -86,6 +87,18 @@ def _generate(plan: Plan, engine: Engine, phases: dump.Phases) -> _Saved:
             saved.samples.append({**plain(sample), "batch": number, "file": path.name})
         clock.leave()
     return saved
+
+
+def _repeat(plan: Plan, engine: Engine, clock: Clock, saved: _Saved) -> Clock:
+    """Generate everything once more, saving nothing; a frame that differs from the first time is a warning."""
+    made: list[Any] = []
+    for number, batch in enumerate(plan.batches):
+        clock.batch = number
+        made += list(engine.sample(batch, plan.run.sampling.num_inference_steps, clock).frames)
+    for index, (first, again) in enumerate(zip(saved.frames, made, strict=True)):
+        if not (first == again).all():
+            log.warning(f"Sample {index} is not the same when it is generated again in this process")
+    return clock
 
 
 def _save(plan: Plan, effective: dict[str, Any], sample: Sample, decoded: Decoded, row: int) -> Path:

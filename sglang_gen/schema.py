@@ -197,6 +197,7 @@ class Perf:
     tag: str | None = None
     machine_rates: bool = True  # measure this machine's matmul and memory rates once and keep them
     work: bool = True  # count FLOPs and bytes of each stage
+    repeat: int = 1  # generate so many times in one process: more observations, and a proof that nothing leaks
 
 
 @dataclass

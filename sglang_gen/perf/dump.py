@@ -25,12 +25,12 @@ class Phases:
     warmup: Clock | None = None
     calls: CallLog = field(default_factory=CallLog)
     imports_ms: float = 0.0
+    repeats: list[Clock] = field(default_factory=list)
 
 
 def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
     """The dump as a dict. `total_duration_ms` is the generation: loading and warmup are not in it."""
     total = phases.generate.total_ms
-    stages = {**phases.load.stages_ms, **phases.generate.stages_ms}
     warmup = phases.warmup
     return {
         "schema_version": SCHEMA_VERSION,
@@ -38,12 +38,8 @@ def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: lis
         "request_id": uuid.uuid4().hex,
         "commit_hash": env.commit_hash(),
         "tag": plan.run.perf.tag,
-        "total_duration_ms": _rounded(total),
-        "steps": [{"name": name, "duration_ms": _rounded(stages[name])} for name in STAGES if name in stages],
-        "denoise_steps_ms": [
-            {"step": step, "duration_ms": _rounded(duration), "batch": batch}
-            for batch, step, duration in phases.generate.steps_ms
-        ],
+        **_times(phases.generate, {**phases.load.stages_ms, **phases.generate.stages_ms}),
+        "repeats": [_times(clock, clock.stages_ms) for clock in (phases.generate, *phases.repeats)],
         "memory_checkpoints": {
             name: asdict(checkpoint)
             for name, checkpoint in {**phases.load.checkpoints, **phases.generate.checkpoints}.items()
@@ -63,6 +59,17 @@ def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: lis
         "comm": {},
         "cache": None,
         "quality": None,
+    }
+
+
+def _times(clock: Clock, stages_ms: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "total_duration_ms": _rounded(clock.total_ms),
+        "steps": [{"name": name, "duration_ms": _rounded(stages_ms[name])} for name in STAGES if name in stages_ms],
+        "denoise_steps_ms": [
+            {"step": step, "duration_ms": _rounded(duration), "batch": batch}
+            for batch, step, duration in clock.steps_ms
+        ],
     }
 
 
