@@ -37,21 +37,18 @@ def save_video(
 
 def _write_mp4(file: BinaryIO, frames: "np.ndarray[Any, Any]", fps: int, record: dict[str, Any]) -> None:
     """ffmpeg writes into the open file by its name; sizes stay as they are, so odd ones use 4:4:4 colour."""
-    from imageio_ffmpeg import write_frames
+    import imageio.v2 as imageio
 
     height, width = frames.shape[1:3]
     even = height % 2 == 0 and width % 2 == 0
-    writer = write_frames(
-        file.name, (width, height), fps=fps, codec="libx264", quality=None, macro_block_size=1,
-        pix_fmt_out="yuv420p" if even else "yuv444p",
+    writer = imageio.get_writer(
+        file.name, format="FFMPEG", mode="I", fps=fps, codec="libx264", quality=None, macro_block_size=1,
+        pixelformat="yuv420p" if even else "yuv444p",
         output_params=["-crf", "12", "-metadata", f"comment={json.dumps(record, ensure_ascii=False)}"],
     )  # fmt: skip
-    writer.send(None)
-    try:
+    with writer:
         for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-    finally:
-        writer.close()
+            writer.append_data(frame)
 
 
 def save_sound(

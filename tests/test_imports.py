@@ -11,11 +11,12 @@ PACKAGE = Path(sglang_gen.__file__).parent
 
 # Lower may not import higher. A module stands in the first layer whose prefix fits.
 LAYERS = (
-    ("errors", "schema"),
+    ("errors", "schema", "perf.statistics"),
     ("env", "flags", "types", "values", "perf.memory"),
     ("log", "presets", "config_file", "overrides", "layout", "output", "perf.record", "perf.flops"),
-    ("config", "hub", "perf.machine", "plan", "dry_run", "help_page"),
-    ("perf.dump", "backends"),
+    ("media", "perf.observations", "perf.compare", "perf.quality", "sweep.report"),
+    ("config", "hub", "perf.machine", "perf.command", "plan", "dry_run", "help_page"),
+    ("perf.dump", "backends", "sweep.callback", "sweep.tracking"),
     ("launch",),
     ("generate",),
     ("sweep.jobs", "__init__"),
