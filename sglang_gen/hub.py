@@ -37,9 +37,13 @@ def find(model: Model, weights: bool) -> ModelCard:
     if model.path is None:
         return read_card(env.embedded_model(), "landscape", weights)
     folder = Path(model.path).expanduser()
-    if folder.is_dir():
+    try:
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    except OSError as error:  # a name that is too long, a loop of links
+        raise UserError(f"--model-path: {log.shorten(model.path)}: {error.strerror}") from None
+    if is_folder:
         return read_card(folder, model.path, weights, model.component_paths)
-    if folder.exists():
+    if is_file:
         raise UserError(f"{model.path} is a file; --model-path takes a folder or a hub id")
     if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1 or "\\" in model.path:
         raise UserError(f"The model folder {model.path} does not exist")

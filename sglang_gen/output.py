@@ -25,15 +25,19 @@ Write = Callable[[BinaryIO], object]
 
 def prepare_folder(folder: Path) -> None:
     """Create the output folder and prove that it can be written. Raises UserError, or RunError on a full disk."""
-    probe = folder / f".write-test-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
+        with _temporary(folder, ".test") as probe:
+            probe.write_bytes(b"x")
     except OSError as error:
         raise _write_error(error, folder, RunError if error.errno in FULL else UserError) from None
-    finally:
-        if folder.is_dir():
-            probe.unlink(missing_ok=True)
+
+
+def prepare_file(path: Path) -> None:
+    """`prepare_folder` for a single file that a run will write or replace."""
+    if path.is_dir():
+        raise UserError(f"{path} cannot be written: Is a directory")
+    prepare_folder(path.parent)
 
 
 def _write_error(error: OSError, path: Path, kind: type[Exception] = RunError) -> Exception:

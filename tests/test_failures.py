@@ -51,6 +51,7 @@ def spoil(path: Path, name: str, tensor: torch.Tensor | None = None) -> None:
 def test_a_missing_folder(fails):
     for path in ("/nowhere/model", "./model", "nowhere"):
         assert fails(path, 2) == f"ERROR: The model folder {path} does not exist"
+    assert fails("x" * 300, 2) == f"ERROR: --model-path: {'x' * 97}...: File name too long"
 
 
 def test_a_file_in_place_of_a_folder(fails):

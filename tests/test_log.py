@@ -65,6 +65,7 @@ def test_a_prompt_stays_on_one_line(pipelines, sglang, prompt, shown):
 def test_an_error_stays_on_one_line(sglang):
     done = sglang("generate", "--model-path", "./no\nsuch\nfolder", "--prompt", "a")
     assert done.lines == ["ERROR: The model folder ./no such folder does not exist"]
+    log.error("bytes \udcff that are no text")
 
 
 def test_piped_progress_is_a_line_every_few_seconds_and_the_last(capsys, monkeypatch):

@@ -236,6 +236,19 @@ def test_an_output_folder_that_cannot_be_is_refused_before_loading(pipelines, sg
     assert Path("taken").read_text() == "a file"
 
 
+def test_a_name_that_is_too_long_is_refused_before_loading(pipelines, sglang):
+    done = sglang("generate", "--model-path", pipelines["sd15"], "--prompt", "a", *SMALL, "--output-path", "x" * 300)
+    assert (done.code, len(done.lines)) == (2, 1)
+    assert done.lines[0].endswith("x cannot be written: File name too long")
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be written: Is a directory"):
+        output.prepare_file(tmp_path)
+    output.prepare_file(tmp_path / "new" / "perf.json")
+    assert names(tmp_path / "new") == []
+
+
 @pytest.mark.parametrize(("code", "kind"), [(errno.EROFS, UserError), (errno.ENOSPC, RunError)])
 def test_the_probe_tells_a_read_only_mount_from_a_full_disk(tmp_path, monkeypatch, code, kind):
     monkeypatch.setattr(Path, "write_bytes", refuse(code))
