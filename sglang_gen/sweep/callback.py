@@ -1,0 +1,29 @@
+"""The Hydra callback that ends a multirun with a table of its jobs.
+
+hydra:
+  callbacks:
+    table:
+      _target_: sglang_gen.sweep.callback.SweepTable
+"""
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback  # noqa: TID251 - Hydra instantiates this class
+
+from sglang_gen import log
+from sglang_gen.errors import first_line
+from sglang_gen.sweep import report
+
+
+class SweepTable(Callback):  # type: ignore[misc]  # Hydra has no types
+    """Writes `table.csv` and `table.md` into the sweep's folder when all jobs have ended."""
+
+    def on_multirun_end(self, config: Any, **_: Any) -> None:
+        try:
+            for path in report.write_table(Path(config.hydra.sweep.dir)):
+                log.info(f"Table of the sweep saved to: {path}")
+        except Exception as error:  # noqa: BLE001 - Hydra would drop it; the jobs and their exit code stand without a table
+            log.error(f"The table of the sweep could not be written: {first_line(error)}")
+            log.debug(traceback.format_exc())
