@@ -239,7 +239,7 @@ def _install_sigterm() -> Any:
 def _report(sentence: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    log.error(sentence)
+    log.error(sentence.encode(errors="backslashreplace").decode())  # it may quote bytes that are no text
     return code
 
 

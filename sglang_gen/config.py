@@ -67,7 +67,8 @@ def _compose(choices: Choices) -> tuple[Composed, bool]:
     """The composition, and whether an option of the group `model` was named."""
     loader = _loader(choices.config_dir)
     words = _parse(loader, choices.overrides)
-    check(words, choices.flags, loader.get_group_options)
+    options_of = _options(loader, choices)
+    check(words, choices.flags, options_of)
     file = read_config_file(choices.file) if choices.file is not None else FileValues()
     typed = {word.key: word for word in words if not word.is_hydra}
     stated = {key: word.values[0] for key, word in typed.items() if word.values}
@@ -75,7 +76,7 @@ def _compose(choices: Choices) -> tuple[Composed, bool]:
     values = {path: value for path, value in file.values.items() if not covered & {path, path.partition(".")[0]}}
     options = {group: option for group, option in file.options.items() if group not in typed}
     for group, option in options.items():
-        check_option(group, option, loader.get_group_options(group))
+        check_option(group, option, options_of(group))
     implied = None
     if "model" in stated or "model" not in typed:  # not ~model
         given = {**values, **stated, **choices.flags}
@@ -94,7 +95,7 @@ def _compose(choices: Choices) -> tuple[Composed, bool]:
     notices = []
     if implied not in (None, "custom"):
         notices.append(f"The settings of the preset '{implied}' apply to {run.model.path}")
-    yielded = [path for path in file.values if path not in values and path.partition(".")[0] in typed]
+    yielded = [path for path in file.values if not covered & {path} and path not in values]
     if yielded:
         notices.append(f"Group options given beside {choices.file} replace its {', '.join(yielded)}")
     return Composed(run, sources, tuple(notices), file.versions), "model" in typed or "model" in file.options
@@ -129,6 +130,17 @@ def _loader(config_dir: str | None) -> ConfigLoaderImpl:
         search_path.prepend("command-line", f"file://{Path(config_dir).absolute()}")
     ConfigStore.instance().store(name="schema", node=Run, provider="schema")
     return ConfigLoaderImpl(config_search_path=search_path)
+
+
+def _options(loader: ConfigLoaderImpl, choices: Choices) -> Callable[[str], list[str]]:
+    """Gives the options of a group, those in folders of hydra.searchpath included."""
+    search = [word for word in choices.overrides if "hydra.searchpath=" in word]
+
+    def options_of(group: str) -> list[str]:
+        with _as_user_error():
+            return list(loader.get_group_options(group, config_name=choices.config_name, overrides=search))
+
+    return options_of if search or choices.config_name != "config" else loader.get_group_options
 
 
 def _parse(loader: ConfigLoaderImpl, lines: Iterable[str]) -> list[Word]:
@@ -313,7 +325,7 @@ def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
     """Call `work` for every job that Hydra's sweeper makes of the choices; the results in order of the jobs."""
     hydra = Hydra(task_name="generate", config_loader=_loader(choices.config_dir))
     words = _parse(hydra.config_loader, choices.overrides)
-    check(words, choices.flags, hydra.config_loader.get_group_options, multirun=True)
+    check(words, choices.flags, _options(hydra.config_loader, choices), multirun=True)
     lines = [*map(_line, words), *_sweep_dir(choices, words)]
     with _as_user_error():
         cfg = hydra.compose_config(choices.config_name, lines, RunMode.MULTIRUN, with_log_configuration=False)

@@ -115,10 +115,8 @@ def _check_values(run: Run) -> None:
         raise UserError("No model is named: give --model-path, or a preset such as model=sdxl")
     for path in leaves():
         value = get(run, path)
-        if isinstance(value, str) and path not in FREE_TEXT and (not value.strip() or "\0" in value):
-            raise UserError(
-                f"{path} is {'blank' if not value.strip() else 'text with a zero byte'}; leave it out instead"
-            )
+        if isinstance(value, str) and path not in FREE_TEXT:
+            _check_name(path, value)
     for path, (least, most) in BOUNDS.items():
         value = get(run, path)
         if value is not None and value < least:

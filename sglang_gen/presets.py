@@ -23,15 +23,19 @@ class Preset:
 def load(config_dir: str | None = None) -> list[Preset]:
     """All presets, a user's own `--config-dir` first. A broken file is left to the composition to refuse."""
     found: dict[str, Preset] = {}
-    for folder in (Path(config_dir) if config_dir else None, env.conf_dir()):
-        for preset in _load_folder(folder / "model") if folder else ():
-            found.setdefault(preset.name, preset)
+    own = _load_folder(Path(config_dir)) if config_dir else ()
+    for preset in (*own, *_shipped()):
+        found.setdefault(preset.name, preset)
     return sorted(found.values(), key=lambda preset: preset.name)
 
 
 @cache
+def _shipped() -> tuple[Preset, ...]:
+    return _load_folder(env.conf_dir())
+
+
 def _load_folder(folder: Path) -> tuple[Preset, ...]:
-    return tuple(_read(path) for path in sorted(folder.glob("*.yaml")))
+    return tuple(_read(path) for path in sorted(folder.glob("model/*.yaml")))
 
 
 def _read(path: Path) -> Preset:

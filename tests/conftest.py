@@ -1,9 +1,11 @@
 """Shared by all tests: tiny pipelines built once per session, and the command run in process."""
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks only lose by threads
 os.environ["HF_HUB_OFFLINE"] = "0"
@@ -54,5 +56,20 @@ def sglang(capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
         code = main([str(word) for word in argv])
         captured = capsys.readouterr()
         return Finished(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def composed(sglang: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """What `sglang generate ARGV...` would carry out: the composed run; a list of them, one for each job, with -m."""
+    seen: list[Any] = []
+    monkeypatch.setattr(importlib.import_module("sglang_gen.generate"), "execute", seen.append)
+
+    def run(*argv: object) -> Any:
+        seen.clear()
+        done = sglang("generate", *argv)
+        assert done.code == 0, done.err
+        return list(seen) if "-m" in argv else seen[0]
 
     return run
