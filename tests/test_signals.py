@@ -44,7 +44,7 @@ def test_a_signal_while_denoising_ends_the_run_cleanly(pipelines, tmp_path, numb
     time.sleep(0.05)
     family = [process.pid, *children(process.pid)]
     os.killpg(process.pid, number)  # as a terminal or a container does: to everybody
-    out, rest = process.communicate(timeout=30)
+    out, rest = process.communicate(timeout=120)
     assert process.returncode == code
     assert out == ""
     errors = [line for line in rest.splitlines() if not line.startswith("INFO: ")]
