@@ -236,11 +236,13 @@ def _complete(run: Run, sources: dict[str, str], named: bool, seed: int | None) 
 
 def _sentence(error: Exception) -> str:
     """One sentence for an error of Hydra or OmegaConf, its place in the configuration included."""
-    text = first_line(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     cause = error.__cause__
-    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException) and str(cause)[:40] not in text:
         text = f"{text.rstrip('.')}: {first_line(cause)}"
-    key = getattr(error, "full_key", None)
+    place = next((line for line in lines if line.startswith("full_key:")), "").partition(": ")[2]
+    key = getattr(error, "full_key", None) or place
     return f"{text} (at {key})" if key and key not in text else text
 
 

@@ -1,0 +1,79 @@
+"""Every YAML of conf/ composes, and every option of every group plans or is refused in one sentence."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sglang_gen import env, hub, plan
+from sglang_gen.config import Choices, compose
+from sglang_gen.errors import UserError
+from sglang_gen.schema import leaves
+
+FILES = sorted(env.conf_dir().rglob("*.yaml"))
+OPTIONS = [path for path in FILES if path.name != "config.yaml"]
+GROUPS = {
+    "attention", "backend", "cache", "compile", "experiment", "lora", "machine", "model", "offload", "output",
+    "parallel", "perf", "quality", "quant", "sampling", "tracking",
+}  # fmt: skip
+
+
+def name(path: Path) -> str:
+    return f"{path.parent.name}={path.stem}"
+
+
+def test_every_file_is_seen():
+    assert len(FILES) == 79
+    assert {path.parent.name for path in OPTIONS} == GROUPS
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=name)
+def test_every_file_says_in_its_first_line_what_it_is(path):
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+    assert re.match(r"# \S.{8}", lines[0])
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=name)
+def test_every_option_plans_or_is_refused_in_one_sentence(path):
+    words = [name(path), *([] if path.parent.name == "model" else ["model=sdxl"])]
+    paths = {"model.path": "x/y"} if path.stem == "custom" else {}
+    composed = compose(Choices(tuple(words), {"sampling.prompt": "x", **paths}))
+    preset = composed.run.model.preset or "sdxl"
+    folder = env.preset_configs("sd3_medium" if preset == "landscape" else preset)
+    try:
+        plan.check(composed)
+        planned = plan.make_plan(composed, hub.read_card(folder, preset, weights=False))
+    except UserError as error:
+        sentence = str(error)
+        assert "not available in this version" in sentence
+        assert "\n" not in sentence
+        changed = [key for key in _keys(path) if key in sentence]
+        assert changed or path.parent.name in ("backend", "parallel"), sentence
+    else:
+        assert planned.layout.ranks == 1
+
+
+def _keys(path: Path) -> list[str]:
+    """Config paths that a file sets."""
+    content = yaml.safe_load(path.read_text()) or {}
+    nested = content if "@package _global_" in path.read_text() else {path.parent.name: content}
+    return [f"{group}.{key}" for group, keys in nested.items() if isinstance(keys, dict) for key in keys]
+
+
+@pytest.mark.parametrize("path", [path for path in OPTIONS if path.parent.name == "model"], ids=name)
+def test_every_preset_is_complete(path):
+    model = yaml.safe_load(path.read_text())["model"]
+    if path.stem == "custom":
+        assert model == {"preset": None}
+        return
+    assert model["preset"] == path.stem
+    assert model["example_prompt"]
+    assert path.stem == "landscape" or model["path"].count("/") == 1
+
+
+def test_no_file_names_a_class_or_a_key_outside_the_schema():
+    known = set(leaves())
+    for path in OPTIONS:
+        assert "_target_" not in path.read_text()
+        assert set(_keys(path)) - {"defaults"} <= known, path

@@ -1,0 +1,221 @@
+"""Composition: who wins over whom, where each value came from, and which preset a request means."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sglang_gen.schema import Run, get, leaves, plain
+
+STEPS = "sampling.num_inference_steps"
+
+
+def write(path: str, content: dict) -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    header = "# @package _global_\n" if "experiment" in path or "model" in path else ""
+    Path(path).write_text(json.dumps(content) if path.endswith("json") else header + yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def levels() -> dict[str, tuple[str, ...]]:
+    """Words that set the number of steps on each level, lowest first."""
+    write("own/experiment/mine.yaml", {"sampling": {"num_inference_steps": 9}})
+    write("steps.json", {"num_inference_steps": 10})
+    return {
+        "default": ("--config-dir", "own", "--prompt", "x"),
+        "preset": ("model=flux_dev",),
+        "group": ("sampling=draft",),
+        "experiment": ("experiment=mine",),
+        "file": ("--config", "steps.json"),
+        "override": (f"{STEPS}=11",),
+    }
+
+
+def test_each_level_wins_over_those_below_it(composed, levels):
+    seen, words = [], []
+    for source in ("preset", "experiment", "file", "override"):
+        words += levels[source]
+        composition = composed(*levels["default"], *words)
+        seen.append((get(composition.run, STEPS), composition.sources[STEPS]))
+    assert seen == [(28, "preset"), (9, "experiment"), (10, "file"), (11, "override")]
+
+
+@pytest.mark.parametrize(
+    ("names", "value", "source"),
+    [
+        (("group",), 8, "group"),
+        (("preset", "group"), 8, "group"),
+        (("group", "experiment"), 9, "experiment"),
+        (("group", "override"), 11, "override"),
+        (("experiment", "override"), 11, "override"),
+    ],
+)
+def test_a_group_file_stands_between_preset_and_experiment(composed, levels, names, value, source):
+    composition = composed(*levels["default"], *(word for name in names for word in levels[name]))
+    assert (get(composition.run, STEPS), composition.sources[STEPS]) == (value, source)
+
+
+def test_a_flag_wins_like_an_override(composed, levels):
+    words = [word for name in ("default", "preset", "group", "experiment", "file") for word in levels[name]]
+    composition = composed(*words, "--num-inference-steps", "12")
+    assert (get(composition.run, STEPS), composition.sources[STEPS]) == (12, "flag")
+
+
+def test_nothing_said_is_the_schemas_default(composed):
+    composition = composed("--model-path", "/some/folder", "--prompt", "x")
+    assert composition.sources.keys() == leaves().keys()
+    assert (get(composition.run, STEPS), composition.sources[STEPS]) == (50, "default")
+    given = {path for path, source in composition.sources.items() if source not in ("default", "group")}
+    assert given == {"model.path", "sampling.prompt", "model.preset"}
+    expected = plain(Run())
+    expected["model"]["path"], expected["sampling"]["prompt"] = "/some/folder", "x"
+    assert plain(composition.run) == expected
+
+
+def test_a_file_yields_to_an_override_of_the_path_and_of_the_group(composed):
+    write("file.json", {"prompt": "f", "num_inference_steps": 3, "seed": 4, "num_gpus": 2})
+    by_path = composed("model=sdxl", "--config", "file.json", f"{STEPS}=5")
+    assert (get(by_path.run, STEPS), by_path.run.sampling.seed) == (5, 4)
+    by_group = composed("model=sdxl", "--config", "file.json", "sampling=draft", "--prompt", "p")
+    assert (get(by_group.run, STEPS), by_group.run.sampling.seed, by_group.run.parallel.num_gpus) == (8, None, 2)
+    assert by_group.notices == (
+        "Group options given beside file.json replace its sampling.num_inference_steps, sampling.seed",
+    )
+
+
+def test_group_options_in_a_file(composed, sglang):
+    write("file.yaml", {"model": "flux_dev", "sampling": "draft", "experiment": "quick_look", "parallel": "sp2"})
+    composition = composed("--config", "file.yaml", "--prompt", "x")
+    assert composition.run.model.preset == "flux_dev"
+    assert (get(composition.run, STEPS), composition.run.sampling.num_samples) == (8, 4)
+    assert composition.run.parallel.sp_degree == 2
+    assert composed("--config", "file.yaml", "model=sdxl", "parallel=tp2").run.parallel.sp_degree is None
+    write("file.yaml", {"model": "flux_dv"})
+    done = sglang("generate", "--config", "file.yaml")
+    assert (done.code, "did you mean 'flux_dev'?" in done.err) == (2, True)
+
+
+def test_the_users_config_dir_is_searched_first(composed):
+    write("own/sampling/draft.yaml", {"num_inference_steps": 3})
+    write("own/model/mine.yaml", {"model": {"preset": "mine", "path": "me/my-model"}, "sampling": {"height": 64}})
+    assert get(composed("--config-dir", "own", "model=sdxl", "sampling=draft").run, STEPS) == 3
+    by_path = composed("--config-dir", "own", "--model-path", "/somewhere/My-Model", "--prompt", "x")
+    assert (by_path.run.model.preset, by_path.run.sampling.height) == ("mine", 64)
+
+
+def test_a_broken_preset_of_the_user_stops_only_who_chooses_it(composed, sglang):
+    Path("own/model").mkdir(parents=True)
+    Path("own/model/broken.yaml").write_bytes(b"\xff\xfe: [")
+    Path("own/model/folder.yaml").mkdir()
+    assert composed("--config-dir", "own", "--model-path", "/x", "--prompt", "x").run.model.path == "/x"
+    done = sglang("generate", "--config-dir", "own", "model=broken", "--prompt", "x")
+    assert done.code == 2
+    assert len(done.lines) == 1
+
+
+def test_values_of_free_mappings_merge_key_by_key(composed):
+    assert composed("model=qwen_image").run.backend.diffusers_kwargs == {"true_cfg_scale": 4.0}
+    flag = composed("model=qwen_image", "--diffusers-kwargs", '{"eta": 1}')
+    assert flag.run.backend.diffusers_kwargs == {"true_cfg_scale": 4.0, "eta": 1}
+    write("file.json", {"diffusers_kwargs": {"eta": 1, "clip_skip": 2}})
+    for word in ("backend.diffusers_kwargs.eta=3", "+backend.diffusers_kwargs.eta=3"):
+        both = composed("model=qwen_image", "--config", "file.json", word)
+        assert both.run.backend.diffusers_kwargs == {"true_cfg_scale": 4.0, "eta": 3, "clip_skip": 2}
+    whole = composed("model=sdxl", "backend.diffusers_kwargs={eta: 0.5}")
+    assert whole.run.backend.diffusers_kwargs == {"eta": 0.5}
+
+
+def test_an_interpolation_sees_flags_and_file_values(composed):
+    write("file.json", {"height": 640})
+    assert composed("model=sdxl", "sampling.width=${sampling.height}").run.sampling.width == 1024
+    assert composed("model=sdxl", "sampling.width=${sampling.height}", "--height", "512").run.sampling.width == 512
+    assert (
+        composed("model=sdxl", "sampling.width=${sampling.height}", "--config", "file.json").run.sampling.width == 640
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "preset"),
+    [
+        (("--model-path", "stabilityai/stable-diffusion-xl-base-1.0"), "sdxl"),
+        (("model.path=stabilityai/stable-diffusion-xl-base-1.0",), "sdxl"),
+        (("--model-path", "/data/stable-diffusion-xl-base-1.0/"), "sdxl"),
+        (("--model-path", "someone/else"), None),
+        (("--model-path", "/data/qwen", "--model-id", "Qwen-Image"), "qwen_image"),
+        (("--model-path", "/data/qwen", "--model-id", "Qwen/Qwen-Image"), "qwen_image"),
+        (("--model-id", "flux_dev"), "flux_dev"),
+        (("model=sdxl", "--model-path", "/data/finetuned"), "sdxl"),
+        (("model=sdxl", "--model-id", "sdxl"), "sdxl"),
+        (("model.path=123",), None),
+        ((), "landscape"),
+    ],
+)
+def test_which_preset_a_request_means(composed, words, preset):
+    assert composed(*words, "--prompt", "x").run.model.preset == preset
+
+
+def test_settings_of_an_implied_preset_apply_and_are_announced(composed):
+    composition = composed("--model-path", "/data/FLUX.1-dev", "--prompt", "x")
+    assert (composition.run.model.path, composition.run.sampling.guidance_scale) == ("/data/FLUX.1-dev", 3.5)
+    assert composition.notices == ("The settings of the preset 'flux_dev' apply to /data/FLUX.1-dev",)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--model-id", "qwen_imag"), "No preset is named 'qwen_imag'; did you mean 'qwen_image'?"),
+        (("model.id=5",), "No preset is named '5'"),
+        (("model=sdxl", "--model-id", "Qwen-Image"), "model=sdxl and the model id 'Qwen-Image' name two presets"),
+        (("~model",), "No model is named"),
+        (("model=custom",), "No model is named"),
+        (("model.preset=sdxl",), "No model is named"),
+    ],
+)
+def test_contradicting_models_are_refused(sglang, words, sentence):
+    done = sglang("generate", *words, "--prompt", "x")
+    assert (done.code, sentence in done.err) == (2, True)
+
+
+def test_without_a_model_the_embedded_one_is_used_and_announced(composed):
+    composition = composed("--prompt", "x")
+    assert (composition.run.model.preset, composition.run.model.path) == ("landscape", None)
+    assert composition.notices == ("No model given: using the embedded model 'landscape'",)
+    assert composed("model=landscape", "--prompt", "x").notices == ()
+
+
+def test_the_example_prompt_needs_a_preset_by_name(composed, sglang):
+    composition = composed("model=sdxl", "parallel=sp2_tp2")
+    assert composition.run.sampling.prompt == composition.run.model.example_prompt
+    assert composition.sources["sampling.prompt"] == "preset"
+    assert composition.notices == ("No prompt given: using the example prompt of the preset 'sdxl'",)
+    write("model.yaml.json", {"model": "sdxl"})
+    assert composed("--config", "model.yaml.json").sources["sampling.prompt"] == "preset"
+    for words in ((), ("--model-path", "x/y"), ("--model-path", "stabilityai/stable-diffusion-xl-base-1.0"),
+                  ("model=sdxl", "--model-path", "/x"), ("--model-id", "sdxl"), ("~model",)):  # fmt: skip
+        done = sglang("generate", *words)
+        assert done.code == 2, words
+        assert done.lines[-1].startswith("ERROR: A prompt is needed: --prompt"), words
+
+
+def test_prompts_from_a_file_need_no_prompt(composed):
+    assert composed("--model-path", "x/y", "sampling.prompts_file=p.txt").run.sampling.prompt is None
+
+
+def test_a_users_primary_configuration(composed, sglang):
+    write("own/mine.yaml", {"defaults": ["config", {"override model": "sdxl"}, "_self_"], "sampling": {"seed": 5}})
+    composition = composed("--config-dir", "own", "--config-name", "mine", "--prompt", "x")
+    assert (composition.run.model.preset, composition.run.sampling.seed) == ("sdxl", 5)
+    write("own/wrong.yaml", {"defaults": ["config", "_self_"], "sampling": {"sed": 5}})
+    done = sglang("generate", "--config-dir", "own", "--config-name", "wrong", "--prompt", "x")
+    assert (done.code, len(done.lines)) == (2, 1)
+    assert "Key 'sed' not in 'Sampling' (at sampling.sed)" in done.err
+
+
+def test_a_folder_of_hydras_search_path(composed):
+    write("more/sampling/tiny.yaml", {"num_inference_steps": 2})
+    folder = f"hydra.searchpath=[file://{Path('more').absolute()}]"
+    assert get(composed(folder, "model=sdxl", "sampling=tiny").run, STEPS) == 2
+    jobs = composed("-m", folder, "model=sdxl", "sampling=tiny,draft", "--output-path", "sweep")
+    assert [get(job.run, STEPS) for job in jobs] == [2, 8]
