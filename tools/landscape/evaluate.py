@@ -98,7 +98,7 @@ def table(report: dict) -> str:
 def evaluate(args: argparse.Namespace) -> dict:
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    pipeline = DiffusionPipeline.from_pretrained(args.model, torch_dtype=args.dtype).to(args.device)
+    pipeline = DiffusionPipeline.from_pretrained(args.model, dtype=args.dtype).to(args.device)
     loaded = time.perf_counter() - started
     pipeline.set_progress_bar_config(disable=True)
     tile(generate(pipeline, list(SHOWN), args), columns=4).save(args.out / "grid.png", optimize=True)

@@ -39,7 +39,7 @@ def save_pipeline(model: Denoiser, vae_folder: Path, shift: float, out: Path) ->
 
 def load_weights(model: Denoiser, folder: Path) -> None:
     """Continue from a folder that `save_pipeline` wrote."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32)
     model.transformer.load_state_dict(pipeline.transformer.state_dict())
     for ours, saved in zip(
         (model.text.clip, model.text.clip_2, model.text.t5),
