@@ -179,7 +179,18 @@ def command_models(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"generate": command_generate, "models": command_models}
+def command_perf(argv: Sequence[str]) -> int:
+    """`sglang perf compare`: verdicts on perf dumps."""
+    from sglang_gen.perf import command
+
+    return command.main(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "generate": command_generate,
+    "models": command_models,
+    "perf": command_perf,
+}
 
 
 def _dispatch(argv: Sequence[str]) -> int:
@@ -209,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = _wants_debug(argv)
     log.setup("debug" if debug else "info")
+    log.capture_warnings()
     previous = _install_sigterm()
     try:
         return _dispatch(argv)

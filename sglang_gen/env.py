@@ -1,6 +1,7 @@
 """The environment, read here and nowhere else: variables, folders, versions, CPU flags."""
 
 import importlib.metadata
+import netrc
 import os
 import platform
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from urllib.parse import urlsplit
 
 PACKAGES = (
     "sglang-gen", "torch", "diffusers", "transformers", "tokenizers", "safetensors", "accelerate", "huggingface-hub",
@@ -99,6 +101,26 @@ def cpu() -> tuple[str, frozenset[str]]:
 def cpu_has_bf16() -> bool:
     """True where bf16 matrix products run in hardware (avx512_bf16 or AMX)."""
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu()[1])
+
+
+def wandb_mode() -> str | None:
+    """offline where W&B has neither a mode nor a key (WANDB_API_KEY, `wandb login`); None leaves the choice to W&B."""
+    if any(os.environ.get(name) for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return None
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        try:
+            if netrc.netrc(path).authenticators(host):
+                return None
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return "offline"
+
+
+def cxx_compilers() -> list[str]:
+    """Names under which torch.compile looks for a C++ compiler: $CXX, else the usual ones."""
+    return [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
 
 
 def cpu_count() -> int:

@@ -48,7 +48,7 @@ def execute(composed: "Composed") -> Result | None:
 
     output.prepare_folder(Path(run.output.path))
     if run.output.perf_dump_path:
-        output.prepare_folder(Path(run.output.perf_dump_path).parent)
+        output.prepare_file(Path(run.output.perf_dump_path))
     log.info(f"Loading model: {plan.card.name}")
     started = time.perf_counter()
     return launch.launch(replace(plan, card=hub.find(run.model, weights=True)), started)

@@ -13,6 +13,7 @@ usage: sglang COMMAND ...
 commands:
   generate   generate images with a diffusion model (sglang generate --help)
   models     list the model presets
+  perf       compare perf dumps (sglang perf compare --help)
 
 options:
   -h, --help   show this text

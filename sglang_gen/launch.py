@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen import env, log, output
-from sglang_gen.errors import RunError
-from sglang_gen.perf import dump
+from sglang_gen.errors import RunError, UserError
+from sglang_gen.perf import dump, quality
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory
 from sglang_gen.perf.record import Clock, synchroniser
 from sglang_gen.schema import SCHEMA_VERSION, plain
+from sglang_gen.sweep import tracking
 from sglang_gen.types import Decoded, Engine, Plan, Result, Sample
 
 
@@ -34,10 +35,13 @@ def _run(plan: Plan, memory: Memory, started: float) -> Result:
     phases = dump.Phases(load=Clock(wait, memory), generate=Clock(wait, memory), calls=CallLog())
     from sglang_gen.backends import diffusers  # the import itself takes seconds and is told apart from loading
 
+    reference = _reference(plan)
     phases.imports_ms = 1000 * (time.perf_counter() - started)
     phases.load.enter("load")
     engine: Engine = diffusers.load(plan, phases.calls)
     phases.load.leave()
+    if reference is not None and engine.effective()["makes"] != "image":
+        raise UserError("quality.reference compares pictures; this pipeline makes none")
     log.info("Model loaded successfully")
     try:
         if plan.run.compile.warmup:
@@ -50,11 +54,24 @@ def _run(plan: Plan, memory: Memory, started: float) -> Result:
         engine.close()
     log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
     report = dump.build(plan, phases, saved.effective, saved.samples) | {"cache": decisions}
+    if reference is not None:
+        report["quality"] = quality.compare(str(plan.run.quality.reference), saved.samples, saved.frames, reference)
+        log.info(f"Quality against {plan.run.quality.reference}: {quality.sentence(report['quality'])}")
     if plan.run.output.perf_dump_path:
         dump.add_measurements(report, plan, phases)
         output.save_json(Path(plan.run.output.perf_dump_path), report)
         log.info(f"Performance metrics saved to: {plan.run.output.perf_dump_path}")
+    tracking.track(plan.run, report, saved.paths, env.wandb_mode())
     return Result(tuple(saved.paths), tuple(saved.frames), tuple(saved.seeds), report)
+
+
+def _reference(plan: Plan) -> list[Path] | None:
+    """The pictures of quality.reference that belong to the samples, found before any work is done."""
+    if plan.run.quality.reference is None:
+        return None
+    return quality.counterparts(
+        plan.run.quality.reference, [plain(sample) for batch in plan.batches for sample in batch]
+    )
 
 
 class _Saved:

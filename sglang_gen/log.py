@@ -4,7 +4,8 @@ import logging
 import re
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 _LOGGER = logging.getLogger("sglang_gen")
@@ -62,8 +63,12 @@ def setup(level: str) -> None:
     _LOGGER.propagate = False
     _LOGGER.setLevel(level.upper())
     _ONCE.seen.clear()
-    logging.captureWarnings(True)
     adopt_libraries()
+
+
+def capture_warnings() -> None:
+    """Python warnings go the way of log lines; for a process that is the command, not for one that calls us."""
+    logging.captureWarnings(True)
 
 
 def adopt_libraries() -> None:
@@ -85,6 +90,18 @@ def _handler() -> logging.Handler:
     handler = _Stderr()
     handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
     return handler
+
+
+@contextmanager
+def quieter(library: str) -> Iterator[None]:
+    """Only the errors of a library's logger inside, for remarks that our own checks make better."""
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def debug(message: str) -> None:

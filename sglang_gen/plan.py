@@ -7,14 +7,15 @@ import json
 import math
 import os.path
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_gen import env, layout
 from sglang_gen.errors import UserError, nearest
-from sglang_gen.schema import BackendName, CacheMethod, Device, DType, QuantMethod, Run, get, leaves, plain
+from sglang_gen.flags import BY_PATH
+from sglang_gen.schema import BackendName, CacheMethod, Device, DType, QuantMethod, Run, Tracker, get, leaves, plain
 from sglang_gen.types import Layout, ModelCard, Plan, Sample, user_gave
 from sglang_gen.values import check_plain, parse_json
 
@@ -23,20 +24,9 @@ if TYPE_CHECKING:
 
 # What this version cannot do yet: the config paths, and the sentence for a run that asks for one of them.
 MISSING: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("offload.",), "CPU offloading is not available in this version; run without it"),
-    (("lora.",), "LoRA adapters are not available in this version; run with lora=none"),
     (("quant.",), "quantized weights are not available in this version; run with quant=none"),
-    (("attention.",), "choosing the attention kernel is not available in this version; run with attention=auto"),
-    (("cache.",), "step caches are not available in this version; run with cache=none"),
-    (
-        ("compile.enable_torch_compile", "compile.regional"),
-        "torch.compile is not available in this version; run with compile=none",
-    ),
+    (("cache.interval",), "DeepCache is not available in this version; run with cache=none"),
     (("compile.disable_autocast",), "choosing the stored dtype is not available in this version; name it with --dtype"),
-    (("quality.",), "comparison with a reference is not available in this version; run with quality=none"),
-    (("tracking.",), "trackers are not available in this version; run with tracking=none and read the perf dump"),
-    (("sampling.image_path",), "input images are not available in this version; only text to image is"),
-    (("sampling.num_frames", "output.fps"), "video is not available in this version; only text to image is"),
     (("model.trust_remote_code",), "code from model repositories is not run in this version"),
 )
 
@@ -77,6 +67,21 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     )
 
 
+# Settings that act only together with another: the prefix of the one, whether the other is there, and its name.
+NEEDS: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
+    ("lora.", lambda run: bool(run.lora.path or run.lora.adapters), "lora.path"),
+    (
+        "cache.",
+        lambda run: run.cache.method is not CacheMethod.none or bool(run.cache.cache_dit_config),
+        "a step cache",
+    ),
+    ("compile.regional", lambda run: run.compile.enable_torch_compile, "--enable-torch-compile"),
+    ("compile.warmup_steps", lambda run: run.compile.warmup, "--warmup"),
+    ("offload.disk_path", lambda run: run.offload.dit_layerwise_offload, "--dit-layerwise-offload"),
+    ("tracking.project", lambda run: run.tracking.name is Tracker.wandb, "tracking=wandb"),
+)
+
+
 def refuse_missing(run: Run, sources: Mapping[str, str]) -> None:
     """Refuse, by name, every setting that differs from the schema's and whose engine work does not exist yet."""
     plainest = Run()
@@ -102,6 +107,9 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "sampling.max_sequence_length": (1, 1_000_000),
     "sampling.seed": (0, 2**63 - 1),
     "compile.warmup_steps": (1, 100_000),
+    "sampling.num_frames": (1, 100_000),
+    "output.fps": (1, 1000),
+    "perf.repeat": (1, 10_000),
 }
 FREE_TEXT = ("sampling.prompt", "sampling.negative_prompt")  # may be empty and hold any character
 
@@ -309,6 +317,7 @@ def requested(run: Run) -> dict[str, Any]:
         "cache": run.cache.method.name,
         "quantization": run.quant.method.name,
         "offload": [name for name, value in plain(run.offload).items() if value is True],
+        "lora": [adapter["path"] for adapter in [plain(run.lora), *plain(run.lora.adapters)] if adapter["path"]],
         "compile": run.compile.enable_torch_compile,
     }
 
@@ -323,6 +332,7 @@ def _effective(run: Run, degrees: Layout, device: str, dtype: str) -> dict[str, 
         "cache": CacheMethod.none.name,
         "quantization": QuantMethod.none.name,
         "offload": [],
+        "lora": [],
         "compile": False,
         "seed": run.sampling.seed,
     }
@@ -335,8 +345,10 @@ def _differs(run: Run, sources: Mapping[str, str], path: str) -> bool:
 def _warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str | None]) -> list[str]:
     """Settings that the user gave and that change nothing, and a record that was made elsewhere."""
     found = []
-    if user_gave(run, sources, "compile.warmup_steps") and not run.compile.warmup:
-        found.append("--warmup-steps has no effect without --warmup")
+    for path in leaves():
+        for prefix, present, name in NEEDS:
+            if path.startswith(prefix) and user_gave(run, sources, path) and not present(run):
+                found.append(f"{BY_PATH[path].option if path in BY_PATH else path} has no effect without {name}")
     if user_gave(run, sources, "perf.machine_rates") and run.machine.name != "auto":
         found.append(f"perf.machine_rates has no effect: the rates are those of machine={run.machine.name}")
     if not run.output.perf_dump_path:

@@ -120,6 +120,7 @@ class DiffusersEngine:
         return {
             **self._effective,
             "pipeline": type(self.pipeline).__name__,
+            "makes": self.kind.makes,
             "components": {name: type(part).__name__ for name, part in parts.items()},
             "scheduler_config": _plain_config(self.pipeline.scheduler) if "scheduler" in parts else None,
         }
@@ -141,7 +142,7 @@ class DiffusersEngine:
             raise UserError(f"{name} refuses the request: {first_line(error)}") from error
         finally:
             clock.leave()
-        _check_finite(latents.last, "The latents", batch)
+        _check_finite(latents.last, "the latents", batch)
         _warn_blanked(result, batch)
         return self._decoded(result, latents, batch)
 
@@ -151,7 +152,7 @@ class DiffusersEngine:
         if not hasattr(result, field):
             raise RunError(f"{type(self.pipeline).__name__} returned no {field}")
         values = np.asarray(getattr(result, field), dtype=np.float32)
-        _check_finite(torch.from_numpy(values), f"The decoded {self.kind.makes}", batch)
+        _check_finite(torch.from_numpy(values), f"the decoded {self.kind.makes}", batch)
         if self.kind.makes == "audio":
             sound = values.reshape(len(batch), -1, values.shape[-1])  # [B, C, T]
             return Decoded(sound, latents.noise, latents.last, "audio", _sampling_rate(self.pipeline))
@@ -221,6 +222,6 @@ def _check_finite(values: torch.Tensor | None, what: str, batch: tuple[Sample, .
     for row, sample in zip(values, batch, strict=True):
         if not bool(torch.isfinite(row).all()):
             raise RunError(
-                f"{what} of sample {sample.index} (seed {sample.seed}) are not finite numbers, so the picture would be "
-                "black; try --dtype float32 (or bfloat16 in place of float16)"
+                f"Not every number in {what} of sample {sample.index} (seed {sample.seed}) is finite, so the result "
+                "would be black or silent; try --dtype float32 (or bfloat16 in place of float16)"
             )

@@ -210,3 +210,10 @@ def _picture(path: Path) -> "Frame":
         raise UserError(f"The reference picture {path} is missing beside its record") from None
     except (UnidentifiedImageError, OSError, SyntaxError):  # PIL calls a broken PNG a SyntaxError
         raise UserError(f"The reference picture {path} cannot be read") from None
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """A comparison in words for the log."""
+    if found["identical"]:
+        return "identical"
+    return f"PSNR {found['psnr']:.2f} dB, SSIM {found['ssim']:.4f}, largest error {found['max_error']}"

@@ -10,9 +10,7 @@ from sglang_gen import log, output
 from sglang_gen.config import Choices, Job, compose, multirun
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.schema import SCHEMA_VERSION, Run
-
-NOTE = "job.json"  # how a job ended: {overrides, status, error, seconds, files}
-DUMP = "perf.json"
+from sglang_gen.sweep.report import DUMP, NOTE
 
 
 def run_sweep(choices: Choices) -> int:
@@ -30,10 +28,11 @@ def run_job(job: Job) -> int:
     from sglang_gen.generate import execute
 
     log.info(f"Job {job.number}: {' '.join(job.overrides)}")
-    started, error, files = time.perf_counter(), None, []
+    started, error, files, dump = time.perf_counter(), None, [], DUMP
     try:
         composed = compose(job.choices)
         _place(composed.run, job)
+        dump = Path(str(composed.run.output.perf_dump_path)).name
         result = execute(composed)
         files = [path.name for path in result.paths] if result else []
     except (UserError, RunError) as failure:
@@ -50,6 +49,7 @@ def run_job(job: Job) -> int:
         "error": error,
         "seconds": round(time.perf_counter() - started, 3),
         "files": files,
+        "dump": dump,
     }
     output.save_json(job.folder / NOTE, note)
     return 1 if error else 0

@@ -29,7 +29,7 @@ def settings(cache: Cache) -> dict[str, Any]:
     for section, group in ELSEWHERE.items():
         if section in given:
             raise UserError(f"--cache-dit-config: '{section}' is set by {group}, not here")
-    given = {**given, **given.pop("cache_config", {})}
+    given |= given.pop("cache_config", {})
     legal = [*typed, *CALIBRATOR_KEYS]
     for key in given:
         if key not in legal:

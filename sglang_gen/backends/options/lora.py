@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from sglang_gen import log
 from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, modules
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.schema import Adapter, Lora
@@ -25,7 +26,7 @@ def adapters(lora: Lora) -> list[Adapter]:
 
 
 def apply(pipeline: Any, lora: Lora) -> list[dict[str, Any]]:
-    """Load and merge the adapters: `W + scale * (alpha / rank) * B A`, as diffusers and PEFT define it.
+    """Load and merge the adapters, one after the other: `W + scale * (alpha / rank) * B A`, as PEFT defines it.
 
     Returns one entry an adapter for the record. Raises UserError for one that cannot be read, that belongs to another
     model, or that matches no module.
@@ -35,11 +36,13 @@ def apply(pipeline: Any, lora: Lora) -> list[dict[str, Any]]:
         return []
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"lora: {type(pipeline).__name__} takes no LoRA adapters")
-    report = [_load(pipeline, adapter) for adapter in chosen]
-    names = [adapter.nickname for adapter in chosen]
-    pipeline.set_adapters(names, [adapter.scale for adapter in chosen])
-    pipeline.fuse_lora(adapter_names=names)
-    pipeline.unload_lora_weights()
+    report = []
+    with log.quieter("diffusers.loaders"):  # its remarks on what did not fit are our errors
+        for adapter in chosen:
+            report.append(_load(pipeline, adapter))
+            pipeline.set_adapters([adapter.nickname], [adapter.scale])
+            pipeline.fuse_lora(adapter_names=[adapter.nickname])
+            pipeline.unload_lora_weights()
     return report
 
 
@@ -58,9 +61,12 @@ def _load(pipeline: Any, adapter: Adapter) -> dict[str, Any]:
     except ERRORS as error:
         kind = type(pipeline).__name__
         raise UserError(f"lora: {path} cannot be applied to this {kind}: {first_line(error)}") from error
-    matched = _matched(pipeline, adapter.nickname)
-    if not matched:
-        raise UserError(f"lora: {path} matches no module of this {type(pipeline).__name__}")
+    matched, there = _matched(pipeline, adapter.nickname), _pairs(kept)
+    if len(matched) < there:
+        raise UserError(
+            f"lora: {path} was made for another model: {len(matched)} of its {there} modules have a place in this "
+            f"{type(pipeline).__name__}; --lora-target-modules can choose among them"
+        )
     return {
         "nickname": adapter.nickname, "path": path, "scale": adapter.scale, "modules": len(matched), "merged": True,
     }  # fmt: skip
@@ -79,6 +85,13 @@ def _targets(key: str, wanted: list[str]) -> bool:
         return True
     module = key.partition(".lora")[0].removesuffix(".alpha")
     return any(f".{module}".endswith(f".{name}") for name in wanted)
+
+
+def _pairs(weights: dict[str, Any]) -> int:
+    """Modules for which the adapter has a pair of factors."""
+    return sum(
+        any(mark in key for mark in (".lora_A.", ".lora_down.", ".lora.down.", "_layer.down.")) for key in weights
+    )
 
 
 def _matched(pipeline: Any, nickname: str) -> list[str]:
