@@ -6,6 +6,7 @@ sweep choices. `Composed.sources` says for every config path which of these its 
 
 import copy
 import dataclasses
+import logging
 import os.path
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -254,9 +255,22 @@ def show(choices: Choices, given: Mapping[str, Any]) -> str:
         if given.get("hydra_help"):
             return _hydra_help(hydra)
         if given.get("info"):
-            hydra.show_info(given["info"], choices.config_name, list(choices.overrides), mode)
+            with _root_logger_kept():
+                hydra.show_info(given["info"], choices.config_name, list(choices.overrides), mode)
             return ""
         return _show_cfg(hydra, choices, given, mode)
+
+
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """Hydra prints its information by a handler that it leaves on the root logger of the process."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def _hydra_help(hydra: Hydra) -> str:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -221,8 +222,10 @@ def test_cfg_prints_hydras_part_too(sglang):
 
 @pytest.mark.parametrize("topic", cli.TOPICS)
 def test_info_prints_each_topic(sglang, topic):
+    before = logging.getLogger().handlers[:]
     done = sglang("generate", "--info", topic)
     assert done.code == 0, done.err
+    assert logging.getLogger().handlers == before
     assert len(done.out) > 50
 
 
