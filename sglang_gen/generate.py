@@ -50,5 +50,7 @@ def execute(composed: "Composed") -> Result | None:
     if run.output.perf_dump_path:
         output.prepare_file(Path(run.output.perf_dump_path))
     log.info(f"Loading model: {plan.card.name}")
+    if run.sampling.seed is None:
+        log.info(f"Seed: {plan.run.sampling.seed} (drawn; --seed gives it again)")
     started = time.perf_counter()
     return launch.launch(replace(plan, card=hub.find(run.model, weights=True)), started)

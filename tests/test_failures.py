@@ -51,7 +51,7 @@ def spoil(path: Path, name: str, tensor: torch.Tensor | None = None) -> None:
 def test_a_missing_folder(fails):
     for path in ("/nowhere/model", "./model", "nowhere"):
         assert fails(path, 2) == f"ERROR: The model folder {path} does not exist"
-    assert fails("x" * 300, 2) == f"ERROR: --model-path: {'x' * 97}...: File name too long"
+    assert fails("x" * 300, 2).startswith("ERROR: model.path is too long to name anything: ")
 
 
 def test_a_file_in_place_of_a_folder(fails):
@@ -159,8 +159,8 @@ def test_a_component_of_a_library_that_is_not_installed(fails, folder):
 def test_nan_in_the_network_saves_no_black_picture(fails, folder):
     spoil(folder / "transformer" / "diffusion_pytorch_model.safetensors", "proj_out.bias")
     assert fails(folder, 1) == (
-        "ERROR: Not every number in the latents of sample 0 (seed 7) is finite, so the result would be black or silent; "
-        "try --dtype float32 (or bfloat16 in place of float16)"
+        "ERROR: Not every number in the latents of sample 0 (seed 7) is finite, so the result would be black or "
+        "silent; try --dtype float32 (or bfloat16 in place of float16)"
     )
 
 

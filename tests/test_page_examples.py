@@ -5,6 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 BASIC = '--prompt "A serene landscape with mountains and a lake at sunset"'
 HIGH_QUALITY = """--prompt "A futuristic city with flying cars" --negative-prompt "blurry, low quality, distorted"
@@ -30,7 +32,7 @@ def example(pipelines, sglang):
 def test_basic_image_generation_logs_the_lines_of_the_page(example):
     done = example(BASIC)
     assert done.code == 0, done.err
-    lines = done.lines
+    lines = [line for line in done.lines if not line.startswith("INFO: Seed: ")]  # drawn, hence told
     assert lines[0].startswith("INFO: Loading model: ")
     assert lines[1] == "INFO: Model loaded successfully"
     assert lines[2] == 'INFO: Generating with prompt: "A serene landscape with mountains and a lake at sunset"'
@@ -90,17 +92,31 @@ def test_performance_benchmarking_writes_the_dump(example):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (MULTI_GPU, "Running on 4 ranks (dp 1, cfg 1, ring 1, ulysses 2, tp 2) is not available in this version"),
-        (LORA, "LoRA adapters are not available in this version"),
-        (OFFLOAD, "CPU offloading is not available in this version"),
-    ],
-)
-def test_examples_of_what_is_not_there_yet_are_refused_in_one_sentence(example, words, sentence):
-    done = example(words)
+def test_using_lora_adapters(pipelines, example):
+    weights = {}
+    unet = UNet2DConditionModel.from_pretrained(pipelines["sdxl"], subfolder="unet")
+    for name, module in unet.named_modules():
+        if name.endswith(("attn1.to_q", "attn2.to_k")):
+            weights[f"{name}.lora_A.weight"] = torch.ones(2, module.in_features)
+            weights[f"{name}.lora_B.weight"] = torch.ones(module.out_features, 2)
+    StableDiffusionXLPipeline.save_lora_weights("path/to/anime-lora", unet_lora_layers=weights)
+    done = example(f"{LORA} --num-inference-steps 2")
+    assert done.code == 0, done.err
+    (adapter,) = json.loads(Path("outputs/generated_image_0.json").read_text())["effective"]["lora"]
+    assert (adapter["path"], adapter["scale"], adapter["nickname"]) == ("path/to/anime-lora", 0.8, "default")
+    assert adapter["modules"] == len(weights) // 2
+
+
+def test_cpu_offloading_for_large_models(example):
+    done = example(f"{OFFLOAD} --num-inference-steps 2")
+    assert done.code == 0, done.err
+    record = json.loads(Path("outputs/generated_image_0.json").read_text())
+    assert record["requested"]["offload"] == ["dit_cpu_offload", "text_encoder_cpu_offload", "vae_cpu_offload"]
+
+
+def test_multi_gpu_inference_is_refused_in_one_sentence_until_it_is_there(example):
+    done = example(MULTI_GPU)
     assert done.code == 2
     assert len([line for line in done.lines if line.startswith("ERROR: ")]) == 1
-    assert sentence in done.err
+    assert "Running on 4 ranks (dp 1, cfg 1, ring 1, ulysses 2, tp 2) is not available in this version" in done.err
     assert not Path("outputs").exists()

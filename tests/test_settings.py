@@ -10,8 +10,16 @@ from sglang_gen import schema
 from sglang_gen.plan import MISSING
 
 COPYING = ("dataclasses", "sglang_gen.schema", "copy", "omegaconf")  # modules that read every key without using it
-CONSUMED_WHILE_COMPOSING = {"model.id", "model.example_prompt"}  # tested in test_config.py
-ONLY_FOR_A_HUB = {"model.revision", "model.preset"}  # tested in test_hub.py
+# Read only under conditions that these two commands do not have; the test that has them.
+ELSEWHERE = {
+    "model.id": "test_config.py",
+    "model.example_prompt": "test_config.py",
+    "model.revision": "test_hub.py",
+    "model.preset": "test_hub.py",
+    "tracking.project": "test_tracking.py",
+    "compile.regional": "test_diffusers_options.py",
+    "output.fps": "test_media.py",
+}
 
 
 @pytest.fixture
@@ -23,8 +31,8 @@ def read(monkeypatch) -> set[str]:
         names = {field.name for field in dataclasses.fields(cls)}
 
         def traced(self, name):
-            if name in names and not sys._getframe(1).f_globals["__name__"].startswith(COPYING):
-                seen.add(f"{prefix}{name}")
+            if not sys._getframe(1).f_globals["__name__"].startswith(COPYING):
+                seen.update(f"{prefix}{each}" for each in (names if name == "__dict__" else names & {name}))
             return object.__getattribute__(self, name)
 
         monkeypatch.setattr(cls, "__getattribute__", traced)
@@ -36,7 +44,8 @@ def read(monkeypatch) -> set[str]:
     return seen
 
 
-def test_every_key_is_read_during_a_generation_or_refused(pipelines, sglang, read):
+def test_every_key_is_read_during_a_generation_or_refused(pipelines, sglang, read, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")  # the last command ends where it would compile
     degrees = ("num_gpus", "tp_size", "sp_degree", "ulysses_degree", "ring_degree", "dp_size", "dp_degree")
     done = sglang(
         "generate", "--model-path", pipelines["sdxl"], "--prompt", "a", "--height", "32", "--width", "32",
@@ -44,6 +53,17 @@ def test_every_key_is_read_during_a_generation_or_refused(pipelines, sglang, rea
         *(f"parallel.{name}=1" for name in degrees),
     )  # fmt: skip
     assert done.code == 0, done.err
+    cached = sglang(
+        "generate", "--model-path", pipelines["sd3"], "--prompt", "a", "--height", "32", "--width", "32",
+        "--num-inference-steps", "1", "--lora-path", "./missing.safetensors",
+    )  # fmt: skip
+    assert "./missing.safetensors does not exist" in cached.err
+    again = sglang(
+        "generate", "--model-path", pipelines["sd3"], "--prompt", "a", "--height", "32", "--width", "32",
+        "--num-inference-steps", "1", "cache=dbcache", "cache.Fn_compute_blocks=1", "--enable-torch-compile",
+        "compile.regional=false", "attention=math",
+    )  # fmt: skip
+    assert again.code == 2
     refused = tuple(prefix for prefixes, _ in MISSING for prefix in prefixes)
     ignored = {path for path in schema.leaves() if not path.startswith(refused)} - read
-    assert ignored - CONSUMED_WHILE_COMPOSING - ONLY_FOR_A_HUB == set()
+    assert ignored - set(ELSEWHERE) == set()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -20,6 +21,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from torch import nn
 from transformers import (
@@ -149,6 +152,20 @@ def flux(folder: Path, guidance_embeds: bool = True) -> Path:
         transformer=fill(transformer, 31), vae=_vae(4, 32, 0.3611, 0.1159), text_encoder=_clip(33, 32, False),
         tokenizer=clip_tokenizer(), text_encoder_2=_t5(34), tokenizer_2=t5_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def wan(folder: Path) -> Path:
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+        text_dim=32, freq_dim=256, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    pipeline = WanPipeline(
+        transformer=fill(transformer, 41), vae=fill(vae, 42), text_encoder=_t5(43), tokenizer=t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
     pipeline.save_pretrained(folder)
     return folder
