@@ -135,6 +135,21 @@ def test_a_kernel_that_cannot_act_is_refused(run, words, sentence):
     assert sentence in done.err
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_kernel_of_the_dispatcher_acts_on_networks_that_dispatch_and_ends_with_the_run(run):
+    from diffusers.models import attention_dispatch
+
+    before = attention_dispatch._AttentionBackendRegistry.get_active_backend()
+    assert run("flux").code == 0
+    done = run("flux", "--attention-backend", "flex")
+    assert done.code == 0, done.err
+    assert record(1)["effective"]["attention"] == "flex"
+    assert np.abs(picture("outputs/generated_image_0.png") - picture("outputs/generated_image_1.png")).max() <= 1
+    assert attention_dispatch._AttentionBackendRegistry.get_active_backend() == before
+    assert run("sdxl", "--attention-backend", "flex").code == 2
+    assert attention_dispatch._AttentionBackendRegistry.get_active_backend() == before
+
+
 def test_the_priority_of_sdpa_is_recorded(run):
     assert run("sdxl", "--attention-backend-config", '{"priority": ["math", "flash"]}').code == 0
     assert record()["effective"]["attention"] == "sdpa(math, flash)"

@@ -159,6 +159,7 @@ def test_wandb_keeps_config_numbers_and_pictures_offline_and_says_nothing(tmp_pa
     Image.fromarray(pixels).save(path)
     run = run_with(Tracker.wandb, tmp_path)
     run.sampling.prompts = [{"prompt": "long " * 10_000}]  # longer than a block of the file
+    log.setup("warning")
     tracking.track(run, REPORT, [path], "offline")
     assert capfd.readouterr() == ("", "")
 

@@ -1,8 +1,8 @@
 """The attention kernel of a diffusers pipeline.
 
 The four kernels inside torch's scaled_dot_product_attention are chosen by a context around the call, which reaches
-every network. Other kernels are set on the attention processors, which not every network has: the processors that took
-the kernel are counted, and none is an error.
+every network. Other kernels are those of diffusers' dispatcher, which not every attention processor goes through: where
+none does, the choice is an error.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def apply(pipeline: Any, attention: Attention, device: str, dtype: torch.dtype) 
     if name not in _processor_kernels():
         names = legal(device, dtype)
         raise UserError(f"attention.backend: unknown kernel '{name}'{nearest(name, names)} (legal: {', '.join(names)})")
-    return _set_processors(pipeline, name)
+    return _dispatched(pipeline, name)
 
 
 def _priority(config: dict[str, Any], device: str, dtype: torch.dtype) -> list[str]:
@@ -90,20 +90,21 @@ def _processor_kernels() -> list[str]:
     return [item.value for item in AttentionBackendName if not item.value.startswith(("native", "_native"))]
 
 
-def _set_processors(pipeline: Any, name: str) -> Kernel:
-    taken = 0
-    for network in denoisers(pipeline).values():
-        try:
-            network.set_attention_backend(name)  # type: ignore[operator]
-        except (ValueError, RuntimeError, ImportError, AttributeError) as error:
-            raise UserError(f"attention.backend: '{name}' cannot be used here: {first_line(error)}") from error
-        processors = [module.processor for module in network.modules() if hasattr(module, "processor")]
-        found = [getattr(processor, "_attention_backend", None) for processor in processors]
-        taken += sum(backend is not None and getattr(backend, "value", backend) == name for backend in found)
-    if not taken:
-        kinds = ", ".join(type(network).__name__ for network in denoisers(pipeline).values())
+def _dispatched(pipeline: Any, name: str) -> Kernel:
+    """A kernel of diffusers' own dispatcher, for the processors that go through it; set around the call only."""
+    from diffusers.models.attention_dispatch import attention_backend
+
+    networks = denoisers(pipeline).values()
+    processors = [getattr(module, "processor", None) for network in networks for module in network.modules()]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        kinds = ", ".join(type(network).__name__ for network in networks)
         raise UserError(
             f"attention.backend: '{name}' takes no effect on {kinds}, whose attention processors do not dispatch; "
             f"use sdpa, {', '.join(SDPA_KERNELS)}"
         )
-    return Kernel(name)
+    try:
+        with attention_backend(name):
+            pass
+    except (ValueError, RuntimeError, ImportError, AttributeError) as error:
+        raise UserError(f"attention.backend: '{name}' cannot be used here: {first_line(error)}") from error
+    return Kernel(name, lambda: attention_backend(name))
