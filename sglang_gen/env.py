@@ -49,6 +49,7 @@ def quiet_libraries() -> None:
     """Telemetry of libraries, and the remarks that they make while being imported: off, before the import."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -168,6 +168,16 @@ def test_a_step_cache_reuses_steps_and_says_which(run):
     assert not np.array_equal(picture("outputs/generated_image_0.png"), picture("outputs/generated_image_1.png"))
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_taylorseer_extrapolates_what_is_reused(run, name):
+    settings = '{"Fn_compute_blocks": 1, "max_warmup_steps": 5, "residual_diff_threshold": 10.0, %s}'
+    for extra in ('"enable_taylorseer": false', '"enable_taylorseer": true'):
+        done = run(name, "--cache-dit-config", settings % extra, steps=9)
+        assert done.code == 0, done.err
+    assert record(1)["effective"]["cache"]["calibrator"] == "taylorseer"
+    assert not np.array_equal(picture("outputs/generated_image_0.png"), picture("outputs/generated_image_1.png"))
+
+
 def test_a_cache_file_in_the_librarys_layout_is_taken(run):
     Path("cache.yaml").write_text("cache_config:\n  Fn_compute_blocks: 1\n  max_warmup_steps: 1\n")
     assert run("sd3", "--cache-dit-config", "cache.yaml", steps=3).code == 0

@@ -63,7 +63,11 @@ class StepCache:
         kind, order = values.pop("calibrator"), values.pop("taylorseer_order")
         if kind not in (None, "taylorseer"):
             raise UserError(f"cache.calibrator is '{kind}'; it must be null or taylorseer")
-        calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order) if kind else None
+        calibrator = None
+        if kind:
+            calibrator = cache_dit.TaylorSeerCalibratorConfig(
+                taylorseer_order=order, enable_encoder_calibrator=_text_leaves(self.pipeline.transformer)
+            )
         try:
             cache_dit.enable_cache(
                 self.pipeline, cache_config=cache_dit.DBCacheConfig(**values), calibrator_config=calibrator
@@ -106,6 +110,12 @@ def _check(values: Mapping[str, Any], pipeline: Any, steps: int) -> None:
     mask = values["steps_computation_mask"]
     if mask is not None and len(mask) != steps:
         raise UserError(f"cache: steps_computation_mask has {len(mask)} entries, the run has {steps} steps")
+
+
+def _text_leaves(network: nn.Module) -> bool:
+    """False where the last block drops its text stream (SD3's): there is nothing to extrapolate for it then."""
+    blocks = getattr(network, "transformer_blocks", None)
+    return not (blocks and getattr(blocks[-1], "context_pre_only", False))
 
 
 def _longest(network: nn.Module) -> int:
