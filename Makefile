@@ -31,7 +31,7 @@ test-lowest: constraints-lowest.txt  ## the test suite with the lowest versions 
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
-	.venv-lowest/bin/python -m pytest
+	.venv-lowest/bin/python -m pytest -W default # what old versions warn of is mended in new ones
 
 lint: $(STAMP)  ## ruff: rules and formatting
 	$(BIN)/ruff check .

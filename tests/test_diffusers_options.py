@@ -213,6 +213,7 @@ def test_contradicting_offload_options_are_refused(run):
 
 
 @pytest.mark.slow  # a minute of compilation
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
 def test_regional_compilation_compiles_one_block_and_keeps_the_picture(run):
     import torch._dynamo.utils as counting
 

@@ -45,9 +45,8 @@ def test_basic_image_generation_logs_the_lines_of_the_page(example):
     assert (sampling["num_inference_steps"], sampling["guidance_scale"]) == (50, 7.5)
 
 
-@pytest.mark.slow  # 1024 x 1024 pixels and 100 steps, also where the network is tiny
-def test_high_quality_generation(pipelines, sglang):
-    done = sglang("generate", "--model-path", pipelines["sdxl"], *shlex.split(HIGH_QUALITY.replace("1024", "256")))
+def test_high_quality_generation_with_custom_settings(example):
+    done = example(HIGH_QUALITY.replace("1024", "64"))  # the tiny pipeline's own size is 32
     assert done.code == 0, done.err
     assert "INFO: Progress: 100% [100/100 steps]" in done.lines
 

@@ -46,7 +46,7 @@ def test_the_distribution_of_t_has_its_closed_forms(value):
 
 
 @given(st.floats(0.5001, 0.9999), st.floats(1, 1e4))
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True, database=None)
 def test_the_quantile_inverts_the_distribution(probability, freedom):
     assert student(quantile(probability, freedom), freedom) == pytest.approx(probability, abs=1e-9)
 

@@ -65,7 +65,8 @@ def read_from_files(text: str) -> None:
     content = {"prompt": text, "sampling": {"negative_prompt": text}}
     Path("p.json").write_text(json.dumps(content))
     Path("plain.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
-    Path("p.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), "utf-8")
+    readable = {"\x85", "\u2028", "\u2029"}.isdisjoint(text)  # YAML folds these line ends unless they are escaped
+    Path("p.yaml").write_text(yaml.safe_dump(content, allow_unicode=readable), "utf-8")
     for name in ("p.json", "plain.json", "p.yaml"):
         assert read_config_file(name).values == {"sampling.prompt": text, "sampling.negative_prompt": text}
 

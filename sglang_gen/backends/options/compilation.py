@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from sglang_gen import env
+from sglang_gen import env, log
 from sglang_gen.backends.options.networks import denoisers, repeated_blocks
 from sglang_gen.errors import UserError
 from sglang_gen.schema import Compile
@@ -27,4 +27,8 @@ def apply(pipeline: Any, settings: Compile, device: str) -> bool | str:
         for module in blocks or [network]:
             module.forward = torch.compile(module.forward)
         kinds.add("regional" if blocks else "full")
+        if settings.regional and not blocks:
+            log.warning(
+                f"compile.regional has no effect: {type(network).__name__} repeats no block; all of it is compiled"
+            )
     return " and ".join(sorted(kinds))

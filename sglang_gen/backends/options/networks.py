@@ -20,6 +20,8 @@ def denoisers(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks that a network repeats, as it declares them itself; empty where it declares none."""
+    """The blocks that a network repeats: those that it declares, else the members of its longest list of blocks."""
     names = getattr(network, "_repeated_blocks", None) or []
-    return [module for module in network.modules() if type(module).__name__ in names]
+    declared = [module for module in network.modules() if type(module).__name__ in names]
+    lists = [list(child) for child in network.children() if isinstance(child, nn.ModuleList) and len(child) > 1]
+    return declared or max(lists, key=len, default=[])
