@@ -24,6 +24,11 @@ def test_the_weights_are_bfloat16_and_at_most_24_megabytes():
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}, path  # noqa: SIM118
 
 
+def test_no_config_names_a_folder_of_the_machine_that_trained_it():
+    for path in env.embedded_model().rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(encoding="utf-8"), path
+
+
 def test_the_command_draws_with_it_when_no_model_is_given(sglang):
     done = sglang("generate", "--prompt", PROMPT, "--seed", "42", "--num-inference-steps", "8")
     assert done.code == 0, done.err

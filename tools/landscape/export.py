@@ -35,6 +35,13 @@ def save_pipeline(model: Denoiser, vae_folder: Path, shift: float, out: Path) ->
         save_clip_tokenizer(getattr(pipeline, name), out / name)
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         load_as_float32(out / name / "config.json")
+    forget_origin(out / "vae" / "config.json")
+
+
+def forget_origin(config: Path) -> None:
+    """diffusers writes down the folder from which a component came; the folder of a training concerns nobody."""
+    values = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
+    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def load_weights(model: Denoiser, folder: Path) -> None:
