@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from sglang_gen import help_page, log
 from sglang_gen.errors import RunError, Terminated, UserError, first_line, nearest
 from sglang_gen.flags import BY_KEY, FLAGS, Flag
-from sglang_gen.schema import leaves
+from sglang_gen.schema import LogLevel, leaves
 
 TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # of --info
 
@@ -207,8 +207,13 @@ def _dispatch(argv: Sequence[str]) -> int:
     return COMMANDS[argv[0]](argv[1:])
 
 
-def _wants_debug(argv: Sequence[str]) -> bool:
-    return ("--log-level", "debug") in pairwise(argv) or not {"--log-level=debug", "log_level=debug"}.isdisjoint(argv)
+def _level(argv: Sequence[str]) -> str:
+    """The log level that argv asks for, before anything is parsed; info where it asks for none."""
+    for level in LogLevel:
+        typed = {f"--log-level={level.name}", f"log_level={level.name}"}
+        if ("--log-level", level.name) in pairwise(argv) or not typed.isdisjoint(argv):
+            return level.name
+    return LogLevel.info.name
 
 
 def _terminate(signum: int, frame: Any) -> None:
@@ -218,8 +223,9 @@ def _terminate(signum: int, frame: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `argv` (default: this process's arguments) and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = _wants_debug(argv)
-    log.setup("debug" if debug else "info")
+    level = _level(argv)
+    debug = level == LogLevel.debug.name
+    log.setup(level)
     log.capture_warnings()
     previous = _install_sigterm()
     try:
