@@ -323,17 +323,20 @@ def requested(run: Run) -> dict[str, Any]:
 
 
 def _effective(run: Run, degrees: Layout, device: str, dtype: str) -> dict[str, Any]:
+    """What the plan expects to take effect; the engine replaces it by what it reads back once it is built."""
+    asked = requested(run)
+    cached = run.cache.method is not CacheMethod.none or bool(run.cache.cache_dit_config)
     return {
         "backend": _choose_backend(run),
-        "attention": "sdpa",
+        "attention": "sdpa" if asked["attention"] == "auto" else asked["attention"],
         "dtype": dtype,
         "device": device,
         "parallel": plain(degrees),
-        "cache": CacheMethod.none.name,
+        "cache": CacheMethod.dbcache.name if cached else CacheMethod.none.name,
         "quantization": QuantMethod.none.name,
-        "offload": [],
-        "lora": [],
-        "compile": False,
+        "offload": [] if device == "cpu" else asked["offload"],
+        "lora": asked["lora"],
+        "compile": asked["compile"],
         "seed": run.sampling.seed,
     }
 
