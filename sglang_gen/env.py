@@ -59,6 +59,17 @@ def deterministic_cublas() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def of_rank(threads: int | None) -> dict[str, str]:
+    """The environment of a rank's process: this one, the way to this package, and a number of OpenMP threads."""
+    found = dict(os.environ)
+    found["PYTHONPATH"] = os.pathsep.join(
+        path for path in (str(Path(__file__).parent.parent), found.get("PYTHONPATH")) if path
+    )
+    if threads is not None:
+        found.setdefault("OMP_NUM_THREADS", str(threads))
+    return found
+
+
 @cache
 def versions() -> Mapping[str, str | None]:
     """Installed versions of the packages that can change a picture or its speed."""
@@ -129,3 +140,10 @@ def cpu_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def gpu_count() -> int:
+    """GPUs that torch sees."""
+    import torch
+
+    return torch.cuda.device_count()

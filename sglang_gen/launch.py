@@ -1,160 +1,162 @@
-"""Runs a plan on its ranks; rank 0's result comes back. This version has one rank, in this process."""
+"""Starts one process per rank and returns rank 0's result; a run on one rank stays in this process.
 
+The launcher computes nothing. It owns the meeting point of the ranks, writes their log lines, and watches: the first
+failure is the one that is shown, and no rank outlives the run.
+"""
+
+import logging
+import os
+import subprocess
+import sys
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any, NoReturn
 
-from sglang_gen import env, log, output
+from sglang_gen import env, log
 from sglang_gen.errors import RunError, UserError
-from sglang_gen.perf import dump, quality
-from sglang_gen.perf.flops import CallLog
-from sglang_gen.perf.memory import Memory
-from sglang_gen.perf.record import Clock, synchroniser
-from sglang_gen.schema import SCHEMA_VERSION, plain
-from sglang_gen.sweep import tracking
-from sglang_gen.types import Decoded, Engine, Plan, Result, Sample
+from sglang_gen.types import Plan, Result
+from sglang_gen.worker import PATIENCE, Done, Failure, Job, LogLine
+
+_WORKER = "import sys; from sglang_gen.worker import main; sys.exit(main(int(sys.argv[1])))"
+GRACE = 1.0  # seconds in which other ranks may still say that they failed earlier
 
 
 def launch(plan: Plan, started: float) -> Result:
-    """Build the engine, generate every batch, save as they come. `started` is when the command turned to the model."""
-    import torch
+    """Carry out the plan on its ranks. `started` is when the command turned to the model.
 
-    if plan.run.deterministic:
-        env.deterministic_cublas()
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(plan.run.deterministic)
+    Raises UserError or RunError: of the rank that failed first.
+    """
+    if plan.layout.ranks == 1:
+        from sglang_gen import rank
+        from sglang_gen.parallel.mesh import Mesh
+
+        result = rank.run(plan, Mesh(), started)
+        assert result is not None  # rank 0 always has one
+        return result
+    with open_ranks(plan.layout.ranks, plan.device) as ranks:
+        return ranks.run(plan, started)
+
+
+@contextmanager
+def open_ranks(count: int, device: str) -> "Iterator[Ranks]":
+    """Processes that wait for a plan; gone at the end, whatever happens."""
+    ranks = Ranks(count, device)
     try:
-        with Memory(plan.device) as memory:
-            return _run(plan, memory, started)
+        yield ranks
     finally:
-        torch.use_deterministic_algorithms(before)
+        ranks.stop()
 
 
-def _run(plan: Plan, memory: Memory, started: float) -> Result:
-    wait = synchroniser(plan.device)
-    phases = dump.Phases(load=Clock(wait, memory), generate=Clock(wait, memory), calls=CallLog())
-    from sglang_gen.backends import diffusers  # the import itself takes seconds and is told apart from loading
+class Ranks:
+    """Processes, one a rank, and the pipe to each. They may carry out several plans, one after the other."""
 
-    reference = _reference(plan)
-    phases.imports_ms = 1000 * (time.perf_counter() - started)
-    phases.load.enter("load")
-    engine: Engine = diffusers.load(plan, phases.calls)
-    phases.load.leave()
-    if reference is not None and engine.effective()["makes"] != "image":
-        raise UserError("quality.reference compares pictures; this pipeline makes none")
-    log.info("Model loaded successfully")
-    try:
-        if plan.run.compile.warmup:
-            phases.warmup = Clock(wait, memory)
-            engine.sample(plan.batches[0], plan.run.compile.warmup_steps, phases.warmup)
-        saved = _generate(plan, engine, phases)
-        decisions = engine.cache_decisions()
-        phases.repeats = [_repeat(plan, engine, Clock(wait, memory), saved) for _ in range(plan.run.perf.repeat - 1)]
-    finally:
-        engine.close()
-    log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
-    report = dump.build(plan, phases, saved.effective, saved.samples) | {"cache": decisions}
-    if reference is not None:
-        report["quality"] = quality.compare(str(plan.run.quality.reference), saved.samples, saved.frames, reference)
-        log.info(f"Quality against {plan.run.quality.reference}: {quality.sentence(report['quality'])}")
-    if plan.run.output.perf_dump_path:
-        dump.add_measurements(report, plan, phases)
-        output.save_json(Path(plan.run.output.perf_dump_path), report)
-        log.info(f"Performance metrics saved to: {plan.run.output.perf_dump_path}")
-    tracking.track(plan.run, report, saved.paths, env.wandb_mode())
-    return Result(tuple(saved.paths), tuple(saved.frames), tuple(saved.seeds), report)
+    def __init__(self, count: int, device: str) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.pipes: list[Connection] = []
+        threads = max(env.cpu_count() // count, 1) if device == "cpu" else None
+        for _ in range(count):
+            ours, theirs = Pipe()
+            self.pipes.append(ours)
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", _WORKER, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env=env.of_rank(threads),
+                )
+            )
+            theirs.close()
 
+    def run(self, plan: Plan, started: float) -> Result:
+        """Carry out `plan` on the first `plan.layout.ranks` processes. After a failure the processes are of no use."""
+        from torch.distributed import TCPStore
 
-def _reference(plan: Plan) -> list[Path] | None:
-    """The pictures of quality.reference that belong to the samples, found before any work is done."""
-    if plan.run.quality.reference is None:
+        count = plan.layout.ranks
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for rank, pipe in enumerate(self.pipes[:count]):
+            try:
+                pipe.send(Job(plan, rank, store.port, os.getcwd(), started))
+            except OSError:
+                raise RunError(self._lost(rank)) from None
+        results = self._watch(count)
+        assert results[0] is not None  # rank 0 always has one
+        return results[0]
+
+    def _watch(self, count: int) -> dict[int, Result | None]:
+        """The results of all ranks. Raises what the first failed rank says."""
+        results: dict[int, Result | None] = {}
+        while len(results) < count:
+            waiting = [pipe for rank, pipe in enumerate(self.pipes[:count]) if rank not in results]
+            failures = [failure for message in self._read(waiting, None) if (failure := self._take(message, results))]
+            if failures:
+                self._raise_first(failures, waiting)
+        return results
+
+    def _take(self, message: tuple[int, Any], results: dict[int, Result | None]) -> Failure | None:
+        """Act on one message; a failure is handed back."""
+        rank, content = message
+        match content:
+            case LogLine(level, text):
+                log.write(level, text)
+            case Done(result):
+                results[rank] = result
+            case Failure():
+                return content
+            case None:
+                return Failure(rank, False, self._lost(rank), "", 0.0)  # it could not say: the cause, not a consequence
         return None
-    return quality.counterparts(
-        plan.run.quality.reference, [plain(sample) for batch in plan.batches for sample in batch]
-    )
 
+    def _read(self, pipes: list[Connection], timeout: float | None) -> list[tuple[int, Any]]:
+        """(rank, message) of every pipe that has one within `timeout` seconds; None for a rank that is gone."""
+        found: list[tuple[int, Any]] = []
+        for pipe in wait(pipes, timeout):
+            rank = self.pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                found.append((rank, pipe.recv()))  # type: ignore[union-attr]
+            except (EOFError, OSError):
+                found.append((rank, None))
+        return found
 
-class _Saved:
-    """What the batches have left so far."""
+    def _raise_first(self, failures: list[Failure], pipes: list[Connection]) -> NoReturn:
+        """Wait a moment for ranks that failed before the failure that was seen first, then raise the earliest."""
+        ignored: dict[int, Result | None] = {}
+        until = time.monotonic() + GRACE
+        failed = {failure.rank for failure in failures}
+        while (left := until - time.monotonic()) > 0:
+            waiting = [pipe for pipe in pipes if self.pipes.index(pipe) not in failed]
+            for message in self._read(waiting, left) if waiting else []:
+                if failure := self._take(message, ignored):
+                    failures.append(failure)
+                    failed.add(failure.rank)
+            if not waiting:
+                break
+        first = min(failures, key=lambda failure: failure.when)
+        for line in first.trace.splitlines():
+            log.write(logging.DEBUG, line)
+        raise UserError(first.sentence) if first.is_request else RunError(first.sentence)
 
-    def __init__(self, effective: dict[str, Any]) -> None:
-        self.effective = effective
-        self.paths: list[Path] = []
-        self.frames: list[Any] = []
-        self.seeds: list[int] = []
-        self.samples: list[dict[str, Any]] = []
+    def _lost(self, rank: int) -> str:
+        """How a process ended that could not say so itself."""
+        code = self.processes[rank].wait()
+        if code < 0:
+            hint = "; it may have run out of memory" if code == -9 else ""
+            return f"Rank {rank} was ended by signal {-code}{hint}"
+        return f"Rank {rank} ended with exit code {code} before it could say why"
 
-
-def _generate(plan: Plan, engine: Engine, phases: dump.Phases) -> _Saved:
-    clock, phases.calls.on = phases.generate, True
-    saved = _Saved({**plan.effective, **engine.effective()})
-    for number, batch in enumerate(plan.batches):
-        clock.batch = number
-        for prompt in dict.fromkeys(sample.prompt for sample in batch):
-            log.info(f'Generating with prompt: "{log.shorten(prompt)}"')
-        decoded = engine.sample(batch, plan.run.sampling.num_inference_steps, clock)
-        saved.effective |= _size(plan, decoded)
-        clock.enter("saving")
-        for row, sample in enumerate(batch):
-            path = _save(plan, saved.effective, sample, decoded, row)
-            log.info(f"Generated {decoded.kind} saved to: {path}")
-            saved.paths.append(path)
-            saved.frames.append(decoded.frames[row])
-            saved.seeds.append(sample.seed)
-            saved.samples.append({**plain(sample), "batch": number, "file": path.name})
-        clock.leave()
-    return saved
-
-
-def _repeat(plan: Plan, engine: Engine, clock: Clock, saved: _Saved) -> Clock:
-    """Generate everything once more, saving nothing; a frame that differs from the first time is a warning."""
-    made: list[Any] = []
-    for number, batch in enumerate(plan.batches):
-        clock.batch = number
-        made += list(engine.sample(batch, plan.run.sampling.num_inference_steps, clock).frames)
-    for index, (first, again) in enumerate(zip(saved.frames, made, strict=True)):
-        if not (first == again).all():
-            log.warning(f"Sample {index} is not the same when it is generated again in this process")
-    return clock
-
-
-def _save(plan: Plan, effective: dict[str, Any], sample: Sample, decoded: Decoded, row: int) -> Path:
-    def record(name: str) -> dict[str, Any]:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "file": name,
-            "sample": plain(sample),
-            "run": plain(plan.run),
-            "sources": dict(plan.sources),
-            "requested": dict(plan.requested),
-            "effective": effective,
-            "versions": dict(env.versions()),
-            "commit_hash": env.commit_hash(),
-        }
-
-    latents = None
-    if plan.run.output.latents:
-        if decoded.noise is None or decoded.latents is None:
-            raise RunError(f"{plan.card.pipeline_class} does not show its latents, so output.latents cannot be met")
-        latents = {"noise": decoded.noise[row], "latents": decoded.latents[row]}
-    folder, data = Path(plan.run.output.path), decoded.frames[row]
-    if decoded.kind == "image":
-        return output.save_picture(folder, data, record, latents)
-    from sglang_gen import media
-
-    if decoded.kind == "video":
-        return media.save_video(folder, data, effective["fps"], record, latents)
-    return media.save_sound(folder, data, effective["sampling_rate"], record)
-
-
-def _size(plan: Plan, decoded: Decoded) -> dict[str, Any]:
-    """What the result is like: pixels, frames, rates."""
-    if decoded.kind == "audio":
-        return {"sampling_rate": decoded.rate, "samples": decoded.frames.shape[-1]}
-    height, width = decoded.frames.shape[-3:-1]
-    size = {"height": height, "width": width}
-    if decoded.kind == "video":
-        from sglang_gen.media import FRAMES_PER_SECOND
-
-        size |= {"num_frames": decoded.frames.shape[1], "fps": plan.run.output.fps or FRAMES_PER_SECOND}
-    return size
+    def stop(self) -> None:
+        """End all processes: at once where they are idle, else within `PATIENCE` seconds."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()
+        until = time.monotonic() + PATIENCE
+        for process in self.processes:
+            try:
+                process.wait(max(until - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for pipe in self.pipes:
+            pipe.close()

@@ -35,6 +35,17 @@ class _OneLine(logging.Formatter):
         return _CONTROL.sub(" ", super().formatMessage(record))
 
 
+class _Through(logging.Handler):
+    """Hands the records of a library to the handler of our own lines."""
+
+    def __init__(self, ours: logging.Handler) -> None:
+        super().__init__()
+        self.ours = ours
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.ours.handle(record)
+
+
 class _Once(logging.Filter):
     """Lets a message of a library through once, and no louder than a warning.
 
@@ -57,9 +68,12 @@ class _Once(logging.Filter):
 _ONCE = _Once()
 
 
-def setup(level: str) -> None:
-    """Send our lines, and the libraries' warnings, to stderr from `level` upwards; again to change the level."""
-    _LOGGER.handlers = [_handler()]
+def setup(level: str, handler: logging.Handler | None = None) -> None:
+    """Send our lines, and the libraries' warnings, to stderr from `level` upwards; again to change the level.
+
+    `handler` takes them elsewhere.
+    """
+    _LOGGER.handlers = [handler or _handler()]
     _LOGGER.propagate = False
     _LOGGER.setLevel(level.upper())
     _ONCE.seen.clear()
@@ -76,7 +90,7 @@ def adopt_libraries() -> None:
 
     Everything they say is shown with --log-level debug.
     """
-    handler = _handler()
+    handler = _Through(_LOGGER.handlers[0])
     handler.addFilter(_ONCE)
     for name in (*_LIBRARIES, *_DEVELOPERS):
         library = logging.getLogger(name)
@@ -118,6 +132,11 @@ def warning(message: str) -> None:
 
 def error(message: str) -> None:
     _LOGGER.error(message)
+
+
+def write(level: int, message: str) -> None:
+    """A line that another process has logged."""
+    _LOGGER.log(level, message)
 
 
 def shorten(text: str, length: int = 100) -> str:

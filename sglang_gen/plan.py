@@ -6,18 +6,28 @@ In: the composed `Run`, the model's card, the machine. Out: a frozen `Plan` that
 import json
 import math
 import os.path
-import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen import env, layout
-from sglang_gen.errors import UserError, nearest
+from sglang_gen import env, layout, prompts
+from sglang_gen.errors import UserError
 from sglang_gen.flags import BY_PATH
-from sglang_gen.schema import BackendName, CacheMethod, Device, DType, QuantMethod, Run, Tracker, get, leaves, plain
-from sglang_gen.types import Layout, ModelCard, Plan, Sample, user_gave
-from sglang_gen.values import check_plain, parse_json
+from sglang_gen.schema import (
+    BOUNDS,
+    BackendName,
+    CacheMethod,
+    Device,
+    DType,
+    QuantMethod,
+    Run,
+    Tracker,
+    get,
+    leaves,
+    plain,
+)
+from sglang_gen.types import Layout, ModelCard, Plan, user_gave
+from sglang_gen.values import check_plain
 
 if TYPE_CHECKING:
     from sglang_gen.config import Composed
@@ -42,14 +52,10 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     """The plan of a run that passed `check`. Raises UserError when the run cannot be what it asks to be."""
     run, sources = composed.run, composed.sources
     degrees = layout.infer(run.parallel, _given_degrees(composed), _common_heads(card))
-    if degrees.ranks > 1:
-        raise UserError(
-            f"Running on {degrees.ranks} ranks ({_degrees(degrees)}) is not available in this version; "
-            "run with parallel=single"
-        )
-    run = _pin_prompts(run)
-    samples = _samples(run)
+    run = prompts.pin(run)
+    batches = prompts.batches(prompts.samples(run), run.sampling.batch_size)
     device = choose_device(run.device)
+    _check_ranks(run, degrees, device, len(batches))
     dtype = choose_dtype(run.dtype, device)
     _check_size(run, card)
     return Plan(
@@ -60,7 +66,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         backend=_choose_backend(run),
         device=device,
         dtype=dtype,
-        batches=_batches(samples, run.sampling.batch_size),
+        batches=batches,
         requested=requested(run),
         effective=_effective(run, degrees, device, dtype),
         warnings=tuple(_warnings(run, sources, composed.versions)),
@@ -97,20 +103,6 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-# The least and the most that a number may be; above, arithmetic or memory ends before the run does.
-BOUNDS: dict[str, tuple[int, int]] = {
-    "sampling.num_inference_steps": (1, 100_000),
-    "sampling.num_samples": (1, 1_000_000),
-    "sampling.batch_size": (1, 1_000_000),
-    "sampling.height": (1, 65_536),
-    "sampling.width": (1, 65_536),
-    "sampling.max_sequence_length": (1, 1_000_000),
-    "sampling.seed": (0, 2**63 - 1),
-    "compile.warmup_steps": (1, 100_000),
-    "sampling.num_frames": (1, 100_000),
-    "output.fps": (1, 1000),
-    "perf.repeat": (1, 10_000),
-}
 FREE_TEXT = ("sampling.prompt", "sampling.negative_prompt")  # may be empty and hold any character
 
 
@@ -173,6 +165,35 @@ def _degrees(degrees: Layout) -> str:
     return f"dp {degrees.dp}, cfg {degrees.cfg}, ring {degrees.ring}, ulysses {degrees.ulysses}, tp {degrees.tp}"
 
 
+def _check_ranks(run: Run, degrees: Layout, device: str, batches: int) -> None:
+    """Refuse a layout that the backend, the machine or the request cannot fill. Raises UserError."""
+    if degrees.ring * degrees.ulysses * degrees.tp > 1:
+        raise UserError(
+            f"The diffusers backend does not split a network over ranks (asked: {_degrees(degrees)}); it runs "
+            "parallel.dp_size and parallel.enable_cfg_parallel, the native engine (backend=sglang) will run the others"
+        )
+    if degrees.dp > batches:
+        have = "1 batch" if batches == 1 else f"{batches} batches"
+        raise UserError(
+            f"parallel.dp_size is {degrees.dp} and the run has {have} of pictures to share out; "
+            "raise --num-samples or lower sampling.batch_size or dp_size"
+        )
+    if degrees.cfg > 1 and run.sampling.guidance_scale <= 1:
+        raise UserError(
+            f"parallel.enable_cfg_parallel: without guidance (--guidance-scale {run.sampling.guidance_scale}) "
+            "there is one branch; raise the scale or run with parallel=single"
+        )
+    if degrees.cfg > 1 and (run.cache.method is not CacheMethod.none or run.cache.cache_dit_config):
+        raise UserError(
+            "parallel.enable_cfg_parallel and a step cache exclude each other: the cache decides on both branches "
+            "together; give one"
+        )
+    if device == "cuda" and degrees.ranks > (count := env.gpu_count()):
+        raise UserError(
+            f"{degrees.ranks} ranks need {degrees.ranks} GPUs and torch sees {count}; device=cpu runs them as processes"
+        )
+
+
 def _choose_backend(run: Run) -> str:
     if run.backend.name is BackendName.sglang:
         raise UserError("The native engine is not available in this version; run with --backend diffusers")
@@ -199,88 +220,6 @@ def choose_dtype(wanted: DType, device: str) -> str:
 
         return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"
     return "bfloat16" if env.cpu_has_bf16() else "float32"
-
-
-def _pin_prompts(run: Run) -> Run:
-    """The lines of sampling.prompts_file as sampling.prompts, so that the record repeats without the file."""
-    sampling = run.sampling
-    stated = [sampling.prompt is not None, bool(sampling.prompts_file), bool(sampling.prompts)]
-    if sum(stated) > 1:
-        raise UserError("sampling.prompt, sampling.prompts_file and sampling.prompts exclude each other; give one")
-    seed = sampling.seed if sampling.seed is not None else secrets.randbelow(2**32)
-    prompts = _read_prompts(sampling.prompts_file) if sampling.prompts_file else sampling.prompts
-    for entry in prompts:
-        _check_prompt(entry)
-    return replace(run, sampling=replace(sampling, seed=seed, prompts=prompts, prompts_file=None))
-
-
-def _read_prompts(path: str) -> list[dict[str, Any]]:
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"sampling.prompts_file: {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"sampling.prompts_file: {path} is not UTF-8 text") from None
-    entries = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        if not line.lstrip().startswith("{"):
-            entries.append({"prompt": line})
-            continue
-        try:
-            entries.append(parse_json(line))
-        except ValueError as error:
-            raise UserError(f"sampling.prompts_file: {path}, line {number} {error}") from None
-    if not entries:
-        raise UserError(f"sampling.prompts_file: {path} holds no prompt")
-    return entries
-
-
-def _check_prompt(entry: Mapping[str, Any]) -> None:
-    kinds = {"prompt": str, "negative_prompt": str, "seed": int}
-    for key, value in entry.items():
-        if key not in kinds:
-            raise UserError(f"A prompt has the unknown key '{key}'{nearest(key, kinds)}")
-        if not isinstance(value, kinds[key]) or isinstance(value, bool):
-            raise UserError(f"A prompt's '{key}' is {value!r}; it must be {'an integer' if key == 'seed' else 'text'}")
-    if "prompt" not in entry:
-        raise UserError(f"A prompt entry has no 'prompt': {json.dumps(dict(entry), ensure_ascii=False)}")
-    least, most = BOUNDS["sampling.seed"]
-    if not least <= entry.get("seed", 0) <= most:
-        raise UserError(f"A prompt's seed is {entry['seed']}; it must lie between {least} and {most}")
-
-
-def _samples(run: Run) -> list[Sample]:
-    """Every picture of the run: for each prompt, seeds base, base + 1, ...; each prompt starts at the run's seed."""
-    sampling, seed = run.sampling, run.sampling.seed
-    assert seed is not None  # pinned before
-    entries = sampling.prompts or [{"prompt": sampling.prompt}]
-    samples: list[Sample] = []
-    most = BOUNDS["sampling.num_samples"][1]
-    if len(entries) * sampling.num_samples > most:
-        raise UserError(f"{len(entries)} prompts x {sampling.num_samples} samples are more than {most} pictures")
-    for entry in entries:
-        base = int(entry.get("seed", seed))
-        if base + sampling.num_samples - 1 > BOUNDS["sampling.seed"][1]:
-            raise UserError(f"The seeds from {base} on leave the range of seeds with {sampling.num_samples} samples")
-        negative = entry.get("negative_prompt", sampling.negative_prompt)
-        for offset in range(sampling.num_samples):
-            samples.append(Sample(len(samples), entry["prompt"], negative, base + offset))
-    return samples
-
-
-def _batches(samples: list[Sample], size: int) -> tuple[tuple[Sample, ...], ...]:
-    """Consecutive samples in batches of at most `size`; with and without negative prompt are not mixed."""
-    batches: list[list[Sample]] = []
-    for sample in samples:
-        last = batches[-1] if batches else []
-        same = bool(last) and (last[-1].negative_prompt is None) == (sample.negative_prompt is None)
-        if same and len(last) < size:
-            last.append(sample)
-        else:
-            batches.append([sample])
-    return tuple(tuple(batch) for batch in batches)
 
 
 def size_multiple(card: ModelCard) -> int | None:

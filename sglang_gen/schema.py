@@ -281,3 +281,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+# The least and the most that a number may be; above, arithmetic or memory ends before the run does.
+BOUNDS: dict[str, tuple[int, int]] = {
+    "sampling.num_inference_steps": (1, 100_000),
+    "sampling.num_samples": (1, 1_000_000),
+    "sampling.batch_size": (1, 1_000_000),
+    "sampling.height": (1, 65_536),
+    "sampling.width": (1, 65_536),
+    "sampling.max_sequence_length": (1, 1_000_000),
+    "sampling.seed": (0, 2**63 - 1),
+    "compile.warmup_steps": (1, 100_000),
+    "sampling.num_frames": (1, 100_000),
+    "output.fps": (1, 1000),
+    "perf.repeat": (1, 10_000),
+}

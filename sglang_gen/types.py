@@ -99,7 +99,9 @@ class Decoded:
 class Engine(Protocol):
     """What a backend builds: something that turns a batch of samples into frames."""
 
-    def sample(self, batch: tuple[Sample, ...], steps: int, clock: "Clock") -> Decoded: ...
+    def sample(self, batch: tuple[Sample, ...], steps: int, clock: "Clock") -> Decoded | None:
+        """The frames of a batch; None on ranks that leave decoding to another."""
+        ...
 
     def effective(self) -> dict[str, Any]:
         """What took effect, read back from the built components."""

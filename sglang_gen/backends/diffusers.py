@@ -16,13 +16,15 @@ from sglang_gen.backends.observe import Latents, observed, read_noise
 from sglang_gen.backends.options import arguments, attention, cache, compilation, components, kinds, lora, offload
 from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, modules
 from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.parallel.batch import GuidanceSplit
+from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.record import Clock
 from sglang_gen.types import Decoded, Plan, Sample
 
 
-def load(plan: Plan, calls: CallLog) -> "DiffusersEngine":
-    """The plan's pipeline, transformed and on its device.
+def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
+    """The plan's pipeline, transformed and on this rank's device.
 
     Arguments are checked against the pipeline's class before a weight is read. Raises UserError for a request that the
     pipeline cannot take, RunError if loading fails.
@@ -47,7 +49,7 @@ def load(plan: Plan, calls: CallLog) -> "DiffusersEngine":
             raise RunError(f"Out of memory while loading {plan.card.name}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     arguments.warn_ineffective(plan, kind, pipeline, call)
-    return DiffusersEngine(plan, kind, pipeline, call, calls, effective, kernel, step_cache)
+    return DiffusersEngine(plan, mesh, kind, pipeline, call, calls, effective, kernel, step_cache)
 
 
 def _read(plan: Plan, kind: kinds.Kind, scheduler: dict[str, Any]) -> Any:
@@ -90,6 +92,7 @@ class DiffusersEngine:
     def __init__(
         self,
         plan: Plan,
+        mesh: Mesh,
         kind: kinds.Kind,
         pipeline: Any,
         call: dict[str, Any],
@@ -103,6 +106,8 @@ class DiffusersEngine:
         self.noise = read_noise(plan.run.sampling.latents)
         self.image = self._read_image()
         self._effective = effective
+        self.leads = mesh.leads
+        self.guidance = GuidanceSplit(denoisers(pipeline), mesh) if mesh.size("cfg") > 1 else None
         for name, network in modules(pipeline, TEXT_ENCODERS).items():
             calls.watch("text_encoding", name, network)
         for name, network in denoisers(pipeline).items():
@@ -125,9 +130,14 @@ class DiffusersEngine:
             "scheduler_config": _plain_config(self.pipeline.scheduler) if "scheduler" in parts else None,
         }
 
-    def sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded:
-        """One call of the pipeline. Raises RunError when it fails or gives numbers that are not finite."""
+    def sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded | None:
+        """One call of the pipeline; None on ranks that do not decode.
+
+        Raises RunError when it fails or gives numbers that are not finite.
+        """
         latents = Latents(self.noise, len(batch))
+        if self.guidance:
+            self.guidance.start(len(batch))
         given = self._arguments(batch, steps, latents)
         name = type(self.pipeline).__name__
         clock.enter("text_encoding")
@@ -138,11 +148,15 @@ class DiffusersEngine:
             if not _is_out_of_memory(error):
                 raise
             raise RunError("Out of memory while generating; try smaller batches or a smaller picture") from error
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"{name} refuses the request: {first_line(error)}") from error
         finally:
             clock.leave()
         _check_finite(latents.last, "the latents", batch)
+        if not self.leads:
+            return None
         _warn_blanked(result, batch)
         return self._decoded(result, latents, batch)
 
@@ -173,7 +187,7 @@ class DiffusersEngine:
             "max_sequence_length": sampling.max_sequence_length,
             "num_frames": sampling.num_frames,
             "generator": [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch],
-            "output_type": "np",
+            "output_type": "np" if self.leads else "latent",
             "callback_on_step_end": latents.after_step,
         }
         given = {name: value for name, value in wanted.items() if name in self.kind.accepted and value is not None}

@@ -58,8 +58,22 @@ def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: lis
         "work": None,
         "comm": {},
         "cache": None,
+        "ranks": [],
         "quality": None,
     }
+
+
+def describe_rank(rank: int, phases: Phases) -> dict[str, Any]:
+    """One rank's own times and memory peaks, as they stand under `ranks` in the dump."""
+    checkpoints = {**phases.load.checkpoints, **phases.generate.checkpoints}
+    peaks = {
+        name: max(
+            (value for point in checkpoints.values() if (value := getattr(point, name)) is not None), default=None
+        )
+        for name in ("peak_allocated_mb", "peak_reserved_mb", "peak_host_anon_mb")
+    }
+    stages = {**phases.load.stages_ms, **phases.generate.stages_ms}
+    return {"rank": rank, "stages_ms": {name: _rounded(value) for name, value in stages.items()}, **peaks}
 
 
 def _times(clock: Clock, stages_ms: Mapping[str, float]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from sglang_gen.perf.memory import Checkpoint, Memory
 
-STAGES = ("load", "text_encoding", "latents", "denoising", "decoding", "saving")
+STAGES = ("load", "text_encoding", "latents", "denoising", "decoding", "gathering", "saving")
 
 
 def synchroniser(device: str) -> Callable[[], None]:

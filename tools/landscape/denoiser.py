@@ -57,13 +57,20 @@ def flow_loss(model: Denoiser, latents: Tensor, clip_ids: Tensor, t5_ids: Tensor
     return (velocity.float() - (noise - latents)).square().mean()
 
 
-def optimizers(model: Denoiser, rate: float, muon_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices of the blocks, AdamW for all else."""
+def hidden_matrices(model: Denoiser) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices of the blocks, which Muon updates, and all other parameters, which AdamW updates."""
     hidden, other = [], []
     for name, parameter in model.named_parameters():
         is_hidden = parameter.ndim == 2 and not any(part in name for part in ADAM_ONLY)
         (hidden if is_hidden else other).append(parameter)
+    return hidden, other
+
+
+def optimizers(
+    share: list[nn.Parameter], other: list[nn.Parameter], rate: float, muon_rate: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for this rank's share of the hidden matrices, AdamW for all else."""
     return [
-        torch.optim.Muon(hidden, muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(share, muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(other, rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]

@@ -28,3 +28,14 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     flat = flat.float() / dist.get_world_size()
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def exchange(shares: list[list[nn.Parameter]]) -> None:
+    """Give every rank the weights that rank r has just updated, its share `shares[r]`."""
+    if not dist.is_initialized():
+        return
+    for owner, share in enumerate(shares):
+        flat = torch.cat([p.data.flatten() for p in share])
+        dist.broadcast(flat, src=owner)
+        for parameter, part in zip(share, flat.split([p.numel() for p in share]), strict=True):
+            parameter.data.copy_(part.view_as(parameter))

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tools.landscape.captions import caption
-from tools.landscape.denoiser import Denoiser, flow_loss, optimizers
+from tools.landscape.denoiser import Denoiser, flow_loss, hidden_matrices, optimizers
 from tools.landscape.export import load_weights, save_pipeline
 from tools.landscape.presets import PRESETS, Preset
-from tools.landscape.ranks import average_gradients, join
+from tools.landscape.ranks import average_gradients, exchange, join
 from tools.landscape.scene import from_labels
 
 EMPTY = 0.1  # captions left out, for guidance
@@ -63,7 +63,7 @@ def update(loss: Tensor, model: Denoiser, optims: list[torch.optim.Optimizer], f
         for group in optimizer.param_groups:
             group["lr"] = factor * group.setdefault("peak", group["lr"])
         optimizer.step()
-        optimizer.zero_grad()
+    model.zero_grad()
 
 
 def train(model: Denoiser, args: argparse.Namespace, preset: Preset, steps: int) -> None:
@@ -72,13 +72,16 @@ def train(model: Denoiser, args: argparse.Namespace, preset: Preset, steps: int)
     torch.manual_seed(args.seed + rank)
     spec, started, losses = preset.denoiser, time.time(), []
     averaged = copy.deepcopy(model)
-    optims = optimizers(model, spec.rate, spec.muon_rate)
+    hidden, other = hidden_matrices(model)
+    shares = [hidden[r::ranks] for r in range(ranks)]  # Muon's products are a third of a step: each rank does its own
+    optims = optimizers(shares[rank], other, spec.rate, spec.muon_rate)
     source = batches(model, args.data, spec.batch // ranks, args.seed, rank)
     for block in model.transformer.transformer_blocks:
         block.compile(dynamic=False)
     for step in range(1, steps + 1):
         loss = flow_loss(model, *(part.to(args.device) for part in next(source)), spec.shift)
         update(loss, model, optims, rate_factor(step, steps))
+        exchange(shares)
         average_into(averaged, model, step)
         losses.append(loss.item())
         if step % 50 == 0 and rank == 0:

@@ -1,0 +1,98 @@
+"""The ranks of a run as a mesh with the axes dp, cfg, ring, ulysses, tp, outermost first."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sglang_gen.types import Layout
+
+AXES = ("dp", "cfg", "ring", "ulysses", "tp")
+TIMEOUT = timedelta(minutes=30)  # a collective that waits longer for a rank fails
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One rank's view: where it stands on each axis, and its process group along each axis longer than one."""
+
+    layout: Layout = field(default_factory=Layout)
+    rank: int = 0
+    groups: Mapping[str, Any] = field(default_factory=dict)
+
+    def size(self, axis: str) -> int:
+        return int(getattr(self.layout, axis))
+
+    def index(self, axis: str) -> int:
+        """This rank's coordinate on `axis`."""
+        return coordinates(self.layout, self.rank)[axis]
+
+    @property
+    def leads(self) -> bool:
+        """True on the one rank of each data parallel group that decodes."""
+        return all(self.index(axis) == 0 for axis in AXES if axis != "dp")
+
+    def meet(self) -> None:
+        """Wait until every rank is here, so that none is timed while it waits for another's start."""
+        if self.layout.ranks > 1:
+            dist.barrier()
+
+    def gather(self, item: Any, axis: str) -> list[Any] | None:
+        """The picklable `item` of every rank along `axis`, in order, on the first of them; None on the others."""
+        if axis not in self.groups:
+            return [item]
+        first = self.index(axis) == 0
+        found: list[Any] | None = [None] * self.size(axis) if first else None
+        dist.gather_object(item, found, group=self.groups[axis], group_dst=0)
+        return found
+
+    def gather_all(self, item: Any) -> list[Any] | None:
+        """The picklable `item` of every rank, on rank 0; None on the others."""
+        if self.layout.ranks == 1:
+            return [item]
+        found: list[Any] | None = [None] * self.layout.ranks if self.rank == 0 else None
+        dist.gather_object(item, found, dst=0)
+        return found
+
+
+def coordinates(layout: Layout, rank: int) -> dict[str, int]:
+    """Where a rank stands on each axis; the last axis varies fastest."""
+    found = {}
+    for axis in reversed(AXES):
+        rank, found[axis] = divmod(rank, getattr(layout, axis))
+    return {axis: found[axis] for axis in AXES}
+
+
+def members(layout: Layout, axis: str) -> list[list[int]]:
+    """The groups of ranks that differ on `axis` alone, each in the order of the axis."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(layout.ranks):
+        place = coordinates(layout, rank)
+        found.setdefault(tuple(place[name] for name in AXES if name != axis), []).append(rank)
+    return list(found.values())
+
+
+def join(layout: Layout, rank: int, port: int, device: str) -> Mesh:
+    """Meet the other ranks at the launcher's store and build the groups. Collective: every rank calls it."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=layout.ranks, timeout=TIMEOUT)
+    groups = {}
+    for axis in AXES:
+        if getattr(layout, axis) == 1:
+            continue
+        for ranks in members(layout, axis):
+            group = dist.new_group(ranks, timeout=TIMEOUT)
+            if rank in ranks:
+                groups[axis] = group
+    return Mesh(layout, rank, groups)
+
+
+def leave() -> None:
+    """End what `join` began, if it came that far."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,131 @@
+"""What one rank does with a plan: build the engine, generate its share; on rank 0 also save and report."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_gen import env, log, output
+from sglang_gen.errors import UserError
+from sglang_gen.parallel.batch import rounds
+from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.perf import dump, quality
+from sglang_gen.perf.flops import CallLog
+from sglang_gen.perf.memory import Memory
+from sglang_gen.perf.record import Clock, synchroniser
+from sglang_gen.saving import Saved, on_host
+from sglang_gen.schema import plain
+from sglang_gen.sweep import tracking
+from sglang_gen.types import Decoded, Engine, Plan, Result
+
+
+def run(plan: Plan, mesh: Mesh, started: float) -> Result | None:
+    """Carry out the plan; the result on rank 0, None elsewhere. `started` is when the command turned to the model."""
+    if plan.run.deterministic:
+        env.deterministic_cublas()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(plan.run.deterministic)
+    try:
+        with Memory(plan.device) as memory:
+            return _run(plan, mesh, memory, started)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | None:
+    wait = synchroniser(plan.device)
+    phases = dump.Phases(load=Clock(wait, memory), generate=Clock(wait, memory), calls=CallLog())
+    from sglang_gen.backends import diffusers  # the import itself takes seconds and is told apart from loading
+
+    reference = _reference(plan)
+    phases.imports_ms = 1000 * (time.perf_counter() - started)
+    phases.load.enter("load")
+    engine: Engine = diffusers.load(plan, mesh, phases.calls)
+    phases.load.leave()
+    if reference is not None and engine.effective()["makes"] != "image":
+        raise UserError("quality.reference compares pictures; this pipeline makes none")
+    log.info("Model loaded successfully")
+    try:
+        if plan.run.compile.warmup:
+            phases.warmup = Clock(wait, memory)
+            engine.sample(plan.batches[mesh.index("dp")], plan.run.compile.warmup_steps, phases.warmup)
+        mesh.meet()
+        phases.calls.on = True
+        saved = _generate(plan, mesh, engine, phases.generate)
+        decisions = engine.cache_decisions()
+        phases.repeats = [
+            _repeat(plan, mesh, engine, Clock(wait, memory), saved) for _ in range(plan.run.perf.repeat - 1)
+        ]
+    finally:
+        engine.close()
+    ranks = mesh.gather_all(dump.describe_rank(mesh.rank, phases))
+    if ranks is None:
+        return None
+    log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
+    report = dump.build(plan, phases, saved.effective, saved.samples) | {"cache": decisions, "ranks": ranks}
+    return _finish(plan, phases, saved, report, reference)
+
+
+def _finish(
+    plan: Plan, phases: dump.Phases, saved: Saved, report: dict[str, Any], reference: list[Path] | None
+) -> Result:
+    """Quality, the perf dump and trackers: all that comes after the last picture."""
+    if reference is not None:
+        report["quality"] = quality.compare(str(plan.run.quality.reference), saved.samples, saved.frames, reference)
+        log.info(f"Quality against {plan.run.quality.reference}: {quality.sentence(report['quality'])}")
+    if plan.run.output.perf_dump_path:
+        dump.add_measurements(report, plan, phases)
+        output.save_json(Path(plan.run.output.perf_dump_path), report)
+        log.info(f"Performance metrics saved to: {plan.run.output.perf_dump_path}")
+    tracking.track(plan.run, report, saved.paths, env.wandb_mode())
+    return Result(tuple(saved.paths), tuple(saved.frames), tuple(saved.seeds), report)
+
+
+def _reference(plan: Plan) -> list[Path] | None:
+    """The pictures of quality.reference that belong to the samples, found before any work is done."""
+    if plan.run.quality.reference is None:
+        return None
+    return quality.counterparts(
+        plan.run.quality.reference, [plain(sample) for batch in plan.batches for sample in batch]
+    )
+
+
+def _generate(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Saved:
+    saved = Saved(plan, {**plan.effective, **engine.effective()})
+    for number, decoded in _made(plan, mesh, engine, clock):
+        clock.enter("saving")
+        saved.add(number, decoded)
+        clock.leave()
+    return saved
+
+
+def _repeat(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock, saved: Saved) -> Clock:
+    """Generate everything once more, saving nothing; a frame that differs from the first time is a warning."""
+    made = [frame for _, decoded in _made(plan, mesh, engine, clock) for frame in decoded.frames]
+    for index, (first, again) in enumerate(zip(saved.frames, made, strict=True)):
+        if not (first == again).all():
+            log.warning(f"Sample {index} is not the same when it is generated again in this process")
+    return clock
+
+
+def _made(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Iterator[tuple[int, Decoded]]:
+    """(number, result) of every batch, in order, on rank 0; on other ranks nothing, they do their share."""
+    group = mesh.index("dp")
+    for turn in rounds(plan.batches, mesh.size("dp")):
+        for prompt in dict.fromkeys(sample.prompt for _, batch in turn for sample in batch):
+            log.info(f'Generating with prompt: "{log.shorten(prompt)}"')
+        decoded = None
+        if group < len(turn):
+            clock.batch, batch = turn[group]
+            decoded = engine.sample(batch, plan.run.sampling.num_inference_steps, clock)
+        if not mesh.leads:
+            continue
+        if mesh.size("dp") > 1:
+            clock.enter("gathering")  # the wait for slower groups is in it
+            decoded = on_host(plan, decoded) if decoded else None
+        gathered = mesh.gather(decoded, "dp")
+        clock.leave()
+        for (number, _), result in zip(turn, gathered or [], strict=False):
+            yield number, result

@@ -1,0 +1,82 @@
+"""Files and records of what was generated, in the order of the samples."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sglang_gen import env, log, output
+from sglang_gen.errors import RunError
+from sglang_gen.schema import SCHEMA_VERSION, plain
+from sglang_gen.types import Decoded, Plan, Sample
+
+
+class Saved:
+    """What the batches of a run have left so far."""
+
+    def __init__(self, plan: Plan, effective: dict[str, Any]) -> None:
+        self.plan = plan
+        self.effective = effective
+        self.paths: list[Path] = []
+        self.frames: list[Any] = []
+        self.seeds: list[int] = []
+        self.samples: list[dict[str, Any]] = []
+
+    def add(self, number: int, decoded: Decoded) -> None:
+        """Save the pictures, videos or sounds of batch `number`."""
+        self.effective |= _size(self.plan, decoded)
+        for row, sample in enumerate(self.plan.batches[number]):
+            path = _save(self.plan, self.effective, sample, decoded, row)
+            log.info(f"Generated {decoded.kind} saved to: {path}")
+            self.paths.append(path)
+            self.frames.append(decoded.frames[row])
+            self.seeds.append(sample.seed)
+            self.samples.append({**plain(sample), "batch": number, "file": path.name})
+
+
+def on_host(plan: Plan, decoded: Decoded) -> Decoded:
+    """What of `decoded` has to travel to the rank that saves."""
+    if not plan.run.output.latents or decoded.noise is None or decoded.latents is None:
+        return replace(decoded, noise=None, latents=None)
+    return replace(decoded, noise=decoded.noise.cpu(), latents=decoded.latents.cpu())
+
+
+def _save(plan: Plan, effective: dict[str, Any], sample: Sample, decoded: Decoded, row: int) -> Path:
+    def record(name: str) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "file": name,
+            "sample": plain(sample),
+            "run": plain(plan.run),
+            "sources": dict(plan.sources),
+            "requested": dict(plan.requested),
+            "effective": effective,
+            "versions": dict(env.versions()),
+            "commit_hash": env.commit_hash(),
+        }
+
+    latents = None
+    if plan.run.output.latents:
+        if decoded.noise is None or decoded.latents is None:
+            raise RunError(f"{plan.card.pipeline_class} does not show its latents, so output.latents cannot be met")
+        latents = {"noise": decoded.noise[row], "latents": decoded.latents[row]}
+    folder, data = Path(plan.run.output.path), decoded.frames[row]
+    if decoded.kind == "image":
+        return output.save_picture(folder, data, record, latents)
+    from sglang_gen import media
+
+    if decoded.kind == "video":
+        return media.save_video(folder, data, effective["fps"], record, latents)
+    return media.save_sound(folder, data, effective["sampling_rate"], record)
+
+
+def _size(plan: Plan, decoded: Decoded) -> dict[str, Any]:
+    """What the result is like: pixels, frames, rates."""
+    if decoded.kind == "audio":
+        return {"sampling_rate": decoded.rate, "samples": decoded.frames.shape[-1]}
+    height, width = decoded.frames.shape[-3:-1]
+    size = {"height": height, "width": width}
+    if decoded.kind == "video":
+        from sglang_gen.media import FRAMES_PER_SECOND
+
+        size |= {"num_frames": decoded.frames.shape[1], "fps": plan.run.output.fps or FRAMES_PER_SECOND}
+    return size

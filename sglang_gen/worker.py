@@ -1,0 +1,137 @@
+"""The process of one rank: takes plans from the launcher over a pipe, carries them out, and says how they ended.
+
+It ignores Ctrl-C, which its launcher answers for all ranks, and ends with the
+launcher: the pipe that closes when the launcher dies, however it dies, is the sign.
+"""
+
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from sglang_gen import env, log
+from sglang_gen.errors import RunError, Terminated, UserError, first_line
+from sglang_gen.types import Plan, Result
+
+PATIENCE = 3.0  # seconds between asking a process to end and ending it
+
+
+@dataclass(frozen=True)
+class Job:
+    """One plan for one rank: `port` is where the launcher's store listens, `folder` where relative paths start."""
+
+    plan: Plan
+    rank: int
+    port: int
+    folder: str
+    started: float
+
+
+@dataclass(frozen=True)
+class LogLine:
+    level: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    result: Result | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a rank failed. `when` is on the machine's monotonic clock, so that the first of several can be told."""
+
+    rank: int
+    is_request: bool
+    sentence: str
+    trace: str
+    when: float
+
+
+def main(descriptor: int) -> int:
+    """Serve jobs until the launcher closes the pipe; 1 after a failed job, since its process group is broken."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _terminate)
+    env.quiet_libraries()
+    log.capture_warnings()
+    pipe = Connection(descriptor)
+    jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(pipe, jobs), name="launcher", daemon=True).start()
+    lock = threading.Lock()
+
+    def send(message: Any) -> None:
+        with lock:
+            pipe.send(message)
+
+    try:
+        while True:
+            if not _serve(jobs.get(), send):
+                return 1
+    except Terminated:
+        return 143
+    except OSError:  # the launcher has gone
+        return 1
+
+
+def _receive(pipe: Connection, jobs: "queue.SimpleQueue[Job]") -> None:
+    try:
+        while True:
+            jobs.put(pipe.recv())
+    except (EOFError, OSError):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE)
+        os._exit(143)
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise Terminated
+
+
+class _Forward(logging.Handler):
+    """Sends log lines to the launcher, which writes them as its own."""
+
+    def __init__(self, send: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.send(LogLine(record.levelno, record.getMessage()))
+
+
+def _serve(job: Job, send: Callable[[Any], None]) -> bool:
+    """Carry out one job; False where it failed."""
+    level = job.plan.run.log_level.name if job.rank == 0 else "error"
+    log.setup(level, _Forward(send))
+    try:
+        send(Done(_run(job)))
+    except (UserError, RunError) as error:
+        send(_failure(job.rank, error, isinstance(error, UserError), str(error)))
+        return False
+    except Exception as error:  # noqa: BLE001 - the rank boundary: the launcher says it in one sentence
+        send(_failure(job.rank, error, False, f"{type(error).__name__}: {first_line(error)}"))
+        return False
+    return True
+
+
+def _failure(rank: int, error: BaseException, is_request: bool, sentence: str) -> Failure:
+    return Failure(rank, is_request, sentence, "".join(traceback.format_exception(error)), time.monotonic())
+
+
+def _run(job: Job) -> Result | None:
+    from sglang_gen import rank
+    from sglang_gen.parallel import mesh
+
+    os.chdir(job.folder)
+    try:
+        joined = mesh.join(job.plan.layout, job.rank, job.port, job.plan.device)
+        return rank.run(job.plan, joined, job.started)
+    finally:
+        mesh.leave()

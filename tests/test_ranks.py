@@ -1,0 +1,246 @@
+"""Several ranks: processes with gloo, the same pictures as one process, and what happens when one of them fails."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+from sglang_gen import launch
+from sglang_gen.parallel.batch import rounds
+from sglang_gen.parallel.mesh import AXES, coordinates, members
+from sglang_gen.types import Layout
+
+SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--dtype", "float32")
+
+
+class Pool:
+    """Rank processes that the tests of a session share, made anew after a failure."""
+
+    def __init__(self) -> None:
+        self.ranks: launch.Ranks | None = None
+
+    @contextmanager
+    def open(self, count: int, device: str):
+        running = [process.poll() is None for process in self.ranks.processes] if self.ranks else []
+        if not all(running) or len(running) < count:
+            self.close()
+            self.ranks = launch.Ranks(count, device)
+        try:
+            yield self.ranks
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self.ranks:
+            self.ranks.stop()
+        self.ranks = None
+
+
+@pytest.fixture(scope="session")
+def pool():
+    shared = Pool()
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def run(pipelines, sglang, pool, monkeypatch):
+    """Generate two steps with a tiny pipeline on the shared ranks, latents saved."""
+    monkeypatch.setattr(launch, "open_ranks", pool.open)
+
+    def generate(name: str, *words: object, steps: int = 2):
+        return sglang("generate", "--model-path", pipelines.get(name, name), "--prompt", "a cat", *SIZE,
+                      "--num-inference-steps", steps, "output.latents=true", *words)  # fmt: skip
+
+    return generate
+
+
+def latents(folder: str, number: int) -> np.ndarray:
+    return load_file(f"{folder}/generated_image_{number}.safetensors")["latents"].double().numpy()
+
+
+def picture(folder: str, number: int) -> np.ndarray:
+    return np.asarray(Image.open(f"{folder}/generated_image_{number}.png")).astype(int)
+
+
+def record(folder: str, number: int = 0) -> dict:
+    return json.loads(Path(f"{folder}/generated_image_{number}.json").read_text())
+
+
+def assert_same(ours: str, reference: str, count: int) -> None:
+    """Latents to 1e-5 relative, pictures to one level, seeds in order."""
+    assert len(list(Path(ours).glob("*.png"))) == count
+    for number in range(count):
+        a, b = latents(ours, number), latents(reference, number)
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+        a, b = (
+            np.asarray(Image.open(f"{where}/generated_image_{number}.png")).astype(int) for where in (ours, reference)
+        )
+        assert np.abs(a - b).max() <= 1
+        assert record(ours, number)["sample"] == record(reference, number)["sample"]
+
+
+def test_data_parallel_groups_share_the_pictures_and_keep_their_order(run):
+    words = ("--num-samples", "3")
+    assert run("sdxl", *words, "--output-path", "one").code == 0
+    done = run("sdxl", *words, "--output-path", "two", "parallel=dp2", "--perf-dump-path", "two.json")
+    assert done.code == 0, done.err
+    assert_same("two", "one", 3)
+    assert [line for line in done.lines if "saved to: two/" in line] == [
+        f"INFO: Generated image saved to: two/generated_image_{number}.png" for number in range(3)
+    ]
+    dump = json.loads(Path("two.json").read_text())
+    assert [rank["rank"] for rank in dump["ranks"]] == [0, 1]
+    assert all(rank["stages_ms"]["denoising"] > 0 and rank["peak_host_anon_mb"] > 0 for rank in dump["ranks"])
+    assert {batch["batch"] for batch in dump["denoise_steps_ms"]} == {0, 2}  # rank 0's own
+    assert record("two")["effective"]["parallel"] == {"dp": 2, "cfg": 1, "ring": 1, "ulysses": 1, "tp": 1}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
+def test_guidance_branches_on_two_ranks_give_the_picture_of_one(run, name):
+    words = ("--num-samples", "2", "sampling.batch_size=2", "--negative-prompt", "a dog", "--perf-dump-path")
+    assert run(name, "--output-path", "one", *words, "one.json").code == 0
+    done = run(name, "--output-path", "two", *words, "two.json", "parallel=cfg2")
+    assert done.code == 0, done.err
+    assert_same("two", "one", 2)
+    one, two = (json.loads(Path(path).read_text())["work"]["denoising"]["flops"] for path in ("one.json", "two.json"))
+    assert two == one / 2  # rank 0's own share
+
+
+def test_data_and_guidance_parallel_compose_with_a_stochastic_scheduler(run, pipelines):
+    shutil.copytree(pipelines["sdxl"], "ancestral")
+    index = json.loads(Path("ancestral/model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerAncestralDiscreteScheduler"]
+    Path("ancestral/model_index.json").write_text(json.dumps(index))
+    words = ("--num-samples", "3", "sampling.batch_size=2")
+    assert run("./ancestral", *words, "--output-path", "one").code == 0
+    done = run("./ancestral", *words, "--output-path", "four", "parallel=dp2_cfg2")
+    assert done.code == 0, done.err
+    assert_same("four", "one", 3)
+
+
+def test_a_pipeline_that_does_not_batch_its_branches_is_refused(run):
+    done = run("flux", "parallel=cfg2")
+    assert done.code == 2
+    assert "does not give FluxTransformer2DModel both guidance branches in one batch" in done.err
+    assert len(done.lines) <= 4, done.err
+
+
+def test_an_error_of_every_rank_is_said_once(run):
+    done = run("sdxl", "parallel=cfg2", "--lora-path", "./missing.safetensors")
+    assert (done.code, [line for line in done.lines if "missing.safetensors" in line]) == (
+        2, ["ERROR: lora: ./missing.safetensors does not exist"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("parallel=tp2",), "The diffusers backend does not split a network over ranks"),
+        (("parallel=sp2_tp2",), "the native engine (backend=sglang) will run the others"),
+        (("parallel=dp2",), "parallel.dp_size is 2 and the run has 1 batch of pictures"),
+        (("parallel=cfg2", "--guidance-scale", "1.0"), "without guidance (--guidance-scale 1.0) there is one branch"),
+        (("parallel=cfg2", "cache=dbcache"), "enable_cfg_parallel and a step cache exclude each other"),
+    ],
+)
+def test_a_layout_that_nothing_can_fill_is_refused_before_loading(run, words, sentence):
+    done = run("sdxl", *words)
+    assert (done.code, sentence in done.err) == (2, True), done.err
+    assert not Path("outputs").exists()
+
+
+def test_a_rank_that_is_killed_ends_the_run_within_seconds(run, pool):
+    """The launcher is this process; rank 1 dies once denoising goes on."""
+    ended = []
+
+    def kill_when_working() -> None:
+        while not list(Path("outputs").glob("*.png")):
+            time.sleep(0.05)
+        ended.append(time.monotonic())
+        os.kill(pool.ranks.processes[1].pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_when_working)
+    thread.start()
+    processes = None
+    done = run("sdxl", "parallel=cfg2", "--num-samples", "99999")
+    thread.join()
+    processes = time.monotonic() - ended[0]
+    assert done.code == 1
+    assert "ERROR: Rank 1 was ended by signal 9; it may have run out of memory" in done.lines
+    assert processes < 8  # 1 s for others to speak, 3 s of patience, and a slow machine
+    assert pool.ranks is None
+    assert not [path for path in Path("outputs").iterdir() if path.name.startswith(".tmp")]
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for children in /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_no_rank_outlives_its_launcher(pipelines, tmp_path, number, code):
+    words = ["--model-path", str(pipelines["sd15"]), "--prompt", "a", *SIZE, "--num-samples", "99999", "parallel=dp2",
+             "--num-inference-steps", "20", "--output-path", str(tmp_path)]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from sglang_gen.cli import console; console()", "generate", *words],
+        cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    lines: list[str] = []
+    while not (lines and lines[-1].startswith("INFO: Generated image saved to: ")):
+        lines.append(process.stderr.readline())
+        assert lines[-1], lines
+    ranks = [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/stat")
+        if path.exists() and int(path.read_text().rpartition(")")[2].split()[1]) == process.pid
+    ]
+    assert len(ranks) == 2
+    if number == signal.SIGKILL:
+        process.kill()
+    else:
+        os.killpg(process.pid, number)
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == code
+    until = time.monotonic() + 30
+    while alive(ranks) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert alive(ranks) == []
+    if number == signal.SIGINT:
+        assert [line for line in rest.splitlines() if not line.startswith("INFO: ")] == ["ERROR: Interrupted"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")]
+
+
+DEGREES = st.builds(Layout, *(st.integers(1, 4) for _ in AXES))
+
+
+@settings(deadline=None)
+@given(DEGREES, st.sampled_from(AXES))
+def test_the_groups_of_an_axis_hold_every_rank_once_in_the_order_of_the_axis(layout, axis):
+    groups = members(layout, axis)
+    assert sorted(rank for group in groups for rank in group) == list(range(layout.ranks))
+    for group in groups:
+        places = [coordinates(layout, rank) for rank in group]
+        assert [place[axis] for place in places] == list(range(getattr(layout, axis)))
+        assert len({tuple(place[name] for name in AXES if name != axis) for place in places}) == 1
+
+
+@given(st.lists(st.integers()), st.integers(1, 5))
+def test_rounds_deal_every_batch_once_and_in_order(batches, groups):
+    dealt = rounds(batches, groups)
+    assert [item for turn in dealt for item in turn] == list(enumerate(batches))
+    assert all(len(turn) == groups for turn in dealt[:-1])
