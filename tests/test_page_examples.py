@@ -117,5 +117,6 @@ def test_multi_gpu_inference_is_refused_in_one_sentence_until_it_is_there(exampl
     done = example(MULTI_GPU)
     assert done.code == 2
     assert len([line for line in done.lines if line.startswith("ERROR: ")]) == 1
-    assert "Running on 4 ranks (dp 1, cfg 1, ring 1, ulysses 2, tp 2) is not available in this version" in done.err
+    assert "does not split a network over ranks (asked: dp 1, cfg 1, ring 1, ulysses 2, tp 2)" in done.err
+    assert "the native engine (backend=sglang) will run the others" in done.err
     assert not Path("outputs").exists()
