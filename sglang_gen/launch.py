@@ -72,10 +72,10 @@ class Ranks:
 
     def run(self, plan: Plan, started: float) -> Result:
         """Carry out `plan` on the first `plan.layout.ranks` processes. After a failure the processes are of no use."""
-        from torch.distributed import TCPStore
+        import torch.distributed as dist
 
         count = plan.layout.ranks
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         for rank, pipe in enumerate(self.pipes[:count]):
             try:
                 pipe.send(Job(plan, rank, store.port, os.getcwd(), started))
@@ -112,10 +112,12 @@ class Ranks:
     def _read(self, pipes: list[Connection], timeout: float | None) -> list[tuple[int, Any]]:
         """(rank, message) of every pipe that has one within `timeout` seconds; None for a rank that is gone."""
         found: list[tuple[int, Any]] = []
-        for pipe in wait(pipes, timeout):
-            rank = self.pipes.index(pipe)  # type: ignore[arg-type]
+        ready = wait(pipes, timeout)
+        for rank, pipe in enumerate(self.pipes):
+            if pipe not in ready:
+                continue
             try:
-                found.append((rank, pipe.recv()))  # type: ignore[union-attr]
+                found.append((rank, pipe.recv()))
             except (EOFError, OSError):
                 found.append((rank, None))
         return found

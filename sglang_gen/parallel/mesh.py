@@ -76,7 +76,7 @@ def members(layout: Layout, axis: str) -> list[list[int]]:
 
 def join(layout: Layout, rank: int, port: int, device: str) -> Mesh:
     """Meet the other ranks at the launcher's store and build the groups. Collective: every rank calls it."""
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"

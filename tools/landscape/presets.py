@@ -43,7 +43,7 @@ PRESETS = {
         autoencoder=Autoencoder((16, 32, 64), latent_channels=6, batch=4, steps=4500, rate=2e-3),
         denoiser=Denoiser(
             layers=7, heads=6, head_dim=32, patch=4, text_width=96, text_layers=2,
-            batch=48, steps=3600, rate=1e-3, muon_rate=2e-3, shift=3.0,
+            batch=48, steps=2800, rate=1e-3, muon_rate=2e-3, shift=3.0,
         ),
     ),
     "gpu": Preset(
