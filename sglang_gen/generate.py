@@ -37,6 +37,8 @@ def execute(composed: "Composed") -> Result | None:
     env.quiet_libraries()
     planning.check(composed)
     plan = planning.make_plan(composed, hub.find(run.model, weights=False))
+    for notice in plan.notices:
+        log.info(notice)
     for warning in plan.warnings:
         log.warning(warning)
     if run.dry_run:

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen import env, layout, prompts
+from sglang_gen import choice, env, layout, prompts
 from sglang_gen.errors import UserError
 from sglang_gen.flags import BY_PATH
 from sglang_gen.schema import (
     BOUNDS,
-    BackendName,
     CacheMethod,
     Device,
     DType,
@@ -45,13 +44,13 @@ def check(composed: "Composed") -> None:
     """Refuse what needs no look at the model to be refused. Raises UserError."""
     _check_values(composed.run)
     refuse_missing(composed.run, composed.sources)
-    _choose_backend(composed.run)
 
 
 def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     """The plan of a run that passed `check`. Raises UserError when the run cannot be what it asks to be."""
     run, sources = composed.run, composed.sources
     degrees = layout.infer(run.parallel, _given_degrees(composed), _common_heads(card))
+    backend, reason = choice.choose(run, card, degrees)
     run = prompts.pin(run)
     batches = prompts.batches(prompts.samples(run), run.sampling.batch_size)
     device = choose_device(run.device)
@@ -63,13 +62,14 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         sources=sources,
         card=card,
         layout=degrees,
-        backend=_choose_backend(run),
+        backend=backend,
         device=device,
         dtype=dtype,
         batches=batches,
         requested=requested(run),
-        effective=_effective(run, degrees, device, dtype),
+        effective=_effective(run, backend, degrees, device, dtype),
         warnings=tuple(_warnings(run, sources, composed.versions)),
+        notices=(f"Backend: diffusers ({reason})",) if reason else (),
     )
 
 
@@ -194,12 +194,6 @@ def _check_ranks(run: Run, degrees: Layout, device: str, batches: int) -> None:
         )
 
 
-def _choose_backend(run: Run) -> str:
-    if run.backend.name is BackendName.sglang:
-        raise UserError("The native engine is not available in this version; run with --backend diffusers")
-    return "diffusers"
-
-
 def choose_device(wanted: Device) -> str:
     """cpu or cuda. Raises UserError where cuda is asked for and absent."""
     import torch
@@ -261,12 +255,12 @@ def requested(run: Run) -> dict[str, Any]:
     }
 
 
-def _effective(run: Run, degrees: Layout, device: str, dtype: str) -> dict[str, Any]:
+def _effective(run: Run, backend: str, degrees: Layout, device: str, dtype: str) -> dict[str, Any]:
     """What the plan expects to take effect; the engine replaces it by what it reads back once it is built."""
     asked = requested(run)
     cached = run.cache.method is not CacheMethod.none or bool(run.cache.cache_dit_config)
     return {
-        "backend": _choose_backend(run),
+        "backend": backend,
         "attention": "sdpa" if asked["attention"] == "auto" else asked["attention"],
         "dtype": dtype,
         "device": device,

@@ -1,5 +1,6 @@
 """What one rank does with a plan: build the engine, generate its share; on rank 0 also save and report."""
 
+import importlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from sglang_gen.schema import plain
 from sglang_gen.sweep import tracking
 from sglang_gen.types import Decoded, Engine, Plan, Result
 
+BACKENDS = {"sglang": "sglang_gen.backends.native", "diffusers": "sglang_gen.backends.diffusers"}
+
 
 def run(plan: Plan, mesh: Mesh, started: float) -> Result | None:
     """Carry out the plan; the result on rank 0, None elsewhere. `started` is when the command turned to the model."""
@@ -37,12 +40,11 @@ def run(plan: Plan, mesh: Mesh, started: float) -> Result | None:
 def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | None:
     wait = synchroniser(plan.device)
     phases = dump.Phases(load=Clock(wait, memory), generate=Clock(wait, memory), calls=CallLog())
-    from sglang_gen.backends import diffusers  # the import itself takes seconds and is told apart from loading
-
+    backend = importlib.import_module(BACKENDS[plan.backend])  # takes seconds and is told apart from loading
     reference = _reference(plan)
     phases.imports_ms = 1000 * (time.perf_counter() - started)
     phases.load.enter("load")
-    engine: Engine = diffusers.load(plan, mesh, phases.calls)
+    engine: Engine = backend.load(plan, mesh, phases.calls)
     phases.load.leave()
     if reference is not None and engine.effective()["makes"] != "image":
         raise UserError("quality.reference compares pictures; this pipeline makes none")

@@ -79,6 +79,7 @@ class Plan:
     requested: Mapping[str, Any]
     effective: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     def user_gave(self, path: str) -> bool:
         """True where a flag, an override or a configuration file says something else than the schema."""

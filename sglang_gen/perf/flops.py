@@ -4,14 +4,14 @@ Calls are noted as they happen, shapes only. Afterwards each distinct call is re
 meta device, where torch's counter sees every product, attention included, and no arithmetic is done.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -56,14 +56,14 @@ class CallLog:
     ) -> None:
         if not self.on:
             return
-        leaves, shape = tree_flatten((args, kwargs))
-        key = repr((name, method, shape, [_signature(leaf) for leaf in leaves]))
+        leaves = list(_leaves((args, kwargs)))
+        key = repr((name, method, sorted(kwargs), [_signature(leaf) for leaf in leaves]))
         if key in self.calls:
             self.calls[key].count += 1
             return
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         size = sum(leaf.numel() * leaf.element_size() for leaf in tensors)
-        meta_args, meta_kwargs = tree_map(_to_meta, (args, kwargs))
+        meta_args, meta_kwargs = _to_meta((args, kwargs))
         self.calls[key] = Call(stage, name, module, method, meta_args, meta_kwargs, size)
 
 
@@ -71,8 +71,28 @@ def _signature(leaf: Any) -> Any:
     return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
 
 
-def _to_meta(leaf: Any) -> Any:
-    return torch.empty_like(leaf, device="meta") if isinstance(leaf, torch.Tensor) else leaf
+def _leaves(value: Any) -> Iterator[Any]:
+    """The tensors and plain values inside of lists, tuples, dicts and dataclasses."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _to_meta(value: Any) -> Any:
+    """The same with tensors on the meta device."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_like(value, device="meta")
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_meta(item) for item in value)
+    if isinstance(value, dict):
+        return {name: _to_meta(item) for name, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{name: _to_meta(item) for name, item in vars(value).items()})
+    return value
 
 
 def work(log: CallLog, stages_ms: dict[str, float], rates: dict[str, Any]) -> dict[str, dict[str, Any]]:

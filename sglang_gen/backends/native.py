@@ -1,0 +1,177 @@
+"""Our own engine: our networks and loop, with the text encoders, autoencoder and scheduler of the model's folder."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from sglang_gen import log
+from sglang_gen.backends.observe import read_noise
+from sglang_gen.choice import NATIVE
+from sglang_gen.engine.denoise import Guidance, denoise, draw_noise, guided
+from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.perf.flops import CallLog
+from sglang_gen.perf.record import Clock
+from sglang_gen.types import Component, Decoded, Plan, Sample
+from sglang_gen.weights.load import load as load_weights
+from sglang_gen.weights.load import weight_files
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
+
+
+def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
+    """The plan's components on this rank's device. Raises UserError naming what does not fit, RunError if it fails."""
+    glue = importlib.import_module(f"sglang_gen.pipelines.{NATIVE[_class_name(plan)]}")
+    transformers.utils.logging.disable_progress_bar()
+    log.adopt_libraries()
+    dtype = getattr(torch, plan.dtype)
+    component = plan.card.components[glue.NETWORK]
+    try:
+        network = load_weights(
+            lambda: glue.build(component.config), weight_files(_folder(component)), glue.sources, dtype, plan.device
+        )
+        parts = {
+            name: _read(part, dtype, plan.device) for name, part in plan.card.components.items() if name != glue.NETWORK
+        }
+    except UserError:
+        raise
+    except LOADING_ERRORS as error:
+        raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
+    return NativeEngine(plan, glue, network, parts, calls)
+
+
+def _class_name(plan: Plan) -> str:
+    return plan.run.model.pipeline_class_name or plan.card.pipeline_class
+
+
+def _folder(component: Component) -> Path:
+    assert component.folder is not None  # the plan's card was read from a folder with weights
+    return component.folder
+
+
+def _read(component: Component, dtype: torch.dtype, device: str) -> Any:
+    """A text encoder, tokenizer, autoencoder or scheduler, as its own library reads it."""
+    kind = getattr(importlib.import_module(component.library), component.class_name)
+    folder = str(_folder(component))
+    if not issubclass(kind, torch.nn.Module):
+        return kind.from_pretrained(folder)
+    part = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    return part.to(device).requires_grad_(False).eval()
+
+
+class NativeEngine:
+    """A loaded pipeline; see `types.Engine`."""
+
+    def __init__(self, plan: Plan, glue: Any, network: Any, parts: Mapping[str, Any], calls: CallLog) -> None:
+        self.plan, self.glue, self.network, self.parts = plan, glue, network, parts
+        self.noise = read_noise(plan.run.sampling.latents)
+        self.factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)  # pixels per latent
+        for name in glue.TEXT_PARTS:
+            calls.watch("text_encoding", name, parts[name])
+        calls.watch("denoising", glue.NETWORK, network)
+        calls.watch("denoising", glue.NETWORK, network, "condition")
+        calls.watch("decoding", "vae", parts["vae"], "decode")
+
+    def effective(self) -> dict[str, Any]:
+        """What took effect, and the classes that were built."""
+        classes = {name: type(part).__name__ for name, part in self.parts.items()}
+        return {
+            "attention": "sdpa",
+            "offload": [],
+            "lora": [],
+            "cache": "none",
+            "compile": False,
+            "pipeline": _class_name(self.plan),
+            "makes": "image",
+            "components": {self.glue.NETWORK: type(self.network).__name__, **classes},
+            "scheduler_config": dict(self.parts["scheduler"].config),
+        }
+
+    @torch.no_grad()
+    def sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded:
+        """One batch from its prompts to frames.
+
+        Raises RunError when memory runs out, or when the numbers are not finite.
+        """
+        try:
+            return self._sample(batch, steps, clock)
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+                raise
+            raise RunError("Out of memory while generating; try smaller batches or a smaller picture") from error
+        finally:
+            clock.leave()
+
+    def _sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded:
+        guidance = Guidance(self.plan.run.sampling.guidance_scale)
+        scheduler = self.parts["scheduler"]
+        clock.enter("text_encoding")
+        encoded = self._encode(batch, guidance)
+        clock.enter("latents")
+        generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
+        noise = self._noise(generators)
+        clock.enter("denoising")
+        predict = guided(self.glue.prepare(self.network, scheduler, steps, encoded, noise), guidance)
+        with log.Progress(len(scheduler.timesteps)) as progress:
+
+            def after_step() -> None:
+                clock.step()
+                progress.step()
+
+            latents = denoise(predict, scheduler, noise, generators, after_step)
+        clock.enter("decoding")
+        _check_finite(latents, "the latents", batch)
+        return Decoded(self._decode(latents, batch), noise, latents)
+
+    def _encode(self, batch: tuple[Sample, ...], guidance: Guidance) -> list[tuple[Tensor, ...]]:
+        """Encoded texts: of the negative prompts, where there is guidance, and of the prompts."""
+        length = self.plan.run.sampling.max_sequence_length
+        texts = [[sample.negative_prompt or "" for sample in batch]] if guidance.on else []
+        texts.append([sample.prompt for sample in batch])
+        return [self.glue.encode(self.parts, each, length) for each in texts]
+
+    def _noise(self, generators: list[torch.Generator]) -> Tensor:
+        """`[B, C, h, w]`: drawn per sample, or the loaded noise."""
+        sampling = self.plan.run.sampling
+        config = self.plan.card.components[self.glue.NETWORK].config
+        size = self.glue.default_size(self.network, config, self.factor)
+        shape = self.glue.latent_shape(self.network, self.factor, sampling.height or size, sampling.width or size)
+        dtype = getattr(torch, self.plan.dtype)
+        if self.noise is None:
+            return draw_noise(shape, generators, dtype).to(self.plan.device)
+        if self.noise.shape[1:] != torch.Size(shape):
+            raise UserError(
+                f"sampling.latents holds noise of shape {list(self.noise.shape[1:])}, "
+                f"this request starts from {list(shape)}"
+            )
+        return self.noise.expand(len(generators), *shape).to(self.plan.device, dtype)
+
+    def _decode(self, latents: Tensor, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
+        """Frames `[B, H, W, 3]` uint8."""
+        vae = self.parts["vae"]
+        decoded = vae.decode(self.glue.to_decode(vae, latents), return_dict=False)[0]
+        values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+        _check_finite(torch.from_numpy(values), "the decoded image", batch)
+        return np.rint(values * 255).astype(np.uint8)
+
+    def cache_decisions(self) -> dict[str, Any] | None:
+        return None
+
+    def close(self) -> None:
+        """Nothing reaches beyond this engine."""
+
+
+def _check_finite(values: Tensor, what: str, batch: tuple[Sample, ...]) -> None:
+    """Refuse NaN and infinity, which would be saved as a black picture."""
+    for row, sample in zip(values, batch, strict=True):
+        if not bool(torch.isfinite(row).all()):
+            raise RunError(
+                f"Not every number in {what} of sample {sample.index} (seed {sample.seed}) is finite, so the result "
+                "would be black or silent; try --dtype float32 (or bfloat16 in place of float16)"
+            )

@@ -1,0 +1,52 @@
+"""Which backend a run takes: ours where it can do all that is asked, diffusers otherwise, with the reason."""
+
+from collections.abc import Callable, Iterator
+
+from sglang_gen.errors import UserError
+from sglang_gen.schema import BackendName, CacheMethod, QuantMethod, Run
+from sglang_gen.types import Layout, ModelCard
+
+# Pipelines of the native engine: the class that model_index.json names, and the module in pipelines/.
+NATIVE = {"StableDiffusion3Pipeline": "sd3"}
+
+
+def choose(run: Run, card: ModelCard, degrees: Layout) -> tuple[str, str | None]:
+    """(sglang or diffusers, why auto did not take sglang). Raises UserError where sglang is asked for and cannot."""
+    if run.backend.name is BackendName.diffusers:
+        return "diffusers", None
+    reason = next(_obstacles(run, card, degrees), None)
+    if reason is None:
+        return "sglang", None
+    if run.backend.name is BackendName.sglang:
+        raise UserError(f"The native engine cannot run this: {reason}; run with --backend diffusers or auto")
+    return "diffusers", reason
+
+
+def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:
+    """What the native engine does not do, in the order in which a user would like to hear it."""
+    name = run.model.pipeline_class_name or card.pipeline_class
+    if name not in NATIVE:
+        yield f"it has no {name} (it has {', '.join(NATIVE)})"
+    if degrees.ranks > degrees.dp:
+        yield "it splits no network over ranks yet"
+    yield from (reason for asked, reason in MISSING if asked(run))
+
+
+# What a run can ask for that the native engine does not have.
+MISSING: tuple[tuple[Callable[[Run], object], str], ...] = (
+    (lambda run: run.lora.path or run.lora.adapters, "it has no LoRA adapters yet"),
+    (lambda run: run.quant.method is not QuantMethod.none, "it has no quantized weights yet"),
+    (lambda run: run.quant.transformer_weights_path, "it does not replace weights yet"),
+    (lambda run: run.cache.method is not CacheMethod.none or run.cache.cache_dit_config, "it has no step cache yet"),
+    (lambda run: any(value is True for value in vars(run.offload).values()), "it does not offload yet"),
+    (lambda run: run.compile.enable_torch_compile, "it does not compile yet"),
+    (lambda run: run.compile.disable_autocast, "it takes its dtype from --dtype alone yet"),
+    (lambda run: run.sampling.image_path, "it takes no input image yet"),
+    (lambda run: run.backend.diffusers_kwargs, "--diffusers-kwargs are for the diffusers pipeline"),
+    (lambda run: run.model.component_paths, "it takes components from the model's own folder only yet"),
+    (lambda run: run.model.trust_remote_code, "it runs no code from model repositories"),
+    (
+        lambda run: run.attention.backend not in ("auto", "sdpa") or run.attention.backend_config,
+        "sdpa is its only attention kernel yet",
+    ),
+)

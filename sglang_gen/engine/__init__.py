@@ -1,0 +1,1 @@
+"""What the native engine does with a network."""

@@ -1,0 +1,101 @@
+"""Stable Diffusion 3 and 3.5: two CLIP encoders and T5, flow matching, an autoencoder with a shift."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sglang_gen.models.sd3 import SD3, Conditioning, Config
+from sglang_gen.pipelines import text
+from sglang_gen.pipelines.flow import set_timesteps
+from sglang_gen.weights.load import renamed
+
+NETWORK = "transformer"
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+T5_LENGTH = 256  # tokens, unless sampling.max_sequence_length says otherwise
+
+# Parts of our names of tensors, and what stands there in a diffusers checkpoint.
+NAMES = {
+    "patches": ("pos_embed.proj",),
+    "positions": ("pos_embed.pos_embed",),
+    "timestep_embedder": ("time_text_embed.timestep_embedder",),
+    "pooled_embedder": ("time_text_embed.text_embedder",),
+    "text_embedder": ("context_embedder",),
+    "blocks": ("transformer_blocks",),
+    "modulation": ("norm1",),
+    "text_modulation": ("norm1_context",),
+    "out_modulation": ("norm_out",),
+    "out": ("proj_out",),
+    "attention.image": ("attn",),
+    "attention.image.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attention.text.to_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "attention.text.norm_q": ("attn.norm_added_q",),
+    "attention.text.norm_k": ("attn.norm_added_k",),
+    "attention.to_out": ("attn.to_out.0",),
+    "attention.to_text_out": ("attn.to_add_out",),
+    "attention_2.image": ("attn2",),
+    "attention_2.image.to_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "attention_2.to_out": ("attn2.to_out.0",),
+    "ff_text": ("ff_context",),
+    "up": ("net.0.proj",),
+    "down": ("net.2",),
+}
+
+
+def sources(name: str) -> list[str]:
+    """The names in a diffusers checkpoint that make up our tensor `name`."""
+    return renamed(name, NAMES)
+
+
+def config(diffusers_config: Mapping[str, Any]) -> Config:
+    c = diffusers_config
+    return Config(
+        patch=c["patch_size"], channels_in=c["in_channels"], channels_out=c.get("out_channels") or c["in_channels"],
+        layers=c["num_layers"], heads=c["num_attention_heads"], head_dim=c["attention_head_dim"],
+        text_width=c["joint_attention_dim"], pooled_width=c["pooled_projection_dim"],
+        positions=c["pos_embed_max_size"], dual_layers=tuple(c.get("dual_attention_layers") or ()),
+        qk_norm=c.get("qk_norm") == "rms_norm",
+    )  # fmt: skip
+
+
+def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
+    return SD3(config(diffusers_config))
+
+
+def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tuple[Tensor, Tensor]:
+    """Text `[B, T, C]` and pooled text `[B, P]`: both CLIP encoders side by side, T5 behind them."""
+    first, pooled = text.clip(parts["text_encoder"], parts["tokenizer"], texts)
+    second, pooled_2 = text.clip(parts["text_encoder_2"], parts["tokenizer_2"], texts)
+    both = torch.cat([first, second], dim=-1)
+    t5 = text.t5(parts["text_encoder_3"], parts["tokenizer_3"], texts, length or T5_LENGTH)
+    return torch.cat([text.pad_channels(both, t5.shape[-1]), t5], dim=1), torch.cat([pooled, pooled_2], dim=-1)
+
+
+def latent_shape(network: SD3, factor: int, height: int, width: int) -> tuple[int, ...]:
+    return network.config.channels_in, height // factor, width // factor
+
+
+def default_size(network: SD3, diffusers_config: Mapping[str, Any], factor: int) -> int:
+    return int(diffusers_config["sample_size"]) * factor
+
+
+def prepare(
+    network: SD3, scheduler: Any, steps: int, encoded: Sequence[tuple[Tensor, Tensor]], latents: Tensor
+) -> "partial[Tensor]":
+    """What predicts the velocity of the latents: the network with everything that all steps share."""
+    height, width = latents.shape[-2:]
+    set_timesteps(scheduler, steps, (height // network.config.patch) * (width // network.config.patch))
+    states, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
+    conditioning: Conditioning = network.condition(scheduler.timesteps, states, pooled, height, width)
+    return partial(_predict, network, conditioning)
+
+
+def _predict(network: SD3, conditioning: Conditioning, latents: Tensor, step: int) -> Tensor:
+    return network(latents, conditioning, step)  # type: ignore[no-any-return]
+
+
+def to_decode(vae: Any, latents: Tensor) -> Tensor:
+    """Latents as the autoencoder takes them."""
+    return latents / vae.config.scaling_factor + vae.config.shift_factor

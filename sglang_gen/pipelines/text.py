@@ -1,0 +1,38 @@
+"""Prompts through the text encoders of transformers, as diffusers' pipelines use them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sglang_gen import log
+
+
+def tokens(tokenizer: Any, texts: list[str], length: int) -> Tensor:
+    """Ids `[B, length]`, padded and cut; what is cut is a warning."""
+    ids: Tensor = tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    whole = tokenizer(texts, padding="longest", return_tensors="pt").input_ids
+    if whole.shape[-1] > length:
+        cut = [text for text in tokenizer.batch_decode(whole[:, length - 1 : -1], skip_special_tokens=True) if text]
+        log.warning(f'The text encoder takes {length} tokens and does not see: "{log.shorten(" | ".join(cut))}"')
+    return ids
+
+
+def clip(encoder: Any, tokenizer: Any, texts: list[str], layer: int = -2) -> tuple[Tensor, Tensor]:
+    """Hidden states `[B, T, C]` of a layer counted from the end, and the pooled (projected) text `[B, P]`."""
+    ids = tokens(tokenizer, texts, tokenizer.model_max_length)
+    output = encoder(ids.to(encoder.device), output_hidden_states=True)
+    return output.hidden_states[layer], output[0]
+
+
+def t5(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> Tensor:
+    """Hidden states `[B, length, C]`."""
+    states: Tensor = encoder(tokens(tokenizer, texts, length).to(encoder.device))[0]
+    return states
+
+
+def pad_channels(states: Tensor, width: int) -> Tensor:
+    """`[B, T, C]` with zeros up to `width` channels."""
+    return torch.nn.functional.pad(states, (0, width - states.shape[-1]))

@@ -1,0 +1,141 @@
+"""The native SD3 network against diffusers' class, and what breaks the parity when it is planted."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusers import SD3Transformer2DModel
+from parity import error, pair
+from safetensors.torch import load_file, save_file
+
+from sglang_gen.errors import UserError
+from sglang_gen.pipelines import sd3
+from sglang_gen.weights.load import load, weight_files
+
+TIMESTEPS = torch.tensor([987.6, 500.0, 7.5])
+PLAIN = {
+    "sample_size": 16, "patch_size": 2, "in_channels": 4, "num_layers": 3, "attention_head_dim": 8,
+    "num_attention_heads": 4, "joint_attention_dim": 24, "caption_projection_dim": 32, "pooled_projection_dim": 20,
+    "out_channels": 4, "pos_embed_max_size": 20,
+}  # fmt: skip
+VARIANTS = {
+    "sd3": PLAIN,
+    "sd35-large": PLAIN | {"qk_norm": "rms_norm"},
+    "sd35-medium": PLAIN | {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+    "three heads, other channels": PLAIN
+    | {"num_attention_heads": 3, "caption_projection_dim": 24, "in_channels": 6, "out_channels": 3, "patch_size": 1},
+}
+
+
+def reference(**config) -> SD3Transformer2DModel:
+    return tiny.fill(SD3Transformer2DModel(**config), 5)
+
+
+def inputs(config: dict, dtype: torch.dtype, batch: int = 3, height: int = 12, width: int = 18):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return (
+        draw(batch, config["in_channels"], height, width),
+        draw(batch, 9, config["joint_attention_dim"]),
+        draw(batch, config["pooled_projection_dim"]),
+    )
+
+
+@torch.no_grad()
+def theirs(network, latents, text, pooled, step: int) -> torch.Tensor:
+    times = TIMESTEPS[step].expand(len(latents))
+    return network(latents, text, pooled, times, return_dict=False)[0]
+
+
+@torch.no_grad()
+def ours(network, latents, text, pooled, step: int) -> torch.Tensor:
+    return network(latents, network.condition(TIMESTEPS, text, pooled, *latents.shape[-2:]), step)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_the_network_computes_what_diffusers_computes(variant, dtype, tolerance):
+    config = VARIANTS[variant]
+    their, our = pair(reference(**config), sd3, Path("network"), dtype)
+    given = inputs(config, dtype)
+    for step in range(len(TIMESTEPS)):
+        assert error(ours(our, *given, step), theirs(their, *given, step)) <= tolerance
+
+
+MUTATIONS = {
+    "an attention is silent": lambda block: block.attention.to_out.weight.zero_(),
+    "the last text queries are silent": lambda block: block.attention.text.to_qkv.weight.zero_(),
+    "a bias is doubled": lambda block: block.ff.up.bias.mul_(2),
+    "two heads are swapped": lambda block: swap_heads(block.attention.image.to_qkv.weight),
+    "a norm is flat": lambda block: block.attention.image.norm_q.weight.fill_(1),
+    "the second attention is silent": lambda block: block.attention_2.to_out.weight.zero_(),
+}
+
+
+def swap_heads(qkv: torch.Tensor, width: int = 8) -> None:
+    qkv[: 2 * width] = qkv[: 2 * width].roll(width, 0)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_planted_defect_breaks_the_parity(mutation):
+    their, our = pair(reference(**VARIANTS["sd35-medium"]), sd3, Path("network"), torch.float32)
+    given = inputs(PLAIN, torch.float32)
+    broken = copy.deepcopy(our)
+    with torch.no_grad():
+        MUTATIONS[mutation](broken.blocks[1])
+    assert error(ours(broken, *given, 0), theirs(their, *given, 0)) > 1e-3
+
+
+def test_another_prompt_and_another_timestep_give_another_output():
+    _, our = pair(reference(**PLAIN), sd3, Path("network"), torch.float32)
+    latents, text, pooled = inputs(PLAIN, torch.float32)
+    first = ours(our, latents, text, pooled, 0)
+    assert error(ours(our, latents, text.flip(0), pooled, 0), first) > 1e-3
+    assert error(ours(our, latents, text, pooled.flip(0), 0), first) > 1e-3
+    assert error(ours(our, latents, text, pooled, 1), first) > 1e-3
+
+
+def test_rows_of_a_batch_do_not_see_each_other():
+    _, our = pair(reference(**PLAIN), sd3, Path("network"), torch.float64)
+    given = inputs(PLAIN, torch.float64)
+    alone = ours(our, *(tensor[1:2] for tensor in given), 0)
+    assert error(ours(our, *given, 0)[1:2], alone) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda w: w.pop("transformer_blocks.1.attn.to_k.weight"), "it lacks transformer_blocks.1.attn.to_k.weight"),
+        (lambda w: w.update(extra=torch.zeros(1)), "it holds extra, which SD3 does not have"),
+        (
+            lambda w: w.update({"proj_out.bias": torch.zeros(3)}),
+            "proj_out.bias has the shape [3], this network needs [16]",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_the_name_of_the_tensor(change, sentence):
+    reference(**PLAIN).save_pretrained("network")
+    (file,) = weight_files(Path("network"))
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file)
+    with pytest.raises(UserError) as failure:
+        load(lambda: sd3.build(PLAIN), [file], sd3.sources, torch.float32, "cpu")
+    assert sentence in str(failure.value)
+
+
+def test_a_sharded_checkpoint_is_the_same():
+    reference(**PLAIN).save_pretrained("whole")
+    reference(**PLAIN).save_pretrained("shards", max_shard_size="50KB")
+    assert len(weight_files(Path("shards"))) > 2
+    networks = [
+        load(lambda: sd3.build(PLAIN), weight_files(Path(name)), sd3.sources, torch.float32, "cpu")
+        for name in ("whole", "shards")
+    ]
+    for (name, whole), shard in zip(networks[0].state_dict().items(), networks[1].state_dict().values(), strict=True):
+        assert torch.equal(whole, shard), name
