@@ -7,7 +7,8 @@ from sglang_gen.schema import BackendName, CacheMethod, QuantMethod, Run
 from sglang_gen.types import Layout, ModelCard
 
 # Pipelines of the native engine: the class that model_index.json names, and the module in pipelines/.
-NATIVE = {"StableDiffusion3Pipeline": "sd3"}
+NATIVE = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
+ARGUMENTS = {"FluxPipeline": {"true_cfg_scale"}}  # of --diffusers-kwargs that it understands
 
 
 def choose(run: Run, card: ModelCard, degrees: Layout) -> tuple[str, str | None]:
@@ -27,6 +28,9 @@ def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:
     name = run.model.pipeline_class_name or card.pipeline_class
     if name not in NATIVE:
         yield f"it has no {name} (it has {', '.join(NATIVE)})"
+    foreign = run.backend.diffusers_kwargs.keys() - ARGUMENTS.get(name, set())
+    if foreign:
+        yield f"'{min(foreign)}' of --diffusers-kwargs is for the diffusers pipeline"
     if degrees.ranks > degrees.dp:
         yield "it splits no network over ranks yet"
     yield from (reason for asked, reason in MISSING if asked(run))
@@ -42,7 +46,6 @@ MISSING: tuple[tuple[Callable[[Run], object], str], ...] = (
     (lambda run: run.compile.enable_torch_compile, "it does not compile yet"),
     (lambda run: run.compile.disable_autocast, "it takes its dtype from --dtype alone yet"),
     (lambda run: run.sampling.image_path, "it takes no input image yet"),
-    (lambda run: run.backend.diffusers_kwargs, "--diffusers-kwargs are for the diffusers pipeline"),
     (lambda run: run.model.component_paths, "it takes components from the model's own folder only yet"),
     (lambda run: run.model.trust_remote_code, "it runs no code from model repositories"),
     (

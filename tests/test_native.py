@@ -40,7 +40,7 @@ def assert_same(ours: str, theirs: str, count: int) -> None:
         assert np.abs(a - b).max() <= 1
 
 
-@pytest.mark.parametrize("name", ["sd3"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])
 @pytest.mark.parametrize(
     "words",
     [
@@ -59,6 +59,15 @@ def test_both_backends_make_the_same_picture(run, name, words):
     assert_same("ours", "theirs", len(list(Path("theirs").glob("*.png"))))
 
 
+def test_true_guidance_of_flux_needs_its_scale_and_a_negative_prompt(run):
+    words = ("--diffusers-kwargs", '{"true_cfg_scale": 3.0}', "--negative-prompt", "a dog")
+    for backend in ("sglang", "diffusers"):
+        assert run("flux", *words, "--backend", backend, folder=backend).code == 0
+    assert_same("sglang", "diffusers", 1)
+    assert run("flux", folder="plain").code == 0
+    assert not np.array_equal(picture("plain/generated_image_0.png"), picture("sglang/generated_image_0.png"))
+
+
 def test_auto_takes_the_native_engine_where_it_can(run):
     done = run("sd3")
     assert done.code == 0, done.err
@@ -70,10 +79,14 @@ def test_auto_takes_the_native_engine_where_it_can(run):
 @pytest.mark.parametrize(
     ("name", "words", "reason"),
     [
-        ("flux", (), "it has no FluxPipeline"),
+        ("sdxl", (), "it has no StableDiffusionXLPipeline"),
         ("sd3", ("cache=dbcache", "cache.Fn_compute_blocks=1"), "it has no step cache yet"),
         ("sd3", ("--vae-cpu-offload",), "it does not offload yet"),
-        ("sd3", ("--diffusers-kwargs", '{"clip_skip": 1}'), "--diffusers-kwargs are for the diffusers pipeline"),
+        (
+            "sd3",
+            ("--diffusers-kwargs", '{"clip_skip": 1}'),
+            "'clip_skip' of --diffusers-kwargs is for",
+        ),
         ("sd3", ("--attention-backend", "math"), "sdpa is its only attention kernel yet"),
     ],
 )

@@ -13,11 +13,12 @@ from torch import Tensor
 from sglang_gen import log
 from sglang_gen.backends.observe import read_noise
 from sglang_gen.choice import NATIVE
-from sglang_gen.engine.denoise import Guidance, denoise, draw_noise, guided
+from sglang_gen.engine.denoise import Guidance, denoise, guided
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.record import Clock
+from sglang_gen.pipelines.request import Request
 from sglang_gen.types import Component, Decoded, Plan, Sample
 from sglang_gen.weights.load import load as load_weights
 from sglang_gen.weights.load import weight_files
@@ -70,6 +71,7 @@ class NativeEngine:
 
     def __init__(self, plan: Plan, glue: Any, network: Any, parts: Mapping[str, Any], calls: CallLog) -> None:
         self.plan, self.glue, self.network, self.parts = plan, glue, network, parts
+        self.config = plan.card.components[glue.NETWORK].config
         self.noise = read_noise(plan.run.sampling.latents)
         self.factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)  # pixels per latent
         for name in glue.TEXT_PARTS:
@@ -109,15 +111,14 @@ class NativeEngine:
             clock.leave()
 
     def _sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded:
-        guidance = Guidance(self.plan.run.sampling.guidance_scale)
-        scheduler = self.parts["scheduler"]
+        request, guidance, scheduler = self._request(steps), self._guidance(batch), self.parts["scheduler"]
         clock.enter("text_encoding")
-        encoded = self._encode(batch, guidance)
+        encoded = self._encode(batch, guidance, request)
         clock.enter("latents")
         generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
-        noise = self._noise(generators)
+        noise = self._noise(request, generators)
         clock.enter("denoising")
-        predict = guided(self.glue.prepare(self.network, scheduler, steps, encoded, noise), guidance)
+        predict = guided(self.glue.prepare(self.network, scheduler, request, encoded, noise), guidance)
         with log.Progress(len(scheduler.timesteps)) as progress:
 
             def after_step() -> None:
@@ -127,35 +128,48 @@ class NativeEngine:
             latents = denoise(predict, scheduler, noise, generators, after_step)
         clock.enter("decoding")
         _check_finite(latents, "the latents", batch)
-        return Decoded(self._decode(latents, batch), noise, latents)
+        return Decoded(self._decode(latents, request, batch), noise, latents)
 
-    def _encode(self, batch: tuple[Sample, ...], guidance: Guidance) -> list[tuple[Tensor, ...]]:
+    def _request(self, steps: int) -> Request:
+        sampling = self.plan.run.sampling
+        size = self.glue.default_size(self.config, self.factor)
+        return Request(
+            height=sampling.height or size,
+            width=sampling.width or size,
+            factor=self.factor,
+            steps=steps,
+            guidance=sampling.guidance_scale,
+            text_length=sampling.max_sequence_length,
+        )
+
+    def _guidance(self, batch: tuple[Sample, ...]) -> Guidance:
+        """Batches are of one kind: with negative prompts, or without."""
+        run = self.plan.run
+        true_cfg = run.backend.diffusers_kwargs.get("true_cfg_scale", 1.0)
+        return Guidance(self.glue.branches(run.sampling.guidance_scale, true_cfg, bool(batch[0].negative_prompt)))
+
+    def _encode(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[tuple[Tensor, ...]]:
         """Encoded texts: of the negative prompts, where there is guidance, and of the prompts."""
-        length = self.plan.run.sampling.max_sequence_length
         texts = [[sample.negative_prompt or "" for sample in batch]] if guidance.on else []
         texts.append([sample.prompt for sample in batch])
-        return [self.glue.encode(self.parts, each, length) for each in texts]
+        return [self.glue.encode(self.parts, each, request.text_length) for each in texts]
 
-    def _noise(self, generators: list[torch.Generator]) -> Tensor:
-        """`[B, C, h, w]`: drawn per sample, or the loaded noise."""
-        sampling = self.plan.run.sampling
-        config = self.plan.card.components[self.glue.NETWORK].config
-        size = self.glue.default_size(self.network, config, self.factor)
-        shape = self.glue.latent_shape(self.network, self.factor, sampling.height or size, sampling.width or size)
-        dtype = getattr(torch, self.plan.dtype)
-        if self.noise is None:
-            return draw_noise(shape, generators, dtype).to(self.plan.device)
-        if self.noise.shape[1:] != torch.Size(shape):
-            raise UserError(
-                f"sampling.latents holds noise of shape {list(self.noise.shape[1:])}, "
-                f"this request starts from {list(shape)}"
-            )
-        return self.noise.expand(len(generators), *shape).to(self.plan.device, dtype)
+    def _noise(self, request: Request, generators: list[torch.Generator]) -> Tensor:
+        """`[B, ...]` in the pipeline's own layout: drawn per sample, or the loaded noise."""
+        drawn: Tensor = self.glue.noise(self.config, request, generators, getattr(torch, self.plan.dtype))
+        if self.noise is not None:
+            if self.noise.shape[1:] != drawn.shape[1:]:
+                raise UserError(
+                    f"sampling.latents holds noise of shape {list(self.noise.shape[1:])}, "
+                    f"this request starts from {list(drawn.shape[1:])}"
+                )
+            drawn = self.noise.expand(drawn.shape).to(drawn)
+        return drawn.to(self.plan.device)
 
-    def _decode(self, latents: Tensor, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
+    def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
         """Frames `[B, H, W, 3]` uint8."""
         vae = self.parts["vae"]
-        decoded = vae.decode(self.glue.to_decode(vae, latents), return_dict=False)[0]
+        decoded = vae.decode(self.glue.to_decode(vae, latents, request), return_dict=False)[0]
         values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         _check_finite(torch.from_numpy(values), "the decoded image", batch)
         return np.rint(values * 255).astype(np.uint8)

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,6 +38,18 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"))  # type: ignore[no-any-return]
+
+
+class Modulation(nn.Module):
+    """SiLU and a linear layer: `count` vectors of the width from one."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.linear = nn.Linear(width, count * width)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return rearrange(self.linear(F.silu(vector)), "... (n d) -> ... n d", n=self.count)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sglang_gen.models.attention import Attend
-from sglang_gen.models.layers import Embedder, FeedForward, modulate, sinusoid
+from sglang_gen.models.layers import Embedder, FeedForward, Modulation, modulate, sinusoid
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,6 @@ class Conditioning:
     image_modulations: list[Tensor]  # for each block [S, B, 6 or 9, D]
     text_modulations: list[Tensor]  # for each block [S, B, 6, D]; of the last [S, B, 2, D]
     out_modulation: Tensor  # [S, B, 2, D]
-
-
-class Modulation(nn.Module):
-    """SiLU and a linear layer: `count` vectors of the width from one."""
-
-    def __init__(self, width: int, count: int) -> None:
-        super().__init__()
-        self.count = count
-        self.linear = nn.Linear(width, count * width)
-
-    def forward(self, vector: Tensor) -> Tensor:
-        return rearrange(self.linear(F.silu(vector)), "... (n d) -> ... n d", n=self.count)
 
 
 class Projections(nn.Module):

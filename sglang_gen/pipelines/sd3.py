@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sglang_gen.engine.denoise import draw_noise
 from sglang_gen.models.sd3 import SD3, Conditioning, Config
 from sglang_gen.pipelines import text
 from sglang_gen.pipelines.flow import set_timesteps
+from sglang_gen.pipelines.request import Request
 from sglang_gen.weights.load import renamed
 
 NETWORK = "transformer"
@@ -73,22 +75,32 @@ def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tu
     return torch.cat([text.pad_channels(both, t5.shape[-1]), t5], dim=1), torch.cat([pooled, pooled_2], dim=-1)
 
 
-def latent_shape(network: SD3, factor: int, height: int, width: int) -> tuple[int, ...]:
-    return network.config.channels_in, height // factor, width // factor
+def branches(guidance: float, true_cfg: float, negative: bool) -> float:
+    """The scale of classifier-free guidance."""
+    return guidance
 
 
-def default_size(network: SD3, diffusers_config: Mapping[str, Any], factor: int) -> int:
+def default_size(diffusers_config: Mapping[str, Any], factor: int) -> int:
     return int(diffusers_config["sample_size"]) * factor
 
 
+def noise(
+    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
+    """`[B, C, h, w]`."""
+    height, width = request.height // request.factor, request.width // request.factor
+    return draw_noise((diffusers_config["in_channels"], height, width), generators, dtype)
+
+
 def prepare(
-    network: SD3, scheduler: Any, steps: int, encoded: Sequence[tuple[Tensor, Tensor]], latents: Tensor
+    network: SD3, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor, Tensor]], latents: Tensor
 ) -> "partial[Tensor]":
     """What predicts the velocity of the latents: the network with everything that all steps share."""
     height, width = latents.shape[-2:]
-    set_timesteps(scheduler, steps, (height // network.config.patch) * (width // network.config.patch))
+    patch = network.config.patch
+    set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
     states, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
-    conditioning: Conditioning = network.condition(scheduler.timesteps, states, pooled, height, width)
+    conditioning = network.condition(scheduler.timesteps, states, pooled, height, width)
     return partial(_predict, network, conditioning)
 
 
@@ -96,6 +108,6 @@ def _predict(network: SD3, conditioning: Conditioning, latents: Tensor, step: in
     return network(latents, conditioning, step)  # type: ignore[no-any-return]
 
 
-def to_decode(vae: Any, latents: Tensor) -> Tensor:
+def to_decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
     """Latents as the autoencoder takes them."""
     return latents / vae.config.scaling_factor + vae.config.shift_factor

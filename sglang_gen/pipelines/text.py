@@ -27,6 +27,12 @@ def clip(encoder: Any, tokenizer: Any, texts: list[str], layer: int = -2) -> tup
     return output.hidden_states[layer], output[0]
 
 
+def clip_pooled(encoder: Any, tokenizer: Any, texts: list[str]) -> Tensor:
+    """The state of the end token `[B, P]`, of an encoder without projection."""
+    pooled: Tensor = encoder(tokens(tokenizer, texts, tokenizer.model_max_length).to(encoder.device)).pooler_output
+    return pooled
+
+
 def t5(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> Tensor:
     """Hidden states `[B, length, C]`."""
     states: Tensor = encoder(tokens(tokenizer, texts, length).to(encoder.device))[0]

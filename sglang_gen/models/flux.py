@@ -1,0 +1,195 @@
+"""FLUX.1, dev and schnell (Black Forest Labs 2024): a transformer on packed latents with rotary positions.
+
+First two streams, text and image, that meet in attention; then one stream of both, with attention and feed-forward
+side by side (Dehghani et al. 2023). As in SD3 the modulations of all steps are computed before the first.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sglang_gen.models.attention import Attend
+from sglang_gen.models.layers import Embedder, FeedForward, Modulation, modulate, sinusoid
+
+THETA = 10000.0  # base of the rotary frequencies
+
+
+@dataclass(frozen=True)
+class Config:
+    channels_in: int  # of a packed token: 4 x the latent channels
+    channels_out: int
+    layers: int
+    single_layers: int
+    heads: int
+    head_dim: int
+    text_width: int
+    pooled_width: int
+    axes: tuple[int, ...]  # rotary channels for (stream, row, column); they sum up to head_dim
+    guidance: bool  # dev takes the guidance scale as an input
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """All that does not change between steps. S steps, B rows, T text tokens, L image tokens, D the width."""
+
+    text: Tensor  # [B, T, D]
+    rotary: tuple[Tensor, Tensor]  # cosines and sines [T + L, head_dim]
+    image_modulations: list[Tensor]  # for each block [S, B, 6, D]
+    text_modulations: list[Tensor]  # for each block [S, B, 6, D]
+    single_modulations: list[Tensor]  # for each single block [S, B, 3, D]
+    out_modulation: Tensor  # [S, B, 2, D]
+
+
+def rotary_table(positions: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Positions `[N, axes]` -> cosines and sines `[N, head_dim]`, each value twice (Su et al. 2021)."""
+    angles = []
+    for column, width in zip(positions.double().T, axes, strict=True):
+        frequencies = THETA ** -(torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width)
+        angles.append(torch.outer(column, frequencies).repeat_interleave(2, dim=1))
+    table = torch.cat(angles, dim=1)
+    return table.cos().float(), table.sin().float()
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn neighbouring channels of `[B, H, N, D]` by their position's angles; bfloat16 is turned in float32."""
+    cosines, sines = rotary
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+    return (x * cosines + turned * sines).to(x.dtype)
+
+
+class Norms(nn.Module):
+    """RMS norms of query and key, for each head."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm_q = nn.RMSNorm(width, eps=1e-6)
+        self.norm_k = nn.RMSNorm(width, eps=1e-6)
+
+    def forward(self, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`[B, L, 3 D]` -> three of `[B, H, L, D/H]`."""
+        q, k, v = rearrange(qkv, "b l (n h d) -> n b h l d", n=3, h=heads)
+        return self.norm_q(q), self.norm_k(k), v
+
+
+class Stream(nn.Module):
+    """What the text and the image stream of a block each have of their own."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.modulation = Modulation(config.width, 6)
+        self.to_qkv = nn.Linear(config.width, 3 * config.width)
+        self.norms = Norms(config.head_dim)
+        self.to_out = nn.Linear(config.width, config.width)
+        self.ff = FeedForward(config.width)
+
+    def qkv(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shift, scale = m[:, 0:1], m[:, 1:2]
+        return self.norms(self.to_qkv(modulate(x, shift, scale)), self.heads)  # type: ignore[no-any-return]
+
+    def finish(self, x: Tensor, attended: Tensor, m: Tensor) -> Tensor:
+        _, _, gate, shift_ff, scale_ff, gate_ff = m.split(1, dim=1)
+        x = x + gate * self.to_out(attended)
+        return x + gate_ff * self.ff(modulate(x, shift_ff, scale_ff))
+
+
+class Block(nn.Module):
+    """Two streams, one attention over both."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.image, self.text = Stream(config), Stream(config)
+        self.attend = Attend()
+
+    def forward(
+        self, x: Tensor, text: Tensor, m: Tensor, n: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Image `[B, L, D]`, text `[B, T, D]`, their modulations `[B, 6, D]`."""
+        pairs = zip(self.text.qkv(text, n), self.image.qkv(x, m), strict=True)
+        q, k, v = (torch.cat(pair, dim=2) for pair in pairs)
+        both = rearrange(self.attend(rotate(q, rotary), rotate(k, rotary), v), "b h l d -> b l (h d)")
+        text_attended, attended = both.split([text.shape[1], x.shape[1]], dim=1)
+        return self.image.finish(x, attended, m), self.text.finish(text, text_attended, n)
+
+
+class SingleBlock(nn.Module):
+    """One stream; attention and feed-forward read the same input in one product, and leave by one."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.modulation = Modulation(config.width, 3)
+        self.to_qkv_ff = nn.Linear(config.width, 7 * config.width)
+        self.norms = Norms(config.head_dim)
+        self.attend = Attend()
+        self.to_out = nn.Linear(5 * config.width, config.width)
+
+    def forward(self, x: Tensor, m: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Text and image `[B, T + L, D]`, their modulation `[B, 3, D]`."""
+        shift, scale, gate = m.split(1, dim=1)
+        width = x.shape[-1]
+        qkv, inner = self.to_qkv_ff(modulate(x, shift, scale)).split([3 * width, 4 * width], dim=-1)
+        q, k, v = self.norms(qkv, self.heads)
+        attended = rearrange(self.attend(rotate(q, rotary), rotate(k, rotary), v), "b h l d -> b l (h d)")
+        return x + gate * self.to_out(torch.cat([attended, F.gelu(inner, approximate="tanh")], dim=-1))
+
+
+class Flux(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Linear(config.channels_in, config.width)
+        self.timestep_embedder = Embedder(256, config.width)
+        self.guidance_embedder = Embedder(256, config.width) if config.guidance else None
+        self.pooled_embedder = Embedder(config.pooled_width, config.width)
+        self.text_embedder = nn.Linear(config.text_width, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_layers))
+        self.out_modulation = Modulation(config.width, 2)
+        self.out = nn.Linear(config.width, config.channels_out)
+
+    def condition(
+        self, timesteps: Tensor, text: Tensor, pooled: Tensor, guidance: float, rows: int, columns: int
+    ) -> Conditioning:
+        """Timesteps `[S]` in 0..1000, text `[B, T, C]`, pooled text `[B, P]`; `rows` x `columns` packed tokens."""
+        vector = self.timestep_embedder(sinusoid(timesteps, 256).to(pooled.dtype))[:, None]  # [S, 1, D]
+        if self.guidance_embedder is not None:
+            scale = torch.full((1,), 1000 * guidance, device=pooled.device)
+            vector = vector + self.guidance_embedder(sinusoid(scale, 256).to(pooled.dtype))
+        vector = vector + self.pooled_embedder(pooled)  # [S, B, D]
+        return Conditioning(
+            self.text_embedder(text),
+            rotary_table(_positions(text.shape[1], rows, columns).to(text.device), self.config.axes),
+            [block.image.modulation(vector) for block in self.blocks],
+            [block.text.modulation(vector) for block in self.blocks],
+            [block.modulation(vector) for block in self.single_blocks],
+            self.out_modulation(vector),
+        )
+
+    def forward(self, latents: Tensor, conditioning: Conditioning, step: int) -> Tensor:
+        """Velocity `[B, L, C]` of packed latents at the step's timestep."""
+        c = conditioning
+        x, text = self.tokens(latents), c.text
+        for block, m, n in zip(self.blocks, c.image_modulations, c.text_modulations, strict=True):
+            x, text = block(x, text, m[step], n[step], c.rotary)
+        both = torch.cat([text, x], dim=1)
+        for block, m in zip(self.single_blocks, c.single_modulations, strict=True):
+            both = block(both, m[step], c.rotary)
+        scale, shift = c.out_modulation[step].split(1, dim=1)
+        return self.out(modulate(both[:, text.shape[1] :], shift, scale))  # type: ignore[no-any-return]
+
+
+def _positions(text: int, rows: int, columns: int) -> Tensor:
+    """(stream, row, column) of all tokens `[text + rows * columns, 3]`; text stands at the origin."""
+    grid = torch.zeros(rows, columns, 3)
+    grid[..., 1] = torch.arange(rows)[:, None]
+    grid[..., 2] = torch.arange(columns)
+    return torch.cat([torch.zeros(text, 3), rearrange(grid, "h w n -> (h w) n")])

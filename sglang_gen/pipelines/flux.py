@@ -1,0 +1,124 @@
+"""FLUX.1 dev and schnell: pooled CLIP text, T5 tokens, latents packed two by two, guidance as an input."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from sglang_gen.engine.denoise import draw_noise
+from sglang_gen.models.flux import Config, Flux
+from sglang_gen.pipelines import text
+from sglang_gen.pipelines.flow import set_timesteps
+from sglang_gen.pipelines.request import Request
+from sglang_gen.weights.load import renamed
+
+NETWORK = "transformer"
+TEXT_PARTS = ("text_encoder", "text_encoder_2")
+T5_LENGTH = 512
+SIZE = 128  # latents a side, unless the request says otherwise
+
+# Parts of our names of tensors, and what stands there in a diffusers checkpoint.
+NAMES = {
+    "tokens": ("x_embedder",),
+    "timestep_embedder": ("time_text_embed.timestep_embedder",),
+    "guidance_embedder": ("time_text_embed.guidance_embedder",),
+    "pooled_embedder": ("time_text_embed.text_embedder",),
+    "text_embedder": ("context_embedder",),
+    "blocks": ("transformer_blocks",),
+    "single_blocks": ("single_transformer_blocks",),
+    "modulation": ("norm",),
+    "image.modulation": ("norm1",),
+    "text.modulation": ("norm1_context",),
+    "out_modulation": ("norm_out",),
+    "out": ("proj_out",),
+    "image.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "text.to_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "image.norms": ("attn",),
+    "text.norms.norm_q": ("attn.norm_added_q",),
+    "text.norms.norm_k": ("attn.norm_added_k",),
+    "image.to_out": ("attn.to_out.0",),
+    "text.to_out": ("attn.to_add_out",),
+    "image.ff": ("ff",),
+    "text.ff": ("ff_context",),
+    "norms": ("attn",),
+    "to_qkv_ff": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "to_out": ("proj_out",),
+    "up": ("net.0.proj",),
+    "down": ("net.2",),
+}
+
+
+def sources(name: str) -> list[str]:
+    """The names in a diffusers checkpoint that make up our tensor `name`."""
+    return renamed(name, NAMES)
+
+
+def config(diffusers_config: Mapping[str, Any]) -> Config:
+    c = diffusers_config
+    return Config(
+        channels_in=c["in_channels"], channels_out=c.get("out_channels") or c["in_channels"],
+        layers=c["num_layers"], single_layers=c["num_single_layers"], heads=c["num_attention_heads"],
+        head_dim=c["attention_head_dim"], text_width=c["joint_attention_dim"],
+        pooled_width=c["pooled_projection_dim"], axes=tuple(c.get("axes_dims_rope") or (16, 56, 56)),
+        guidance=bool(c.get("guidance_embeds")),
+    )  # fmt: skip
+
+
+def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
+    return Flux(config(diffusers_config))
+
+
+def branches(guidance: float, true_cfg: float, negative: bool) -> float:
+    """The scale of classifier-free guidance: only where it is asked for by name and there is a negative prompt."""
+    return true_cfg if negative else 1.0
+
+
+def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tuple[Tensor, Tensor]:
+    """T5's text `[B, T, C]` and CLIP's pooled text `[B, P]`."""
+    pooled = text.clip_pooled(parts["text_encoder"], parts["tokenizer"], texts)
+    return text.t5(parts["text_encoder_2"], parts["tokenizer_2"], texts, length or T5_LENGTH), pooled
+
+
+def default_size(diffusers_config: Mapping[str, Any], factor: int) -> int:
+    return SIZE * factor
+
+
+def noise(
+    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
+    """`[B, L, C]`: drawn as a picture, packed two by two."""
+    rows, columns = _grid(request)
+    shape = (diffusers_config["in_channels"] // 4, 2 * rows, 2 * columns)
+    return rearrange(draw_noise(shape, generators, dtype), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+
+
+def _grid(request: Request) -> tuple[int, int]:
+    """Rows and columns of packed tokens."""
+    return request.height // (2 * request.factor), request.width // (2 * request.factor)
+
+
+def prepare(
+    network: Flux, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor, Tensor]], latents: Tensor
+) -> "partial[Tensor]":
+    """What predicts the velocity of the latents: the network with everything that all steps share."""
+    rows, columns = _grid(request)
+    sigmas = np.linspace(1.0, 1 / request.steps, request.steps).tolist()
+    set_timesteps(scheduler, request.steps, rows * columns, 1.15, sigmas)
+    states, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
+    conditioning = network.condition(scheduler.timesteps, states, pooled, request.guidance, rows, columns)
+    return partial(_predict, network, conditioning)
+
+
+def _predict(network: Flux, conditioning: Any, latents: Tensor, step: int) -> Tensor:
+    return network(latents, conditioning, step)  # type: ignore[no-any-return]
+
+
+def to_decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
+    """Packed latents as the autoencoder takes them, `[B, C, h, w]`."""
+    rows, _ = _grid(request)
+    picture = rearrange(latents, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
+    return picture / vae.config.scaling_factor + vae.config.shift_factor

@@ -1,0 +1,15 @@
+"""What of a run the glue of a pipeline needs to know."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch: `height` and `width` in pixels, `factor` pixels per latent, `guidance` is --guidance-scale."""
+
+    height: int
+    width: int
+    factor: int
+    steps: int
+    guidance: float
+    text_length: int | None = None

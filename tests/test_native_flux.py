@@ -1,0 +1,123 @@
+"""The native FLUX network against diffusers' class, and what breaks the parity when it is planted."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers import transformer_flux
+from parity import error, pair
+
+from sglang_gen.pipelines import flux
+
+TIMESTEPS = torch.tensor([987.6, 500.0, 7.5])
+ROWS, COLUMNS = 5, 7
+DEV = {
+    "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
+    "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 24, "axes_dims_rope": (4, 6, 6),
+    "guidance_embeds": True,
+}  # fmt: skip
+VARIANTS = {
+    "dev": DEV,
+    "schnell": DEV | {"guidance_embeds": False},
+    "three heads, more single blocks": DEV
+    | {"num_attention_heads": 3, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4), "num_single_layers": 4},
+}
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """diffusers turns queries and keys in float32 whatever their dtype; here in their own."""
+
+    def rotate(x, table, sequence_dim):
+        assert sequence_dim == 1
+        cosines, sines = (part[None, :, None, :].to(x.dtype) for part in table)
+        real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return x * cosines + torch.stack([-imaginary, real], -1).flatten(-2) * sines
+
+    monkeypatch.setattr(transformer_flux, "apply_rotary_emb", rotate)
+
+
+def reference(**config) -> FluxTransformer2DModel:
+    return tiny.fill(FluxTransformer2DModel(**config), 5)
+
+
+def inputs(config: dict, dtype: torch.dtype, batch: int = 3):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (
+        (ROWS * COLUMNS, config["in_channels"]),
+        (9, config["joint_attention_dim"]),
+        (config["pooled_projection_dim"],),
+    )
+    return tuple(torch.randn((batch, *shape), generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+
+
+@torch.no_grad()
+def theirs(network, latents, text, pooled, step: int, guidance: float = 3.5) -> torch.Tensor:
+    ids = torch.zeros(ROWS, COLUMNS, 3)
+    ids[..., 1] += torch.arange(ROWS)[:, None]
+    ids[..., 2] += torch.arange(COLUMNS)
+    scale = torch.full((len(latents),), guidance) if network.config.guidance_embeds else None
+    return network(
+        hidden_states=latents, encoder_hidden_states=text, pooled_projections=pooled, guidance=scale,
+        timestep=TIMESTEPS[step].expand(len(latents)) / 1000, img_ids=ids.flatten(0, 1),
+        txt_ids=torch.zeros(text.shape[1], 3), return_dict=False,
+    )[0]  # fmt: skip
+
+
+@torch.no_grad()
+def ours(network, latents, text, pooled, step: int, guidance: float = 3.5) -> torch.Tensor:
+    return network(latents, network.condition(TIMESTEPS, text, pooled, guidance, ROWS, COLUMNS), step)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_network_computes_what_diffusers_computes(variant):
+    their, our = pair(reference(**VARIANTS[variant]), flux, Path("network"), torch.float32)
+    given = inputs(VARIANTS[variant], torch.float32)
+    for step in range(len(TIMESTEPS)):
+        assert error(ours(our, *given, step), theirs(their, *given, step)) <= 1e-5
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_in_double_precision_nothing_but_rounding_is_left(variant):
+    their, our = pair(reference(**VARIANTS[variant]), flux, Path("network"), torch.float64)
+    given = inputs(VARIANTS[variant], torch.float64)
+    for step in range(len(TIMESTEPS)):
+        assert error(ours(our, *given, step), theirs(their, *given, step)) <= 1e-10
+
+
+def swap_heads(qkv: torch.Tensor, width: int = 16) -> None:
+    qkv[: 2 * width] = qkv[: 2 * width].roll(width, 0)
+
+
+MUTATIONS = {
+    "an attention is silent": lambda net: net.blocks[1].image.to_out.weight.zero_(),
+    "text values are silent": lambda net: net.blocks[1].text.to_qkv.weight[64:].zero_(),
+    "a bias is doubled": lambda net: net.blocks[0].text.ff.up.bias.mul_(2),
+    "two heads are swapped": lambda net: swap_heads(net.single_blocks[0].to_qkv_ff.weight),
+    "a norm is flat": lambda net: net.single_blocks[1].norms.norm_k.weight.fill_(1),
+    "the guidance is not embedded": lambda net: net.guidance_embedder.linear_2.weight.zero_(),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_planted_defect_breaks_the_parity(mutation):
+    their, our = pair(reference(**DEV), flux, Path("network"), torch.float32)
+    given = inputs(DEV, torch.float32)
+    broken = copy.deepcopy(our)
+    with torch.no_grad():
+        MUTATIONS[mutation](broken)
+    assert error(ours(broken, *given, 0), theirs(their, *given, 0)) > 1e-3
+
+
+def test_prompt_guidance_and_position_matter():
+    _, our = pair(reference(**DEV), flux, Path("network"), torch.float32)
+    latents, text, pooled = inputs(DEV, torch.float32)
+    first = ours(our, latents, text, pooled, 0)
+    assert error(ours(our, latents, text.flip(0), pooled, 0), first) > 1e-3
+    assert error(ours(our, latents, text, pooled.flip(0), 0), first) > 1e-3
+    assert error(ours(our, latents, text, pooled, 0, guidance=7.0), first) > 1e-3
+    assert error(ours(our, latents.flip(1), text, pooled, 0).flip(1), first) > 1e-3
