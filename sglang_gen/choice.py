@@ -3,12 +3,18 @@
 from collections.abc import Callable, Iterator
 
 from sglang_gen.errors import UserError
+from sglang_gen.requirements import NEEDS, unsupported
 from sglang_gen.schema import BackendName, CacheMethod, QuantMethod, Run
 from sglang_gen.types import Layout, ModelCard
 
 # Pipelines of the native engine: the class that model_index.json names, and the module in pipelines/.
-NATIVE = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
-ARGUMENTS = {"FluxPipeline": {"true_cfg_scale"}}  # of --diffusers-kwargs that it understands
+NATIVE = {
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+}
+ARGUMENTS = {  # of --diffusers-kwargs that it understands
+    "FluxPipeline": {"true_cfg_scale"},
+}
 
 
 def choose(run: Run, card: ModelCard, degrees: Layout) -> tuple[str, str | None]:
@@ -28,6 +34,8 @@ def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:
     name = run.model.pipeline_class_name or card.pipeline_class
     if name not in NATIVE:
         yield f"it has no {name} (it has {', '.join(NATIVE)})"
+    elif reason := unsupported(NEEDS[NATIVE[name]], card):
+        yield reason
     foreign = run.backend.diffusers_kwargs.keys() - ARGUMENTS.get(name, set())
     if foreign:
         yield f"'{min(foreign)}' of --diffusers-kwargs is for the diffusers pipeline"

@@ -32,6 +32,7 @@ class ModelCard:
     folder: Path | None  # local folder with weights; None where only the component configs are known
     pipeline_class: str
     components: Mapping[str, Component]
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the other entries of model_index.json
 
 
 @dataclass(frozen=True)

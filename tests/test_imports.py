@@ -15,7 +15,7 @@ LAYERS = (
     ("env", "flags", "types", "values", "perf.memory"),
     ("log", "presets", "config_file", "overrides", "layout", "prompts", "output", "perf.record", "perf.flops"),
     ("media", "perf.observations", "perf.compare", "perf.quality", "sweep.report"),
-    ("config", "hub", "choice", "perf.machine", "perf.command", "plan", "dry_run", "help_page"),
+    ("config", "hub", "requirements", "choice", "perf.machine", "perf.command", "plan", "dry_run", "help_page"),
     ("parallel", "models", "weights", "engine"),
     ("pipelines",),
     ("perf.dump", "backends", "saving", "sweep.callback", "sweep.tracking"),
