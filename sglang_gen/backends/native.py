@@ -11,14 +11,15 @@ import transformers
 from torch import Tensor
 
 from sglang_gen import log
-from sglang_gen.backends.observe import read_noise
-from sglang_gen.choice import NATIVE
+from sglang_gen.backends.observe import plain_config, read_noise
+from sglang_gen.choice import ARGUMENTS, NATIVE
 from sglang_gen.engine.denoise import Guidance, denoise, guided
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.record import Clock
 from sglang_gen.pipelines.request import Request
+from sglang_gen.requirements import NEEDS
 from sglang_gen.types import Component, Decoded, Plan, Sample
 from sglang_gen.weights.load import load as load_weights
 from sglang_gen.weights.load import weight_files
@@ -28,7 +29,8 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, Import
 
 def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     """The plan's components on this rank's device. Raises UserError naming what does not fit, RunError if it fails."""
-    glue = importlib.import_module(f"sglang_gen.pipelines.{NATIVE[_class_name(plan)]}")
+    name = NATIVE[_class_name(plan)]
+    glue = importlib.import_module(f"sglang_gen.pipelines.{name}")
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()
     dtype = getattr(torch, plan.dtype)
@@ -38,12 +40,15 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
             lambda: glue.build(component.config), weight_files(_folder(component)), glue.sources, dtype, plan.device
         )
         parts = {
-            name: _read(part, dtype, plan.device) for name, part in plan.card.components.items() if name != glue.NETWORK
+            part: _read(plan.card.components[part], dtype, plan.device)
+            for part in NEEDS[name].components
+            if part != glue.NETWORK
         }
     except UserError:
         raise
     except LOADING_ERRORS as error:
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
+    parts["scheduler"] = _settled(parts["scheduler"], glue.SCHEDULER)
     return NativeEngine(plan, glue, network, parts, calls)
 
 
@@ -66,6 +71,12 @@ def _read(component: Component, dtype: torch.dtype, device: str) -> Any:
     return part.to(device).requires_grad_(False).eval()
 
 
+def _settled(scheduler: Any, settings: Mapping[str, Any]) -> Any:
+    """The scheduler with those of the settings that it has; a value that differs is set as diffusers' pipeline does."""
+    other = {key: value for key, value in settings.items() if scheduler.config.get(key, value) != value}
+    return type(scheduler).from_config(scheduler.config, **other) if other else scheduler
+
+
 class NativeEngine:
     """A loaded pipeline; see `types.Engine`."""
 
@@ -74,6 +85,8 @@ class NativeEngine:
         self.config = plan.card.components[glue.NETWORK].config
         self.noise = read_noise(plan.run.sampling.latents)
         self.factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)  # pixels per latent
+        self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", glue.ZERO_WITHOUT_NEGATIVE)
+        self._warn_ineffective()
         for name in glue.TEXT_PARTS:
             calls.watch("text_encoding", name, parts[name])
         calls.watch("denoising", glue.NETWORK, network)
@@ -92,7 +105,7 @@ class NativeEngine:
             "pipeline": _class_name(self.plan),
             "makes": "image",
             "components": {self.glue.NETWORK: type(self.network).__name__, **classes},
-            "scheduler_config": dict(self.parts["scheduler"].config),
+            "scheduler_config": plain_config(self.parts["scheduler"]),
         }
 
     @torch.no_grad()
@@ -118,24 +131,24 @@ class NativeEngine:
         generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
         noise = self._noise(request, generators)
         clock.enter("denoising")
-        predict = guided(self.glue.prepare(self.network, scheduler, request, encoded, noise), guidance)
-        with log.Progress(len(scheduler.timesteps)) as progress:
+        predict = guided(self.glue.prepare(self.network, scheduler, request, encoded), guidance)
+        with log.Progress(steps) as progress:
 
             def after_step() -> None:
                 clock.step()
                 progress.step()
 
-            latents = denoise(predict, scheduler, noise, generators, after_step)
+            latents = denoise(predict, scheduler, steps, noise, generators, after_step)
         clock.enter("decoding")
         _check_finite(latents, "the latents", batch)
         return Decoded(self._decode(latents, request, batch), noise, latents)
 
     def _request(self, steps: int) -> Request:
         sampling = self.plan.run.sampling
-        size = self.glue.default_size(self.config, self.factor)
+        height, width = self.glue.default_size(self.config, self.factor)
         return Request(
-            height=sampling.height or size,
-            width=sampling.width or size,
+            height=sampling.height or height,
+            width=sampling.width or width,
             factor=self.factor,
             steps=steps,
             guidance=sampling.guidance_scale,
@@ -144,19 +157,30 @@ class NativeEngine:
 
     def _guidance(self, batch: tuple[Sample, ...]) -> Guidance:
         """Batches are of one kind: with negative prompts, or without."""
+        scale = self._scale(bool(batch[0].negative_prompt))
+        return Guidance(scale, _number(self.plan, "guidance_rescale", 0.0))
+
+    def _scale(self, negative: bool) -> float:
         run = self.plan.run
-        true_cfg = run.backend.diffusers_kwargs.get("true_cfg_scale", 1.0)
-        return Guidance(self.glue.branches(run.sampling.guidance_scale, true_cfg, bool(batch[0].negative_prompt)))
+        scale: float = self.glue.branches(
+            run.sampling.guidance_scale, _number(self.plan, "true_cfg_scale", 1.0), negative
+        )
+        return scale
 
     def _encode(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[tuple[Tensor, ...]]:
         """Encoded texts: of the negative prompts, where there is guidance, and of the prompts."""
-        texts = [[sample.negative_prompt or "" for sample in batch]] if guidance.on else []
-        texts.append([sample.prompt for sample in batch])
-        return [self.glue.encode(self.parts, each, request.text_length) for each in texts]
+        prompts = self.glue.encode(self.parts, [sample.prompt for sample in batch], request.text_length)
+        if not guidance.on:
+            return [prompts]
+        if self.zero_negative and batch[0].negative_prompt is None:
+            return [tuple(torch.zeros_like(part) for part in prompts), prompts]
+        negatives = [sample.negative_prompt or "" for sample in batch]
+        return [self.glue.encode(self.parts, negatives, request.text_length), prompts]
 
     def _noise(self, request: Request, generators: list[torch.Generator]) -> Tensor:
-        """`[B, ...]` in the pipeline's own layout: drawn per sample, or the loaded noise."""
-        drawn: Tensor = self.glue.noise(self.config, request, generators, getattr(torch, self.plan.dtype))
+        """What the first step starts from `[B, ...]`, in the pipeline's own layout: drawn per sample, or loaded."""
+        dtype = getattr(torch, self.plan.dtype)
+        drawn: Tensor = self.glue.start(self.config, self.parts["scheduler"], request, generators, dtype)
         if self.noise is not None:
             if self.noise.shape[1:] != drawn.shape[1:]:
                 raise UserError(
@@ -168,17 +192,42 @@ class NativeEngine:
 
     def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
         """Frames `[B, H, W, 3]` uint8."""
-        vae = self.parts["vae"]
-        decoded = vae.decode(self.glue.to_decode(vae, latents, request), return_dict=False)[0]
+        decoded: Tensor = self.glue.decode(self.parts["vae"], latents, request)
         values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         _check_finite(torch.from_numpy(values), "the decoded image", batch)
         return np.rint(values * 255).astype(np.uint8)
+
+    def _warn_ineffective(self) -> None:
+        """One warning for each setting that the user gave and that this pipeline cannot use."""
+        plan, name = self.plan, _class_name(self.plan)
+        without_effect = {
+            "sampling.max_sequence_length": f"{name} does not take it" if self.glue.TEXT_LENGTH is None else None,
+            "sampling.num_frames": f"{name} does not take it",
+            "output.fps": f"{name} makes no video",
+        }
+        for path, reason in without_effect.items():
+            if reason and plan.user_gave(path):
+                log.warning(f"{path} has no effect: {reason}")
+        scale = self._scale(negative=True)
+        if scale <= 1 and any(sample.negative_prompt for batch in plan.batches for sample in batch):
+            true_cfg = "true_cfg_scale" in ARGUMENTS.get(name, ())
+            hint = """; raise it with --diffusers-kwargs '{"true_cfg_scale": 4.0}'""" if true_cfg else ""
+            which = "true_cfg_scale" if true_cfg else "guidance scale"
+            log.warning(f"The negative prompt has no effect at a {which} of {scale}{hint}")
 
     def cache_decisions(self) -> dict[str, Any] | None:
         return None
 
     def close(self) -> None:
         """Nothing reaches beyond this engine."""
+
+
+def _number(plan: Plan, name: str, default: float) -> float:
+    """An argument of --diffusers-kwargs that has to be a number."""
+    value = plan.run.backend.diffusers_kwargs.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"--diffusers-kwargs: '{name}' is {value!r}; it must be a number")
+    return value
 
 
 def _check_finite(values: Tensor, what: str, batch: tuple[Sample, ...]) -> None:

@@ -16,7 +16,9 @@ from sglang_gen.weights.load import renamed
 
 NETWORK = "transformer"
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-T5_LENGTH = 256  # tokens, unless sampling.max_sequence_length says otherwise
+TEXT_LENGTH = 256  # tokens of T5, unless sampling.max_sequence_length says otherwise
+ZERO_WITHOUT_NEGATIVE = False
+SCHEDULER: Mapping[str, Any] = {}
 
 # Parts of our names of tensors, and what stands there in a diffusers checkpoint.
 NAMES = {
@@ -71,7 +73,7 @@ def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tu
     first, pooled = text.clip(parts["text_encoder"], parts["tokenizer"], texts)
     second, pooled_2 = text.clip(parts["text_encoder_2"], parts["tokenizer_2"], texts)
     both = torch.cat([first, second], dim=-1)
-    t5 = text.t5(parts["text_encoder_3"], parts["tokenizer_3"], texts, length or T5_LENGTH)
+    t5 = text.t5(parts["text_encoder_3"], parts["tokenizer_3"], texts, length or TEXT_LENGTH)
     return torch.cat([text.pad_channels(both, t5.shape[-1]), t5], dim=1), torch.cat([pooled, pooled_2], dim=-1)
 
 
@@ -80,27 +82,31 @@ def branches(guidance: float, true_cfg: float, negative: bool) -> float:
     return guidance
 
 
-def default_size(diffusers_config: Mapping[str, Any], factor: int) -> int:
-    return int(diffusers_config["sample_size"]) * factor
+def default_size(diffusers_config: Mapping[str, Any], factor: int) -> tuple[int, int]:
+    size = int(diffusers_config["sample_size"]) * factor
+    return size, size
 
 
-def noise(
-    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
+def start(
+    diffusers_config: Mapping[str, Any],
+    scheduler: Any,
+    request: Request,
+    generators: Sequence[torch.Generator],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """`[B, C, h, w]`."""
-    height, width = request.height // request.factor, request.width // request.factor
+    """Set the timesteps and draw the noise `[B, C, h, w]` that the first step starts from."""
+    height, width = request.latent_size
+    patch = diffusers_config["patch_size"]
+    set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
     return draw_noise((diffusers_config["in_channels"], height, width), generators, dtype)
 
 
 def prepare(
-    network: SD3, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor, Tensor]], latents: Tensor
+    network: SD3, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]
 ) -> "partial[Tensor]":
     """What predicts the velocity of the latents: the network with everything that all steps share."""
-    height, width = latents.shape[-2:]
-    patch = network.config.patch
-    set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
     states, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
-    conditioning = network.condition(scheduler.timesteps, states, pooled, height, width)
+    conditioning = network.condition(scheduler.timesteps, states, pooled, *request.latent_size)
     return partial(_predict, network, conditioning)
 
 
@@ -108,6 +114,7 @@ def _predict(network: SD3, conditioning: Conditioning, latents: Tensor, step: in
     return network(latents, conditioning, step)  # type: ignore[no-any-return]
 
 
-def to_decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
-    """Latents as the autoencoder takes them."""
-    return latents / vae.config.scaling_factor + vae.config.shift_factor
+def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
+    """Pictures `[B, 3, H, W]` in -1..1."""
+    scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
