@@ -11,9 +11,13 @@ from sglang_gen.types import Layout, ModelCard
 NATIVE = {
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionPipeline": "sd",
 }
 ARGUMENTS = {  # of --diffusers-kwargs that it understands
     "FluxPipeline": {"true_cfg_scale"},
+    "StableDiffusionXLPipeline": {"guidance_rescale"},
+    "StableDiffusionPipeline": {"guidance_rescale"},
 }
 
 

@@ -30,6 +30,8 @@ def load(
         _check_names(network, checkpoint, sources, files)
         for name, slot in network.state_dict().items():
             tensor = checkpoint.read(sources(name)).to(device, dtype)
+            if tensor.shape == (*slot.shape, 1, 1):
+                tensor = tensor.flatten(1)  # a convolution of one pixel, which is a linear layer of ours
             if tensor.shape != slot.shape:
                 raise UserError(
                     f"{_where(files)}: {sources(name)[0]} has the shape {list(tensor.shape)}, "
