@@ -15,7 +15,7 @@ LAYERS = (
     ("env", "flags", "types", "values", "perf.memory"),
     ("log", "presets", "config_file", "overrides", "layout", "output", "perf.record", "perf.flops"),
     ("media", "perf.observations", "perf.compare", "perf.quality", "sweep.report"),
-    ("config", "hub", "perf.machine", "perf.command", "plan", "dry_run", "help_page"),
+    ("config", "hub", "perf.machine", "sweep.table", "perf.command", "plan", "dry_run", "help_page"),
     ("perf.dump", "backends", "sweep.callback", "sweep.tracking"),
     ("launch",),
     ("generate",),
