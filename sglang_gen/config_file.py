@@ -77,8 +77,9 @@ def _read_record(record: Mapping[str, Any], path: str | Path) -> FileValues:
     if not parts["run"]:
         raise UserError(f"{path} has a schema_version but no 'run': it is not the record of a run")
     found = _collect(parts["run"], path)
-    for target in [target for target in found.values if target.startswith("parallel.")]:
-        if parts["sources"].get(target) == "default":  # nobody stated this degree; it follows from the others
+    # Nobody stated these: a degree follows from the others, and a job's perf dump is its sweep's.
+    for target in [target for target in found.values if target.startswith(("parallel.", "output.perf_dump_path"))]:
+        if parts["sources"].get(target) == "default":
             del found.values[target]
     for name, target in PINNED.items():
         if parts["effective"].get(name) is not None:

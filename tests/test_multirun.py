@@ -162,3 +162,13 @@ def test_a_wrong_sweep_is_refused_before_any_job(sglang, words, sentence):
 def test_a_flag_that_the_sweep_file_sets_is_refused(sglang, sweep_file):
     done = sglang("generate", *sweep_file, "--seed", "3")
     assert (done.code, "sampling.seed is given twice, by --seed and by the sweep seeds" in done.err) == (2, True)
+
+
+def test_the_record_of_a_job_repeats_its_picture_and_leaves_the_sweeps_dump_alone(pipelines, sglang):
+    words = ("-m", "--model-path", pipelines["sd15"], "--prompt", "x", *SMALL, "--output-path", "sweep")
+    assert sglang("generate", *words, "sampling.guidance_scale=2").code == 0
+    dump = Path("sweep/0/perf.json").read_bytes()
+    done = sglang("generate", "--config", "sweep/0/generated_image_0.json", "--output-path", "again")
+    assert done.code == 0, done.err
+    assert Path("again/generated_image_0.png").exists()
+    assert Path("sweep/0/perf.json").read_bytes() == dump
