@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sglang_gen import env, log, output
+from sglang_gen import env, log, output, prompts
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.perf import dump, quality
 from sglang_gen.perf.flops import CallLog
@@ -124,7 +124,7 @@ def _save(plan: Plan, effective: dict[str, Any], sample: Sample, decoded: Decode
             "schema_version": SCHEMA_VERSION,
             "file": name,
             "sample": plain(sample),
-            "run": plain(plan.run),
+            "run": prompts.recorded(plan.run),
             "sources": dict(plan.sources),
             "requested": dict(plan.requested),
             "effective": effective,

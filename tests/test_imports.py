@@ -13,7 +13,7 @@ PACKAGE = Path(sglang_gen.__file__).parent
 LAYERS = (
     ("errors", "schema", "perf.statistics"),
     ("env", "flags", "types", "values", "perf.memory"),
-    ("log", "presets", "config_file", "overrides", "layout", "output", "perf.record", "perf.flops"),
+    ("log", "presets", "config_file", "overrides", "layout", "output", "prompts", "perf.record", "perf.flops"),
     ("media", "perf.observations", "perf.compare", "perf.quality", "sweep.report"),
     ("config", "hub", "perf.machine", "sweep.table", "perf.command", "plan", "dry_run", "help_page"),
     ("perf.dump", "backends", "sweep.callback", "sweep.tracking"),
