@@ -28,9 +28,9 @@ def test_every_group_has_a_page():
 def test_a_group_page_has_its_keys_options_commands_and_refusals(page):
     text = page.read_text(encoding="utf-8")
     assert text.startswith(f"# Group `{page.stem}`\n")
-    for path in group_pages.keys(page.stem):
-        row = group_pages.start_of_row(path)
-        assert re.search(rf"^{re.escape(row)} \S.* \|$", text, re.M), f"{page.name} lacks the row: {row} ... |"
+    rows = [group_pages.start_of_row(path) for path in group_pages.keys(page.stem)]
+    missing = [f"{row} ... |" for row in rows if not re.search(rf"^{re.escape(row)} \S.* \|$", text, re.M)]
+    assert not missing, "\n".join([f"{page.name} lacks these rows:", *missing])
     assert set(re.findall(rf"^\| `({page.stem}\.\w+)`", text, re.M)) == set(group_pages.keys(page.stem))
     options = re.findall(rf"^\| `{page.stem}=(\w+)` \| \S", text, re.M)
     assert sorted(options) == sorted(path.stem for path in GROUPS[page.stem].glob("*.yaml"))
