@@ -24,13 +24,22 @@ def children(pid: int) -> list[int]:
     return found
 
 
+# A shell starts background jobs with SIGINT ignored, which children inherit; the terminal's child does not.
+COMMAND = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from sglang_gen.cli import console
+console()
+"""
+
+
 def interrupt(number: int, words: list[str]) -> tuple[int, str, list[str]]:
     """Run a generation and send it a signal after its first picture: exit code, stdout, what stderr then says.
 
     A session of its own stands for the terminal, and no process of it is left.
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", "from sglang_gen.cli import console; console()", "generate", *words],
+        [sys.executable, "-c", COMMAND, "generate", *words],
         cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
