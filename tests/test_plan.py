@@ -118,7 +118,7 @@ def test_a_prompts_file_is_read_verbatim_and_pinned():
         ('{"prompt": "a", "prompt": "b"}', "line 1 gives the key 'prompt' twice"),
         ('{"prompt": "\\ud800"}', "line 1 prompt holds characters that are not Unicode text"),
         ('{"promt": "a"}', "A prompt has the unknown key 'promt'; did you mean 'prompt'?"),
-        ('{"prompt": 1}', "A prompt's 'prompt' is 1; it must be text"),
+        ('a\n{"prompt": 1}', "p.txt, line 2: A prompt's 'prompt' is 1; it must be text"),
         ('{"prompt": "a", "seed": true}', "A prompt's 'seed' is True; it must be an integer"),
         ('{"prompt": "a", "seed": -1}', "A prompt's seed is -1; it must lie between 0 and"),
         ('{"seed": 1}', "A prompt entry has no 'prompt'"),
