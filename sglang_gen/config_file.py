@@ -80,8 +80,9 @@ def _read_record(record: Mapping[str, Any], path: str | Path) -> FileValues:
     for target in [target for target in found.values if target.startswith("parallel.")]:
         if parts["sources"].get(target) == "default":  # nobody stated this degree; it follows from the others
             del found.values[target]
+    stored = found.values.get("compile.disable_autocast")  # --disable-autocast finds the dtype again
     for name, target in PINNED.items():
-        if parts["effective"].get(name) is not None:
+        if parts["effective"].get(name) is not None and not (stored and name == "dtype"):
             found.values[target] = _typed(f"effective.{name}", target, parts["effective"][name], path)
     return FileValues(found.values, found.options, parts["versions"])
 

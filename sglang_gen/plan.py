@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen import env, layout
+from sglang_gen import env, layout, quantization, stored
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.flags import BY_PATH
-from sglang_gen.schema import BackendName, CacheMethod, Device, DType, QuantMethod, Run, Tracker, get, leaves, plain
+from sglang_gen.schema import BackendName, CacheMethod, Device, DType, Run, Tracker, get, leaves, plain
 from sglang_gen.types import Layout, ModelCard, Plan, Sample, user_gave
 from sglang_gen.values import check_plain, parse_json
 
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 # What this version cannot do yet: the config paths, and the sentence for a run that asks for one of them.
 MISSING: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("quant.",), "quantized weights are not available in this version; run with quant=none"),
     (("cache.interval",), "DeepCache is not available in this version; run with cache=none"),
-    (("compile.disable_autocast",), "choosing the stored dtype is not available in this version; name it with --dtype"),
     (("model.trust_remote_code",), "code from model repositories is not run in this version"),
 )
 
@@ -35,6 +33,8 @@ def check(composed: "Composed") -> None:
     """Refuse what needs no look at the model to be refused. Raises UserError."""
     _check_values(composed.run)
     refuse_missing(composed.run, composed.sources)
+    quantization.check(composed.run)
+    stored.check(composed.run)
     _choose_backend(composed.run)
 
 
@@ -52,7 +52,8 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     device = choose_device(run.device)
     dtype = choose_dtype(run.dtype, device)
     _check_size(run, card)
-    return Plan(
+    quantization.check_model(run, card, quantization.facts_of(device))
+    plan = Plan(
         run=run,
         sources=sources,
         card=card,
@@ -65,6 +66,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         effective=_effective(run, degrees, device, dtype),
         warnings=tuple(_warnings(run, sources, composed.versions)),
     )
+    return stored.settle(plan)
 
 
 # Settings that act only together with another: the prefix of the one, whether the other is there, and its name.
@@ -315,7 +317,7 @@ def requested(run: Run) -> dict[str, Any]:
         "device": run.device.name,
         "parallel": degrees,
         "cache": run.cache.method.name,
-        "quantization": run.quant.method.name,
+        "quantization": "nunchaku" if quantization.wants_nunchaku(run) else run.quant.method.name,
         "offload": [name for name, value in plain(run.offload).items() if value is True],
         "lora": [adapter["path"] for adapter in [plain(run.lora), *plain(run.lora.adapters)] if adapter["path"]],
         "compile": run.compile.enable_torch_compile,
@@ -333,7 +335,7 @@ def _effective(run: Run, degrees: Layout, device: str, dtype: str) -> dict[str, 
         "device": device,
         "parallel": plain(degrees),
         "cache": CacheMethod.dbcache.name if cached else CacheMethod.none.name,
-        "quantization": QuantMethod.none.name,
+        "quantization": asked["quantization"],
         "offload": [] if device == "cpu" else asked["offload"],
         "lora": asked["lora"],
         "compile": asked["compile"],
