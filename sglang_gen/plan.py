@@ -63,7 +63,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         dtype=dtype,
         batches=_batches(samples, run.sampling.batch_size),
         requested=requested(run),
-        effective=_effective(run, degrees, device, dtype),
+        effective=_effective(run, degrees, device, dtype) | {"quantization": quantization.expected(run, card)},
         warnings=tuple(_warnings(run, sources, composed.versions)),
     )
     return stored.settle(plan)

@@ -11,6 +11,7 @@ from sglang_gen.types import DENOISERS, ModelCard
 
 FLAG = weight_files.FLAG
 ON_LOAD = (QuantMethod.int8, QuantMethod.fp8)  # quantized here, from plain weights
+ON_GPU = ("bitsandbytes", "modelopt", "nunchaku_lite", "bfl")  # methods that diffusers runs on a GPU only
 # The keys of --nunchaku-config and what each may be.
 NUNCHAKU_KEYS: dict[str, tuple[Any, ...]] = {
     "precision": ("int4", "nvfp4"),
@@ -88,10 +89,11 @@ def _check_nunchaku_config(config: Mapping[str, Any]) -> None:
 
 def check_model(run: Run, card: ModelCard, facts: Facts) -> None:
     """Refuse what this model or this machine makes impossible. Raises UserError."""
-    if run.lora.path or run.lora.adapters:
-        for name in denoisers(card):
-            if name not in run.model.component_paths and not run.quant.transformer_weights_path and _own(card, name):
-                raise UserError(f"lora: the {name} of {card.name} is quantized, and {NO_MERGE}")
+    for name, own in _own_methods(run, card).items():
+        if run.lora.path or run.lora.adapters:
+            raise UserError(f"lora: the {name} of {card.name} is quantized by {own}, and {NO_MERGE}")
+        if own in ON_GPU and facts.capability is None:
+            raise UserError(f"The {name} of {card.name} is quantized by {own}, which diffusers runs on a GPU only")
     if not is_asked(run):
         return
     names, method = denoisers(card), run.quant.method
@@ -111,21 +113,33 @@ def check_model(run: Run, card: ModelCard, facts: Facts) -> None:
 
 def _check_own(card: ModelCard, names: list[str], run: Run) -> None:
     """The model's own weights under int8, fp8 (which must be plain) and prequantized (which must not)."""
-    method = run.quant.method
+    method, own = run.quant.method, _own_methods(run, card)
     for name in names:
-        own = None if name in run.model.component_paths else _own(card, name)
-        if own and method in ON_LOAD:
-            raise UserError(f"quant={method.name}: the {name} of {card.name} is quantized already, by {own}")
-        if method is QuantMethod.prequantized and not own and name not in run.model.component_paths:
+        if name in own and method in ON_LOAD:
+            raise UserError(f"quant={method.name}: the {name} of {card.name} is quantized already, by {own[name]}")
+        if method is QuantMethod.prequantized and name not in own and name not in run.model.component_paths:
             raise UserError(
                 f"quant=prequantized: the weights of {card.name} are plain; name quantized ones with {FLAG}"
             )
 
 
-def _own(card: ModelCard, name: str) -> str | None:
-    """The method by which the model's own folder says that a network is quantized."""
-    found = weight_files.declared(card.components[name].config, {})
-    return found["method"] if found else None
+def _own_methods(run: Run, card: ModelCard) -> dict[str, str]:
+    """By network the method by which the model's own folder says it is quantized; not those that are replaced."""
+    if run.quant.transformer_weights_path:
+        return {}
+    names = [name for name in denoisers(card) if name not in run.model.component_paths]
+    found = {name: weight_files.declared(card.components[name].config, {}) for name in names}
+    return {name: entry["method"] for name, entry in found.items() if entry}
+
+
+def expected(run: Run, card: ModelCard) -> str:
+    """The method that should take effect: the one asked for, or prequantized where the weights say so themselves."""
+    if wants_nunchaku(run):
+        return QuantMethod.nunchaku.name
+    path = run.quant.transformer_weights_path
+    files = weight_files.locate(path) if path else None
+    quantized = files and (files.is_gguf or weight_files.declared(files.config, {}))
+    return QuantMethod.prequantized.name if quantized or _own_methods(run, card) else run.quant.method.name
 
 
 def refuse_fp8(facts: Facts) -> str | None:

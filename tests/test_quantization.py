@@ -203,6 +203,25 @@ def test_nunchaku_config_may_be_a_file(run):
     assert (done.code, "name one with --transformer-weights-path" in done.err) == (2, True), done.err
 
 
+def test_a_model_that_only_a_gpu_can_run_is_refused_on_the_cpu_and_a_dry_run_says_prequantized(pipelines, run):
+    shutil.copytree(pipelines["sd3"], "model")
+    for method, words in (("bitsandbytes", ()), ("torchao", ("dry_run=json",))):
+        config = json.loads((pipelines["sd3"] / "transformer" / "config.json").read_text())
+        declared = {"quant_method": method, "load_in_4bit": True}
+        Path("model/transformer/config.json").write_text(json.dumps(config | {"quantization_config": declared}))
+        done = run(Path("model").resolve(), *words)
+        if words:
+            assert json.loads(done.out)["effective"]["quantization"] == "prequantized"
+        else:
+            assert (done.code, "bitsandbytes, which diffusers runs on a GPU only" in done.err) == (2, True), done.err
+
+
+def test_fp8_takes_bfloat16_weights(pipelines):
+    network = diffusers.SD3Transformer2DModel.from_pretrained(pipelines["sd3"] / "transformer", dtype=torch.float32)
+    with pytest.raises(UserError, match="run with --dtype bfloat16"):
+        quantized._quantize("transformer", network, QuantMethod.fp8, "cuda")
+
+
 def test_missing_torchao_names_the_extra(run, monkeypatch):
     monkeypatch.setattr(env, "package_version", lambda name: None)
     done = run("sd3", "quant=int8")

@@ -247,6 +247,8 @@ def test_a_gguf_file_computes_with_the_numbers_that_the_gguf_package_reads(pipel
     assert 0 < found["layers"][kind] <= found["linears"]
     assert found["bytes"] < found["plain_bytes"]
     assert effective()["dtype"] == "float32"
+    if kind != "Q8_0":
+        return
     work = json.loads(Path("perf.json").read_text())["work"]["denoising"]
     assert run(name, "--perf-dump-path", "plain.json").code == 0
     plain = json.loads(Path("plain.json").read_text())["work"]["denoising"]

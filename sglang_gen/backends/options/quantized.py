@@ -45,6 +45,8 @@ def _quantize(name: str, network: nn.Module, method: QuantMethod, device: str) -
         )
     if getattr(network, "is_quantized", False):
         raise UserError(f"quant={method.name}: the {name} is quantized already, by {network.quantization_method}")
+    if method is QuantMethod.fp8 and compute_dtype(network) is not torch.bfloat16:
+        raise UserError("quant=fp8 with a scale per channel multiplies into bfloat16 alone; run with --dtype bfloat16")
     quantizer = DiffusersAutoQuantizer.from_config(TorchAoConfig(_configuration(method)), pre_quantized=False)
     quantizer.validate_environment()
     fp32: list[str] = list(getattr(network, "_keep_in_fp32_modules", None) or [])

@@ -23,11 +23,10 @@ from sglang_gen.types import Component, Plan
 from sglang_gen.weight_files import FLAG, Tensor, WeightFiles, few
 
 CONVERSION_ERRORS = (*components.LOADING_ERRORS, IndexError, NameError)
-# Packages of the methods that diffusers declares, and whether it runs them on a GPU alone.
+# Packages of the methods that diffusers reads from a folder that declares them.
 METHODS = {
-    "torchao": ("torchao", False), "bitsandbytes": ("bitsandbytes", True), "quanto": ("optimum-quanto", False),
-    "gguf": ("gguf", False), "modelopt": ("nvidia-modelopt", True), "auto-round": ("auto-round", False),
-    "sdnq": ("sdnq", False), "nunchaku_lite": ("kernels", True), "bfl": ("kernels", True),
+    "torchao": "torchao", "bitsandbytes": "bitsandbytes", "quanto": "optimum-quanto", "modelopt": "nvidia-modelopt",
+    "auto-round": "auto-round", "sdnq": "sdnq", "nunchaku_lite": "kernels", "bfl": "kernels",
 }  # fmt: skip
 INSIDE = "model.diffusion_model."  # the denoising network within a checkpoint of the whole model
 
@@ -220,8 +219,8 @@ def _load_declared(kind: Any, files: WeightFiles, declared: Mapping[str, Any], p
         raise UserError(
             f"{FLAG}: {files.given} is quantized by '{method}', which diffusers {diffusers.__version__} cannot read"
         )
-    package, needs_gpu = METHODS[method]
-    if needs_gpu and plan.device == "cpu":
+    package = METHODS[method]
+    if method in quantization.ON_GPU and plan.device == "cpu":
         raise UserError(f"{FLAG}: {files.given} is quantized by {method}, which diffusers runs on a GPU only")
     try:
         with log.quieter("diffusers.quantizers"):  # it holds that 8 bits need bfloat16; they compute in float32 too
