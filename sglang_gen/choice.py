@@ -31,6 +31,8 @@ def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:
     foreign = run.backend.diffusers_kwargs.keys() - ARGUMENTS.get(name, set())
     if foreign:
         yield f"'{min(foreign)}' of --diffusers-kwargs is for the diffusers pipeline"
+    if any("quantization_config" in part.config for part in card.components.values()):
+        yield "the model's weights are quantized"
     if degrees.ranks > degrees.dp:
         yield "it splits no network over ranks yet"
     yield from (reason for asked, reason in MISSING if asked(run))

@@ -84,8 +84,9 @@ def _read_record(record: Mapping[str, Any], path: str | Path) -> FileValues:
             del found.values[target]
     if found.values.get("sampling.prompts_file"):
         found.values["sampling.prompts_file"] = kept_prompts.beside(path, found.values["sampling.prompts_file"])
+    stored = found.values.get("compile.disable_autocast")  # --disable-autocast finds the dtype again
     for name, target in PINNED.items():
-        if parts["effective"].get(name) is not None:
+        if parts["effective"].get(name) is not None and not (stored and name == "dtype"):
             found.values[target] = _typed(f"effective.{name}", target, parts["effective"][name], path)
     return FileValues(found.values, found.options, parts["versions"])
 

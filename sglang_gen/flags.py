@@ -87,7 +87,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("lora-target-modules", "lora.target_modules", _LORA,
          'modules that take the adapter, by comma ("q_proj,k_proj")'),
     Flag("transformer-weights-path", "quant.transformer_weights_path", _QUANT,
-         "pre-quantized weights of the denoising network: a safetensors file or a folder"),
+         "weights of the denoising network, plain or quantized: a safetensors or GGUF file, or a folder"),
     Flag("nunchaku-config", "quant.nunchaku_config", _QUANT, "SVDQuant settings (JSON, or a JSON or YAML file)"),
     Flag("enable-torch-compile", "compile.enable_torch_compile", _PERFORMANCE,
          "compile the network with torch.compile"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_gen import env, log
-from sglang_gen.types import Result
+from sglang_gen.types import DENOISERS, Result
 
 if TYPE_CHECKING:
     from sglang_gen.config import Composed
@@ -27,7 +27,7 @@ def generate(*overrides: str, config: str | None = None, **flags: Any) -> Result
 
 def execute(composed: "Composed") -> Result | None:
     """Carry out a composed run; None for a dry run."""
-    from sglang_gen import hub
+    from sglang_gen import hub, stored
     from sglang_gen import plan as planning
 
     run = composed.run
@@ -55,4 +55,6 @@ def execute(composed: "Composed") -> Result | None:
     if run.sampling.seed is None:
         log.info(f"Seed: {plan.run.sampling.seed} (drawn; --seed gives it again)")
     started = time.perf_counter()
-    return launch.launch(replace(plan, card=hub.find(run.model, weights=True)), started)
+    elsewhere = DENOISERS if run.quant.transformer_weights_path else ()
+    card = hub.find(run.model, weights=True, replaced=elsewhere)
+    return launch.launch(stored.require(replace(plan, card=card)), started)

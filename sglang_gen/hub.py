@@ -6,7 +6,7 @@ Every way in which that can fail is one sentence: UserError where the request is
 import errno
 import json
 import sys
-from collections.abc import Container
+from collections.abc import Collection, Container
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ CONFIGS = ["model_index.json", "*/config.json", "*/scheduler_config.json"]
 OTHER_FORMATS = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.onnx*", "*openvino*", "*.fp16.*"]
 
 
-def find(model: Model, weights: bool) -> ModelCard:
+def find(model: Model, weights: bool, replaced: Collection[str] = ()) -> ModelCard:
     """The card of a model; with `weights` its files are on this machine and readable afterwards.
 
-    Without `weights` a preset is described by the component configs in the package and the hub is not asked.
+    Without `weights` a preset is described by the component configs in the package and the hub is not asked. The weight
+    files of components in `replaced` come from elsewhere and need not be there.
     """
     name = model.path or model.preset
     if name is None:
@@ -41,8 +42,9 @@ def find(model: Model, weights: bool) -> ModelCard:
         is_folder, is_file = folder.is_dir(), folder.is_file()
     except OSError as error:  # a name that is too long, a loop of links
         raise UserError(f"--model-path: {log.shorten(model.path)}: {error.strerror}") from None
+    elsewhere = [*model.component_paths, *replaced]
     if is_folder:
-        return read_card(folder, model.path, weights, model.component_paths)
+        return read_card(folder, model.path, weights, elsewhere)
     if is_file:
         raise UserError(f"{model.path} is a file; --model-path takes a folder or a hub id")
     if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1 or "\\" in model.path:
@@ -50,7 +52,7 @@ def find(model: Model, weights: bool) -> ModelCard:
     packaged = env.preset_configs(model.preset or "")
     if not weights and model.preset and packaged.is_dir():
         return read_card(packaged, model.path, weights=False)
-    return read_card(_download(model, model.path, weights), model.path, weights, model.component_paths)
+    return read_card(_download(model, model.path, weights), model.path, weights, elsewhere)
 
 
 def read_card(folder: Path, name: str, weights: bool, replaced: Container[str] = ()) -> ModelCard:
@@ -61,7 +63,7 @@ def read_card(folder: Path, name: str, weights: bool, replaced: Container[str] =
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(_not_a_pipeline(folder, name))
-    content = _read_json(index)
+    content = read_json(index)
     components = {
         part: Component(entry[0], entry[1], folder / part, _component_config(folder / part))
         for part, entry in content.items()
@@ -78,7 +80,8 @@ def read_card(folder: Path, name: str, weights: bool, replaced: Container[str] =
     return ModelCard(name, folder if weights else None, pipeline_class, components)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError when there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -91,7 +94,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _component_config(folder: Path) -> dict[str, Any]:
     for name in ("config.json", "scheduler_config.json"):
         if (folder / name).is_file():
-            return _read_json(folder / name)
+            return read_json(folder / name)
     return {}
 
 
@@ -117,17 +120,18 @@ def _check_files(folder: Path, part: str, component: Component) -> None:
         if settings.issuperset(path.name for path in where.iterdir()):
             raise UserError(f"{where} holds no vocabulary for {component.class_name}")
     for path in files:
-        _check_header(path)
+        check_header(path)
 
 
 def _shards(where: Path) -> list[str]:
     """Names of the files that the weights of a folder are spread over, from its index."""
     indices = (where / f"{stem}.safetensors.index.json" for stem in ("diffusion_pytorch_model", "model"))
-    maps = [_read_json(index).get("weight_map") for index in indices if index.is_file()]
+    maps = [read_json(index).get("weight_map") for index in indices if index.is_file()]
     return sorted({str(shard) for shards in maps if isinstance(shards, dict) for shard in shards.values()})
 
 
-def _check_header(path: Path) -> None:
+def check_header(path: Path) -> None:
+    """Raises UserError for a safetensors file that is truncated, corrupt or a Git LFS pointer."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -145,7 +149,7 @@ def _check_header(path: Path) -> None:
 def _not_a_pipeline(folder: Path, name: str) -> str:
     config = folder / "config.json"
     if config.is_file():
-        architectures = _read_json(config).get("architectures") or [""]
+        architectures = read_json(config).get("architectures") or [""]
         if str(architectures[0]).endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")):
             return LANGUAGE_MODEL
     return f"{name} is not a diffusers model: it has no model_index.json"
@@ -248,7 +252,7 @@ def _download_modelscope(model: Model, name: str, weights: bool) -> Path:
         folder = snapshot_download(name, revision=model.revision, allow_patterns=["config.json", *CONFIGS])
         index = Path(folder) / "model_index.json"
         if weights and index.is_file():
-            parts = [f"{part}/*" for part, entry in _read_json(index).items() if isinstance(entry, list)]
+            parts = [f"{part}/*" for part, entry in read_json(index).items() if isinstance(entry, list)]
             folder = snapshot_download(
                 name, revision=model.revision, allow_patterns=[*CONFIGS, *parts], ignore_patterns=OTHER_FORMATS
             )

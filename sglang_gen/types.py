@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from sglang_gen.perf.record import Clock
 
 
+DENOISERS = ("transformer", "transformer_2", "unet")  # components that denoise, by name
+
+
 @dataclass(frozen=True)
 class Component:
     """One entry of model_index.json: the class of a pipeline component and the folder that holds it."""

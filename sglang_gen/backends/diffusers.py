@@ -13,8 +13,19 @@ import transformers
 
 from sglang_gen import log
 from sglang_gen.backends.observe import Latents, observed, read_noise
-from sglang_gen.backends.options import arguments, attention, cache, compilation, components, kinds, lora, offload
-from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, modules
+from sglang_gen.backends.options import (
+    arguments,
+    attention,
+    cache,
+    compilation,
+    components,
+    kinds,
+    lora,
+    offload,
+    quantized,
+    weights,
+)
+from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, dtype_of, modules
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.parallel.batch import GuidanceSplit
 from sglang_gen.parallel.mesh import Mesh
@@ -55,7 +66,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
 def _read(plan: Plan, kind: kinds.Kind, scheduler: dict[str, Any]) -> Any:
     """Weights from the folder, replaced components and the configured scheduler, still on the CPU."""
     dtype = getattr(torch, plan.dtype)
-    replaced = components.load(plan, dtype)
+    replaced = components.load(plan, dtype) | weights.load(plan, dtype)
     pipeline = kind.pipeline_class.from_pretrained(str(plan.card.folder), dtype=dtype, use_safetensors=True, **replaced)
     if scheduler:
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **scheduler)
@@ -65,18 +76,21 @@ def _read(plan: Plan, kind: kinds.Kind, scheduler: dict[str, Any]) -> Any:
 def _transform(plan: Plan, pipeline: Any) -> tuple[dict[str, Any], attention.Kernel, "cache.StepCache | None"]:
     """Everything that changes how the pipeline computes, in the one order in which it can be done.
 
-    Adapters first, because they change weights, which must still be whole and on the CPU; then the kernel, which later
-    steps compile or hook; then placement; then the cache, which wraps blocks where they are; compilation last, of the
-    blocks as they then are.
+    Adapters first, because they change weights, which must still be whole and on the CPU; then quantization, into which
+    no adapter could be merged; then the kernel, which later steps compile or hook; then placement; then the cache,
+    which wraps blocks where they are; compilation last, of the blocks as they then are.
     """
     run = plan.run
     adapters = lora.apply(pipeline, run.lora)
+    quantization = quantized.apply(pipeline, run.quant.method, plan.device)
     kernel = attention.apply(pipeline, run.attention, plan.device, getattr(torch, plan.dtype))
     placed = offload.apply(pipeline, run.offload, plan.device)
     steps = run.sampling.num_inference_steps
     step_cache = cache.StepCache(pipeline, run.cache, steps) if cache.wanted(run.cache) else None
     compiled = compilation.apply(pipeline, run.compile, plan.device)
     effective = {
+        **dtype_of(pipeline),
+        "quantization": quantization,
         "lora": adapters,
         "attention": kernel.name,
         "offload": placed,

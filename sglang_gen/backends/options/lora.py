@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen import log
+from sglang_gen.backends.options import quantized
 from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, modules
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.schema import Adapter, Lora
@@ -36,6 +37,7 @@ def apply(pipeline: Any, lora: Lora) -> list[dict[str, Any]]:
         return []
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"lora: {type(pipeline).__name__} takes no LoRA adapters")
+    quantized.refuse_merging(pipeline)
     report = []
     with log.quieter("diffusers.loaders"):  # its remarks on what did not fit are our errors
         for adapter in chosen:
