@@ -10,7 +10,7 @@ import pytest
 from sglang_gen.schema import leaves
 
 GROUPS = {folder.name: folder for folder in (pages.ROOT / "conf").iterdir() if folder.is_dir()}
-TO_COME = {"model", "lora", "quant", "parallel"}  # pages that are being written
+TO_COME = {"model", "lora"}  # pages that are being written
 
 
 def test_the_pages_hold_commands():
