@@ -54,7 +54,7 @@ def test_every_option_plans_or_is_refused_in_one_sentence(path):
         changed = [key for key in _keys(path) if key in sentence]
         assert changed or path.parent.name in ("backend", "parallel", "quant"), sentence
     else:
-        assert planned.layout.ranks == (path.parent.name == "parallel" and composed.run.parallel.num_gpus or 1)
+        assert planned.layout.ranks == (composed.run.parallel.num_gpus if path.parent.name == "parallel" else 1)
 
 
 def _keys(path: Path) -> list[str]:
