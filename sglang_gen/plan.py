@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen import env, layout
+from sglang_gen import env, layout, remote_code
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.flags import BY_PATH
 from sglang_gen.schema import BackendName, CacheMethod, Device, DType, QuantMethod, Run, Tracker, get, leaves, plain
@@ -27,7 +27,6 @@ MISSING: tuple[tuple[tuple[str, ...], str], ...] = (
     (("quant.",), "quantized weights are not available in this version; run with quant=none"),
     (("cache.interval",), "DeepCache is not available in this version; run with cache=none"),
     (("compile.disable_autocast",), "choosing the stored dtype is not available in this version; name it with --dtype"),
-    (("model.trust_remote_code",), "code from model repositories is not run in this version"),
 )
 
 
@@ -63,7 +62,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         batches=_batches(samples, run.sampling.batch_size),
         requested=requested(run),
         effective=_effective(run, degrees, device, dtype),
-        warnings=tuple(_warnings(run, sources, composed.versions)),
+        warnings=tuple(_warnings(run, sources, composed.versions) + remote_code.warnings(run.model, card)),
     )
 
 
@@ -78,6 +77,7 @@ NEEDS: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
     ("compile.regional", lambda run: run.compile.enable_torch_compile, "--enable-torch-compile"),
     ("compile.warmup_steps", lambda run: run.compile.warmup, "--warmup"),
     ("offload.disk_path", lambda run: run.offload.dit_layerwise_offload, "--dit-layerwise-offload"),
+    ("model.configs", lambda run: Path(run.model.path or "").expanduser().is_file(), "a single file as --model-path"),
     ("tracking.project", lambda run: run.tracking.name is Tracker.wandb, "tracking=wandb"),
 )
 
@@ -359,8 +359,8 @@ def _warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str |
             path for path in leaves() if path.startswith(("perf.", "machine.name")) and _differs(run, sources, path)
         ]
         found += [f"{path} has no effect without --perf-dump-path" for path in idle]
-    if run.model.revision and (run.model.path is None or Path(run.model.path).expanduser().is_dir()):
-        found.append("--revision has no effect: the model is a local folder")
+    if run.model.revision and (run.model.path is None or Path(run.model.path).expanduser().exists()):
+        found.append("--revision has no effect: the model is a local folder or file")
     here = env.versions()
     other = [f"{name} {then} (here {here.get(name)})" for name, then in versions.items() if here.get(name) != then]
     if other:

@@ -13,7 +13,9 @@ PACKAGE = Path(sglang_gen.__file__).parent
 LAYERS = (
     ("errors", "schema", "perf.statistics"),
     ("env", "flags", "types", "values", "perf.memory"),
-    ("log", "presets", "config_file", "overrides", "layout", "output", "perf.record", "perf.flops"),
+    ("weight_files",),
+    ("log", "presets", "remote_code", "single_file", "config_file", "overrides", "layout"),
+    ("output", "perf.record", "perf.flops"),
     ("media", "perf.observations", "perf.compare", "perf.quality", "sweep.report"),
     ("config", "hub", "perf.machine", "perf.command", "plan", "dry_run", "help_page"),
     ("perf.dump", "backends", "sweep.callback", "sweep.tracking"),

@@ -109,16 +109,18 @@ def sd15(folder: Path) -> Path:
     return folder
 
 
-def sdxl(folder: Path) -> Path:
+def sdxl(folder: Path, widths: tuple[int, int] = (32, 32)) -> Path:
     unet = UNet2DConditionModel(
         block_out_channels=(16, 32), layers_per_block=2, sample_size=16, cross_attention_dim=64, norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
+        addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=48 + widths[1],
     )  # fmt: skip
     pipeline = StableDiffusionXLPipeline(
-        unet=fill(unet, 1), vae=_vae(4, 2, 0.13025), text_encoder=_clip(3, 32, False), tokenizer=clip_tokenizer(),
-        text_encoder_2=_clip(4, 32, True), tokenizer_2=clip_tokenizer(), add_watermarker=False,
+        unet=fill(unet, 1), vae=_vae(4, 2, 0.13025), text_encoder=_clip(3, widths[0], False),
+        tokenizer=clip_tokenizer(), text_encoder_2=_clip(4, widths[1], True), tokenizer_2=clip_tokenizer(),
+        add_watermarker=False,
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
                                          steps_offset=1, timestep_spacing="leading"),
     )  # fmt: skip

@@ -13,7 +13,17 @@ import transformers
 
 from sglang_gen import log
 from sglang_gen.backends.observe import Latents, observed, read_noise
-from sglang_gen.backends.options import arguments, attention, cache, compilation, components, kinds, lora, offload
+from sglang_gen.backends.options import (
+    arguments,
+    attention,
+    cache,
+    compilation,
+    components,
+    kinds,
+    lora,
+    offload,
+    original,
+)
 from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, modules
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.perf.flops import CallLog
@@ -30,7 +40,10 @@ def load(plan: Plan, calls: CallLog) -> "DiffusersEngine":
     run = plan.run
     name = run.model.pipeline_class_name or plan.card.pipeline_class
     kind = kinds.find(
-        name, image=run.sampling.image_path is not None, mask="mask_image" in run.backend.diffusers_kwargs
+        name,
+        image=run.sampling.image_path is not None,
+        mask="mask_image" in run.backend.diffusers_kwargs,
+        own=original.own_class(plan),
     )
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -54,7 +67,7 @@ def _read(plan: Plan, kind: kinds.Kind, scheduler: dict[str, Any]) -> Any:
     """Weights from the folder, replaced components and the configured scheduler, still on the CPU."""
     dtype = getattr(torch, plan.dtype)
     replaced = components.load(plan, dtype)
-    pipeline = kind.pipeline_class.from_pretrained(str(plan.card.folder), dtype=dtype, use_safetensors=True, **replaced)
+    pipeline = original.read(plan, kind.pipeline_class, dtype, replaced)
     if scheduler:
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **scheduler)
     return pipeline

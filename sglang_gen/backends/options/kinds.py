@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
+from sglang_gen import log
 from sglang_gen.errors import UserError, first_line, nearest
 
 
@@ -21,12 +22,13 @@ class Kind:
     makes: str
 
 
-def find(name: str, image: bool, mask: bool) -> Kind:
+def find(name: str, image: bool, mask: bool, own: Any = None) -> Kind:
     """The class of this name, or its image-to-image or inpainting sister where an image (and a mask) is given.
 
-    Raises UserError when diffusers has no such class, or when it has no place for the image.
+    `own` is the class that the model itself defines, in place of one of diffusers. Raises UserError when diffusers has
+    no such class, or when it has no place for the image.
     """
-    found = getattr(diffusers, name, None)
+    found = own or getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
         legal = [item for item in dir(diffusers) if item.endswith("Pipeline")]
         raise UserError(f"diffusers {diffusers.__version__} has no pipeline class '{name}'{nearest(name, legal)}")
@@ -54,7 +56,8 @@ def _makes_audio(accepted: frozenset[str]) -> bool:
 
 def _sister(kind: Kind, task: str) -> Kind:
     """The class of the same model for another task, by diffusers' own tables."""
-    from diffusers.pipelines import auto_pipeline
+    with log.quieter("transformers"):  # the import of all pipelines brings remarks on packages that none of ours needs
+        from diffusers.pipelines import auto_pipeline
 
     tables = {
         "image to image": auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
