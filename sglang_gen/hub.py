@@ -79,9 +79,7 @@ def _read_single_file(path: Path, model: Model, weights: bool) -> ModelCard:
         else:
             folder = _download(replace(model, revision=None), source, False, CONFIGS_AND_TOKENIZERS)
     if preset and model.preset in (None, "custom") and not weights:
-        log.info(
-            f"{path.name} is of the kind of {preset}: --model-id {preset} applies the settings of that preset"
-        )
+        log.info(f"{path.name} is of the kind of {preset}: --model-id {preset} applies the settings of that preset")
     card = read_card(folder, name, weights=False)
     single_file.check_whole(path, shapes, card.components, model.component_paths)
     if not weights:

@@ -10,6 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+import pytest
+
 
 def _commit(name: str, revision: str) -> str:
     return hashlib.sha1(f"{name}@{revision}".encode(), usedforsecurity=False).hexdigest()
@@ -36,6 +39,16 @@ class LittleHub:
         """Stop answering: from now on connections are refused."""
         self.server.shutdown()
         self.server.server_close()
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Let the hub's client in this process ask here, with nothing in its cache."""
+        constants = huggingface_hub.constants
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
 
     def files_fetched(self) -> list[str]:
         """Paths inside their repository of all files that were downloaded."""

@@ -28,14 +28,7 @@ def hub(tmp_path, monkeypatch, pipelines) -> Iterator[LittleHub]:
     """A hub with `tiny/sd15`, and nothing in the local cache."""
     little = LittleHub()
     little.repos["tiny/sd15"] = {"main": pipelines["sd15"]}
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", little.endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", little.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", little.endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    little.install(monkeypatch, tmp_path)
     yield little
     little.close()
 

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 from diffusers.utils import dynamic_modules_utils
@@ -60,14 +59,7 @@ def hub(tmp_path, monkeypatch, repository):
     """A hub with `tiny/own`, and nothing in the local cache."""
     little = LittleHub()
     little.repos["tiny/own"] = {"main": repository}
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", little.endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", little.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", little.endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    little.install(monkeypatch, tmp_path)
     yield little
     little.close()
 
