@@ -76,9 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Stay silent."""
 
     def _answer(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.little.requests.append(f"{self.command} {path}")
-        words = path.strip("/").split("/")
+        path = urlsplit(self.path).path
+        self.little.requests.append(f"{self.command} {unquote(path)}")
+        words = [unquote(word) for word in path.strip("/").split("/")]  # a branch may have a slash in its name
         api = words[:2] == ["api", "models"]
         name, rest = "/".join(words[2:4] if api else words[:2]), words[4:] if api else words[2:]
         if name in self.little.refused:

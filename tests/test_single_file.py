@@ -9,6 +9,7 @@ import original_layout
 import pytest
 import tiny
 import torch
+from little_hub import LittleHub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -159,3 +160,35 @@ def test_settings_that_a_folder_cannot_use_are_a_warning(pipelines, files, sglan
     there = sglang("generate", "--model-path", files["sd15"], f"model.configs={pipelines['sd15']}", "--revision", "v1",
                    "--prompt", "a", "dry_run=true")  # fmt: skip
     assert "WARNING: --revision has no effect: the model is a local folder or file" in there.lines
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, pipelines):
+    """A hub whose repository of SDXL is the tiny one, and nothing in the local cache."""
+    little = LittleHub()
+    little.install(monkeypatch, tmp_path)
+    little.repos["stabilityai/stable-diffusion-xl-base-1.0"] = {"main": pipelines["sdxl"]}
+    yield little
+    little.close()
+
+
+@pytest.mark.parametrize("source", ["--model-id=sdxl", "model.configs=stabilityai/stable-diffusion-xl-base-1.0"])
+def test_configs_and_tokenizers_come_from_the_hub_without_weights(pipelines, files, sglang, hub, source):
+    done = sglang("generate", "--model-path", files["sdxl"], source, *SMALL)
+    assert done.code == 0, done.err
+    fetched = hub.files_fetched()
+    assert any(name.startswith("tokenizer") and not name.endswith("config.json") for name in fetched)
+    assert not any(name.endswith(".safetensors") for name in fetched)
+    assert sglang("generate", "--model-path", pipelines["sdxl"], *SMALL).code == 0
+    assert np.array_equal(picture(0), picture(1))
+    hub.close()
+    assert sglang("generate", "--model-path", files["sdxl"], source, *SMALL).code == 0
+    assert np.array_equal(picture(0), picture(2))
+
+
+def test_a_hub_that_cannot_be_reached_for_the_configs_is_one_sentence(files, sglang, hub):
+    hub.close()
+    done = sglang("generate", "--model-path", files["sdxl"], "--model-id", "sdxl", *SMALL)
+    assert done.code == 1
+    assert [line for line in done.lines if line.startswith("ERROR")] == done.lines[-1:]
+    assert "stabilityai/stable-diffusion-xl-base-1.0 is not a local folder, not whole in the local cache" in done.err
