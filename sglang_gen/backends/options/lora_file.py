@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sglang_gen import env, hub
+from sglang_gen import env, hub, log
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.weight_files import PICKLED, PICKLES, header, refuse_other_formats
 
@@ -97,7 +97,7 @@ def _choose(name: str, files: Iterable[str]) -> str:
 
 def _download(name: str) -> tuple[Path, Path | None]:
     """From the hub: `owner/name`, or `owner/name/file.safetensors` where a repository holds several."""
-    from huggingface_hub import errors, hf_hub_download, model_info, snapshot_download
+    from huggingface_hub import errors
 
     repo, inside = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     if env.use_modelscope():
@@ -105,26 +105,33 @@ def _download(name: str) -> tuple[Path, Path | None]:
     if inside:
         refuse_other_formats(Path(inside), "lora")
     try:
-        try:
-            files = [sibling.rfilename for sibling in model_info(repo).siblings or []]
-            get = hf_hub_download
-        except errors.HfHubHTTPError:
-            raise
-        except (OSError, errors.HTTPError):  # type: ignore[attr-defined] # no hub: what the cache holds must do
-            folder = Path(snapshot_download(repo, local_files_only=True))
-            files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-
-            def get(_repo: str, file: str) -> str:
-                return str(folder / file)
-
+        files, get = _repository(repo)
         chosen = inside or _choose(name, files)
         if chosen not in files:
             raise UserError(f"lora: {repo} on the hub has no file {chosen}")
-        return Path(get(repo, chosen)), Path(get(repo, SETTINGS)) if SETTINGS in files else None
+        return get(chosen), get(SETTINGS) if SETTINGS in files else None
     except UserError:
         raise
     except (OSError, ValueError, errors.HTTPError) as error:  # type: ignore[attr-defined]
         raise hub.hub_error(error, repo, None) from error
+
+
+def _repository(repo: str) -> tuple[list[str], Callable[[str], Path]]:
+    """Files of a repository and how to get one; where no hub answers, those that the local cache holds."""
+    from huggingface_hub import errors, hf_hub_download, model_info, snapshot_download
+
+    try:
+        files = [sibling.rfilename for sibling in model_info(repo).siblings or []]
+    except errors.HfHubHTTPError:
+        raise
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        try:
+            folder = Path(snapshot_download(repo, local_files_only=True))
+        except OSError:
+            raise error from None
+        log.warning(f"The hub cannot be reached: using the copy of {repo} in the local cache")
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*")], folder.joinpath
+    return files, lambda file: Path(hf_hub_download(repo, file))
 
 
 def _settings(path: Path, config: Path | None) -> dict[str, Any]:

@@ -38,7 +38,9 @@ def targets(pipeline: Any, file: Mapping[str, Factors]) -> list[Target]:
     What has no place among them is in no `sources`. Raises what diffusers' conversion raises.
     """
     parts = denoisers(pipeline) | modules(pipeline, TEXT_ENCODERS)
-    real, numbers, owners = {}, {}, {}
+    real: dict[str, torch.Tensor] = {}
+    numbers: dict[str, torch.Tensor] = {}
+    owners: dict[int, str] = {}
     for number, (module, factors) in enumerate(file.items(), start=1):
         owners[number] = module
         start = _full_name(module, parts)
@@ -103,7 +105,7 @@ def _numbers(tensor: torch.Tensor | None) -> set[int]:
         return set()
     flat = tensor.reshape(tensor.shape[0], -1)
     rows, columns = flat[:: max(1, flat.shape[0] // 64), 0], flat[0, :: max(1, flat.shape[1] // 64)]
-    return {round(float(value)) for value in torch.cat((rows, columns)).unique()} - {0}
+    return {round(value) for value in torch.cat((rows, columns)).tolist()} - {0}
 
 
 def _place(key: str, parts: Mapping[str, nn.Module]) -> tuple[str, str, bool] | None:
