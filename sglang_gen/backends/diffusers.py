@@ -164,6 +164,8 @@ class DiffusersEngine:
         field = {"image": "images", "video": "frames", "audio": "audios"}[self.kind.makes]
         if not hasattr(result, field):
             raise RunError(f"{type(self.pipeline).__name__} returned no {field}")
+        if self.kind.makes == "video" and getattr(result, "audio", None) is not None:
+            log.warning(f"{type(self.pipeline).__name__} also made a sound, which is not kept: videos are silent")
         values = np.asarray(getattr(result, field), dtype=np.float32)
         _check_finite(torch.from_numpy(values), f"the decoded {self.kind.makes}", batch)
         if self.kind.makes == "audio":

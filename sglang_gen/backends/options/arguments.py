@@ -79,10 +79,10 @@ def _check_strength(kind: Kind, steps: int, call: dict[str, Any]) -> None:
 
 
 def _needs_image(kind: Kind) -> bool:
-    """Pipelines declare `image=None` where they need one; that they transform it shows in a strength or a mask."""
+    """Pipelines declare `image=None` where they need one; that they transform it shows in arguments that say how."""
     if "image" not in kind.accepted:
         return False
-    return "image" in kind.required or bool(kind.accepted & {"strength", "mask_image"})
+    return "image" in kind.required or bool(kind.accepted & {"strength", "mask_image", "image_guidance_scale"})
 
 
 def warn_ineffective(plan: Plan, kind: Kind, pipeline: Any, call: dict[str, Any]) -> None:
