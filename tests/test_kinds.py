@@ -140,3 +140,12 @@ def test_a_pipeline_that_lacks_an_argument_gets_a_warning(pipelines, tmp_path, s
         assert f"WARNING: sampling.{argument} has no effect: SparePipeline does not take it" in done.lines
     expected = load(pipelines["sd15"])("a cat", height=32, width=32, num_inference_steps=3, generator=generator())
     assert np.array_equal(np.asarray(Image.open("outputs/generated_image_0.png")), np.asarray(expected.images[0]))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_latents_that_a_pipeline_does_not_show_are_an_error(tmp_path, sglang):
+    folder = tiny.stable_audio(tmp_path / "tiny-audio")
+    done = sglang("generate", "--model-path", folder, "--prompt", "rain", "--diffusers-kwargs",
+                  '{"audio_end_in_s": 0.7}', "output.latents=true", *COMMON)  # fmt: skip
+    assert done.code == 1
+    assert "StableAudioPipeline does not show its latents, so output.latents cannot be met" in done.lines[-1]
