@@ -290,7 +290,7 @@ def test_what_is_no_whole_pair_is_refused_by_its_own_name(pipelines, run):
     }
     for sentence, broken in sentences.items():
         done = run("sd3", broken)
-        assert done.code == 2
+        assert done.code == 2, done.err
         assert sentence in done.lines[-1]
 
 
