@@ -42,7 +42,7 @@ _ADVANCED = "Advanced options"
 
 FLAGS: tuple[Flag, ...] = (
     Flag("model-path", "model.path", _REQUIRED,
-         "hub id (Hugging Face; ModelScope with SGLANG_USE_MODELSCOPE=1) or local folder of the diffusion model"),
+         "hub id (Hugging Face; ModelScope with SGLANG_USE_MODELSCOPE=1), local folder or single safetensors file"),
     Flag("prompt", "sampling.prompt", _REQUIRED, "what to generate, taken verbatim"),
     Flag("config", None, _MODEL,
          "JSON or YAML file with model and generation parameters, or the record of an earlier run; alone it is enough"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen import choice, env, layout, prompts, quantization, stored
+from sglang_gen import choice, env, layout, prompts, quantization, remote_code, stored
 from sglang_gen.errors import UserError
 from sglang_gen.flags import BY_PATH
 from sglang_gen.schema import (
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 # What this version cannot do yet: the config paths, and the sentence for a run that asks for one of them.
 MISSING: tuple[tuple[tuple[str, ...], str], ...] = (
     (("cache.interval",), "DeepCache is not available in this version; run with cache=none"),
-    (("model.trust_remote_code",), "code from model repositories is not run in this version"),
 )
 
 
@@ -68,7 +67,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         batches=batches,
         requested=requested(run),
         effective=_effective(run, backend, degrees, device, dtype) | {"quantization": quantization.expected(run, card)},
-        warnings=tuple(_warnings(run, sources, composed.versions)),
+        warnings=tuple(_warnings(run, sources, composed.versions) + remote_code.warnings(run.model, card)),
         notices=(f"Backend: diffusers ({reason})",) if reason else (),
     )
     return stored.settle(plan)
@@ -85,6 +84,7 @@ NEEDS: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
     ("compile.regional", lambda run: run.compile.enable_torch_compile, "--enable-torch-compile"),
     ("compile.warmup_steps", lambda run: run.compile.warmup, "--warmup"),
     ("offload.disk_path", lambda run: run.offload.dit_layerwise_offload, "--dit-layerwise-offload"),
+    ("model.configs", lambda run: Path(run.model.path or "").expanduser().is_file(), "a single file as --model-path"),
     ("tracking.project", lambda run: run.tracking.name is Tracker.wandb, "tracking=wandb"),
 )
 
@@ -293,8 +293,8 @@ def _warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str |
             path for path in leaves() if path.startswith(("perf.", "machine.name")) and _differs(run, sources, path)
         ]
         found += [f"{path} has no effect without --perf-dump-path" for path in idle]
-    if run.model.revision and (run.model.path is None or Path(run.model.path).expanduser().is_dir()):
-        found.append("--revision has no effect: the model is a local folder")
+    if run.model.revision and (run.model.path is None or Path(run.model.path).expanduser().exists()):
+        found.append("--revision has no effect: the model is a local folder or file")
     here = env.versions()
     other = [f"{name} {then} (here {here.get(name)})" for name, then in versions.items() if here.get(name) != then]
     if other:

@@ -66,7 +66,7 @@ def _save(plan: Plan, effective: dict[str, Any], sample: Sample, decoded: Decode
 
     if decoded.kind == "video":
         return media.save_video(folder, data, effective["fps"], record, latents)
-    return media.save_sound(folder, data, effective["sampling_rate"], record)
+    return media.save_sound(folder, data, effective["sampling_rate"], record, latents)
 
 
 def _size(plan: Plan, decoded: Decoded) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 
 from sglang_gen import hub
 from sglang_gen.errors import UserError
+from sglang_gen.safetensors_file import PICKLES, header
 
 FLAG = "--transformer-weights-path"
-PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pickle", ".pkl")
 FORMATS = (".safetensors", ".gguf")
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names, torch's names
 
@@ -59,7 +59,7 @@ def locate(path: str) -> WeightFiles:
         return _in_folder(path, place)
     if not is_file:
         raise UserError(f"{FLAG}: {path} does not exist; it takes a local safetensors or GGUF file, or a folder")
-    if place.suffix.lower() in PICKLED:
+    if place.suffix.lower() in PICKLES:
         raise UserError(f"{FLAG}: {path} is pickled, and pickled weights are refused; give safetensors or GGUF")
     if place.suffix.lower() not in FORMATS:
         raise UserError(f"{FLAG}: {path} is neither a .safetensors nor a .gguf file")
@@ -82,7 +82,7 @@ def _in_folder(given: str, folder: Path) -> WeightFiles:
         return WeightFiles(given, tuple(shards), folder, config)
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in FORMATS)
     if not files:
-        pickled = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICKLED]
+        pickled = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICKLES]
         raise UserError(
             f"{FLAG}: {given} holds pickled weights alone ({_few(pickled)}), and those are refused"
             if pickled
@@ -118,7 +118,7 @@ def read_headers(paths: Iterable[Path]) -> Headers:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        hub.check_header(path)
+        header(path)
         with safe_open(path, framework="np") as file:
             metadata |= file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 - the file is no mapping

@@ -13,7 +13,8 @@ PACKAGE = Path(sglang_gen.__file__).parent
 LAYERS = (
     ("errors", "schema", "perf.statistics"),
     ("env", "flags", "types", "values", "perf.memory"),
-    ("log", "output", "presets", "overrides", "layout", "perf.record", "perf.flops"),
+    ("safetensors_file",),
+    ("log", "output", "presets", "overrides", "layout", "remote_code", "single_file", "perf.record", "perf.flops"),
     ("config_file", "kept_prompts", "prompts"),
     ("media", "perf.observations", "perf.compare", "perf.quality", "sweep.report"),
     ("config", "hub", "perf.machine", "sweep.table", "perf.command", "weight_files", "dry_run", "help_page"),

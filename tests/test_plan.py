@@ -180,7 +180,7 @@ def test_device_auto_is_a_gpu_where_there_is_one(monkeypatch):
         (("compile.warmup_steps=3",), "--warmup-steps has no effect without --warmup"),
         (("perf.tag=a",), "perf.tag has no effect without --perf-dump-path"),
         (("machine=h200",), "machine.name has no effect without --perf-dump-path"),
-        (("model.path=.", "model.revision=main"), "--revision has no effect: the model is a local folder"),
+        (("model.path=.", "model.revision=main"), "--revision has no effect: the model is a local folder or file"),
         (("machine=h200", "perf.machine_rates=false", "output.perf_dump_path=p.json"),
          "perf.machine_rates has no effect: the rates are those of machine=h200"),
     ],

@@ -22,6 +22,7 @@ from sglang_gen.backends.options import (
     kinds,
     lora,
     offload,
+    original,
     quantized,
     weights,
 )
@@ -43,7 +44,10 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
     run = plan.run
     name = run.model.pipeline_class_name or plan.card.pipeline_class
     kind = kinds.find(
-        name, image=run.sampling.image_path is not None, mask="mask_image" in run.backend.diffusers_kwargs
+        name,
+        image=run.sampling.image_path is not None,
+        mask="mask_image" in run.backend.diffusers_kwargs,
+        own=original.own_class(plan),
     )
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -67,7 +71,7 @@ def _read(plan: Plan, kind: kinds.Kind, scheduler: dict[str, Any]) -> Any:
     """Weights from the folder, replaced components and the configured scheduler, still on the CPU."""
     dtype = getattr(torch, plan.dtype)
     replaced = components.load(plan, dtype) | weights.load(plan, dtype)
-    pipeline = kind.pipeline_class.from_pretrained(str(plan.card.folder), dtype=dtype, use_safetensors=True, **replaced)
+    pipeline = original.read(plan, kind.pipeline_class, dtype, replaced)
     if scheduler:
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **scheduler)
     return pipeline
@@ -179,6 +183,8 @@ class DiffusersEngine:
         field = {"image": "images", "video": "frames", "audio": "audios"}[self.kind.makes]
         if not hasattr(result, field):
             raise RunError(f"{type(self.pipeline).__name__} returned no {field}")
+        if self.kind.makes == "video" and getattr(result, "audio", None) is not None:
+            log.warning(f"{type(self.pipeline).__name__} also made a sound, which is not kept: videos are silent")
         values = np.asarray(getattr(result, field), dtype=np.float32)
         _check_finite(torch.from_numpy(values), f"the decoded {self.kind.makes}", batch)
         if self.kind.makes == "audio":
