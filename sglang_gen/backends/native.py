@@ -172,7 +172,8 @@ class NativeEngine:
         decoded = vae.decode(self.glue.to_decode(vae, latents, request), return_dict=False)[0]
         values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         _check_finite(torch.from_numpy(values), "the decoded image", batch)
-        return np.rint(values * 255).astype(np.uint8)
+        frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
+        return frames
 
     def cache_decisions(self) -> dict[str, Any] | None:
         return None

@@ -114,7 +114,7 @@ def prepare(
 
 
 def _predict(network: Flux, conditioning: Any, latents: Tensor, step: int) -> Tensor:
-    return network(latents, conditioning, step)  # type: ignore[no-any-return]
+    return network(latents, conditioning, step)
 
 
 def to_decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
