@@ -9,6 +9,11 @@ from sglang_gen.types import Layout, ModelCard
 
 # Pipelines of the native engine: the class that model_index.json names, and the module in pipelines/.
 NATIVE = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
+# The component that denoises, and the class whose checkpoints our network reads.
+NETWORKS = {
+    "StableDiffusion3Pipeline": ("transformer", "SD3Transformer2DModel"),
+    "FluxPipeline": ("transformer", "FluxTransformer2DModel"),
+}
 ARGUMENTS = {"FluxPipeline": {"true_cfg_scale"}}  # of --diffusers-kwargs that it understands
 
 
@@ -29,6 +34,8 @@ def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:
     name = run.model.pipeline_class_name or card.pipeline_class
     if name not in NATIVE:
         yield f"it has no {name} (it has {', '.join(NATIVE)})"
+    elif (found := card.components[NETWORKS[name][0]].class_name) != NETWORKS[name][1]:
+        yield f"the {NETWORKS[name][0]} is a {found}, not a {NETWORKS[name][1]}"
     foreign = run.backend.diffusers_kwargs.keys() - ARGUMENTS.get(name, set())
     if foreign:
         yield f"'{min(foreign)}' of --diffusers-kwargs is for the diffusers pipeline"

@@ -62,7 +62,7 @@ def drawn(pipelines, name: str, network) -> np.ndarray:
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_int8_gives_the_picture_of_diffusers_own_quantizer(pipelines, run, name):
-    assert run(name, "--perf-dump-path", "plain.json").code == 0
+    assert run(name, "--perf-dump-path", "plain.json", "--backend", "diffusers").code == 0
     done = run(name, "quant=int8", "--perf-dump-path", "int8.json")
     assert done.code == 0, done.err
     _, kind, part = CLASSES[name]

@@ -250,7 +250,7 @@ def test_a_gguf_file_computes_with_the_numbers_that_the_gguf_package_reads(pipel
     if kind != "Q8_0":
         return
     work = json.loads(Path("perf.json").read_text())["work"]["denoising"]
-    assert run(name, "--perf-dump-path", "plain.json").code == 0
+    assert run(name, "--perf-dump-path", "plain.json", "--backend", "diffusers").code == 0
     plain = json.loads(Path("plain.json").read_text())["work"]["denoising"]
     assert (work["flops"], work["bytes"] < plain["bytes"]) == (plain["flops"], True)
 
@@ -447,7 +447,7 @@ def test_disabled_autocast_computes_in_the_stored_dtype(pipelines, sglang, name)
     line = ("generate", "--model-path", Path("stored").resolve(), "--prompt", "a cat", *SIZE)
     done = sglang(*line, "--disable-autocast")
     assert done.code == 0, done.err
-    assert sglang(*line, "--dtype", name).code == 0
+    assert sglang(*line, "--dtype", name, "--backend", "diffusers").code == 0
     assert effective(0)["dtype"] == effective(1)["dtype"] == name
     assert np.array_equal(picture(0), picture(1))
     assert sglang("generate", "--config", "outputs/generated_image_0.json").code == 0

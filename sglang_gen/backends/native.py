@@ -33,6 +33,11 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     log.adopt_libraries()
     dtype = getattr(torch, plan.dtype)
     component = plan.card.components[glue.NETWORK]
+    length = plan.run.sampling.max_sequence_length
+    if length is not None and length > glue.MOST_TOKENS:
+        raise UserError(
+            f"sampling.max_sequence_length is {length}; {_class_name(plan)} takes at most {glue.MOST_TOKENS}"
+        )
     try:
         network = load_weights(
             lambda: glue.build(component.config), weight_files(_folder(component)), glue.sources, dtype, plan.device
@@ -43,8 +48,26 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     except UserError:
         raise
     except LOADING_ERRORS as error:
+        if _is_out_of_memory(error):
+            raise RunError(f"Out of memory while loading {plan.card.name}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
+    _warn_ineffective(plan, glue)
     return NativeEngine(plan, glue, network, parts, calls)
+
+
+def _warn_ineffective(plan: Plan, glue: Any) -> None:
+    """One warning for each setting that the user gave and that changes nothing here."""
+    for path in ("sampling.num_frames", "output.fps"):
+        if plan.user_gave(path):
+            log.warning(f"{path} has no effect: {_class_name(plan)} makes no video")
+    negative = any(sample.negative_prompt for batch in plan.batches for sample in batch)
+    if negative and not _guidance(plan, glue, negative=True).on:
+        log.warning(glue.INEFFECTIVE_NEGATIVE.format(scale=plan.run.sampling.guidance_scale))
+
+
+def _guidance(plan: Plan, glue: Any, negative: bool) -> Guidance:
+    true_cfg = plan.run.backend.diffusers_kwargs.get("true_cfg_scale", 1.0)
+    return Guidance(glue.branches(plan.run.sampling.guidance_scale, true_cfg, negative))
 
 
 def _class_name(plan: Plan) -> str:
@@ -104,14 +127,15 @@ class NativeEngine:
         try:
             return self._sample(batch, steps, clock)
         except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            if not _is_out_of_memory(error):
                 raise
             raise RunError("Out of memory while generating; try smaller batches or a smaller picture") from error
         finally:
             clock.leave()
 
     def _sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded:
-        request, guidance, scheduler = self._request(steps), self._guidance(batch), self.parts["scheduler"]
+        request, scheduler = self._request(steps), self.parts["scheduler"]
+        guidance = _guidance(self.plan, self.glue, bool(batch[0].negative_prompt))  # batches are of one kind
         clock.enter("text_encoding")
         encoded = self._encode(batch, guidance, request)
         clock.enter("latents")
@@ -142,12 +166,6 @@ class NativeEngine:
             text_length=sampling.max_sequence_length,
         )
 
-    def _guidance(self, batch: tuple[Sample, ...]) -> Guidance:
-        """Batches are of one kind: with negative prompts, or without."""
-        run = self.plan.run
-        true_cfg = run.backend.diffusers_kwargs.get("true_cfg_scale", 1.0)
-        return Guidance(self.glue.branches(run.sampling.guidance_scale, true_cfg, bool(batch[0].negative_prompt)))
-
     def _encode(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[tuple[Tensor, ...]]:
         """Encoded texts: of the negative prompts, where there is guidance, and of the prompts."""
         texts = [[sample.negative_prompt or "" for sample in batch]] if guidance.on else []
@@ -160,8 +178,8 @@ class NativeEngine:
         if self.noise is not None:
             if self.noise.shape[1:] != drawn.shape[1:]:
                 raise UserError(
-                    f"sampling.latents holds noise of shape {list(self.noise.shape[1:])}, "
-                    f"this request starts from {list(drawn.shape[1:])}"
+                    f"sampling.latents holds noise of shape {list(self.noise.shape)}, "
+                    f"this request starts from {[1, *drawn.shape[1:]]}"
                 )
             drawn = self.noise.expand(drawn.shape).to(drawn)
         return drawn.to(self.plan.device)
@@ -180,6 +198,11 @@ class NativeEngine:
 
     def close(self) -> None:
         """Nothing reaches beyond this engine."""
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On the GPU torch has a class for it, on the CPU only its allocator's words."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _check_finite(values: Tensor, what: str, batch: tuple[Sample, ...]) -> None:

@@ -18,7 +18,12 @@ from sglang_gen.weights.load import renamed
 
 NETWORK = "transformer"
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
+INEFFECTIVE_NEGATIVE = (
+    "The negative prompt has no effect at a true_cfg_scale of 1.0; raise it with "
+    """--diffusers-kwargs '{{"true_cfg_scale": 4.0}}'"""
+)
 T5_LENGTH = 512
+MOST_TOKENS = 512
 SIZE = 128  # latents a side, unless the request says otherwise
 
 # Parts of our names of tensors, and what stands there in a diffusers checkpoint.

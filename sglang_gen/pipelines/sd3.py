@@ -16,7 +16,9 @@ from sglang_gen.weights.load import renamed
 
 NETWORK = "transformer"
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
 T5_LENGTH = 256  # tokens, unless sampling.max_sequence_length says otherwise
+MOST_TOKENS = 512
 
 # Parts of our names of tensors, and what stands there in a diffusers checkpoint.
 NAMES = {
