@@ -52,7 +52,7 @@ MISSING: tuple[tuple[Callable[[Run], object], str], ...] = (
     (lambda run: run.quant.method is not QuantMethod.none, "it has no quantized weights yet"),
     (lambda run: run.quant.transformer_weights_path, "it does not replace weights yet"),
     (lambda run: run.cache.method is not CacheMethod.none or run.cache.cache_dit_config, "it has no step cache yet"),
-    (lambda run: any(value is True for value in vars(run.offload).values()), "it does not offload yet"),
+    (lambda run: any(vars(run.offload).values()), "it does not offload yet"),
     (lambda run: run.compile.enable_torch_compile, "it does not compile yet"),
     (lambda run: run.compile.disable_autocast, "it takes its dtype from --dtype alone yet"),
     (lambda run: run.sampling.image_path, "it takes no input image yet"),

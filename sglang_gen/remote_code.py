@@ -23,8 +23,7 @@ def files(folder: Path, pipeline: Any, components: Mapping[str, Component]) -> t
     found = [f"{pipeline[0]}.py"] if isinstance(pipeline, list) and len(pipeline) > 1 else []
     for part, component in components.items():
         beside = folder / part / f"{component.library}.py"
-        whole = any((folder / part).glob("*.safetensors"))  # all files are here; a file that is not is a library's
-        if beside.is_file() or not (whole or _is_library(component.library)):
+        if beside.is_file() or not _is_library(component.library):
             found.append(f"{part}/{component.library}.py")
     return tuple(found)
 

@@ -155,7 +155,7 @@ def test_a_component_of_a_class_that_does_not_exist(fails, folder):
 
 def test_a_component_of_a_library_that_is_not_installed(fails, folder):
     edit(folder / "model_index.json", "transformer", ["no_such_library", "Transformer"])
-    assert "no_such_library" in fails(folder, 1)
+    assert "runs code from its repository (transformer/no_such_library.py)" in fails(folder, 2)
 
 
 def test_nan_in_the_network_saves_no_black_picture(fails, folder):

@@ -85,7 +85,7 @@ def is_large(words: list[str]) -> bool:
 def shrunk(words: list[str]) -> list[str]:
     """The words with few steps and, for other models than the embedded one, few pixels."""
     words, text = list(words), " ".join(words)
-    if "-m" in words and "perf." not in text:
+    if "-m" in words and "perf." not in text and "perf=" not in text:
         words.append("perf=light")
     if "sweeps" not in words and "steps=" not in text and "num-inference-steps" not in text:
         words.append(f"sampling.num_inference_steps={2 if is_large(words) else 4}")
