@@ -46,8 +46,8 @@ bench: $(STAMP)  ## benchmarks: start, composition, generation (tables of pytest
 wheel-smoke: $(STAMP)  ## build the wheel, install it in a clean environment, generate outside of the checkout
 	PYTHON=$(BIN)/python tools/wheel_smoke.sh
 
-docs: $(STAMP)  ## check that every command in README.md and docs/ is one that the parser accepts
-	$(BIN)/python -m pytest tests/test_documentation.py
+docs: $(STAMP)  ## check the pages: run every command in README.md and docs/, look for every key, option and link
+	$(BIN)/python -m pytest tests/test_documentation.py tests/test_page_commands.py
 
 clean:  ## remove what was built
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,6 +1,7 @@
 """Which backend a run takes: ours where it can do all that is asked, diffusers otherwise, with the reason."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from sglang_gen.errors import UserError
 from sglang_gen.requirements import NEEDS, unsupported
@@ -38,11 +39,13 @@ def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:
     name = run.model.pipeline_class_name or card.pipeline_class
     if name not in NATIVE:
         yield f"it has no {name} (it has {', '.join(NATIVE)})"
-    elif reason := unsupported(NEEDS[NATIVE[name]], card):
-        yield reason
     foreign = run.backend.diffusers_kwargs.keys() - ARGUMENTS.get(name, set())
     if foreign:
         yield f"'{min(foreign)}' of --diffusers-kwargs is for the diffusers pipeline"
+    if any("quantization_config" in part.config for part in card.components.values()):
+        yield "the model's weights are quantized"
+    if name in NATIVE and (reason := unsupported(NEEDS[NATIVE[name]], card)):
+        yield reason
     if degrees.ranks > degrees.dp:
         yield "it splits no network over ranks yet"
     yield from (reason for asked, reason in MISSING if asked(run))
@@ -54,10 +57,14 @@ MISSING: tuple[tuple[Callable[[Run], object], str], ...] = (
     (lambda run: run.quant.method is not QuantMethod.none, "it has no quantized weights yet"),
     (lambda run: run.quant.transformer_weights_path, "it does not replace weights yet"),
     (lambda run: run.cache.method is not CacheMethod.none or run.cache.cache_dit_config, "it has no step cache yet"),
-    (lambda run: any(value is True for value in vars(run.offload).values()), "it does not offload yet"),
+    (lambda run: any(vars(run.offload).values()), "it does not offload yet"),
     (lambda run: run.compile.enable_torch_compile, "it does not compile yet"),
     (lambda run: run.compile.disable_autocast, "it takes its dtype from --dtype alone yet"),
     (lambda run: run.sampling.image_path, "it takes no input image yet"),
+    (
+        lambda run: run.model.path and Path(run.model.path).expanduser().is_file(),
+        "it reads model folders, no single files yet",
+    ),
     (lambda run: run.model.component_paths, "it takes components from the model's own folder only yet"),
     (lambda run: run.model.trust_remote_code, "it runs no code from model repositories"),
     (

@@ -29,8 +29,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sglang_gen import env, presets
 from sglang_gen.config_file import FileValues, read_config_file
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.flags import BY_PATH
+from sglang_gen.output import FULL
 from sglang_gen.overrides import Word, check, check_option, covers, dict_leaf
 from sglang_gen.schema import Run, get, leaves, plain, put
 
@@ -119,7 +120,11 @@ def _as_user_error() -> Iterator[None]:
         raise
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, AttributeError) as error:
         raise UserError(_sentence(error)) from error
+    except RecursionError as error:
+        raise UserError("The configuration is nested too deeply") from error
     except OSError as error:
+        if error.errno in FULL:  # only the folder of a sweep is written here
+            raise RunError(f"The folder of the sweep cannot be written: {error.strerror}") from error
         raise UserError(f"{error.filename or 'The configuration'} cannot be used: {error.strerror or error}") from error
 
 

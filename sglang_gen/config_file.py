@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sglang_gen import kept_prompts
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.flags import BY_KEY, FILE_OR_INLINE
 from sglang_gen.schema import SCHEMA_VERSION, leaves
@@ -77,11 +78,15 @@ def _read_record(record: Mapping[str, Any], path: str | Path) -> FileValues:
     if not parts["run"]:
         raise UserError(f"{path} has a schema_version but no 'run': it is not the record of a run")
     found = _collect(parts["run"], path)
-    for target in [target for target in found.values if target.startswith("parallel.")]:
-        if parts["sources"].get(target) == "default":  # nobody stated this degree; it follows from the others
+    # Nobody stated these: a degree follows from the others, and a job's perf dump is its sweep's.
+    for target in [target for target in found.values if target.startswith(("parallel.", "output.perf_dump_path"))]:
+        if parts["sources"].get(target) == "default":
             del found.values[target]
+    if found.values.get("sampling.prompts_file"):
+        found.values["sampling.prompts_file"] = kept_prompts.beside(path, found.values["sampling.prompts_file"])
+    stored = found.values.get("compile.disable_autocast")  # --disable-autocast finds the dtype again
     for name, target in PINNED.items():
-        if parts["effective"].get(name) is not None:
+        if parts["effective"].get(name) is not None and not (stored and name == "dtype"):
             found.values[target] = _typed(f"effective.{name}", target, parts["effective"][name], path)
     return FileValues(found.values, found.options, parts["versions"])
 

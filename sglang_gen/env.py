@@ -54,6 +54,23 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def package_version(name: str) -> str | None:
+    """Installed version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def has_nunchaku() -> bool:
+    """Whether the SVDQuant project's nunchaku is installed, and not the package of that name on PyPI."""
+    try:
+        files = importlib.metadata.distribution("nunchaku").files or []
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return any(str(file) == "nunchaku/models/transformers/transformer_flux.py" for file in files)
+
+
 def deterministic_cublas() -> None:
     """cuBLAS is deterministic only with a fixed workspace, which it reads before its first product."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -75,10 +92,7 @@ def versions() -> Mapping[str, str | None]:
     """Installed versions of the packages that can change a picture or its speed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
+        found[name] = package_version(name)
     return MappingProxyType(found)
 
 

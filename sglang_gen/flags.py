@@ -42,7 +42,7 @@ _ADVANCED = "Advanced options"
 
 FLAGS: tuple[Flag, ...] = (
     Flag("model-path", "model.path", _REQUIRED,
-         "hub id (Hugging Face; ModelScope with SGLANG_USE_MODELSCOPE=1) or local folder of the diffusion model"),
+         "hub id (Hugging Face; ModelScope with SGLANG_USE_MODELSCOPE=1), local folder or single safetensors file"),
     Flag("prompt", "sampling.prompt", _REQUIRED, "what to generate, taken verbatim"),
     Flag("config", None, _MODEL,
          "JSON or YAML file with model and generation parameters, or the record of an earlier run; alone it is enough"),
@@ -87,7 +87,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("lora-target-modules", "lora.target_modules", _LORA,
          'modules that take the adapter, by comma ("q_proj,k_proj")'),
     Flag("transformer-weights-path", "quant.transformer_weights_path", _QUANT,
-         "pre-quantized weights of the denoising network: a safetensors file or a folder"),
+         "weights of the denoising network, plain or quantized: a safetensors or GGUF file, or a folder"),
     Flag("nunchaku-config", "quant.nunchaku_config", _QUANT, "SVDQuant settings (JSON, or a JSON or YAML file)"),
     Flag("enable-torch-compile", "compile.enable_torch_compile", _PERFORMANCE,
          "compile the network with torch.compile"),

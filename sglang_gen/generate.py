@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_gen import env, log
-from sglang_gen.types import Result
+from sglang_gen.types import DENOISERS, Result
 
 if TYPE_CHECKING:
     from sglang_gen.config import Composed
+    from sglang_gen.types import Plan
 
 
 def generate(*overrides: str, config: str | None = None, **flags: Any) -> Result | None:
@@ -27,7 +28,7 @@ def generate(*overrides: str, config: str | None = None, **flags: Any) -> Result
 
 def execute(composed: "Composed") -> Result | None:
     """Carry out a composed run; None for a dry run."""
-    from sglang_gen import hub
+    from sglang_gen import hub, stored
     from sglang_gen import plan as planning
 
     run = composed.run
@@ -37,11 +38,10 @@ def execute(composed: "Composed") -> Result | None:
     env.quiet_libraries()
     planning.check(composed)
     plan = planning.make_plan(composed, hub.find(run.model, weights=False))
-    for notice in plan.notices:
-        log.info(notice)
     for warning in plan.warnings:
         log.warning(warning)
     if run.dry_run:
+        _tell(plan)
         from sglang_gen import dry_run
 
         print(dry_run.describe(plan))
@@ -52,7 +52,15 @@ def execute(composed: "Composed") -> Result | None:
     if run.output.perf_dump_path:
         output.prepare_file(Path(run.output.perf_dump_path))
     log.info(f"Loading model: {plan.card.name}")
+    _tell(plan)
     if run.sampling.seed is None:
         log.info(f"Seed: {plan.run.sampling.seed} (drawn; --seed gives it again)")
     started = time.perf_counter()
-    return launch.launch(replace(plan, card=hub.find(run.model, weights=True)), started)
+    elsewhere = DENOISERS if run.quant.transformer_weights_path else ()
+    card = hub.find(run.model, weights=True, replaced=elsewhere)
+    return launch.launch(stored.require(replace(plan, card=card)), started)
+
+
+def _tell(plan: "Plan") -> None:
+    for notice in plan.notices:
+        log.info(notice)

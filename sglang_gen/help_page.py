@@ -11,7 +11,7 @@ TOP = """\
 usage: sglang COMMAND ...
 
 commands:
-  generate   generate images with a diffusion model (sglang generate --help)
+  generate   generate images, videos or sound with a diffusion model (sglang generate --help)
   models     list the model presets
   perf       compare perf dumps (sglang perf compare --help)
 
@@ -50,10 +50,13 @@ def generate(_parser: Any = None) -> str:
     lines = [
         "usage: sglang generate --model-path MODEL --prompt TEXT [options] [group=option ...] [key.path=value ...]",
         "",
-        "Generate images with a diffusion model. Without a model: the embedded model 'landscape'.",
+        "Generate images, videos or sound with a diffusion model, from text and, where the model takes one, an image.",
+        "Without a model: the embedded model 'landscape'.",
         "",
         '  sglang generate --prompt "A serene landscape with mountains and a lake at sunset" --seed 42',
         "  sglang generate model=sdxl parallel=sp2_tp2",
+        "  sglang generate model=sdxl --prompt 'a red fox in snow' --image-path fox.png",
+        "  sglang generate model=wan21_t2v_1_3b --prompt 'a cat on a garden wall' --num-frames 33 --fps 16",
         "  sglang generate --config generation_config.json",
         '  sglang generate -m sampling.num_inference_steps=10,20,28 --prompt "a lake" --seed 1',
     ]

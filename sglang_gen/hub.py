@@ -6,12 +6,14 @@ Every way in which that can fail is one sentence: UserError where the request is
 import errno
 import json
 import sys
-from collections.abc import Container
+from collections.abc import Collection, Container
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sglang_gen import env, log
+from sglang_gen import env, log, presets, remote_code, safetensors_file, single_file
 from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.safetensors_file import PICKLED
 from sglang_gen.schema import Model
 from sglang_gen.types import Component, ModelCard
 
@@ -20,16 +22,16 @@ LANGUAGE_MODEL = (
     "For language models, use the sglang serve command to start a server and make API requests."
 )
 
-PICKLED = "offers no safetensors weights, and pickled weights are refused"
-LFS_POINTER = b"version https://git-lfs"
 CONFIGS = ["model_index.json", "*/config.json", "*/scheduler_config.json"]
+CONFIGS_AND_TOKENIZERS = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
 OTHER_FORMATS = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.onnx*", "*openvino*", "*.fp16.*"]
 
 
-def find(model: Model, weights: bool) -> ModelCard:
+def find(model: Model, weights: bool, replaced: Collection[str] = ()) -> ModelCard:
     """The card of a model; with `weights` its files are on this machine and readable afterwards.
 
-    Without `weights` a preset is described by the component configs in the package and the hub is not asked.
+    Without `weights` a preset is described by the component configs in the package and the hub is not asked. The weight
+    files of components in `replaced` come from elsewhere and need not be there.
     """
     name = model.path or model.preset
     if name is None:
@@ -41,16 +43,53 @@ def find(model: Model, weights: bool) -> ModelCard:
         is_folder, is_file = folder.is_dir(), folder.is_file()
     except OSError as error:  # a name that is too long, a loop of links
         raise UserError(f"--model-path: {log.shorten(model.path)}: {error.strerror}") from None
+    elsewhere = [*model.component_paths, *replaced]
     if is_folder:
-        return read_card(folder, model.path, weights, model.component_paths)
+        return _allowed(read_card(folder, model.path, weights, elsewhere), model)
     if is_file:
-        raise UserError(f"{model.path} is a file; --model-path takes a folder or a hub id")
+        return _allowed(_read_single_file(folder, model, weights), model)
     if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1 or "\\" in model.path:
         raise UserError(f"The model folder {model.path} does not exist")
     packaged = env.preset_configs(model.preset or "")
     if not weights and model.preset and packaged.is_dir():
         return read_card(packaged, model.path, weights=False)
-    return read_card(_download(model, model.path, weights), model.path, weights, model.component_paths)
+    folder = _download(model, model.path, weights)
+    return _allowed(read_card(folder, model.path, weights, elsewhere), model)
+
+
+def _allowed(card: ModelCard, model: Model) -> ModelCard:
+    """The card, unless the repository wants to run code that nobody allowed. Raises UserError."""
+    remote_code.check(card, model.trust_remote_code)
+    return card
+
+
+def _read_single_file(path: Path, model: Model, weights: bool) -> ModelCard:
+    """The card of a whole model in one file. Its component configs, and with `weights` its tokenizers, come from
+    model.configs, else from the preset, else from the repository that fits what the file holds.
+    """
+    shapes = single_file.read(path)
+    name = str(model.path)
+    folder, preset = Path(model.configs).expanduser() if model.configs else None, None
+    if folder is None or not folder.is_dir():
+        known = presets.load()
+        own = {each.name: each.path for each in known}.get(model.preset or "")
+        source = model.configs or own or single_file.source_of_configs(path, shapes)
+        preset = presets.by_path(source, known)
+        packaged = env.preset_configs(preset or "")
+        if not weights and preset and packaged.is_dir() and not model.configs:
+            folder = packaged
+        else:
+            folder = _download(replace(model, revision=None), source, False, CONFIGS_AND_TOKENIZERS)
+    if preset and model.preset in (None, "custom") and not weights:
+        log.info(f"{path.name} is of the kind of {preset}: --model-id {preset} applies the settings of that preset")
+    card = read_card(folder, name, weights=False)
+    single_file.check_whole(path, shapes, card.components, model.component_paths)
+    if not weights:
+        return card
+    for part, component in card.components.items():
+        if part not in model.component_paths and (folder / part).is_dir():
+            _check_vocabulary(folder / part, component)
+    return replace(card, folder=folder, file=path)
 
 
 def read_card(folder: Path, name: str, weights: bool, replaced: Container[str] = ()) -> ModelCard:
@@ -61,14 +100,15 @@ def read_card(folder: Path, name: str, weights: bool, replaced: Container[str] =
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(_not_a_pipeline(folder, name))
-    content = _read_json(index)
+    content = read_json(index)
     components = {
         part: Component(entry[0], entry[1], folder / part, _component_config(folder / part))
         for part, entry in content.items()
-        if isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
+        if not part.startswith("_") and isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
     }
     names = content.get("_class_name")
     pipeline_class = names[-1] if isinstance(names, list) and names else names  # [file of the repository, class]
+    code = remote_code.files(folder, names, components)
     if not isinstance(pipeline_class, str) or not components:
         raise UserError(f"{index} names no pipeline class or no components")
     if weights:
@@ -78,10 +118,11 @@ def read_card(folder: Path, name: str, weights: bool, replaced: Container[str] =
     settings = {
         key: value for key, value in content.items() if not (key.startswith("_") or isinstance(value, (list, dict)))
     }
-    return ModelCard(name, folder if weights else None, pipeline_class, components, settings)
+    return ModelCard(name, folder if weights else None, pipeline_class, components, settings, code=code)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError when there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -94,7 +135,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _component_config(folder: Path) -> dict[str, Any]:
     for name in ("config.json", "scheduler_config.json"):
         if (folder / name).is_file():
-            return _read_json(folder / name)
+            return read_json(folder / name)
     return {}
 
 
@@ -115,52 +156,41 @@ def _check_files(folder: Path, part: str, component: Component) -> None:
     is_network = (where / "config.json").is_file() and not {"_class_name", "architectures"}.isdisjoint(component.config)
     if is_network and not files:
         raise UserError(f"{where} {PICKLED if any(where.glob('*.bin')) else 'holds no weights (*.safetensors)'}")
+    _check_vocabulary(where, component)
+    for path in files:
+        safetensors_file.header(path)
+
+
+def _check_vocabulary(where: Path, component: Component) -> None:
     if "Tokenizer" in component.class_name and "ByT5" not in component.class_name:
         settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"}
         if settings.issuperset(path.name for path in where.iterdir()):
             raise UserError(f"{where} holds no vocabulary for {component.class_name}")
-    for path in files:
-        _check_header(path)
 
 
 def _shards(where: Path) -> list[str]:
     """Names of the files that the weights of a folder are spread over, from its index."""
     indices = (where / f"{stem}.safetensors.index.json" for stem in ("diffusion_pytorch_model", "model"))
-    maps = [_read_json(index).get("weight_map") for index in indices if index.is_file()]
+    maps = [read_json(index).get("weight_map") for index in indices if index.is_file()]
     return sorted({str(shard) for shards in maps if isinstance(shards, dict) for shard in shards.values()})
-
-
-def _check_header(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            file.keys()
-    except SafetensorError as error:
-        with open(path, "rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UserError(f"The weight file {path} is a Git LFS pointer: run 'git lfs pull'") from None
-        raise UserError(f"The weight file {path} is corrupt: {first_line(error)}") from None
-    except OSError as error:
-        raise UserError(f"The weight file {path} cannot be read: {error.strerror or first_line(error)}") from None
 
 
 def _not_a_pipeline(folder: Path, name: str) -> str:
     config = folder / "config.json"
     if config.is_file():
-        architectures = _read_json(config).get("architectures") or [""]
+        architectures = read_json(config).get("architectures") or [""]
         if str(architectures[0]).endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")):
             return LANGUAGE_MODEL
     return f"{name} is not a diffusers model: it has no model_index.json"
 
 
-def _download(model: Model, name: str, weights: bool) -> Path:
-    """A local snapshot of a hub repository: everything that its pipeline needs, or its configs alone."""
+def _download(model: Model, name: str, weights: bool, patterns: list[str] = CONFIGS) -> Path:
+    """A local snapshot of a hub repository: everything that its pipeline needs, or the files of `patterns` alone."""
     fetch = _download_modelscope if env.use_modelscope() else _download_huggingface
-    return fetch(model, name, weights)
+    return fetch(model, name, weights, patterns)
 
 
-def _download_huggingface(model: Model, name: str, weights: bool) -> Path:
+def _download_huggingface(model: Model, name: str, weights: bool, patterns: list[str]) -> Path:
     """One request shows whether the hub answers, without the library's 23 s of retries; if not, the cache must do."""
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, snapshot_download
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
@@ -168,7 +198,7 @@ def _download_huggingface(model: Model, name: str, weights: bool) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     failures = (OSError, ValueError, errors.HTTPError)  # type: ignore[attr-defined] # what its HTTP client raises
-    patterns, refusal = CONFIGS, None
+    refusal = None
     try:
         get_hf_file_metadata(hf_hub_url(name, "model_index.json", revision=model.revision))
     except errors.EntryNotFoundError:
@@ -182,7 +212,7 @@ def _download_huggingface(model: Model, name: str, weights: bool) -> Path:
         else:
             folder = snapshot_download(name, revision=model.revision, allow_patterns=patterns, local_files_only=local)
     except failures as error:
-        raise _hub_error(refusal or error, name, model.revision) from error
+        raise hub_error(refusal or error, name, model.revision) from error
     if refusal and weights:
         log.warning(f"{_reason(refusal)}: using the copy of {name} in the local cache")
     return Path(folder)
@@ -202,7 +232,7 @@ def _download_pipeline(model: Model, name: str, local: bool) -> str:
     return folder
 
 
-def _hub_error(error: Exception, name: str, revision: str | None) -> Exception:
+def hub_error(error: Exception, name: str, revision: str | None) -> Exception:
     """The sentence for a failed download: UserError where another request helps, RunError where it is the hub."""
     from huggingface_hub import errors
 
@@ -218,6 +248,8 @@ def _hub_error(error: Exception, name: str, revision: str | None) -> Exception:
         )
     if isinstance(error, errors.HFValidationError):
         return UserError(f"'{name}' is neither a local folder nor a possible hub id")
+    if "trust_remote_code" in str(error):
+        return UserError(remote_code.refusal(name, "code of its own"))
     if "necessary `safetensors` weights" in str(error):
         return UserError(f"{name} {PICKLED}")
     return RunError(f"{name} is not a local folder, not whole in the local cache, and not to be had: {_reason(error)}")
@@ -238,7 +270,7 @@ def _reason(error: BaseException) -> str:
     return f"the hub cannot be reached ({first_line(error)})"
 
 
-def _download_modelscope(model: Model, name: str, weights: bool) -> Path:
+def _download_modelscope(model: Model, name: str, weights: bool, patterns: list[str]) -> Path:
     """Configs first; then only the folders that the pipeline names, without pickles and other formats."""
     try:
         from modelscope import snapshot_download
@@ -248,12 +280,13 @@ def _download_modelscope(model: Model, name: str, weights: bool) -> Path:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     failures: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *kinds)
     try:
-        folder = snapshot_download(name, revision=model.revision, allow_patterns=["config.json", *CONFIGS])
+        folder = snapshot_download(name, revision=model.revision, allow_patterns=["config.json", *patterns])
         index = Path(folder) / "model_index.json"
         if weights and index.is_file():
-            parts = [f"{part}/*" for part, entry in _read_json(index).items() if isinstance(entry, list)]
+            parts = [f"{part}/*" for part, entry in read_json(index).items() if isinstance(entry, list)]
+            code = ["*.py"] if model.trust_remote_code else []
             folder = snapshot_download(
-                name, revision=model.revision, allow_patterns=[*CONFIGS, *parts], ignore_patterns=OTHER_FORMATS
+                name, revision=model.revision, allow_patterns=[*CONFIGS, *parts, *code], ignore_patterns=OTHER_FORMATS
             )
     except UserError:
         raise

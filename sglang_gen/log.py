@@ -10,7 +10,12 @@ from typing import Any
 
 _LOGGER = logging.getLogger("sglang_gen")
 _LIBRARIES = ("diffusers", "transformers")  # their warnings are for the user
-_DEVELOPERS = ("huggingface_hub", "py.warnings")  # their warnings repeat what we say, or are for developers
+_DEVELOPERS = (
+    "huggingface_hub",
+    "py.warnings",
+    "torchao",
+    "torch.utils._pytree",
+)  # their warnings repeat what we say, or are for developers
 # Line ends, what a terminal would obey, and bytes of the command line that are no text.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 PROGRESS_SECONDS = 5.0  # at most one progress line in this many seconds when stderr is no terminal

@@ -52,16 +52,23 @@ def _write_mp4(file: BinaryIO, frames: "np.ndarray[Any, Any]", fps: int, record:
 
 
 def save_sound(
-    folder: Path, samples: "np.ndarray[Any, Any]", rate: int, record: Callable[[str], dict[str, Any]]
+    folder: Path,
+    samples: "np.ndarray[Any, Any]",
+    rate: int,
+    record: Callable[[str], dict[str, Any]],
+    latents: Mapping[str, Any] | None = None,
 ) -> Path:
     """Float [C, T] samples in [-1, 1] as the next generated_audio_N.wav (16 bit), its record beside it as JSON."""
 
     def files(name: str) -> dict[str, Write]:
         content = record(f"{name}.wav")
-        return {
+        found: dict[str, Write] = {
             ".wav": lambda file: _write_wav(file, samples, rate),
             ".json": lambda file: file.write(record_bytes(content)),
         }
+        if latents is not None:
+            found[".safetensors"] = lambda file: file.write(safetensors_bytes(latents))
+        return found
 
     return save_numbered(folder, "generated_audio", files)
 

@@ -68,7 +68,11 @@ def record_bytes(content: Any) -> bytes:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically; an existing file is replaced whole or not at all. Raises OSError."""
-    data = record_bytes(content)
+    write_bytes(path, record_bytes(content))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically; an existing one is replaced whole or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path.parent, path.suffix) as temporary:
         _fill(temporary, lambda file: file.write(data))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen import choice, env, layout, prompts
+from sglang_gen import choice, env, layout, prompts, quantization, remote_code, stored
 from sglang_gen.errors import UserError
 from sglang_gen.flags import BY_PATH
 from sglang_gen.schema import (
@@ -18,7 +18,6 @@ from sglang_gen.schema import (
     CacheMethod,
     Device,
     DType,
-    QuantMethod,
     Run,
     Tracker,
     get,
@@ -33,10 +32,7 @@ if TYPE_CHECKING:
 
 # What this version cannot do yet: the config paths, and the sentence for a run that asks for one of them.
 MISSING: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("quant.",), "quantized weights are not available in this version; run with quant=none"),
     (("cache.interval",), "DeepCache is not available in this version; run with cache=none"),
-    (("compile.disable_autocast",), "choosing the stored dtype is not available in this version; name it with --dtype"),
-    (("model.trust_remote_code",), "code from model repositories is not run in this version"),
 )
 
 
@@ -44,6 +40,8 @@ def check(composed: "Composed") -> None:
     """Refuse what needs no look at the model to be refused. Raises UserError."""
     _check_values(composed.run)
     refuse_missing(composed.run, composed.sources)
+    quantization.check(composed.run)
+    stored.check(composed.run)
 
 
 def make_plan(composed: "Composed", card: ModelCard) -> Plan:
@@ -57,7 +55,8 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     _check_ranks(run, degrees, device, len(batches))
     dtype = choose_dtype(run.dtype, device)
     _check_size(run, card)
-    return Plan(
+    quantization.check_model(run, card, quantization.facts_of(device))
+    plan = Plan(
         run=run,
         sources=sources,
         card=card,
@@ -67,10 +66,11 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         dtype=dtype,
         batches=batches,
         requested=requested(run),
-        effective=_effective(run, backend, degrees, device, dtype),
-        warnings=tuple(_warnings(run, sources, composed.versions)),
+        effective=_effective(run, backend, degrees, device, dtype) | {"quantization": quantization.expected(run, card)},
+        warnings=tuple(_warnings(run, sources, composed.versions) + remote_code.warnings(run.model, card)),
         notices=(f"Backend: diffusers ({reason})",) if reason else (),
     )
+    return stored.settle(plan)
 
 
 # Settings that act only together with another: the prefix of the one, whether the other is there, and its name.
@@ -84,6 +84,7 @@ NEEDS: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
     ("compile.regional", lambda run: run.compile.enable_torch_compile, "--enable-torch-compile"),
     ("compile.warmup_steps", lambda run: run.compile.warmup, "--warmup"),
     ("offload.disk_path", lambda run: run.offload.dit_layerwise_offload, "--dit-layerwise-offload"),
+    ("model.configs", lambda run: Path(run.model.path or "").expanduser().is_file(), "a single file as --model-path"),
     ("tracking.project", lambda run: run.tracking.name is Tracker.wandb, "tracking=wandb"),
 )
 
@@ -248,7 +249,7 @@ def requested(run: Run) -> dict[str, Any]:
         "device": run.device.name,
         "parallel": degrees,
         "cache": run.cache.method.name,
-        "quantization": run.quant.method.name,
+        "quantization": "nunchaku" if quantization.wants_nunchaku(run) else run.quant.method.name,
         "offload": [name for name, value in plain(run.offload).items() if value is True],
         "lora": [adapter["path"] for adapter in [plain(run.lora), *plain(run.lora.adapters)] if adapter["path"]],
         "compile": run.compile.enable_torch_compile,
@@ -266,7 +267,7 @@ def _effective(run: Run, backend: str, degrees: Layout, device: str, dtype: str)
         "device": device,
         "parallel": plain(degrees),
         "cache": CacheMethod.dbcache.name if cached else CacheMethod.none.name,
-        "quantization": QuantMethod.none.name,
+        "quantization": asked["quantization"],
         "offload": [] if device == "cpu" else asked["offload"],
         "lora": asked["lora"],
         "compile": asked["compile"],
@@ -292,8 +293,8 @@ def _warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str |
             path for path in leaves() if path.startswith(("perf.", "machine.name")) and _differs(run, sources, path)
         ]
         found += [f"{path} has no effect without --perf-dump-path" for path in idle]
-    if run.model.revision and (run.model.path is None or Path(run.model.path).expanduser().is_dir()):
-        found.append("--revision has no effect: the model is a local folder")
+    if run.model.revision and (run.model.path is None or Path(run.model.path).expanduser().exists()):
+        found.append("--revision has no effect: the model is a local folder or file")
     here = env.versions()
     other = [f"{name} {then} (here {here.get(name)})" for name, then in versions.items() if here.get(name) != then]
     if other:

@@ -42,6 +42,9 @@ def _read(path: str) -> list[dict[str, Any]]:
             continue
         try:
             entries.append(parse_json(line))
+            _check(entries[-1])
+        except UserError as error:
+            raise UserError(f"sampling.prompts_file: {path}, line {number}: {error}") from None
         except ValueError as error:
             raise UserError(f"sampling.prompts_file: {path}, line {number} {error}") from None
     if not entries:

@@ -49,7 +49,7 @@ def unsupported(needs: Needs, card: ModelCard) -> str | None:
             return f"this model has no {name}"
         found = card.components[name].class_name
         if classes and found not in classes:
-            return f"the {name} of this model is a {found}, it knows {' and '.join(classes)}"
+            return f"the {name} is a {found}, not a {' or '.join(classes)}"
     if "safety_checker" in card.components:
         return "it runs no safety checker, and this model has one"
     for key, value in card.components[needs.network].config.items():

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sglang_gen import env, log, output
+from sglang_gen import env, kept_prompts, log, output
 from sglang_gen.errors import RunError
 from sglang_gen.schema import SCHEMA_VERSION, plain
 from sglang_gen.types import Decoded, Plan, Sample
@@ -46,7 +46,7 @@ def _save(plan: Plan, effective: dict[str, Any], sample: Sample, decoded: Decode
             "schema_version": SCHEMA_VERSION,
             "file": name,
             "sample": plain(sample),
-            "run": plain(plan.run),
+            "run": kept_prompts.recorded(plan.run),
             "sources": dict(plan.sources),
             "requested": dict(plan.requested),
             "effective": effective,
@@ -66,7 +66,7 @@ def _save(plan: Plan, effective: dict[str, Any], sample: Sample, decoded: Decode
 
     if decoded.kind == "video":
         return media.save_video(folder, data, effective["fps"], record, latents)
-    return media.save_sound(folder, data, effective["sampling_rate"], record)
+    return media.save_sound(folder, data, effective["sampling_rate"], record, latents)
 
 
 def _size(plan: Plan, decoded: Decoded) -> dict[str, Any]:

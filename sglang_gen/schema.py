@@ -66,12 +66,13 @@ class Model:
     """Which weights, and how a diffusers pipeline is put together from them."""
 
     preset: str | None = None  # name of the option in conf/model whose settings apply
-    path: str | None = None  # hub id or local folder; null with the landscape preset: the embedded folder
+    path: str | None = None  # hub id, local folder or whole-model file; null with landscape: the embedded folder
     id: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     pipeline_class_name: str | None = None
     component_paths: dict[str, str] = field(default_factory=dict)
+    configs: str | None = None  # folder or hub id that has the component configs and tokenizers of a single file
     example_prompt: str | None = None
 
 

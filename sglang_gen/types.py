@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from sglang_gen.perf.record import Clock
 
 
+DENOISERS = ("transformer", "transformer_2", "unet")  # components that denoise, by name
+
+
 @dataclass(frozen=True)
 class Component:
     """One entry of model_index.json: the class of a pipeline component and the folder that holds it."""
@@ -33,6 +36,8 @@ class ModelCard:
     pipeline_class: str
     components: Mapping[str, Component]
     settings: Mapping[str, Any] = field(default_factory=dict)  # the other entries of model_index.json
+    file: Path | None = None  # a whole model in one file; `folder` then holds configs and tokenizers
+    code: tuple[str, ...] = ()  # files of the repository that its pipeline wants to run
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+import pytest
+
 
 def _commit(name: str, revision: str) -> str:
     return hashlib.sha1(f"{name}@{revision}".encode(), usedforsecurity=False).hexdigest()
@@ -37,6 +40,16 @@ class LittleHub:
         self.server.shutdown()
         self.server.server_close()
 
+    def install(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Let the hub's client in this process ask here, with nothing in its cache."""
+        constants = huggingface_hub.constants
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+
     def files_fetched(self) -> list[str]:
         """Paths inside their repository of all files that were downloaded."""
         gets = [line.partition(" ")[2] for line in self.requests if line.startswith("GET")]
@@ -63,9 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Stay silent."""
 
     def _answer(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.little.requests.append(f"{self.command} {path}")
-        words = path.strip("/").split("/")
+        path = urlsplit(self.path).path
+        self.little.requests.append(f"{self.command} {unquote(path)}")
+        words = [unquote(word) for word in path.strip("/").split("/")]  # a branch may have a slash in its name
         api = words[:2] == ["api", "models"]
         name, rest = "/".join(words[2:4] if api else words[:2]), words[4:] if api else words[2:]
         if name in self.little.refused:

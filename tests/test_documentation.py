@@ -1,63 +1,80 @@
-"""Every command in README.md and docs/ is one that the command accepts: it parses, composes and plans."""
+"""What the pages must hold: every group, option and key, commands that a test runs, and links that lead somewhere."""
 
 import re
-import shlex
 from pathlib import Path
 
+import group_pages
+import pages
 import pytest
 
-from sglang_gen import config, hub, plan
-from sglang_gen.cli import build_parser, flag_values, split_argv
+from sglang_gen.schema import leaves
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def commands() -> list[str]:
-    """Lines that start with `sglang generate`, in ```bash blocks."""
-    found = []
-    for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            found += [line for line in block.splitlines() if line.startswith("sglang generate")]
-    return found
+GROUPS = {folder.name: folder for folder in (pages.ROOT / "conf").iterdir() if folder.is_dir()}
 
 
 def test_the_pages_hold_commands():
-    assert len(PAGES) >= 11
-    assert len(commands()) >= 12
+    found = [command for page in pages.PAGES for command in pages.commands(page)]
+    assert len(pages.PAGES) >= 22
+    assert {command.kind for command in found} == {"", "slow", "refused"}
+    assert len(found) >= 75
 
 
-@pytest.mark.parametrize("line", commands())
-def test_a_documented_command_is_accepted(line):
-    path = "stabilityai/stable-diffusion-xl-base-1.0"
-    Path("generation_config.json").write_text(f'{{"model_path": "{path}", "prompt": "a"}}')
-    Path("outputs").mkdir()
-    Path("outputs/generated_image_0.json").write_text('{"schema_version": 1, "run": {"sampling": {"prompt": "a"}}}')
-    parser = build_parser()
-    options, overrides = split_argv(shlex.split(line, comments=True)[2:], parser)
-    given = vars(parser.parse_args(options))
-    choices = config.Choices(tuple(overrides), flag_values(given), given.get("config"))
-    if given.get("multirun"):
-        jobs = config.multirun(choices, lambda job: config.compose(job.choices))
-        assert len(jobs) > 1
-    else:
-        jobs = [config.compose(choices)]
-    for composed in jobs:
-        plan.check(composed)
-        plan.make_plan(composed, hub.find(composed.run.model, weights=False))
+def test_every_group_has_a_page():
+    assert {page.stem for page in pages.GROUP_PAGES} == set(GROUPS)
+
+
+@pytest.mark.parametrize("page", pages.GROUP_PAGES, ids=lambda page: page.stem)
+def test_a_group_page_has_its_keys_options_commands_and_refusals(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(f"# Group `{page.stem}`\n")
+    rows = [group_pages.start_of_row(path) for path in group_pages.keys(page.stem)]
+    missing = [f"{row} ... |" for row in rows if not re.search(rf"^{re.escape(row)} \S.* \|$", text, re.M)]
+    assert not missing, "\n".join([f"{page.name} lacks these rows:", *missing])
+    assert set(re.findall(rf"^\| `({page.stem}\.\w+)`", text, re.M)) == set(group_pages.keys(page.stem))
+    options = re.findall(rf"^\| `{page.stem}=(\w+)` \| \S", text, re.M)
+    assert sorted(options) == sorted(path.stem for path in GROUPS[page.stem].glob("*.yaml"))
+    assert {"", "refused"} <= {command.kind for command in pages.commands(page)}
+    assert "`effective" in text
+
+
+def test_every_key_of_the_root_is_on_the_configuration_page():
+    text = (pages.ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    for path in group_pages.keys(""):
+        assert f"\n{group_pages.start_of_row(path)} " in text
+
+
+def test_every_key_belongs_to_a_page():
+    assert {path.partition(".")[0] for path in leaves() if "." in path} | {"experiment"} == set(GROUPS)
 
 
 def test_every_group_and_option_of_conf_is_on_the_configuration_page():
-    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", page, re.MULTILINE))
-    groups = {folder.name: folder for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
-    assert set(rows) == set(groups)
-    for group, folder in groups.items():
+    text = (pages.ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| (?:\[`|`)(\w+)`(?:\]\(groups/\1\.md\))? \| ([^|]+) \| [^|]+ \|$", text, re.M)
+    rows = dict(found)
+    assert set(rows) == set(GROUPS)
+    for group, folder in GROUPS.items():
         assert sorted(rows[group].strip().split(", ")) == sorted(path.stem for path in folder.glob("*.yaml")), group
+    for page in pages.GROUP_PAGES:
+        assert f"(groups/{page.name})" in text
 
 
-def test_every_link_of_the_pages_leads_to_a_file():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+def test_a_whole_sweep_on_a_page_is_one_that_is_shipped():
+    named = {command.whole_sweep for page in pages.PAGES for command in pages.commands(page)} - {None}
+    assert named
+    assert named <= {path.stem for path in (pages.ROOT / "sweeps").glob("*.yaml")}
+
+
+def anchor(title: str) -> str:
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def test_every_link_of_the_pages_leads_to_a_file_and_a_title():
+    for page in pages.PAGES:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            if "://" in target:
+                continue
+            name, _, title = target.partition("#")
+            there = Path(page.parent / name) if name else page
+            assert there.exists(), f"{page.name}: {target}"
+            titles = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.M) if title else []
+            assert not title or title in map(anchor, titles), f"{page.name}: {target}"

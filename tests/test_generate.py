@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sglang_gen import generate
+from sglang_gen.models.sd3 import SD3
 
 SIZE = ("--height", "32", "--width", "32", "--num-inference-steps", "2")
 SMALL = (*SIZE, "--seed", "7")
@@ -45,7 +46,8 @@ def test_the_picture_is_the_one_that_plain_diffusers_makes(pipelines, sglang, na
         "a cat, sitting", height=32, width=32, num_inference_steps=2, guidance_scale=4.0,
         generator=torch.Generator("cpu").manual_seed(7),
     ).images[0]  # fmt: skip
-    assert np.array_equal(picture("outputs/generated_image_0.png"), np.asarray(expected))
+    ours = picture("outputs/generated_image_0.png").astype(int)
+    assert np.abs(ours - np.asarray(expected)).max() <= 1  # the native engine rounds on other ways
 
 
 def test_every_sampling_flag_reaches_the_pipeline(pipelines, sglang, monkeypatch):
@@ -80,7 +82,7 @@ def test_prompts_file_gives_each_line_its_own_picture_and_seed(pipelines, sglang
     calls = received(monkeypatch, "StableDiffusion3Pipeline")
     Path("prompts.txt").write_text('a red fox\n\n{"prompt": "{b}", "seed": 40, "negative_prompt": "n"}\n', "utf-8")
     done = sglang("generate", "--model-path", pipelines["sd3"], *SMALL, "sampling.prompts_file=prompts.txt",
-                  "sampling.batch_size=4", "--num-samples", "2")  # fmt: skip
+                  "sampling.batch_size=4", "--num-samples", "2", "--backend", "diffusers")  # fmt: skip
     assert done.code == 0, done.err
     assert [call["prompt"] for call in calls] == [["a red fox"] * 2, ["{b}"] * 2]
     assert [[item.initial_seed() for item in call["generator"]] for call in calls] == [[7, 8], [40, 41]]
@@ -100,8 +102,16 @@ def test_dtype_is_the_dtype_of_the_loaded_networks(pipelines, sglang, monkeypatc
         diffusers.SD3Transformer2DModel, "forward",
         lambda self, *args, **kwargs: seen.append(self.dtype) or forward(self, *args, **kwargs),
     )  # fmt: skip
-    assert sglang("generate", "--model-path", pipelines["sd3"], "--prompt", "a", *SMALL, "--dtype", name).code == 0
-    assert set(seen) == {dtype}
+    ours = SD3.forward
+    monkeypatch.setattr(
+        SD3, "forward", lambda self, x, *rest: seen.extend([self.out.weight.dtype, x.dtype]) or ours(self, x, *rest)
+    )
+    for backend in ("diffusers", "sglang"):
+        seen.clear()
+        done = sglang("generate", "--model-path", pipelines["sd3"], "--prompt", "a", *SMALL, "--dtype", name,
+                      "--backend", backend)  # fmt: skip
+        assert done.code == 0, done.err
+        assert set(seen) == {dtype}
 
 
 def test_diffusers_kwargs_reach_the_call_and_the_scheduler(pipelines, sglang, monkeypatch):
@@ -174,7 +184,7 @@ def test_pipelines_that_need_more_say_what(pipelines, sglang, name, need):
 
 def test_max_sequence_length_reaches_the_text_encoder(pipelines, sglang, monkeypatch):
     calls = received(monkeypatch, "FluxPipeline")
-    common = ("generate", "--model-path", pipelines["flux"], "--prompt", "a", *SMALL)
+    common = ("generate", "--model-path", pipelines["flux"], "--prompt", "a", *SMALL, "--backend", "diffusers")
     assert sglang(*common, "sampling.max_sequence_length=16").code == 0
     assert calls[0]["max_sequence_length"] == 16
     sdxl = sglang("generate", "--model-path", pipelines["sdxl"], "--prompt", "a", *SMALL,
@@ -224,7 +234,7 @@ def test_saved_latents_decode_to_the_picture(pipelines, sglang):
 
 def test_warmup_runs_before_the_clock_and_changes_no_picture(pipelines, sglang, monkeypatch):
     calls = received(monkeypatch, "StableDiffusion3Pipeline")
-    common = ("generate", "--model-path", pipelines["sd3"], "--prompt", "a", *SMALL)
+    common = ("generate", "--model-path", pipelines["sd3"], "--prompt", "a", *SMALL, "--backend", "diffusers")
     assert sglang(*common).code == 0
     assert sglang(*common, "--warmup", "--warmup-steps", "3", "--perf-dump-path", "perf.json").code == 0
     assert [call["num_inference_steps"] for call in calls] == [2, 3, 2]

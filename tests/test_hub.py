@@ -10,6 +10,7 @@ from pathlib import Path
 
 import diffusers
 import huggingface_hub
+import little_hub
 import numpy as np
 import pytest
 import torch
@@ -28,14 +29,7 @@ def hub(tmp_path, monkeypatch, pipelines) -> Iterator[LittleHub]:
     """A hub with `tiny/sd15`, and nothing in the local cache."""
     little = LittleHub()
     little.repos["tiny/sd15"] = {"main": pipelines["sd15"]}
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", little.endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", little.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", little.endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    little.install(monkeypatch, tmp_path)
     yield little
     little.close()
 
@@ -68,6 +62,19 @@ def test_revision_chooses_the_files(sglang, hub, pipelines, tmp_path):
     assert len(np.unique(picture(1))) > 10
     unknown = sglang(*common, "--revision", "gone")
     assert (unknown.code, unknown.lines) == (2, ["ERROR: tiny/sd15 has no revision 'gone'"])
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(sglang, hub, pipelines):
+    hub.repos["tiny/sd15"] = {"main": pipelines["sd15"], "v1.0": pipelines["sdxl"], "work/new": pipelines["sdxl"]}
+    commit = little_hub._commit("tiny/sd15", "v1.0")
+    for number, revision in enumerate(("v1.0", "work/new", commit)):
+        done = sglang("generate", "--model-path", "tiny/sd15", "--revision", revision, "--prompt", "a", *SMALL)
+        assert done.code == 0, done.err
+        effective = json.loads(Path(f"outputs/generated_image_{number}.json").read_text())["effective"]
+        assert effective["pipeline"] == "StableDiffusionXLPipeline"
+    assert sglang("generate", "--model-path", "tiny/sd15", "--prompt", "a", *SMALL).code == 0
+    effective = json.loads(Path("outputs/generated_image_3.json").read_text())["effective"]
+    assert effective["pipeline"] == "StableDiffusionPipeline"
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -1,5 +1,6 @@
 """-m: every job in its own folder; one that fails does not stop the others, and the exit code tells."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -162,3 +163,29 @@ def test_a_wrong_sweep_is_refused_before_any_job(sglang, words, sentence):
 def test_a_flag_that_the_sweep_file_sets_is_refused(sglang, sweep_file):
     done = sglang("generate", *sweep_file, "--seed", "3")
     assert (done.code, "sampling.seed is given twice, by --seed and by the sweep seeds" in done.err) == (2, True)
+
+
+def test_the_record_of_a_job_repeats_its_picture_and_leaves_the_sweeps_dump_alone(pipelines, sglang):
+    words = ("-m", "--model-path", pipelines["sd15"], "--prompt", "x", *SMALL, "--output-path", "sweep")
+    assert sglang("generate", *words, "sampling.guidance_scale=2").code == 0
+    dump = Path("sweep/0/perf.json").read_bytes()
+    done = sglang("generate", "--config", "sweep/0/generated_image_0.json", "--output-path", "again")
+    assert done.code == 0, done.err
+    assert Path("again/generated_image_0.png").exists()
+    assert Path("sweep/0/perf.json").read_bytes() == dump
+
+
+def test_a_full_disk_is_a_failure_of_the_sweep_and_no_wrong_request(sglang, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hydra._internal.hydra.Hydra.multirun", full)
+    done = sglang("generate", "-m", "--prompt", "x", "sampling.seed=1,2", "--output-path", "sweep")
+    assert done.code == 1
+    assert done.lines[-1] == "ERROR: The folder of the sweep cannot be written: No space left on device"
+
+
+def test_a_primary_configuration_that_is_nested_too_deeply_is_one_sentence(sglang):
+    Path("deep.yaml").write_text("[" * 3000)
+    done = sglang("generate", "--config-dir", ".", "--config-name", "deep", "--prompt", "x")
+    assert (done.code, done.lines) == (2, ["ERROR: The configuration is nested too deeply"])

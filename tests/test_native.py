@@ -189,7 +189,7 @@ def test_a_scale_that_is_no_number_is_refused(run):
             "sd15",
             "model_index.json",
             {"vae": ["diffusers", "AutoencoderTiny"]},
-            "the vae of this model is a AutoencoderTiny, it knows AutoencoderKL",
+            "the vae is a AutoencoderTiny, not a AutoencoderKL",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_gen.errors import RunError, UserError
+from sglang_gen.errors import UserError
 from sglang_gen.perf import command
 from sglang_gen.perf.compare import TOLERANCES, compare
 from sglang_gen.perf.observations import collect, read
@@ -322,9 +322,23 @@ def test_the_markdown_file_is_what_is_printed_and_a_prompt_cannot_break_the_tabl
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") - line.count("\\|") for line in table}) == 1
     assert [path.name for path in Path("out").iterdir()] == ["report.md"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--markdown", "file/report.md"), "file cannot be written: File exists"),
+        (("--json", "folder"), "folder cannot be written: Is a directory"),
+        (("--json", ""), "--json must name a file, not ''"),
+        (("--markdown", "a\0b"), "--markdown must name a file, not"),
+        ((" ",), "BASE and NEW must name a file, not ' '"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_refused_before_a_verdict_whose_exit_code_it_would_imitate(words, sentence):
     Path("file").write_text("")
-    with pytest.raises(RunError, match=r"file/report\.md cannot be written"):
-        command.main(["compare", "a.json", "b.json", "--markdown", "file/report.md"])
+    Path("folder").mkdir()
+    with pytest.raises(UserError, match=sentence):
+        command.main(["compare", save("a.json", ours()), save("b.json", ours()), *words])
 
 
 def test_a_whole_comparison_of_equal_programs_is_rarely_a_regression():

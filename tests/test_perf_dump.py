@@ -180,7 +180,7 @@ def test_the_work_of_denoising_is_what_its_layers_did(dump, pipelines, monkeypat
             inside.pop()
 
     monkeypatch.setattr(cls, "forward", watched)
-    found = dump(pipelines[name])
+    found = dump(pipelines[name], "--backend", "diffusers")
     assert found["work"]["denoising"]["flops"] == sum(done) > 1e6
 
 

@@ -112,7 +112,8 @@ def test_data_parallel_groups_share_the_pictures_and_keep_their_order(run):
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
 def test_guidance_branches_on_two_ranks_give_the_picture_of_one(run, name):
-    words = ("--num-samples", "2", "sampling.batch_size=2", "--negative-prompt", "a dog", "--perf-dump-path")
+    words = ("--num-samples", "2", "sampling.batch_size=2", "--negative-prompt", "a dog", "--backend", "diffusers",
+             "--perf-dump-path")  # fmt: skip
     assert run(name, "--output-path", "one", *words, "one.json").code == 0
     done = run(name, "--output-path", "two", *words, "two.json", "parallel=cfg2")
     assert done.code == 0, done.err
@@ -137,7 +138,7 @@ def test_a_pipeline_that_does_not_batch_its_branches_is_refused(run):
     done = run("flux", "parallel=cfg2")
     assert done.code == 2
     assert "does not give FluxTransformer2DModel both guidance branches in one batch" in done.err
-    assert len(done.lines) <= 4, done.err
+    assert [line for line in done.lines if not line.startswith("INFO: ")] == done.lines[-1:]
 
 
 def test_an_error_of_every_rank_is_said_once(run):

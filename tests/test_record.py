@@ -178,3 +178,32 @@ def test_a_record_that_cannot_be_read_says_why(pipelines, sglang, change, senten
     done = sglang("generate", "--config", "kept.json")
     assert (done.code, len(done.lines)) == (2, 1)
     assert sentence in done.lines[0]
+
+
+def test_many_prompts_stand_once_beside_the_pictures_and_the_record_repeats_them(pipelines, sglang):
+    texts = ["a lake", "b, {c} 山\u2028", *(f"{number} " + "long " * 2000 for number in range(2))]
+    Path("prompts.txt").write_text("\n".join(texts), encoding="utf-8")
+    words = ("--model-path", pipelines["sd15"], "--height", "32", "--width", "32", "--num-inference-steps", "1")
+    done = sglang("generate", *words, "--seed", "3", "sampling.prompts_file=prompts.txt")
+    assert done.code == 0, done.err
+    Path("prompts.txt").unlink()
+    (kept,) = Path("outputs").glob("prompts_*.jsonl")
+    for number, text in enumerate(texts):
+        record = json.loads(Path(f"outputs/generated_image_{number}.json").read_text(encoding="utf-8"))
+        assert record["sample"]["prompt"] == text
+        assert (record["run"]["sampling"]["prompts"], record["run"]["sampling"]["prompts_file"]) == ([], kept.name)
+    assert Path("outputs/generated_image_0.json").stat().st_size < 16_384
+
+    again = sglang("generate", "--config", "outputs/generated_image_1.json")
+    assert again.code == 0, again.err
+    assert list(Path("outputs").glob("prompts_*.jsonl")) == [kept]
+    for number in range(4):
+        first, second = (Path(f"outputs/generated_image_{index}.png") for index in (number, number + 4))
+        assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(second)))
+
+    kept.write_text(kept.read_text(encoding="utf-8").replace("lake", "sea"), encoding="utf-8")
+    changed = sglang("generate", "--config", "outputs/generated_image_1.json")
+    assert (changed.code, "does not hold the prompts of" in changed.lines[-1]) == (2, True)
+    kept.unlink()
+    gone = sglang("generate", "--config", "outputs/generated_image_1.json")
+    assert (gone.code, "cannot be read from" in gone.lines[-1]) == (2, True)

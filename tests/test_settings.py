@@ -16,6 +16,7 @@ ELSEWHERE = {
     "model.example_prompt": "test_config.py",
     "model.revision": "test_hub.py",
     "model.preset": "test_hub.py",
+    "model.configs": "test_single_file.py",
     "tracking.project": "test_tracking.py",
     "compile.regional": "test_diffusers_options.py",
     "output.fps": "test_media.py",

@@ -13,6 +13,7 @@ import yaml
 
 from sglang_gen import config, env
 from sglang_gen.sweep import report
+from sglang_gen.sweep.table import to_csv, to_markdown
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 TABLE = "++hydra.callbacks.table._target_=sglang_gen.sweep.callback.SweepTable"
@@ -57,7 +58,7 @@ def job(folder: Path, name: str, content: dict | None, *overrides: str, **note: 
 
 
 def table(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(report.to_csv(report.read_jobs(folder)), newline="")))
+    return list(csv.DictReader(io.StringIO(to_csv(report.read_jobs(folder)), newline="")))
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -78,7 +79,11 @@ def test_a_row_holds_times_memory_and_pictures_of_its_job(tmp_path):
 
 def test_repeats_give_a_median_and_its_interval(tmp_path):
     values = [100.0, 102.0, 104.0, 110.0, 99.0]
-    job(tmp_path, "0", dump(repeats=[observation(value) for value in values], quality={"psnr": 40.5, "ssim": 0.99}))
+    job(
+        tmp_path,
+        "0",
+        dump(repeats=[observation(value) for value in values], quality={"psnr": 40.5, "ssim": 0.99, "max_error": 3}),
+    )
     (row,) = table(tmp_path)
     half = 2.776 * 1.2533141 * statistics.stdev(values) / 5**0.5 / 1000
     assert float(row["step_s"]) == pytest.approx(0.103)
@@ -86,9 +91,27 @@ def test_repeats_give_a_median_and_its_interval(tmp_path):
     assert float(row["step_s_high"]) == pytest.approx(0.103 + half, abs=2e-6)
     assert (row["repeats"], row["load_s"], row["load_s_low"]) == ("5", "0.5", "")
     assert float(row["images_per_second"]) == pytest.approx(1 / 1.02, abs=1e-6)
-    assert (row["psnr"], row["ssim"]) == ("40.5", "0.99")
-    text = report.to_markdown(report.read_jobs(tmp_path))
+    assert (row["psnr"], row["ssim"], row["max_error"]) == ("40.5", "0.99", "3")
+    text = to_markdown(report.read_jobs(tmp_path))
     assert re.search(r"\| 0\.103 \(0\.0\d+ to 0\.1\d+, n = 5\) \|", text)
+
+
+def test_an_identical_picture_says_so(tmp_path):
+    quality = {"pairs": 1, "identical": True, "psnr": None, "ssim": 1.0, "max_error": 0, "samples": []}
+    job(tmp_path, "0", dump(quality=quality))
+    (row,) = table(tmp_path)
+    assert (row["psnr"], row["ssim"], row["max_error"]) == ("", "1.0", "0")
+    assert "| identical | 1 | 0 |" in to_markdown(report.read_jobs(tmp_path))
+
+
+def test_a_setting_that_only_some_jobs_can_have_is_said_once_where_it_is_the_same(tmp_path):
+    for name, cache in enumerate(["none", {"fn": 1, "bn": 0, "plan": "a"}, {"fn": 1, "bn": 0, "plan": "b"}, {"fn": 1}]):
+        effective = {**dump()["effective"], "cache": cache}
+        job(tmp_path, str(name), dump(effective=effective), f"x={name}")
+    text = to_markdown(report.read_jobs(tmp_path))
+    assert "In all jobs that ran: attention auto → sdpa, cache.fn 1." in text
+    (header,) = [line for line in text.splitlines() if line.startswith("| job")]
+    assert header.endswith("| peak host | cache | cache.bn | cache.plan |")
 
 
 def test_the_interval_never_starts_below_zero_and_narrows_with_repeats():
@@ -108,7 +131,9 @@ def test_only_settings_that_tell_jobs_apart_or_did_not_take_effect_have_a_column
                         "effective.parallel.tp", "requested.parallel.tp_size"]  # fmt: skip
     assert [row["effective.parallel.tp"] for row in rows] == ["1", "2"]
     assert [row["requested.parallel.tp_size"] for row in rows] == ["", "2"]
-    assert report.to_markdown(report.read_jobs(tmp_path)).count("auto → sdpa") == 2
+    text = to_markdown(report.read_jobs(tmp_path))
+    assert "In all jobs that ran: attention auto → sdpa." in text
+    assert text.count("auto → sdpa") == 1
 
 
 def test_a_job_without_a_dump_is_a_row_with_its_reason(tmp_path):
@@ -127,18 +152,19 @@ def test_a_job_without_a_dump_is_a_row_with_its_reason(tmp_path):
     assert (rows["3"]["status"], rows["3"]["error"]) == ("unfinished", "job.json is missing")
     assert rows["4"]["error"].startswith("job.json cannot be read: ")
     assert (rows["10"]["status"], rows["10"]["error"]) == ("completed", "")
-    assert "failed: 2 ranks \\| not here" in report.to_markdown(report.read_jobs(tmp_path))
+    assert "failed: 2 ranks \\| not here" in to_markdown(report.read_jobs(tmp_path))
 
 
 def test_the_markdown_shows_pictures_and_says_shared_overrides_once(tmp_path):
     for name, layout in enumerate(["single", "tp2"]):
         job(tmp_path, str(name), dump(), "model.path=a|b", f"parallel={layout}")
-    text = report.to_markdown(report.read_jobs(tmp_path), "Sweep x")
+    text = to_markdown(report.read_jobs(tmp_path), "Sweep x")
     lines = text.splitlines()
     assert lines[:4] == ["# Sweep x", "", "2 of 2 jobs completed.", "All jobs: `'model.path=a\\|b'`."]
+    assert lines[4] == "In all jobs that ran: attention auto → sdpa."
     header = [cell.strip() for cell in next(line for line in lines if line.startswith("| job")).split("|")[1:-1]]
-    assert header == ["job", "overrides", "status", "pictures", "load", "denoising", "step", "total",
-                      "images per second", "peak host", "attention"]  # fmt: skip
+    assert header == ["job", "overrides", "status", "pictures", "whole job", "load", "denoising", "step", "total",
+                      "images per second", "peak host"]  # fmt: skip
     assert "| `parallel=tp2` | completed | ![1/generated_image_0.png](1/generated_image_0.png) |" in lines[-1]
 
 

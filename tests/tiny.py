@@ -11,16 +11,23 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
+    AutoencoderOobleck,
+    EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
+    StableAudioDiTModel,
+    StableAudioPipeline,
+    StableAudioProjectionModel,
     StableDiffusion3Pipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -30,10 +37,13 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-:;()"
 
@@ -62,9 +72,9 @@ def clip_tokenizer(length: int = 77) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=length)
 
 
-def t5_tokenizer() -> T5TokenizerFast:
+def t5_tokenizer(length: int | None = None) -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0)
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, **({"model_max_length": length} if length else {}))
 
 
 def _clip(seed: int, hidden: int, projected: bool) -> nn.Module:
@@ -109,16 +119,18 @@ def sd15(folder: Path) -> Path:
     return folder
 
 
-def sdxl(folder: Path) -> Path:
+def sdxl(folder: Path, widths: tuple[int, int] = (32, 32)) -> Path:
     unet = UNet2DConditionModel(
         block_out_channels=(16, 32), layers_per_block=2, sample_size=16, cross_attention_dim=64, norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
+        addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=48 + widths[1],
     )  # fmt: skip
     pipeline = StableDiffusionXLPipeline(
-        unet=fill(unet, 1), vae=_vae(4, 2, 0.13025), text_encoder=_clip(3, 32, False), tokenizer=clip_tokenizer(),
-        text_encoder_2=_clip(4, 32, True), tokenizer_2=clip_tokenizer(), add_watermarker=False,
+        unet=fill(unet, 1), vae=_vae(4, 2, 0.13025), text_encoder=_clip(3, widths[0], False),
+        tokenizer=clip_tokenizer(), text_encoder_2=_clip(4, widths[1], True), tokenizer_2=clip_tokenizer(),
+        add_watermarker=False,
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
                                          steps_offset=1, timestep_spacing="leading"),
     )  # fmt: skip
@@ -166,6 +178,60 @@ def wan(folder: Path) -> Path:
     pipeline = WanPipeline(
         transformer=fill(transformer, 41), vae=fill(vae, 42), text_encoder=_t5(43), tokenizer=t5_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def pix2pix(folder: Path) -> Path:
+    """Editing by instruction: a UNet that sees the noisy latents beside those of the picture."""
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, sample_size=16, cross_attention_dim=32, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2, in_channels=8, out_channels=4,
+    )  # fmt: skip
+    pipeline = StableDiffusionInstructPix2PixPipeline(
+        unet=fill(unet, 51), vae=_vae(4, 52, 0.18215), text_encoder=_clip(53, 32, False), tokenizer=clip_tokenizer(),
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def wan_i2v(folder: Path) -> Path:
+    """A picture and a text to a video, with an image encoder."""
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=36, out_channels=16,
+        text_dim=32, freq_dim=256, ffn_dim=32, num_layers=2, rope_max_seq_len=32, image_dim=4,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(hidden_size=4, projection_dim=4, num_hidden_layers=2, num_attention_heads=2,
+                              image_size=32, intermediate_size=16, patch_size=1)  # fmt: skip
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    pipeline = WanImageToVideoPipeline(
+        transformer=fill(transformer, 61), vae=fill(vae, 62), text_encoder=_t5(63), tokenizer=t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), image_encoder=fill(CLIPVisionModel(vision), 64),
+        image_processor=CLIPImageProcessorPil(crop_size=32, size=32),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def stable_audio(folder: Path) -> Path:
+    """Text to stereo sound, 16 samples of sound a latent, 1000 samples a second."""
+    transformer = StableAudioDiTModel(
+        sample_size=64, in_channels=4, num_layers=2, attention_head_dim=4, num_key_value_attention_heads=2,
+        num_attention_heads=2, out_channels=4, cross_attention_dim=4, time_proj_dim=8, global_states_input_dim=8,
+        cross_attention_input_dim=4,
+    )  # fmt: skip
+    vae = AutoencoderOobleck(encoder_hidden_size=6, downsampling_ratios=[4, 4], decoder_channels=3, audio_channels=2,
+                             decoder_input_channels=4, channel_multiples=[2, 4], sampling_rate=1000)  # fmt: skip
+    pipeline = StableAudioPipeline(
+        transformer=fill(transformer, 71), vae=fill(vae, 72), text_encoder=_t5(73, 32), tokenizer=t5_tokenizer(32),
+        projection_model=fill(StableAudioProjectionModel(text_encoder_dim=32, conditioning_dim=4, min_value=0,
+                                                         max_value=32), 74),
+        scheduler=EDMDPMSolverMultistepScheduler(solver_order=2, prediction_type="v_prediction", sigma_data=1.0,
+                                                 sigma_schedule="exponential"),
     )  # fmt: skip
     pipeline.save_pretrained(folder)
     return folder

@@ -13,8 +13,20 @@ import transformers
 
 from sglang_gen import log
 from sglang_gen.backends.observe import Latents, observed, plain_config, read_noise
-from sglang_gen.backends.options import arguments, attention, cache, compilation, components, kinds, lora, offload
-from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, modules
+from sglang_gen.backends.options import (
+    arguments,
+    attention,
+    cache,
+    compilation,
+    components,
+    kinds,
+    lora,
+    offload,
+    original,
+    quantized,
+    weights,
+)
+from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, dtype_of, modules
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.parallel.batch import GuidanceSplit
 from sglang_gen.parallel.mesh import Mesh
@@ -32,7 +44,10 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
     run = plan.run
     name = run.model.pipeline_class_name or plan.card.pipeline_class
     kind = kinds.find(
-        name, image=run.sampling.image_path is not None, mask="mask_image" in run.backend.diffusers_kwargs
+        name,
+        image=run.sampling.image_path is not None,
+        mask="mask_image" in run.backend.diffusers_kwargs,
+        own=original.own_class(plan),
     )
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -55,8 +70,8 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
 def _read(plan: Plan, kind: kinds.Kind, scheduler: dict[str, Any]) -> Any:
     """Weights from the folder, replaced components and the configured scheduler, still on the CPU."""
     dtype = getattr(torch, plan.dtype)
-    replaced = components.load(plan, dtype)
-    pipeline = kind.pipeline_class.from_pretrained(str(plan.card.folder), dtype=dtype, use_safetensors=True, **replaced)
+    replaced = components.load(plan, dtype) | weights.load(plan, dtype)
+    pipeline = original.read(plan, kind.pipeline_class, dtype, replaced)
     if scheduler:
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **scheduler)
     return pipeline
@@ -65,18 +80,21 @@ def _read(plan: Plan, kind: kinds.Kind, scheduler: dict[str, Any]) -> Any:
 def _transform(plan: Plan, pipeline: Any) -> tuple[dict[str, Any], attention.Kernel, "cache.StepCache | None"]:
     """Everything that changes how the pipeline computes, in the one order in which it can be done.
 
-    Adapters first, because they change weights, which must still be whole and on the CPU; then the kernel, which later
-    steps compile or hook; then placement; then the cache, which wraps blocks where they are; compilation last, of the
-    blocks as they then are.
+    Adapters first, because they change weights, which must still be whole and on the CPU; then quantization, into which
+    no adapter could be merged; then the kernel, which later steps compile or hook; then placement; then the cache,
+    which wraps blocks where they are; compilation last, of the blocks as they then are.
     """
     run = plan.run
     adapters = lora.apply(pipeline, run.lora)
+    quantization = quantized.apply(pipeline, run.quant.method, plan.device)
     kernel = attention.apply(pipeline, run.attention, plan.device, getattr(torch, plan.dtype))
     placed = offload.apply(pipeline, run.offload, plan.device)
     steps = run.sampling.num_inference_steps
     step_cache = cache.StepCache(pipeline, run.cache, steps) if cache.wanted(run.cache) else None
     compiled = compilation.apply(pipeline, run.compile, plan.device)
     effective = {
+        **dtype_of(pipeline),
+        "quantization": quantization,
         "lora": adapters,
         "attention": kernel.name,
         "offload": placed,
@@ -165,6 +183,8 @@ class DiffusersEngine:
         field = {"image": "images", "video": "frames", "audio": "audios"}[self.kind.makes]
         if not hasattr(result, field):
             raise RunError(f"{type(self.pipeline).__name__} returned no {field}")
+        if self.kind.makes == "video" and getattr(result, "audio", None) is not None:
+            log.warning(f"{type(self.pipeline).__name__} also made a sound, which is not kept: videos are silent")
         values = np.asarray(getattr(result, field), dtype=np.float32)
         _check_finite(torch.from_numpy(values), f"the decoded {self.kind.makes}", batch)
         if self.kind.makes == "audio":

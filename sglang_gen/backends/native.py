@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sglang_gen import log
 from sglang_gen.backends.observe import plain_config, read_noise
-from sglang_gen.choice import ARGUMENTS, NATIVE
+from sglang_gen.choice import NATIVE
 from sglang_gen.engine.denoise import Guidance, denoise, guided
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.parallel.mesh import Mesh
@@ -35,6 +35,11 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     log.adopt_libraries()
     dtype = getattr(torch, plan.dtype)
     component = plan.card.components[glue.NETWORK]
+    length = plan.run.sampling.max_sequence_length
+    if length is not None and glue.MOST_TOKENS is not None and length > glue.MOST_TOKENS:
+        raise UserError(
+            f"sampling.max_sequence_length is {length}; {_class_name(plan)} takes at most {glue.MOST_TOKENS}"
+        )
     try:
         network = load_weights(
             lambda: glue.build(component.config), weight_files(_folder(component)), glue.sources, dtype, plan.device
@@ -47,9 +52,30 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     except UserError:
         raise
     except LOADING_ERRORS as error:
+        if _is_out_of_memory(error):
+            raise RunError(f"Out of memory while loading {plan.card.name}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     parts["scheduler"] = _settled(parts["scheduler"], glue.SCHEDULER)
+    _warn_ineffective(plan, glue)
     return NativeEngine(plan, glue, network, parts, calls)
+
+
+def _warn_ineffective(plan: Plan, glue: Any) -> None:
+    """One warning for each setting that the user gave and that changes nothing here."""
+    for path in ("sampling.num_frames", "output.fps"):
+        if plan.user_gave(path):
+            log.warning(f"{path} has no effect: {_class_name(plan)} makes no video")
+    if glue.MOST_TOKENS is None and plan.user_gave("sampling.max_sequence_length"):
+        log.warning(f"sampling.max_sequence_length has no effect: {_class_name(plan)} does not take it")
+    negative = any(sample.negative_prompt for batch in plan.batches for sample in batch)
+    if negative and not _guidance(plan, glue, negative=True).on:
+        log.warning(glue.INEFFECTIVE_NEGATIVE.format(scale=plan.run.sampling.guidance_scale))
+
+
+def _guidance(plan: Plan, glue: Any, negative: bool) -> Guidance:
+    true_cfg = _number(plan, "true_cfg_scale", 1.0)
+    scale: float = glue.branches(plan.run.sampling.guidance_scale, true_cfg, negative)
+    return Guidance(scale, rescale=_number(plan, "guidance_rescale", 0.0))
 
 
 def _class_name(plan: Plan) -> str:
@@ -86,7 +112,6 @@ class NativeEngine:
         self.noise = read_noise(plan.run.sampling.latents)
         self.factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)  # pixels per latent
         self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", glue.ZERO_WITHOUT_NEGATIVE)
-        self._warn_ineffective()
         for name in glue.TEXT_PARTS:
             calls.watch("text_encoding", name, parts[name])
         calls.watch("denoising", glue.NETWORK, network)
@@ -117,14 +142,15 @@ class NativeEngine:
         try:
             return self._sample(batch, steps, clock)
         except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            if not _is_out_of_memory(error):
                 raise
             raise RunError("Out of memory while generating; try smaller batches or a smaller picture") from error
         finally:
             clock.leave()
 
     def _sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded:
-        request, guidance, scheduler = self._request(steps), self._guidance(batch), self.parts["scheduler"]
+        request, scheduler = self._request(steps), self.parts["scheduler"]
+        guidance = _guidance(self.plan, self.glue, bool(batch[0].negative_prompt))  # batches are of one kind
         clock.enter("text_encoding")
         encoded = self._encode(batch, guidance, request)
         clock.enter("latents")
@@ -155,18 +181,6 @@ class NativeEngine:
             text_length=sampling.max_sequence_length,
         )
 
-    def _guidance(self, batch: tuple[Sample, ...]) -> Guidance:
-        """Batches are of one kind: with negative prompts, or without."""
-        scale = self._scale(bool(batch[0].negative_prompt))
-        return Guidance(scale, _number(self.plan, "guidance_rescale", 0.0))
-
-    def _scale(self, negative: bool) -> float:
-        run = self.plan.run
-        scale: float = self.glue.branches(
-            run.sampling.guidance_scale, _number(self.plan, "true_cfg_scale", 1.0), negative
-        )
-        return scale
-
     def _encode(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[tuple[Tensor, ...]]:
         """Encoded texts: of the negative prompts, where there is guidance, and of the prompts."""
         prompts = self.glue.encode(self.parts, [sample.prompt for sample in batch], request.text_length)
@@ -184,8 +198,8 @@ class NativeEngine:
         if self.noise is not None:
             if self.noise.shape[1:] != drawn.shape[1:]:
                 raise UserError(
-                    f"sampling.latents holds noise of shape {list(self.noise.shape[1:])}, "
-                    f"this request starts from {list(drawn.shape[1:])}"
+                    f"sampling.latents holds noise of shape {list(self.noise.shape)}, "
+                    f"this request starts from {[1, *drawn.shape[1:]]}"
                 )
             drawn = self.noise.expand(drawn.shape).to(drawn)
         return drawn.to(self.plan.device)
@@ -195,25 +209,8 @@ class NativeEngine:
         decoded: Tensor = self.glue.decode(self.parts["vae"], latents, request)
         values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         _check_finite(torch.from_numpy(values), "the decoded image", batch)
-        return np.rint(values * 255).astype(np.uint8)
-
-    def _warn_ineffective(self) -> None:
-        """One warning for each setting that the user gave and that this pipeline cannot use."""
-        plan, name = self.plan, _class_name(self.plan)
-        without_effect = {
-            "sampling.max_sequence_length": f"{name} does not take it" if self.glue.TEXT_LENGTH is None else None,
-            "sampling.num_frames": f"{name} does not take it",
-            "output.fps": f"{name} makes no video",
-        }
-        for path, reason in without_effect.items():
-            if reason and plan.user_gave(path):
-                log.warning(f"{path} has no effect: {reason}")
-        scale = self._scale(negative=True)
-        if scale <= 1 and any(sample.negative_prompt for batch in plan.batches for sample in batch):
-            true_cfg = "true_cfg_scale" in ARGUMENTS.get(name, ())
-            hint = """; raise it with --diffusers-kwargs '{"true_cfg_scale": 4.0}'""" if true_cfg else ""
-            which = "true_cfg_scale" if true_cfg else "guidance scale"
-            log.warning(f"The negative prompt has no effect at a {which} of {scale}{hint}")
+        frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
+        return frames
 
     def cache_decisions(self) -> dict[str, Any] | None:
         return None
@@ -228,6 +225,11 @@ def _number(plan: Plan, name: str, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"--diffusers-kwargs: '{name}' is {value!r}; it must be a number")
     return value
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On the GPU torch has a class for it, on the CPU only its allocator's words."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _check_finite(values: Tensor, what: str, batch: tuple[Sample, ...]) -> None:

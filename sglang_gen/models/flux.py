@@ -93,7 +93,7 @@ class Stream(nn.Module):
 
     def qkv(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shift, scale = m[:, 0:1], m[:, 1:2]
-        return self.norms(self.to_qkv(modulate(x, shift, scale)), self.heads)  # type: ignore[no-any-return]
+        return self.norms(self.to_qkv(modulate(x, shift, scale)), self.heads)
 
     def finish(self, x: Tensor, attended: Tensor, m: Tensor) -> Tensor:
         _, _, gate, shift_ff, scale_ff, gate_ff = m.split(1, dim=1)
@@ -184,7 +184,7 @@ class Flux(nn.Module):
         for block, m in zip(self.single_blocks, c.single_modulations, strict=True):
             both = block(both, m[step], c.rotary)
         scale, shift = c.out_modulation[step].split(1, dim=1)
-        return self.out(modulate(both[:, text.shape[1] :], shift, scale))  # type: ignore[no-any-return]
+        return self.out(modulate(both[:, text.shape[1] :], shift, scale))
 
 
 def _positions(text: int, rows: int, columns: int) -> Tensor:

@@ -25,7 +25,7 @@ class Embedder(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))  # type: ignore[no-any-return]
+        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class FeedForward(nn.Module):
@@ -37,7 +37,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))  # type: ignore[no-any-return]
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
 class Modulation(nn.Module):

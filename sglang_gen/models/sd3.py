@@ -70,7 +70,7 @@ class SelfAttention(nn.Module):
         self.to_out = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.to_out(rearrange(self.attend(*self.image(x)), "b h l d -> b l (h d)"))  # type: ignore[no-any-return]
+        return self.to_out(rearrange(self.attend(*self.image(x)), "b h l d -> b l (h d)"))
 
 
 class JointAttention(nn.Module):
@@ -125,6 +125,8 @@ class Block(nn.Module):
 
 
 class SD3(nn.Module):
+    positions: Tensor  # [1, side * side, D]
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config

@@ -71,7 +71,7 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """`[B, C, h, w]` and the time's vector `[B or 1, C]`."""
         inner = self.conv_1(F.silu(self.norm_1(x))) + time[:, :, None, None]
-        return self.shortcut(x) + self.conv_2(F.silu(self.norm_2(inner)))  # type: ignore[no-any-return]
+        return self.shortcut(x) + self.conv_2(F.silu(self.norm_2(inner)))
 
 
 class SelfAttention(nn.Module):
@@ -84,7 +84,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.to_qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)
-        return self.to_out(rearrange(self.attend(q, k, v), "b h l d -> b l (h d)"))  # type: ignore[no-any-return]
+        return self.to_out(rearrange(self.attend(q, k, v), "b h l d -> b l (h d)"))
 
 
 class CrossAttention(nn.Module):
@@ -104,7 +104,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         q = rearrange(self.to_q(x), "b l (h d) -> b h l d", h=self.heads)
-        return self.to_out(rearrange(self.attend(q, text[0], text[1]), "b h l d -> b l (h d)"))  # type: ignore[no-any-return]
+        return self.to_out(rearrange(self.attend(q, text[0], text[1]), "b h l d -> b l (h d)"))
 
 
 class GatedFeedForward(nn.Module):
@@ -117,7 +117,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.up(x).chunk(2, dim=-1)
-        return self.down(value * F.gelu(gate))  # type: ignore[no-any-return]
+        return self.down(value * F.gelu(gate))
 
 
 class Block(nn.Module):
@@ -134,7 +134,7 @@ class Block(nn.Module):
         """Tokens `[B, L, C]`, keys and values of the text `[2, B, H, T, D]`."""
         x = x + self.self_attention(self.norm_1(x))
         x = x + self.cross_attention(self.norm_2(x), text)
-        return x + self.ff(self.norm_3(x))  # type: ignore[no-any-return]
+        return x + self.ff(self.norm_3(x))
 
 
 class Transformer(nn.Module):
@@ -161,7 +161,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)  # type: ignore[no-any-return]
+        return self.conv(x)
 
 
 class Upsample(nn.Module):
@@ -171,7 +171,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """To the size of the level above, which is one less than twice where that one's is odd."""
-        return self.conv(F.interpolate(x, (height, width), mode="nearest"))  # type: ignore[no-any-return]
+        return self.conv(F.interpolate(x, (height, width), mode="nearest"))
 
 
 class Level(nn.Module):
@@ -204,7 +204,7 @@ class UNet(nn.Module):
 
     def levels(self) -> list[Level]:
         """In the order of `forward`."""
-        return [*self.down, self.middle, *self.up]  # type: ignore[list-item]
+        return [*self.down, self.middle, *self.up]
 
     def condition(
         self, timesteps: Tensor, text: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None
@@ -249,7 +249,7 @@ class UNet(nn.Module):
                 x = stage(torch.cat([x, skips.pop()], dim=1), *pair)
             if level.upsample is not None:
                 x = level.upsample(x, *skips[-1].shape[-2:])
-        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 def _down(config: Config) -> tuple[nn.ModuleList, list[int]]:

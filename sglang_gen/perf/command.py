@@ -81,6 +81,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if len(given.paths) < 2:
         raise UserError("sglang perf compare needs a BASE and at least one NEW, each a perf dump or a folder of dumps")
+    for path in given.paths:
+        _check_name("BASE and NEW", path)
+    for option, path in (("--json", given.json), ("--markdown", given.markdown)):
+        if path is not None:
+            _check_name(option, path)
+            output.prepare_file(Path(path))  # before the verdict, whose exit codes a failed write would imitate
     tolerances, confidence = _tolerances(given.tolerance), _confidence(given.confidence)
     report = compare(collect(given.paths[:1]), collect(given.paths[1:]), tolerances, confidence)
     text = markdown(report)
@@ -90,6 +96,11 @@ def main(argv: Sequence[str]) -> int:
         _save_text(Path(given.markdown), text + "\n")
     print(text)
     return EXIT_CODES[report.verdict]
+
+
+def _check_name(what: str, path: str) -> None:
+    if not path.strip() or "\0" in path:
+        raise UserError(f"sglang perf compare: {what} must name a file, not {path!r}")
 
 
 class _Parser(argparse.ArgumentParser):

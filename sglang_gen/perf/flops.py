@@ -6,6 +6,7 @@ meta device, where torch's counter sees every product, attention included, and n
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,7 +110,7 @@ def work(log: CallLog, stages_ms: dict[str, float], rates: dict[str, Any]) -> di
         if isinstance(counted, str):
             entry["reason"] = counted
             continue
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in call.module.parameters())
+        weights = sum(stored_bytes(parameter) for parameter in call.module.parameters())
         entry["flops"] += counted * call.count
         entry["bytes"] += (weights + call.io_bytes) * call.count
     return {
@@ -133,7 +134,7 @@ def _judge(entry: dict[str, Any], milliseconds: float, rates: dict[str, Any]) ->
 def count(call: Call) -> int | str:
     """FLOPs of one call (a multiplication and an addition are two), or the reason why they cannot be counted."""
     try:
-        twin = _meta_twin(call.module)
+        twin = _meta_twin(call.module, _dtype_of(call))
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             getattr(twin, call.method)(*call.args, **call.kwargs)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
@@ -141,9 +142,33 @@ def count(call: Call) -> int | str:
     return int(counter.get_total_flops())
 
 
-def _meta_twin(module: nn.Module) -> nn.Module:
-    """A network of the same configuration without memory, in the same dtype."""
-    dtype = next(module.parameters()).dtype
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Memory of a weight: of a quantized one, its parts, since it reports the dtype that it stands for."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return tensor.numel() * tensor.element_size()
+    return sum(stored_bytes(getattr(tensor, name)) for name in flatten()[0])
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype that a network computes in: that of most of its numbers, else what its quantized layers unpack to."""
+    numbers: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+            numbers[parameter.dtype] += parameter.numel()
+    unpacked = [getattr(child, "compute_dtype", None) for child in module.modules()]
+    return next((dtype for dtype in unpacked if dtype is not None), numbers.most_common(1)[0][0] if numbers else None)
+
+
+def _dtype_of(call: Call) -> torch.dtype:
+    """The dtype for the twin; of a network without a plain number, that of its first floating argument."""
+    tensors = [leaf for leaf in _leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]
+    given = next((leaf.dtype for leaf in tensors if leaf.is_floating_point()), torch.float32)
+    return compute_dtype(call.module) or given
+
+
+def _meta_twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A plain network of the same configuration without memory; quantized products are as many as plain ones."""
     kind: Any = type(module)
     with torch.device("meta"):
         twin = kind.from_config(module.config) if hasattr(kind, "load_config") else kind(module.config)

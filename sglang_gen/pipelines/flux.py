@@ -18,7 +18,12 @@ from sglang_gen.weights.load import renamed
 
 NETWORK = "transformer"
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
-TEXT_LENGTH = 512  # tokens of T5, unless sampling.max_sequence_length says otherwise
+INEFFECTIVE_NEGATIVE = (
+    "The negative prompt has no effect at a true_cfg_scale of 1.0; raise it with "
+    """--diffusers-kwargs '{{"true_cfg_scale": 4.0}}'"""
+)
+T5_LENGTH = 512
+MOST_TOKENS = 512
 ZERO_WITHOUT_NEGATIVE = False
 SCHEDULER: Mapping[str, Any] = {}
 SIZE = 128  # latents a side, unless the request says otherwise
@@ -82,7 +87,7 @@ def branches(guidance: float, true_cfg: float, negative: bool) -> float:
 def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tuple[Tensor, Tensor]:
     """T5's text `[B, T, C]` and CLIP's pooled text `[B, P]`."""
     pooled = text.clip_pooled(parts["text_encoder"], parts["tokenizer"], texts)
-    return text.t5(parts["text_encoder_2"], parts["tokenizer_2"], texts, length or TEXT_LENGTH), pooled
+    return text.t5(parts["text_encoder_2"], parts["tokenizer_2"], texts, length or T5_LENGTH), pooled
 
 
 def default_size(diffusers_config: Mapping[str, Any], factor: int) -> tuple[int, int]:
@@ -119,7 +124,7 @@ def prepare(
 
 
 def _predict(network: Flux, conditioning: Any, latents: Tensor, step: int) -> Tensor:
-    return network(latents, conditioning, step)  # type: ignore[no-any-return]
+    return network(latents, conditioning, step)
 
 
 def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
@@ -127,4 +132,4 @@ def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
     rows, _ = _grid(request)
     picture = rearrange(latents, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
     scaled = picture / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
+    return vae.decode(scaled, return_dict=False)[0]

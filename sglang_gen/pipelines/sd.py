@@ -13,7 +13,8 @@ from sglang_gen.pipelines.request import Request
 
 NETWORK, build, sources, start = unet.NETWORK, unet.build, unet.sources, unet.start
 TEXT_PARTS = ("text_encoder",)
-TEXT_LENGTH = None  # always as long as the tokenizer says
+MOST_TOKENS = None  # always as long as the tokenizer says
+INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
 ZERO_WITHOUT_NEGATIVE = False
 SCHEDULER = {"steps_offset": 1, "clip_sample": False}  # whatever an old configuration says
 SIZE = 64  # latents a side where a configuration of diffusers before 0.9 claims fewer
@@ -45,9 +46,9 @@ def prepare(network: UNet, scheduler: Any, request: Request, encoded: Sequence[t
 
 
 def _predict(network: UNet, conditioning: Conditioning, latents: Tensor, step: int) -> Tensor:
-    return network(latents, conditioning, step)  # type: ignore[no-any-return]
+    return network(latents, conditioning, step)
 
 
 def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
     """Pictures `[B, 3, H, W]` in -1..1."""
-    return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]  # type: ignore[no-any-return]
+    return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]

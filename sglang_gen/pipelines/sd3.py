@@ -16,7 +16,9 @@ from sglang_gen.weights.load import renamed
 
 NETWORK = "transformer"
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TEXT_LENGTH = 256  # tokens of T5, unless sampling.max_sequence_length says otherwise
+INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
+T5_LENGTH = 256  # tokens, unless sampling.max_sequence_length says otherwise
+MOST_TOKENS = 512
 ZERO_WITHOUT_NEGATIVE = False
 SCHEDULER: Mapping[str, Any] = {}
 
@@ -73,7 +75,7 @@ def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tu
     first, pooled = text.clip(parts["text_encoder"], parts["tokenizer"], texts)
     second, pooled_2 = text.clip(parts["text_encoder_2"], parts["tokenizer_2"], texts)
     both = torch.cat([first, second], dim=-1)
-    t5 = text.t5(parts["text_encoder_3"], parts["tokenizer_3"], texts, length or TEXT_LENGTH)
+    t5 = text.t5(parts["text_encoder_3"], parts["tokenizer_3"], texts, length or T5_LENGTH)
     return torch.cat([text.pad_channels(both, t5.shape[-1]), t5], dim=1), torch.cat([pooled, pooled_2], dim=-1)
 
 
@@ -111,10 +113,10 @@ def prepare(
 
 
 def _predict(network: SD3, conditioning: Conditioning, latents: Tensor, step: int) -> Tensor:
-    return network(latents, conditioning, step)  # type: ignore[no-any-return]
+    return network(latents, conditioning, step)
 
 
 def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
     """Pictures `[B, 3, H, W]` in -1..1."""
     scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
+    return vae.decode(scaled, return_dict=False)[0]

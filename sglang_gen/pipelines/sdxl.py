@@ -14,7 +14,8 @@ from sglang_gen.pipelines.request import Request
 
 NETWORK, build, sources = unet.NETWORK, unet.build, unet.sources
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
-TEXT_LENGTH = None  # always as long as the tokenizers say
+MOST_TOKENS = None  # always as long as the tokenizers say
+INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
 ZERO_WITHOUT_NEGATIVE = True  # unless model_index.json says otherwise in force_zeros_for_empty_prompt
 SCHEDULER: Mapping[str, Any] = {}
 
@@ -62,7 +63,7 @@ def prepare(
 
 
 def _predict(network: UNet, conditioning: Conditioning, latents: Tensor, step: int) -> Tensor:
-    return network(latents, conditioning, step)  # type: ignore[no-any-return]
+    return network(latents, conditioning, step)
 
 
 def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
@@ -79,9 +80,9 @@ def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
 def _unscaled(vae: Any, latents: Tensor) -> Tensor:
     mean, deviation = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is None or deviation is None:
-        return latents / vae.config.scaling_factor  # type: ignore[no-any-return]
+        return latents / vae.config.scaling_factor
     mean, deviation = (latents.new_tensor(each).view(1, -1, 1, 1) for each in (mean, deviation))
-    return latents * deviation / vae.config.scaling_factor + mean  # type: ignore[no-any-return]
+    return latents * deviation / vae.config.scaling_factor + mean
 
 
 def _marked(pictures: Tensor) -> Tensor:
@@ -90,4 +91,4 @@ def _marked(pictures: Tensor) -> Tensor:
         return pictures
     from diffusers.pipelines.stable_diffusion_xl.watermark import StableDiffusionXLWatermarker
 
-    return StableDiffusionXLWatermarker().apply_watermark(pictures)  # type: ignore[no-any-return]
+    return StableDiffusionXLWatermarker().apply_watermark(pictures)

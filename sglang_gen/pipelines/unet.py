@@ -114,4 +114,4 @@ def start(
     if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
         raise UserError(f"{kind} is no scheduler of a diffusion model, so it cannot sample from this UNet")
     drawn = draw_noise((diffusers_config.get("in_channels", 4), *request.latent_size), generators, dtype)
-    return drawn * scheduler.init_noise_sigma  # type: ignore[no-any-return]
+    return drawn * scheduler.init_noise_sigma

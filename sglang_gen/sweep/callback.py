@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback  # noqa: TID251 - Hydra instant
 
 from sglang_gen import log
 from sglang_gen.errors import first_line
-from sglang_gen.sweep import report
+from sglang_gen.sweep import table
 
 
 class SweepTable(Callback):  # type: ignore[misc]  # Hydra has no types
@@ -22,7 +22,7 @@ class SweepTable(Callback):  # type: ignore[misc]  # Hydra has no types
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         try:
-            for path in report.write_table(Path(config.hydra.sweep.dir)):
+            for path in table.write_table(Path(config.hydra.sweep.dir)):
                 log.info(f"Table of the sweep saved to: {path}")
         except Exception as error:  # noqa: BLE001 - Hydra would drop it; the jobs and their exit code stand without a table
             log.error(f"The table of the sweep could not be written: {first_line(error)}")

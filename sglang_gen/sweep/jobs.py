@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sglang_gen import log, output
 from sglang_gen.config import Choices, Job, compose, multirun
-from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.errors import RunError, Terminated, UserError, first_line
 from sglang_gen.schema import SCHEMA_VERSION, Run
 from sglang_gen.sweep.report import DUMP, NOTE
 
@@ -37,22 +37,31 @@ def run_job(job: Job) -> int:
         files = [path.name for path in result.paths] if result else []
     except (UserError, RunError) as failure:
         error = str(failure)
+    except (KeyboardInterrupt, Terminated) as stop:
+        word = "terminated" if isinstance(stop, Terminated) else "interrupted"
+        _note(job, word, f"The sweep was {word} in this job", started, files, dump)
+        raise
     except Exception as failure:  # noqa: BLE001 - a defect in one cell must not cost the sweep
         error = f"{type(failure).__name__}: {first_line(failure)}"
         log.debug(traceback.format_exc())
     if error:
         log.error(f"Job {job.number} failed: {error}")
+    _note(job, "failed" if error else "completed", error, started, files, dump)
+    return 1 if error else 0
+
+
+def _note(job: Job, status: str, error: str | None, started: float, files: list[str], dump: str) -> None:
+    """Leave word in the job's folder of how it ended. `started` is a time of time.perf_counter."""
     note = {
         "schema_version": SCHEMA_VERSION,
         "overrides": list(job.overrides),
-        "status": "failed" if error else "completed",
+        "status": status,
         "error": error,
         "seconds": round(time.perf_counter() - started, 3),
         "files": files,
         "dump": dump,
     }
     output.save_json(job.folder / NOTE, note)
-    return 1 if error else 0
 
 
 def _place(run: Run, job: Job) -> None:

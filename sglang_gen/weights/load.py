@@ -29,16 +29,15 @@ def load(
         checkpoint = Checkpoint([stack.enter_context(safe_open(file, framework="pt")) for file in files])
         _check_names(network, checkpoint, sources, files)
         for name, slot in network.state_dict().items():
-            tensor = checkpoint.read(sources(name)).to(device, dtype)
-            if tensor.shape == (*slot.shape, 1, 1):
-                tensor = tensor.flatten(1)  # a convolution of one pixel, which is a linear layer of ours
-            if tensor.shape != slot.shape:
-                raise UserError(
-                    f"{_where(files)}: {sources(name)[0]} has the shape {list(tensor.shape)}, "
-                    f"this network needs {list(slot.shape)}"
-                )
-            _assign(network, name, tensor)
+            parts = [_as_linear(checkpoint.read(source), slot) for source in sources(name)]
+            _check_shape(parts, slot, sources(name), files)
+            _assign(network, name, (parts[0] if len(parts) == 1 else torch.cat(parts)).to(device, dtype))
     return network.eval()
+
+
+def _as_linear(part: Tensor, slot: Tensor) -> Tensor:
+    """A convolution of one pixel as the matrix that it is, where the network has a linear layer."""
+    return part.flatten(1) if part.ndim == 4 and part.shape[2:] == (1, 1) and slot.ndim == 2 else part
 
 
 def _assign(network: nn.Module, name: str, tensor: Tensor) -> None:
@@ -59,9 +58,9 @@ class Checkpoint:
         for file in files:
             self.place |= dict.fromkeys(file.keys(), file)
 
-    def read(self, names: Sequence[str]) -> Tensor:
-        tensors = [self.place[name].get_tensor(name) for name in names]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self.place[name].get_tensor(name)
+        return tensor
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -79,6 +78,22 @@ def _check_names(network: nn.Module, checkpoint: Checkpoint, sources: Sources, f
         parts = [f"lacks {_some(missing)}"] if missing else []
         parts += [f"holds {_some(surplus)}, which {kind} does not have"] if surplus else []
         raise UserError(f"{_where(files)} is no checkpoint of this {kind}: it {' and '.join(parts)}")
+
+
+def _check_shape(parts: list[Tensor], slot: Tensor, names: Sequence[str], files: Sequence[Path]) -> None:
+    """Raises UserError naming the first tensor that cannot be a part of the slot."""
+    for name, part in zip(names, parts, strict=True):
+        if part.shape[1:] != slot.shape[1:] or (len(parts) == 1 and part.shape != slot.shape):
+            needed = slot.shape if len(parts) == 1 else ("...", *slot.shape[1:])
+            raise UserError(
+                f"{_where(files)}: {name} has the shape {list(part.shape)}, this network needs "
+                f"[{', '.join(map(str, needed))}]"
+            )
+    if sum(len(part) for part in parts) != len(slot):
+        raise UserError(
+            f"{_where(files)}: {', '.join(names)} have {sum(len(part) for part in parts)} rows together, "
+            f"this network needs {len(slot)}"
+        )
 
 
 def _some(names: list[str]) -> str:

@@ -59,16 +59,30 @@ def check_complete(kind: Kind, plan: Plan, call: dict[str, Any]) -> None:
         raise UserError(f"{name} needs an input image: --image-path FILE")
     if "mask_image" in kind.accepted and "mask_image" not in call:
         raise UserError(f"""{name} needs a mask: --diffusers-kwargs '{{"mask_image": "FILE"}}'""")
+    _check_strength(kind, plan.run.sampling.num_inference_steps, call)
     missing = sorted(kind.required - set(OWNED) - set(call))
     if missing:
         raise UserError(f"{name} needs {', '.join(missing)}: give it with --diffusers-kwargs")
 
 
+def _check_strength(kind: Kind, steps: int, call: dict[str, Any]) -> None:
+    """A strength keeps that share of the steps; pipelines fail in their own ways where none is left."""
+    if "strength" not in kind.accepted:
+        return
+    default = inspect.signature(kind.pipeline_class.__call__).parameters["strength"].default
+    strength = call.get("strength", default)
+    if isinstance(strength, (int, float)) and 0 <= strength <= 1 and int(steps * strength) < 1:
+        raise UserError(
+            f"A strength of {strength} leaves none of {steps} steps; raise --num-inference-steps, or the strength with "
+            """--diffusers-kwargs '{"strength": 0.6}'"""
+        )
+
+
 def _needs_image(kind: Kind) -> bool:
-    """Pipelines declare `image=None` where they need one; that they transform it shows in a strength or a mask."""
+    """Pipelines declare `image=None` where they need one; that they transform it shows in arguments that say how."""
     if "image" not in kind.accepted:
         return False
-    return "image" in kind.required or bool(kind.accepted & {"strength", "mask_image"})
+    return "image" in kind.required or bool(kind.accepted & {"strength", "mask_image", "image_guidance_scale"})
 
 
 def warn_ineffective(plan: Plan, kind: Kind, pipeline: Any, call: dict[str, Any]) -> None:

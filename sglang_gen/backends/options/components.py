@@ -28,6 +28,8 @@ def _load(plan: Plan, name: str, path: str, dtype: torch.dtype) -> Any:
     if not folder.is_dir() and (path.startswith(("/", ".", "~")) or path.count("/") != 1):
         raise UserError(f"--component-paths: the folder {path} of '{name}' does not exist")
     inside = not folder.is_dir() or (folder / name).is_dir()
+    if f"{name}/{known[name].library}.py" in plan.card.code:
+        raise UserError(f"--component-paths: '{name}' is defined by the model's own code and cannot be replaced")
     kind = component_class(known[name])
     arguments: dict[str, Any] = {"subfolder": name} if inside else {}
     if issubclass(kind, torch.nn.Module):

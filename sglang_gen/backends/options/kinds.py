@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
+from sglang_gen import log
 from sglang_gen.errors import UserError, first_line, nearest
 
 
@@ -21,18 +22,19 @@ class Kind:
     makes: str
 
 
-def find(name: str, image: bool, mask: bool) -> Kind:
+def find(name: str, image: bool, mask: bool, own: Any = None) -> Kind:
     """The class of this name, or its image-to-image or inpainting sister where an image (and a mask) is given.
 
-    Raises UserError when diffusers has no such class, or when it has no place for the image.
+    `own` is the class that the model itself defines, in place of one of diffusers. Raises UserError when diffusers has
+    no such class, or when it has no place for the image.
     """
-    found = getattr(diffusers, name, None)
+    found = own or getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
         legal = [item for item in dir(diffusers) if item.endswith("Pipeline")]
         raise UserError(f"diffusers {diffusers.__version__} has no pipeline class '{name}'{nearest(name, legal)}")
     kind = _describe(found)
     if (image and "image" not in kind.accepted) or (mask and "mask_image" not in kind.accepted):
-        kind = _sister(kind, "inpainting" if mask else "image to image")
+        kind = _sister(kind, "inpainting" if mask else "image to video" if kind.makes == "video" else "image to image")
     return kind
 
 
@@ -44,28 +46,37 @@ def _describe(pipeline_class: Any) -> Kind:
         for name, parameter in parameters.items()
         if name != "self" and parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     )
-    makes = "video" if "num_frames" in accepted else "audio" if _makes_audio(accepted) else "image"
+    makes = "video" if "num_frames" in accepted else "audio" if _makes_audio(pipeline_class, accepted) else "image"
     return Kind(pipeline_class, accepted, required, makes)
 
 
-def _makes_audio(accepted: frozenset[str]) -> bool:
-    return any(name.startswith("audio_") and name.endswith("_in_s") for name in accepted)
+def _makes_audio(pipeline_class: Any, accepted: frozenset[str]) -> bool:
+    """By the length that is asked for, in seconds, or by the output class that the pipeline's module knows."""
+    lengths = any(name.startswith("audio_") and name.endswith("_in_s") for name in accepted)
+    return lengths or hasattr(inspect.getmodule(pipeline_class), "AudioPipelineOutput")
 
 
 def _sister(kind: Kind, task: str) -> Kind:
     """The class of the same model for another task, by diffusers' own tables."""
-    from diffusers.pipelines import auto_pipeline
+    with log.quieter("transformers"):  # the import of all pipelines brings remarks on packages that none of ours needs
+        from diffusers.pipelines import auto_pipeline
 
     tables = {
         "image to image": auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
         "inpainting": auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING,
+        "image to video": getattr(auto_pipeline, "AUTO_IMAGE2VIDEO_PIPELINES_MAPPING", {}),  # since diffusers 0.42
     }
     name = kind.pipeline_class.__name__
-    for table in (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING):
+    sources = (
+        auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+        auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        getattr(auto_pipeline, "AUTO_TEXT2VIDEO_PIPELINES_MAPPING", {}),
+    )
+    for table in sources:
         for model, member in table.items():
             if member.__name__ == name and model in tables[task]:
                 return _describe(tables[task][model])
-    raise UserError(f"{name} takes no input image, and diffusers has no {task} pipeline for this model")
+    raise UserError(f"{name} takes no input image, and diffusers has no {task} pipeline for the same weights")
 
 
 def read_image(path: str, setting: str) -> Any:

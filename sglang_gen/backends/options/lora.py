@@ -1,14 +1,27 @@
-"""LoRA adapters on a diffusers pipeline: loaded by diffusers (PEFT and kohya layouts), checked, merged."""
+"""LoRA adapters on a diffusers pipeline: every module of the file accounted for, then merged into the weights."""
 
-from pathlib import Path
 from typing import Any
 
+import torch
+
 from sglang_gen import log
-from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, modules
+from sglang_gen.backends.options import quantized
+from sglang_gen.backends.options.lora_file import LoraFile, read
+from sglang_gen.backends.options.lora_layout import Target, targets
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.schema import Adapter, Lora
 
-ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError)
+# What diffusers' conversions of foreign layouts raise for a file that is not quite in one.
+ERRORS = (
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    AssertionError,
+    NotImplementedError,
+)
 
 
 def adapters(lora: Lora) -> list[Adapter]:
@@ -26,80 +39,89 @@ def adapters(lora: Lora) -> list[Adapter]:
 
 
 def apply(pipeline: Any, lora: Lora) -> list[dict[str, Any]]:
-    """Load and merge the adapters, one after the other: `W + scale * (alpha / rank) * B A`, as PEFT defines it.
+    """Merge the adapters, one after the other: `W + scale * (alpha / rank) * B A`, added in float32.
 
     Returns one entry an adapter for the record. Raises UserError for one that cannot be read, that belongs to another
-    model, or that matches no module.
+    model, or that matches no module; the pipeline is not changed by an adapter that is refused.
     """
     chosen = adapters(lora)
-    if not chosen:
-        return []
-    if not hasattr(pipeline, "load_lora_weights"):
+    if chosen and not hasattr(pipeline, "lora_state_dict"):
         raise UserError(f"lora: {type(pipeline).__name__} takes no LoRA adapters")
-    report = []
-    with log.quieter("diffusers.loaders"):  # its remarks on what did not fit are our errors
-        for adapter in chosen:
-            report.append(_load(pipeline, adapter))
-            pipeline.set_adapters([adapter.nickname], [adapter.scale])
-            pipeline.fuse_lora(adapter_names=[adapter.nickname])
-            pipeline.unload_lora_weights()
-    return report
+    if chosen:
+        quantized.refuse_merging(pipeline)
+    return [_apply(pipeline, adapter) for adapter in chosen]
 
 
-def _load(pipeline: Any, adapter: Adapter) -> dict[str, Any]:
+def _apply(pipeline: Any, adapter: Adapter) -> dict[str, Any]:
     path = str(adapter.path)
-    if path.startswith(("/", ".", "~")) and not Path(path).expanduser().exists():
-        raise UserError(f"lora: {path} does not exist")
+    file = read(path)
+    kind = type(pipeline).__name__
     try:
-        weights = _read(pipeline, path)
-        kept = {key: value for key, value in weights.items() if _targets(key, adapter.target_modules)}
-        if not kept:
-            raise UserError(f"lora: no module of {path} is among the target modules {adapter.target_modules}")
-        pipeline.load_lora_weights(kept, adapter_name=adapter.nickname)
-    except UserError:
-        raise
+        with log.quieter("diffusers.loaders"):  # its remarks on what did not fit are our errors
+            found = targets(pipeline, file.modules)
     except ERRORS as error:
-        kind = type(pipeline).__name__
         raise UserError(f"lora: {path} cannot be applied to this {kind}: {first_line(error)}") from error
-    matched, there = _matched(pipeline, adapter.nickname), _pairs(kept)
-    if len(matched) < there:
+    kept, asked = _keep(found, file, adapter.target_modules)
+    if not asked:
+        raise UserError(f"lora: no module of {path} is among the target modules {', '.join(adapter.target_modules)}")
+    placed = {source for target in kept for source in target.sources}
+    if lost := sorted(asked - placed):
         raise UserError(
-            f"lora: {path} was made for another model: {len(matched)} of its {there} modules have a place in this "
-            f"{type(pipeline).__name__}; --lora-target-modules can choose among them"
+            f"lora: {path} was made for another model: {len(lost)} of its {len(asked)} modules have no place in this "
+            f"{kind}, such as {lost[0]}; --lora-target-modules can choose among them"
         )
+    for target in kept:
+        _check_shape(pipeline, target, path)
+    for target in kept:
+        _merge(_module(pipeline, target), target, adapter.scale)
     return {
-        "nickname": adapter.nickname, "path": path, "scale": adapter.scale, "modules": len(matched), "merged": True,
+        "nickname": adapter.nickname, "path": path, "file": str(file.path), "scale": adapter.scale,
+        "modules": len(kept), "merged": True,
     }  # fmt: skip
 
 
-def _read(pipeline: Any, path: str) -> dict[str, Any]:
-    """The adapter's weights in diffusers' own key layout, alphas included."""
-    found = pipeline.lora_state_dict(path, use_safetensors=True)
-    weights, alphas = found if isinstance(found, tuple) else (found, None)
-    return {**weights, **{key: value for key, value in (alphas or {}).items() if key not in weights}}
+def _keep(found: list[Target], file: LoraFile, wanted: list[str]) -> tuple[list[Target], set[str]]:
+    """The targets that `wanted` names, and the file's modules that must have a place.
 
-
-def _targets(key: str, wanted: list[str]) -> bool:
-    """True where the key's module is named by one of `wanted`: its last part, or a dotted end of it."""
+    A name is the last part of a module, or a dotted end of it, as the pipeline or as the file spells it.
+    """
     if not wanted:
-        return True
-    module = key.partition(".lora")[0].removesuffix(".alpha")
-    return any(f".{module}".endswith(f".{name}") for name in wanted)
+        return found, set(file.modules)
+
+    def named(module: str) -> bool:
+        return any(f".{module}".endswith(f".{name}") for name in wanted)
+
+    by_file = {module for module in file.modules if named(module.removesuffix(".lora").removesuffix("_lora"))}
+    kept = [target for target in found if named(target.name) or target.sources & by_file]
+    return kept, by_file | {source for target in kept for source in target.sources}
 
 
-def _pairs(weights: dict[str, Any]) -> int:
-    """Modules for which the adapter has a pair of factors."""
-    return sum(
-        any(mark in key for mark in (".lora_A.", ".lora_down.", ".lora.down.", "_layer.down.")) for key in weights
-    )
+def _module(pipeline: Any, target: Target) -> Any:
+    return getattr(pipeline, target.part).get_submodule(target.name)
 
 
-def _matched(pipeline: Any, nickname: str) -> list[str]:
-    """Names of the layers that hold the adapter."""
-    networks = denoisers(pipeline) | modules(pipeline, TEXT_ENCODERS)
-    return [
-        f"{part}.{name}"
-        for part, network in networks.items()
-        for name, layer in network.named_modules()
-        if nickname in getattr(layer, "lora_A", {})
-    ]
+def _check_shape(pipeline: Any, target: Target, path: str) -> None:
+    weight = _module(pipeline, target).weight
+    assert target.down is not None
+    assert target.up is not None
+    if not weight.is_floating_point():
+        raise UserError(
+            f"lora: {target.part}.{target.name} is quantized ({weight.dtype}), so nothing can be merged into it"
+        )
+    shape = [target.up.shape[0], *target.down.shape[1:]]
+    if weight.numel() != torch.Size(shape).numel() or weight.shape[0] != shape[0]:
+        raise UserError(
+            f"lora: {path} was made for another model: it changes {target.part}.{target.name} as {shape}, "
+            f"which is {[*weight.shape]} here"
+        )
+
+
+def _merge(module: Any, target: Target, scale: float) -> None:
+    """Weights of linear layers and of convolutions, whose `up` has a kernel of one pixel."""
+    weight = module.weight
+    assert target.down is not None
+    assert target.up is not None
+    change = target.up.flatten(1) @ target.down.flatten(1)
+    with torch.no_grad():
+        merged = weight.float() + scale * change.reshape(weight.shape).to(weight.device)
+        weight.copy_(merged)

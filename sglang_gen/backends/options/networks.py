@@ -4,7 +4,10 @@ from typing import Any
 
 from torch import nn
 
-DENOISERS = ("transformer", "transformer_2", "unet")
+from sglang_gen import types
+from sglang_gen.perf.flops import compute_dtype
+
+DENOISERS = types.DENOISERS
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 
 
@@ -17,6 +20,12 @@ def modules(pipeline: Any, names: tuple[str, ...]) -> dict[str, nn.Module]:
 def denoisers(pipeline: Any) -> dict[str, nn.Module]:
     """The denoising networks: one, or two where a pipeline splits the schedule between them."""
     return modules(pipeline, DENOISERS)
+
+
+def dtype_of(pipeline: Any) -> dict[str, str]:
+    """`{"dtype": name}` of what the first denoising network computes in, read back; nothing without a network."""
+    found = [compute_dtype(network) for network in denoisers(pipeline).values()]
+    return {"dtype": str(found[0]).removeprefix("torch.")} if found and found[0] else {}
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,216 @@
+"""LoRA files: found in a file, a folder or on the hub, read, and refused by name where they hold something else."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_gen import env, hub, log
+from sglang_gen.errors import UserError, first_line
+from sglang_gen.safetensors_file import PICKLED, PICKLES, header, refuse_other_formats
+
+USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers and PEFT
+SETTINGS = "adapter_config.json"
+FACTOR = re.compile(r"^(?P<module>.+)\.(?P<side>lora_A|lora_B|lora_down|lora_up|down|up)(\.default)?\.weight$")
+DOWN = ("lora_A", "lora_down", "down")
+
+# Marks in the names of tensors, and what kind of adapter they belong to.
+OTHER_KINDS = {
+    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT",
+    "on_input": "IA3", "lora_mid": "LoCon with a Tucker core", "lora_embedding": "LoRA of an embedding",
+    "emb_params": "textual inversion",
+}  # fmt: skip
+
+
+@dataclass
+class Factors:
+    """What a file holds for one module: `scale * up @ down` is added to its weight; `scale` is alpha / rank."""
+
+    down: torch.Tensor  # [rank, in], or a convolution's kernel [rank, in, h, w]
+    up: torch.Tensor  # [out, rank]
+    down_key: str
+    up_key: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """An adapter by the names of its own modules."""
+
+    path: Path
+    modules: Mapping[str, Factors]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read(name: str) -> LoraFile:
+    """The adapter that a file, folder or hub id names. Raises UserError with what is wrong with it."""
+    path, config = _find(name)
+    header(path)
+    from safetensors.torch import load_file
+
+    weights = load_file(path)
+    settings = _settings(path, config)
+    _refuse_other_kinds(name, weights, settings)
+    modules, alphas = _pairs(name, weights)
+    for module, factors in modules.items():
+        factors.scale = _scale(name, module, factors.down.shape[0], alphas.get(module), settings)
+    return LoraFile(path, modules, settings)
+
+
+def _find(name: str) -> tuple[Path, Path | None]:
+    """The weight file and, where there is one, adapter_config.json."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        refuse_other_formats(path, "lora")
+        return path, _beside(path.parent / SETTINGS) if path.name in USUAL else None
+    if path.is_dir():
+        chosen = _choose(name, [file.name for file in path.iterdir()])
+        return path / chosen, _beside(path / SETTINGS)
+    if name.startswith(("/", ".", "~")) or name.count("/") == 0:
+        raise UserError(f"lora: {name} does not exist")
+    return _download(name)
+
+
+def _beside(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def _choose(name: str, files: Iterable[str]) -> str:
+    """The one weight file of a folder: the only one, or the one that has the usual name."""
+    files = sorted(files)
+    found = [file for file in files if file.endswith(".safetensors")]
+    usual = [file for file in found if file in USUAL]
+    if not found:
+        pickled = any(file.endswith(PICKLES) for file in files)
+        raise UserError(f"lora: {name} {PICKLED if pickled else 'holds no weights (*.safetensors)'}")
+    if len(found) > 1 and len(usual) != 1:
+        raise UserError(
+            f"lora: {name} holds {len(found)} weight files ({', '.join(found[:3])}{', ...' if found[3:] else ''}); "
+            f"name one of them: {name.rstrip('/')}/{found[0]}"
+        )
+    return found[0] if len(found) == 1 else usual[0]
+
+
+def _download(name: str) -> tuple[Path, Path | None]:
+    """From the hub: `owner/name`, or `owner/name/file.safetensors` where a repository holds several."""
+    from huggingface_hub import errors
+
+    repo, inside = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    if env.use_modelscope():
+        raise UserError(f"lora: {name} is no file or folder, and adapters are not read from ModelScope; give a file")
+    if inside:
+        refuse_other_formats(Path(inside), "lora")
+    try:
+        files, get = _repository(repo)
+        chosen = inside or _choose(name, files)
+        if chosen not in files:
+            raise UserError(f"lora: {repo} on the hub has no file {chosen}")
+        return get(chosen), get(SETTINGS) if SETTINGS in files else None
+    except UserError:
+        raise
+    except (OSError, ValueError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        raise hub.hub_error(error, repo, None) from error
+
+
+def _repository(repo: str) -> tuple[list[str], Callable[[str], Path]]:
+    """Files of a repository and how to get one; where no hub answers, those that the local cache holds."""
+    from huggingface_hub import errors, hf_hub_download, model_info, snapshot_download
+
+    try:
+        files = [sibling.rfilename for sibling in model_info(repo).siblings or []]
+    except errors.HfHubHTTPError:
+        raise
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        try:
+            folder = Path(snapshot_download(repo, local_files_only=True))
+        except OSError:
+            raise error from None
+        log.warning(f"The hub cannot be reached: using the copy of {repo} in the local cache")
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*")], folder.joinpath
+    return files, lambda file: Path(hf_hub_download(repo, file))
+
+
+def _settings(path: Path, config: Path | None) -> dict[str, Any]:
+    """adapter_config.json, else what diffusers keeps of it in the file's metadata, by part: `unet.lora_alpha`."""
+    from safetensors import safe_open
+
+    try:
+        if config is not None:
+            return dict(json.loads(config.read_text(encoding="utf-8")))
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"lora: the settings of {config or path} cannot be read: {first_line(error)}") from None
+
+
+def _refuse_other_kinds(name: str, weights: Iterable[str], settings: Mapping[str, Any]) -> None:
+    kind = str(settings.get("peft_type", "LORA")).upper()
+    if kind != "LORA":
+        raise UserError(f"lora: {name} is a {kind} adapter, and only LoRA is applied")
+    if any(key.rpartition(".")[2] == "use_dora" and value for key, value in settings.items()):
+        raise UserError(f"lora: {name} is a DoRA adapter, and only LoRA is applied")
+    for key in weights:
+        for mark, kind in OTHER_KINDS.items():
+            if mark in key:
+                raise UserError(f"lora: {name} is a {kind} adapter ({key}), and only LoRA is applied")
+
+
+def _pairs(name: str, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, Factors], dict[str, float]]:
+    """Both factors of every module, and the alphas; every tensor of the file must be one of these."""
+    sides: dict[str, dict[bool, str]] = {}
+    alphas = {}
+    for key, tensor in weights.items():
+        found = FACTOR.match(key)
+        if key.endswith(".alpha") and tensor.numel() == 1:
+            alphas[key.removesuffix(".alpha")] = float(tensor)
+        elif found and (found["side"].startswith("lora") or "lora" in found["module"]):
+            sides.setdefault(found["module"], {})[found["side"] in DOWN] = key
+        else:
+            raise UserError(f"lora: {name} holds {key}, which is neither a factor of a LoRA nor its alpha")
+    if not sides:
+        raise UserError(f"lora: {name} holds no LoRA factors")
+    modules = {}
+    for module, keys in sides.items():
+        if len(keys) < 2:
+            raise UserError(f"lora: {name} holds only one factor of {module}")
+        down, up = weights[keys[True]].float(), weights[keys[False]].float()
+        if down.dim() < 2 or up.dim() < 2 or down.shape[0] != up.shape[1]:
+            raise UserError(f"lora: the factors of {module} in {name} do not match: {[*up.shape]} and {[*down.shape]}")
+        modules[module] = Factors(down, up, keys[True], keys[False])
+    if orphans := set(alphas) - {_alpha_name(module) for module in modules} - set(modules):
+        raise UserError(f"lora: {name} holds an alpha of {sorted(orphans)[0]} without its factors")
+    return modules, {
+        module: alphas[key] for module in modules for key in (module, _alpha_name(module)) if key in alphas
+    }
+
+
+def _alpha_name(module: str) -> str:
+    return module.removesuffix(".lora").removesuffix("_lora")
+
+
+def _scale(name: str, module: str, rank: int, alpha: float | None, settings: Mapping[str, Any]) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA; alpha is the module's own, else that of the settings, else rank.
+
+    Settings are PEFT's (lora_alpha, alpha_pattern by ends of module names, use_rslora), in diffusers' metadata with
+    the part in front (`unet.lora_alpha`).
+    """
+    if alpha is not None:
+        return alpha / rank
+    part = module.removeprefix("base_model.model.").partition(".")[0]
+
+    def get(key: str) -> Any:
+        return settings.get(f"{part}.{key}", settings.get(key))
+
+    alpha = get("lora_alpha")
+    for pattern, value in dict(get("alpha_pattern") or {}).items():
+        if f".{module}".endswith(f".{pattern}") or re.fullmatch(rf"(.*\.)?({pattern})", module):
+            alpha = value
+    if alpha is None:
+        return 1.0
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise UserError(f"lora: the settings of {name} give the alpha {alpha!r} for {module}; it must be a number")
+    return float(alpha / rank**0.5 if get("use_rslora") else alpha / rank)

@@ -1,0 +1,71 @@
+"""Code that a model repository carries: seen in its model_index.json, and run only where the user says so."""
+
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sglang_gen.errors import UserError
+from sglang_gen.schema import Model
+from sglang_gen.types import Component, ModelCard
+
+LIBRARIES = ("diffusers", "transformers", "onnxruntime")
+
+
+def files(folder: Path, pipeline: Any, components: Mapping[str, Component]) -> tuple[str, ...]:
+    """Files whose code the pipeline would run: that of its own class, and those of components of its own.
+
+    `pipeline` is the entry `_class_name`: a class of diffusers, or a list of a file and a class. What a component
+    names as its library is a file beside its weights, unless it is one of the libraries or a module of diffusers. Only
+    names are looked at: the files need not be here yet.
+    """
+    found = [f"{pipeline[0]}.py"] if isinstance(pipeline, list) and len(pipeline) > 1 else []
+    for part, component in components.items():
+        beside = folder / part / f"{component.library}.py"
+        if beside.is_file() or not _is_library(component.library):
+            found.append(f"{part}/{component.library}.py")
+    return tuple(found)
+
+
+def _is_library(name: str) -> bool:
+    return name.split(".")[0] in LIBRARIES or name in _pipeline_modules()
+
+
+@cache
+def _pipeline_modules() -> frozenset[str]:
+    """Modules of diffusers.pipelines, which model_index.json may name as a library; diffusers is not imported."""
+    spec = importlib.util.find_spec("diffusers")
+    assert spec is not None
+    assert spec.origin is not None
+    pipelines = Path(spec.origin).parent / "pipelines"
+    return frozenset(path.stem for path in pipelines.iterdir() if path.is_dir() or path.suffix == ".py")
+
+
+def check(card: ModelCard, trusted: bool) -> None:
+    """Raises UserError for a model that runs code of its own while nobody trusts it."""
+    if card.code and not trusted:
+        raise UserError(refusal(card.name, ", ".join(card.code)))
+
+
+def refusal(name: str, what: str) -> str:
+    return f"{name} runs code from its repository ({what}): read it, then allow it with --trust-remote-code"
+
+
+def warnings(model: Model, card: ModelCard) -> list[str]:
+    """The trust that nothing asks for."""
+    if model.trust_remote_code and not card.code:
+        return [f"--trust-remote-code has no effect: {card.name} carries no code of its own"]
+    return []
+
+
+def pipeline_class(card: ModelCard) -> Any:
+    """The pipeline class that the repository defines; its code runs here. None where diffusers has the class."""
+    if not card.code or "/" in card.code[0]:
+        return None
+    from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+
+    assert card.folder is not None  # a model with weights
+    return get_class_from_dynamic_module(
+        str(card.folder), module_file=card.code[0], class_name=card.pipeline_class, trust_remote_code=True
+    )

@@ -1,0 +1,161 @@
+"""A sweep's folder as a table: `to_csv` has all columns with bare numbers, `to_markdown` what a reader wants to see."""
+
+import csv
+import io
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from sglang_gen.sweep.report import MEMORY, QUALITY, TIMES, Measure, Row, read_jobs, save_text
+
+
+def _telling(rows: Sequence[Row]) -> list[str]:
+    """Settings that differ between jobs, or between what was requested and what took effect."""
+    ran = [row for row in rows if row.requested or row.effective]
+    names = dict.fromkeys(name for row in ran for name in (*row.requested, *row.effective))
+
+    def tells(name: str) -> bool:
+        pairs = {(row.requested.get(name), row.effective.get(name)) for row in ran}
+        return len(pairs) > 1 or any(None not in pair and len(set(pair)) > 1 for pair in pairs)
+
+    return [name for name in names if tells(name)]
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """The table for programs: the same columns for every sweep, but for the settings that tell its jobs apart."""
+    settings = _telling(rows)
+    lines = [_csv_line(row, settings) for row in rows]
+    used = {name for line in lines for name, value in line.items() if value not in (None, "")}
+    header = [name for name in _csv_line(Row("", ""), settings)
+              if name in used or not name.startswith(("requested.", "effective."))]  # fmt: skip
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, header, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _csv_line(row: Row, settings: Iterable[str]) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "job": row.job,
+        "overrides": shlex.join(row.overrides),
+        "status": row.status,
+        "error": row.error,
+        "pictures": " ".join(row.pictures),
+        "seconds": row.seconds,
+        "repeats": max((item.repeats for item in row.times.values()), default=None),
+    }
+    measures = {f"{name}_s": row.times.get(name) for name in TIMES} | {"images_per_second": row.images_per_second}
+    for name, item in measures.items():
+        line |= {name: item and _rounded(item.median), f"{name}_low": item and _rounded(item.low),
+                 f"{name}_high": item and _rounded(item.high)}  # fmt: skip
+    line |= {column: row.memory.get(column) for column in MEMORY}
+    for name in settings:
+        line |= {f"requested.{name}": row.requested.get(name), f"effective.{name}": row.effective.get(name)}
+    return line | {name: row.quality.get(name) for name in QUALITY}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def to_markdown(rows: Sequence[Row], title: str = "Sweep") -> str:
+    """The table for readers. What all jobs share is said once above it; empty columns are left out."""
+    shared = [word for word in rows[0].overrides if all(word in row.overrides for row in rows)] if len(rows) > 1 else []
+    done = sum(row.status == "completed" for row in rows)
+    lines = [f"# {title}", "", f"{done} of {len(rows)} jobs completed."]
+    if shared:
+        lines += [f"All jobs: {_code(shlex.join(shared))}."]
+    settings = _telling(rows)
+    same = {name: words for name in settings if (words := _same(rows, name)) is not None}
+    if same:
+        lines += [f"In all jobs that ran: {', '.join(f'{name} {_escaped(words)}' for name, words in same.items())}."]
+    lines += [
+        "Times are seconds (`whole job` with imports, loading and warm-up), memory is in 2^20 bytes. "
+        "A median of several repeats is followed by its 95 % interval.",
+        "",
+    ]
+    settings = [name for name in settings if name not in same]
+    cells = [_markdown_line(row, settings, shared) for row in rows]
+    header = [name for name in (cells[0] if cells else ()) if any(line[name] for line in cells)]
+    table = [header, ["---"] * len(header), *([line[name] for name in header] for line in cells)]
+    return "\n".join([*lines, *(f"| {' | '.join(line)} |" for line in table)]) + "\n"
+
+
+def _same(rows: Sequence[Row], name: str) -> str | None:
+    """What a setting is in every job that has it, in words; None where jobs differ.
+
+    A job has `cache.Fn_compute_blocks` unless its `cache` is a plain `none`.
+    """
+    parents = [name[:place] for place, letter in enumerate(name) if letter == "."]
+    having = [
+        row for row in rows if (row.requested or row.effective) and not any(part in row.effective for part in parents)
+    ]
+    words = {_change(row.requested.get(name), row.effective.get(name)) for row in having}
+    return words.pop() if len(words) == 1 and len(rows) > 1 else None
+
+
+def _markdown_line(row: Row, settings: Iterable[str], shared: Sequence[str]) -> dict[str, str]:
+    own = [word for word in row.overrides if word not in shared]
+    return {
+        "job": row.job,
+        "overrides": _code(shlex.join(own)) if own else "",
+        "status": row.status if not row.error else f"{row.status}: {_escaped(row.error)}",
+        "pictures": " ".join(map(_link, row.pictures)),
+        "whole job": _number(row.seconds),
+        **{name.replace("_", " "): _interval(row.times.get(name)) for name in TIMES},
+        "images per second": _interval(row.images_per_second),
+        **{column.removesuffix("_mb").replace("_", " "): _number(row.memory.get(column)) for column in MEMORY},
+        **{name: _escaped(_change(row.requested.get(name), row.effective.get(name))) for name in settings},
+        **{name.replace("_", " "): _quality(row, name) for name in QUALITY},
+    }
+
+
+def _quality(row: Row, name: str) -> str:
+    """A measure of the picture; identical pictures have an infinite PSNR, which JSON cannot hold."""
+    return "identical" if name == "psnr" and row.quality.get("identical") else _number(row.quality.get(name))
+
+
+def _interval(item: Measure | None) -> str:
+    if item is None or item.low is None:
+        return _number(item and item.median)
+    return f"{_number(item.median)} ({_number(item.low)} to {_number(item.high)}, n = {item.repeats})"
+
+
+def _number(value: Any) -> str:
+    """Four significant digits, never in powers of ten where the number is large."""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    return "" if value is None else str(value)
+
+
+def _change(requested: str | None, effective: str | None) -> str:
+    return f"{requested} → {effective}" if None not in (requested, effective) and requested != effective else (
+        effective or requested or "")  # fmt: skip
+
+
+def _code(text: str) -> str:
+    """Code in a table's cell: a vertical bar still needs its backslash there."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*\[\]<|])", r"\\\1", " ".join(text.split()))
+
+
+def _link(path: str) -> str:
+    picture = path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif"))
+    return f"{'!' if picture else ''}[{_escaped(path)}]({quote(path)})"
+
+
+def write_table(folder: Path) -> list[Path]:
+    """Write `table.csv` and `table.md` of the sweep in `folder`, each whole or not at all. Raises RunError."""
+    rows = read_jobs(folder)
+    tables = {"table.csv": to_csv(rows), "table.md": to_markdown(rows, f"Sweep {folder.name}")}
+    for name, text in tables.items():
+        save_text(folder / name, text)
+    return [folder / name for name in tables]

@@ -1,0 +1,116 @@
+"""The sweeps of sweeps/ as a user runs them: the embedded model, every cell a row, the table in the sweep's folder."""
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SWEEPS = Path(__file__).parent.parent / "sweeps"
+STAGES = ("load", "text_encoding", "latents", "denoising", "decoding", "saving")
+PICTURES = {"parallelism": 4}  # of each cell; one elsewhere
+# Least PSNR in dB between a cell's pictures and those of the first cell: exact up to the order of sums in bfloat16.
+EXACT = {"attention": 40.0, "compile": 40.0, "parallelism": 40.0}
+
+
+def psnr(left: np.ndarray, right: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / max(np.mean((left.astype(float) - right) ** 2), 1e-9)))
+
+
+def pictures(row: dict[str, str]) -> list[np.ndarray]:
+    return [np.asarray(Image.open(Path("sweep") / name)) for name in row["pictures"].split(" ")]
+
+
+@pytest.fixture
+def sweep(sglang):
+    """Run a shipped sweep; its rows, every one completed with all that a row has, or failed with its reason."""
+
+    def run(name: str, *words: str) -> list[dict[str, str]]:
+        done = sglang("generate", "--config-dir", SWEEPS, "--config-name", name, "--output-path", "sweep", *words)
+        with Path("sweep/table.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        failed = [row for row in rows if row["status"] != "completed"]
+        assert done.code == (1 if failed else 0), done.err
+        assert all(row["status"] == "failed" and row["error"] for row in failed)
+        for row in rows:
+            if row not in failed:
+                check_row(row, PICTURES.get(name, 1))
+        check_markdown(rows, Path("sweep/table.md").read_text(encoding="utf-8"))
+        return rows
+
+    return run
+
+
+def check_row(row: dict[str, str], count: int) -> None:
+    """Overrides, seconds per stage and step with repeats and interval, memory, requested and effective, pictures."""
+    assert row["overrides"]
+    assert row["error"] == ""
+    assert all(float(row[f"{stage}_s"]) >= 0 for stage in STAGES)
+    assert row["repeats"] == "3"
+    for name in ("denoising_s", "step_s", "total_s", "images_per_second"):
+        assert float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"])
+    assert float(row["peak_host_mb"]) > 0
+    assert {"requested.backend", "effective.backend", "requested.dtype", "effective.dtype"} <= row.keys()
+    assert row["effective.dtype"] != "auto"
+    assert len(pictures(row)) == count
+
+
+def check_markdown(rows: list[dict[str, str]], text: str) -> None:
+    lines = [line for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert len(lines) == len(rows)
+    for row, line in zip(rows, lines, strict=True):
+        shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", line)
+        assert " ".join(shown) == row["pictures"]
+        assert all((Path("sweep") / name).exists() for name in shown)
+        assert row["status"] != "completed" or ", n = 3)" in line
+
+
+def check_same_pictures(rows: list[dict[str, str]], least: float) -> None:
+    first, *others = [row for row in rows if row["status"] == "completed"]
+    for row in others:
+        for left, right in zip(pictures(first), pictures(row), strict=True):
+            assert psnr(left, right) >= least, row["overrides"]
+
+
+@pytest.mark.slow
+def test_the_attention_sweep_gives_the_same_picture_with_every_kernel_that_runs(sweep):
+    rows = sweep("attention")
+    done = {row["overrides"].partition("=")[2] for row in rows if row["status"] == "completed"}
+    assert {"auto", "sdpa", "math"} <= done
+    check_same_pictures(rows, EXACT["attention"])
+
+
+@pytest.mark.slow
+def test_the_cache_sweep_completes_and_every_cache_leaves_the_motif(sweep):
+    rows = sweep("cache_dit")
+    assert [row["status"] for row in rows] == ["completed"] * 5
+    exact, *cached = [pictures(row)[0] for row in rows]
+    assert all(30 < psnr(exact, picture) < 90 for picture in cached)
+
+
+@pytest.mark.slow
+def test_the_threshold_sweep_moves_away_from_the_exact_picture_as_the_threshold_grows(sweep):
+    rows = sweep("cache_threshold")
+    assert [row["status"] for row in rows] == ["completed"] * 10
+    for part in (rows[:5], rows[5:]):
+        careful, *_, bold = [pictures(row)[0] for row in part]
+        assert 30 < psnr(careful, bold) < 60
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
+def test_the_compile_sweep_keeps_the_picture(sweep):
+    rows = sweep("compile")
+    assert [row["status"] for row in rows] == ["completed"] * 3
+    assert [row["effective.compile"] for row in rows] == ["false", "regional", "full"]
+    check_same_pictures(rows, EXACT["compile"])
+
+
+@pytest.mark.slow
+def test_the_parallelism_sweep_gives_the_same_pictures_on_every_layout_that_runs(sweep):
+    rows = sweep("parallelism")
+    assert (rows[0]["overrides"], rows[0]["status"]) == ("parallel=single", "completed")
+    assert len(rows) == 17
+    check_same_pictures(rows, EXACT["parallelism"])

@@ -1,0 +1,194 @@
+"""A whole model in one file gives the picture of the folder it came from; other files are refused in one sentence."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import original_layout
+import pytest
+import tiny
+import torch
+from little_hub import LittleHub
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+SMALL = ("--prompt", "a cat", "--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7",
+         "--dtype", "float32")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipelines(pipelines, tmp_path_factory) -> dict[str, Path]:
+    """The tiny pipelines; the text encoders of SDXL differ in width, by which diffusers tells them apart in a file."""
+    return pipelines | {"sdxl": tiny.sdxl(tmp_path_factory.mktemp("wide") / "tiny-sdxl", widths=(16, 48))}
+
+
+@pytest.fixture(scope="module")
+def files(pipelines, tmp_path_factory) -> dict[str, Path]:
+    """The tiny SD 1.5 and SDXL as single files."""
+    folder = tmp_path_factory.mktemp("single")
+    return {name: original_layout.save(pipelines[name], folder / f"{name}.safetensors") for name in ("sd15", "sdxl")}
+
+
+def picture(number: int) -> np.ndarray:
+    return np.asarray(Image.open(f"outputs/generated_image_{number}.png"))
+
+
+def changed(file: Path, change) -> Path:
+    """A copy of the file in the working folder, its weights changed by a function."""
+    weights = load_file(file)
+    save_file(change(weights), "changed.safetensors")
+    return Path("changed.safetensors")
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_single_file_gives_the_picture_of_its_folder(pipelines, files, sglang, name):
+    for where in ((pipelines[name],), (files[name], f"model.configs={pipelines[name]}")):
+        done = sglang("generate", "--model-path", *where, *SMALL)
+        assert done.code == 0, done.err
+    assert f"INFO: Loading model: {files[name]}" in done.lines
+    assert np.array_equal(picture(0), picture(1))
+
+
+def test_a_single_file_becomes_image_to_image_and_its_record_repeats_it(pipelines, files, sglang):
+    Image.new("RGB", (32, 32), (200, 30, 30)).save("red.png")
+    done = sglang("generate", "--model-path", files["sdxl"], f"model.configs={pipelines['sdxl']}", "--image-path",
+                  "red.png", "--diffusers-kwargs", '{"strength": 0.5}', *SMALL)  # fmt: skip
+    assert done.code == 0, done.err
+    record = json.loads(Path("outputs/generated_image_0.json").read_text())
+    assert record["effective"]["pipeline"] == "StableDiffusionXLImg2ImgPipeline"
+    assert sglang("generate", "--config", "outputs/generated_image_0.json").code == 0
+    assert np.array_equal(picture(0), picture(1))
+
+
+def test_a_component_that_the_file_lacks_is_named_and_can_be_given(pipelines, files, sglang):
+    file = changed(files["sdxl"], lambda all_: {name: t for name, t in all_.items() if "first_stage" not in name})
+    common = ("generate", "--model-path", file, f"model.configs={pipelines['sdxl']}", *SMALL)
+    done = sglang(*common)
+    assert done.code == 2
+    assert 'holds no vae (AutoencoderKL); give it with --component-paths \'{"vae": "FOLDER"}\'' in done.err
+    given = sglang(*common, "--component-paths", json.dumps({"vae": f"{pipelines['sdxl']}/vae"}))
+    assert given.code == 0, given.err
+    assert sglang("generate", "--model-path", files["sdxl"], f"model.configs={pipelines['sdxl']}", *SMALL).code == 0
+    assert np.array_equal(picture(0), picture(1))
+
+
+def test_a_network_alone_is_sent_to_the_flag_for_networks(pipelines, files, sglang):
+    file = changed(files["sdxl"], lambda all_: {name: t for name, t in all_.items() if "diffusion_model" in name})
+    for path in (file, pipelines["flux"] / "transformer" / "diffusion_pytorch_model.safetensors"):
+        done = sglang("generate", "--model-path", path, *SMALL)
+        assert (done.code, len(done.lines)) == (2, 1)
+        assert f"holds a denoising network alone; name the whole model with --model-path, and this file with "\
+               f"--transformer-weights-path {path}" in done.err  # fmt: skip
+
+
+def test_other_files_are_refused_in_one_sentence(files, sglang):
+    Path("model.ckpt").write_bytes(pickle.dumps({"a": 1}))
+    Path("model.txt").write_text("text")
+    Path("pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    Path("half.safetensors").write_bytes(files["sd15"].read_bytes()[:-100])
+    save_file({"unet.a.lora_A.weight": torch.zeros(1, 1)}, "lora.safetensors")
+    save_file({"first_stage_model.a": torch.zeros(1)}, "vae.safetensors")
+    sentences = {
+        "model.ckpt": "is pickled, which can run code, and is refused",
+        "model.txt": "is no safetensors file",
+        "pointer.safetensors": "is a Git LFS pointer: run 'git lfs pull'",
+        "half.safetensors": "is corrupt",
+        "lora.safetensors": "is a LoRA adapter; name it with --lora-path",
+        "vae.safetensors": "holds no denoising network",
+    }
+    for path, sentence in sentences.items():
+        done = sglang("generate", "--model-path", path, *SMALL)
+        assert (done.code, len(done.lines)) == (2, 1), done.err
+        assert sentence in done.err
+
+
+def test_a_file_that_lacks_weights_or_is_another_model_does_not_fit(pipelines, files, sglang):
+    missing = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    file = changed(files["sdxl"], lambda all_: {name: t for name, t in all_.items() if name != missing})
+    done = sglang("generate", "--model-path", file, f"model.configs={pipelines['sdxl']}", *SMALL)
+    assert done.code == 2
+    assert "does not fit the component configs of" in done.lines[-1]
+    assert "it lacks weights that those name; name the right preset with --model-id" in done.lines[-1]
+    other = sglang("generate", "--model-path", files["sd15"], f"model.configs={pipelines['sdxl']}", *SMALL)
+    assert (other.code, [line for line in other.lines if line.startswith("ERROR")]) == (2, other.lines[-1:])
+
+
+def sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A safetensors file of these float16 shapes that takes no room on the disk."""
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        entries[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    head = json.dumps(entries).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head)
+    with open(path, "r+b") as file:
+        file.truncate(8 + len(head) + end)
+    return path
+
+
+SDXL = {
+    "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+    "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight": (77, 768),
+    "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (1280,),
+    "first_stage_model.quant_conv.bias": (8,),
+}
+
+
+def test_the_header_tells_the_model_and_a_plan_needs_no_hub(sglang):
+    path = sparse(Path("mine.safetensors"), SDXL)
+    done = sglang("generate", "--model-path", path, "--prompt", "a", "dry_run=json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["pipeline"] == "StableDiffusionXLPipeline"
+    assert "--model-id sdxl applies the settings of that preset" in done.err
+    named = sglang("generate", "--model-path", path, "--model-id", "sdxl", "--prompt", "a", "dry_run=json")
+    assert json.loads(named.out)["run"]["sampling"]["height"] == 1024
+    assert "applies the settings" not in named.err
+
+
+def test_a_header_that_tells_nothing_asks_for_the_preset(sglang):
+    path = sparse(Path("mine.safetensors"), {name.replace("9", "1"): shape for name, shape in SDXL.items()})
+    done = sglang("generate", "--model-path", path, "--prompt", "a")
+    assert (done.code, len(done.lines)) == (2, 1)
+    assert "does not tell which model it is; name the preset with --model-id" in done.err
+
+
+def test_settings_that_a_folder_cannot_use_are_a_warning(pipelines, files, sglang):
+    done = sglang("generate", "--model-path", pipelines["sd15"], "model.configs=x", "--prompt", "a", "dry_run=true")
+    assert "WARNING: model.configs has no effect without a single file as --model-path" in done.lines
+    there = sglang("generate", "--model-path", files["sd15"], f"model.configs={pipelines['sd15']}", "--revision", "v1",
+                   "--prompt", "a", "dry_run=true")  # fmt: skip
+    assert "WARNING: --revision has no effect: the model is a local folder or file" in there.lines
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, pipelines):
+    """A hub whose repository of SDXL is the tiny one, and nothing in the local cache."""
+    little = LittleHub()
+    little.install(monkeypatch, tmp_path)
+    little.repos["stabilityai/stable-diffusion-xl-base-1.0"] = {"main": pipelines["sdxl"]}
+    yield little
+    little.close()
+
+
+@pytest.mark.parametrize("source", ["--model-id=sdxl", "model.configs=stabilityai/stable-diffusion-xl-base-1.0"])
+def test_configs_and_tokenizers_come_from_the_hub_without_weights(pipelines, files, sglang, hub, source):
+    done = sglang("generate", "--model-path", files["sdxl"], source, *SMALL)
+    assert done.code == 0, done.err
+    fetched = hub.files_fetched()
+    assert any(name.startswith("tokenizer") and not name.endswith("config.json") for name in fetched)
+    assert not any(name.endswith(".safetensors") for name in fetched)
+    assert sglang("generate", "--model-path", pipelines["sdxl"], *SMALL).code == 0
+    assert np.array_equal(picture(0), picture(1))
+    hub.close()
+    assert sglang("generate", "--model-path", files["sdxl"], source, *SMALL).code == 0
+    assert np.array_equal(picture(0), picture(2))
+
+
+def test_a_hub_that_cannot_be_reached_for_the_configs_is_one_sentence(files, sglang, hub):
+    hub.close()
+    done = sglang("generate", "--model-path", files["sdxl"], "--model-id", "sdxl", *SMALL)
+    assert done.code == 1
+    assert [line for line in done.lines if line.startswith("ERROR")] == done.lines[-1:]
+    assert "stabilityai/stable-diffusion-xl-base-1.0 is not a local folder, not whole in the local cache" in done.err

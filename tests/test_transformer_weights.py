@@ -1,0 +1,466 @@
+"""--transformer-weights-path: the weights of a file or a folder in the model's own denoising network, or a sentence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import gguf
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import fill
+
+from sglang_gen import env, hub
+from sglang_gen.backends.options import weights
+from sglang_gen.errors import UserError
+from sglang_gen.weight_files import Tensor, WeightFiles
+
+SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--num-inference-steps", "2")
+STEM = "diffusion_pytorch_model"
+CLASSES = {
+    "flux": (diffusers.FluxPipeline, diffusers.FluxTransformer2DModel, "transformer"),
+    "sd3": (diffusers.StableDiffusion3Pipeline, diffusers.SD3Transformer2DModel, "transformer"),
+    "sdxl": (diffusers.StableDiffusionXLPipeline, diffusers.UNet2DConditionModel, "unet"),
+}
+
+
+def picture(number: int = 0) -> np.ndarray:
+    return np.asarray(Image.open(f"outputs/generated_image_{number}.png")).astype(int)
+
+
+def effective(number: int = 0) -> dict:
+    return json.loads(Path(f"outputs/generated_image_{number}.json").read_text())["effective"]
+
+
+@pytest.fixture
+def run(pipelines, sglang):
+    def generate(name: str, *words: object, dtype: str = "float32"):
+        model = pipelines.get(name, name)
+        return sglang("generate", "--model-path", model, "--prompt", "a cat", *SIZE, "--dtype", dtype, *words)
+
+    return generate
+
+
+@pytest.fixture(scope="session")
+def others(pipelines, tmp_path_factory):
+    """For each pipeline a network of the same shape with other weights, saved by diffusers in a folder."""
+    root = tmp_path_factory.mktemp("others")
+    for name, (_, kind, part) in CLASSES.items():
+        fill(kind.from_pretrained(pipelines[name] / part, dtype=torch.float32), 99).save_pretrained(root / name)
+    return {name: root / name for name in CLASSES}
+
+
+def stored(others, name: str) -> dict[str, torch.Tensor]:
+    return load_file(others[name] / f"{STEM}.safetensors")
+
+
+def reference(pipelines, name: str, network) -> np.ndarray:
+    """What plain diffusers draws with this denoising network."""
+    kind, _, part = CLASSES[name]
+    pipeline = kind.from_pretrained(pipelines[name], dtype=torch.float32, **{part: network})
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(7)
+    image = pipeline(
+        "a cat", height=32, width=32, num_inference_steps=2, generator=generator, guidance_scale=7.5
+    ).images[0]
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_the_weights_of_a_file_are_those_that_compute(pipelines, others, run, name):
+    plain = run(name)
+    assert plain.code == 0, plain.err
+    done = run(name, "--transformer-weights-path", others[name] / f"{STEM}.safetensors")
+    assert done.code == 0, done.err
+    network = CLASSES[name][1].from_pretrained(others[name], dtype=torch.float32)
+    assert np.array_equal(picture(1), reference(pipelines, name, network))
+    assert np.abs(picture(1) - picture(0)).max() > 5
+    assert effective(1)["quantization"] == "none"
+
+
+def test_a_folder_of_shards_is_read_with_or_without_its_config(others, run):
+    network = diffusers.SD3Transformer2DModel.from_pretrained(others["sd3"], dtype=torch.float32)
+    network.save_pretrained("shards", max_shard_size="60KB")
+    assert len(list(Path("shards").glob("*.safetensors"))) > 1
+    for words in ((others["sd3"],), ("shards",)):
+        assert run("sd3", "--transformer-weights-path", *words).code == 0
+    Path("shards/config.json").unlink()
+    assert run("sd3", "--transformer-weights-path", "shards").code == 0
+    assert np.array_equal(picture(0), picture(1))
+    assert np.array_equal(picture(0), picture(2))
+
+
+def test_the_models_own_weights_need_not_be_there(pipelines, others, run):
+    shutil.copytree(pipelines["flux"], "bare")
+    for path in Path("bare/transformer").glob("*.safetensors*"):
+        path.unlink()
+    assert run(Path("bare").resolve()).code == 2
+    done = run(Path("bare").resolve(), "--transformer-weights-path", others["flux"])
+    assert done.code == 0, done.err
+
+
+class Renamed:
+    """Weights under other names: `put` joins weights and biases of modules, row after row."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.weights, self.found = weights, {}
+
+    def put(self, theirs: str, *ours: str, swap: bool = False) -> None:
+        for end in (".weight", ".bias"):
+            if all(f"{name}{end}" in self.weights for name in ours):
+                parts = [self.weights[f"{name}{end}"] for name in ours]
+                self.found[f"{theirs}{end}"] = torch.cat(parts[0].chunk(2)[::-1] if swap else parts)
+
+
+def original_sd3(weights: dict[str, torch.Tensor], layers: int = 3) -> dict[str, torch.Tensor]:
+    """SD3 weights in the names of the original project; scale and shift of the last norms are the other way round."""
+    new = Renamed(weights)
+    new.found["pos_embed"] = weights["pos_embed.pos_embed"]
+    new.put("x_embedder.proj", "pos_embed.proj")
+    new.put("context_embedder", "context_embedder")
+    for theirs, ours in (("t_embedder", "timestep"), ("y_embedder", "text")):
+        for index, part in ((0, "linear_1"), (2, "linear_2")):
+            new.put(f"{theirs}.mlp.{index}", f"time_text_embed.{ours}_embedder.{part}")
+    for i in range(layers):
+        here, last = f"transformer_blocks.{i}", i == layers - 1
+        for side, qkv, out, norms, ff, norm in (
+            ("x_block", "to_{}", "to_out.0", "norm_{}", "ff", "norm1"),
+            ("context_block", "add_{}_proj", "to_add_out", "norm_added_{}", "ff_context", "norm1_context"),
+        ):
+            there = f"joint_blocks.{i}.{side}"
+            new.put(f"{there}.attn.qkv", *(f"{here}.attn.{qkv.format(part)}" for part in "qkv"))
+            new.put(f"{there}.attn.proj", f"{here}.attn.{out}")
+            for part in "qk":
+                new.put(f"{there}.attn.ln_{part}", f"{here}.attn.{norms.format(part)}")
+            new.put(f"{there}.mlp.fc1", f"{here}.{ff}.net.0.proj")
+            new.put(f"{there}.mlp.fc2", f"{here}.{ff}.net.2")
+            new.put(f"{there}.adaLN_modulation.1", f"{here}.{norm}.linear", swap=last and side == "context_block")
+        new.put(f"joint_blocks.{i}.x_block.attn2.qkv", *(f"{here}.attn2.to_{part}" for part in "qkv"))
+        new.put(f"joint_blocks.{i}.x_block.attn2.proj", f"{here}.attn2.to_out.0")
+        for part in "qk":
+            new.put(f"joint_blocks.{i}.x_block.attn2.ln_{part}", f"{here}.attn2.norm_{part}")
+    new.put("final_layer.linear", "proj_out")
+    new.put("final_layer.adaLN_modulation.1", "norm_out.linear", swap=True)
+    return new.found
+
+
+def original_flux(weights: dict[str, torch.Tensor], double: int, single: int) -> dict[str, torch.Tensor]:
+    """FLUX weights in the names of the original project."""
+    new = Renamed(weights)
+    new.put("img_in", "x_embedder")
+    new.put("txt_in", "context_embedder")
+    for theirs, ours in (("time_in", "timestep"), ("vector_in", "text"), ("guidance_in", "guidance")):
+        new.put(f"{theirs}.in_layer", f"time_text_embed.{ours}_embedder.linear_1")
+        new.put(f"{theirs}.out_layer", f"time_text_embed.{ours}_embedder.linear_2")
+    norms = {}
+    for i in range(double):
+        here = f"transformer_blocks.{i}"
+        for side, qkv, out, norm, end in (
+            ("img", "to_{}", "to_out.0", "norm_{}", ""),
+            ("txt", "add_{}_proj", "to_add_out", "norm_added_{}", "_context"),
+        ):
+            there = f"double_blocks.{i}.{side}"
+            new.put(f"{there}_mod.lin", f"{here}.norm1{end}.linear")
+            new.put(f"{there}_attn.qkv", *(f"{here}.attn.{qkv.format(part)}" for part in "qkv"))
+            new.put(f"{there}_attn.proj", f"{here}.attn.{out}")
+            new.put(f"{there}_mlp.0", f"{here}.ff{end}.net.0.proj")
+            new.put(f"{there}_mlp.2", f"{here}.ff{end}.net.2")
+            norms |= {f"{there}_attn.norm.{word}_norm": f"{here}.attn.{norm.format(word[0])}" for word in WORDS}
+    for i in range(single):
+        there, here = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
+        new.put(f"{there}.modulation.lin", f"{here}.norm.linear")
+        new.put(f"{there}.linear1", *(f"{here}.attn.to_{part}" for part in "qkv"), f"{here}.proj_mlp")
+        new.put(f"{there}.linear2", f"{here}.proj_out")
+        norms |= {f"{there}.norm.{word}_norm": f"{here}.attn.norm_{word[0]}" for word in WORDS}
+    new.put("final_layer.linear", "proj_out")
+    new.put("final_layer.adaLN_modulation.1", "norm_out.linear", swap=True)
+    return new.found | {f"{theirs}.scale": weights[f"{ours}.weight"] for theirs, ours in norms.items()}
+
+
+WORDS = ("query", "key")
+
+
+def test_the_names_of_the_original_flux_are_known_before_a_weight_is_read():
+    component = hub.read_card(env.preset_configs("flux_dev"), "flux_dev", weights=False).components["transformer"]
+    with torch.device("meta"):
+        network = diffusers.FluxTransformer2DModel.from_config(component.config)
+    theirs = original_flux(network.state_dict(), double=19, single=38)
+    assert len(theirs) == 780
+    headers = {name: Tensor("BF16", tuple(tensor.shape)) for name, tensor in theirs.items()}
+    files = WeightFiles("flux1-dev.safetensors", (Path("flux1-dev.safetensors"),))
+    assert weights.is_own_layout(diffusers.FluxTransformer2DModel, component, headers, files) is False
+    del headers["double_blocks.7.img_mod.lin.bias"]
+    with pytest.raises(UserError, match="neither in diffusers' layout of FluxTransformer2DModel nor in the original"):
+        weights.is_own_layout(diffusers.FluxTransformer2DModel, component, headers, files)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_the_layout_of_the_original_project_gives_the_same_picture(others, run, prefix):
+    theirs = {f"{prefix}{name}": tensor for name, tensor in original_sd3(stored(others, "sd3")).items()}
+    if prefix:
+        theirs["vae.decoder.conv_in.weight"] = torch.zeros(3)
+    save_file(theirs, "original.safetensors")
+    assert run("sd3", "--transformer-weights-path", others["sd3"]).code == 0
+    done = run("sd3", "--transformer-weights-path", "original.safetensors")
+    assert done.code == 0, done.err
+    assert np.array_equal(picture(0), picture(1))
+    assert ("only the denoising network" in done.err) == bool(prefix)
+
+
+def write_gguf(path: str, weights: dict[str, torch.Tensor], kind: gguf.GGMLQuantizationType) -> dict[str, torch.Tensor]:
+    """Matrices whose rows are whole blocks as `kind`, the others as F32; returns what the gguf package reads back."""
+    writer = gguf.GGUFWriter(path, "flux")
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    back = {}
+    for name, tensor in weights.items():
+        values = tensor.float().numpy()
+        fits = tensor.dim() == 2 and tensor.shape[1] % block == 0
+        chosen = kind if fits else gguf.GGMLQuantizationType.F32
+        packed = gguf.quants.quantize(values, chosen)
+        writer.add_tensor(name, packed, raw_dtype=chosen)
+        back[name] = torch.from_numpy(np.array(gguf.quants.dequantize(packed, chosen))).reshape(tensor.shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return back
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16"])
+def test_a_gguf_file_computes_with_the_numbers_that_the_gguf_package_reads(pipelines, others, run, kind, name):
+    back = write_gguf("a.gguf", stored(others, name), gguf.GGMLQuantizationType[kind])
+    done = run(name, "--transformer-weights-path", "a.gguf", "--perf-dump-path", "perf.json")
+    assert done.code == 0, done.err
+    network = CLASSES[name][1].from_pretrained(others[name], dtype=torch.float32)
+    network.load_state_dict(back)
+    assert np.abs(picture(0) - reference(pipelines, name, network)).max() <= 1
+    found = effective()["quantization"]
+    if kind == "F16":
+        assert found == "none"
+        return
+    assert (found["method"], found["by"]) == ("prequantized", "gguf")
+    assert set(found["layers"]) == {kind}
+    assert 0 < found["layers"][kind] <= found["linears"]
+    assert found["bytes"] < found["plain_bytes"]
+    assert effective()["dtype"] == "float32"
+    if kind != "Q8_0":
+        return
+    work = json.loads(Path("perf.json").read_text())["work"]["denoising"]
+    assert run(name, "--perf-dump-path", "plain.json", "--backend", "diffusers").code == 0
+    plain = json.loads(Path("plain.json").read_text())["work"]["denoising"]
+    assert (work["flops"], work["bytes"] < plain["bytes"]) == (plain["flops"], True)
+
+
+def test_a_gguf_file_in_the_original_layout_gives_the_same_picture(others, run):
+    for path, named in (("a.gguf", stored(others, "sd3")), ("b.gguf", original_sd3(stored(others, "sd3")))):
+        write_gguf(path, named, gguf.GGMLQuantizationType.Q8_0)
+        done = run("sd3", "--transformer-weights-path", path)
+        assert done.code == 0, done.err
+    assert np.array_equal(picture(0), picture(1))
+    assert effective(0)["quantization"] == effective(1)["quantization"]
+
+
+def test_blocks_are_unpacked_to_exactly_the_numbers_of_the_gguf_package(pipelines, others):
+    from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+    back = write_gguf("flux.gguf", stored(others, "flux"), gguf.GGMLQuantizationType.Q8_0)
+    network = diffusers.FluxTransformer2DModel.from_single_file(
+        "flux.gguf", config=str(pipelines["flux"] / "transformer"), dtype=torch.float32,
+        quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32),
+    )  # fmt: skip
+    name = "transformer_blocks.0.attn.to_q.weight"
+    unpacked = dequantize_gguf_tensor(network.get_parameter(name))
+    assert torch.equal(unpacked, back[name].to(unpacked.dtype))
+
+
+def _corrupt(folder: Path, others) -> str:
+    data = (others["flux"] / f"{STEM}.safetensors").read_bytes()
+    Path("bad.safetensors").write_bytes(data[: len(data) // 2])
+    return "bad.safetensors"
+
+
+def _gguf_cut(folder: Path, others) -> str:
+    write_gguf("flux.gguf", stored(others, "flux"), gguf.GGMLQuantizationType.Q8_0)
+    data = Path("flux.gguf").read_bytes()
+    Path("flux.gguf").write_bytes(data[: len(data) // 2])
+    return "flux.gguf"
+
+
+def _gguf_noise(folder: Path, others) -> str:
+    Path("noise.gguf").write_bytes(b"GGUF" + bytes(range(256)) * 8)
+    return "noise.gguf"
+
+
+def _text(folder: Path, others) -> str:
+    Path("text.gguf").write_text("not a model")
+    return "text.gguf"
+
+
+def _changed(change):
+    def make(folder: Path, others) -> str:
+        tensors = stored(others, "flux")
+        change(tensors)
+        save_file(tensors, "changed.safetensors")
+        return "changed.safetensors"
+
+    return make
+
+
+def _missing_shard(folder: Path, others) -> str:
+    network = diffusers.FluxTransformer2DModel.from_pretrained(others["flux"], dtype=torch.float32)
+    network.save_pretrained("cut", max_shard_size="60KB")
+    sorted(Path("cut").glob("*.safetensors"))[0].unlink()
+    return "cut"
+
+
+def _pickled(folder: Path, others) -> str:
+    torch.save({}, "weights.pt")
+    return "weights.pt"
+
+
+def _pickled_folder(folder: Path, others) -> str:
+    Path("pickles").mkdir()
+    torch.save({}, "pickles/diffusion_pytorch_model.bin")
+    return "pickles"
+
+
+def _undeclared_int8(folder: Path, others) -> str:
+    tensors = stored(others, "flux")
+    tensors["x_embedder.weight"] = tensors["x_embedder.weight"].to(torch.int8)
+    tensors["x_embedder.weight_scale"] = torch.ones(1)
+    save_file(tensors, "odd.safetensors")
+    return "odd.safetensors"
+
+
+def _undeclared_fp8(folder: Path, others) -> str:
+    save_file(
+        {name: tensor.to(torch.float8_e4m3fn) for name, tensor in stored(others, "flux").items()}, "fp8.safetensors"
+    )
+    return "fp8.safetensors"
+
+
+def _other_class(folder: Path, others) -> str:
+    return str(others["sd3"])
+
+
+def _other_file(folder: Path, others) -> str:
+    return str(others["sd3"] / f"{STEM}.safetensors")
+
+
+def _other_config(folder: Path, others) -> str:
+    shutil.copytree(others["flux"], "deeper")
+    config = json.loads(Path("deeper/config.json").read_text()) | {"num_layers": 5}
+    Path("deeper/config.json").write_text(json.dumps(config))
+    return "deeper"
+
+
+def _unknown_method(folder: Path, others) -> str:
+    shutil.copytree(others["flux"], "odd")
+    config = json.loads(Path("odd/config.json").read_text()) | {"quantization_config": {"quant_method": "magic"}}
+    Path("odd/config.json").write_text(json.dumps(config))
+    return "odd"
+
+
+def _bitsandbytes(folder: Path, others) -> str:
+    shutil.copytree(others["flux"], "nf4")
+    declared = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config = json.loads(Path("nf4/config.json").read_text()) | {"quantization_config": declared}
+    Path("nf4/config.json").write_text(json.dumps(config))
+    return "nf4"
+
+
+def _two_files(folder: Path, others) -> str:
+    Path("two").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(others["flux"] / f"{STEM}.safetensors", f"two/{name}.safetensors")
+    return "two"
+
+
+def _empty(folder: Path, others) -> str:
+    Path("empty").mkdir()
+    return "empty"
+
+
+BAD = {
+    "missing": (lambda folder, others: "nowhere.safetensors", "nowhere.safetensors does not exist"),
+    "corrupt": (_corrupt, "bad.safetensors is corrupt"),
+    "gguf cut": (_gguf_cut, "the GGUF file flux.gguf is corrupt"),
+    "gguf noise": (_gguf_noise, "the GGUF file noise.gguf is corrupt"),
+    "gguf text": (_text, "the GGUF file text.gguf is corrupt"),
+    "lacking": (_changed(lambda w: w.pop("proj_out.bias")), "1 missing (proj_out.bias)"),
+    "surplus": (_changed(lambda w: w.update(extra=torch.zeros(1))), "1 without a place (extra)"),
+    "shape": (_changed(lambda w: w.update({"proj_out.bias": torch.zeros(3)})), "proj_out.bias [3] in place of [16]"),
+    "shard": (_missing_shard, "cut lacks 1 of its "),
+    "pickled": (_pickled, "weights.pt is pickled"),
+    "pickled folder": (_pickled_folder, "pickles holds pickled weights alone (diffusion_pytorch_model.bin)"),
+    "int8": (_undeclared_int8, "stores 1 tensors as I8 (x_embedder.weight) and declares no quantization"),
+    "fp8": (_undeclared_fp8, "tensors as F8_E4M3 ("),
+    "class": (_other_class, "holds a SD3Transformer2DModel, and the model has a FluxTransformer2DModel"),
+    "network": (_other_file, "FluxTransformer2DModel"),
+    "config": (_other_config, "is another FluxTransformer2DModel than the model's (num_layers differ)"),
+    "method": (_unknown_method, "odd is quantized by 'magic'"),
+    "bitsandbytes": (_bitsandbytes, "nf4 is quantized by bitsandbytes, which diffusers runs on a GPU only"),
+    "two": (_two_files, "two holds 2 weight files and no index (a.safetensors, b.safetensors)"),
+    "empty": (_empty, "empty holds no weights"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_weights_that_cannot_be_used_are_refused_in_one_sentence(run, others, case):
+    make, sentence = BAD[case]
+    done = run("flux", "--transformer-weights-path", make(Path.cwd(), others))
+    assert done.code == 2, done.err
+    (error,) = [line for line in done.lines if line.startswith("ERROR")]
+    assert sentence in error
+    assert not Path("outputs/generated_image_0.png").exists()
+
+
+def test_a_missing_gguf_package_names_the_extra(run, monkeypatch):
+    Path("a.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(env, "package_version", lambda name: None)
+    done = run("flux", "--transformer-weights-path", "a.gguf")
+    assert (done.code, "pip install 'sglang-gen[gguf]'" in done.err) == (2, True)
+
+
+def test_blocks_outside_of_linear_layers_are_refused(run, others):
+    writer = gguf.GGUFWriter("unet.gguf", "unet")
+    for name, tensor in stored(others, "sdxl").items():
+        is_odd = name == "conv_norm_out.weight"
+        kind = gguf.GGMLQuantizationType.BF16 if is_odd else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    done = run("sdxl", "--transformer-weights-path", "unet.gguf")
+    assert (done.code, "(conv_norm_out.weight)" in done.err) == (2, True), done.err
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_disabled_autocast_computes_in_the_stored_dtype(pipelines, sglang, name):
+    kind = diffusers.FluxPipeline
+    kind.from_pretrained(pipelines["flux"], dtype=getattr(torch, name)).save_pretrained("stored")
+    line = ("generate", "--model-path", Path("stored").resolve(), "--prompt", "a cat", *SIZE)
+    done = sglang(*line, "--disable-autocast")
+    assert done.code == 0, done.err
+    assert sglang(*line, "--dtype", name, "--backend", "diffusers").code == 0
+    assert effective(0)["dtype"] == effective(1)["dtype"] == name
+    assert np.array_equal(picture(0), picture(1))
+    assert sglang("generate", "--config", "outputs/generated_image_0.json").code == 0
+    assert np.array_equal(picture(0), picture(2))
+
+
+def test_a_stored_dtype_that_does_not_compute_is_refused(run, sglang, pipelines, others):
+    both = run("flux", "--disable-autocast")
+    assert (both.code, "--dtype float32 names one" in both.err) == (2, True)
+    line = ("generate", "--model-path", pipelines["flux"], "--prompt", "a cat", *SIZE, "--disable-autocast",
+            "--transformer-weights-path")  # fmt: skip
+    done = sglang(*line, _undeclared_fp8(Path.cwd(), others))
+    assert (done.code, "are stored in F8_E4M3, which does not compute" in done.err) == (2, True), done.err
+    write_gguf("flux.gguf", stored(others, "flux"), gguf.GGMLQuantizationType.Q8_0)
+    done = sglang(*line, "flux.gguf")
+    assert (done.code, "stores GGUF blocks, which do not compute" in done.err) == (2, True), done.err
