@@ -128,7 +128,7 @@ def test_the_record_says_what_was_asked_what_took_effect_and_why(pipelines, sgla
     same = {"backend", "attention", "dtype", "device", "parallel", "cache", "quantization", "offload", "compile"}
     assert same <= set(kept["requested"])
     assert same <= set(kept["effective"])
-    assert (kept["requested"]["backend"], kept["effective"]["backend"]) == ("auto", "diffusers")
+    assert (kept["requested"]["backend"], kept["effective"]["backend"]) == ("auto", "sglang")
     assert kept["effective"]["dtype"] in ("float32", "bfloat16")
     assert (kept["effective"]["height"], kept["effective"]["width"]) == (32, 32)
     assert kept["effective"]["pipeline"] == "StableDiffusionXLPipeline"

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 SMALL = ("--prompt", "a cat", "--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7",
-         "--dtype", "float32")  # fmt: skip
+         "--dtype", "float32", "--backend", "diffusers")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
