@@ -4,17 +4,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sglang_gen.errors import UserError
+from sglang_gen.requirements import NEEDS, unsupported
 from sglang_gen.schema import BackendName, CacheMethod, QuantMethod, Run
 from sglang_gen.types import Layout, ModelCard
 
 # Pipelines of the native engine: the class that model_index.json names, and the module in pipelines/.
-NATIVE = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
-# The component that denoises, and the class whose checkpoints our network reads.
-NETWORKS = {
-    "StableDiffusion3Pipeline": ("transformer", "SD3Transformer2DModel"),
-    "FluxPipeline": ("transformer", "FluxTransformer2DModel"),
+NATIVE = {
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionPipeline": "sd",
 }
-ARGUMENTS = {"FluxPipeline": {"true_cfg_scale"}}  # of --diffusers-kwargs that it understands
+ARGUMENTS = {  # of --diffusers-kwargs that it understands
+    "FluxPipeline": {"true_cfg_scale"},
+    "StableDiffusionXLPipeline": {"guidance_rescale"},
+    "StableDiffusionPipeline": {"guidance_rescale"},
+}
 
 
 def choose(run: Run, card: ModelCard, degrees: Layout) -> tuple[str, str | None]:
@@ -34,13 +39,13 @@ def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:
     name = run.model.pipeline_class_name or card.pipeline_class
     if name not in NATIVE:
         yield f"it has no {name} (it has {', '.join(NATIVE)})"
-    elif (found := card.components[NETWORKS[name][0]].class_name) != NETWORKS[name][1]:
-        yield f"the {NETWORKS[name][0]} is a {found}, not a {NETWORKS[name][1]}"
     foreign = run.backend.diffusers_kwargs.keys() - ARGUMENTS.get(name, set())
     if foreign:
         yield f"'{min(foreign)}' of --diffusers-kwargs is for the diffusers pipeline"
     if any("quantization_config" in part.config for part in card.components.values()):
         yield "the model's weights are quantized"
+    if name in NATIVE and (reason := unsupported(NEEDS[NATIVE[name]], card)):
+        yield reason
     if degrees.ranks > degrees.dp:
         yield "it splits no network over ranks yet"
     yield from (reason for asked, reason in MISSING if asked(run))

@@ -115,7 +115,10 @@ def read_card(folder: Path, name: str, weights: bool, replaced: Container[str] =
         for part, component in components.items():
             if part not in replaced:
                 _check_files(folder, part, component)
-    return ModelCard(name, folder if weights else None, pipeline_class, components, code=code)
+    settings = {
+        key: value for key, value in content.items() if not (key.startswith("_") or isinstance(value, (list, dict)))
+    }
+    return ModelCard(name, folder if weights else None, pipeline_class, components, settings, code=code)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class ModelCard:
     folder: Path | None  # local folder with weights; None where only the component configs are known
     pipeline_class: str
     components: Mapping[str, Component]
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the other entries of model_index.json
     file: Path | None = None  # a whole model in one file; `folder` then holds configs and tokenizers
     code: tuple[str, ...] = ()  # files of the repository that its pipeline wants to run
 

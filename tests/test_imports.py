@@ -18,7 +18,7 @@ LAYERS = (
     ("config_file", "kept_prompts", "prompts"),
     ("media", "perf.observations", "perf.compare", "perf.quality", "sweep.report"),
     ("config", "hub", "perf.machine", "sweep.table", "perf.command", "weight_files", "dry_run", "help_page"),
-    ("quantization", "stored", "choice"),
+    ("quantization", "stored", "requirements", "choice"),
     ("plan",),
     ("parallel", "models", "weights", "engine"),
     ("pipelines",),

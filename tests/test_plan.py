@@ -48,7 +48,6 @@ def from_file(text: str, *words: str) -> Plan:
         ("backend.diffusers_kwargs.eta=99999999999999999999999", "is an integer of more than 64 bits"),
         ("dry_run=maybe", "dry_run is 'maybe'; it must be false, true or json"),
         ("perf.tag=' '", "perf.tag is blank"),
-        ("backend=sglang", "The native engine cannot run this: it has no StableDiffusionXLPipeline"),
         ("parallel=sp2_tp2", "does not split a network over ranks (asked: dp 1, cfg 1, ring 2, ulysses 1, tp 2)"),
         ("parallel.num_gpus=0", "parallel.num_gpus is 0; a degree is at least 1"),
     ],

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from sglang_gen import log
-from sglang_gen.backends.observe import Latents, observed, read_noise
+from sglang_gen.backends.observe import Latents, observed, plain_config, read_noise
 from sglang_gen.backends.options import (
     arguments,
     attention,
@@ -145,7 +145,7 @@ class DiffusersEngine:
             "pipeline": type(self.pipeline).__name__,
             "makes": self.kind.makes,
             "components": {name: type(part).__name__ for name, part in parts.items()},
-            "scheduler_config": _plain_config(self.pipeline.scheduler) if "scheduler" in parts else None,
+            "scheduler_config": plain_config(self.pipeline.scheduler) if "scheduler" in parts else None,
         }
 
     def sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded | None:
@@ -235,11 +235,6 @@ def _sampling_rate(pipeline: Any) -> int:
 def _is_out_of_memory(error: Exception) -> bool:
     """On the GPU torch has a class for it, on the CPU only its allocator's words."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _plain_config(part: Any) -> dict[str, Any]:
-    keep = (bool, int, float, str, type(None), list)
-    return {key: value for key, value in part.config.items() if not key.startswith("_") and isinstance(value, keep)}
 
 
 def _warn_blanked(result: Any, batch: tuple[Sample, ...]) -> None:

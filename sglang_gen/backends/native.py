@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from sglang_gen import log
-from sglang_gen.backends.observe import read_noise
+from sglang_gen.backends.observe import plain_config, read_noise
 from sglang_gen.choice import NATIVE
 from sglang_gen.engine.denoise import Guidance, denoise, guided
 from sglang_gen.errors import RunError, UserError, first_line
@@ -19,6 +19,7 @@ from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.record import Clock
 from sglang_gen.pipelines.request import Request
+from sglang_gen.requirements import NEEDS
 from sglang_gen.types import Component, Decoded, Plan, Sample
 from sglang_gen.weights.load import load as load_weights
 from sglang_gen.weights.load import weight_files
@@ -28,13 +29,14 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, Import
 
 def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     """The plan's components on this rank's device. Raises UserError naming what does not fit, RunError if it fails."""
-    glue = importlib.import_module(f"sglang_gen.pipelines.{NATIVE[_class_name(plan)]}")
+    name = NATIVE[_class_name(plan)]
+    glue = importlib.import_module(f"sglang_gen.pipelines.{name}")
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()
     dtype = getattr(torch, plan.dtype)
     component = plan.card.components[glue.NETWORK]
     length = plan.run.sampling.max_sequence_length
-    if length is not None and length > glue.MOST_TOKENS:
+    if length is not None and glue.MOST_TOKENS is not None and length > glue.MOST_TOKENS:
         raise UserError(
             f"sampling.max_sequence_length is {length}; {_class_name(plan)} takes at most {glue.MOST_TOKENS}"
         )
@@ -43,7 +45,9 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
             lambda: glue.build(component.config), weight_files(_folder(component)), glue.sources, dtype, plan.device
         )
         parts = {
-            name: _read(part, dtype, plan.device) for name, part in plan.card.components.items() if name != glue.NETWORK
+            part: _read(plan.card.components[part], dtype, plan.device)
+            for part in NEEDS[name].components
+            if part != glue.NETWORK
         }
     except UserError:
         raise
@@ -51,6 +55,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
         if _is_out_of_memory(error):
             raise RunError(f"Out of memory while loading {plan.card.name}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
+    parts["scheduler"] = _settled(parts["scheduler"], glue.SCHEDULER)
     _warn_ineffective(plan, glue)
     return NativeEngine(plan, glue, network, parts, calls)
 
@@ -60,14 +65,17 @@ def _warn_ineffective(plan: Plan, glue: Any) -> None:
     for path in ("sampling.num_frames", "output.fps"):
         if plan.user_gave(path):
             log.warning(f"{path} has no effect: {_class_name(plan)} makes no video")
+    if glue.MOST_TOKENS is None and plan.user_gave("sampling.max_sequence_length"):
+        log.warning(f"sampling.max_sequence_length has no effect: {_class_name(plan)} does not take it")
     negative = any(sample.negative_prompt for batch in plan.batches for sample in batch)
     if negative and not _guidance(plan, glue, negative=True).on:
         log.warning(glue.INEFFECTIVE_NEGATIVE.format(scale=plan.run.sampling.guidance_scale))
 
 
 def _guidance(plan: Plan, glue: Any, negative: bool) -> Guidance:
-    true_cfg = plan.run.backend.diffusers_kwargs.get("true_cfg_scale", 1.0)
-    return Guidance(glue.branches(plan.run.sampling.guidance_scale, true_cfg, negative))
+    true_cfg = _number(plan, "true_cfg_scale", 1.0)
+    scale: float = glue.branches(plan.run.sampling.guidance_scale, true_cfg, negative)
+    return Guidance(scale, rescale=_number(plan, "guidance_rescale", 0.0))
 
 
 def _class_name(plan: Plan) -> str:
@@ -89,6 +97,12 @@ def _read(component: Component, dtype: torch.dtype, device: str) -> Any:
     return part.to(device).requires_grad_(False).eval()
 
 
+def _settled(scheduler: Any, settings: Mapping[str, Any]) -> Any:
+    """The scheduler with those of the settings that it has; a value that differs is set as diffusers' pipeline does."""
+    other = {key: value for key, value in settings.items() if scheduler.config.get(key, value) != value}
+    return type(scheduler).from_config(scheduler.config, **other) if other else scheduler
+
+
 class NativeEngine:
     """A loaded pipeline; see `types.Engine`."""
 
@@ -97,6 +111,7 @@ class NativeEngine:
         self.config = plan.card.components[glue.NETWORK].config
         self.noise = read_noise(plan.run.sampling.latents)
         self.factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)  # pixels per latent
+        self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", glue.ZERO_WITHOUT_NEGATIVE)
         for name in glue.TEXT_PARTS:
             calls.watch("text_encoding", name, parts[name])
         calls.watch("denoising", glue.NETWORK, network)
@@ -115,7 +130,7 @@ class NativeEngine:
             "pipeline": _class_name(self.plan),
             "makes": "image",
             "components": {self.glue.NETWORK: type(self.network).__name__, **classes},
-            "scheduler_config": dict(self.parts["scheduler"].config),
+            "scheduler_config": plain_config(self.parts["scheduler"]),
         }
 
     @torch.no_grad()
@@ -142,24 +157,24 @@ class NativeEngine:
         generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
         noise = self._noise(request, generators)
         clock.enter("denoising")
-        predict = guided(self.glue.prepare(self.network, scheduler, request, encoded, noise), guidance)
-        with log.Progress(len(scheduler.timesteps)) as progress:
+        predict = guided(self.glue.prepare(self.network, scheduler, request, encoded), guidance)
+        with log.Progress(steps) as progress:
 
             def after_step() -> None:
                 clock.step()
                 progress.step()
 
-            latents = denoise(predict, scheduler, noise, generators, after_step)
+            latents = denoise(predict, scheduler, steps, noise, generators, after_step)
         clock.enter("decoding")
         _check_finite(latents, "the latents", batch)
         return Decoded(self._decode(latents, request, batch), noise, latents)
 
     def _request(self, steps: int) -> Request:
         sampling = self.plan.run.sampling
-        size = self.glue.default_size(self.config, self.factor)
+        height, width = self.glue.default_size(self.config, self.factor)
         return Request(
-            height=sampling.height or size,
-            width=sampling.width or size,
+            height=sampling.height or height,
+            width=sampling.width or width,
             factor=self.factor,
             steps=steps,
             guidance=sampling.guidance_scale,
@@ -168,13 +183,18 @@ class NativeEngine:
 
     def _encode(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[tuple[Tensor, ...]]:
         """Encoded texts: of the negative prompts, where there is guidance, and of the prompts."""
-        texts = [[sample.negative_prompt or "" for sample in batch]] if guidance.on else []
-        texts.append([sample.prompt for sample in batch])
-        return [self.glue.encode(self.parts, each, request.text_length) for each in texts]
+        prompts = self.glue.encode(self.parts, [sample.prompt for sample in batch], request.text_length)
+        if not guidance.on:
+            return [prompts]
+        if self.zero_negative and batch[0].negative_prompt is None:
+            return [tuple(torch.zeros_like(part) for part in prompts), prompts]
+        negatives = [sample.negative_prompt or "" for sample in batch]
+        return [self.glue.encode(self.parts, negatives, request.text_length), prompts]
 
     def _noise(self, request: Request, generators: list[torch.Generator]) -> Tensor:
-        """`[B, ...]` in the pipeline's own layout: drawn per sample, or the loaded noise."""
-        drawn: Tensor = self.glue.noise(self.config, request, generators, getattr(torch, self.plan.dtype))
+        """What the first step starts from `[B, ...]`, in the pipeline's own layout: drawn per sample, or loaded."""
+        dtype = getattr(torch, self.plan.dtype)
+        drawn: Tensor = self.glue.start(self.config, self.parts["scheduler"], request, generators, dtype)
         if self.noise is not None:
             if self.noise.shape[1:] != drawn.shape[1:]:
                 raise UserError(
@@ -186,8 +206,7 @@ class NativeEngine:
 
     def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
         """Frames `[B, H, W, 3]` uint8."""
-        vae = self.parts["vae"]
-        decoded = vae.decode(self.glue.to_decode(vae, latents, request), return_dict=False)[0]
+        decoded: Tensor = self.glue.decode(self.parts["vae"], latents, request)
         values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         _check_finite(torch.from_numpy(values), "the decoded image", batch)
         frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
@@ -198,6 +217,14 @@ class NativeEngine:
 
     def close(self) -> None:
         """Nothing reaches beyond this engine."""
+
+
+def _number(plan: Plan, name: str, default: float) -> float:
+    """An argument of --diffusers-kwargs that has to be a number."""
+    value = plan.run.backend.diffusers_kwargs.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"--diffusers-kwargs: '{name}' is {value!r}; it must be a number")
+    return value
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,5 +1,6 @@
 """Watching a diffusers pipeline from outside while it runs: stages, steps, first and last latents."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,6 +54,13 @@ def read_noise(path: str | None) -> torch.Tensor | None:
             return noise.unsqueeze(0)
     except (OSError, SafetensorError) as error:
         raise UserError(f"sampling.latents: {path} cannot be read: {first_line(error)}") from None
+
+
+def plain_config(part: Any) -> dict[str, Any]:
+    """A component's config as JSON can hold it, which has no infinity."""
+    keep = (bool, int, float, str, type(None), list)
+    plain = {key: value for key, value in part.config.items() if not key.startswith("_") and isinstance(value, keep)}
+    return {key: str(value) if value in (math.inf, -math.inf) else value for key, value in plain.items()}
 
 
 @contextmanager

@@ -24,6 +24,8 @@ INEFFECTIVE_NEGATIVE = (
 )
 T5_LENGTH = 512
 MOST_TOKENS = 512
+ZERO_WITHOUT_NEGATIVE = False
+SCHEDULER: Mapping[str, Any] = {}
 SIZE = 128  # latents a side, unless the request says otherwise
 
 # Parts of our names of tensors, and what stands there in a diffusers checkpoint.
@@ -88,15 +90,21 @@ def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tu
     return text.t5(parts["text_encoder_2"], parts["tokenizer_2"], texts, length or T5_LENGTH), pooled
 
 
-def default_size(diffusers_config: Mapping[str, Any], factor: int) -> int:
-    return SIZE * factor
+def default_size(diffusers_config: Mapping[str, Any], factor: int) -> tuple[int, int]:
+    return SIZE * factor, SIZE * factor
 
 
-def noise(
-    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
+def start(
+    diffusers_config: Mapping[str, Any],
+    scheduler: Any,
+    request: Request,
+    generators: Sequence[torch.Generator],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """`[B, L, C]`: drawn as a picture, packed two by two."""
+    """Set the timesteps and draw the noise as a picture, packed two by two: `[B, L, C]`."""
     rows, columns = _grid(request)
+    sigmas = np.linspace(1.0, 1 / request.steps, request.steps).tolist()
+    set_timesteps(scheduler, request.steps, rows * columns, 1.15, sigmas)
     shape = (diffusers_config["in_channels"] // 4, 2 * rows, 2 * columns)
     return rearrange(draw_noise(shape, generators, dtype), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
 
@@ -107,14 +115,11 @@ def _grid(request: Request) -> tuple[int, int]:
 
 
 def prepare(
-    network: Flux, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor, Tensor]], latents: Tensor
+    network: Flux, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]
 ) -> "partial[Tensor]":
     """What predicts the velocity of the latents: the network with everything that all steps share."""
-    rows, columns = _grid(request)
-    sigmas = np.linspace(1.0, 1 / request.steps, request.steps).tolist()
-    set_timesteps(scheduler, request.steps, rows * columns, 1.15, sigmas)
     states, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
-    conditioning = network.condition(scheduler.timesteps, states, pooled, request.guidance, rows, columns)
+    conditioning = network.condition(scheduler.timesteps, states, pooled, request.guidance, *_grid(request))
     return partial(_predict, network, conditioning)
 
 
@@ -122,8 +127,9 @@ def _predict(network: Flux, conditioning: Any, latents: Tensor, step: int) -> Te
     return network(latents, conditioning, step)
 
 
-def to_decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
-    """Packed latents as the autoencoder takes them, `[B, C, h, w]`."""
+def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
+    """Pictures `[B, 3, H, W]` in -1..1."""
     rows, _ = _grid(request)
     picture = rearrange(latents, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
-    return picture / vae.config.scaling_factor + vae.config.shift_factor
+    scaled = picture / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(scaled, return_dict=False)[0]

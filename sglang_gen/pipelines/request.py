@@ -13,3 +13,8 @@ class Request:
     steps: int
     guidance: float
     text_length: int | None = None
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        return self.height // self.factor, self.width // self.factor

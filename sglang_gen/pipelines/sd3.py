@@ -19,6 +19,8 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
 T5_LENGTH = 256  # tokens, unless sampling.max_sequence_length says otherwise
 MOST_TOKENS = 512
+ZERO_WITHOUT_NEGATIVE = False
+SCHEDULER: Mapping[str, Any] = {}
 
 # Parts of our names of tensors, and what stands there in a diffusers checkpoint.
 NAMES = {
@@ -82,27 +84,31 @@ def branches(guidance: float, true_cfg: float, negative: bool) -> float:
     return guidance
 
 
-def default_size(diffusers_config: Mapping[str, Any], factor: int) -> int:
-    return int(diffusers_config["sample_size"]) * factor
+def default_size(diffusers_config: Mapping[str, Any], factor: int) -> tuple[int, int]:
+    size = int(diffusers_config["sample_size"]) * factor
+    return size, size
 
 
-def noise(
-    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
+def start(
+    diffusers_config: Mapping[str, Any],
+    scheduler: Any,
+    request: Request,
+    generators: Sequence[torch.Generator],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """`[B, C, h, w]`."""
-    height, width = request.height // request.factor, request.width // request.factor
+    """Set the timesteps and draw the noise `[B, C, h, w]` that the first step starts from."""
+    height, width = request.latent_size
+    patch = diffusers_config["patch_size"]
+    set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
     return draw_noise((diffusers_config["in_channels"], height, width), generators, dtype)
 
 
 def prepare(
-    network: SD3, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor, Tensor]], latents: Tensor
+    network: SD3, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]
 ) -> "partial[Tensor]":
     """What predicts the velocity of the latents: the network with everything that all steps share."""
-    height, width = latents.shape[-2:]
-    patch = network.config.patch
-    set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
     states, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
-    conditioning = network.condition(scheduler.timesteps, states, pooled, height, width)
+    conditioning = network.condition(scheduler.timesteps, states, pooled, *request.latent_size)
     return partial(_predict, network, conditioning)
 
 
@@ -110,6 +116,7 @@ def _predict(network: SD3, conditioning: Conditioning, latents: Tensor, step: in
     return network(latents, conditioning, step)
 
 
-def to_decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
-    """Latents as the autoencoder takes them."""
-    return latents / vae.config.scaling_factor + vae.config.shift_factor
+def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
+    """Pictures `[B, 3, H, W]` in -1..1."""
+    scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(scaled, return_dict=False)[0]

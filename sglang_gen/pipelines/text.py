@@ -27,6 +27,13 @@ def clip(encoder: Any, tokenizer: Any, texts: list[str], layer: int = -2) -> tup
     return output.hidden_states[layer], output[0]
 
 
+def clip_last(encoder: Any, tokenizer: Any, texts: list[str]) -> Tensor:
+    """Hidden states `[B, T, C]` behind the last layer and the final norm."""
+    ids = tokens(tokenizer, texts, tokenizer.model_max_length)
+    states: Tensor = encoder(ids.to(encoder.device)).last_hidden_state
+    return states
+
+
 def clip_pooled(encoder: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     """The state of the end token `[B, P]`, of an encoder without projection."""
     pooled: Tensor = encoder(tokens(tokenizer, texts, tokenizer.model_max_length).to(encoder.device)).pooler_output

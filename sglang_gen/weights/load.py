@@ -29,10 +29,15 @@ def load(
         checkpoint = Checkpoint([stack.enter_context(safe_open(file, framework="pt")) for file in files])
         _check_names(network, checkpoint, sources, files)
         for name, slot in network.state_dict().items():
-            parts = [checkpoint.read(source) for source in sources(name)]
+            parts = [_as_linear(checkpoint.read(source), slot) for source in sources(name)]
             _check_shape(parts, slot, sources(name), files)
             _assign(network, name, (parts[0] if len(parts) == 1 else torch.cat(parts)).to(device, dtype))
     return network.eval()
+
+
+def _as_linear(part: Tensor, slot: Tensor) -> Tensor:
+    """A convolution of one pixel as the matrix that it is, where the network has a linear layer."""
+    return part.flatten(1) if part.ndim == 4 and part.shape[2:] == (1, 1) and slot.ndim == 2 else part
 
 
 def _assign(network: nn.Module, name: str, tensor: Tensor) -> None:

@@ -1,0 +1,117 @@
+"""What the pipelines of a UNet share: the names of its weights, its config, its schedule and where it starts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sglang_gen.engine.denoise import draw_noise
+from sglang_gen.errors import UserError, first_line
+from sglang_gen.models.unet import Config, LevelConfig, UNet
+from sglang_gen.pipelines.request import Request
+from sglang_gen.weights.load import renamed
+
+NETWORK = "unet"
+
+# Parts of our names of tensors, and what stands there in a diffusers checkpoint.
+NAMES = {
+    "time_embedder": ("time_embedding",),
+    "added_embedder": ("add_embedding",),
+    "down": ("down_blocks",),
+    "middle": ("mid_block",),
+    "up": ("up_blocks",),
+    "residuals": ("resnets",),
+    "transformers": ("attentions",),
+    "downsample": ("downsamplers.0",),
+    "upsample": ("upsamplers.0",),
+    "norm_1": ("norm1",),
+    "norm_2": ("norm2",),
+    "norm_3": ("norm3",),
+    "conv_1": ("conv1",),
+    "conv_2": ("conv2",),
+    "time": ("time_emb_proj",),
+    "shortcut": ("conv_shortcut",),
+    "project_in": ("proj_in",),
+    "project_out": ("proj_out",),
+    "blocks": ("transformer_blocks",),
+    "self_attention.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "self_attention.to_out": ("attn1.to_out.0",),
+    "cross_attention.to_q": ("attn2.to_q",),
+    "cross_attention.to_kv": ("attn2.to_k", "attn2.to_v"),
+    "cross_attention.to_out": ("attn2.to_out.0",),
+    "ff.up": ("ff.net.0.proj",),
+    "ff.down": ("ff.net.2",),
+    "norm_out": ("conv_norm_out",),
+}
+
+# What diffusers takes where a config, as old ones do, says nothing.
+DEFAULTS: Mapping[str, Any] = {
+    "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
+    "transformer_layers_per_block": 1, "attention_head_dim": 8, "cross_attention_dim": 1280, "norm_num_groups": 32,
+    "norm_eps": 1e-5, "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}  # fmt: skip
+
+
+def sources(name: str) -> list[str]:
+    """The names in a diffusers checkpoint that make up our tensor `name`."""
+    return renamed(name, NAMES)
+
+
+def config(diffusers_config: Mapping[str, Any]) -> Config:
+    """`attention_head_dim` of a UNet is the number of its heads, a mistake that diffusers keeps for its checkpoints."""
+    c = {**DEFAULTS, **diffusers_config}
+    levels = len(c["block_out_channels"])
+    columns = [
+        _each(c[key], levels)
+        for key in ("block_out_channels", "attention_head_dim", "layers_per_block", "transformer_layers_per_block")
+    ]
+    rows = list(zip(*columns, strict=True))
+    width, heads, _, depth = rows[-1]
+    return Config(
+        channels_in=c["in_channels"], channels_out=c["out_channels"],
+        down=tuple(
+            LevelConfig(width, heads, blocks, depth if "CrossAttn" in kind else 0)
+            for (width, heads, blocks, depth), kind in zip(rows, c["down_block_types"], strict=True)
+        ),
+        middle=LevelConfig(width, heads, 2, depth),
+        up=tuple(
+            LevelConfig(width, heads, blocks + 1, depth if "CrossAttn" in kind else 0)
+            for (width, heads, blocks, depth), kind in zip(reversed(rows), c["up_block_types"], strict=True)
+        ),
+        text_width=c["cross_attention_dim"], groups=c["norm_num_groups"], eps=c["norm_eps"],
+        size_width=c.get("addition_time_embed_dim") or 0,
+        added_width=c["projection_class_embeddings_input_dim"] if c.get("addition_embed_type") else 0,
+    )  # fmt: skip
+
+
+def _each(value: Any, levels: int) -> list[int]:
+    """A value of all levels, or one for each."""
+    return list(value) if isinstance(value, Sequence) else [value] * levels
+
+
+def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
+    return UNet(config(diffusers_config))
+
+
+def start(
+    diffusers_config: Mapping[str, Any],
+    scheduler: Any,
+    request: Request,
+    generators: Sequence[torch.Generator],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Set the timesteps and draw what the first step starts from, `[B, C, h, w]`, as strong as the scheduler wants it.
+
+    Raises UserError for a scheduler that cannot.
+    """
+    kind = type(scheduler).__name__
+    try:
+        scheduler.set_timesteps(request.steps)
+    except ValueError as error:
+        raise UserError(f"{kind} refuses {request.steps} steps: {first_line(error)}") from error
+    if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
+        raise UserError(f"{kind} is no scheduler of a diffusion model, so it cannot sample from this UNet")
+    drawn = draw_noise((diffusers_config.get("in_channels", 4), *request.latent_size), generators, dtype)
+    return drawn * scheduler.init_noise_sigma

@@ -1,0 +1,129 @@
+"""What the native engine needs of a model: its components, and the settings of network configs that our files know.
+
+Pure facts for the plan. A config is read key by key: one that nobody here has thought of is a reason to refuse it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_gen.types import ModelCard
+
+Accepts = Callable[[Any], bool]
+
+
+def anything(value: Any) -> bool:
+    return True
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def per_level(value: Any) -> bool:
+    """A number for all levels, or a list of one for each."""
+    return all(number(each) for each in value) if isinstance(value, (list, tuple)) else number(value)
+
+
+def one_of(*values: Any) -> Accepts:
+    """One of the values, or a list of nothing else."""
+    return lambda value: all(each in values for each in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+ABSENT = one_of(None, False)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of one pipeline: the classes of its components, and the settings of the network among them."""
+
+    components: Mapping[str, tuple[str, ...]]
+    network: str
+    settings: Mapping[str, Accepts]
+
+
+def unsupported(needs: Needs, card: ModelCard) -> str | None:
+    """Why the native engine cannot run this model, in a clause; None where it can."""
+    for name, classes in needs.components.items():
+        if name not in card.components:
+            return f"this model has no {name}"
+        found = card.components[name].class_name
+        if classes and found not in classes:
+            return f"the {name} is a {found}, not a {' or '.join(classes)}"
+    if "safety_checker" in card.components:
+        return "it runs no safety checker, and this model has one"
+    for key, value in card.components[needs.network].config.items():
+        accepts = needs.settings.get(key, ABSENT)
+        if not (key.startswith("_") or accepts(value)):
+            return f"its {needs.network} knows no {key}={value}"
+    return None
+
+
+CLIP, CLIP_PROJECTED, T5 = ("CLIPTextModel",), ("CLIPTextModelWithProjection",), ("T5EncoderModel",)
+VAE = ("AutoencoderKL",)
+ANY: tuple[str, ...] = ()
+
+SD3 = Needs(
+    {
+        "transformer": ("SD3Transformer2DModel",), "vae": VAE, "scheduler": ANY,
+        "text_encoder": CLIP_PROJECTED, "text_encoder_2": CLIP_PROJECTED, "text_encoder_3": T5,
+        "tokenizer": ANY, "tokenizer_2": ANY, "tokenizer_3": ANY,
+    },
+    "transformer",
+    {
+        "sample_size": number, "patch_size": number, "in_channels": number, "out_channels": anything,
+        "num_layers": number, "num_attention_heads": number, "attention_head_dim": number,
+        "joint_attention_dim": number, "caption_projection_dim": number, "pooled_projection_dim": number,
+        "pos_embed_max_size": number, "dual_attention_layers": anything, "qk_norm": one_of(None, "rms_norm"),
+    },
+)  # fmt: skip
+
+FLUX = Needs(
+    {
+        "transformer": ("FluxTransformer2DModel",), "vae": VAE, "scheduler": ANY,
+        "text_encoder": CLIP, "text_encoder_2": T5, "tokenizer": ANY, "tokenizer_2": ANY,
+    },
+    "transformer",
+    {
+        "patch_size": one_of(1), "in_channels": number, "out_channels": anything, "num_layers": number,
+        "num_single_layers": number, "num_attention_heads": number, "attention_head_dim": number,
+        "joint_attention_dim": number, "pooled_projection_dim": number, "guidance_embeds": anything,
+        "axes_dims_rope": anything,
+    },
+)  # fmt: skip
+
+UNET: Mapping[str, Accepts] = {
+    "sample_size": anything, "in_channels": number, "out_channels": number, "block_out_channels": per_level,
+    "layers_per_block": per_level, "transformer_layers_per_block": per_level, "attention_head_dim": per_level,
+    "cross_attention_dim": number, "norm_num_groups": number, "norm_eps": number,
+    "down_block_types": one_of("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": one_of("CrossAttnUpBlock2D", "UpBlock2D"),
+    "mid_block_type": one_of("UNetMidBlock2DCrossAttn"),
+    "act_fn": one_of("silu", "swish"), "flip_sin_to_cos": one_of(True), "downsample_padding": one_of(1),
+    "mid_block_scale_factor": one_of(1), "resnet_out_scale_factor": one_of(1),
+    "resnet_time_scale_shift": one_of("default"), "time_embedding_type": one_of("positional"),
+    "conv_in_kernel": one_of(3), "conv_out_kernel": one_of(3), "attention_type": one_of("default"),
+    "only_cross_attention": one_of(False), "freq_shift": one_of(0),
+    # Read by nothing that is accepted above, or without effect: fused attention needs no upcast, dropout is off.
+    "addition_embed_type_num_heads": anything, "use_linear_projection": anything, "upcast_attention": anything,
+    "dropout": anything, "projection_class_embeddings_input_dim": anything, "addition_time_embed_dim": anything,
+}  # fmt: skip
+
+SD = Needs(
+    {"unet": ("UNet2DConditionModel",), "vae": VAE, "scheduler": ANY, "text_encoder": CLIP, "tokenizer": ANY},
+    "unet",
+    UNET,
+)
+
+SDXL = Needs(
+    {**SD.components, "text_encoder_2": CLIP_PROJECTED, "tokenizer_2": ANY},
+    "unet",
+    {
+        **UNET,
+        "addition_embed_type": one_of("text_time"),
+        "addition_time_embed_dim": number,
+        "projection_class_embeddings_input_dim": number,
+    },
+)
+
+NEEDS = {"sd3": SD3, "flux": FLUX, "sdxl": SDXL, "sd": SD}

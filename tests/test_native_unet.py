@@ -1,0 +1,182 @@
+"""The native UNet against diffusers' class, and what breaks the parity when it is planted."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusers import UNet2DConditionModel
+from parity import error, pair
+from safetensors.torch import load_file, save_file
+
+from sglang_gen import env
+from sglang_gen.errors import UserError
+from sglang_gen.pipelines import unet
+from sglang_gen.weights.load import load, weight_files
+
+TIMESTEPS = torch.tensor([981, 500, 7])
+SD15 = {
+    "block_out_channels": (16, 32, 32), "layers_per_block": 2, "cross_attention_dim": 24, "norm_num_groups": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 8,
+}  # fmt: skip
+SDXL = {
+    "block_out_channels": (16, 32, 48), "layers_per_block": 2, "cross_attention_dim": 24, "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (2, 4, 6),
+    "transformer_layers_per_block": (1, 2, 2), "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 20 + 6 * 8,
+}  # fmt: skip
+VARIANTS = {
+    "sd15": SD15,
+    "sd21": SD15 | {"attention_head_dim": (2, 4, 4), "use_linear_projection": True, "upcast_attention": True},
+    "sdxl": SDXL,
+    "levels of different length, other channels": SD15
+    | {"layers_per_block": (1, 3, 2), "in_channels": 6, "out_channels": 3, "norm_eps": 1e-3},
+}
+
+
+def reference(**config) -> UNet2DConditionModel:
+    return tiny.fill(UNet2DConditionModel(**config), 5)
+
+
+def inputs(config: dict, dtype: torch.dtype, batch: int = 3, height: int = 8, width: int = 12):
+    """Latents, text, and where the network takes them pooled text and sizes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    given = [draw(batch, config.get("in_channels", 4), height, width), draw(batch, 9, config["cross_attention_dim"])]
+    if "addition_embed_type" in config:
+        sizes = torch.tensor(
+            [[64, 96, 0, 0, 64, 96], [32, 32, 4, 8, 64, 64], [1024, 768, 0, 16, 512, 512]], dtype=dtype
+        )
+        given += [draw(batch, 20), sizes[:batch]]
+    return tuple(given)
+
+
+@torch.no_grad()
+def theirs(network, latents, text, *added, step: int) -> torch.Tensor:
+    kwargs = {"added_cond_kwargs": dict(zip(("text_embeds", "time_ids"), added, strict=True))} if added else {}
+    return network(latents, TIMESTEPS[step], text, return_dict=False, **kwargs)[0]
+
+
+@torch.no_grad()
+def ours(network, latents, *conditions, step: int) -> torch.Tensor:
+    return network(latents, network.condition(TIMESTEPS, *conditions), step)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_the_network_computes_what_diffusers_computes(variant, dtype, tolerance):
+    config = VARIANTS[variant]
+    their, our = pair(reference(**config), unet, Path("network"), dtype)
+    given = inputs(config, dtype)
+    for step in range(len(TIMESTEPS)):
+        assert error(ours(our, *given, step=step), theirs(their, *given, step=step)) <= tolerance
+
+
+@pytest.mark.parametrize("size", [(7, 12), (9, 5), (11, 10), (4, 6)])
+@pytest.mark.parametrize("variant", ["sd15", "sdxl"])
+def test_sizes_that_do_not_halve_evenly_meet_again_on_the_way_up(variant, size):
+    config = VARIANTS[variant]
+    their, our = pair(reference(**config), unet, Path("network"), torch.float64)
+    given = inputs(config, torch.float64, 2, *size)
+    assert error(ours(our, *given, step=1), theirs(their, *given, step=1)) <= 1e-10
+
+
+def test_fractions_of_timesteps_and_repeated_ones_are_taken():
+    _, our = pair(reference(**SD15), unet, Path("network"), torch.float64)
+    latents, text = inputs(SD15, torch.float64)
+    with torch.no_grad():
+        conditioning = our.condition(torch.tensor([500.0, 500.0, 500.5]), text)
+        first, second, third = (our(latents, conditioning, step) for step in range(3))
+    assert torch.equal(first, second)
+    assert error(third, first) > 1e-6
+
+
+def swap_heads(qkv: torch.Tensor, width: int = 8) -> None:
+    qkv[: 2 * width] = qkv[: 2 * width].roll(width, 0)
+
+
+MUTATIONS = {
+    "an attention is silent": lambda net: net.down[1].transformers[0].blocks[1].self_attention.to_out.weight.zero_(),
+    "the text is not read": lambda net: net.up[0].transformers[2].blocks[0].cross_attention.to_kv.weight.zero_(),
+    "the middle is silent": lambda net: net.middle.transformers[0].project_out.weight.zero_(),
+    "a bias is doubled": lambda net: net.up[1].residuals[0].conv_1.bias.mul_(2),
+    "a gate's bias is doubled": lambda net: net.middle.transformers[0].blocks[1].ff.up.bias.mul_(2),
+    "two heads are swapped": lambda net: swap_heads(net.down[2].transformers[0].blocks[0].self_attention.to_qkv.weight),
+    "a norm is flat": lambda net: net.down[1].transformers[1].norm.weight.fill_(1),
+    "a residual's norm is flat": lambda net: net.up[2].residuals[1].norm_2.weight.fill_(1),
+    "a time projection is silent": lambda net: net.down[0].residuals[1].time.weight.zero_(),
+    "pooled text and sizes are silent": lambda net: net.added_embedder.linear_2.weight.zero_(),
+    "a shortcut is silent": lambda net: net.up[1].residuals[1].shortcut.weight.zero_(),
+    "a sampler's bias is gone": lambda net: net.up[0].upsample.conv.bias.zero_(),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_planted_defect_breaks_the_parity(mutation):
+    their, our = pair(reference(**SDXL), unet, Path("network"), torch.float32)
+    given = inputs(SDXL, torch.float32)
+    broken = copy.deepcopy(our)
+    with torch.no_grad():
+        MUTATIONS[mutation](broken)
+    assert error(ours(broken, *given, step=0), theirs(their, *given, step=0)) > 1e-3
+
+
+def test_another_prompt_size_and_timestep_give_another_output():
+    _, our = pair(reference(**SDXL), unet, Path("network"), torch.float32)
+    latents, text, pooled, sizes = inputs(SDXL, torch.float32)
+    first = ours(our, latents, text, pooled, sizes, step=0)
+    assert error(ours(our, latents, text.flip(0), pooled, sizes, step=0), first) > 1e-3
+    assert error(ours(our, latents, text, pooled.flip(0), sizes, step=0), first) > 1e-3
+    assert error(ours(our, latents, text, pooled, sizes.flip(0), step=0), first) > 1e-3
+    assert error(ours(our, latents, text, pooled, sizes, step=1), first) > 1e-3
+
+
+@pytest.mark.parametrize("variant", ["sd15", "sdxl"])
+def test_rows_of_a_batch_do_not_see_each_other(variant):
+    _, our = pair(reference(**VARIANTS[variant]), unet, Path("network"), torch.float64)
+    given = inputs(VARIANTS[variant], torch.float64)
+    alone = ours(our, *(tensor[1:2] for tensor in given), step=0)
+    assert error(ours(our, *given, step=0)[1:2], alone) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda w: w.pop("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight"),
+            "it lacks down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight",
+        ),
+        (lambda w: w.update(extra=torch.zeros(1)), "it holds extra, which UNet does not have"),
+        (
+            lambda w: w.update({"conv_out.bias": torch.zeros(3)}),
+            "conv_out.bias has the shape [3], this network needs [4]",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_the_name_of_the_tensor(change, sentence):
+    reference(**SD15).save_pretrained("network")
+    (file,) = weight_files(Path("network"))
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file)
+    with pytest.raises(UserError) as failure:
+        load(lambda: unet.build(SD15), [file], unet.sources, torch.float32, "cpu")
+    assert sentence in str(failure.value)
+
+
+@pytest.mark.parametrize("preset", ["sd15", "sd21", "sdxl"])
+def test_the_published_network_has_the_published_tensors(preset):
+    config = json.loads((env.preset_configs(preset) / "unet" / "config.json").read_text())
+    with torch.device("meta"):
+        our, their = unet.build(config), UNet2DConditionModel.from_config(config)
+    wanted = their.state_dict()
+    names = [source for name in our.state_dict() for source in unet.sources(name)]
+    assert sorted(names) == sorted(wanted)
+    assert sum(p.numel() for p in our.parameters()) == sum(p.numel() for p in their.parameters())
