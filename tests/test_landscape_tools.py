@@ -1,13 +1,30 @@
 """The pictures and captions that the embedded model learns from."""
 
+from argparse import Namespace
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tools.landscape.captions import caption, full_caption
 from tools.landscape.data import draw
+from tools.landscape.presets import Autoencoder, Preset
+from tools.landscape.presets import Denoiser as Spec
 from tools.landscape.scene import ATTRIBUTES, Scene, flip, from_labels, sample_scene
 from tools.landscape.vocabulary import CLIP_LENGTH, build_clip_tokenizer, build_t5_tokenizer
 from tools.landscape.words import PHRASES
+
+LITTLE = Preset(
+    size=16,
+    pictures=8,
+    autoencoder=Autoencoder((8, 16), latent_channels=2, batch=2, steps=1, rate=1e-3),
+    denoiser=Spec(
+        layers=2, heads=2, head_dim=32, patch=4, text_width=32, text_layers=2, batch=4, steps=4, rate=1e-3,
+        muon_rate=2e-3, shift=3.0,
+    ),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +102,37 @@ def test_a_full_caption_fits_the_clip_encoders(tokenizers):
     clip, _ = tokenizers
     lengths = [len(clip(full_caption(sample_scene(rng), rng)).input_ids) for _ in range(200)]
     assert max(lengths) <= CLIP_LENGTH + 8  # 200 merges here, 800 in the model
+
+
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(monkeypatch):
+    from tools.landscape import denoiser, text, train, train_autoencoder
+
+    monkeypatch.setattr(text, "CLIP_MERGES", 50)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
+    train_autoencoder.build_autoencoder(LITTLE).save_pretrained("vae")
+    rng = np.random.default_rng(0)
+    np.save("latents.npy", rng.standard_normal((8, 2, 8, 8)).astype(np.float16))
+    np.save("latent_labels.npy", np.array([sample_scene(rng).labels() for _ in range(8)], np.uint8))
+
+    def run(out: str, resume: bool = False) -> None:
+        args = Namespace(data=Path(), vae=Path("vae"), out=Path(out), seed=3, device=torch.device("cpu"),
+                         save_every=2, resume=resume)  # fmt: skip
+        torch.manual_seed(0)
+        train.train(denoiser.Denoiser(LITTLE, 8), args, LITTLE, 4)
+
+    run("whole")
+    loss, calls = train.flow_loss, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(train, "flow_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts")
+    monkeypatch.setattr(train, "flow_loss", loss)
+    run("parts", resume=True)
+    whole, parts = (load_file(f"{out}/transformer/diffusion_pytorch_model.safetensors") for out in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)

@@ -3,7 +3,8 @@
     python -m tools.landscape.train --data work/data --vae work/vae --out work/model
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m tools.landscape.train ...   one rank per core
 
-Writes a diffusers folder with averaged weights in bfloat16, every `--save-every` steps and at the end.
+Writes a diffusers folder with averaged weights in bfloat16, every `--save-every` steps and at the end, and beside it
+the whole state of the training, so that `--resume` goes on with a run that was interrupted as if it had not been.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import copy
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,38 @@ def update(loss: Tensor, model: Denoiser, optims: list[torch.optim.Optimizer], f
     model.zero_grad()
 
 
+def state_file(out: Path, rank: int) -> Path:
+    return out.with_name(f"{out.name}_state") / f"rank_{rank}.pt"
+
+
+def save_state(
+    out: Path, rank: int, step: int, model: Denoiser, averaged: Denoiser, optims: list[torch.optim.Optimizer]
+) -> None:
+    """All that the next step depends on; each rank has optimizer states and random numbers of its own."""
+    path = state_file(out, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "averaged": averaged.state_dict(),
+        "optims": [optimizer.state_dict() for optimizer in optims],
+        "random": torch.get_rng_state(),
+    }
+    torch.save(state, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+def load_state(out: Path, rank: int, model: Denoiser, averaged: Denoiser, optims: list[torch.optim.Optimizer]) -> int:
+    """Put back what `save_state` kept; the number of steps that are done."""
+    state = torch.load(state_file(out, rank), map_location=model.transformer.device)
+    model.load_state_dict(state["model"])
+    averaged.load_state_dict(state["averaged"])
+    for optimizer, kept in zip(optims, state["optims"], strict=True):
+        optimizer.load_state_dict(kept)
+    torch.set_rng_state(state["random"].cpu())
+    return int(state["step"])
+
+
 def train(model: Denoiser, args: argparse.Namespace, preset: Preset, steps: int) -> None:
     """Saves the average of the weights over the last few hundred steps."""
     rank, ranks = join()
@@ -78,7 +112,9 @@ def train(model: Denoiser, args: argparse.Namespace, preset: Preset, steps: int)
     source = batches(model, args.data, spec.batch // ranks, args.seed, rank)
     for block in model.transformer.transformer_blocks:
         block.compile(dynamic=False)
-    for step in range(1, steps + 1):
+    done = load_state(args.out, rank, model, averaged, optims) if args.resume else 0
+    source = islice(source, done, None)
+    for step in range(done + 1, steps + 1):
         loss = flow_loss(model, *(part.to(args.device) for part in next(source)), spec.shift)
         update(loss, model, optims, rate_factor(step, steps))
         exchange(shares)
@@ -86,8 +122,10 @@ def train(model: Denoiser, args: argparse.Namespace, preset: Preset, steps: int)
         losses.append(loss.item())
         if step % 50 == 0 and rank == 0:
             print(f"step {step} loss {np.mean(losses[-50:]):.4f} {time.time() - started:.0f} s", flush=True)
-        if step % args.save_every == 0 and rank == 0:
-            save_pipeline(averaged, args.vae, spec.shift, args.out)
+        if step % args.save_every == 0:
+            save_state(args.out, rank, step, model, averaged, optims)
+            if rank == 0:
+                save_pipeline(averaged, args.vae, spec.shift, args.out)
     if rank == 0:
         save_pipeline(averaged, args.vae, spec.shift, args.out)
 
@@ -100,7 +138,8 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--steps", type=int, help="default: the preset's")
     parser.add_argument("--continue-from", type=Path, help="continue from this model")
-    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run that writes to --out")
+    parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
