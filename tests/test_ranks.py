@@ -187,6 +187,13 @@ def test_a_rank_that_is_killed_ends_the_run_within_seconds(run, pool):
     assert not [path for path in Path("outputs").iterdir() if path.name.startswith(".tmp")]
 
 
+# A shell's background makes its processes deaf to Ctrl-C; a command in a terminal is not.
+START = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from sglang_gen.cli import console; console()"
+)
+
+
 def alive(pids: list[int]) -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
@@ -197,7 +204,7 @@ def test_no_rank_outlives_its_launcher(pipelines, tmp_path, number, code):
     words = ["--model-path", str(pipelines["sd15"]), "--prompt", "a", *SIZE, "--num-samples", "99999", "parallel=dp2",
              "--num-inference-steps", "20", "--output-path", str(tmp_path)]  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-c", "from sglang_gen.cli import console; console()", "generate", *words],
+        [sys.executable, "-c", START, "generate", *words],
         cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
