@@ -160,7 +160,8 @@ class Flux(nn.Module):
         self, timesteps: Tensor, text: Tensor, pooled: Tensor, guidance: float, rows: int, columns: int
     ) -> Conditioning:
         """Timesteps `[S]` in 0..1000, text `[B, T, C]`, pooled text `[B, P]`; `rows` x `columns` packed tokens."""
-        vector = self.timestep_embedder(sinusoid(timesteps, 256).to(pooled.dtype))[:, None]  # [S, 1, D]
+        times = sinusoid(timesteps.to(pooled.device), 256)
+        vector = self.timestep_embedder(times.to(pooled.dtype))[:, None]  # [S, 1, D]
         if self.guidance_embedder is not None:
             scale = torch.full((1,), 1000 * guidance, device=pooled.device)
             vector = vector + self.guidance_embedder(sinusoid(scale, 256).to(pooled.dtype))

@@ -141,7 +141,7 @@ class SD3(nn.Module):
 
     def condition(self, timesteps: Tensor, text: Tensor, pooled: Tensor, height: int, width: int) -> Conditioning:
         """Timesteps `[S]` in 0..1000, text `[B, T, C]`, pooled text `[B, P]`; latents of `height` x `width`."""
-        times = self.timestep_embedder(sinusoid(timesteps, 256).to(pooled.dtype))  # [S, D]
+        times = self.timestep_embedder(sinusoid(timesteps.to(pooled.device), 256).to(pooled.dtype))  # [S, D]
         vector = times[:, None] + self.pooled_embedder(pooled)  # [S, B, D]
         return Conditioning(
             self.text_embedder(text),
