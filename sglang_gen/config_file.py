@@ -12,7 +12,10 @@ from sglang_gen.schema import SCHEMA_VERSION, leaves
 from sglang_gen.values import coerce, parse_json, parse_yaml
 
 # What a record pins: the choice that the run made where the request left it open.
-PINNED = {"backend": "backend.name", "dtype": "dtype", "device": "device", "seed": "sampling.seed"}
+PINNED = {
+    "backend": "backend.name", "dtype": "dtype", "device": "device", "seed": "sampling.seed",
+    "attention": "attention.backend",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,18 @@ def _read_record(record: Mapping[str, Any], path: str | Path) -> FileValues:
             del found.values[target]
     if found.values.get("sampling.prompts_file"):
         found.values["sampling.prompts_file"] = kept_prompts.beside(path, found.values["sampling.prompts_file"])
-    stored = found.values.get("compile.disable_autocast")  # --disable-autocast finds the dtype again
     for name, target in PINNED.items():
-        if parts["effective"].get(name) is not None and not (stored and name == "dtype"):
+        if parts["effective"].get(name) is not None and name not in _settled(found.values):
             found.values[target] = _typed(f"effective.{name}", target, parts["effective"][name], path)
     return FileValues(found.values, found.options, parts["versions"])
+
+
+def _settled(values: Mapping[str, Any]) -> set[str]:
+    """What the run's own settings give again, so that no choice of the record is needed."""
+    found = {"dtype"} if values.get("compile.disable_autocast") else set()
+    if values.get("attention.backend", "auto") != "auto" or values.get("attention.backend_config"):
+        found.add("attention")
+    return found
 
 
 def _collect(content: Mapping[str, Any], path: str | Path) -> FileValues:

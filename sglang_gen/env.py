@@ -4,6 +4,7 @@ import importlib.metadata
 import netrc
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from functools import cache
@@ -23,7 +24,7 @@ def use_modelscope() -> bool:
 
 
 def cache_dir() -> Path:
-    """Where measured machine rates are kept: SGLANG_GEN_CACHE, else XDG_CACHE_HOME, else ~/.cache."""
+    """Of measured rates, chosen kernels, compiled blocks: SGLANG_GEN_CACHE, else XDG_CACHE_HOME, else ~/.cache."""
     if explicit := os.environ.get("SGLANG_GEN_CACHE"):
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-gen"
@@ -60,6 +61,17 @@ def package_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def keep_compiled() -> None:
+    """What torch.compile makes stays beside the measured rates, where the next process finds it."""
+    folder = cache_dir() / "compile"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # then in torch's own temporary folder
+        return
+    if os.access(folder, os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def has_nunchaku() -> bool:
@@ -144,9 +156,10 @@ def wandb_mode() -> str | None:
     return "offline"
 
 
-def cxx_compilers() -> list[str]:
-    """Names under which torch.compile looks for a C++ compiler: $CXX, else the usual ones."""
-    return [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+def can_compile(device: str) -> bool:
+    """Whether torch.compile finds the C++ compiler that it needs on a CPU: $CXX, else the usual ones."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return device != "cpu" or any(shutil.which(name) for name in names)
 
 
 def cpu_count() -> int:

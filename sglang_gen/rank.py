@@ -98,6 +98,7 @@ def _generate(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Saved:
     saved = Saved(plan, {**plan.effective, **engine.effective()})
     for number, decoded in _made(plan, mesh, engine, clock):
         clock.enter("saving")
+        saved.effective |= engine.effective()  # the first batch settles what depends on its shapes
         saved.add(number, decoded)
         clock.leave()
     return saved

@@ -112,7 +112,7 @@ def test_an_sdpa_kernel_is_the_one_that_runs(run, monkeypatch, name):
         return attend(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
-    assert run("sdxl", "--attention-backend", name).code == 0
+    assert run("sdxl", "--attention-backend", name, "--backend", "diffusers").code == 0
     assert (name == "math", name == "flash") in seen
     assert record()["effective"]["attention"] == name
     assert record()["requested"]["attention"] == name
@@ -130,7 +130,7 @@ def test_an_sdpa_kernel_is_the_one_that_runs(run, monkeypatch, name):
     ],
 )
 def test_a_kernel_that_cannot_act_is_refused(run, words, sentence):
-    done = run("sdxl", *words)
+    done = run("sdxl", *words, "--backend", "diffusers")
     assert done.code == 2
     assert sentence in done.err
 
@@ -140,18 +140,19 @@ def test_a_kernel_of_the_dispatcher_acts_on_networks_that_dispatch_and_ends_with
     from diffusers.models import attention_dispatch
 
     before = attention_dispatch._AttentionBackendRegistry.get_active_backend()
-    assert run("flux").code == 0
-    done = run("flux", "--attention-backend", "flex")
+    assert run("flux", "--backend", "diffusers").code == 0
+    done = run("flux", "--attention-backend", "flex", "--backend", "diffusers")
     assert done.code == 0, done.err
     assert record(1)["effective"]["attention"] == "flex"
     assert np.abs(picture("outputs/generated_image_0.png") - picture("outputs/generated_image_1.png")).max() <= 1
     assert attention_dispatch._AttentionBackendRegistry.get_active_backend() == before
-    assert run("sdxl", "--attention-backend", "flex").code == 2
+    assert run("sdxl", "--attention-backend", "flex", "--backend", "diffusers").code == 2
     assert attention_dispatch._AttentionBackendRegistry.get_active_backend() == before
 
 
 def test_the_priority_of_sdpa_is_recorded(run):
-    assert run("sdxl", "--attention-backend-config", '{"priority": ["math", "flash"]}').code == 0
+    priority = ("--attention-backend-config", '{"priority": ["math", "flash"]}')
+    assert run("sdxl", *priority, "--backend", "diffusers").code == 0
     assert record()["effective"]["attention"] == "sdpa(math, flash)"
 
 
@@ -219,7 +220,7 @@ def test_regional_compilation_compiles_one_block_and_keeps_the_picture(run):
 
     counting.counters.clear()
     assert run("sd3").code == 0
-    done = run("sd3", "compile=regional")
+    done = run("sd3", "compile=regional", "--backend", "diffusers")
     assert done.code == 0, done.err
     assert counting.counters["stats"]["unique_graphs"] >= 1
     assert record(1)["effective"]["compile"] == "regional"
@@ -228,7 +229,7 @@ def test_regional_compilation_compiles_one_block_and_keeps_the_picture(run):
 
 def test_compilation_without_a_compiler_is_one_sentence(run, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    done = run("sd3", "--enable-torch-compile")
+    done = run("sd3", "--enable-torch-compile", "--backend", "diffusers")
     assert (done.code, "needs a C++ compiler" in done.err) == (2, True)
 
 

@@ -247,7 +247,6 @@ def test_auto_takes_the_native_engine_where_it_can(run):
             ("--diffusers-kwargs", '{"clip_skip": 1}'),
             "'clip_skip' of --diffusers-kwargs is for",
         ),
-        ("sd3", ("--attention-backend", "math"), "sdpa is its only attention kernel yet"),
     ],
 )
 def test_auto_says_why_it_takes_diffusers_and_sglang_refuses(run, name, words, reason):
@@ -266,7 +265,8 @@ def test_what_is_the_same_for_all_steps_is_computed_once(run, monkeypatch, name,
     condition = network.condition
 
     def counted(*args, **kwargs):
-        calls.append(1)
+        if args[2].device.type != "meta":  # there shapes are found out, and nothing is computed
+            calls.append(1)
         return condition(*args, **kwargs)
 
     monkeypatch.setattr(network, "condition", counted)

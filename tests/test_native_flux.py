@@ -69,7 +69,7 @@ def theirs(network, latents, text, pooled, step: int, guidance: float = 3.5) -> 
 
 @torch.no_grad()
 def ours(network, latents, text, pooled, step: int, guidance: float = 3.5) -> torch.Tensor:
-    return network(latents, network.condition(TIMESTEPS, text, pooled, guidance, ROWS, COLUMNS), step)
+    return network(latents, network.condition(TIMESTEPS, text, pooled, 1000 * guidance, ROWS, COLUMNS), step)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

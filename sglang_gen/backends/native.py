@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from sglang_gen import log
+from sglang_gen.backends.execution import Execution
 from sglang_gen.backends.observe import plain_config, read_noise
 from sglang_gen.choice import NATIVE
 from sglang_gen.engine.denoise import Guidance, denoise, guided
@@ -57,7 +58,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     parts["scheduler"] = _settled(parts["scheduler"], glue.SCHEDULER)
     _warn_ineffective(plan, glue)
-    return NativeEngine(plan, glue, network, parts, calls)
+    return NativeEngine(plan, glue, Execution(plan, mesh, glue, network), parts, calls)
 
 
 def _warn_ineffective(plan: Plan, glue: Any) -> None:
@@ -106,27 +107,27 @@ def _settled(scheduler: Any, settings: Mapping[str, Any]) -> Any:
 class NativeEngine:
     """A loaded pipeline; see `types.Engine`."""
 
-    def __init__(self, plan: Plan, glue: Any, network: Any, parts: Mapping[str, Any], calls: CallLog) -> None:
-        self.plan, self.glue, self.network, self.parts = plan, glue, network, parts
+    def __init__(self, plan: Plan, glue: Any, execution: Execution, parts: Mapping[str, Any], calls: CallLog) -> None:
+        self.plan, self.glue, self.parts, self.execution = plan, glue, parts, execution
+        self.network: Any = execution.network
         self.config = plan.card.components[glue.NETWORK].config
         self.noise = read_noise(plan.run.sampling.latents)
         self.factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)  # pixels per latent
         self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", glue.ZERO_WITHOUT_NEGATIVE)
         for name in glue.TEXT_PARTS:
             calls.watch("text_encoding", name, parts[name])
-        calls.watch("denoising", glue.NETWORK, network)
-        calls.watch("denoising", glue.NETWORK, network, "condition")
+        calls.watch("denoising", glue.NETWORK, self.network)
+        calls.watch("denoising", glue.NETWORK, self.network, "condition")
         calls.watch("decoding", "vae", parts["vae"], "decode")
 
     def effective(self) -> dict[str, Any]:
         """What took effect, and the classes that were built."""
         classes = {name: type(part).__name__ for name, part in self.parts.items()}
         return {
-            "attention": "sdpa",
+            **self.execution.effective(),
             "offload": [],
             "lora": [],
             "cache": "none",
-            "compile": False,
             "pipeline": _class_name(self.plan),
             "makes": "image",
             "components": {self.glue.NETWORK: type(self.network).__name__, **classes},
@@ -156,9 +157,11 @@ class NativeEngine:
         clock.enter("latents")
         generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
         noise = self._noise(request, generators)
+        clock.leave()
+        self.execution.settle(scheduler, request, encoded, noise)  # outside of all stages, as it happens once
         clock.enter("denoising")
         predict = guided(self.glue.prepare(self.network, scheduler, request, encoded), guidance)
-        with log.Progress(steps) as progress:
+        with self.execution.limits(), log.Progress(steps) as progress:
 
             def after_step() -> None:
                 clock.step()

@@ -46,6 +46,17 @@ class Conditioning:
     single_modulations: list[Tensor]  # for each single block [S, B, 3, D]
     out_modulation: Tensor  # [S, B, 2, D]
 
+    def at(self, step: int) -> "Conditioning":
+        """Of one step: without the dimension S."""
+        return Conditioning(
+            self.text,
+            self.rotary,
+            [m[step] for m in self.image_modulations],
+            [m[step] for m in self.text_modulations],
+            [m[step] for m in self.single_modulations],
+            self.out_modulation[step],
+        )
+
 
 def rotary_table(positions: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Positions `[N, axes]` -> cosines and sines `[N, head_dim]`, each value twice (Su et al. 2021)."""
@@ -159,11 +170,14 @@ class Flux(nn.Module):
     def condition(
         self, timesteps: Tensor, text: Tensor, pooled: Tensor, guidance: float, rows: int, columns: int
     ) -> Conditioning:
-        """Timesteps `[S]` in 0..1000, text `[B, T, C]`, pooled text `[B, P]`; `rows` x `columns` packed tokens."""
+        """Timesteps `[S]` in 0..1000, text `[B, T, C]`, pooled text `[B, P]`; `rows` x `columns` packed tokens.
+
+        `guidance` is a thousand times the scale, as timesteps are a thousand times the time.
+        """
         times = sinusoid(timesteps.to(pooled.device), 256)
         vector = self.timestep_embedder(times.to(pooled.dtype))[:, None]  # [S, 1, D]
         if self.guidance_embedder is not None:
-            scale = torch.full((1,), 1000 * guidance, device=pooled.device)
+            scale = torch.full((1,), guidance, device=pooled.device)
             vector = vector + self.guidance_embedder(sinusoid(scale, 256).to(pooled.dtype))
         vector = vector + self.pooled_embedder(pooled)  # [S, B, D]
         return Conditioning(
@@ -177,14 +191,17 @@ class Flux(nn.Module):
 
     def forward(self, latents: Tensor, conditioning: Conditioning, step: int) -> Tensor:
         """Velocity `[B, L, C]` of packed latents at the step's timestep."""
-        c = conditioning
+        return self.evaluate(latents, conditioning.at(step))
+
+    def evaluate(self, latents: Tensor, c: Conditioning) -> Tensor:
+        """`forward` for the conditioning of one step."""
         x, text = self.tokens(latents), c.text
         for block, m, n in zip(self.blocks, c.image_modulations, c.text_modulations, strict=True):
-            x, text = block(x, text, m[step], n[step], c.rotary)
+            x, text = block(x, text, m, n, c.rotary)
         both = torch.cat([text, x], dim=1)
         for block, m in zip(self.single_blocks, c.single_modulations, strict=True):
-            both = block(both, m[step], c.rotary)
-        scale, shift = c.out_modulation[step].split(1, dim=1)
+            both = block(both, m, c.rotary)
+        scale, shift = c.out_modulation.split(1, dim=1)
         return self.out(modulate(both[:, text.shape[1] :], shift, scale))
 
 

@@ -43,6 +43,16 @@ class Conditioning:
     text_modulations: list[Tensor]  # for each block [S, B, 6, D]; of the last [S, B, 2, D]
     out_modulation: Tensor  # [S, B, 2, D]
 
+    def at(self, step: int) -> "Conditioning":
+        """Of one step: without the dimension S."""
+        return Conditioning(
+            self.text,
+            self.positions,
+            [m[step] for m in self.image_modulations],
+            [m[step] for m in self.text_modulations],
+            self.out_modulation[step],
+        )
+
 
 class Projections(nn.Module):
     """Query, key and value of one stream in one product, with optional RMS norms of query and key."""
@@ -153,12 +163,16 @@ class SD3(nn.Module):
 
     def forward(self, latents: Tensor, conditioning: Conditioning, step: int) -> Tensor:
         """Velocity `[B, C, h, w]` of the latents at the step's timestep."""
-        c, patch = conditioning, self.config.patch
+        return self.evaluate(latents, conditioning.at(step))
+
+    def evaluate(self, latents: Tensor, c: Conditioning) -> Tensor:
+        """`forward` for the conditioning of one step."""
+        patch = self.config.patch
         x = rearrange(self.patches(latents), "b d h w -> b (h w) d") + c.positions
         text = c.text
         for block, m, n in zip(self.blocks, c.image_modulations, c.text_modulations, strict=True):
-            x, text = block(x, text, m[step], n[step])
-        scale, shift = c.out_modulation[step].split(1, dim=1)
+            x, text = block(x, text, m, n)
+        scale, shift = c.out_modulation.split(1, dim=1)
         x = self.out(modulate(x, shift, scale))
         rows = latents.shape[-2] // patch
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)

@@ -55,6 +55,10 @@ class Conditioning:
     times: list[Tensor]  # for each residual block [S, B or 1, C]
     texts: list[list[Tensor]]  # for each transformer, for each layer: keys and values [2, B, H, T, D]
 
+    def at(self, step: int) -> "Conditioning":
+        """Of one step: without the dimension S."""
+        return Conditioning([time[step] for time in self.times], self.texts)
+
 
 class Residual(nn.Module):
     """Two convolutions behind group norms, with the time added between them."""
@@ -227,10 +231,14 @@ class UNet(nn.Module):
 
     def forward(self, latents: Tensor, conditioning: Conditioning, step: int) -> Tensor:
         """What the scheduler asks for (noise or velocity) `[B, C, h, w]` at the step's timestep."""
+        return self.evaluate(latents, conditioning.at(step))
+
+    def evaluate(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+        """`forward` for the conditioning of one step."""
         times, texts = iter(conditioning.times), iter(conditioning.texts)
 
         def stage(x: Tensor, residual: nn.Module, transformer: nn.Module | None) -> Tensor:
-            x = residual(x, next(times)[step])
+            x = residual(x, next(times))
             return x if transformer is None else transformer(x, next(texts))
 
         x = self.conv_in(latents)

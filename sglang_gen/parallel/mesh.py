@@ -39,6 +39,14 @@ class Mesh:
         if self.layout.ranks > 1:
             dist.barrier()
 
+    def share(self, item: Any) -> Any:
+        """The picklable `item` of rank 0, on every rank."""
+        if self.layout.ranks == 1:
+            return item
+        items = [item]
+        dist.broadcast_object_list(items, src=0)
+        return items[0]
+
     def gather(self, item: Any, axis: str) -> list[Any] | None:
         """The picklable `item` of every rank along `axis`, in order, on the first of them; None on the others."""
         if axis not in self.groups:

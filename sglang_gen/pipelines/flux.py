@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sglang_gen.engine.denoise import draw_noise
-from sglang_gen.models.flux import Config, Flux
+from sglang_gen.engine.patterns import Grid
+from sglang_gen.models.flux import Block, Config, Flux, SingleBlock
 from sglang_gen.pipelines import text
 from sglang_gen.pipelines.flow import set_timesteps
 from sglang_gen.pipelines.request import Request
@@ -22,6 +23,7 @@ INEFFECTIVE_NEGATIVE = (
     "The negative prompt has no effect at a true_cfg_scale of 1.0; raise it with "
     """--diffusers-kwargs '{{"true_cfg_scale": 4.0}}'"""
 )
+REGIONS = (Block, SingleBlock)  # compiled once for all repeats
 T5_LENGTH = 512
 MOST_TOKENS = 512
 ZERO_WITHOUT_NEGATIVE = False
@@ -114,12 +116,20 @@ def _grid(request: Request) -> tuple[int, int]:
     return request.height // (2 * request.factor), request.width // (2 * request.factor)
 
 
+def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
+    """Where the picture stands in the sequences that attention sees."""
+    return [Grid(*_grid(request), before=encoded[0][0].shape[1])]
+
+
 def prepare(
     network: Flux, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]
 ) -> "partial[Tensor]":
     """What predicts the velocity of the latents: the network with everything that all steps share."""
     states, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
-    conditioning = network.condition(scheduler.timesteps, states, pooled, request.guidance, *_grid(request))
+    dtype = states.dtype  # in which diffusers rounds both before it multiplies, and with it every picture so far
+    times = scheduler.timesteps.to(dtype) / 1000 * 1000
+    guidance = (torch.tensor(request.guidance, dtype=dtype) * 1000).item()
+    conditioning = network.condition(times, states, pooled, guidance, *_grid(request))
     return partial(_predict, network, conditioning)
 
 

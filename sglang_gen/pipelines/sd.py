@@ -11,7 +11,8 @@ from sglang_gen.models.unet import Conditioning, UNet
 from sglang_gen.pipelines import text, unet
 from sglang_gen.pipelines.request import Request
 
-NETWORK, build, sources, start = unet.NETWORK, unet.build, unet.sources, unet.start
+NETWORK, REGIONS, build, sources, start = unet.NETWORK, unet.REGIONS, unet.build, unet.sources, unet.start
+grids = unet.grids
 TEXT_PARTS = ("text_encoder",)
 MOST_TOKENS = None  # always as long as the tokenizer says
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sglang_gen.engine.denoise import draw_noise
-from sglang_gen.models.sd3 import SD3, Conditioning, Config
+from sglang_gen.engine.patterns import Grid
+from sglang_gen.models.sd3 import SD3, Block, Conditioning, Config
 from sglang_gen.pipelines import text
 from sglang_gen.pipelines.flow import set_timesteps
 from sglang_gen.pipelines.request import Request
@@ -17,6 +18,7 @@ from sglang_gen.weights.load import renamed
 NETWORK = "transformer"
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
+REGIONS = (Block,)  # compiled once for all repeats
 T5_LENGTH = 256  # tokens, unless sampling.max_sequence_length says otherwise
 MOST_TOKENS = 512
 ZERO_WITHOUT_NEGATIVE = False
@@ -101,6 +103,12 @@ def start(
     patch = diffusers_config["patch_size"]
     set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
     return draw_noise((diffusers_config["in_channels"], height, width), generators, dtype)
+
+
+def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
+    """Where the picture stands in the sequences that attention sees: before the text, or alone."""
+    rows, columns = (size // config.patch for size in request.latent_size)
+    return [Grid(rows, columns, after=encoded[0][0].shape[1]), Grid(rows, columns)]
 
 
 def prepare(

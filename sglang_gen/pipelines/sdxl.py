@@ -12,7 +12,8 @@ from sglang_gen.models.unet import Conditioning, UNet
 from sglang_gen.pipelines import text, unet
 from sglang_gen.pipelines.request import Request
 
-NETWORK, build, sources = unet.NETWORK, unet.build, unet.sources
+NETWORK, REGIONS, build, sources = unet.NETWORK, unet.REGIONS, unet.build, unet.sources
+grids = unet.grids
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 MOST_TOKENS = None  # always as long as the tokenizers say
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"

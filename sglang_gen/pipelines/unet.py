@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from sglang_gen.engine.denoise import draw_noise
+from sglang_gen.engine.patterns import Grid
 from sglang_gen.errors import UserError, first_line
-from sglang_gen.models.unet import Config, LevelConfig, UNet
+from sglang_gen.models.unet import Block, Config, LevelConfig, Residual, UNet
 from sglang_gen.pipelines.request import Request
 from sglang_gen.weights.load import renamed
 
 NETWORK = "unet"
+REGIONS = (Residual, Block)  # compiled once for all repeats
 
 # Parts of our names of tensors, and what stands there in a diffusers checkpoint.
 NAMES = {
@@ -93,6 +95,14 @@ def _each(value: Any, levels: int) -> list[int]:
 
 def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
     return UNet(config(diffusers_config))
+
+
+def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
+    """The picture at every level; each has half the rows and columns of the one before, rounded up."""
+    sizes = [request.latent_size]
+    for _ in config.down[1:]:
+        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+    return [Grid(*size) for size in sizes]
 
 
 def start(

@@ -11,18 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from sglang_gen.backends.options.networks import denoisers
+from sglang_gen.engine.kernels import SDPA_KERNELS, priority, runs
 from sglang_gen.errors import UserError, first_line, nearest
 from sglang_gen.schema import Attention
-
-SDPA_KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Kernel:
 def legal(device: str, dtype: torch.dtype) -> list[str]:
     """Names that `attention.backend` can take here: sdpa, its kernels that run on this device, diffusers' others."""
     others = [name for name in _processor_kernels() if not name.startswith("_") and not name.endswith("_hub")]
-    kernels = [name for name in SDPA_KERNELS if _runs(name, device, dtype)]
+    kernels = [name for name in SDPA_KERNELS if runs(name, device, dtype)]
     return ["auto", "sdpa", *kernels, *(name for name in others if name not in SDPA_KERNELS)]
 
 
@@ -44,7 +38,7 @@ def apply(pipeline: Any, attention: Attention, device: str, dtype: torch.dtype) 
     """Choose the kernel. Raises UserError with the legal names for one that is unknown, unusable or takes no effect."""
     name = attention.backend
     if name in ("auto", "sdpa"):
-        order = _priority(attention.backend_config, device, dtype)
+        order = priority(attention.backend_config, device, dtype)
         if not order:
             return Kernel("sdpa")
         kernels = [SDPA_KERNELS[item] for item in order]
@@ -52,36 +46,13 @@ def apply(pipeline: Any, attention: Attention, device: str, dtype: torch.dtype) 
     if attention.backend_config:
         raise UserError(f"attention.backend_config: the kernel '{name}' takes no settings; sdpa takes 'priority'")
     if name in SDPA_KERNELS:
-        if not _runs(name, device, dtype):
+        if not runs(name, device, dtype):
             raise UserError(f"attention.backend: '{name}' does not run here; legal: {', '.join(legal(device, dtype))}")
         return Kernel(name, lambda: sdpa_kernel(SDPA_KERNELS[name]))
     if name not in _processor_kernels():
         names = legal(device, dtype)
         raise UserError(f"attention.backend: unknown kernel '{name}'{nearest(name, names)} (legal: {', '.join(names)})")
     return _dispatched(pipeline, name)
-
-
-def _priority(config: dict[str, Any], device: str, dtype: torch.dtype) -> list[str]:
-    """`{"priority": ["cudnn", "flash"]}`: the kernels that sdpa may take, in this order."""
-    for key in config:
-        if key != "priority":
-            raise UserError(f"attention.backend_config: unknown key '{key}'{nearest(key, ['priority'])}")
-    order = config.get("priority", [])
-    usable = [name for name in SDPA_KERNELS if _runs(name, device, dtype)]
-    if not isinstance(order, list) or any(name not in usable for name in order):
-        raise UserError(f"attention.backend_config: 'priority' is a list of kernels that run here: {', '.join(usable)}")
-    return order
-
-
-def _runs(name: str, device: str, dtype: torch.dtype) -> bool:
-    """True where this kernel of scaled_dot_product_attention takes a small problem of this device and dtype."""
-    tensor = torch.zeros(1, 1, 16, 32, device=device, dtype=dtype)
-    try:
-        with sdpa_kernel(SDPA_KERNELS[name]):
-            torch.nn.functional.scaled_dot_product_attention(tensor, tensor, tensor)
-    except RuntimeError:
-        return False
-    return True
 
 
 def _processor_kernels() -> list[str]:

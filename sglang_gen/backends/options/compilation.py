@@ -1,6 +1,5 @@
 """torch.compile for a diffusers pipeline: one repeated block for all of its repeats, or the whole network."""
 
-import shutil
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ def apply(pipeline: Any, settings: Compile, device: str) -> bool | str:
     """
     if not settings.enable_torch_compile:
         return False
-    if device == "cpu" and not any(shutil.which(name) for name in env.cxx_compilers()):
+    if not env.can_compile(device):
         raise UserError("compile: torch.compile on CPU needs a C++ compiler (g++ or clang++); run with compile=none")
     kinds = set()
     for network in denoisers(pipeline).values():

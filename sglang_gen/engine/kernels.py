@@ -1,0 +1,177 @@
+"""Attention kernels by name: those inside torch's scaled_dot_product_attention, other packages, FlexAttention."""
+
+import importlib
+import importlib.util
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from sglang_gen.engine import patterns
+from sglang_gen.errors import UserError, nearest
+from sglang_gen.models.attention import Attend, Kernel
+from sglang_gen.schema import Attention
+
+SDPA_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@dataclass(frozen=True)
+class Package:
+    """A kernel outside of torch: its module, where that comes from, and the name of its function."""
+
+    module: str
+    origin: str
+    function: str
+    heads_first: bool  # q, k, v as [B, H, L, D]; otherwise [B, L, H, D]
+    exact: bool
+
+
+PACKAGES = {
+    "flash_attn": Package("flash_attn", "pip install flash-attn", "flash_attn_func", heads_first=False, exact=True),
+    "flash_attn_3": Package(
+        "flash_attn_interface", "built from flash-attention/hopper", "flash_attn_func", heads_first=False, exact=True
+    ),
+    "sage": Package("sageattention", "pip install sageattention", "sageattn", heads_first=True, exact=False),
+}
+MOST_SCORES = 2**28  # bytes of scores in memory up to which auto tries `math`, which keeps them all
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel under the name that the record shows."""
+
+    name: str
+    kernel: Kernel
+
+
+def legal(device: str, dtype: torch.dtype) -> list[str]:
+    """Names that `attention.backend` can take on this machine."""
+    inside = [name for name in SDPA_KERNELS if runs(name, device, dtype)]
+    return ["auto", "sdpa", *inside, *(name for name in PACKAGES if _usable(name, device, dtype)), "flex"]
+
+
+def choose(attention: Attention, device: str, dtype: torch.dtype, grids: Iterable[patterns.Grid]) -> Choice:
+    """The kernel of that name; of `auto` torch's own choice. `grids` are the tokens that flex can tell apart.
+
+    Raises UserError with the legal names for one that is unknown or does not run here, and for settings it lacks.
+    """
+    name = attention.backend
+    if name in ("auto", "sdpa"):
+        order = priority(attention.backend_config, device, dtype)
+        return Choice(f"sdpa({', '.join(order)})", inside_sdpa(order)) if order else sdpa()
+    if name == "flex":
+        pattern = patterns.parse(attention.backend_config)
+        return Choice(f"flex({pattern.describe()})", patterns.kernel(pattern, grids, device))
+    if attention.backend_config:
+        raise UserError(
+            f"attention.backend_config: the kernel '{name}' takes no settings; sdpa takes 'priority', flex a pattern"
+        )
+    if name in PACKAGES and importlib.util.find_spec(PACKAGES[name].module) is None:
+        package = PACKAGES[name]
+        raise UserError(f"attention.backend: '{name}' needs the package {package.module} ({package.origin})")
+    if name not in SDPA_KERNELS and name not in PACKAGES:
+        names = legal(device, dtype)
+        raise UserError(f"attention.backend: unknown kernel '{name}'{nearest(name, names)} (legal: {', '.join(names)})")
+    if not (_usable if name in PACKAGES else runs)(name, device, dtype):
+        raise UserError(f"attention.backend: '{name}' does not run here; legal: {', '.join(legal(device, dtype))}")
+    return named(name)
+
+
+def named(name: str) -> Choice:
+    """A kernel that takes no settings and is known to run here."""
+    if name == "sdpa":
+        return sdpa()
+    if name in SDPA_KERNELS:
+        return Choice(name, inside_sdpa([name]))
+    return Choice(name, _packaged(PACKAGES[name]))
+
+
+def sdpa() -> Choice:
+    return Choice("sdpa", scaled_dot_product_attention)
+
+
+def candidates(shapes: Iterable[tuple[int, ...]], device: str, dtype: torch.dtype) -> list[str]:
+    """The exact kernels that `auto` may take for calls of these shapes `(B, H, L, S, D)`, torch's own choice first.
+
+    On a CPU that choice is flash wherever flash runs.
+    """
+    scores = max(b * h * length * keys * dtype.itemsize for b, h, length, keys, _ in shapes)
+    without = {"math"} if scores > MOST_SCORES else set()
+    inside = SDPA_KERNELS.keys() - without - ({"flash"} if device == "cpu" else set())
+    found = [name for name in sorted(inside) if runs(name, device, dtype)]
+    return ["sdpa", *found, *(name for name in PACKAGES if PACKAGES[name].exact and _usable(name, device, dtype))]
+
+
+def priority(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> list[str]:
+    """`{"priority": ["cudnn", "flash"]}`: the kernels that sdpa may take, in this order. Raises UserError."""
+    for key in config:
+        if key != "priority":
+            raise UserError(f"attention.backend_config: unknown key '{key}'{nearest(key, ['priority'])}")
+    order = config.get("priority", [])
+    usable = [name for name in SDPA_KERNELS if runs(name, device, dtype)]
+    if not isinstance(order, list) or any(name not in usable for name in order):
+        raise UserError(f"attention.backend_config: 'priority' is a list of kernels that run here: {', '.join(usable)}")
+    return order
+
+
+def runs(name: str, device: str, dtype: torch.dtype) -> bool:
+    """True where this kernel of scaled_dot_product_attention takes a small problem of this device and dtype."""
+    tensor = torch.zeros(1, 1, 16, 32, device=device, dtype=dtype)
+    try:
+        inside_sdpa([name])(tensor, tensor, tensor)
+    except RuntimeError:
+        return False
+    return True
+
+
+def inside_sdpa(order: list[str]) -> Kernel:
+    """scaled_dot_product_attention with these of its kernels alone, the first preferred."""
+    kernels = [SDPA_KERNELS[name] for name in order]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(kernels, set_priority=True):
+            return scaled_dot_product_attention(q, k, v)
+
+    return attend
+
+
+def set_kernel(network: nn.Module, kernel: Kernel) -> None:
+    """Every attention of the network by this kernel."""
+    for module in network.modules():
+        if isinstance(module, Attend):
+            module.kernel = kernel
+
+
+def _usable(name: str, device: str, dtype: torch.dtype) -> bool:
+    """Packages hold CUDA kernels of half precision."""
+    return (
+        device == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and importlib.util.find_spec(PACKAGES[name].module) is not None
+    )
+
+
+def _packaged(package: Package) -> Kernel:
+    function = getattr(importlib.import_module(package.module), package.function)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if package.heads_first:
+            return _tensor(function(q, k, v))
+        return _tensor(function(*(each.transpose(1, 2) for each in (q, k, v)))).transpose(1, 2)
+
+    return attend
+
+
+def _tensor(result: Any) -> Tensor:
+    """Some versions also return the log-sum-exp."""
+    found: Tensor = result[0] if isinstance(result, tuple) else result
+    return found

@@ -1,0 +1,112 @@
+"""Sparse attention over pictures with FlexAttention (Dong et al. 2024): windows and tiles.
+
+A pattern says which tokens of a picture see which; text tokens see everything and are seen by everything. It changes
+the result, unless it is dense.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from sglang_gen import env
+from sglang_gen.errors import UserError, nearest
+from sglang_gen.models.attention import Kernel
+
+Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, query, key) -> whether it is seen
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the picture stands in a sequence: `before` text tokens, `rows` x `columns` of picture, `after` of text."""
+
+    rows: int
+    columns: int
+    before: int = 0
+    after: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.before + self.rows * self.columns + self.after
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """`window`: a token sees tokens at most so many rows and columns away. `tile` and `reach`: the picture is cut into
+    tiles of `tile` x `tile` tokens, and a tile sees the tiles at most `reach` away. Neither: every token sees all.
+    """
+
+    window: int | None = None
+    tile: int | None = None
+    reach: int = 1
+
+    @property
+    def dense(self) -> bool:
+        return self.window is None and self.tile is None
+
+    def describe(self) -> str:
+        if self.dense:
+            return "dense"
+        return f"window={self.window}" if self.window is not None else f"tile={self.tile}, reach={self.reach}"
+
+
+def parse(config: Mapping[str, Any]) -> Pattern:
+    """The pattern of attention.backend_config. Raises UserError naming the key that does not fit."""
+    keys = ("window", "tile", "reach")
+    for key, value in config.items():
+        if key not in keys:
+            raise UserError(f"attention.backend_config: unknown key '{key}'{nearest(key, keys)}")
+        least = 1 if key == "tile" else 0
+        if type(value) is not int or value < least:
+            raise UserError(f"attention.backend_config: '{key}' is a whole number of at least {least}, not {value!r}")
+    if "window" in config and "tile" in config:
+        raise UserError("attention.backend_config: 'window' and 'tile' are two patterns; give one")
+    if "reach" in config and "tile" not in config:
+        raise UserError("attention.backend_config: 'reach' counts tiles, and there is no 'tile'")
+    return Pattern(**config)
+
+
+def mask(pattern: Pattern, grid: Grid) -> Mask:
+    """Whether a query sees a key, both as numbers of tokens in the sequence of `grid`."""
+    end, columns = grid.before + grid.rows * grid.columns, grid.columns
+    unit, reach = (1, pattern.window) if pattern.window is not None else (pattern.tile or 1, pattern.reach)
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        text = (query < grid.before) | (query >= end) | (key < grid.before) | (key >= end)
+        q, k = query - grid.before, key - grid.before
+        rows = (q // columns // unit - k // columns // unit).abs()
+        across = (q % columns // unit - k % columns // unit).abs()
+        return text | ((rows <= reach) & (across <= reach))
+
+    return seen
+
+
+def kernel(pattern: Pattern, grids: Iterable[Grid], device: str) -> Kernel:
+    """FlexAttention for sequences of these grids; attention to anything else, such as text alone, stays dense.
+
+    Raises UserError where FlexAttention cannot be compiled.
+    """
+    if not env.can_compile(device):
+        raise UserError("attention.backend: 'flex' on CPU needs a C++ compiler (g++ or clang++); use sdpa")
+    # dynamo, which it imports, takes seconds
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    masks = {}
+    for grid in grids:
+        if not pattern.dense:
+            size = grid.tokens
+            masks[size] = create_block_mask(mask(pattern, grid), None, None, size, size, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        inside = q.shape[2] == k.shape[2]
+        if pattern.dense and inside:
+            return compiled(q, k, v)
+        if inside and q.shape[2] in masks:
+            return compiled(q, k, v, block_mask=masks[q.shape[2]])
+        return scaled_dot_product_attention(q, k, v)
+
+    return attend

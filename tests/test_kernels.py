@@ -1,0 +1,209 @@
+"""Attention kernels of the native engine: which there are, which is fastest, and sparse patterns."""
+
+import json
+import sys
+import time
+import types
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from sglang_gen import choice
+from sglang_gen.engine import fastest, kernels, patterns
+from sglang_gen.errors import UserError
+from sglang_gen.schema import Attention
+
+FLOAT = torch.float32
+
+
+def qkv(length=24, keys=24):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, each, 16, generator=generator) for each in (length, keys, keys)]
+
+
+def chosen(name, grids=(), **config):
+    return kernels.choose(Attention(backend=name, backend_config=config), "cpu", FLOAT, grids)
+
+
+def test_the_plan_knows_the_names_of_all_kernels():
+    assert set(choice.ATTENTION) == {"auto", "sdpa", "flex", *kernels.SDPA_KERNELS, *kernels.PACKAGES}
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa", "flash", "math"])
+def test_kernels_of_torch_give_the_same_result(name):
+    q, k, v = qkv()
+    expected = scaled_dot_product_attention(q, k, v)
+    assert torch.allclose(chosen(name).kernel(q, k, v), expected, atol=1e-6)
+
+
+def test_only_the_named_kernel_of_torch_runs(monkeypatch):
+    enabled = torch.backends.cuda
+    allowed = []
+
+    def attend(q, k, v):
+        allowed.append((enabled.math_sdp_enabled(), enabled.flash_sdp_enabled()))
+
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", attend)
+    for order in (["math"], ["flash"], ["flash", "math"]):
+        kernels.inside_sdpa(order)(*qkv())
+    assert allowed == [(True, False), (False, True), (True, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "sentence"),
+    [
+        ("flesh", {}, "unknown kernel 'flesh'; did you mean 'flash'? (legal: auto, sdpa, flash, math, flex)"),
+        ("cudnn", {}, "'cudnn' does not run here; legal: auto, sdpa, flash, math, flex"),
+        ("sage", {}, "'sage' needs the package sageattention (pip install sageattention)"),
+        ("math", {"priority": ["flash"]}, "the kernel 'math' takes no settings"),
+        ("sdpa", {"prioritty": ["flash"]}, "unknown key 'prioritty'; did you mean 'priority'?"),
+        ("sdpa", {"priority": ["cudnn"]}, "'priority' is a list of kernels that run here: flash, math"),
+        ("flex", {"windw": 2}, "unknown key 'windw'; did you mean 'window'?"),
+        ("flex", {"window": "2"}, "'window' is a whole number of at least 0, not '2'"),
+        ("flex", {"tile": 0}, "'tile' is a whole number of at least 1, not 0"),
+        ("flex", {"window": 1, "tile": 2}, "'window' and 'tile' are two patterns; give one"),
+        ("flex", {"reach": 2}, "'reach' counts tiles, and there is no 'tile'"),
+    ],
+)
+def test_a_kernel_that_cannot_be_is_refused_in_one_sentence(name, config, sentence):
+    with pytest.raises(UserError) as refused:
+        chosen(name, **config)
+    assert sentence in str(refused.value)
+
+
+def test_a_package_for_gpus_is_refused_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(UserError, match="'sage' does not run here"):
+        chosen("sage")
+
+
+@pytest.mark.parametrize("name", sorted(kernels.PACKAGES))
+def test_a_package_gets_its_own_layout_and_gives_back_ours(monkeypatch, name):
+    package, seen = kernels.PACKAGES[name], []
+
+    def function(q, k, v):
+        seen.append(tuple(q.shape))
+        q, k, v = (each if package.heads_first else each.transpose(1, 2) for each in (q, k, v))
+        out = scaled_dot_product_attention(q, k, v)
+        out = out if package.heads_first else out.transpose(1, 2)
+        return (out, None) if name == "flash_attn_3" else out
+
+    module = types.ModuleType(package.module)
+    setattr(module, package.function, function)
+    monkeypatch.setitem(sys.modules, package.module, module)
+    q, k, v = qkv()
+    assert torch.equal(kernels.named(name).kernel(q, k, v), scaled_dot_product_attention(q, k, v))
+    assert seen == [(2, 3, 24, 16) if package.heads_first else (2, 24, 3, 16)]
+
+
+def test_auto_leaves_out_the_kernel_whose_scores_are_too_large():
+    assert kernels.candidates([(2, 4, 256, 256, 64)], "cpu", FLOAT) == ["sdpa", "math"]
+    assert kernels.candidates([(2, 10, 16384, 16384, 64)], "cpu", FLOAT) == ["sdpa"]
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("SGLANG_GEN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "attention"
+
+
+def timed(**milliseconds):
+    """Kernels that take a time, and how often each was called."""
+    calls: Counter[str] = Counter()
+
+    def kernel(name):
+        def attend(q, k, v):
+            calls[name] += 1
+            time.sleep(milliseconds[name] / 1000)
+            return q
+
+        return attend
+
+    return {name: kernel(name) for name in milliseconds}, calls
+
+
+SHAPES = Counter({(1, 1, 4, 4, 8): 3})
+
+
+def test_auto_takes_the_fastest_and_asks_only_once(kept):
+    found, calls = timed(sdpa=12, math=2)
+    assert fastest.fastest(found, SHAPES, "cpu", FLOAT) == "math"
+    (file,) = kept.iterdir()
+    assert json.loads(file.read_text())["kernel"] == "math"
+    assert calls["sdpa"] == calls["math"] == fastest.ROUNDS
+    assert fastest.fastest(found, SHAPES, "cpu", FLOAT) == "math"
+    assert sum(calls.values()) == 2 * fastest.ROUNDS
+    fastest.fastest(found, SHAPES, "cpu", torch.bfloat16)
+    assert sum(calls.values()) == 4 * fastest.ROUNDS
+
+
+def test_auto_keeps_torchs_choice_unless_another_is_clearly_faster(kept, monkeypatch):
+    found, _ = timed(sdpa=1, math=1)
+    monkeypatch.setattr(fastest, "measure", lambda *_: {"sdpa": 1.0, "math": 0.96})
+    assert fastest.fastest(found, SHAPES, "cpu", FLOAT) == "sdpa"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"kernel": "gone"}', "{"])
+def test_an_answer_that_is_damaged_is_timed_again(kept, content):
+    found, calls = timed(sdpa=12, math=2)
+    fastest.fastest(found, SHAPES, "cpu", FLOAT)
+    (file,) = kept.iterdir()
+    file.write_text(content)
+    assert fastest.fastest(found, SHAPES, "cpu", FLOAT) == "math"
+    assert calls["math"] == 2 * fastest.ROUNDS
+
+
+def test_a_single_candidate_is_not_timed(kept):
+    found, calls = timed(sdpa=1)
+    assert fastest.fastest(found, SHAPES, "cpu", FLOAT) == "sdpa"
+    assert not calls
+    assert not kept.exists()
+
+
+def seen(pattern, grid):
+    """Which query sees which key, `[tokens, tokens]`."""
+    number = torch.arange(grid.tokens)
+    zero = torch.zeros(())
+    return patterns.mask(pattern, grid)(zero, zero, number[:, None], number[None, :])
+
+
+@pytest.mark.parametrize("grid", [patterns.Grid(5, 7), patterns.Grid(4, 6, before=3), patterns.Grid(3, 5, after=2)])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        patterns.Pattern(window=0),
+        patterns.Pattern(window=2),
+        patterns.Pattern(tile=2),
+        patterns.Pattern(tile=3, reach=0),
+    ],
+)
+def test_a_pattern_lets_text_see_everything_and_pictures_their_neighbours(pattern, grid):
+    found = seen(pattern, grid)
+    for query in range(grid.tokens):
+        for key in range(grid.tokens):
+            inside = [grid.before <= each < grid.before + grid.rows * grid.columns for each in (query, key)]
+            if all(inside):
+                (r, c), (s, d) = (divmod(each - grid.before, grid.columns) for each in (query, key))
+                if pattern.window is not None:
+                    expected = max(abs(r - s), abs(c - d)) <= pattern.window
+                else:
+                    t = pattern.tile
+                    expected = max(abs(r // t - s // t), abs(c // t - d // t)) <= pattern.reach
+            else:
+                expected = True
+            assert bool(found[query, key]) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
+@pytest.mark.parametrize("config", [{}, {"window": 2}, {"tile": 2, "reach": 1}])
+def test_flex_equals_attention_with_the_patterns_mask(config):
+    grid = patterns.Grid(8, 12, before=5)
+    q, k, v = qkv(grid.tokens, grid.tokens)
+    kernel = chosen("flex", [grid], **config).kernel
+    mask = seen(patterns.parse(config), grid) if config else None
+    assert torch.allclose(kernel(q, k, v), scaled_dot_product_attention(q, k, v, attn_mask=mask), atol=1e-5)
+    q, k, v = qkv(grid.tokens, 7)
+    assert torch.equal(kernel(q, k, v), scaled_dot_product_attention(q, k, v))  # to the text: dense

@@ -1,0 +1,198 @@
+"""Kernels and compiled blocks of the native engine, as a user meets them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+
+from sglang_gen.engine import compile as compiling
+from sglang_gen.engine import fastest
+from sglang_gen.engine.shapes import Shapes, rehearse
+from sglang_gen.errors import RunError
+from sglang_gen.models.attention import Attend
+
+
+@pytest.fixture
+def run(pipelines, sglang):
+    def generate(name, *words: object, folder: str = "outputs"):
+        return sglang("generate", "--model-path", pipelines[name], "--prompt", "a cat", "--seed", "7", "--dtype",
+                      "float32", "output.latents=true", "--backend", "sglang", "--output-path", folder, "--height", 32,
+                      "--width", 48, "--num-inference-steps", 2, *words)  # fmt: skip
+
+    return generate
+
+
+def effective(folder: str, name: str) -> object:
+    return json.loads(Path(f"{folder}/generated_image_0.json").read_text())["effective"][name]
+
+
+def assert_close(one: str, other: str) -> None:
+    a, b = (load_file(f"{folder}/generated_image_0.safetensors")["latents"] for folder in (one, other))
+    assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "sd15", "sdxl"])
+def test_a_named_kernel_takes_the_place_of_sdpa(run, monkeypatch, name):
+    used = []
+
+    def noted(q, k, v):
+        used.append(q.shape)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    assert run(name, folder="sdpa").code == 0
+    monkeypatch.setattr("sglang_gen.engine.kernels.scaled_dot_product_attention", noted)
+    done = run(name, "--attention-backend", "math", "--guidance-scale", "3", folder="math")
+    assert done.code == 0, done.err
+    assert effective("math", "attention") == "math"
+    assert len(used) > 2
+    assert run(name, "--guidance-scale", "3", folder="again").code == 0
+    assert_close("math", "again")
+
+
+def test_auto_times_the_kernels_on_the_shapes_of_the_run_and_its_record_pins_the_answer(run, sglang, monkeypatch):
+    asked = []
+
+    def answer(kernels, shapes, device, dtype):
+        asked.append((list(kernels), shapes))
+        return "math"
+
+    monkeypatch.setattr(fastest, "fastest", answer)
+    assert run("sd3", "--guidance-scale", "3", "sampling.max_sequence_length=16").code == 0
+    ((names, shapes),) = asked
+    assert names == ["sdpa", "math"]
+    assert {shape[0] for shape in shapes} == {2}  # both branches in one batch
+    assert effective("outputs", "attention") == "math"
+    done = sglang("generate", "--config", "outputs/generated_image_0.json", "--output-path", "repeated")
+    assert done.code == 0, done.err
+    assert len(asked) == 1
+    assert effective("repeated", "attention") == "math"
+    assert_close("repeated", "outputs")
+
+
+def test_the_dump_of_a_record_with_named_settings_of_sdpa_keeps_them(run, sglang):
+    assert run("sd3", "attention.backend_config={priority: [math]}").code == 0
+    assert effective("outputs", "attention") == "sdpa(math)"
+    done = sglang("generate", "--config", "outputs/generated_image_0.json", "--output-path", "repeated")
+    assert done.code == 0, done.err
+    assert effective("repeated", "attention") == "sdpa(math)"
+
+
+def test_a_kernel_that_does_not_run_here_is_refused_by_name(run):
+    done = run("sd3", "--attention-backend", "cudnn")
+    assert done.code == 2
+    assert "attention.backend: 'cudnn' does not run here; legal: auto, sdpa, flash, math, flex" in done.err
+    done = run("sd3", "--attention-backend", "xformers")
+    assert done.code == 2
+    assert "its attention kernels are auto, sdpa" in done.err
+
+
+class Little(nn.Module):
+    def __init__(self, config: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(nn.Linear(config, config) for _ in range(3))
+        self.last = nn.Linear(config, 2)
+        self.attend = Attend()
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        x = self.attend(x[:, None], x[:, None], x[:, None])[:, 0]
+        return self.last(x)
+
+
+def test_a_rehearsal_finds_the_distinct_calls_without_computing():
+    found = rehearse(Little(4), (nn.Linear,), lambda twin: twin(torch.empty(2, 5, 4, device="meta")))
+    assert found.attention == {(2, 1, 5, 5, 4): 1}
+    assert found.blocks == {nn.Linear: {(((4, 4), (4,)), ((2, 5, 4),)), (((2, 4), (2,)), ((2, 5, 4),))}}
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without its code generation; how often it was asked for a graph."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        compiling, "_compiled", lambda function: torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+    )
+    torch._dynamo.reset()
+    yield graphs
+    torch._dynamo.reset()
+
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_repeats_of_a_block_share_a_graph_and_an_unexpected_shape_is_an_error(traced):
+    network = nn.Sequential(*(Doubling() for _ in range(4)))
+    compiled = compiling.Compiled(network, (Doubling,), "cpu")
+    compiled.expect(Shapes(blocks={Doubling: {"one", "two"}}))
+    with compiled.limited():
+        network(torch.ones(3))
+        network(torch.ones(4))
+    assert len(traced) == 2
+    with pytest.raises(RunError, match="a block was compiled for more than the 2 expected shapes"), compiled.limited():
+        network(torch.ones(5))
+
+
+def test_compilation_without_a_compiler_is_refused(run, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for words in (("compile=regional",), ("attention=flex",)):
+        done = run("sd3", *words)
+        assert done.code == 2
+        assert "needs a C++ compiler" in done.err
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "sdxl", "sd15"])
+@pytest.mark.parametrize("regional", ["true", "false"])
+def test_the_graphs_of_a_network_are_as_many_as_expected(run, traced, name, regional):
+    assert run(name, folder="eager").code == 0
+    done = run(name, "--enable-torch-compile", f"compile.regional={regional}", folder="compiled")
+    assert done.code == 0, done.err
+    assert effective("compiled", "compile") == ("regional" if regional == "true" else "full")
+    assert_close("compiled", "eager")
+    assert len(traced) == 1 if regional == "false" else len(traced) > 1
+
+
+def test_batches_of_two_sizes_are_compiled_each(run, traced):
+    done = run("sd3", "compile=regional", "--num-samples", "3", "sampling.batch_size=2", "compile.warmup=false")
+    assert done.code == 0, done.err
+    alone = len(traced)
+    torch._dynamo.reset()
+    assert run("sd3", "compile=regional", "compile.warmup=false").code == 0
+    assert alone == 2 * (len(traced) - alone)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_compiled_blocks_give_the_same_picture_and_a_second_process_finds_them_on_disk(
+    run, monkeypatch, tmp_path, name
+):
+    monkeypatch.setenv("SGLANG_GEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert run(name, folder="eager").code == 0
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert run(name, "compile=regional", folder="compiled").code == 0
+    assert_close("compiled", "eager")
+    missed = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
+    assert missed > 1
+    assert (tmp_path / "cache" / "compile").is_dir()
+    torch._dynamo.reset()  # as a new process
+    torch._dynamo.utils.counters.clear()
+    assert run(name, "compile=regional", folder="again").code == 0
+    counters = torch._dynamo.utils.counters
+    found = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+    assert found >= missed
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
