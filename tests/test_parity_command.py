@@ -14,13 +14,17 @@ import pytest
 import tiny
 import torch
 
-from sglang_gen.backends import native
-from sglang_gen.debug import layouts, report
+from sglang_gen.backends import diffusers, native
+from sglang_gen.config import Choices, compose
+from sglang_gen.debug import command, layouts, report
+from sglang_gen.debug import parity as parity_of_engines
 from sglang_gen.debug.correspondence import correspond
-from sglang_gen.debug.verdict import Report, Row, Tolerance, Verdict
+from sglang_gen.debug.verdict import TOLERANCES, Report, Row, Tolerance, Verdict
 from sglang_gen.engine.denoise import Guidance
 from sglang_gen.models import flux as flux_model
 from sglang_gen.models import sd3 as sd3_model
+from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.perf.flops import CallLog
 from sglang_gen.pipelines import sd, sd3
 
 MODULES = {"sd15": 134, "sdxl": 283, "sd3": 66, "flux": 60}  # with weights and an output like that of a partner
@@ -39,20 +43,51 @@ def parity(pipelines, sglang):
     return run
 
 
+@pytest.fixture(scope="module")
+def loaded(pipelines):
+    """Of a tiny model: the native engine's plan, and diffusers' engine, which is loaded once."""
+    known = {}
+
+    def load(name):
+        if name not in known:
+            flags = {"model.path": str(pipelines.get(name, name)), "sampling.prompt": "a cat", "sampling.seed": 7,
+                     "sampling.height": 32, "sampling.width": 48, "sampling.num_inference_steps": 2,
+                     "sampling.guidance_scale": 3.0}  # fmt: skip
+            ours, theirs = command.plans(compose(Choices(overrides=("dtype=float32",), flags=flags)))
+            known[name] = ours, diffusers.load(theirs, Mesh(), CallLog())
+        return known[name]
+
+    return load
+
+
+@pytest.fixture
+def found(loaded):
+    """The report on a tiny model, whose native engine is changed once it is loaded."""
+
+    def compare(name, change=lambda engine: None) -> Report:
+        plan, theirs = loaded(name)
+        ours, tolerance = native.load(plan, Mesh(), CallLog()), TOLERANCES["float32"]
+        with torch.no_grad():
+            change(ours)
+        return parity_of_engines.compare(parity_of_engines.beside(plan, ours, theirs, tolerance), tolerance)
+
+    return compare
+
+
 @pytest.fixture
 def planted(monkeypatch):
-    """Change the native engine once it is loaded."""
+    """Change the native engine that the command loads."""
 
     def plant(change):
         load = native.load
 
-        def loaded(*args):
+        def changed(*args):
             engine = load(*args)
             with torch.no_grad():
                 change(engine)
             return engine
 
-        monkeypatch.setattr(native, "load", loaded)
+        monkeypatch.setattr(native, "load", changed)
 
     return plant
 
@@ -135,15 +170,15 @@ IN_A_MODULE = [
 
 
 @pytest.mark.parametrize(("name", "ours", "theirs", "change"), IN_A_MODULE, ids=lambda value: str(value)[:40])
-def test_a_defect_in_a_module_is_named_by_both_names(parity, planted, name, ours, theirs, change):
-    planted(lambda engine: change(engine.network.get_submodule(ours)))
-    done = parity(name)
-    assert done.code == 1
-    start, end = verdict(done).split(" by ")
+def test_a_defect_in_a_module_is_named_by_both_names(found, name, ours, theirs, change):
+    differs = found(name, lambda engine: change(engine.network.get_submodule(ours)))
+    start, end = report.sentence(differs).split(" by ")
     assert start == f"different: step 1, network, {ours} (theirs: {theirs})"
     assert float(end) > 1e-4
-    rows = [line for line in done.out.splitlines() if line.startswith("step 1, network") and "different" in line]
-    assert any(line.split()[3] == ours for line in rows)  # in the table, be it inside of another module
+    others = [row.ours for row in differs.rows if row.stage == "network" and row.verdict is Verdict.different]
+    assert set(others) == {ours}  # and no module behind it is blamed
+    lines = [line for line in report.text(differs).splitlines() if line.startswith("step 1, network")]
+    assert next(line.split()[3] for line in lines if "different" in line) == ours
 
 
 # Model, the first module that can show it, where to look, and a defect between modules.
@@ -159,41 +194,38 @@ BETWEEN_MODULES = [
 
 
 @pytest.mark.parametrize(("name", "first", "inside", "change"), BETWEEN_MODULES, ids=lambda value: str(value)[:40])
-def test_a_defect_between_modules_is_named_by_the_next_and_by_the_one_around(
-    parity, planted, name, first, inside, change
-):
-    planted(change)
-    done = parity(name)
-    assert done.code == 1
-    assert verdict(done).startswith(f"different: step 1, network, {first} (theirs: ")
-    assert verdict(done).endswith(f"; its input differs already, so look inside {inside} before it")
+def test_a_defect_between_modules_is_named_by_the_next_and_by_the_one_around(found, name, first, inside, change):
+    sentence = report.sentence(found(name, change))
+    assert sentence.startswith(f"different: step 1, network, {first} (theirs: ")
+    assert sentence.endswith(f"; its input differs already, so look inside {inside} before it")
 
 
-def test_a_forgotten_modulation_and_turned_positions_are_found_in_the_first_block(parity, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(sd3_model, "modulate", lambda x, shift, scale: x)
-        done = parity("sd3")
-    assert "step 1, network, blocks.0.attention.image.to_qkv (theirs: transformer_blocks.0.attn.to_q" in verdict(done)
-    assert verdict(done).endswith("look inside blocks.0 (theirs: transformer_blocks.0) before it")
+def test_a_forgotten_modulation_is_found_in_the_first_block(found, monkeypatch):
+    monkeypatch.setattr(sd3_model, "modulate", lambda x, shift, scale: x)
+    sentence = report.sentence(found("sd3"))
+    assert "step 1, network, blocks.0.attention.image.to_qkv (theirs: transformer_blocks.0.attn.to_q" in sentence
+    assert sentence.endswith("look inside blocks.0 (theirs: transformer_blocks.0) before it")
+
+
+def test_turned_positions_are_found_in_the_first_block(found, monkeypatch):
     table = flux_model.rotary_table
     monkeypatch.setattr(flux_model, "rotary_table", lambda positions, axes: table(positions[:, [0, 2, 1]], axes))
-    done = parity("flux")
-    assert "step 1, network, blocks.0." in verdict(done)
-    assert verdict(done).endswith("look inside blocks.0 (theirs: transformer_blocks.0) before it")
+    sentence = report.sentence(found("flux"))
+    assert "step 1, network, blocks.0." in sentence
+    assert sentence.endswith("look inside blocks.0 (theirs: transformer_blocks.0) before it")
 
 
-def test_conditioning_of_the_wrong_step_shows_at_the_second(parity, monkeypatch):
+def test_conditioning_of_the_wrong_step_shows_at_the_second(found, monkeypatch):
     forward = sd3_model.SD3.forward
     monkeypatch.setattr(sd3_model.SD3, "forward", lambda self, latents, c, step: forward(self, latents, c, 0))
-    done = parity("sd3", steps=2)
-    assert verdict(done).startswith("different: step 2, prediction, guided prediction (theirs: noise_pred) by ")
+    sentence = report.sentence(found("sd3"))
+    assert sentence.startswith("different: step 2, prediction, guided prediction (theirs: noise_pred) by ")
 
 
-def test_numbers_that_are_not_finite_do_not_end_the_comparison(parity, planted):
-    planted(lambda engine: engine.network.blocks[1].ff.up.bias.fill_(math.nan))
-    done = parity("sd3", "--json")
-    assert done.code == 1
-    content = json.loads(done.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+def test_numbers_that_are_not_finite_do_not_end_the_comparison(found):
+    differs = found("sd3", lambda engine: engine.network.blocks[1].ff.up.bias.fill_(math.nan))
+    content = report.as_json(differs)
+    json.dumps(content, allow_nan=False)
     assert (content["first"]["ours"], content["first"]["error"]) == ("blocks.1.ff.up", None)
     assert content["sentence"].endswith("(theirs: transformer_blocks.1.ff.net.0.proj) is not finite")
     assert "is finite" in content["rows"][-1]["note"]
@@ -249,45 +281,43 @@ IN_A_STAGE = [
 
 
 @pytest.mark.parametrize(("stage", "change"), IN_A_STAGE, ids=lambda value: str(value)[:40])
-def test_a_defect_outside_of_the_network_is_named_by_its_stage(parity, planted, stage, change):
-    planted(change)
-    done = parity("sd3", steps=2)
-    assert done.code == 1, done.err
-    assert verdict(done).startswith(f"different: {stage}"), verdict(done)
+def test_a_defect_outside_of_the_network_is_named_by_its_stage(found, stage, change):
+    assert report.sentence(found("sd3", change)).startswith(f"different: {stage}")
 
 
-def test_a_wrong_scale_of_guidance_shows_in_the_prediction_and_not_in_a_module(parity, monkeypatch):
+def test_a_wrong_scale_of_guidance_shows_in_the_prediction_and_not_in_a_module(found, monkeypatch):
     monkeypatch.setattr(native, "_guidance", lambda *args, **kwargs: Guidance(3.5))
-    done = parity("sd3")
-    assert verdict(done).startswith("different: step 1, prediction, guided prediction (theirs: noise_pred) by ")
+    sentence = report.sentence(found("sd3"))
+    assert sentence.startswith("different: step 1, prediction, guided prediction (theirs: noise_pred) by ")
 
 
-def test_generators_that_have_gone_on_show_in_the_noise_that_a_scheduler_draws(parity, pipelines, planted):
-    model = with_scheduler(pipelines["sd15"], "EulerAncestralDiscreteScheduler")
-
+def test_generators_that_have_gone_on_show_in_the_noise_that_a_scheduler_draws(found, pipelines):
     def start(*args):
         noise = sd.start(*args)
         torch.randn(1, generator=args[3][0])
         return noise
 
-    planted(lambda engine: setattr(engine, "glue", SimpleNamespace(**{**vars(sd), "start": start})))
-    done = parity(str(model), steps=2)
-    assert verdict(done).startswith("different: step 1, scheduler, next latents (theirs: latents) by ")
+    differs = found(
+        str(with_scheduler(pipelines["sd15"], "EulerAncestralDiscreteScheduler")),
+        lambda engine: setattr(engine, "glue", SimpleNamespace(**{**vars(sd), "start": start})),
+    )
+    assert report.sentence(differs).startswith("different: step 1, scheduler, next latents (theirs: latents) by ")
 
 
 def test_rounding_that_grows_over_the_steps_is_told_from_a_defect():
     latents = Row("end to end", "final latents", "latents", 2e-5, Verdict.different)
     step = Row("scheduler", "next latents", "latents", 2e-6, Verdict.equal, step=1)
-    found = Report("model", "float32", "cpu", Tolerance(1e-5, 1e-5), (step, latents), 1, 1, ())
-    assert report.sentence(found).startswith("different: end to end, final latents (theirs: latents) by 2e-05; ")
-    assert report.sentence(found).endswith("so rounding has grown over the steps")
-    assert report.sentence(replace(found, rows=(step,))) == "numerically equal: at most 2e-06"
-    assert report.sentence(replace(found, rows=(replace(step, error=0.0, verdict=Verdict.exact),))) == "bit-exact"
+    whole = Report("model", "float32", "cpu", Tolerance(1e-5, 1e-5), (step, latents), 1, 1, ())
+    assert report.sentence(whole).startswith("different: end to end, final latents (theirs: latents) by 2e-05; ")
+    assert report.sentence(whole).endswith("so rounding has grown over the steps")
+    assert report.sentence(replace(whole, rows=(step,))) == "numerically equal: at most 2e-06"
+    assert report.sentence(replace(whole, rows=(replace(step, error=0.0, verdict=Verdict.exact),))) == "bit-exact"
 
 
 def test_the_tolerance_decides(parity, planted):
     planted(lambda engine: engine.network.out.bias.mul_(1.5))
-    assert verdict(parity("flux", "--tolerance", "0.0001")).startswith("different: step 1, network, out (theirs: proj")
+    done = parity("flux", "--tolerance", "0.0001")
+    assert (done.code, verdict(done)[:56]) == (1, "different: step 1, network, out (theirs: proj_out) by 0.")
     done = parity("flux", "--tolerance=10")
     assert (done.code, verdict(done).partition(":")[0]) == (0, "numerically equal")
 

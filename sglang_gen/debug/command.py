@@ -92,7 +92,7 @@ def parity(composed: "Composed", given: Mapping[str, Any]) -> int:
     for notice in composed.notices:
         log.info(notice)
     env.quiet_libraries()
-    ours, theirs = _plans(composed)
+    ours, theirs = plans(composed)
     tolerance = _tolerance(given)
     from sglang_gen.debug.parity import run
 
@@ -101,7 +101,7 @@ def parity(composed: "Composed", given: Mapping[str, Any]) -> int:
     return report.EXIT_CODES[found.verdict]
 
 
-def _plans(composed: "Composed") -> tuple["Plan", "Plan"]:
+def plans(composed: "Composed") -> tuple["Plan", "Plan"]:
     """The same plan for the native engine and for diffusers, with the weights at hand. Raises UserError."""
     from sglang_gen import choice, hub, prompts, stored
     from sglang_gen import plan as planning

@@ -53,7 +53,7 @@ def run(ours: Plan, theirs: Plan, tolerance: Tolerance) -> Report:
         our_engine = native.load(ours, Mesh(), CallLog())
         their_engine = diffusers.load(theirs, Mesh(), CallLog())
         try:
-            return _compare(_engines(ours, our_engine, their_engine, tolerance), tolerance)
+            return compare(beside(ours, our_engine, their_engine, tolerance), tolerance)
         finally:
             their_engine.close()
 
@@ -70,13 +70,15 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _engines(plan: Plan, ours: Any, theirs: Any, tolerance: Tolerance) -> Engines:
+def beside(plan: Plan, ours: Any, theirs: Any, tolerance: Tolerance) -> Engines:
+    """Two loaded engines with their networks matched."""
     network = getattr(theirs.pipeline, ours.glue.NETWORK)
     pairs = correspond(ours.network, network, ours.glue.sources)
     return Engines(plan, ours, theirs, Networks(ours.network, network, pairs, tolerance.module))
 
 
-def _compare(engines: Engines, tolerance: Tolerance) -> Report:
+def compare(engines: Engines, tolerance: Tolerance) -> Report:
+    """One generation of each backend and what differs between them; the engines can be compared again."""
     log.info("Generating with diffusers")
     recording = _record(engines)
     log.info("Generating with the native engine")

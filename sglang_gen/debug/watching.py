@@ -1,4 +1,4 @@
-"""Looking into networks and objects while they run, without changing what they compute."""
+"""Looking into networks and objects while they run, and changing what they hand on."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
