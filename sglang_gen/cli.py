@@ -11,12 +11,15 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sglang_gen import help_page, log
 from sglang_gen.errors import RunError, Terminated, UserError, first_line, nearest
 from sglang_gen.flags import BY_KEY, FLAGS, Flag
 from sglang_gen.schema import LogLevel, leaves
+
+if TYPE_CHECKING:
+    from sglang_gen.config import Choices
 
 TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # of --info
 
@@ -139,13 +142,7 @@ def command_generate(argv: Sequence[str]) -> int:
         return 0
     from sglang_gen import config
 
-    choices = config.Choices(
-        overrides=tuple(overrides),
-        flags=flag_values(given),
-        file=given.get("config"),
-        config_dir=given.get("config_dir"),
-        config_name=given.get("config_name", "config"),
-    )
+    choices = _choices(given, overrides)
     if "cfg" not in given and (unused := {"package", "resolve"} & given.keys()):
         raise UserError(f"--{min(unused)} says what --cfg prints; add --cfg job, hydra or all")
     if given.get("multirun") and given.get("cfg") in ("job", "all"):
@@ -168,6 +165,19 @@ def command_generate(argv: Sequence[str]) -> int:
     return 0
 
 
+def _choices(given: dict[str, Any], overrides: Sequence[str]) -> "Choices":
+    """What the options and overrides of a command line choose. Raises UserError for a value that does not fit."""
+    from sglang_gen.config import Choices
+
+    return Choices(
+        overrides=tuple(overrides),
+        flags=flag_values(given),
+        file=given.get("config"),
+        config_dir=given.get("config_dir"),
+        config_name=given.get("config_name", "config"),
+    )
+
+
 def command_models(argv: Sequence[str]) -> int:
     """`sglang models`: presets and what can run them."""
     if argv:
@@ -186,10 +196,30 @@ def command_perf(argv: Sequence[str]) -> int:
     return command.main(argv)
 
 
+def command_debug(argv: Sequence[str]) -> int:
+    """`sglang debug parity`: the first module in which the backends differ, for a request as `generate` takes it."""
+    from sglang_gen.debug import command
+
+    if argv[:1] != ["parity"]:
+        return command.main(argv)
+    parser = build_parser()
+    command.add_options(parser)
+    options, overrides = split_argv(argv[1:], parser)
+    given = vars(parser.parse_args(options))
+    if given.get("help"):
+        print(command.PARITY_HELP)
+        return 0
+    command.check(given)
+    from sglang_gen.config import compose
+
+    return command.parity(compose(_choices(given, overrides)), given)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": command_generate,
     "models": command_models,
     "perf": command_perf,
+    "debug": command_debug,
 }
 
 

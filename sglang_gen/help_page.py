@@ -14,6 +14,7 @@ commands:
   generate   generate images, videos or sound with a diffusion model (sglang generate --help)
   models     list the model presets
   perf       compare perf dumps (sglang perf compare --help)
+  debug      find where the native engine and diffusers differ (sglang debug parity --help)
 
 options:
   -h, --help   show this text

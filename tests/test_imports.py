@@ -27,7 +27,7 @@ LAYERS = (
     ("worker",),
     ("launch",),
     ("generate",),
-    ("sweep.jobs", "__init__"),
+    ("sweep.jobs", "debug", "__init__"),
     ("cli",),
 )
 # Imported lazily, from below: the Python entry uses the table's typing, and a sweep's job runs the spine.

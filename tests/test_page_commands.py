@@ -119,6 +119,10 @@ def run(sglang, command: pages.Command) -> None:
     elif words[0] in PRINTS or any(word in PRINTS or word.startswith("dry_run=") for word in words):
         done = sglang(*words)
         assert (done.code, bool(done.out)) == (0, True), f"{command.line}\n{done.err}"
+    elif words[0] == "debug":
+        done = sglang(*shrunk(words))
+        assert (done.code, bool(done.out)) == (0, True), f"{command.line}\n{done.out}{done.err}"
+        assert everything() == before
     else:
         if is_large(words):  # the line as it stands is planned
             assert sglang(*words, "dry_run=true").code == 0, command.line

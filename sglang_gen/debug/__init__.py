@@ -1,0 +1,1 @@
+"""Finding where two computations that should be the same part ways."""

@@ -1,0 +1,139 @@
+"""`sglang debug`: find where the backends differ. Answers with an exit code; torch is imported once there is work."""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sglang_gen import log
+from sglang_gen.debug import report
+from sglang_gen.debug.verdict import TOLERANCES, Tolerance
+from sglang_gen.errors import UserError, nearest
+from sglang_gen.schema import BackendName, leaves
+from sglang_gen.types import user_gave
+
+if TYPE_CHECKING:
+    from sglang_gen.config import Composed
+    from sglang_gen.types import Plan
+
+HELP = """\
+usage: sglang debug COMMAND ...
+
+commands:
+  parity    the first module in which the native engine and diffusers differ (sglang debug parity --help)"""
+
+PARITY_HELP = """\
+usage: sglang debug parity [flags and overrides of sglang generate] [options]
+
+Run a request on both backends with the same inputs and compare them in the order of computation: encoded text,
+schedule, initial latents, at every step all modules of the network, guidance and scheduler, then the final latents and
+the picture. The network, the scheduler and the decoder of ours are given what diffusers' were given, so that the first
+that differs is where the reason is. Only the first batch is compared, and nothing is saved.
+
+  sglang debug parity --model-path FOLDER --prompt "a lake" --seed 1 --num-inference-steps 4 dtype=float32
+
+options:
+  --tolerance X   largest max|a-b| / max|b| that is rounding. Defaults, of one module and of a whole network:
+{tolerances}
+  --json          print JSON instead of the table
+  -h, --help      show this text
+
+verdicts: bit-exact, numerically equal, different. The last line names the first module that differs.
+exit codes: 0 bit-exact or numerically equal, 1 different, 2 wrong request""".format(
+    tolerances="\n".join(f"{'':18}{dtype:10}{each.module:g}, {each.whole:g}" for dtype, each in TOLERANCES.items())
+)
+# Options of `sglang generate` that print something else or run something else.
+FOREIGN = ("multirun", "cfg", "package", "info", "resolve", "hydra_help", "version")
+# Settings of what is not done here: both backends run, once, and nothing is saved.
+IDLE = ("backend.name", "output.", "perf.", "quality.", "tracking.", "machine.", "compile.warmup", "dry_run")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`sglang debug` without a command that it has: help, or the refusal."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if argv else 2
+    raise UserError(f"Unknown command 'debug {argv[0]}'{nearest(argv[0], ['parity'])} (commands: parity)")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `sglang debug parity` takes beside the flags of `sglang generate`."""
+    parser.add_argument("--tolerance", dest="tolerance")
+    parser.add_argument("--json", dest="json", action="store_true")
+
+
+def check(given: Mapping[str, Any]) -> None:
+    """Raises UserError for an option of `sglang generate` that has no meaning here, and for a wrong tolerance."""
+    for name in FOREIGN:
+        if name in given:
+            raise UserError(f"sglang debug parity compares one run; leave out --{name.replace('_', '-')}")
+    _tolerance(given)
+
+
+def _tolerance(given: Mapping[str, Any]) -> Tolerance | None:
+    if "tolerance" not in given:
+        return None
+    try:
+        value = float(given["tolerance"])
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise UserError(f"--tolerance: '{given['tolerance']}' is not a number of at least 0, such as 1e-5")
+    return Tolerance(value, value)
+
+
+def parity(composed: "Composed", given: Mapping[str, Any]) -> int:
+    """`sglang debug parity`: print the report; the exit code of its verdict. Raises UserError and RunError."""
+    from sglang_gen import env
+
+    log.setup(composed.run.log_level.name)
+    for notice in composed.notices:
+        log.info(notice)
+    env.quiet_libraries()
+    ours, theirs = plans(composed)
+    tolerance = _tolerance(given)
+    from sglang_gen.debug.parity import run
+
+    found = run(ours, theirs, TOLERANCES[ours.dtype] if tolerance is None else tolerance)
+    print(json.dumps(report.as_json(found), indent=2, ensure_ascii=False) if "json" in given else report.text(found))
+    return report.EXIT_CODES[found.verdict]
+
+
+def plans(composed: "Composed") -> tuple["Plan", "Plan"]:
+    """The same plan for the native engine and for diffusers, with the weights at hand. Raises UserError."""
+    from sglang_gen import choice, hub, prompts, stored
+    from sglang_gen import plan as planning
+
+    planning.check(composed)
+    composed = replace(composed, run=prompts.pin(composed.run))  # one drawn seed for both
+    card = hub.find(composed.run.model, weights=False)
+    either = planning.make_plan(_on(composed, BackendName.auto), card)
+    _, reason = choice.choose(either.run, card, either.layout)
+    if reason is not None:
+        raise UserError(f"sglang debug parity runs both backends, and the native engine cannot run this: {reason}")
+    if either.layout.ranks > 1:
+        raise UserError("sglang debug parity runs on one rank; leave out the settings of parallel")
+    _warn(composed, either)
+    ours, theirs = (
+        planning.make_plan(_on(composed, name), card) for name in (BackendName.sglang, BackendName.diffusers)
+    )
+    card = hub.find(composed.run.model, weights=True)
+    return stored.require(replace(ours, card=card)), stored.require(replace(theirs, card=card))
+
+
+def _on(composed: "Composed", name: BackendName) -> "Composed":
+    run = composed.run
+    return replace(composed, run=replace(run, backend=replace(run.backend, name=name)))
+
+
+def _warn(composed: "Composed", plan: "Plan") -> None:
+    for warning in plan.warnings:
+        if not warning.startswith(IDLE):
+            log.warning(warning)
+    for path in leaves():
+        if path.startswith(IDLE) and user_gave(composed.run, composed.sources, path):
+            log.warning(f"{path} has no effect on sglang debug parity")
+    if len(plan.batches) > 1:
+        log.warning(f"Only the first of {len(plan.batches)} batches is compared")

@@ -1,0 +1,157 @@
+"""Both backends on the same inputs, stage by stage, in the order in which a picture is computed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from sglang_gen import env, log
+from sglang_gen.backends import diffusers, native
+from sglang_gen.debug import networks, stages
+from sglang_gen.debug.correspondence import correspond
+from sglang_gen.debug.native_runs import Free, Led, predict_once, run_free, run_led
+from sglang_gen.debug.networks import Networks
+from sglang_gen.debug.recording import Call, Recording, recorded
+from sglang_gen.debug.verdict import Cause, Report, Row, Tolerance, Verdict, first_difference
+from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.perf.flops import CallLog
+from sglang_gen.perf.memory import Memory
+from sglang_gen.perf.record import Clock, synchroniser
+from sglang_gen.types import Decoded, Plan
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The model in both backends, and its denoising networks beside each other."""
+
+    plan: Plan
+    ours: Any
+    theirs: Any
+    networks: Networks
+
+
+@dataclass
+class Denoising:
+    """The rows of all steps, and what can be said of the networks beside them."""
+
+    rows: list[Row]
+    compared: int = 0
+    left_out: tuple[str, ...] = ()
+    cause: Cause | None = None
+
+
+def run(ours: Plan, theirs: Plan, tolerance: Tolerance) -> Report:
+    """Load the model once for each backend and compare them on the first batch.
+
+    Raises what a generation raises where the model cannot be loaded or diffusers cannot run it.
+    """
+    with _deterministic(ours.run.deterministic):
+        log.info(f"Loading model: {ours.card.name}")
+        our_engine = native.load(ours, Mesh(), CallLog())
+        their_engine = diffusers.load(theirs, Mesh(), CallLog())
+        try:
+            return compare(beside(ours, our_engine, their_engine, tolerance), tolerance)
+        finally:
+            their_engine.close()
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    if wanted:
+        env.deterministic_cublas()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def beside(plan: Plan, ours: Any, theirs: Any, tolerance: Tolerance) -> Engines:
+    """Two loaded engines with their networks matched."""
+    network = getattr(theirs.pipeline, ours.glue.NETWORK)
+    pairs = correspond(ours.network, network, ours.glue.sources)
+    return Engines(plan, ours, theirs, Networks(ours.network, network, pairs, tolerance.module))
+
+
+def compare(engines: Engines, tolerance: Tolerance) -> Report:
+    """One generation of each backend and what differs between them; the engines can be compared again."""
+    log.info("Generating with diffusers")
+    recording = _record(engines)
+    log.info("Generating with the native engine")
+    free = run_free(engines.ours, partial(_generate, engines.plan, engines.ours))
+    begin = [*stages.texts(free, recording, tolerance), *stages.starts(free, recording, tolerance)]
+    log.info("Comparing the networks on the same inputs")
+    led = _lead(engines, free, recording)
+    denoising = _denoising(engines, free, led, recording, tolerance)
+    end = [stages.decoding(led.decoded, recording, tolerance)] if led.decoded else []
+    return Report(
+        model=engines.plan.card.name,
+        dtype=engines.plan.dtype,
+        device=engines.plan.device,
+        tolerance=tolerance,
+        rows=(*begin, *denoising.rows, *end, *stages.ends(free, recording, tolerance)),
+        compared=denoising.compared,
+        modules=denoising.compared + len(denoising.left_out),
+        left_out=denoising.left_out,
+        cause=None if first_difference(begin) else denoising.cause,
+    )
+
+
+def _generate(plan: Plan, engine: Any) -> Decoded:
+    with Memory(plan.device) as memory:
+        clock = Clock(synchroniser(plan.device), memory)
+        decoded: Decoded = engine.sample(plan.batches[0], plan.run.sampling.num_inference_steps, clock)
+    return decoded
+
+
+def _record(engines: Engines) -> Recording:
+    with recorded(engines.networks.theirs, engines.theirs.pipeline.scheduler) as recording:
+        recording.decoded = _generate(engines.plan, engines.theirs)
+    return recording
+
+
+def _lead(engines: Engines, free: Free, recording: Recording) -> Led:
+    """Nothing where the two do not even have as many steps, or latents of one shape: the rows before say so."""
+    if not stages.fits(free, recording):
+        return Led()
+    return run_led(engines.ours, partial(_generate, engines.plan, engines.ours), recording)
+
+
+@torch.no_grad()
+def _denoising(engines: Engines, free: Free, led: Led, recording: Recording, tolerance: Tolerance) -> Denoising:
+    """All modules at the first step; of later steps the first module that differs, or else the worst."""
+    found = Denoising([])
+    with engines.theirs.kernel.context():
+        for index, calls in enumerate(recording.evaluations()):
+            for call in calls:
+                runs = _runs(engines, free, recording, call, index)
+                compared = networks.compare(engines.networks, *runs, step=index + 1)
+                rows = compared.rows
+                if not found.rows:
+                    found.compared, found.left_out = len(rows), compared.left_out
+                if first_difference(found.rows) is None:
+                    found.cause = networks.cause(engines.networks, *runs, rows=rows)
+                found.rows += rows if index == 0 else _summary(rows)
+            if led.steps:
+                found.rows += stages.step(led.steps[index], recording.steps[index], index + 1, tolerance)
+    return found
+
+
+def _runs(
+    engines: Engines, free: Free, recording: Recording, call: Call, index: int
+) -> tuple[networks.Run, networks.Run]:
+    """One evaluation of our network and of theirs with the arguments of a call of theirs."""
+    timestep = recording.schedule["timesteps"][index]
+    ours = partial(predict_once, engines.ours, free.request, timestep, call.texts, call.latents)
+    return ours, partial(engines.networks.theirs, **call.arguments)
+
+
+def _summary(rows: list[Row]) -> list[Row]:
+    first = first_difference(rows)
+    row = first or max(rows, key=lambda row: row.error or 0.0)
+    note = "" if row.verdict is Verdict.different else f"the worst of {len(rows)} modules"
+    return [replace(row, note=note, outer=True)]
