@@ -40,8 +40,9 @@ lint: $(STAMP)  ## ruff: rules and formatting
 types: $(STAMP)  ## mypy, strict
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## benchmarks: start, composition, generation (tables of pytest-benchmark)
+bench: $(STAMP)  ## benchmarks: start, composition, a picture (pytest-benchmark), a denoising step beside its peers
 	$(BIN)/python -m pytest -m bench tests/bench
+	$(BIN)/python -m tools.bench.networks
 
 wheel-smoke: $(STAMP)  ## build the wheel, install it in a clean environment, generate outside of the checkout
 	PYTHON=$(BIN)/python tools/wheel_smoke.sh

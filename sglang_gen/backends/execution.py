@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Encoded = Sequence[tuple[Tensor, ...]]
 
 
-def _laid_out(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+def laid_out(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Convolutions of half precision with their channels last, as their kernels want them.
 
     Float32 keeps the layout in which diffusers rounds: the difference is one of rounding, and it is all there is.
@@ -43,7 +43,7 @@ class Execution:
     def __init__(self, plan: Plan, mesh: Mesh, glue: Any, network: nn.Module) -> None:
         """Raises UserError for a kernel that does not run here, or a compiler that is missing."""
         self.plan, self.mesh, self.glue = plan, mesh, glue
-        self.network = _laid_out(network, getattr(torch, plan.dtype))
+        self.network = laid_out(network, getattr(torch, plan.dtype))
         self.dtype = getattr(torch, plan.dtype)
         settings = plan.run.compile
         self.regions = glue.REGIONS if settings.regional else ()
