@@ -65,7 +65,6 @@ MISSING: tuple[tuple[Callable[[Run], object], str], ...] = (
         lambda run: run.model.path and Path(run.model.path).expanduser().is_file(),
         "it reads model folders, no single files yet",
     ),
-    (lambda run: run.model.component_paths, "it takes components from the model's own folder only yet"),
     (lambda run: run.model.trust_remote_code, "it runs no code from model repositories"),
     (
         lambda run: run.attention.backend not in ("auto", "sdpa") or run.attention.backend_config,
