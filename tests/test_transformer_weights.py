@@ -9,8 +9,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from original_layout import unet_name
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_native import assert_same, record
 from tiny import fill
 
 from sglang_gen import env, hub
@@ -100,6 +102,63 @@ def test_the_models_own_weights_need_not_be_there(pipelines, others, run):
     assert run(Path("bare").resolve()).code == 2
     done = run(Path("bare").resolve(), "--transformer-weights-path", others["flux"])
     assert done.code == 0, done.err
+
+
+def _shards(folder: Path, kind) -> str:
+    kind.from_pretrained(folder, dtype=torch.float32).save_pretrained("shards", max_shard_size="60KB")
+    return "shards"
+
+
+def _half(folder: Path, kind) -> str:
+    kind.from_pretrained(folder, dtype=torch.float16).save_pretrained("half")
+    return f"half/{STEM}.safetensors"
+
+
+def _original(folder: Path, kind) -> str:
+    network = kind.from_pretrained(folder, dtype=torch.float32)
+    if kind is diffusers.SD3Transformer2DModel:
+        tensors = original_sd3(network.state_dict())
+    else:
+        layers, levels = network.config.layers_per_block, len(network.config.block_out_channels)
+        named = network.state_dict().items()
+        tensors = {f"model.diffusion_model.{unet_name(name, layers, levels)}": tensor for name, tensor in named}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, "original.safetensors")
+    return "original.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("flux", _shards), ("sdxl", _shards), ("sd3", _half), ("sd3", _original), ("sdxl", _original)],
+)
+def test_both_backends_compute_with_the_same_weights(others, run, name, make):
+    path = make(others[name], CLASSES[name][1])
+    for backend in ("sglang", "diffusers"):
+        done = run(name, "--transformer-weights-path", path, "--backend", backend, "output.latents=true",
+                   "--guidance-scale", 3, "--output-path", backend)  # fmt: skip
+        assert done.code == 0, done.err
+        assert record(backend)["effective"]["backend"] == backend
+    assert_same("sglang", "diffusers", 1)
+    assert run(name, "output.latents=true", "--guidance-scale", 3, "--output-path", "own").code == 0
+    a, b = (load_file(f"{folder}/generated_image_0.safetensors")["latents"] for folder in ("own", "sglang"))
+    assert (a - b).abs().max() > 0.1 * b.abs().max()
+
+
+@pytest.mark.parametrize("method", ["gguf", "config", "metadata"])
+def test_quantized_files_run_on_diffusers_and_the_native_engine_says_what_it_does_not_read(others, run, method):
+    if method == "gguf":
+        path, reason = "a.gguf", "it reads no GGUF files yet"
+        write_gguf(path, stored(others, "flux"), gguf.GGMLQuantizationType.Q8_0)
+    elif method == "config":
+        path, reason = _bitsandbytes(Path(), others), "it reads no weights that are quantized by bitsandbytes yet"
+    else:
+        path, reason = "svdq.safetensors", "it reads no weights that are quantized by svdquant yet"
+        told = {"quantization_config": json.dumps({"method": "svdquant"})}
+        save_file(stored(others, "flux"), path, metadata=told)
+    refused = run("flux", "--transformer-weights-path", path, "--backend", "sglang")
+    sentence = f"The native engine cannot run this: {reason}; run with --backend diffusers or auto"
+    assert (refused.code, refused.lines[-1]) == (2, f"ERROR: {sentence}")
+    planned = run("flux", "--transformer-weights-path", path, "dry_run=json")
+    assert json.loads(planned.out)["effective"]["backend"] == "diffusers"
 
 
 class Renamed:
@@ -409,10 +468,11 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("backend", ["auto", "diffusers"])
 @pytest.mark.parametrize("case", sorted(BAD))
-def test_weights_that_cannot_be_used_are_refused_in_one_sentence(run, others, case):
+def test_weights_that_cannot_be_used_are_refused_in_one_sentence(run, others, case, backend):
     make, sentence = BAD[case]
-    done = run("flux", "--transformer-weights-path", make(Path.cwd(), others))
+    done = run("flux", "--transformer-weights-path", make(Path.cwd(), others), "--backend", backend)
     assert done.code == 2, done.err
     (error,) = [line for line in done.lines if line.startswith("ERROR")]
     assert sentence in error

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import nn
 from sglang_gen.errors import UserError
 from sglang_gen.requirements import Needs
 from sglang_gen.types import Component, Plan
-from sglang_gen.weights.load import load, weight_files
+from sglang_gen.weight_files import locate
+from sglang_gen.weights import original
+from sglang_gen.weights.load import Held, fill, load, weight_files, where
 
 
 def read(plan: Plan, needs: Needs, glue: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -20,10 +23,7 @@ def read(plan: Plan, needs: Needs, glue: Any) -> tuple[nn.Module, dict[str, Any]
     Raises UserError for weights that do not fit, and whatever their libraries raise for files that cannot be read.
     """
     dtype = getattr(torch, plan.dtype)
-    component = plan.card.components[needs.network]
-    network = load(
-        lambda: glue.build(component.config), weight_files(_folder(component)), glue.sources, dtype, plan.device
-    )
+    network = _network(plan, needs.network, glue, dtype)
     parts = {
         name: _read(plan.card.components[name], dtype, plan.device)
         for name in needs.components
@@ -31,6 +31,22 @@ def read(plan: Plan, needs: Needs, glue: Any) -> tuple[nn.Module, dict[str, Any]
     }
     parts["scheduler"] = _settled(parts["scheduler"], glue.SCHEDULER)
     return network, parts
+
+
+def _network(plan: Plan, name: str, glue: Any, dtype: torch.dtype) -> nn.Module:
+    """Our network with the model's own weights, or those of --transformer-weights-path."""
+    component = plan.card.components[name]
+    build = partial(glue.build, component.config)
+    path = plan.run.quant.transformer_weights_path
+    if path is None:
+        return load(build, weight_files(_folder(component)), glue.sources, dtype, plan.device)
+    from sglang_gen.backends.options import weights
+
+    files = locate(path)
+    if weights.plain(plan, name, files):
+        return load(build, files.paths, glue.sources, dtype, plan.device)
+    tensors = Held(original.read(component.class_name, component.config, files.paths))
+    return fill(build, tensors, glue.sources, dtype, plan.device, where(files.paths))
 
 
 def _folder(component: Component) -> Path:
