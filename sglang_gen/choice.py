@@ -1,7 +1,6 @@
 """Which backend a run takes: ours where it can do all that is asked, diffusers otherwise, with the reason."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from sglang_gen import weight_files
 from sglang_gen.errors import UserError
@@ -72,10 +71,6 @@ MISSING: tuple[tuple[Callable[[Run], object], str], ...] = (
     (lambda run: run.compile.enable_torch_compile, "it does not compile yet"),
     (lambda run: run.compile.disable_autocast, "it takes its dtype from --dtype alone yet"),
     (lambda run: run.sampling.image_path, "it takes no input image yet"),
-    (
-        lambda run: run.model.path and Path(run.model.path).expanduser().is_file(),
-        "it reads model folders, no single files yet",
-    ),
     (lambda run: run.model.trust_remote_code, "it runs no code from model repositories"),
     (
         lambda run: run.attention.backend not in ("auto", "sdpa") or run.attention.backend_config,

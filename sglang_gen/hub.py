@@ -94,6 +94,8 @@ def _read_single_file(path: Path, model: Model, weights: bool) -> ModelCard:
     if preset and model.preset in (None, "custom") and not weights:
         log.info(f"{path.name} is of the kind of {preset}: --model-id {preset} applies the settings of that preset")
     card = read_card(folder, name, weights=False)
+    if "safety_checker" not in model.component_paths:  # diffusers takes none out of a file
+        card = replace(card, components={k: part for k, part in card.components.items() if k != "safety_checker"})
     single_file.check_whole(path, shapes, card.components, model.component_paths)
     if not weights:
         return card

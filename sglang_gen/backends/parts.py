@@ -1,7 +1,7 @@
 """A model's components for the native engine: our network, and the parts that other libraries read."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglang_gen.errors import UserError
+from sglang_gen.errors import UserError, first_line
 from sglang_gen.requirements import Needs
 from sglang_gen.types import Component, Plan
 from sglang_gen.weight_files import locate
@@ -24,11 +24,11 @@ def read(plan: Plan, needs: Needs, glue: Any) -> tuple[nn.Module, dict[str, Any]
     """
     dtype = getattr(torch, plan.dtype)
     network = _network(plan, needs.network, glue, dtype)
-    parts = {
-        name: _read(plan.card.components[name], dtype, plan.device)
-        for name in needs.components
-        if name != needs.network
-    }
+    others = [name for name in needs.components if name != needs.network]
+    given = [name for name in others if plan.card.file is None or name in plan.run.model.component_paths]
+    parts = {name: _read(plan.card.components[name], dtype, plan.device) for name in given}
+    if plan.card.file is not None:
+        parts = _out_of_file(plan, others, {**parts, needs.network: None}, dtype)
     parts["scheduler"] = _settled(parts["scheduler"], glue.SCHEDULER)
     return network, parts
 
@@ -38,6 +38,8 @@ def _network(plan: Plan, name: str, glue: Any, dtype: torch.dtype) -> nn.Module:
     component = plan.card.components[name]
     build = partial(glue.build, component.config)
     path = plan.run.quant.transformer_weights_path
+    if path is None and plan.card.file is not None and name not in plan.run.model.component_paths:
+        return _network_out_of_file(plan, plan.card.file, component, build, glue, dtype)
     if path is None:
         return load(build, weight_files(_folder(component)), glue.sources, dtype, plan.device)
     from sglang_gen.backends.options import weights
@@ -47,6 +49,32 @@ def _network(plan: Plan, name: str, glue: Any, dtype: torch.dtype) -> nn.Module:
         return load(build, files.paths, glue.sources, dtype, plan.device)
     tensors = Held(original.read(component.class_name, component.config, files.paths))
     return fill(build, tensors, glue.sources, dtype, plan.device, where(files.paths))
+
+
+def _network_out_of_file(
+    plan: Plan, file: Path, component: Component, build: Callable[[], nn.Module], glue: Any, dtype: torch.dtype
+) -> nn.Module:
+    """Our network out of a checkpoint of the whole model. Raises UserError for one of another model."""
+    from sglang_gen.backends.options.original import misfit
+
+    try:
+        tensors = Held(original.read(component.class_name, component.config, [file]))
+        return fill(build, tensors, glue.sources, dtype, plan.device, where([file]))
+    except UserError as error:
+        raise UserError(misfit(plan, str(error))) from error
+    except original.CONVERSION_ERRORS as error:
+        raise UserError(misfit(plan, f"its {component.class_name} is another one: {first_line(error)}")) from error
+
+
+def _out_of_file(plan: Plan, names: Sequence[str], given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The components of these names that diffusers' pipeline finds in the file, or beside it; `given` as they are."""
+    import diffusers
+
+    from sglang_gen.backends.options.original import read as read_pipeline
+
+    kind = getattr(diffusers, plan.run.model.pipeline_class_name or plan.card.pipeline_class)
+    found = read_pipeline(plan, kind, dtype, given).components
+    return {name: _placed(found[name], plan.device) for name in names}
 
 
 def _folder(component: Component) -> Path:
@@ -66,7 +94,11 @@ def _read(component: Component, dtype: torch.dtype, device: str) -> Any:
             f"{folder} is no checkpoint of a {component.class_name}: it lacks {len(missing)} of its tensors, such as "
             f"{missing[0]}"
         )
-    return part.to(device).requires_grad_(False).eval()
+    return _placed(part, device)
+
+
+def _placed(part: Any, device: str) -> Any:
+    return part.to(device).requires_grad_(False).eval() if isinstance(part, nn.Module) else part
 
 
 def _settled(scheduler: Any, settings: Mapping[str, Any]) -> Any:
