@@ -47,13 +47,23 @@ def fill(
     for name, slot in network.state_dict().items():
         parts = [_as_linear(tensors.take(source), slot) for source in sources(name)]
         _check_shape(parts, slot, sources(name), where)
-        _assign(network, name, (parts[0] if len(parts) == 1 else torch.cat(parts)).to(device, dtype))
+        _assign(network, name, _joined(parts, slot, dtype, device))
     return network.eval()
 
 
 def _as_linear(part: Tensor, slot: Tensor) -> Tensor:
     """A convolution of one pixel as the matrix that it is, where the network has a linear layer."""
     return part.flatten(1) if part.ndim == 4 and part.shape[2:] == (1, 1) and slot.ndim == 2 else part
+
+
+def _joined(parts: list[Tensor], slot: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    """The parts one below the other, each copied straight to its place, so that no joined copy is made on the way."""
+    if len(parts) == 1:
+        return parts[0].to(device, dtype)
+    whole = torch.empty(slot.shape, dtype=dtype, device=device)
+    for place, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
+        place.copy_(part)
+    return whole
 
 
 def _assign(network: nn.Module, name: str, tensor: Tensor) -> None:
