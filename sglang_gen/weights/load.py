@@ -61,7 +61,7 @@ def _joined(parts: list[Tensor], slot: Tensor, dtype: torch.dtype, device: str) 
     if len(parts) == 1:
         return parts[0].to(device, dtype)
     whole = torch.empty(slot.shape, dtype=dtype, device=device)
-    for place, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
+    for place, part in zip(torch.split(whole, [len(part) for part in parts]), parts, strict=True):
         place.copy_(part)
     return whole
 
