@@ -1,8 +1,8 @@
 """Which backend a run takes: ours where it can do all that is asked, diffusers otherwise, with the reason."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
+from sglang_gen import weight_files
 from sglang_gen.errors import UserError
 from sglang_gen.requirements import NEEDS, unsupported
 from sglang_gen.schema import BackendName, CacheMethod, QuantMethod, Run
@@ -46,6 +46,8 @@ def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:
         yield f"'{min(foreign)}' of --diffusers-kwargs is for the diffusers pipeline"
     if any("quantization_config" in part.config for part in card.components.values()):
         yield "the model's weights are quantized"
+    if run.quant.transformer_weights_path and (reason := _foreign_weights(run.quant.transformer_weights_path)):
+        yield reason
     if name in NATIVE and (reason := unsupported(NEEDS[NATIVE[name]], card)):
         yield reason
     if degrees.ranks > degrees.dp:
@@ -53,20 +55,23 @@ def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:
     yield from (reason for asked, reason in MISSING if asked(run))
 
 
+def _foreign_weights(path: str) -> str | None:
+    """Why the native engine cannot read these files, by name and header; None for plain ones. Raises UserError."""
+    files = weight_files.locate(path)
+    if files.is_gguf:
+        return "it reads no GGUF files yet"
+    found = weight_files.declared(files.config, weight_files.read_headers(files.paths).metadata)
+    return f"it reads no weights that are quantized by {found['method']} yet" if found else None
+
+
 # What a run can ask for that the native engine does not have.
 MISSING: tuple[tuple[Callable[[Run], object], str], ...] = (
     (lambda run: run.lora.path or run.lora.adapters, "it has no LoRA adapters yet"),
     (lambda run: run.quant.method is not QuantMethod.none, "it has no quantized weights yet"),
-    (lambda run: run.quant.transformer_weights_path, "it does not replace weights yet"),
     (lambda run: run.cache.method is not CacheMethod.none or run.cache.cache_dit_config, "it has no step cache yet"),
     (lambda run: any(vars(run.offload).values()), "it does not offload yet"),
     (lambda run: run.compile.disable_autocast, "it takes its dtype from --dtype alone yet"),
     (lambda run: run.sampling.image_path, "it takes no input image yet"),
-    (
-        lambda run: run.model.path and Path(run.model.path).expanduser().is_file(),
-        "it reads model folders, no single files yet",
-    ),
-    (lambda run: run.model.component_paths, "it takes components from the model's own folder only yet"),
     (lambda run: run.model.trust_remote_code, "it runs no code from model repositories"),
     (lambda run: run.attention.backend not in ATTENTION, f"its attention kernels are {', '.join(ATTENTION)}"),
 )

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -298,4 +299,5 @@ def console() -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has left (`| head`); without this the interpreter complains at its exit
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    gc.freeze()  # the interpreter would look once more for cycles in all that was imported, 0.7 s of CPU
     sys.exit(code)

@@ -4,15 +4,14 @@ Every way in which that can fail is one sentence: UserError where the request is
 """
 
 import errno
-import json
 import sys
 from collections.abc import Collection, Container
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from sglang_gen import env, log, presets, remote_code, safetensors_file, single_file
-from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen import env, log, presets, remote_code, single_file
+from sglang_gen.component_folder import check_files, check_vocabulary, read_config, read_json
+from sglang_gen.errors import RunError, UserError, first_line, nearest
 from sglang_gen.safetensors_file import PICKLED
 from sglang_gen.schema import Model
 from sglang_gen.types import Component, ModelCard
@@ -24,6 +23,11 @@ LANGUAGE_MODEL = (
 
 CONFIGS = ["model_index.json", "*/config.json", "*/scheduler_config.json"]
 CONFIGS_AND_TOKENIZERS = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
+ROOT_CONFIGS = ["config.json", "scheduler_config.json", "tokenizer_config.json"]
+STEMS = ("diffusion_pytorch_model", "model")
+COMPONENT = [  # one set of weights, of no variant, and whatever a tokenizer reads
+    *(f"{stem}{end}" for stem in STEMS for end in (".safetensors", "-*-of-*.safetensors")), "*.json", "*.txt", "*.model"
+]  # fmt: skip
 OTHER_FORMATS = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.onnx*", "*openvino*", "*.fp16.*"]
 
 
@@ -31,8 +35,15 @@ def find(model: Model, weights: bool, replaced: Collection[str] = ()) -> ModelCa
     """The card of a model; with `weights` its files are on this machine and readable afterwards.
 
     Without `weights` a preset is described by the component configs in the package and the hub is not asked. The weight
-    files of components in `replaced` come from elsewhere and need not be there.
+    files of components in `replaced` come from elsewhere and need not be there. Components that --component-paths names
+    are described as they are there. Raises UserError or RunError.
     """
+    card = _find(model, weights, replaced)
+    others = {name: _replacement(card, name, path, weights) for name, path in model.component_paths.items()}
+    return replace(card, components={**card.components, **others})
+
+
+def _find(model: Model, weights: bool, replaced: Collection[str]) -> ModelCard:
     name = model.path or model.preset
     if name is None:
         raise UserError("No model is named: give --model-path, or a preset such as model=sdxl")
@@ -83,12 +94,14 @@ def _read_single_file(path: Path, model: Model, weights: bool) -> ModelCard:
     if preset and model.preset in (None, "custom") and not weights:
         log.info(f"{path.name} is of the kind of {preset}: --model-id {preset} applies the settings of that preset")
     card = read_card(folder, name, weights=False)
+    if "safety_checker" not in model.component_paths:  # diffusers takes none out of a file
+        card = replace(card, components={k: part for k, part in card.components.items() if k != "safety_checker"})
     single_file.check_whole(path, shapes, card.components, model.component_paths)
     if not weights:
         return card
     for part, component in card.components.items():
         if part not in model.component_paths and (folder / part).is_dir():
-            _check_vocabulary(folder / part, component)
+            check_vocabulary(folder / part, component)
     return replace(card, folder=folder, file=path)
 
 
@@ -102,7 +115,7 @@ def read_card(folder: Path, name: str, weights: bool, replaced: Container[str] =
         raise UserError(_not_a_pipeline(folder, name))
     content = read_json(index)
     components = {
-        part: Component(entry[0], entry[1], folder / part, _component_config(folder / part))
+        part: Component(entry[0], entry[1], folder / part, read_config(folder / part))
         for part, entry in content.items()
         if not part.startswith("_") and isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
     }
@@ -114,65 +127,55 @@ def read_card(folder: Path, name: str, weights: bool, replaced: Container[str] =
     if weights:
         for part, component in components.items():
             if part not in replaced:
-                _check_files(folder, part, component)
+                _check_part(folder, part, component)
     settings = {
         key: value for key, value in content.items() if not (key.startswith("_") or isinstance(value, (list, dict)))
     }
     return ModelCard(name, folder if weights else None, pipeline_class, components, settings, code=code)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError when there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
-
-
-def _component_config(folder: Path) -> dict[str, Any]:
-    for name in ("config.json", "scheduler_config.json"):
-        if (folder / name).is_file():
-            return read_json(folder / name)
-    return {}
-
-
-def _check_files(folder: Path, part: str, component: Component) -> None:
-    """Refuse a component whose files are missing, pickled, truncated or corrupt before anything is loaded.
-
-    Of weights only headers are read. A tokenizer without vocabulary would load, and make every prompt the same.
-    """
-    where = folder / part
-    if not where.is_dir():
-        if (folder / "config.json").is_file():
-            return  # diffusers reads a component that has no folder from the root
+def _check_part(folder: Path, part: str, component: Component) -> None:
+    """Refuse a component of a model's folder whose files are not whole. Raises UserError."""
+    if (folder / part).is_dir():
+        check_files(folder / part, component)
+    elif not (folder / "config.json").is_file():  # diffusers reads a component that has no folder from the root
         raise UserError(f"{folder} lacks the folder '{part}' that its model_index.json names")
-    for shard in _shards(where):
-        if not (where / shard).is_file():
-            raise UserError(f"{where} lacks the weight file {shard}")
-    files = sorted(where.glob("*.safetensors"))
-    is_network = (where / "config.json").is_file() and not {"_class_name", "architectures"}.isdisjoint(component.config)
-    if is_network and not files:
-        raise UserError(f"{where} {PICKLED if any(where.glob('*.bin')) else 'holds no weights (*.safetensors)'}")
-    _check_vocabulary(where, component)
-    for path in files:
-        safetensors_file.header(path)
 
 
-def _check_vocabulary(where: Path, component: Component) -> None:
-    if "Tokenizer" in component.class_name and "ByT5" not in component.class_name:
-        settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"}
-        if settings.issuperset(path.name for path in where.iterdir()):
-            raise UserError(f"{where} holds no vocabulary for {component.class_name}")
+def _replacement(card: ModelCard, name: str, path: str, weights: bool) -> Component:
+    """The component `name` out of --component-paths: a folder that holds it, or a model's folder or hub id.
+
+    One of diffusers is of the class that its own config names. Raises UserError when it is none of this model.
+    """
+    known = card.components
+    if name not in known:
+        raise UserError(f"--component-paths: {card.name} has no component '{name}'{nearest(name, known)}")
+    if f"{name}/{known[name].library}.py" in card.code:
+        raise UserError(f"--component-paths: '{name}' is defined by the model's own code and cannot be replaced")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+            raise UserError(f"--component-paths: the folder {path} of '{name}' does not exist")
+        folder = _download_component(path, name, weights)
+    folder = folder / name if (folder / name).is_dir() else folder
+    own, config = known[name], read_config(folder)
+    if own.config and not config:
+        raise UserError(f"--component-paths: {path} holds no '{name}': it has no configuration of a {own.class_name}")
+    kind = config.get("_class_name", own.class_name) if own.library == "diffusers" else own.class_name
+    component = replace(own, folder=folder, config=config, class_name=kind)
+    if weights:
+        check_files(folder, component)
+    return component
 
 
-def _shards(where: Path) -> list[str]:
-    """Names of the files that the weights of a folder are spread over, from its index."""
-    indices = (where / f"{stem}.safetensors.index.json" for stem in ("diffusion_pytorch_model", "model"))
-    maps = [read_json(index).get("weight_map") for index in indices if index.is_file()]
-    return sorted({str(shard) for shards in maps if isinstance(shards, dict) for shard in shards.values()})
+def _download_component(path: str, name: str, weights: bool) -> Path:
+    """A local snapshot of one component: in the repository's folder of its name, else at its root."""
+    model = Model(path=path)
+    folder = _download(model, path, False, [f"{name}/*.json", *ROOT_CONFIGS])
+    if not weights:
+        return folder
+    place = f"{name}/" if (folder / name).is_dir() else ""
+    return _download(model, path, False, [f"{place}{pattern}" for pattern in COMPONENT])
 
 
 def _not_a_pipeline(folder: Path, name: str) -> str:
@@ -202,7 +205,7 @@ def _download_huggingface(model: Model, name: str, weights: bool, patterns: list
     try:
         get_hf_file_metadata(hf_hub_url(name, "model_index.json", revision=model.revision))
     except errors.EntryNotFoundError:
-        weights, patterns = False, ["config.json"]  # no pipeline; its config says what it is
+        weights, patterns = False, [*patterns, "config.json"]  # no pipeline; its config says what it is
     except failures as error:
         refusal = error
     local = refusal is not None

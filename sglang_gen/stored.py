@@ -62,8 +62,5 @@ def _files(run: Run, card: ModelCard) -> tuple[Path, ...]:
         return weight_files.locate(run.quant.transformer_weights_path).paths
     for name in denoisers(card):
         folder = card.components[name].folder
-        if name in run.model.component_paths:
-            given = Path(run.model.component_paths[name]).expanduser()
-            folder = given / name if (given / name).is_dir() else given
         return tuple(sorted(folder.glob("*.safetensors"))) if folder else ()
     return ()

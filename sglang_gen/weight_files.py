@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_gen import hub
+from sglang_gen.component_folder import read_json
 from sglang_gen.errors import UserError
 from sglang_gen.safetensors_file import PICKLES, header
 
@@ -67,12 +67,12 @@ def locate(path: str) -> WeightFiles:
 
 
 def _in_folder(given: str, folder: Path) -> WeightFiles:
-    config = hub.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
         raise UserError(f"{FLAG}: {given} has {len(indices)} indices ({_few(indices)}); keep one")
     if indices:
-        weight_map = hub.read_json(indices[0]).get("weight_map")
+        weight_map = read_json(indices[0]).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{FLAG}: {indices[0]} has no weight_map")
         shards = [folder / name for name in sorted({str(name) for name in weight_map.values()})]

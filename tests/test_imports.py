@@ -13,7 +13,7 @@ PACKAGE = Path(sglang_gen.__file__).parent
 LAYERS = (
     ("errors", "schema", "perf.statistics"),
     ("env", "flags", "types", "values", "perf.memory"),
-    ("safetensors_file",),
+    ("safetensors_file", "component_folder"),
     ("log", "output", "presets", "overrides", "layout", "remote_code", "single_file", "perf.record", "perf.flops"),
     ("config_file", "kept_prompts", "prompts"),
     ("media", "perf.observations", "perf.compare", "perf.quality", "sweep.report"),
@@ -99,3 +99,17 @@ def test_help_and_models_import_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
+
+
+def test_a_run_of_the_native_engine_imports_only_what_it_computes_with(tmp_path):
+    """No pipelines of diffusers, and nothing that only other requests need."""
+    idle = ("diffusers.pipelines.pipeline_utils", "cache_dit", "wandb", "imageio", "torchvision", "matplotlib",
+            "sglang_gen.backends.diffusers", "sglang_gen.backends.options.weights")  # fmt: skip
+    code = (
+        "import sys; from sglang_gen.cli import main;"
+        "assert main(['generate', '--prompt', 'a', '--seed', '1', '--num-inference-steps', '1', '--height', '64', "
+        "'--width', '64', '--backend', 'sglang']) == 0;"
+        f"print([name for name in {idle} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]"

@@ -9,9 +9,16 @@ import original_layout
 import pytest
 import tiny
 import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from little_hub import LittleHub
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_native import assert_same, edited, record
+from tiny import fill
+from transformers import CLIPTextModelWithProjection
+
+from sglang_gen.pipelines import flux
+from sglang_gen.weights import original
 
 SMALL = ("--prompt", "a cat", "--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7",
          "--dtype", "float32", "--backend", "diffusers")  # fmt: skip
@@ -19,15 +26,21 @@ SMALL = ("--prompt", "a cat", "--height", "32", "--width", "32", "--num-inferenc
 
 @pytest.fixture(scope="module")
 def pipelines(pipelines, tmp_path_factory) -> dict[str, Path]:
-    """The tiny pipelines; the text encoders of SDXL differ in width, by which diffusers tells them apart in a file."""
-    return pipelines | {"sdxl": tiny.sdxl(tmp_path_factory.mktemp("wide") / "tiny-sdxl", widths=(16, 48))}
+    """The tiny pipelines; the CLIP encoders of one differ in width, by which diffusers tells them apart in a file."""
+    root = tmp_path_factory.mktemp("wide")
+    wide = {name: getattr(tiny, name)(root / name, widths=(16, 48)) for name in ("sdxl", "sd3")}
+    first = CLIPTextModelWithProjection.from_pretrained(wide["sd3"] / "text_encoder", dtype=torch.float32)
+    torch.nn.init.eye_(first.text_projection.weight)  # as in the published SD3; diffusers takes it for granted
+    first.save_pretrained(wide["sd3"] / "text_encoder")
+    return pipelines | wide
 
 
 @pytest.fixture(scope="module")
 def files(pipelines, tmp_path_factory) -> dict[str, Path]:
-    """The tiny SD 1.5 and SDXL as single files."""
+    """The tiny SD 1.5, SDXL and SD3 as single files."""
     folder = tmp_path_factory.mktemp("single")
-    return {name: original_layout.save(pipelines[name], folder / f"{name}.safetensors") for name in ("sd15", "sdxl")}
+    names = ("sd15", "sdxl", "sd3")
+    return {name: original_layout.save(pipelines[name], folder / f"{name}.safetensors") for name in names}
 
 
 def picture(number: int) -> np.ndarray:
@@ -48,6 +61,77 @@ def test_a_single_file_gives_the_picture_of_its_folder(pipelines, files, sglang,
         assert done.code == 0, done.err
     assert f"INFO: Loading model: {files[name]}" in done.lines
     assert np.array_equal(picture(0), picture(1))
+
+
+def both_make_the_same(sglang, *words: object, folder: str = "") -> None:
+    """A picture on either backend: noise exactly, latents to 1e-5.
+
+    Without guidance, which makes more than that (1.4e-5 at a scale of 3) of the rounding of this tiny SDXL, out of a
+    folder as well.
+    """
+    for backend in ("sglang", "diffusers"):
+        done = sglang("generate", *words, *SMALL[:-2], "--backend", backend, "--output-path",
+                      f"{folder}{backend}", "--guidance-scale", "1", "output.latents=true")  # fmt: skip
+        assert done.code == 0, done.err
+        assert record(f"{folder}{backend}")["effective"]["backend"] == backend
+    assert_same(f"{folder}sglang", f"{folder}diffusers", 1)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
+def test_the_native_engine_reads_a_single_file(pipelines, files, sglang, name):
+    both_make_the_same(sglang, "--model-path", files[name], f"model.configs={pipelines[name]}")
+    for where in ((pipelines[name],), (files[name], f"model.configs={pipelines[name]}")):
+        done = sglang("generate", "--model-path", *where, *SMALL[:-2], "output.latents=true")
+        assert done.code == 0, done.err
+    folder, file = (load_file(f"outputs/generated_image_{number}.safetensors") for number in (0, 1))
+    assert record("outputs", 1)["effective"]["backend"] == "sglang"
+    assert torch.equal(folder["latents"], file["latents"])
+
+
+def test_auto_takes_the_native_engine_and_no_safety_checker_of_the_configs(pipelines, files, sglang):
+    configs = edited(pipelines["sd15"], "configs", "model_index.json",
+                     safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])  # fmt: skip
+    (configs / "safety_checker").mkdir()
+    done = sglang("generate", "--model-path", files["sd15"], f"model.configs={configs}", *SMALL[:-2])
+    assert done.code == 0, done.err
+    assert record("outputs")["effective"]["backend"] == "sglang"
+
+
+def test_components_and_weights_from_elsewhere_replace_those_of_the_file(pipelines, files, sglang):
+    file = changed(files["sdxl"], lambda all_: {name: t for name, t in all_.items() if "first_stage" not in name})
+    vae = fill(AutoencoderKL.from_pretrained(pipelines["sdxl"] / "vae", dtype=torch.float32), 99)
+    unet = fill(UNet2DConditionModel.from_pretrained(pipelines["sdxl"] / "unet", dtype=torch.float32), 98)
+    vae.save_pretrained("vae")
+    unet.save_pretrained("unet")
+    common = ("--model-path", file, f"model.configs={pipelines['sdxl']}", "--component-paths", '{"vae": "vae"}')
+    both_make_the_same(sglang, *common)
+    both_make_the_same(sglang, *common, "--transformer-weights-path", "unet", folder="weights-")
+
+
+def test_flux_comes_out_of_a_file_beside_its_network(pipelines, sglang, tmp_path):
+    """diffusers' conversion of the network itself knows the published width alone; see the test below."""
+    file = original_layout.save(pipelines["flux"], tmp_path / "flux.safetensors", network=False)
+    network = json.dumps({"transformer": f"{pipelines['flux']}/transformer"})
+    configs = f"model.configs={pipelines['flux']}"
+    both_make_the_same(sglang, "--model-path", file, configs, "--component-paths", network)
+
+
+def test_the_network_of_flux_comes_out_of_its_original_layout_tensor_by_tensor(tmp_path):
+    """At the published width, which diffusers' conversion takes for granted; one block of each kind, in 8 bits."""
+    config = {"num_layers": 1, "num_single_layers": 1, "in_channels": 16, "joint_attention_dim": 32,
+              "pooled_projection_dim": 32, "guidance_embeds": True, "axes_dims_rope": [16, 56, 56],
+              "num_attention_heads": 24, "attention_head_dim": 128, "patch_size": 1}  # fmt: skip
+    with torch.device("meta"):
+        shapes = FluxTransformer2DModel.from_config(config).state_dict()
+    weights = {name: torch.randint(0, 256, slot.shape, dtype=torch.uint8) for name, slot in shapes.items()}
+    theirs = original_layout.original_flux(weights, double=1, single=1)
+    save_file({f"model.diffusion_model.{name}": t for name, t in theirs.items()}, tmp_path / "flux.safetensors")
+    found = original.read("FluxTransformer2DModel", config, [tmp_path / "flux.safetensors"])
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    with torch.device("meta"):
+        network = flux.build(config)
+    assert {source for name in network.state_dict() for source in flux.sources(name)} == found.keys()
 
 
 def test_a_single_file_becomes_image_to_image_and_its_record_repeats_it(pipelines, files, sglang):
@@ -110,6 +194,16 @@ def test_a_file_that_lacks_weights_or_is_another_model_does_not_fit(pipelines, f
     assert done.code == 2
     assert "does not fit the component configs of" in done.lines[-1]
     assert "it lacks weights that those name; name the right preset with --model-id" in done.lines[-1]
+    native = sglang("generate", "--model-path", file, f"model.configs={pipelines['sdxl']}", *SMALL[:-1], "sglang")
+    assert native.code == 2
+    assert "does not fit the component configs of" in native.lines[-1]
+    assert "is no checkpoint of this UNet: it lacks mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight; "\
+           "name the right preset with --model-id" in native.lines[-1]  # fmt: skip
+    for name in ("sd15", "sd3"):
+        words = ("--model-path", files[name], f"model.configs={pipelines['sdxl']}", "--component-paths",
+                 json.dumps({"text_encoder_2": f"{pipelines['sdxl']}/text_encoder_2"}))  # fmt: skip
+        wrong = sglang("generate", *words, *SMALL[:-1], "sglang")
+        assert (wrong.code, "does not fit the component configs of" in wrong.lines[-1]) == (2, True), wrong.err
     other = sglang("generate", "--model-path", files["sd15"], f"model.configs={pipelines['sdxl']}", *SMALL)
     assert (other.code, [line for line in other.lines if line.startswith("ERROR")]) == (2, other.lines[-1:])
 

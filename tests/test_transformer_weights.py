@@ -9,8 +9,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from original_layout import original_flux, original_sd3, unet_name
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_native import assert_same, record
 from tiny import fill
 
 from sglang_gen import env, hub
@@ -102,85 +104,61 @@ def test_the_models_own_weights_need_not_be_there(pipelines, others, run):
     assert done.code == 0, done.err
 
 
-class Renamed:
-    """Weights under other names: `put` joins weights and biases of modules, row after row."""
-
-    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
-        self.weights, self.found = weights, {}
-
-    def put(self, theirs: str, *ours: str, swap: bool = False) -> None:
-        for end in (".weight", ".bias"):
-            if all(f"{name}{end}" in self.weights for name in ours):
-                parts = [self.weights[f"{name}{end}"] for name in ours]
-                self.found[f"{theirs}{end}"] = torch.cat(parts[0].chunk(2)[::-1] if swap else parts)
+def _shards(folder: Path, kind) -> str:
+    kind.from_pretrained(folder, dtype=torch.float32).save_pretrained("shards", max_shard_size="60KB")
+    return "shards"
 
 
-def original_sd3(weights: dict[str, torch.Tensor], layers: int = 3) -> dict[str, torch.Tensor]:
-    """SD3 weights in the names of the original project; scale and shift of the last norms are the other way round."""
-    new = Renamed(weights)
-    new.found["pos_embed"] = weights["pos_embed.pos_embed"]
-    new.put("x_embedder.proj", "pos_embed.proj")
-    new.put("context_embedder", "context_embedder")
-    for theirs, ours in (("t_embedder", "timestep"), ("y_embedder", "text")):
-        for index, part in ((0, "linear_1"), (2, "linear_2")):
-            new.put(f"{theirs}.mlp.{index}", f"time_text_embed.{ours}_embedder.{part}")
-    for i in range(layers):
-        here, last = f"transformer_blocks.{i}", i == layers - 1
-        for side, qkv, out, norms, ff, norm in (
-            ("x_block", "to_{}", "to_out.0", "norm_{}", "ff", "norm1"),
-            ("context_block", "add_{}_proj", "to_add_out", "norm_added_{}", "ff_context", "norm1_context"),
-        ):
-            there = f"joint_blocks.{i}.{side}"
-            new.put(f"{there}.attn.qkv", *(f"{here}.attn.{qkv.format(part)}" for part in "qkv"))
-            new.put(f"{there}.attn.proj", f"{here}.attn.{out}")
-            for part in "qk":
-                new.put(f"{there}.attn.ln_{part}", f"{here}.attn.{norms.format(part)}")
-            new.put(f"{there}.mlp.fc1", f"{here}.{ff}.net.0.proj")
-            new.put(f"{there}.mlp.fc2", f"{here}.{ff}.net.2")
-            new.put(f"{there}.adaLN_modulation.1", f"{here}.{norm}.linear", swap=last and side == "context_block")
-        new.put(f"joint_blocks.{i}.x_block.attn2.qkv", *(f"{here}.attn2.to_{part}" for part in "qkv"))
-        new.put(f"joint_blocks.{i}.x_block.attn2.proj", f"{here}.attn2.to_out.0")
-        for part in "qk":
-            new.put(f"joint_blocks.{i}.x_block.attn2.ln_{part}", f"{here}.attn2.norm_{part}")
-    new.put("final_layer.linear", "proj_out")
-    new.put("final_layer.adaLN_modulation.1", "norm_out.linear", swap=True)
-    return new.found
+def _half(folder: Path, kind) -> str:
+    kind.from_pretrained(folder, dtype=torch.float16).save_pretrained("half")
+    return f"half/{STEM}.safetensors"
 
 
-def original_flux(weights: dict[str, torch.Tensor], double: int, single: int) -> dict[str, torch.Tensor]:
-    """FLUX weights in the names of the original project."""
-    new = Renamed(weights)
-    new.put("img_in", "x_embedder")
-    new.put("txt_in", "context_embedder")
-    for theirs, ours in (("time_in", "timestep"), ("vector_in", "text"), ("guidance_in", "guidance")):
-        new.put(f"{theirs}.in_layer", f"time_text_embed.{ours}_embedder.linear_1")
-        new.put(f"{theirs}.out_layer", f"time_text_embed.{ours}_embedder.linear_2")
-    norms = {}
-    for i in range(double):
-        here = f"transformer_blocks.{i}"
-        for side, qkv, out, norm, end in (
-            ("img", "to_{}", "to_out.0", "norm_{}", ""),
-            ("txt", "add_{}_proj", "to_add_out", "norm_added_{}", "_context"),
-        ):
-            there = f"double_blocks.{i}.{side}"
-            new.put(f"{there}_mod.lin", f"{here}.norm1{end}.linear")
-            new.put(f"{there}_attn.qkv", *(f"{here}.attn.{qkv.format(part)}" for part in "qkv"))
-            new.put(f"{there}_attn.proj", f"{here}.attn.{out}")
-            new.put(f"{there}_mlp.0", f"{here}.ff{end}.net.0.proj")
-            new.put(f"{there}_mlp.2", f"{here}.ff{end}.net.2")
-            norms |= {f"{there}_attn.norm.{word}_norm": f"{here}.attn.{norm.format(word[0])}" for word in WORDS}
-    for i in range(single):
-        there, here = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
-        new.put(f"{there}.modulation.lin", f"{here}.norm.linear")
-        new.put(f"{there}.linear1", *(f"{here}.attn.to_{part}" for part in "qkv"), f"{here}.proj_mlp")
-        new.put(f"{there}.linear2", f"{here}.proj_out")
-        norms |= {f"{there}.norm.{word}_norm": f"{here}.attn.norm_{word[0]}" for word in WORDS}
-    new.put("final_layer.linear", "proj_out")
-    new.put("final_layer.adaLN_modulation.1", "norm_out.linear", swap=True)
-    return new.found | {f"{theirs}.scale": weights[f"{ours}.weight"] for theirs, ours in norms.items()}
+def _original(folder: Path, kind) -> str:
+    network = kind.from_pretrained(folder, dtype=torch.float32)
+    if kind is diffusers.SD3Transformer2DModel:
+        tensors = original_sd3(network.state_dict())
+    else:
+        layers, levels = network.config.layers_per_block, len(network.config.block_out_channels)
+        named = network.state_dict().items()
+        tensors = {f"model.diffusion_model.{unet_name(name, layers, levels)}": tensor for name, tensor in named}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, "original.safetensors")
+    return "original.safetensors"
 
 
-WORDS = ("query", "key")
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("flux", _shards), ("sdxl", _shards), ("sd3", _half), ("sd3", _original), ("sdxl", _original)],
+)
+def test_both_backends_compute_with_the_same_weights(others, run, name, make):
+    path = make(others[name], CLASSES[name][1])
+    for backend in ("sglang", "diffusers"):
+        done = run(name, "--transformer-weights-path", path, "--backend", backend, "output.latents=true",
+                   "--guidance-scale", 3, "--output-path", backend)  # fmt: skip
+        assert done.code == 0, done.err
+        assert record(backend)["effective"]["backend"] == backend
+    assert_same("sglang", "diffusers", 1)
+    assert run(name, "output.latents=true", "--guidance-scale", 3, "--output-path", "own").code == 0
+    a, b = (load_file(f"{folder}/generated_image_0.safetensors")["latents"] for folder in ("own", "sglang"))
+    assert (a - b).abs().max() > 0.1 * b.abs().max()
+
+
+@pytest.mark.parametrize("method", ["gguf", "config", "metadata"])
+def test_quantized_files_run_on_diffusers_and_the_native_engine_says_what_it_does_not_read(others, run, method):
+    if method == "gguf":
+        path, reason = "a.gguf", "it reads no GGUF files yet"
+        write_gguf(path, stored(others, "flux"), gguf.GGMLQuantizationType.Q8_0)
+    elif method == "config":
+        path, reason = _bitsandbytes(Path(), others), "it reads no weights that are quantized by bitsandbytes yet"
+    else:
+        path, reason = "svdq.safetensors", "it reads no weights that are quantized by svdquant yet"
+        told = {"quantization_config": json.dumps({"method": "svdquant"})}
+        save_file(stored(others, "flux"), path, metadata=told)
+    refused = run("flux", "--transformer-weights-path", path, "--backend", "sglang")
+    sentence = f"The native engine cannot run this: {reason}; run with --backend diffusers or auto"
+    assert (refused.code, refused.lines[-1]) == (2, f"ERROR: {sentence}")
+    planned = run("flux", "--transformer-weights-path", path, "dry_run=json")
+    assert json.loads(planned.out)["effective"]["backend"] == "diffusers"
 
 
 def test_the_names_of_the_original_flux_are_known_before_a_weight_is_read():
@@ -409,10 +387,11 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("backend", ["auto", "diffusers"])
 @pytest.mark.parametrize("case", sorted(BAD))
-def test_weights_that_cannot_be_used_are_refused_in_one_sentence(run, others, case):
+def test_weights_that_cannot_be_used_are_refused_in_one_sentence(run, others, case, backend):
     make, sentence = BAD[case]
-    done = run("flux", "--transformer-weights-path", make(Path.cwd(), others))
+    done = run("flux", "--transformer-weights-path", make(Path.cwd(), others), "--backend", backend)
     assert done.code == 2, done.err
     (error,) = [line for line in done.lines if line.startswith("ERROR")]
     assert sentence in error

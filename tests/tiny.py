@@ -138,7 +138,7 @@ def sdxl(folder: Path, widths: tuple[int, int] = (32, 32)) -> Path:
     return folder
 
 
-def sd3(folder: Path) -> Path:
+def sd3(folder: Path, widths: tuple[int, int] = (32, 32)) -> Path:
     transformer = SD3Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4,
         joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, out_channels=4,
@@ -147,8 +147,8 @@ def sd3(folder: Path) -> Path:
     pipeline = StableDiffusion3Pipeline(
         transformer=fill(transformer, 21), vae=_vae(4, 22, 1.5305, 0.0609),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=_clip(23, 32, True), tokenizer=clip_tokenizer(),
-        text_encoder_2=_clip(24, 32, True), tokenizer_2=clip_tokenizer(),
+        text_encoder=_clip(23, widths[0], True), tokenizer=clip_tokenizer(),
+        text_encoder_2=_clip(24, widths[1], True), tokenizer_2=clip_tokenizer(),
         text_encoder_3=_t5(25, 64), tokenizer_3=t5_tokenizer(),
     )  # fmt: skip
     pipeline.save_pretrained(folder)

@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import transformers
 from torch import Tensor
 
 from sglang_gen import log
+from sglang_gen.backends import parts
 from sglang_gen.backends.execution import Execution
 from sglang_gen.backends.observe import plain_config, read_noise
 from sglang_gen.choice import NATIVE
@@ -21,9 +21,7 @@ from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.record import Clock
 from sglang_gen.pipelines.request import Request
 from sglang_gen.requirements import NEEDS
-from sglang_gen.types import Component, Decoded, Plan, Sample
-from sglang_gen.weights.load import load as load_weights
-from sglang_gen.weights.load import weight_files
+from sglang_gen.types import Decoded, Plan, Sample
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
 
@@ -34,31 +32,21 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     glue = importlib.import_module(f"sglang_gen.pipelines.{name}")
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()
-    dtype = getattr(torch, plan.dtype)
-    component = plan.card.components[glue.NETWORK]
     length = plan.run.sampling.max_sequence_length
     if length is not None and glue.MOST_TOKENS is not None and length > glue.MOST_TOKENS:
         raise UserError(
             f"sampling.max_sequence_length is {length}; {_class_name(plan)} takes at most {glue.MOST_TOKENS}"
         )
     try:
-        network = load_weights(
-            lambda: glue.build(component.config), weight_files(_folder(component)), glue.sources, dtype, plan.device
-        )
-        parts = {
-            part: _read(plan.card.components[part], dtype, plan.device)
-            for part in NEEDS[name].components
-            if part != glue.NETWORK
-        }
+        network, components = parts.read(plan, NEEDS[name], glue)
     except UserError:
         raise
     except LOADING_ERRORS as error:
         if _is_out_of_memory(error):
             raise RunError(f"Out of memory while loading {plan.card.name}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
-    parts["scheduler"] = _settled(parts["scheduler"], glue.SCHEDULER)
     _warn_ineffective(plan, glue)
-    return NativeEngine(plan, glue, Execution(plan, mesh, glue, network), parts, calls)
+    return NativeEngine(plan, glue, Execution(plan, mesh, glue, network), components, calls)
 
 
 def _warn_ineffective(plan: Plan, glue: Any) -> None:
@@ -81,27 +69,6 @@ def _guidance(plan: Plan, glue: Any, negative: bool) -> Guidance:
 
 def _class_name(plan: Plan) -> str:
     return plan.run.model.pipeline_class_name or plan.card.pipeline_class
-
-
-def _folder(component: Component) -> Path:
-    assert component.folder is not None  # the plan's card was read from a folder with weights
-    return component.folder
-
-
-def _read(component: Component, dtype: torch.dtype, device: str) -> Any:
-    """A text encoder, tokenizer, autoencoder or scheduler, as its own library reads it."""
-    kind = getattr(importlib.import_module(component.library), component.class_name)
-    folder = str(_folder(component))
-    if not issubclass(kind, torch.nn.Module):
-        return kind.from_pretrained(folder)
-    part = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    return part.to(device).requires_grad_(False).eval()
-
-
-def _settled(scheduler: Any, settings: Mapping[str, Any]) -> Any:
-    """The scheduler with those of the settings that it has; a value that differs is set as diffusers' pipeline does."""
-    other = {key: value for key, value in settings.items() if scheduler.config.get(key, value) != value}
-    return type(scheduler).from_config(scheduler.config, **other) if other else scheduler
 
 
 class NativeEngine:

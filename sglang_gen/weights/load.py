@@ -2,10 +2,10 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -16,28 +16,54 @@ from sglang_gen.errors import UserError
 Sources = Callable[[str], Sequence[str]]  # our name of a tensor -> the checkpoint's names, joined along dimension 0
 
 
+class Tensors(Protocol):
+    """Tensors by name, each of which is read once."""
+
+    def names(self) -> Set[str]: ...
+
+    def take(self, name: str) -> Tensor: ...
+
+
 def load(
     build: Callable[[], nn.Module], files: Sequence[Path], sources: Sources, dtype: torch.dtype, device: str
 ) -> nn.Module:
+    """A network out of safetensors files, tensor by tensor; see `fill`."""
+    with ExitStack() as stack:
+        checkpoint = Checkpoint([stack.enter_context(safe_open(file, framework="pt")) for file in files])
+        return fill(build, checkpoint, sources, dtype, device, where(files))
+
+
+def fill(
+    build: Callable[[], nn.Module], tensors: Tensors, sources: Sources, dtype: torch.dtype, device: str, where: str
+) -> nn.Module:
     """A network that is built on meta and filled tensor by tensor, so that its weights are in memory once.
 
-    Raises UserError naming tensors that are missing, that nothing takes, or whose shape is another.
+    `where` says in errors what the tensors are of. Raises UserError naming tensors that are missing, that nothing
+    takes, or whose shape is another.
     """
     with torch.device("meta"):
         network = build()
-    with ExitStack() as stack:
-        checkpoint = Checkpoint([stack.enter_context(safe_open(file, framework="pt")) for file in files])
-        _check_names(network, checkpoint, sources, files)
-        for name, slot in network.state_dict().items():
-            parts = [_as_linear(checkpoint.read(source), slot) for source in sources(name)]
-            _check_shape(parts, slot, sources(name), files)
-            _assign(network, name, (parts[0] if len(parts) == 1 else torch.cat(parts)).to(device, dtype))
+    _check_names(network, tensors.names(), sources, where)
+    for name, slot in network.state_dict().items():
+        parts = [_as_linear(tensors.take(source), slot) for source in sources(name)]
+        _check_shape(parts, slot, sources(name), where)
+        _assign(network, name, _joined(parts, slot, dtype, device))
     return network.eval()
 
 
 def _as_linear(part: Tensor, slot: Tensor) -> Tensor:
     """A convolution of one pixel as the matrix that it is, where the network has a linear layer."""
     return part.flatten(1) if part.ndim == 4 and part.shape[2:] == (1, 1) and slot.ndim == 2 else part
+
+
+def _joined(parts: list[Tensor], slot: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    """The parts one below the other, each copied straight to its place, so that no joined copy is made on the way."""
+    if len(parts) == 1:
+        return parts[0].to(device, dtype)
+    whole = torch.empty(slot.shape, dtype=dtype, device=device)
+    for place, part in zip(torch.split(whole, [len(part) for part in parts]), parts, strict=True):
+        place.copy_(part)
+    return whole
 
 
 def _assign(network: nn.Module, name: str, tensor: Tensor) -> None:
@@ -58,9 +84,25 @@ class Checkpoint:
         for file in files:
             self.place |= dict.fromkeys(file.keys(), file)
 
-    def read(self, name: str) -> Tensor:
+    def names(self) -> Set[str]:
+        return self.place.keys()
+
+    def take(self, name: str) -> Tensor:
         tensor: Tensor = self.place[name].get_tensor(name)
         return tensor
+
+
+class Held:
+    """Tensors that are in memory, and leave it one by one."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def names(self) -> Set[str]:
+        return self.tensors.keys()
+
+    def take(self, name: str) -> Tensor:
+        return self.tensors.pop(name)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -70,28 +112,27 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))[:1]
 
 
-def _check_names(network: nn.Module, checkpoint: Checkpoint, sources: Sources, files: Sequence[Path]) -> None:
+def _check_names(network: nn.Module, names: Set[str], sources: Sources, where: str) -> None:
     wanted = {source for name in network.state_dict() for source in sources(name)}
-    missing, surplus = sorted(wanted - checkpoint.place.keys()), sorted(checkpoint.place.keys() - wanted)
+    missing, surplus = sorted(wanted - names), sorted(names - wanted)
     if missing or surplus:
         kind = type(network).__name__
         parts = [f"lacks {_some(missing)}"] if missing else []
         parts += [f"holds {_some(surplus)}, which {kind} does not have"] if surplus else []
-        raise UserError(f"{_where(files)} is no checkpoint of this {kind}: it {' and '.join(parts)}")
+        raise UserError(f"{where} is no checkpoint of this {kind}: it {' and '.join(parts)}")
 
 
-def _check_shape(parts: list[Tensor], slot: Tensor, names: Sequence[str], files: Sequence[Path]) -> None:
+def _check_shape(parts: list[Tensor], slot: Tensor, names: Sequence[str], where: str) -> None:
     """Raises UserError naming the first tensor that cannot be a part of the slot."""
     for name, part in zip(names, parts, strict=True):
         if part.shape[1:] != slot.shape[1:] or (len(parts) == 1 and part.shape != slot.shape):
             needed = slot.shape if len(parts) == 1 else ("...", *slot.shape[1:])
             raise UserError(
-                f"{_where(files)}: {name} has the shape {list(part.shape)}, this network needs "
-                f"[{', '.join(map(str, needed))}]"
+                f"{where}: {name} has the shape {list(part.shape)}, this network needs [{', '.join(map(str, needed))}]"
             )
     if sum(len(part) for part in parts) != len(slot):
         raise UserError(
-            f"{_where(files)}: {', '.join(names)} have {sum(len(part) for part in parts)} rows together, "
+            f"{where}: {', '.join(names)} have {sum(len(part) for part in parts)} rows together, "
             f"this network needs {len(slot)}"
         )
 
@@ -100,7 +141,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _where(files: Sequence[Path]) -> str:
+def where(files: Sequence[Path]) -> str:
+    """What an error calls the files."""
     return str(files[0] if len(files) == 1 else files[0].parent)
 
 

@@ -44,19 +44,21 @@ def read(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: dict[str
     except MISMATCH as error:
         missing = isinstance(error, NotImplementedError) and "meta tensor" in str(error)  # a place that stayed empty
         reason = "it lacks weights that those name" if missing else first_line(error)
-        raise UserError(_misfit(plan, pipeline_class, reason)) from error
+        raise UserError(misfit(plan, reason)) from error
     for part, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
+            module.eval()  # diffusers leaves a T5 out of a file in training, with its dropout
             empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
             if empty:
                 reason = f"it lacks {len(empty)} weights of {part}, such as {empty[0]}"
-                raise UserError(_misfit(plan, pipeline_class, reason))
+                raise UserError(misfit(plan, reason))
     return pipeline
 
 
-def _misfit(plan: Plan, pipeline_class: Any, reason: str) -> str:
+def misfit(plan: Plan, reason: str) -> str:
+    """The sentence for a single file that is not the model of the component configs."""
+    kind = plan.run.model.pipeline_class_name or plan.card.pipeline_class
     where = f"the component configs of {plan.run.model.configs or plan.run.model.preset}"
     return (
-        f"--model-path: {plan.card.file} does not fit {where} ({pipeline_class.__name__}): {reason}; "
-        "name the right preset with --model-id"
+        f"--model-path: {plan.card.file} does not fit {where} ({kind}): {reason}; name the right preset with --model-id"
     )

@@ -21,14 +21,13 @@ from sglang_gen.errors import UserError, first_line
 from sglang_gen.schema import QuantMethod
 from sglang_gen.types import Component, Plan
 from sglang_gen.weight_files import FLAG, Tensor, WeightFiles, few
+from sglang_gen.weights.original import CONVERSION_ERRORS, INSIDE
 
-CONVERSION_ERRORS = (*components.LOADING_ERRORS, IndexError, NameError)
 # Packages of the methods that diffusers reads from a folder that declares them.
 METHODS = {
     "torchao": "torchao", "bitsandbytes": "bitsandbytes", "quanto": "optimum-quanto", "modelopt": "nvidia-modelopt",
     "auto-round": "auto-round", "sdnq": "sdnq", "nunchaku_lite": "kernels", "bfl": "kernels",
 }  # fmt: skip
-INSIDE = "model.diffusion_model."  # the denoising network within a checkpoint of the whole model
 
 
 def load(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
@@ -41,12 +40,8 @@ def load(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
         return {}
     (name,) = quantization.denoisers(plan.card)
     component, files = plan.card.components[name], weight_files.locate(path)
-    if component.folder is None or not (component.folder / "config.json").is_file():
-        raise UserError(
-            f"{FLAG}: {plan.card.name} has no {name}/config.json, which says what network the weights are of"
-        )
     kind = components.component_class(component)
-    _check_config(kind, component, files)
+    _check_config(kind, name, plan, files)
     if files.is_gguf:
         return {name: _load_gguf(kind, component, files, dtype)}
     headers = weight_files.read_headers(files.paths)
@@ -65,8 +60,26 @@ def load(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     return {name: _load_original(kind, component, files.paths, {"dtype": dtype})}
 
 
-def _check_config(kind: Any, component: Component, files: WeightFiles) -> None:
-    """A config.json beside the weights must describe the model's own network."""
+def plain(plan: Plan, name: str, files: WeightFiles) -> bool:
+    """True for plain weights of the model's network `name` in diffusers' layout, False for the original one.
+
+    Raises UserError for all others. Reads headers only.
+    """
+    component = plan.card.components[name]
+    kind = components.component_class(component)
+    _check_config(kind, name, plan, files)
+    tensors = weight_files.read_headers(files.paths).tensors
+    _check_plain(tensors, files)
+    return is_own_layout(kind, component, tensors, files)
+
+
+def _check_config(kind: Any, name: str, plan: Plan, files: WeightFiles) -> None:
+    """The model must say what its network is, and a config.json beside the weights must describe the same one."""
+    component = plan.card.components[name]
+    if component.folder is None or not (component.folder / "config.json").is_file():
+        raise UserError(
+            f"{FLAG}: {plan.card.name} has no {name}/config.json, which says what network the weights are of"
+        )
     theirs = {key: value for key, value in files.config.items() if key in component.config and not key.startswith("_")}
     other = files.config.get("_class_name")
     if other is not None and other != kind.__name__:

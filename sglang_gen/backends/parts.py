@@ -1,0 +1,107 @@
+"""A model's components for the native engine: our network, and the parts that other libraries read."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sglang_gen.errors import UserError, first_line
+from sglang_gen.requirements import Needs
+from sglang_gen.types import Component, Plan
+from sglang_gen.weight_files import locate
+from sglang_gen.weights import original
+from sglang_gen.weights.load import Held, fill, load, weight_files, where
+
+
+def read(plan: Plan, needs: Needs, glue: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The denoising network and all other components by name, in the plan's dtype and on its device.
+
+    Raises UserError for weights that do not fit, and whatever their libraries raise for files that cannot be read.
+    """
+    dtype = getattr(torch, plan.dtype)
+    network = _network(plan, needs.network, glue, dtype)
+    others = [name for name in needs.components if name != needs.network]
+    given = [name for name in others if plan.card.file is None or name in plan.run.model.component_paths]
+    parts = {name: _read(plan.card.components[name], dtype, plan.device) for name in given}
+    if plan.card.file is not None:
+        parts = _out_of_file(plan, others, {**parts, needs.network: None}, dtype)
+    parts["scheduler"] = _settled(parts["scheduler"], glue.SCHEDULER)
+    return network, parts
+
+
+def _network(plan: Plan, name: str, glue: Any, dtype: torch.dtype) -> nn.Module:
+    """Our network with the model's own weights, or those of --transformer-weights-path."""
+    component = plan.card.components[name]
+    build = partial(glue.build, component.config)
+    path = plan.run.quant.transformer_weights_path
+    if path is None and plan.card.file is not None and name not in plan.run.model.component_paths:
+        return _network_out_of_file(plan, plan.card.file, component, build, glue, dtype)
+    if path is None:
+        return load(build, weight_files(_folder(component)), glue.sources, dtype, plan.device)
+    from sglang_gen.backends.options import weights
+
+    files = locate(path)
+    if weights.plain(plan, name, files):
+        return load(build, files.paths, glue.sources, dtype, plan.device)
+    tensors = Held(original.read(component.class_name, component.config, files.paths))
+    return fill(build, tensors, glue.sources, dtype, plan.device, where(files.paths))
+
+
+def _network_out_of_file(
+    plan: Plan, file: Path, component: Component, build: Callable[[], nn.Module], glue: Any, dtype: torch.dtype
+) -> nn.Module:
+    """Our network out of a checkpoint of the whole model. Raises UserError for one of another model."""
+    from sglang_gen.backends.options.original import misfit
+
+    try:
+        tensors = Held(original.read(component.class_name, component.config, [file]))
+        return fill(build, tensors, glue.sources, dtype, plan.device, where([file]))
+    except UserError as error:
+        raise UserError(misfit(plan, str(error))) from error
+    except original.CONVERSION_ERRORS as error:
+        raise UserError(misfit(plan, f"its {component.class_name} is another one: {first_line(error)}")) from error
+
+
+def _out_of_file(plan: Plan, names: Sequence[str], given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The components of these names that diffusers' pipeline finds in the file, or beside it; `given` as they are."""
+    import diffusers
+
+    from sglang_gen.backends.options.original import read as read_pipeline
+
+    kind = getattr(diffusers, plan.run.model.pipeline_class_name or plan.card.pipeline_class)
+    found = read_pipeline(plan, kind, dtype, given).components
+    return {name: _placed(found[name], plan.device) for name in names}
+
+
+def _folder(component: Component) -> Path:
+    assert component.folder is not None  # the plan's card was read from a folder with weights
+    return component.folder
+
+
+def _read(component: Component, dtype: torch.dtype, device: str) -> Any:
+    """A text encoder, tokenizer, autoencoder or scheduler, as its own library reads it."""
+    kind = getattr(importlib.import_module(component.library), component.class_name)
+    folder = str(_folder(component))
+    if not issubclass(kind, nn.Module):
+        return kind.from_pretrained(folder)
+    part, told = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if missing := sorted(told["missing_keys"]):
+        raise UserError(
+            f"{folder} is no checkpoint of a {component.class_name}: it lacks {len(missing)} of its tensors, such as "
+            f"{missing[0]}"
+        )
+    return _placed(part, device)
+
+
+def _placed(part: Any, device: str) -> Any:
+    return part.to(device).requires_grad_(False).eval() if isinstance(part, nn.Module) else part
+
+
+def _settled(scheduler: Any, settings: Mapping[str, Any]) -> Any:
+    """The scheduler with those of the settings that it has; a value that differs is set as diffusers' pipeline does."""
+    other = {key: value for key, value in settings.items() if scheduler.config.get(key, value) != value}
+    return type(scheduler).from_config(scheduler.config, **other) if other else scheduler
