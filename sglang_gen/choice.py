@@ -70,7 +70,6 @@ MISSING: tuple[tuple[Callable[[Run], object], str], ...] = (
     (lambda run: run.quant.method is not QuantMethod.none, "it has no quantized weights yet"),
     (lambda run: run.cache.method is not CacheMethod.none or run.cache.cache_dit_config, "it has no step cache yet"),
     (lambda run: any(vars(run.offload).values()), "it does not offload yet"),
-    (lambda run: run.compile.disable_autocast, "it takes its dtype from --dtype alone yet"),
     (lambda run: run.sampling.image_path, "it takes no input image yet"),
     (lambda run: run.model.trust_remote_code, "it runs no code from model repositories"),
     (lambda run: run.attention.backend not in ATTENTION, f"its attention kernels are {', '.join(ATTENTION)}"),

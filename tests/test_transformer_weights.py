@@ -419,14 +419,15 @@ def test_blocks_outside_of_linear_layers_are_refused(run, others):
     assert (done.code, "(conv_norm_out.weight)" in done.err) == (2, True), done.err
 
 
+@pytest.mark.parametrize("backend", ["sglang", "diffusers"])
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-def test_disabled_autocast_computes_in_the_stored_dtype(pipelines, sglang, name):
+def test_disabled_autocast_computes_in_the_stored_dtype(pipelines, sglang, name, backend):
     kind = diffusers.FluxPipeline
     kind.from_pretrained(pipelines["flux"], dtype=getattr(torch, name)).save_pretrained("stored")
-    line = ("generate", "--model-path", Path("stored").resolve(), "--prompt", "a cat", *SIZE)
+    line = ("generate", "--model-path", Path("stored").resolve(), "--prompt", "a cat", *SIZE, "--backend", backend)
     done = sglang(*line, "--disable-autocast")
     assert done.code == 0, done.err
-    assert sglang(*line, "--dtype", name, "--backend", "diffusers").code == 0
+    assert sglang(*line, "--dtype", name).code == 0
     assert effective(0)["dtype"] == effective(1)["dtype"] == name
     assert np.array_equal(picture(0), picture(1))
     assert sglang("generate", "--config", "outputs/generated_image_0.json").code == 0
