@@ -39,11 +39,14 @@ def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:
     name = run.model.pipeline_class_name or card.pipeline_class
     if name not in NATIVE:
         yield f"it has no {name} (it has {', '.join(NATIVE)})"
-    foreign = run.backend.diffusers_kwargs.keys() - ARGUMENTS.get(name, set())
+    understood = ARGUMENTS.get(name, set()) | ({"strength"} if run.sampling.image_path else set())
+    foreign = run.backend.diffusers_kwargs.keys() - understood
     if foreign:
         yield f"'{min(foreign)}' of --diffusers-kwargs is for the diffusers pipeline"
     if any("quantization_config" in part.config for part in card.components.values()):
         yield "the model's weights are quantized"
+    if run.sampling.image_path and card.settings.get("requires_aesthetics_score"):
+        yield "it gives an input picture no aesthetic score, and this model wants one"
     if name in NATIVE and (reason := unsupported(NEEDS[NATIVE[name]], card)):
         yield reason
     if degrees.ranks > degrees.dp:
@@ -60,7 +63,6 @@ MISSING: tuple[tuple[Callable[[Run], object], str], ...] = (
     (lambda run: any(vars(run.offload).values()), "it does not offload yet"),
     (lambda run: run.compile.enable_torch_compile, "it does not compile yet"),
     (lambda run: run.compile.disable_autocast, "it takes its dtype from --dtype alone yet"),
-    (lambda run: run.sampling.image_path, "it takes no input image yet"),
     (
         lambda run: run.model.path and Path(run.model.path).expanduser().is_file(),
         "it reads model folders, no single files yet",

@@ -51,12 +51,13 @@ def _rescaled(prediction: Tensor, text: Tensor, share: float) -> Tensor:
 def denoise(
     predict: Predict,
     scheduler: Any,
+    timesteps: Tensor,
     steps: int,
     latents: Tensor,
     generators: Sequence[torch.Generator],
     after_step: Callable[[], None],
 ) -> Tensor:
-    """Integrate from noise to latents along the scheduler's timesteps, which have been set.
+    """Integrate to latents along the timesteps, which are those set on the scheduler or the last of them.
 
     A scheduler that draws noise gets the samples' own generators. One may evaluate more often than `steps`: Heun's
     twice in each, PNDM's once more in the first.
@@ -64,9 +65,9 @@ def denoise(
     parameters = inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if "generator" in parameters else {}
     scales = hasattr(scheduler, "scale_model_input")
-    evaluations, order = len(scheduler.timesteps), getattr(scheduler, "order", 1)
+    evaluations, order = len(timesteps), getattr(scheduler, "order", 1)
     surplus = max(evaluations - steps * order, 0)
-    for index, timestep in enumerate(scheduler.timesteps):
+    for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep) if scales else latents
         latents = scheduler.step(predict(scaled, index), timestep, latents, return_dict=False, **extra)[0]
         done = index + 1

@@ -116,6 +116,7 @@ def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
         "batches": [len(batch) for batch in plan.batches],
         "max_sequence_length": sampling.max_sequence_length,
         "diffusers_kwargs": _hash(kwargs),
+        **({"input_picture": True} if sampling.image_path else {}),  # encoding it, and the steps that it spares
         "latents_saved": plan.run.output.latents,
         "warmup_steps": plan.run.compile.warmup_steps if plan.run.compile.warmup else 0,
         "deterministic": plan.run.deterministic,

@@ -1,7 +1,6 @@
 """FLUX.1 dev and schnell: pooled CLIP text, T5 tokens, latents packed two by two, guidance as an input."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,14 +8,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sglang_gen.engine.denoise import draw_noise
+from sglang_gen.engine.denoise import Predict, draw_noise
 from sglang_gen.models.flux import Config, Flux
-from sglang_gen.pipelines import text
-from sglang_gen.pipelines.flow import set_timesteps
+from sglang_gen.pipelines import flow, picture, prediction, text
 from sglang_gen.pipelines.request import Request
 from sglang_gen.weights.load import renamed
 
 NETWORK = "transformer"
+encode_picture, skipped = flow.encode_picture, flow.skipped
+SIZED_BY_PICTURE, STRENGTH = flow.SIZED_BY_PICTURE, flow.STRENGTH
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 INEFFECTIVE_NEGATIVE = (
     "The negative prompt has no effect at a true_cfg_scale of 1.0; raise it with "
@@ -79,7 +79,7 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
     return Flux(config(diffusers_config))
 
 
-def branches(guidance: float, true_cfg: float, negative: bool) -> float:
+def guidance_scale(guidance: float, true_cfg: float, negative: bool) -> float:
     """The scale of classifier-free guidance: only where it is asked for by name and there is a negative prompt."""
     return true_cfg if negative else 1.0
 
@@ -94,19 +94,26 @@ def default_size(diffusers_config: Mapping[str, Any], factor: int) -> tuple[int,
     return SIZE * factor, SIZE * factor
 
 
-def start(
-    diffusers_config: Mapping[str, Any],
-    scheduler: Any,
-    request: Request,
-    generators: Sequence[torch.Generator],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Set the timesteps and draw the noise as a picture, packed two by two: `[B, L, C]`."""
+def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
+    """Set the timesteps; those that the request runs through, `[S]`."""
     rows, columns = _grid(request)
     sigmas = np.linspace(1.0, 1 / request.steps, request.steps).tolist()
-    set_timesteps(scheduler, request.steps, rows * columns, 1.15, sigmas)
-    shape = (diffusers_config["in_channels"] // 4, 2 * rows, 2 * columns)
-    return rearrange(draw_noise(shape, generators, dtype), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+    flow.set_timesteps(scheduler, request.steps, rows * columns, 1.15, sigmas)
+    return picture.kept(scheduler, request.skipped)
+
+
+def draw(
+    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
+    """Noise as a picture has it, `[B, C, h, w]`."""
+    rows, columns = _grid(request)
+    return draw_noise((diffusers_config["in_channels"] // 4, 2 * rows, 2 * columns), generators, dtype)
+
+
+def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
+    """What the first step starts from, packed two by two: `[B, L, C]`; see `flow.start`."""
+    latents = flow.start(scheduler, timesteps, noise, source)
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
 
 
 def _grid(request: Request) -> tuple[int, int]:
@@ -114,17 +121,9 @@ def _grid(request: Request) -> tuple[int, int]:
     return request.height // (2 * request.factor), request.width // (2 * request.factor)
 
 
-def prepare(
-    network: Flux, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]
-) -> "partial[Tensor]":
+def prepare(network: Flux, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:
     """What predicts the velocity of the latents: the network with everything that all steps share."""
-    states, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
-    conditioning = network.condition(scheduler.timesteps, states, pooled, request.guidance, *_grid(request))
-    return partial(_predict, network, conditioning)
-
-
-def _predict(network: Flux, conditioning: Any, latents: Tensor, step: int) -> Tensor:
-    return network(latents, conditioning, step)
+    return prediction.predictor(network, timesteps, *prediction.joined(encoded), request.guidance, *_grid(request))
 
 
 def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:

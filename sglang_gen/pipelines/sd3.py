@@ -1,20 +1,21 @@
 """Stable Diffusion 3 and 3.5: two CLIP encoders and T5, flow matching, an autoencoder with a shift."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sglang_gen.engine.denoise import draw_noise
-from sglang_gen.models.sd3 import SD3, Conditioning, Config
-from sglang_gen.pipelines import text
-from sglang_gen.pipelines.flow import set_timesteps
+from sglang_gen.engine.denoise import Predict, draw_noise
+from sglang_gen.models.sd3 import SD3, Config
+from sglang_gen.pipelines import flow, picture, prediction, text
 from sglang_gen.pipelines.request import Request
 from sglang_gen.weights.load import renamed
 
 NETWORK = "transformer"
+encode_picture, start, skipped = flow.encode_picture, flow.start, flow.skipped
+SIZED_BY_PICTURE, STRENGTH = flow.SIZED_BY_PICTURE, flow.STRENGTH
+guidance_scale = prediction.guidance_scale
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
 T5_LENGTH = 256  # tokens, unless sampling.max_sequence_length says otherwise
@@ -79,41 +80,29 @@ def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tu
     return torch.cat([text.pad_channels(both, t5.shape[-1]), t5], dim=1), torch.cat([pooled, pooled_2], dim=-1)
 
 
-def branches(guidance: float, true_cfg: float, negative: bool) -> float:
-    """The scale of classifier-free guidance."""
-    return guidance
-
-
 def default_size(diffusers_config: Mapping[str, Any], factor: int) -> tuple[int, int]:
     size = int(diffusers_config["sample_size"]) * factor
     return size, size
 
 
-def start(
-    diffusers_config: Mapping[str, Any],
-    scheduler: Any,
-    request: Request,
-    generators: Sequence[torch.Generator],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Set the timesteps and draw the noise `[B, C, h, w]` that the first step starts from."""
+def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
+    """Set the timesteps; those that the request runs through, `[S]`."""
     height, width = request.latent_size
     patch = diffusers_config["patch_size"]
-    set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
-    return draw_noise((diffusers_config["in_channels"], height, width), generators, dtype)
+    flow.set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
+    return picture.kept(scheduler, request.skipped)
 
 
-def prepare(
-    network: SD3, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]
-) -> "partial[Tensor]":
+def draw(
+    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
+    """Noise `[B, C, h, w]`."""
+    return draw_noise((diffusers_config["in_channels"], *request.latent_size), generators, dtype)
+
+
+def prepare(network: SD3, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:
     """What predicts the velocity of the latents: the network with everything that all steps share."""
-    states, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
-    conditioning = network.condition(scheduler.timesteps, states, pooled, *request.latent_size)
-    return partial(_predict, network, conditioning)
-
-
-def _predict(network: SD3, conditioning: Conditioning, latents: Tensor, step: int) -> Tensor:
-    return network(latents, conditioning, step)
+    return prediction.predictor(network, timesteps, *prediction.joined(encoded), *request.latent_size)
 
 
 def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:

@@ -8,6 +8,7 @@ import diffusers
 from sglang_gen import log
 from sglang_gen.backends.options.kinds import Kind, read_image
 from sglang_gen.errors import UserError, nearest
+from sglang_gen.pipelines.picture import none_left
 from sglang_gen.types import Plan
 
 # Arguments that a documented flag or a config key sets; None: sglang-gen itself.
@@ -72,10 +73,7 @@ def _check_strength(kind: Kind, steps: int, call: dict[str, Any]) -> None:
     default = inspect.signature(kind.pipeline_class.__call__).parameters["strength"].default
     strength = call.get("strength", default)
     if isinstance(strength, (int, float)) and 0 <= strength <= 1 and int(steps * strength) < 1:
-        raise UserError(
-            f"A strength of {strength} leaves none of {steps} steps; raise --num-inference-steps, or the strength with "
-            """--diffusers-kwargs '{"strength": 0.6}'"""
-        )
+        raise none_left(strength, steps)
 
 
 def _needs_image(kind: Kind) -> bool:
