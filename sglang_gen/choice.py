@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sglang_gen.errors import UserError
 from sglang_gen.requirements import NEEDS, unsupported
-from sglang_gen.schema import BackendName, CacheMethod, QuantMethod, Run
+from sglang_gen.schema import BackendName, CacheMethod, GuidanceBatching, QuantMethod, Run
 from sglang_gen.types import Layout, ModelCard
 
 # Pipelines of the native engine: the class that model_index.json names, and the module in pipelines/.
@@ -24,14 +24,26 @@ ARGUMENTS = {  # of --diffusers-kwargs that it understands
 
 def choose(run: Run, card: ModelCard, degrees: Layout) -> tuple[str, str | None]:
     """(sglang or diffusers, why auto did not take sglang). Raises UserError where sglang is asked for and cannot."""
+    own = next((path for path, asked in NATIVE_ONLY if asked(run)), None)
     if run.backend.name is BackendName.diffusers:
+        if own:
+            raise UserError(f"{own} is a setting of the native engine alone; run with --backend sglang or auto")
         return "diffusers", None
     reason = next(_obstacles(run, card, degrees), None)
     if reason is None:
         return "sglang", None
     if run.backend.name is BackendName.sglang:
         raise UserError(f"The native engine cannot run this: {reason}; run with --backend diffusers or auto")
+    if own:
+        raise UserError(f"{own} is a setting of the native engine alone, which cannot run this: {reason}")
     return "diffusers", reason
+
+
+# What a run can ask for that the diffusers backend does not have.
+NATIVE_ONLY: tuple[tuple[str, Callable[[Run], bool]], ...] = (
+    ("sampling.guidance_interval", lambda run: run.sampling.guidance_interval is not None),
+    ("sampling.guidance_batching", lambda run: run.sampling.guidance_batching is not GuidanceBatching.auto),
+)
 
 
 def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import transformers
 from torch import Tensor
 
 from sglang_gen import log
+from sglang_gen.backends import guiding
 from sglang_gen.backends.observe import plain_config, read_noise
 from sglang_gen.backends.options.kinds import read_image
 from sglang_gen.choice import NATIVE
-from sglang_gen.engine.denoise import Guidance, denoise, guided
+from sglang_gen.engine.denoise import denoise, step_numbers
+from sglang_gen.engine.guidance import Guidance, guided
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.flops import CallLog
@@ -73,15 +76,7 @@ def _warn_ineffective(plan: Plan, glue: Any) -> None:
                 log.warning(f"{path} has no effect: {_class_name(plan)} keeps the size of the input picture")
     if glue.MOST_TOKENS is None and plan.user_gave("sampling.max_sequence_length"):
         log.warning(f"sampling.max_sequence_length has no effect: {_class_name(plan)} does not take it")
-    negative = any(sample.negative_prompt for batch in plan.batches for sample in batch)
-    if negative and not _guidance(plan, glue, negative=True).on:
-        log.warning(glue.INEFFECTIVE_NEGATIVE.format(scale=plan.run.sampling.guidance_scale))
-
-
-def _guidance(plan: Plan, glue: Any, negative: bool) -> Guidance:
-    true_cfg = _number(plan, "true_cfg_scale", 1.0)
-    scale: float = glue.guidance_scale(plan.run.sampling.guidance_scale, true_cfg, negative)
-    return Guidance(scale, rescale=_number(plan, "guidance_rescale", 0.0))
+    guiding.warn_ineffective(plan, glue)
 
 
 def _class_name(plan: Plan) -> str:
@@ -120,6 +115,11 @@ class NativeEngine:
         self.image = None if path is None else read_image(path, "--image-path")
         self.strength = plan.run.backend.diffusers_kwargs.get("strength", glue.STRENGTH)
         self.factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)  # pixels per latent
+        if self.image is not None:
+            picture.check_strength(self.strength, plan.run.sampling.num_inference_steps, glue.skipped)
+        whole = self._request(plan.run.sampling.num_inference_steps)
+        guiding.check(plan, glue, whole)
+        self.batched = guiding.is_batched(plan, glue, self.config, whole)
         self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", glue.ZERO_WITHOUT_NEGATIVE)
         for name in glue.TEXT_PARTS:
             calls.watch("text_encoding", name, parts[name])
@@ -128,10 +128,10 @@ class NativeEngine:
         calls.watch("decoding", "vae", parts["vae"], "decode")
         if self.image is not None:
             calls.watch("latents", "vae", parts["vae"], "encode")
-            picture.check_strength(self.strength, plan.run.sampling.num_inference_steps, glue.skipped)
 
     def effective(self) -> dict[str, Any]:
         """What took effect, and the classes that were built."""
+        request = self._request(self.plan.run.sampling.num_inference_steps)
         classes = {name: type(part).__name__ for name, part in self.parts.items()}
         return {
             "attention": "sdpa",
@@ -139,6 +139,7 @@ class NativeEngine:
             "lora": [],
             "cache": "none",
             "compile": False,
+            **guiding.effective(self.plan, self.glue, request, self.batched),
             "pipeline": _class_name(self.plan),
             "makes": "image",
             "components": {self.glue.NETWORK: type(self.network).__name__, **classes},
@@ -162,7 +163,8 @@ class NativeEngine:
 
     def _sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded:
         request, scheduler = self._request(steps), self.parts["scheduler"]
-        guidance = _guidance(self.plan, self.glue, bool(batch[0].negative_prompt))  # batches are of one kind
+        negative = bool(batch[0].negative_prompt)  # batches are of one kind
+        guidance = guiding.guidance(self.plan, self.glue, request, negative, self.batched)
         clock.enter("text_encoding")
         encoded = self._encode(batch, guidance, request)
         clock.enter("latents")
@@ -170,14 +172,16 @@ class NativeEngine:
         timesteps = self.glue.schedule(self.config, scheduler, request)
         noise = self._noise(request, timesteps, generators)
         clock.enter("denoising")
-        predict = guided(self.glue.prepare(self.network, timesteps, request, encoded), guidance)
+        numbers = step_numbers(len(timesteps), request.steps_run, getattr(scheduler, "order", 1))
+        prepare = partial(self.glue.prepare, self.network, timesteps, request)
+        predict = guided(prepare, encoded, guidance, numbers)
         with log.Progress(request.steps_run) as progress:
 
             def after_step() -> None:
                 clock.step()
                 progress.step()
 
-            latents = denoise(predict, scheduler, timesteps, request.steps_run, noise, generators, after_step)
+            latents = denoise(predict, scheduler, timesteps, numbers, noise, generators, after_step)
         clock.enter("decoding")
         _check_finite(latents, "the latents", batch)
         return Decoded(self._decode(latents, request, batch), noise, latents)
@@ -246,14 +250,6 @@ class NativeEngine:
 
     def close(self) -> None:
         """Nothing reaches beyond this engine."""
-
-
-def _number(plan: Plan, name: str, default: float) -> float:
-    """An argument of --diffusers-kwargs that has to be a number."""
-    value = plan.run.backend.diffusers_kwargs.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"--diffusers-kwargs: '{name}' is {value!r}; it must be a number")
-    return value
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -18,6 +18,7 @@ NETWORK = "transformer"
 encode_picture, skipped = flow.encode_picture, flow.skipped
 SIZED_BY_PICTURE, STRENGTH = flow.SIZED_BY_PICTURE, flow.STRENGTH
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
+UNGUIDED = "there is no guidance without a negative prompt and a true_cfg_scale above 1.0"
 INEFFECTIVE_NEGATIVE = (
     "The negative prompt has no effect at a true_cfg_scale of 1.0; raise it with "
     """--diffusers-kwargs '{{"true_cfg_scale": 4.0}}'"""
@@ -119,6 +120,12 @@ def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | Non
 def _grid(request: Request) -> tuple[int, int]:
     """Rows and columns of packed tokens."""
     return request.height // (2 * request.factor), request.width // (2 * request.factor)
+
+
+def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
+    """Numbers in the widest map of one row: all tokens of picture and text."""
+    rows, columns = _grid(request)
+    return (rows * columns + (request.text_length or T5_LENGTH)) * config(diffusers_config).width
 
 
 def prepare(network: Flux, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:

@@ -12,11 +12,12 @@ from sglang_gen.pipelines import picture, prediction, text, unet
 from sglang_gen.pipelines.request import Request
 
 NETWORK, build, sources = unet.NETWORK, unet.build, unet.sources
-schedule, draw, start = unet.schedule, unet.draw, unet.start
+schedule, draw, start, widest_map = unet.schedule, unet.draw, unet.start, unet.widest_map
 skipped, SIZED_BY_PICTURE = unet.skipped, unet.SIZED_BY_PICTURE
 guidance_scale = prediction.guidance_scale
 TEXT_PARTS = ("text_encoder",)
 MOST_TOKENS = None  # always as long as the tokenizer says
+UNGUIDED = "there is no guidance at a scale of {scale}"
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
 ZERO_WITHOUT_NEGATIVE = False
 SCHEDULER = {"steps_offset": 1, "clip_sample": False}  # whatever an old configuration says

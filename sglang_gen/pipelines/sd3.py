@@ -17,7 +17,9 @@ encode_picture, start, skipped = flow.encode_picture, flow.start, flow.skipped
 SIZED_BY_PICTURE, STRENGTH = flow.SIZED_BY_PICTURE, flow.STRENGTH
 guidance_scale = prediction.guidance_scale
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+UNGUIDED = "there is no guidance at a scale of {scale}"
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
+CLIP_LENGTH = 77  # tokens
 T5_LENGTH = 256  # tokens, unless sampling.max_sequence_length says otherwise
 MOST_TOKENS = 512
 ZERO_WITHOUT_NEGATIVE = False
@@ -98,6 +100,13 @@ def draw(
 ) -> Tensor:
     """Noise `[B, C, h, w]`."""
     return draw_noise((diffusers_config["in_channels"], *request.latent_size), generators, dtype)
+
+
+def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
+    """Numbers in the widest map of one row: all tokens of picture and text."""
+    height, width = (side // diffusers_config["patch_size"] for side in request.latent_size)
+    tokens = height * width + CLIP_LENGTH + (request.text_length or T5_LENGTH)
+    return tokens * config(diffusers_config).width
 
 
 def prepare(network: SD3, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:

@@ -14,10 +14,12 @@ from sglang_gen.pipelines import picture, prediction, text, unet
 from sglang_gen.pipelines.request import Request
 
 NETWORK, build, sources = unet.NETWORK, unet.build, unet.sources
-draw, start, skipped, SIZED_BY_PICTURE = unet.draw, unet.start, unet.skipped, unet.SIZED_BY_PICTURE
+draw, start, widest_map = unet.draw, unet.start, unet.widest_map
+skipped, SIZED_BY_PICTURE = unet.skipped, unet.SIZED_BY_PICTURE
 guidance_scale = prediction.guidance_scale
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 MOST_TOKENS = None  # always as long as the tokenizers say
+UNGUIDED = "there is no guidance at a scale of {scale}"
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
 ZERO_WITHOUT_NEGATIVE = True  # unless model_index.json says otherwise in force_zeros_for_empty_prompt
 SCHEDULER: Mapping[str, Any] = {}

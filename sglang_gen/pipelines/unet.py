@@ -121,6 +121,12 @@ def draw(
     return draw_noise((diffusers_config.get("in_channels", 4), *request.latent_size), generators, dtype)
 
 
+def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
+    """Numbers in the widest map of one row: the first level's."""
+    height, width = request.latent_size
+    return int({**DEFAULTS, **diffusers_config}["block_out_channels"][0]) * height * width
+
+
 def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
     """What the first step starts from `[B, C, h, w]`: noise alone, or on the picture's latents `source`."""
     if source is None:
