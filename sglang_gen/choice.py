@@ -39,6 +39,15 @@ def choose(run: Run, card: ModelCard, degrees: Layout) -> tuple[str, str | None]
     return "diffusers", reason
 
 
+def check_start(run: Run) -> None:
+    """Refuse two starts for a pipeline that puts noise on a picture. Raises UserError."""
+    if run.sampling.latents and run.sampling.image_path:
+        raise UserError(
+            "sampling.latents and sampling.image_path exclude each other: the one is what the first step starts from, "
+            "and so is the other with noise on it; give one"
+        )
+
+
 # What a run can ask for that the diffusers backend does not have.
 NATIVE_ONLY: tuple[tuple[str, Callable[[Run], bool]], ...] = (
     ("sampling.guidance_interval", lambda run: run.sampling.guidance_interval is not None),

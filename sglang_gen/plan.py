@@ -50,6 +50,8 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     run, sources = composed.run, composed.sources
     degrees = layout.infer(run.parallel, _given_degrees(composed), _common_heads(card))
     backend, reason = choice.choose(run, card, degrees)
+    if backend == "sglang":
+        choice.check_start(run)
     run = prompts.pin(run)
     batches = prompts.batches(prompts.samples(run), run.sampling.batch_size)
     device = choose_device(run.device)

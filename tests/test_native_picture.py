@@ -186,6 +186,15 @@ def test_a_scheduler_that_puts_no_noise_on_a_picture_is_one_sentence(pipelines, 
     assert (done.code, done.lines[-1]) == (2, f"ERROR: {sentence}")
 
 
+@pytest.mark.parametrize("backend", ["sglang", "diffusers"])
+def test_a_picture_and_loaded_latents_exclude_each_other(run, photo, backend):
+    assert run("sdxl", "--image-path", photo, *strength(0.5), folder="first", steps=4).code == 0
+    words = ("--image-path", photo, "sampling.latents=first/generated_image_0.safetensors", "--backend", backend)
+    done = run("sdxl", *words, steps=4)
+    sentence = "sampling.latents and sampling.image_path exclude each other"
+    assert (done.code, sentence in done.lines[-1]) == (2, True), done.err
+
+
 def test_a_strength_without_a_picture_is_refused_on_every_backend(run):
     for backend in ("sglang", "auto"):
         done = run("sd15", *strength(0.5), "--backend", backend)

@@ -7,6 +7,7 @@ import diffusers
 
 from sglang_gen import log
 from sglang_gen.backends.options.kinds import Kind, read_image
+from sglang_gen.choice import check_start
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.pipelines.picture import none_left
 from sglang_gen.types import Plan
@@ -60,6 +61,8 @@ def check_complete(kind: Kind, plan: Plan, call: dict[str, Any]) -> None:
         raise UserError(f"{name} needs an input image: --image-path FILE")
     if "mask_image" in kind.accepted and "mask_image" not in call:
         raise UserError(f"""{name} needs a mask: --diffusers-kwargs '{{"mask_image": "FILE"}}'""")
+    if "strength" in kind.accepted and "mask_image" not in kind.accepted:
+        check_start(plan.run)
     _check_strength(kind, plan.run.sampling.num_inference_steps, call)
     missing = sorted(kind.required - set(OWNED) - set(call))
     if missing:
