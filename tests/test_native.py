@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from native import assert_both_make_the_same, assert_same, edited, picture, record, runner, with_scheduler
+from native import assert_both_make_the_same, assert_same, edited, picture, record, runner
 
 from sglang_gen.models.sd3 import SD3
 from sglang_gen.models.unet import UNet
@@ -30,51 +30,6 @@ def test_both_backends_make_the_same_picture(run, name, words):
     if name in ("sdxl", "sd15"):
         words = tuple(word for word in words if "max_sequence_length" not in word)  # their encoders take one length
     assert_both_make_the_same(run, name, *words)
-
-
-SCHEDULERS = {
-    "EulerDiscreteScheduler": [{"timestep_spacing": "trailing", "prediction_type": "v_prediction"}],
-    "EulerAncestralDiscreteScheduler": [{"steps_offset": 1}],
-    "DDIMScheduler": [{"clip_sample": False, "steps_offset": 1}, {"rescale_betas_zero_snr": True, "clip_sample": True}],
-    "DDPMScheduler": [{"clip_sample": False}],
-    "DPMSolverMultistepScheduler": [{"use_karras_sigmas": True}, {"algorithm_type": "sde-dpmsolver++"}],
-    "UniPCMultistepScheduler": [{"solver_order": 2}],
-    "PNDMScheduler": [{"skip_prk_steps": True}, {"skip_prk_steps": False}],
-    "LMSDiscreteScheduler": [{}],
-    "HeunDiscreteScheduler": [{}, {"use_karras_sigmas": True}],
-    "LCMScheduler": [{}],
-}
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "settings"), [(name, settings) for name, several in SCHEDULERS.items() for settings in several]
-)
-def test_every_scheduler_of_diffusion_makes_the_same_picture(pipelines, run, scheduler, settings):
-    if scheduler == "LMSDiscreteScheduler":
-        pytest.importorskip("scipy")
-    model = with_scheduler(pipelines["sdxl"], scheduler, **settings)
-    assert_both_make_the_same(run, str(model), "--num-samples", "2", "sampling.batch_size=2", steps=6)
-
-
-@pytest.mark.parametrize(("scheduler", "steps"), [("PNDMScheduler", 4), ("HeunDiscreteScheduler", 3)])
-def test_a_step_may_evaluate_the_network_more_than_once(pipelines, run, scheduler, steps):
-    model = with_scheduler(pipelines["sdxl"], scheduler)
-    for backend in ("sglang", "diffusers"):
-        assert run(model, "--backend", backend, "--perf-dump-path", f"{backend}.json", steps=steps).code == 0
-        assert len(json.loads(Path(f"{backend}.json").read_text())["denoise_steps_ms"]) == steps
-
-
-def test_a_scheduler_that_cannot_sample_the_model_is_one_sentence(pipelines, run):
-    model = with_scheduler(pipelines["sdxl"], "FlowMatchEulerDiscreteScheduler")
-    done = run(model, "--backend", "sglang")
-    sentence = "is no scheduler of a diffusion model, so it cannot sample from this UNet"
-    assert (done.code, done.lines[-1]) == (2, f"ERROR: FlowMatchEulerDiscreteScheduler {sentence}")
-
-
-def test_more_steps_than_the_scheduler_has_are_one_sentence(pipelines, run):
-    done = run(with_scheduler(pipelines["sdxl"], "DDIMScheduler"), "--backend", "sglang", steps=1001)
-    assert done.code == 2
-    assert done.lines[-1].startswith("ERROR: DDIMScheduler refuses 1001 steps: ")
 
 
 @pytest.mark.parametrize("zeros", [True, False])

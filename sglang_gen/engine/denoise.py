@@ -35,11 +35,10 @@ def denoise(
 ) -> Tensor:
     """Integrate to latents along the timesteps, which are those set on the scheduler or the last of them.
 
-    A scheduler that draws noise gets the samples' own generators. `numbers` are those of `step_numbers`; behind the
-    last evaluation of a step comes `after_step`.
+    A scheduler that draws noise draws it from the samples' own generators. `numbers` are those of `step_numbers`; what
+    follows the last evaluation of a step is `after_step`.
     """
-    parameters = inspect.signature(scheduler.step).parameters
-    extra = {"generator": list(generators)} if "generator" in parameters else {}
+    extra = _seeded(scheduler, latents, generators)
     scales = hasattr(scheduler, "scale_model_input")
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep) if scales else latents
@@ -47,3 +46,29 @@ def denoise(
         if index + 1 == len(numbers) or numbers[index + 1] != numbers[index]:
             after_step()
     return latents
+
+
+def _seeded(scheduler: Any, latents: Tensor, generators: Sequence[torch.Generator]) -> dict[str, Any]:
+    """The argument of `step` by which a scheduler draws from the samples' generators.
+
+    One that has none of the kind draws from Brownian motions, which are made here: one a sample, from its seed.
+    """
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        return {"generator": list(generators)}
+    if hasattr(scheduler, "noise_sampler"):
+        scheduler.noise_sampler = _brownian(scheduler.sigmas, latents, [each.initial_seed() for each in generators])
+    return {}
+
+
+def _brownian(sigmas: Tensor, latents: Tensor, seeds: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Noise `[B, ...]` between two sigmas, drawn on the CPU whatever the device of the latents."""
+    from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler  # needs torchsde
+
+    least, most = sigmas[sigmas > 0].min().item(), sigmas.max().item()
+    motion = BrownianTreeNoiseSampler(latents.cpu(), least, most, seeds)
+
+    def draw(sigma: Tensor, following: Tensor) -> Tensor:
+        noise: Tensor = motion(sigma, following)
+        return noise.to(latents.device)
+
+    return draw
