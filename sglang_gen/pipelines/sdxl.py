@@ -75,9 +75,11 @@ def _in_float32(vae: Any, wanted: bool) -> Iterator[None]:
     dtype = vae.dtype
     if wanted:
         nn.Module.to(vae, torch.float32)  # that of diffusers warns
-    yield
-    if wanted:
-        nn.Module.to(vae, dtype)
+    try:
+        yield
+    finally:
+        if wanted:
+            nn.Module.to(vae, dtype)
 
 
 def _unscaled(vae: Any, latents: Tensor) -> Tensor:
