@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from sglang_gen import weight_files
 from sglang_gen.errors import UserError
 from sglang_gen.requirements import NEEDS, unsupported
-from sglang_gen.schema import BackendName, CacheMethod, QuantMethod, Run
+from sglang_gen.schema import BackendName, CacheMethod, GuidanceBatching, QuantMethod, Run
 from sglang_gen.types import Layout, ModelCard
 
 # Pipelines of the native engine: the class that model_index.json names, and the module in pipelines/.
@@ -26,14 +26,35 @@ ARGUMENTS = {  # of --diffusers-kwargs that it understands
 
 def choose(run: Run, card: ModelCard, degrees: Layout) -> tuple[str, str | None]:
     """(sglang or diffusers, why auto did not take sglang). Raises UserError where sglang is asked for and cannot."""
+    own = next((path for path, asked in NATIVE_ONLY if asked(run)), None)
     if run.backend.name is BackendName.diffusers:
+        if own:
+            raise UserError(f"{own} is a setting of the native engine alone; run with --backend sglang or auto")
         return "diffusers", None
     reason = next(_obstacles(run, card, degrees), None)
     if reason is None:
         return "sglang", None
     if run.backend.name is BackendName.sglang:
         raise UserError(f"The native engine cannot run this: {reason}; run with --backend diffusers or auto")
+    if own:
+        raise UserError(f"{own} is a setting of the native engine alone, which cannot run this: {reason}")
     return "diffusers", reason
+
+
+def check_start(run: Run) -> None:
+    """Refuse two starts for a pipeline that puts noise on a picture. Raises UserError."""
+    if run.sampling.latents and run.sampling.image_path:
+        raise UserError(
+            "sampling.latents and sampling.image_path exclude each other: the one is what the first step starts from, "
+            "and so is the other with noise on it; give one"
+        )
+
+
+# What a run can ask for that the diffusers backend does not have.
+NATIVE_ONLY: tuple[tuple[str, Callable[[Run], bool]], ...] = (
+    ("sampling.guidance_interval", lambda run: run.sampling.guidance_interval is not None),
+    ("sampling.guidance_batching", lambda run: run.sampling.guidance_batching is not GuidanceBatching.auto),
+)
 
 
 def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:
@@ -41,13 +62,16 @@ def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:
     name = run.model.pipeline_class_name or card.pipeline_class
     if name not in NATIVE:
         yield f"it has no {name} (it has {', '.join(NATIVE)})"
-    foreign = run.backend.diffusers_kwargs.keys() - ARGUMENTS.get(name, set())
+    understood = ARGUMENTS.get(name, set()) | ({"strength"} if run.sampling.image_path else set())
+    foreign = run.backend.diffusers_kwargs.keys() - understood
     if foreign:
         yield f"'{min(foreign)}' of --diffusers-kwargs is for the diffusers pipeline"
     if any("quantization_config" in part.config for part in card.components.values()):
         yield "the model's weights are quantized"
     if run.quant.transformer_weights_path and (reason := _foreign_weights(run.quant.transformer_weights_path)):
         yield reason
+    if run.sampling.image_path and card.settings.get("requires_aesthetics_score"):
+        yield "it gives an input picture no aesthetic score, and this model wants one"
     if name in NATIVE and (reason := unsupported(NEEDS[NATIVE[name]], card)):
         yield reason
     if degrees.ranks > degrees.dp:
@@ -70,7 +94,6 @@ MISSING: tuple[tuple[Callable[[Run], object], str], ...] = (
     (lambda run: run.quant.method is not QuantMethod.none, "it has no quantized weights yet"),
     (lambda run: run.cache.method is not CacheMethod.none or run.cache.cache_dit_config, "it has no step cache yet"),
     (lambda run: any(vars(run.offload).values()), "it does not offload yet"),
-    (lambda run: run.sampling.image_path, "it takes no input image yet"),
     (lambda run: run.model.trust_remote_code, "it runs no code from model repositories"),
     (lambda run: run.attention.backend not in ATTENTION, f"its attention kernels are {', '.join(ATTENTION)}"),
 )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen import choice, env, layout, prompts, quantization, remote_code, stored
+from sglang_gen import choice, env, guidance, layout, prompts, quantization, remote_code, stored
 from sglang_gen.errors import UserError
 from sglang_gen.flags import BY_PATH
 from sglang_gen.schema import (
@@ -40,6 +40,7 @@ def check(composed: "Composed") -> None:
     """Refuse what needs no look at the model to be refused. Raises UserError."""
     _check_values(composed.run)
     refuse_missing(composed.run, composed.sources)
+    guidance.check(composed.run)
     quantization.check(composed.run)
     stored.check(composed.run)
 
@@ -49,6 +50,8 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     run, sources = composed.run, composed.sources
     degrees = layout.infer(run.parallel, _given_degrees(composed), _common_heads(card))
     backend, reason = choice.choose(run, card, degrees)
+    if backend == "sglang":
+        choice.check_start(run)
     run = prompts.pin(run)
     batches = prompts.batches(prompts.samples(run), run.sampling.batch_size)
     device = choose_device(run.device)

@@ -61,6 +61,12 @@ class Tracker(Enum):
     wandb = "wandb"
 
 
+class GuidanceBatching(Enum):
+    auto = "auto"
+    batched = "batched"
+    sequential = "sequential"
+
+
 @dataclass
 class Model:
     """Which weights, and how a diffusers pipeline is put together from them."""
@@ -172,6 +178,8 @@ class Sampling:
     negative_prompt: str | None = None
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
+    guidance_interval: list[float] | None = None  # guide from and up to these fractions of the steps; null: all
+    guidance_batching: GuidanceBatching = GuidanceBatching.auto  # both branches at once, or one after the other
     height: int | None = None
     width: int | None = None
     seed: int | None = None

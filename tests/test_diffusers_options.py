@@ -235,7 +235,9 @@ def test_compilation_without_a_compiler_is_one_sentence(run, monkeypatch):
 
 def test_an_input_image_makes_image_to_image_of_a_text_to_image_model(pipelines, run):
     Image.new("RGB", (32, 32), (200, 30, 30)).save("red.png")
-    done = run("sdxl", "--image-path", "red.png", "--diffusers-kwargs", '{"strength": 0.5}', steps=4)
+    done = run(
+        "sdxl", "--image-path", "red.png", "--diffusers-kwargs", '{"strength": 0.5}', "--backend", "diffusers", steps=4
+    )
     assert done.code == 0, done.err
     assert record()["effective"]["pipeline"] == "StableDiffusionXLImg2ImgPipeline"
     pipeline = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(pipelines["sdxl"], dtype=torch.float32)

@@ -18,7 +18,7 @@ LAYERS = (
     ("config_file", "kept_prompts", "prompts"),
     ("media", "perf.observations", "perf.compare", "perf.quality", "sweep.report"),
     ("config", "hub", "perf.machine", "sweep.table", "perf.command", "weight_files", "dry_run", "help_page"),
-    ("quantization", "stored", "requirements", "choice"),
+    ("quantization", "stored", "requirements", "choice", "guidance"),
     ("plan",),
     ("parallel", "models", "weights", "engine"),
     ("pipelines",),

@@ -1,57 +1,19 @@
 """The native engine as a user meets it: which backend a run takes, and the same picture from both."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from safetensors.numpy import load_file
+from native import assert_both_make_the_same, assert_same, edited, picture, record, runner
 
 from sglang_gen.models.sd3 import SD3
 from sglang_gen.models.unet import UNet
 
-COMMON = ("--seed", "7", "--dtype", "float32", "output.latents=true")
-
 
 @pytest.fixture
 def run(pipelines, sglang):
-    def generate(name, *words: object, folder: str = "outputs", steps: int = 3, size: tuple[int, int] = (32, 48)):
-        return sglang("generate", "--model-path", pipelines.get(name, name), "--prompt", "a cat", *COMMON,
-                      "--output-path", folder, "--height", size[0], "--width", size[1],
-                      "--num-inference-steps", steps, *words)  # fmt: skip
-
-    return generate
-
-
-def picture(path: str) -> np.ndarray:
-    return np.asarray(Image.open(path)).astype(int)
-
-
-def record(folder: str, number: int = 0) -> dict:
-    return json.loads(Path(f"{folder}/generated_image_{number}.json").read_text())
-
-
-def assert_same(ours: str, theirs: str, count: int) -> None:
-    """Noise exactly, latents to 1e-5 relative, pictures to one level."""
-    for number in range(count):
-        a, b = (load_file(f"{folder}/generated_image_{number}.safetensors") for folder in (ours, theirs))
-        assert np.array_equal(a["noise"], b["noise"])
-        assert np.abs(a["latents"] - b["latents"]).max() <= 1e-5 * np.abs(b["latents"]).max()
-        a, b = (picture(f"{folder}/generated_image_{number}.png") for folder in (ours, theirs))
-        assert np.abs(a - b).max() <= 1
-
-
-def assert_both_make_the_same(run, name, *words, **kwargs) -> None:
-    """At a scale of 3 unless the words say otherwise: 7.5 makes more than 1e-5 of the tiny SDXL's own rounding."""
-    if name not in ("sd3", "flux", "sd15") and "--guidance-scale" not in words:
-        words = (*words, "--guidance-scale", "3")
-    for backend in ("sglang", "diffusers"):
-        done = run(name, *words, "--backend", backend, folder=backend, **kwargs)
-        assert done.code == 0, done.err
-        assert record(backend)["effective"]["backend"] == backend
-    assert_same("sglang", "diffusers", len(list(Path("diffusers").glob("*.png"))))
+    return runner(pipelines, sglang)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "sdxl", "sd15"])
@@ -68,68 +30,6 @@ def test_both_backends_make_the_same_picture(run, name, words):
     if name in ("sdxl", "sd15"):
         words = tuple(word for word in words if "max_sequence_length" not in word)  # their encoders take one length
     assert_both_make_the_same(run, name, *words)
-
-
-def edited(folder: Path, name: str, file: str, **changes: object) -> Path:
-    """A copy of a pipeline's folder with other values in one of its JSON files."""
-    copied = Path(name)
-    shutil.copytree(folder, copied)
-    path = copied / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return copied
-
-
-BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-SCHEDULERS = {
-    "EulerDiscreteScheduler": [{"timestep_spacing": "trailing", "prediction_type": "v_prediction"}],
-    "EulerAncestralDiscreteScheduler": [{"steps_offset": 1}],
-    "DDIMScheduler": [{"clip_sample": False, "steps_offset": 1}, {"rescale_betas_zero_snr": True, "clip_sample": True}],
-    "DDPMScheduler": [{"clip_sample": False}],
-    "DPMSolverMultistepScheduler": [{"use_karras_sigmas": True}, {"algorithm_type": "sde-dpmsolver++"}],
-    "UniPCMultistepScheduler": [{"solver_order": 2}],
-    "PNDMScheduler": [{"skip_prk_steps": True}, {"skip_prk_steps": False}],
-    "LMSDiscreteScheduler": [{}],
-    "HeunDiscreteScheduler": [{}, {"use_karras_sigmas": True}],
-    "LCMScheduler": [{}],
-}
-
-
-def with_scheduler(folder: Path, name: str, **settings: object) -> Path:
-    copied = edited(folder, "model", "model_index.json", scheduler=["diffusers", name])
-    config = {"_class_name": name, **BETAS, **settings}
-    (copied / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    return copied
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "settings"), [(name, settings) for name, several in SCHEDULERS.items() for settings in several]
-)
-def test_every_scheduler_of_diffusion_makes_the_same_picture(pipelines, run, scheduler, settings):
-    if scheduler == "LMSDiscreteScheduler":
-        pytest.importorskip("scipy")
-    model = with_scheduler(pipelines["sdxl"], scheduler, **settings)
-    assert_both_make_the_same(run, str(model), "--num-samples", "2", "sampling.batch_size=2", steps=6)
-
-
-@pytest.mark.parametrize(("scheduler", "steps"), [("PNDMScheduler", 4), ("HeunDiscreteScheduler", 3)])
-def test_a_step_may_evaluate_the_network_more_than_once(pipelines, run, scheduler, steps):
-    model = with_scheduler(pipelines["sdxl"], scheduler)
-    for backend in ("sglang", "diffusers"):
-        assert run(model, "--backend", backend, "--perf-dump-path", f"{backend}.json", steps=steps).code == 0
-        assert len(json.loads(Path(f"{backend}.json").read_text())["denoise_steps_ms"]) == steps
-
-
-def test_a_scheduler_that_cannot_sample_the_model_is_one_sentence(pipelines, run):
-    model = with_scheduler(pipelines["sdxl"], "FlowMatchEulerDiscreteScheduler")
-    done = run(model, "--backend", "sglang")
-    sentence = "is no scheduler of a diffusion model, so it cannot sample from this UNet"
-    assert (done.code, done.lines[-1]) == (2, f"ERROR: FlowMatchEulerDiscreteScheduler {sentence}")
-
-
-def test_more_steps_than_the_scheduler_has_are_one_sentence(pipelines, run):
-    done = run(with_scheduler(pipelines["sdxl"], "DDIMScheduler"), "--backend", "sglang", steps=1001)
-    assert done.code == 2
-    assert done.lines[-1].startswith("ERROR: DDIMScheduler refuses 1001 steps: ")
 
 
 @pytest.mark.parametrize("zeros", [True, False])

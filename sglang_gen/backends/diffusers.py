@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from sglang_gen import log
-from sglang_gen.backends.observe import Latents, observed, plain_config, read_noise
+from sglang_gen.backends.inputs import read_image, read_noise
+from sglang_gen.backends.observe import Latents, observed, plain_config
 from sglang_gen.backends.options import (
     arguments,
     attention,
@@ -135,7 +136,7 @@ class DiffusersEngine:
 
     def _read_image(self) -> Any:
         path = self.plan.run.sampling.image_path
-        return None if path is None else kinds.read_image(path, "--image-path")
+        return None if path is None else read_image(path, "--image-path")
 
     def effective(self) -> dict[str, Any]:
         """What took effect, and the classes that were built."""
@@ -199,7 +200,7 @@ class DiffusersEngine:
         wanted: dict[str, Any] = {
             "prompt": [sample.prompt for sample in batch],
             "negative_prompt": None if negatives[0] is None else negatives,
-            "image": self.image,
+            "image": self._images(len(batch)),
             "num_inference_steps": steps,
             "guidance_scale": sampling.guidance_scale,
             "height": sampling.height,
@@ -211,7 +212,17 @@ class DiffusersEngine:
             "callback_on_step_end": latents.after_step,
         }
         given = {name: value for name, value in wanted.items() if name in self.kind.accepted and value is not None}
-        return given | self.call
+        warmup = steps != sampling.num_inference_steps and "strength" in self.kind.accepted
+        whole = {"strength": 1.0} if warmup else {}  # an input picture spares none of its few steps
+        return given | self.call | whole
+
+    def _images(self, count: int) -> Any:
+        """The input picture, for each sample where the pipeline noises it.
+
+        Of a single one some pipelines draw the latents once, so that a sample would depend on its batch.
+        """
+        noised = "strength" in self.kind.accepted and "mask_image" not in self.kind.accepted
+        return [self.image] * count if noised and self.image is not None else self.image
 
     def cache_decisions(self) -> dict[str, Any] | None:
         """What the step cache did in the last generation; None without one."""

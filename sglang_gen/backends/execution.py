@@ -1,13 +1,15 @@
 """How the native engine executes its network: attention kernel and compiler, settled on the shapes of the run."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sglang_gen.engine import fastest, kernels
+from sglang_gen.engine.denoise import Predict
+from sglang_gen.engine.guidance import Encoded
 from sglang_gen.engine.shapes import Shapes, rehearse, to_meta
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.pipelines.request import Request
@@ -16,7 +18,7 @@ from sglang_gen.types import Plan
 if TYPE_CHECKING:
     from sglang_gen.engine.compile import Compiled
 
-Encoded = Sequence[tuple[Tensor, ...]]
+Predictor = Callable[[Any, Encoded], Predict]  # of a network and encoded texts
 
 
 def laid_out(network: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -61,10 +63,12 @@ class Execution:
         timed = self.attention.backend == "auto" and not self.attention.backend_config
         return timed or self.attention.backend == "flex"
 
-    def settle(self, scheduler: Any, request: Request, encoded: Encoded, latents: Tensor) -> None:
+    def settle(
+        self, predictor: Predictor, kinds: Sequence[int], request: Request, encoded: Encoded, latents: Tensor
+    ) -> None:
         """Make ready for evaluations of a batch `latents` with these texts. Collective on the first call.
 
-        Raises UserError for settings of flex that do not fit.
+        `kinds` are evaluations that differ in shape. Raises UserError for settings of flex that do not fit.
         """
         shape = (tuple(latents.shape), *(tuple(part.shape) for text in encoded for part in text))
         if shape in self.seen:
@@ -73,13 +77,14 @@ class Execution:
         if not (self.compiled or (first and self.waits)):
             kernels.set_kernel(self.network, self.kernel.kernel)
             return
-        both = torch.empty(len(encoded) * len(latents), *latents.shape[1:], dtype=latents.dtype, device="meta")
-        texts = [to_meta(text) for text in encoded]
-        shapes = rehearse(
-            self.network,
-            self.regions or (type(self.network),),
-            lambda twin: self.glue.prepare(twin, scheduler, request, texts)(both, 0),
-        )
+        empty = torch.empty_like(latents, device="meta")
+
+        def evaluate(twin: nn.Module) -> None:
+            predict = predictor(twin, [to_meta(text) for text in encoded])
+            for kind in kinds:
+                predict(empty, kind)
+
+        shapes = rehearse(self.network, self.regions or (type(self.network),), evaluate)
         if first:
             self._set_kernel(shapes, self.glue.grids(self.network.config, request, encoded))
         if self.compiled:

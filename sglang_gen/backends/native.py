@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,18 @@ import transformers
 from torch import Tensor
 
 from sglang_gen import log
-from sglang_gen.backends import parts
+from sglang_gen.backends import guiding, parts
 from sglang_gen.backends.execution import Execution
-from sglang_gen.backends.observe import plain_config, read_noise
+from sglang_gen.backends.inputs import read_image, read_noise
+from sglang_gen.backends.observe import plain_config
 from sglang_gen.choice import NATIVE
-from sglang_gen.engine.denoise import Guidance, denoise, guided
+from sglang_gen.engine.denoise import Predict, denoise, step_numbers
+from sglang_gen.engine.guidance import Encoded, Guidance, distinct, guided
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.record import Clock
+from sglang_gen.pipelines import picture
 from sglang_gen.pipelines.request import Request
 from sglang_gen.requirements import NEEDS
 from sglang_gen.types import Decoded, Plan, Sample
@@ -54,17 +58,13 @@ def _warn_ineffective(plan: Plan, glue: Any) -> None:
     for path in ("sampling.num_frames", "output.fps"):
         if plan.user_gave(path):
             log.warning(f"{path} has no effect: {_class_name(plan)} makes no video")
+    if plan.run.sampling.image_path and glue.SIZED_BY_PICTURE:
+        for path in ("sampling.height", "sampling.width"):
+            if plan.user_gave(path):
+                log.warning(f"{path} has no effect: {_class_name(plan)} keeps the size of the input picture")
     if glue.MOST_TOKENS is None and plan.user_gave("sampling.max_sequence_length"):
         log.warning(f"sampling.max_sequence_length has no effect: {_class_name(plan)} does not take it")
-    negative = any(sample.negative_prompt for batch in plan.batches for sample in batch)
-    if negative and not _guidance(plan, glue, negative=True).on:
-        log.warning(glue.INEFFECTIVE_NEGATIVE.format(scale=plan.run.sampling.guidance_scale))
-
-
-def _guidance(plan: Plan, glue: Any, negative: bool) -> Guidance:
-    true_cfg = _number(plan, "true_cfg_scale", 1.0)
-    scale: float = glue.branches(plan.run.sampling.guidance_scale, true_cfg, negative)
-    return Guidance(scale, rescale=_number(plan, "guidance_rescale", 0.0))
+    guiding.warn_ineffective(plan, glue)
 
 
 def _class_name(plan: Plan) -> str:
@@ -79,22 +79,34 @@ class NativeEngine:
         self.network: Any = execution.network
         self.config = plan.card.components[glue.NETWORK].config
         self.noise = read_noise(plan.run.sampling.latents)
+        path = plan.run.sampling.image_path
+        self.image = None if path is None else read_image(path, "--image-path")
+        self.strength = plan.run.backend.diffusers_kwargs.get("strength", glue.STRENGTH)
         self.factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)  # pixels per latent
+        if self.image is not None:
+            picture.check_strength(self.strength, plan.run.sampling.num_inference_steps, glue.skipped)
+        whole = self._request(plan.run.sampling.num_inference_steps)
+        guiding.check(plan, glue, whole)
+        self.batched = guiding.is_batched(plan, glue, self.config, whole)
         self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", glue.ZERO_WITHOUT_NEGATIVE)
         for name in glue.TEXT_PARTS:
             calls.watch("text_encoding", name, parts[name])
         calls.watch("denoising", glue.NETWORK, self.network)
         calls.watch("denoising", glue.NETWORK, self.network, "condition")
         calls.watch("decoding", "vae", parts["vae"], "decode")
+        if self.image is not None:
+            calls.watch("latents", "vae", parts["vae"], "encode")
 
     def effective(self) -> dict[str, Any]:
         """What took effect, and the classes that were built."""
+        request = self._request(self.plan.run.sampling.num_inference_steps)
         classes = {name: type(part).__name__ for name, part in self.parts.items()}
         return {
             **self.execution.effective(),
             "offload": [],
             "lora": [],
             "cache": "none",
+            **guiding.effective(self.plan, self.glue, request, self.batched),
             "pipeline": _class_name(self.plan),
             "makes": "image",
             "components": {self.glue.NETWORK: type(self.network).__name__, **classes},
@@ -118,38 +130,56 @@ class NativeEngine:
 
     def _sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded:
         request, scheduler = self._request(steps), self.parts["scheduler"]
-        guidance = _guidance(self.plan, self.glue, bool(batch[0].negative_prompt))  # batches are of one kind
+        negative = bool(batch[0].negative_prompt)  # batches are of one kind
+        guidance = guiding.guidance(self.plan, self.glue, request, negative, self.batched)
         clock.enter("text_encoding")
         encoded = self._encode(batch, guidance, request)
         clock.enter("latents")
         generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
-        noise = self._noise(request, generators)
-        clock.leave()
-        self.execution.settle(scheduler, request, encoded, noise)  # outside of all stages, as it happens once
+        timesteps = self.glue.schedule(self.config, scheduler, request)
+        noise = self._noise(request, timesteps, generators)
+        numbers = step_numbers(len(timesteps), request.steps_run, getattr(scheduler, "order", 1))
+
+        def predictor(network: Any, texts: Encoded) -> Predict:
+            return guided(partial(self.glue.prepare, network, timesteps, request), texts, guidance, numbers)
+
+        clock.leave()  # what follows happens once, and is no stage
+        self.execution.settle(predictor, distinct(guidance, numbers), request, encoded, noise)
         clock.enter("denoising")
-        predict = guided(self.glue.prepare(self.network, scheduler, request, encoded), guidance)
-        with self.execution.limits(), log.Progress(steps) as progress:
+        predict = predictor(self.network, encoded)
+        with self.execution.limits(), log.Progress(request.steps_run) as progress:
 
             def after_step() -> None:
                 clock.step()
                 progress.step()
 
-            latents = denoise(predict, scheduler, steps, noise, generators, after_step)
+            latents = denoise(predict, scheduler, timesteps, numbers, noise, generators, after_step)
         clock.enter("decoding")
         _check_finite(latents, "the latents", batch)
         return Decoded(self._decode(latents, request, batch), noise, latents)
 
     def _request(self, steps: int) -> Request:
         sampling = self.plan.run.sampling
-        height, width = self.glue.default_size(self.config, self.factor)
+        if self.image is not None and self.glue.SIZED_BY_PICTURE:
+            height, width = picture.size(self.image, self.factor)
+        else:
+            default = self.glue.default_size(self.config, self.factor)
+            height, width = sampling.height or default[0], sampling.width or default[1]
         return Request(
-            height=sampling.height or height,
-            width=sampling.width or width,
+            height=height,
+            width=width,
             factor=self.factor,
             steps=steps,
             guidance=sampling.guidance_scale,
             text_length=sampling.max_sequence_length,
+            skipped=self._skipped(steps),
         )
+
+    def _skipped(self, steps: int) -> int | None:
+        """Steps that the input picture spares; a warmup does all of its few."""
+        if self.image is None:
+            return None
+        return self.glue.skipped(steps, self.strength) if steps == self.plan.run.sampling.num_inference_steps else 0
 
     def _encode(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[tuple[Tensor, ...]]:
         """Encoded texts: of the negative prompts, where there is guidance, and of the prompts."""
@@ -161,10 +191,15 @@ class NativeEngine:
         negatives = [sample.negative_prompt or "" for sample in batch]
         return [self.glue.encode(self.parts, negatives, request.text_length), prompts]
 
-    def _noise(self, request: Request, generators: list[torch.Generator]) -> Tensor:
+    def _noise(self, request: Request, timesteps: Tensor, generators: list[torch.Generator]) -> Tensor:
         """What the first step starts from `[B, ...]`, in the pipeline's own layout: drawn per sample, or loaded."""
         dtype = getattr(torch, self.plan.dtype)
-        drawn: Tensor = self.glue.start(self.config, self.parts["scheduler"], request, generators, dtype)
+        source = None
+        if self.image is not None:  # draws before the noise does, from the same generators
+            pixels = picture.pixels(self.image, self.factor, request.height, request.width)
+            source = self.glue.encode_picture(self.parts["vae"], pixels, generators, dtype)
+        noise = self.glue.draw(self.config, request, generators, dtype).to(self.plan.device)
+        drawn: Tensor = self.glue.start(self.parts["scheduler"], timesteps, noise, source)
         if self.noise is not None:
             if self.noise.shape[1:] != drawn.shape[1:]:
                 raise UserError(
@@ -172,7 +207,7 @@ class NativeEngine:
                     f"this request starts from {[1, *drawn.shape[1:]]}"
                 )
             drawn = self.noise.expand(drawn.shape).to(drawn)
-        return drawn.to(self.plan.device)
+        return drawn
 
     def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
         """Frames `[B, H, W, 3]` uint8."""
@@ -187,14 +222,6 @@ class NativeEngine:
 
     def close(self) -> None:
         """Nothing reaches beyond this engine."""
-
-
-def _number(plan: Plan, name: str, default: float) -> float:
-    """An argument of --diffusers-kwargs that has to be a number."""
-    value = plan.run.backend.diffusers_kwargs.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"--diffusers-kwargs: '{name}' is {value!r}; it must be a number")
-    return value
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from sglang_gen import log
-from sglang_gen.errors import UserError, first_line
 from sglang_gen.perf.record import Clock
 
 
@@ -37,23 +36,6 @@ class Latents:
         """The pipeline's own callback at the end of a step."""
         self.last = tensors.get("latents")
         return {}
-
-
-def read_noise(path: str | None) -> torch.Tensor | None:
-    """The `noise` of a latents file, [1, ...]. Raises UserError when the file is not one of ours."""
-    if path is None:
-        return None
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            if "noise" not in names:
-                raise UserError(f"sampling.latents: {path} holds no tensor 'noise'")
-            noise: torch.Tensor = file.get_tensor("noise")
-            return noise.unsqueeze(0)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"sampling.latents: {path} cannot be read: {first_line(error)}") from None
 
 
 def plain_config(part: Any) -> dict[str, Any]:

@@ -116,6 +116,9 @@ def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
         "batches": [len(batch) for batch in plan.batches],
         "max_sequence_length": sampling.max_sequence_length,
         "diffusers_kwargs": _hash(kwargs),
+        **({"input_picture": True} if sampling.image_path else {}),  # encoding it, and the steps that it spares
+        **({"guidance_interval": sampling.guidance_interval} if sampling.guidance_interval else {}),
+        **({"guidance_batching": "sequential"} if effective.get("guidance_batching") == "sequential" else {}),
         "latents_saved": plan.run.output.latents,
         "warmup_steps": plan.run.compile.warmup_steps if plan.run.compile.warmup else 0,
         "deterministic": plan.run.deterministic,

@@ -1,9 +1,17 @@
-"""Timesteps of flow matching schedulers."""
+"""What the pipelines of flow matching share: timesteps, and where a run starts that is given a picture."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sglang_gen.errors import UserError
+from sglang_gen.pipelines import picture
+
+SIZED_BY_PICTURE = False  # an input picture is resized to the size of the request
+STRENGTH = 0.6  # of the noise on an input picture, unless the request says otherwise
 
 
 def set_timesteps(scheduler: Any, steps: int, tokens: int, max_shift: float, sigmas: list[float] | None = None) -> None:
@@ -24,3 +32,25 @@ def set_timesteps(scheduler: Any, steps: int, tokens: int, max_shift: float, sig
     if "sigmas" not in parameters:
         raise UserError(f"{type(scheduler).__name__} takes no sigmas, so it cannot integrate this model's flow")
     scheduler.set_timesteps(sigmas=sigmas, **extra)
+
+
+def skipped(steps: int, strength: float) -> int:
+    """Steps that a picture spares when noise of this strength, 0 to 1, is put on it; a part of a step is a step."""
+    return int(max(steps - min(steps * strength, steps), 0))
+
+
+def encode_picture(vae: Any, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
+    """Latents `[B, C, h, w]` of the picture `[1, 3, H, W]`, drawn for each sample."""
+    return (picture.encode(vae, pixels, generators) - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
+    """What the first step starts from `[B, C, h, w]`: noise alone, or on the picture's latents `source`.
+
+    Raises UserError for a scheduler that cannot put noise on a picture.
+    """
+    if source is None:
+        return noise
+    if not hasattr(scheduler, "scale_noise"):
+        raise UserError(f"{type(scheduler).__name__} puts no noise on a picture, so it cannot start from one")
+    return scheduler.scale_noise(source, timesteps[:1].repeat(len(noise)), noise).to(noise.dtype)

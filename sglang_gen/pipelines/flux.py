@@ -1,7 +1,6 @@
 """FLUX.1 dev and schnell: pooled CLIP text, T5 tokens, latents packed two by two, guidance as an input."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,16 +8,18 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sglang_gen.engine.denoise import draw_noise
+from sglang_gen.engine.denoise import Predict, draw_noise
 from sglang_gen.engine.patterns import Grid
 from sglang_gen.models.flux import Block, Config, Flux, SingleBlock
-from sglang_gen.pipelines import text
-from sglang_gen.pipelines.flow import set_timesteps
+from sglang_gen.pipelines import flow, picture, prediction, text
 from sglang_gen.pipelines.request import Request
 from sglang_gen.weights.load import renamed
 
 NETWORK = "transformer"
+encode_picture, skipped = flow.encode_picture, flow.skipped
+SIZED_BY_PICTURE, STRENGTH = flow.SIZED_BY_PICTURE, flow.STRENGTH
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
+UNGUIDED = "there is no guidance without a negative prompt and a true_cfg_scale above 1.0"
 INEFFECTIVE_NEGATIVE = (
     "The negative prompt has no effect at a true_cfg_scale of 1.0; raise it with "
     """--diffusers-kwargs '{{"true_cfg_scale": 4.0}}'"""
@@ -81,7 +82,7 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
     return Flux(config(diffusers_config))
 
 
-def branches(guidance: float, true_cfg: float, negative: bool) -> float:
+def guidance_scale(guidance: float, true_cfg: float, negative: bool) -> float:
     """The scale of classifier-free guidance: only where it is asked for by name and there is a negative prompt."""
     return true_cfg if negative else 1.0
 
@@ -96,19 +97,26 @@ def default_size(diffusers_config: Mapping[str, Any], factor: int) -> tuple[int,
     return SIZE * factor, SIZE * factor
 
 
-def start(
-    diffusers_config: Mapping[str, Any],
-    scheduler: Any,
-    request: Request,
-    generators: Sequence[torch.Generator],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Set the timesteps and draw the noise as a picture, packed two by two: `[B, L, C]`."""
+def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
+    """Set the timesteps; those that the request runs through, `[S]`."""
     rows, columns = _grid(request)
     sigmas = np.linspace(1.0, 1 / request.steps, request.steps).tolist()
-    set_timesteps(scheduler, request.steps, rows * columns, 1.15, sigmas)
-    shape = (diffusers_config["in_channels"] // 4, 2 * rows, 2 * columns)
-    return rearrange(draw_noise(shape, generators, dtype), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+    flow.set_timesteps(scheduler, request.steps, rows * columns, 1.15, sigmas)
+    return picture.kept(scheduler, request.skipped)
+
+
+def draw(
+    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
+    """Noise as a picture has it, `[B, C, h, w]`."""
+    rows, columns = _grid(request)
+    return draw_noise((diffusers_config["in_channels"] // 4, 2 * rows, 2 * columns), generators, dtype)
+
+
+def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
+    """What the first step starts from, packed two by two: `[B, L, C]`; see `flow.start`."""
+    latents = flow.start(scheduler, timesteps, noise, source)
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
 
 
 def _grid(request: Request) -> tuple[int, int]:
@@ -121,20 +129,19 @@ def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]
     return [Grid(*_grid(request), before=encoded[0][0].shape[1])]
 
 
-def prepare(
-    network: Flux, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]
-) -> "partial[Tensor]":
+def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
+    """Numbers in the widest map of one row: all tokens of picture and text."""
+    rows, columns = _grid(request)
+    return (rows * columns + (request.text_length or T5_LENGTH)) * config(diffusers_config).width
+
+
+def prepare(network: Flux, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:
     """What predicts the velocity of the latents: the network with everything that all steps share."""
-    states, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
+    states, pooled = prediction.joined(encoded)
     dtype = states.dtype  # in which diffusers rounds both before it multiplies, and with it every picture so far
-    times = scheduler.timesteps.to(dtype) / 1000 * 1000
+    times = timesteps.to(dtype) / 1000 * 1000
     guidance = (torch.tensor(request.guidance, dtype=dtype) * 1000).item()
-    conditioning = network.condition(times, states, pooled, guidance, *_grid(request))
-    return partial(_predict, network, conditioning)
-
-
-def _predict(network: Flux, conditioning: Any, latents: Tensor, step: int) -> Tensor:
-    return network(latents, conditioning, step)
+    return prediction.predictor(network, times, states, pooled, guidance, *_grid(request))
 
 
 def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:

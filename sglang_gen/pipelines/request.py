@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Request:
-    """One batch: `height` and `width` in pixels, `factor` pixels per latent, `guidance` is --guidance-scale."""
+    """One batch: `height` and `width` in pixels, `factor` pixels per latent, `guidance` is --guidance-scale.
+
+    `skipped` is how many of the steps an input picture spares; None: there is no picture.
+    """
 
     height: int
     width: int
@@ -13,6 +16,11 @@ class Request:
     steps: int
     guidance: float
     text_length: int | None = None
+    skipped: int | None = None
+
+    @property
+    def steps_run(self) -> int:
+        return self.steps - (self.skipped or 0)
 
     @property
     def latent_size(self) -> tuple[int, int]:

@@ -1,29 +1,28 @@
 """Stable Diffusion 1 and 2: one CLIP encoder, whose last layer is read, and a UNet."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sglang_gen.models.unet import Conditioning, UNet
-from sglang_gen.pipelines import text, unet
+from sglang_gen.engine.denoise import Predict
+from sglang_gen.models.unet import UNet
+from sglang_gen.pipelines import picture, prediction, text, unet
 from sglang_gen.pipelines.request import Request
 
-NETWORK, REGIONS, build, sources, start = unet.NETWORK, unet.REGIONS, unet.build, unet.sources, unet.start
-grids = unet.grids
+NETWORK, REGIONS, build, sources, grids = unet.NETWORK, unet.REGIONS, unet.build, unet.sources, unet.grids
+schedule, draw, start, widest_map = unet.schedule, unet.draw, unet.start, unet.widest_map
+skipped, SIZED_BY_PICTURE = unet.skipped, unet.SIZED_BY_PICTURE
+guidance_scale = prediction.guidance_scale
 TEXT_PARTS = ("text_encoder",)
 MOST_TOKENS = None  # always as long as the tokenizer says
+UNGUIDED = "there is no guidance at a scale of {scale}"
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
 ZERO_WITHOUT_NEGATIVE = False
 SCHEDULER = {"steps_offset": 1, "clip_sample": False}  # whatever an old configuration says
+STRENGTH = 0.8  # of the noise on an input picture, unless the request says otherwise
 SIZE = 64  # latents a side where a configuration of diffusers before 0.9 claims fewer
-
-
-def branches(guidance: float, true_cfg: float, negative: bool) -> float:
-    """The scale of classifier-free guidance."""
-    return guidance
 
 
 def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tuple[Tensor]:
@@ -40,14 +39,14 @@ def default_size(diffusers_config: Mapping[str, Any], factor: int) -> tuple[int,
     return height * factor, width * factor
 
 
-def prepare(network: UNet, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor]]) -> "partial[Tensor]":
+def prepare(network: UNet, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor]]) -> Predict:
     """What predicts from the latents: the network with everything that all steps share."""
-    (states,) = (torch.cat(part) for part in zip(*encoded, strict=True))
-    return partial(_predict, network, network.condition(scheduler.timesteps, states))
+    return prediction.predictor(network, timesteps, *prediction.joined(encoded))
 
 
-def _predict(network: UNet, conditioning: Conditioning, latents: Tensor, step: int) -> Tensor:
-    return network(latents, conditioning, step)
+def encode_picture(vae: Any, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
+    """Latents `[B, C, h, w]` of the picture `[1, 3, H, W]`, drawn for each sample."""
+    return vae.config.scaling_factor * picture.encode(vae, pixels, generators)
 
 
 def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:

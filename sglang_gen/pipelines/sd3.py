@@ -1,24 +1,27 @@
 """Stable Diffusion 3 and 3.5: two CLIP encoders and T5, flow matching, an autoencoder with a shift."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sglang_gen.engine.denoise import draw_noise
+from sglang_gen.engine.denoise import Predict, draw_noise
 from sglang_gen.engine.patterns import Grid
-from sglang_gen.models.sd3 import SD3, Block, Conditioning, Config
-from sglang_gen.pipelines import text
-from sglang_gen.pipelines.flow import set_timesteps
+from sglang_gen.models.sd3 import SD3, Block, Config
+from sglang_gen.pipelines import flow, picture, prediction, text
 from sglang_gen.pipelines.request import Request
 from sglang_gen.weights.load import renamed
 
 NETWORK = "transformer"
+encode_picture, start, skipped = flow.encode_picture, flow.start, flow.skipped
+SIZED_BY_PICTURE, STRENGTH = flow.SIZED_BY_PICTURE, flow.STRENGTH
+guidance_scale = prediction.guidance_scale
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+UNGUIDED = "there is no guidance at a scale of {scale}"
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
 REGIONS = (Block,)  # compiled once for all repeats
+CLIP_LENGTH = 77  # tokens
 T5_LENGTH = 256  # tokens, unless sampling.max_sequence_length says otherwise
 MOST_TOKENS = 512
 ZERO_WITHOUT_NEGATIVE = False
@@ -81,28 +84,17 @@ def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tu
     return torch.cat([text.pad_channels(both, t5.shape[-1]), t5], dim=1), torch.cat([pooled, pooled_2], dim=-1)
 
 
-def branches(guidance: float, true_cfg: float, negative: bool) -> float:
-    """The scale of classifier-free guidance."""
-    return guidance
-
-
 def default_size(diffusers_config: Mapping[str, Any], factor: int) -> tuple[int, int]:
     size = int(diffusers_config["sample_size"]) * factor
     return size, size
 
 
-def start(
-    diffusers_config: Mapping[str, Any],
-    scheduler: Any,
-    request: Request,
-    generators: Sequence[torch.Generator],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Set the timesteps and draw the noise `[B, C, h, w]` that the first step starts from."""
+def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
+    """Set the timesteps; those that the request runs through, `[S]`."""
     height, width = request.latent_size
     patch = diffusers_config["patch_size"]
-    set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
-    return draw_noise((diffusers_config["in_channels"], height, width), generators, dtype)
+    flow.set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
+    return picture.kept(scheduler, request.skipped)
 
 
 def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
@@ -111,17 +103,23 @@ def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]
     return [Grid(rows, columns, after=encoded[0][0].shape[1]), Grid(rows, columns)]
 
 
-def prepare(
-    network: SD3, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]
-) -> "partial[Tensor]":
+def draw(
+    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
+    """Noise `[B, C, h, w]`."""
+    return draw_noise((diffusers_config["in_channels"], *request.latent_size), generators, dtype)
+
+
+def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
+    """Numbers in the widest map of one row: all tokens of picture and text."""
+    height, width = (side // diffusers_config["patch_size"] for side in request.latent_size)
+    tokens = height * width + CLIP_LENGTH + (request.text_length or T5_LENGTH)
+    return tokens * config(diffusers_config).width
+
+
+def prepare(network: SD3, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:
     """What predicts the velocity of the latents: the network with everything that all steps share."""
-    states, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
-    conditioning = network.condition(scheduler.timesteps, states, pooled, *request.latent_size)
-    return partial(_predict, network, conditioning)
-
-
-def _predict(network: SD3, conditioning: Conditioning, latents: Tensor, step: int) -> Tensor:
-    return network(latents, conditioning, step)
+    return prediction.predictor(network, timesteps, *prediction.joined(encoded), *request.latent_size)
 
 
 def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:

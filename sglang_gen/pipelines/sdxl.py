@@ -1,29 +1,29 @@
 """Stable Diffusion XL (Podell et al. 2023): two CLIP encoders, sizes as an input, a UNet."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.utils import is_invisible_watermark_available
-from torch import Tensor
+from torch import Tensor, nn
 
-from sglang_gen.models.unet import Conditioning, UNet
-from sglang_gen.pipelines import text, unet
+from sglang_gen.engine.denoise import Predict
+from sglang_gen.models.unet import UNet
+from sglang_gen.pipelines import picture, prediction, text, unet
 from sglang_gen.pipelines.request import Request
 
-NETWORK, REGIONS, build, sources = unet.NETWORK, unet.REGIONS, unet.build, unet.sources
-grids = unet.grids
+NETWORK, REGIONS, build, sources, grids = unet.NETWORK, unet.REGIONS, unet.build, unet.sources, unet.grids
+draw, start, widest_map = unet.draw, unet.start, unet.widest_map
+skipped, SIZED_BY_PICTURE = unet.skipped, unet.SIZED_BY_PICTURE
+guidance_scale = prediction.guidance_scale
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 MOST_TOKENS = None  # always as long as the tokenizers say
+UNGUIDED = "there is no guidance at a scale of {scale}"
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
 ZERO_WITHOUT_NEGATIVE = True  # unless model_index.json says otherwise in force_zeros_for_empty_prompt
 SCHEDULER: Mapping[str, Any] = {}
-
-
-def branches(guidance: float, true_cfg: float, negative: bool) -> float:
-    """The scale of classifier-free guidance."""
-    return guidance
+STRENGTH = 0.3  # of the noise on an input picture, unless the request says otherwise
 
 
 def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tuple[Tensor, Tensor]:
@@ -38,52 +38,64 @@ def default_size(diffusers_config: Mapping[str, Any], factor: int) -> tuple[int,
     return size, size
 
 
-def start(
-    diffusers_config: Mapping[str, Any],
-    scheduler: Any,
-    request: Request,
-    generators: Sequence[torch.Generator],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Set the timesteps, of which the first is step 0 even where it stands twice, and draw the noise `[B, C, h, w]`."""
-    noise = unet.start(diffusers_config, scheduler, request, generators, dtype)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
-    return noise
+def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
+    """Set the timesteps; those of the request, of which the first is step 0 even where it stands twice."""
+    timesteps = unet.schedule(diffusers_config, scheduler, request)
+    return timesteps if request.skipped is not None else picture.kept(scheduler, 0)
 
 
-def prepare(
-    network: UNet, scheduler: Any, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]
-) -> "partial[Tensor]":
+def prepare(network: UNet, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:
     """What predicts from the latents: the network with everything that all steps share."""
-    states, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
+    states, pooled = prediction.joined(encoded)
     size = (request.height, request.width)
     sizes = states.new_tensor([*size, 0, 0, *size])  # of the original, of the crop's corner, of what is wanted
-    conditioning = network.condition(scheduler.timesteps, states, pooled, sizes.expand(len(states), -1))
-    return partial(_predict, network, conditioning)
+    return prediction.predictor(network, timesteps, states, pooled, sizes.expand(len(states), -1))
 
 
-def _predict(network: UNet, conditioning: Conditioning, latents: Tensor, step: int) -> Tensor:
-    return network(latents, conditioning, step)
+def encode_picture(vae: Any, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
+    """Latents `[B, C, h, w]` of the picture `[1, 3, H, W]`, drawn for each sample."""
+    with _in_float32(vae, vae.config.force_upcast):
+        latents = picture.encode(vae, pixels.to(dtype), generators).to(dtype)  # rounded first, as diffusers does
+    if (moments := _moments(vae, latents)) is None:
+        return vae.config.scaling_factor * latents
+    mean, deviation = moments
+    return (latents - mean) * vae.config.scaling_factor / deviation
 
 
 def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
     """Pictures `[B, 3, H, W]` in -1..1. An autoencoder that overflows in float16 is at work in float32."""
-    upcast = vae.dtype == torch.float16 and vae.config.force_upcast
-    if upcast:
-        vae.to(torch.float32)
-    pictures: Tensor = vae.decode(_unscaled(vae, latents.to(vae.dtype)), return_dict=False)[0]
-    if upcast:
-        vae.to(torch.float16)
+    with _in_float32(vae, vae.dtype == torch.float16 and vae.config.force_upcast):
+        pictures: Tensor = vae.decode(_unscaled(vae, latents.to(vae.dtype)), return_dict=False)[0]
     return _marked(pictures)
 
 
+@contextmanager
+def _in_float32(vae: Any, wanted: bool) -> Iterator[None]:
+    """The autoencoder in float32 inside, where that is wanted."""
+    dtype = vae.dtype
+    if wanted:
+        nn.Module.to(vae, torch.float32)  # that of diffusers warns
+    try:
+        yield
+    finally:
+        if wanted:
+            nn.Module.to(vae, dtype)
+
+
 def _unscaled(vae: Any, latents: Tensor) -> Tensor:
+    if (moments := _moments(vae, latents)) is None:
+        return latents / vae.config.scaling_factor
+    mean, deviation = moments
+    return latents * deviation / vae.config.scaling_factor + mean
+
+
+def _moments(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and deviation of the latents' channels, where the configuration has both."""
     mean, deviation = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is None or deviation is None:
-        return latents / vae.config.scaling_factor
+        return None
     mean, deviation = (latents.new_tensor(each).view(1, -1, 1, 1) for each in (mean, deviation))
-    return latents * deviation / vae.config.scaling_factor + mean
+    return mean, deviation
 
 
 def _marked(pictures: Tensor) -> Tensor:

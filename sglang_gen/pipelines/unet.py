@@ -10,11 +10,13 @@ from sglang_gen.engine.denoise import draw_noise
 from sglang_gen.engine.patterns import Grid
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.models.unet import Block, Config, LevelConfig, Residual, UNet
+from sglang_gen.pipelines import picture
 from sglang_gen.pipelines.request import Request
 from sglang_gen.weights.load import renamed
 
 NETWORK = "unet"
 REGIONS = (Residual, Block)  # compiled once for all repeats
+SIZED_BY_PICTURE = True  # an input picture is not resized to what the request says
 
 # Parts of our names of tensors, and what stands there in a diffusers checkpoint.
 NAMES = {
@@ -105,17 +107,13 @@ def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]
     return [Grid(*size) for size in sizes]
 
 
-def start(
-    diffusers_config: Mapping[str, Any],
-    scheduler: Any,
-    request: Request,
-    generators: Sequence[torch.Generator],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Set the timesteps and draw what the first step starts from, `[B, C, h, w]`, as strong as the scheduler wants it.
+def skipped(steps: int, strength: float) -> int:
+    """Steps that a picture spares when noise of this strength, 0 to 1, is put on it."""
+    return steps - min(int(steps * strength), steps)
 
-    Raises UserError for a scheduler that cannot.
-    """
+
+def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
+    """Set the timesteps; those that the request runs through, `[S]`. Raises UserError for a scheduler that cannot."""
     kind = type(scheduler).__name__
     try:
         scheduler.set_timesteps(request.steps)
@@ -123,5 +121,24 @@ def start(
         raise UserError(f"{kind} refuses {request.steps} steps: {first_line(error)}") from error
     if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
         raise UserError(f"{kind} is no scheduler of a diffusion model, so it cannot sample from this UNet")
-    drawn = draw_noise((diffusers_config.get("in_channels", 4), *request.latent_size), generators, dtype)
-    return drawn * scheduler.init_noise_sigma
+    return picture.kept(scheduler, request.skipped)
+
+
+def draw(
+    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
+    """Noise `[B, C, h, w]`."""
+    return draw_noise((diffusers_config.get("in_channels", 4), *request.latent_size), generators, dtype)
+
+
+def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
+    """Numbers in the widest map of one row: the first level's."""
+    height, width = request.latent_size
+    return int({**DEFAULTS, **diffusers_config}["block_out_channels"][0]) * height * width
+
+
+def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
+    """What the first step starts from `[B, C, h, w]`: noise alone, or on the picture's latents `source`."""
+    if source is None:
+        return noise * scheduler.init_noise_sigma
+    return scheduler.add_noise(source, noise, timesteps[:1].repeat(len(noise)))

@@ -6,8 +6,11 @@ from typing import Any
 import diffusers
 
 from sglang_gen import log
-from sglang_gen.backends.options.kinds import Kind, read_image
+from sglang_gen.backends.inputs import read_image
+from sglang_gen.backends.options.kinds import Kind
+from sglang_gen.choice import check_start
 from sglang_gen.errors import UserError, nearest
+from sglang_gen.pipelines.picture import none_left
 from sglang_gen.types import Plan
 
 # Arguments that a documented flag or a config key sets; None: sglang-gen itself.
@@ -59,6 +62,8 @@ def check_complete(kind: Kind, plan: Plan, call: dict[str, Any]) -> None:
         raise UserError(f"{name} needs an input image: --image-path FILE")
     if "mask_image" in kind.accepted and "mask_image" not in call:
         raise UserError(f"""{name} needs a mask: --diffusers-kwargs '{{"mask_image": "FILE"}}'""")
+    if "strength" in kind.accepted and "mask_image" not in kind.accepted:
+        check_start(plan.run)
     _check_strength(kind, plan.run.sampling.num_inference_steps, call)
     missing = sorted(kind.required - set(OWNED) - set(call))
     if missing:
@@ -72,10 +77,7 @@ def _check_strength(kind: Kind, steps: int, call: dict[str, Any]) -> None:
     default = inspect.signature(kind.pipeline_class.__call__).parameters["strength"].default
     strength = call.get("strength", default)
     if isinstance(strength, (int, float)) and 0 <= strength <= 1 and int(steps * strength) < 1:
-        raise UserError(
-            f"A strength of {strength} leaves none of {steps} steps; raise --num-inference-steps, or the strength with "
-            """--diffusers-kwargs '{"strength": 0.6}'"""
-        )
+        raise none_left(strength, steps)
 
 
 def _needs_image(kind: Kind) -> bool:

@@ -2,14 +2,13 @@
 
 import inspect
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
 
 from sglang_gen import log
-from sglang_gen.errors import UserError, first_line, nearest
+from sglang_gen.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,3 @@ def _sister(kind: Kind, task: str) -> Kind:
             if member.__name__ == name and model in tables[task]:
                 return _describe(tables[task][model])
     raise UserError(f"{name} takes no input image, and diffusers has no {task} pipeline for the same weights")
-
-
-def read_image(path: str, setting: str) -> Any:
-    """An input picture as RGB (masks too). Raises UserError naming the setting."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(Path(path).expanduser()) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{setting}: the image {path} does not exist") from None
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise UserError(f"{setting}: {path} is not a readable image ({first_line(error)})") from None

@@ -1,0 +1,82 @@
+"""What a plan asks of the native engine's guidance: how strong, in which steps, both branches at once or in turn."""
+
+from typing import Any
+
+import torch
+
+from sglang_gen import log
+from sglang_gen.engine.guidance import Guidance, free_memory, together_fits
+from sglang_gen.errors import UserError
+from sglang_gen.guidance import guided_steps
+from sglang_gen.pipelines.request import Request
+from sglang_gen.schema import GuidanceBatching
+from sglang_gen.types import Plan
+
+
+def guidance(plan: Plan, glue: Any, request: Request, negative: bool, batched: bool) -> Guidance:
+    """That of a batch with or without negative prompts."""
+    interval = plan.run.sampling.guidance_interval
+    return Guidance(
+        _scale(plan, glue, negative),
+        rescale=_number(plan, "guidance_rescale", 0.0),
+        steps=None if interval is None else guided_steps(interval, request.steps, request.skipped or 0),
+        batched=batched,
+    )
+
+
+def is_batched(plan: Plan, glue: Any, network_config: Any, request: Request) -> bool:
+    """Whether both branches go through the network at once: as asked for, or where the memory is free for it."""
+    asked = plan.run.sampling.guidance_batching
+    if asked is not GuidanceBatching.auto:
+        return asked is GuidanceBatching.batched
+    row = glue.widest_map(network_config, request) * getattr(torch, plan.dtype).itemsize
+    return together_fits(free_memory(plan.device), 2 * max(map(len, plan.batches)), row)
+
+
+def effective(plan: Plan, glue: Any, request: Request, batched: bool) -> dict[str, Any]:
+    """How guidance is computed, and in which of the steps that are run: from the first, without the last."""
+    taken = guidance(plan, glue, request, _any_negative(plan), batched)
+    if not taken.on:
+        return {"guidance_batching": "none"}
+    steps = range(request.steps_run) if taken.steps is None else taken.steps
+    return {"guidance_batching": "batched" if batched else "sequential", "guided_steps": [steps.start, steps.stop]}
+
+
+def check(plan: Plan, glue: Any, request: Request) -> None:
+    """Refuse an interval of which an input picture leaves nothing. Raises UserError."""
+    interval = plan.run.sampling.guidance_interval
+    if not guided_steps(interval, request.steps, request.skipped or 0):
+        raise UserError(
+            f"sampling.guidance_interval {interval} lies before the last {request.steps_run} of {request.steps} steps, "
+            "which are those that run from this picture"
+        )
+
+
+def warn_ineffective(plan: Plan, glue: Any) -> None:
+    """One warning for each setting of guidance where there is none."""
+    negative = _any_negative(plan)
+    if _scale(plan, glue, negative) > 1:
+        return
+    scale = plan.run.sampling.guidance_scale
+    if negative:
+        log.warning(glue.INEFFECTIVE_NEGATIVE.format(scale=scale))
+    for path in ("sampling.guidance_interval", "sampling.guidance_batching"):
+        if plan.user_gave(path):
+            log.warning(f"{path} has no effect: {glue.UNGUIDED.format(scale=scale)}")
+
+
+def _any_negative(plan: Plan) -> bool:
+    return any(sample.negative_prompt for batch in plan.batches for sample in batch)
+
+
+def _scale(plan: Plan, glue: Any, negative: bool) -> float:
+    scale: float = glue.guidance_scale(plan.run.sampling.guidance_scale, _number(plan, "true_cfg_scale", 1.0), negative)
+    return scale
+
+
+def _number(plan: Plan, name: str, default: float) -> float:
+    """An argument of --diffusers-kwargs that has to be a number."""
+    value = plan.run.backend.diffusers_kwargs.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"--diffusers-kwargs: '{name}' is {value!r}; it must be a number")
+    return value
