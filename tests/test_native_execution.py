@@ -196,3 +196,14 @@ def test_compiled_blocks_give_the_same_picture_and_a_second_process_finds_them_o
     found = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
     assert found >= missed
     assert counters["inductor"]["fxgraph_cache_miss"] == 0
+
+
+def test_steps_with_and_without_guidance_are_compiled_each(run, traced):
+    words = ("--guidance-scale", "3", "compile.warmup=false")
+    assert run("sd3", *words, folder="eager").code == 0
+    assert run("sd3", *words, "compile=regional", folder="compiled").code == 0
+    alone = len(traced)
+    torch._dynamo.reset()
+    done = run("sd3", *words, "compile=regional", "sampling.guidance_interval=[0, 0.5]", folder="half")
+    assert done.code == 0, done.err
+    assert len(traced) - alone == 2 * alone

@@ -13,6 +13,7 @@ from native import error, record, runner, tensors, with_scheduler
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import CLIPPreTrainedModel
 
 from sglang_gen import env
 from sglang_gen.engine import guidance
@@ -41,7 +42,8 @@ def rows(monkeypatch):
         inner = network.forward
 
         def forward(self, latents, *args, inner=inner):
-            seen.append(len(latents))
+            if latents.device.type != "meta":  # where shapes are found out
+                seen.append(len(latents))
             return inner(self, latents, *args)
 
         monkeypatch.setattr(network, "forward", forward)
@@ -195,13 +197,36 @@ def test_branches_in_turn_take_an_interval_too(run, rows):
     assert error(tensors("sequential")["latents"], tensors("batched")["latents"]) <= 1e-5
 
 
-@pytest.mark.parametrize(("free", "how"), [(None, "batched"), (10**9, "batched"), (10**5, "sequential")])
-def test_auto_takes_both_at_once_where_they_fit(run, rows, monkeypatch, free, how):
+@pytest.mark.parametrize(
+    ("free", "how", "released"),
+    [(None, "batched", False), (10**9, "batched", False), (10**5, "sequential", True)],
+)
+def test_auto_takes_both_at_once_and_keeps_the_encoders_where_they_fit(run, rows, monkeypatch, free, how, released):
     monkeypatch.setattr("sglang_gen.backends.guiding.free_memory", lambda device: free)
+    monkeypatch.setattr("sglang_gen.backends.native.stored_bytes", lambda tensor: 0)
     done = run("sdxl", steps=2)
     assert done.code == 0, done.err
     assert record("outputs")["effective"]["guidance_batching"] == how
+    assert record("outputs")["effective"]["released"] == (["text_encoder", "text_encoder_2"] if released else [])
     assert rows == ([2, 2] if how == "batched" else [1, 1, 1, 1])
+
+
+def test_encoders_that_leave_make_room_for_both_branches(run, rows, monkeypatch):
+    monkeypatch.setattr("sglang_gen.backends.guiding.free_memory", lambda device: 10**5)
+    monkeypatch.setattr("sglang_gen.backends.native.stored_bytes", lambda tensor: 10**8)
+    placed, place = [], CLIPPreTrainedModel.to
+
+    def noted(encoder, *args, **kwargs):
+        placed.append((len(rows), args))
+        return place(encoder, *args, **kwargs)
+
+    monkeypatch.setattr(CLIPPreTrainedModel, "to", noted)
+    done = run("sdxl", "--num-samples", "2", steps=2)
+    assert done.code == 0, done.err
+    assert rows == [2, 2, 2, 2]
+    assert record("outputs")["effective"]["released"] == ["text_encoder", "text_encoder_2"]
+    moves = [(evaluations, args) for evaluations, args in placed if args == ("cpu",)]
+    assert moves[-8:] == 4 * [(0, ("cpu",))] + 4 * [(2, ("cpu",))]  # there and back for each batch, before its steps
 
 
 class Live(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """What a plan asks of the native engine's guidance: how strong, in which steps, both branches at once or in turn."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +25,27 @@ def guidance(plan: Plan, glue: Any, request: Request, negative: bool, batched: b
     )
 
 
-def is_batched(plan: Plan, glue: Any, network_config: Any, request: Request) -> bool:
-    """Whether both branches go through the network at once: as asked for, or where the memory is free for it."""
-    asked = plan.run.sampling.guidance_batching
-    if asked is not GuidanceBatching.auto:
-        return asked is GuidanceBatching.batched
-    row = glue.widest_map(network_config, request) * getattr(torch, plan.dtype).itemsize
-    return together_fits(free_memory(plan.device), 2 * max(map(len, plan.batches)), row)
+@dataclass(frozen=True)
+class Room:
+    """Whether both branches go through the network at once, and whether the text encoders leave the GPU before that."""
+
+    batched: bool
+    released: bool
+
+
+def room(plan: Plan, glue: Any, network_config: Any, request: Request, encoders: int) -> Room:
+    """What the memory that is free after loading allows; `encoders` are the bytes of the text encoders.
+
+    Where it is short the encoders go first, which costs a copy for each batch, then the branches take turns, which
+    costs time in every step.
+    """
+    free, row = free_memory(plan.device), glue.widest_map(network_config, request) * getattr(torch, plan.dtype).itemsize
+    rows, asked = max(map(len, plan.batches)), plan.run.sampling.guidance_batching
+    batched = asked is GuidanceBatching.batched
+    if asked is GuidanceBatching.auto:
+        batched = together_fits(None if free is None else free + encoders, 2 * rows, row)
+    pair = batched and guidance(plan, glue, request, _any_negative(plan), batched).on
+    return Room(batched, released=not together_fits(free, 2 * rows if pair else rows, row))
 
 
 def effective(plan: Plan, glue: Any, request: Request, batched: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from sglang_gen.engine.denoise import Predict, denoise, step_numbers
 from sglang_gen.engine.guidance import Encoded, Guidance, distinct, guided
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.perf.flops import CallLog
+from sglang_gen.perf.flops import CallLog, stored_bytes
 from sglang_gen.perf.record import Clock
 from sglang_gen.pipelines import picture
 from sglang_gen.pipelines.request import Request
@@ -87,7 +87,8 @@ class NativeEngine:
             picture.check_strength(self.strength, plan.run.sampling.num_inference_steps, glue.skipped)
         whole = self._request(plan.run.sampling.num_inference_steps)
         guiding.check(plan, glue, whole)
-        self.batched = guiding.is_batched(plan, glue, self.config, whole)
+        encoders = sum(stored_bytes(each) for name in glue.TEXT_PARTS for each in parts[name].parameters())
+        self.room = guiding.room(plan, glue, self.config, whole, encoders)
         self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", glue.ZERO_WITHOUT_NEGATIVE)
         for name in glue.TEXT_PARTS:
             calls.watch("text_encoding", name, parts[name])
@@ -106,7 +107,8 @@ class NativeEngine:
             "offload": [],
             "lora": [],
             "cache": "none",
-            **guiding.effective(self.plan, self.glue, request, self.batched),
+            **guiding.effective(self.plan, self.glue, request, self.room.batched),
+            "released": list(self.glue.TEXT_PARTS) if self.room.released else [],
             "pipeline": _class_name(self.plan),
             "makes": "image",
             "components": {self.glue.NETWORK: type(self.network).__name__, **classes},
@@ -131,9 +133,11 @@ class NativeEngine:
     def _sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded:
         request, scheduler = self._request(steps), self.parts["scheduler"]
         negative = bool(batch[0].negative_prompt)  # batches are of one kind
-        guidance = guiding.guidance(self.plan, self.glue, request, negative, self.batched)
+        guidance = guiding.guidance(self.plan, self.glue, request, negative, self.room.batched)
         clock.enter("text_encoding")
+        self._place_encoders(self.plan.device)
         encoded = self._encode(batch, guidance, request)
+        self._place_encoders("cpu")
         clock.enter("latents")
         generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
         timesteps = self.glue.schedule(self.config, scheduler, request)
@@ -180,6 +184,11 @@ class NativeEngine:
         if self.image is None:
             return None
         return self.glue.skipped(steps, self.strength) if steps == self.plan.run.sampling.num_inference_steps else 0
+
+    def _place_encoders(self, device: str) -> None:
+        """Where the device has no room for them beside the denoising, text encoders are on it only while they work."""
+        for name in self.glue.TEXT_PARTS if self.room.released else ():
+            self.parts[name].to(device)
 
     def _encode(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[tuple[Tensor, ...]]:
         """Encoded texts: of the negative prompts, where there is guidance, and of the prompts."""

@@ -93,8 +93,8 @@ def free_memory(device: str) -> int | None:
 
 
 def together_fits(free: int | None, rows: int, row_bytes: int) -> bool:
-    """Whether both branches fit into the free memory at once; on the CPU (None) they are taken to.
+    """Whether a batch fits into the free memory at once; on the CPU (None) it is taken to.
 
-    `rows` is the batch of both, `row_bytes` the widest map of one row.
+    `rows` is the batch, of both branches where they are computed together, `row_bytes` the widest map of one row.
     """
     return free is None or MAPS * rows * row_bytes <= free

@@ -140,7 +140,7 @@ def prepare(network: Flux, timesteps: Tensor, request: Request, encoded: Sequenc
     states, pooled = prediction.joined(encoded)
     dtype = states.dtype  # in which diffusers rounds both before it multiplies, and with it every picture so far
     times = timesteps.to(dtype) / 1000 * 1000
-    guidance = (torch.tensor(request.guidance, dtype=dtype) * 1000).item()
+    guidance = (torch.tensor(request.guidance, dtype=dtype, device="cpu") * 1000).item()
     return prediction.predictor(network, times, states, pooled, guidance, *_grid(request))
 
 
