@@ -43,6 +43,7 @@ types: $(STAMP)  ## mypy, strict
 bench: $(STAMP)  ## benchmarks: start, composition, a picture (pytest-benchmark), a denoising step beside its peers
 	$(BIN)/python -m pytest -m bench tests/bench
 	$(BIN)/python -m tools.bench.networks
+	$(BIN)/python -m tools.bench.start
 
 wheel-smoke: $(STAMP)  ## build the wheel, install it in a clean environment, generate outside of the checkout
 	PYTHON=$(BIN)/python tools/wheel_smoke.sh

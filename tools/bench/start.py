@@ -1,0 +1,89 @@
+"""From a cold process to the first picture of the embedded model: CPU seconds of ours and of diffusers, in turn.
+
+    python -m tools.bench.start --rounds 7
+
+Both draw the same prompt with the same seed, dtype, steps and guidance, and save it. Processors are shared with others,
+so CPU seconds (user and system, all threads) are told, not the time on the wall. `import` of ours holds the
+composition of the configuration and the plan. What is left to the total is the end of the process.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+from sglang_gen import env
+from sglang_gen.perf.statistics import judge
+
+PROMPT, STEPS, GUIDANCE, TOKENS = "A serene landscape with mountains and a lake at sunset", 28, 4.0, 32
+DTYPE = "bfloat16" if env.cpu_has_bf16() else "float32"
+
+OURS = f"""
+import json, sys, time
+from sglang_gen import cli
+from sglang_gen.backends import native
+marks, load = [], native.load
+def noted(*args):
+    marks.append(time.process_time())
+    engine = load(*args)
+    marks.append(time.process_time())
+    return engine
+native.load = noted
+assert cli.main(["generate", "--prompt", {PROMPT!r}, "--seed", "42", "--dtype", "{DTYPE}", "--backend", "sglang"]) == 0
+print(json.dumps([*marks, time.process_time()]))
+sys.exit(0)
+"""
+THEIRS = f"""
+import json, sys, time
+import torch
+from diffusers import StableDiffusion3Pipeline
+marks = [time.process_time()]
+pipeline = StableDiffusion3Pipeline.from_pretrained({str(env.embedded_model())!r}, torch_dtype=torch.{DTYPE})
+marks.append(time.process_time())
+picture = pipeline({PROMPT!r}, num_inference_steps={STEPS}, guidance_scale={GUIDANCE}, max_sequence_length={TOKENS},
+                   generator=torch.Generator("cpu").manual_seed(42)).images[0]
+picture.save("picture.png")
+print(json.dumps([*marks, time.process_time()]))
+"""
+PHASES = ("import", "load", "run", "total")
+
+
+def once(code: str, folder: Path) -> dict[str, float]:
+    """CPU seconds of the phases of one process."""
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    after = os.times()
+    marks = [0.0, *json.loads(done.stdout.splitlines()[-1])]
+    phases = [later - earlier for earlier, later in pairwise(marks)]
+    total = after.children_user + after.children_system - before.children_user - before.children_system
+    return dict(zip(PHASES, [*phases, total], strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    found: dict[str, list[dict[str, float]]] = {"sglang-gen": [], "diffusers": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(-1, rounds):  # the first fills the caches of files and is not counted
+            turn = [("sglang-gen", OURS), ("diffusers", THEIRS)]
+            for name, code in turn if number % 2 else reversed(turn):
+                seconds = once(code, Path(folder))
+                if number >= 0:
+                    found[name].append(seconds)
+    print(f"| CPU seconds, {DTYPE}, median of {rounds} | {' | '.join(PHASES)} |\n|---|{'---|' * len(PHASES)}")
+    for name, runs in found.items():
+        medians = [f"{statistics.median(run[phase] for run in runs):.2f}" for phase in PHASES]
+        print(f"| {name} | {' | '.join(medians)} |")
+    verdict = judge(*([run["total"] for run in found[name]] for name in ("diffusers", "sglang-gen")), tolerance=0.02)
+    low, high = verdict.interval or (verdict.ratio, verdict.ratio)
+    print(f"\nTotal, ours / diffusers: {verdict.ratio:.2f} ({low:.2f} to {high:.2f}, 95 %).")
+
+
+if __name__ == "__main__":
+    main()
