@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from little_hub import LittleHub
-from test_native import COMMON, assert_same, edited, picture, record
+from native import COMMON, assert_same, edited, picture, record
 from tiny import fill
 from transformers import CLIPTextModel
 
@@ -20,7 +20,7 @@ SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "2", "--gui
 def run(pipelines, sglang):
     def generate(name, *words: object, folder: str = "outputs"):
         return sglang("generate", "--model-path", pipelines.get(name, name), "--prompt", "a cat", *COMMON, *SMALL,
-                      "--output-path", folder, *words)  # fmt: skip
+                      "--dtype", "float32", "--output-path", folder, *words)  # fmt: skip
 
     return generate
 

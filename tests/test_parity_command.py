@@ -15,13 +15,13 @@ import tiny
 import torch
 
 from sglang_gen import log
-from sglang_gen.backends import diffusers, native
+from sglang_gen.backends import diffusers, guiding, native
 from sglang_gen.config import Choices, compose
 from sglang_gen.debug import command, layouts, report
 from sglang_gen.debug import parity as parity_of_engines
 from sglang_gen.debug.correspondence import correspond
 from sglang_gen.debug.verdict import TOLERANCES, Report, Row, Tolerance, Verdict
-from sglang_gen.engine.denoise import Guidance
+from sglang_gen.engine.guidance import Guidance
 from sglang_gen.models import flux as flux_model
 from sglang_gen.models import sd3 as sd3_model
 from sglang_gen.parallel.mesh import Mesh
@@ -247,10 +247,10 @@ def change_scheduler(engine) -> None:
 
 
 def one_more_step(function):
-    def start(config, scheduler, request, *rest):
-        return function(config, scheduler, SimpleNamespace(**{**request_values(request), "steps": 3}), *rest)
+    def schedule(config, scheduler, request):
+        return function(config, scheduler, SimpleNamespace(**{**request_values(request), "steps": 3}))
 
-    return start
+    return schedule
 
 
 def request_values(request) -> dict:
@@ -274,7 +274,7 @@ IN_A_STAGE = [
     ("text encoding, text (theirs: encoder_hidden_states) the shapes are [2, 93, 64] and [2, 333, 64]",
      wrong_glue(encode=lambda encode: lambda parts, texts, length: encode(parts, texts, 16))),
     ("schedule, timesteps (theirs: timesteps) by 0.", change_scheduler),
-    ("schedule, timesteps (theirs: timesteps) the shapes are [3] and [2]", wrong_glue(start=one_more_step)),
+    ("schedule, timesteps (theirs: timesteps) the shapes are [3] and [2]", wrong_glue(schedule=one_more_step)),
     ("latents, initial latents (theirs: latents) by 0.1", wrong_glue(start=scaled(1.1))),
     ("step 1, scheduler, next latents (theirs: latents) by 0.01",
      lambda engine: setattr(engine.parts["scheduler"], "step", louder(engine.parts["scheduler"].step))),
@@ -288,20 +288,20 @@ def test_a_defect_outside_of_the_network_is_named_by_its_stage(found, stage, cha
 
 
 def test_a_wrong_scale_of_guidance_shows_in_the_prediction_and_not_in_a_module(found, monkeypatch):
-    monkeypatch.setattr(native, "_guidance", lambda *args, **kwargs: Guidance(3.5))
+    monkeypatch.setattr(guiding, "guidance", lambda *args, **kwargs: Guidance(3.5))
     sentence = report.sentence(found("sd3"))
     assert sentence.startswith("different: step 1, prediction, guided prediction (theirs: noise_pred) by ")
 
 
 def test_generators_that_have_gone_on_show_in_the_noise_that_a_scheduler_draws(found, pipelines):
-    def start(*args):
-        noise = sd.start(*args)
-        torch.randn(1, generator=args[3][0])
+    def draw(config, request, generators, dtype):
+        noise = sd.draw(config, request, generators, dtype)
+        torch.randn(1, generator=generators[0])
         return noise
 
     differs = found(
         str(with_scheduler(pipelines["sd15"], "EulerAncestralDiscreteScheduler")),
-        lambda engine: setattr(engine, "glue", SimpleNamespace(**{**vars(sd), "start": start})),
+        lambda engine: setattr(engine, "glue", SimpleNamespace(**{**vars(sd), "draw": draw})),
     )
     assert report.sentence(differs).startswith("different: step 1, scheduler, next latents (theirs: latents) by ")
 

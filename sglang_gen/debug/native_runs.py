@@ -1,6 +1,7 @@
 """Generations of the native engine beside a recorded one of diffusers: as it is, and led along the other's latents."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import wraps
 from types import SimpleNamespace
@@ -40,18 +41,21 @@ class Led:
 
 def run_free(engine: Any, generate: Generate) -> Free:
     """Raises RunError where it fails before the first step, when there is nothing to compare."""
+    encoded: list[list[tuple[Tensor, ...]]] = []
     begun: list[Free] = []
+    encode, start = engine._encode, engine._noise
 
-    def prepare(network: Any, scheduler: Any, request: Request, encoded: list[tuple[Tensor, ...]]) -> Any:
-        begun.append(Free(request, copied(encoded), noise[0], schedule(scheduler)))
-        return glue.prepare(network, scheduler, request, encoded)
+    def noted_encode(*args: Any) -> list[tuple[Tensor, ...]]:
+        found: list[tuple[Tensor, ...]] = encode(*args)
+        encoded.append(copied(found))
+        return found
 
-    def start(*args: Any) -> Tensor:
-        noise.append(glue.start(*args))
-        return noise[-1]
+    def noted_start(request: Request, *args: Any) -> Tensor:
+        noise: Tensor = start(request, *args)
+        begun.append(Free(request, encoded[-1], copied(noise), schedule(engine.parts["scheduler"])))
+        return noise
 
-    glue, noise = engine.glue, list[Tensor]()
-    with _glue(engine, prepare=prepare, start=start):
+    with replaced(engine, "_encode", noted_encode), replaced(engine, "_noise", noted_start):
         try:
             decoded = generate()
         except RunError as error:
@@ -60,8 +64,6 @@ def run_free(engine: Any, generate: Generate) -> Free:
             begun[0].failure = str(error)
             return begun[0]
     begun[0].decoded = decoded
-    assert decoded.noise is not None
-    begun[0].noise = decoded.noise  # which sampling.latents may have replaced
     return begun[0]
 
 
@@ -74,13 +76,13 @@ def run_led(engine: Any, generate: Generate, recording: Recording) -> Led:
     """
     led, glue, scheduler = Led(), engine.glue, engine.parts["scheduler"]
     assert recording.decoded is not None
-    noise, step = recording.decoded.noise, scheduler.step
+    noise, begin, step = recording.decoded.noise, engine._noise, scheduler.step
 
-    def prepare(network: Any, _scheduler: Any, request: Request, _encoded: Sequence[Any]) -> Any:
-        return glue.prepare(network, SimpleNamespace(**recording.schedule), request, recording.encoded())
+    def prepare(network: Any, timesteps: Tensor, *args: Any) -> Any:
+        return glue.prepare(network, recording.schedule["timesteps"][-len(timesteps) :], *args)
 
     def start(*args: Any) -> Tensor:
-        drawn: Tensor = glue.start(*args)
+        drawn: Tensor = begin(*args)
         return drawn if noise is None else noise.to(drawn)
 
     @wraps(step)
@@ -90,18 +92,20 @@ def run_led(engine: Any, generate: Generate, recording: Recording) -> Led:
         led.steps.append(Step(prediction, copied(sample), copied(result[0])))
         return (recording.steps[len(led.steps) - 1].after.clone(),)
 
-    with _glue(engine, prepare=prepare, start=start), replaced(scheduler, "step", led_step):
+    with ExitStack() as stack:
+        for owner, name, other in (
+            (engine, "glue", SimpleNamespace(**{**vars(glue), "prepare": prepare})),
+            (engine, "_encode", lambda *_: recording.encoded()),
+            (engine, "_noise", start),
+            (scheduler, "step", led_step),
+        ):
+            stack.enter_context(replaced(owner, name, other))
         led.decoded = generate()
     return led
-
-
-def _glue(engine: Any, **changes: Any) -> Any:
-    """The engine's glue with other functions in place of some; the module itself stays as it is for everyone."""
-    return replaced(engine, "glue", SimpleNamespace(**{**vars(engine.glue), **changes}))
 
 
 @torch.no_grad()
 def predict_once(engine: Any, request: Request, timestep: Tensor, texts: tuple[Tensor, ...], latents: Tensor) -> None:
     """One evaluation of the network of ours at one timestep, for those who watch its modules."""
-    predict = engine.glue.prepare(engine.network, SimpleNamespace(timesteps=timestep[None]), request, [texts])
+    predict = engine.glue.prepare(engine.network, timestep[None], request, [texts])
     predict(latents, 0)

@@ -3,7 +3,7 @@
     python -m tools.bench.start --rounds 7
 
 Both draw the same prompt with the same seed, dtype, steps and guidance, and save it. Processors are shared with others,
-so CPU seconds (user and system, all threads) are told, not the time on the wall. `import` of ours holds the
+so CPU seconds (user and system) of one thread are told, not the time on the wall. `import` of ours holds the
 composition of the configuration and the plan. What is left to the total is the end of the process.
 """
 
@@ -58,7 +58,9 @@ PHASES = ("import", "load", "run", "total")
 def once(code: str, folder: Path) -> dict[str, float]:
     """CPU seconds of the phases of one process."""
     before = os.times()
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env.of_rank(threads=1), capture_output=True, text=True, check=True
+    )
     after = os.times()
     marks = [0.0, *json.loads(done.stdout.splitlines()[-1])]
     phases = [later - earlier for earlier, later in pairwise(marks)]
