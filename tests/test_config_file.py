@@ -64,6 +64,7 @@ def test_a_record_pins_what_the_run_decided():
         "dtype": DType.float32,
         "backend.name": BackendName.diffusers,
         "device": found.values["device"],
+        "attention.backend": "sdpa",
     }
     assert found.values["device"].name == "cpu"
     assert found.versions == {"torch": "1.0"}

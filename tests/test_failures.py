@@ -245,6 +245,9 @@ def test_what_was_finished_before_a_failure_stays_whole(sglang, pipelines, monke
     forward = NETWORKS[backend].forward
 
     def second_breaks(self, *args, **kwargs):
+        latents = args[0] if args else kwargs["hidden_states"]
+        if latents.device.type == "meta":  # shapes are found out, and nothing is computed
+            return forward(self, *args, **kwargs)
         calls.append(1)
         if len(calls) > 2:
             raise RuntimeError("lost")

@@ -59,8 +59,12 @@ class Execution:
 
     @property
     def waits(self) -> bool:
-        """Whether the kernel depends on the shapes of the run."""
-        timed = self.attention.backend == "auto" and not self.attention.backend_config
+        """Whether the kernel depends on the shapes of the run: flex, and auto where it times.
+
+        In float32 auto keeps torch's choice, with which diffusers rounds: guidance makes of other rounding more than
+        float32 promises.
+        """
+        timed = self.attention.backend == "auto" and not self.attention.backend_config and self.plan.dtype != "float32"
         return timed or self.attention.backend == "flex"
 
     def settle(
