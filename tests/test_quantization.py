@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.configuration_utils import register_to_config
-from PIL import Image
+from networks import CLASSES, effective, picture
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig
@@ -22,19 +22,6 @@ from sglang_gen.quantization import Facts
 from sglang_gen.schema import QuantMethod
 
 SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--num-inference-steps", "2", "--dtype", "float32")
-CLASSES = {
-    "flux": (diffusers.FluxPipeline, diffusers.FluxTransformer2DModel, "transformer"),
-    "sd3": (diffusers.StableDiffusion3Pipeline, diffusers.SD3Transformer2DModel, "transformer"),
-    "sdxl": (diffusers.StableDiffusionXLPipeline, diffusers.UNet2DConditionModel, "unet"),
-}
-
-
-def picture(number: int = 0) -> np.ndarray:
-    return np.asarray(Image.open(f"outputs/generated_image_{number}.png")).astype(int)
-
-
-def effective(number: int = 0) -> dict:
-    return json.loads(Path(f"outputs/generated_image_{number}.json").read_text())["effective"]
 
 
 @pytest.fixture

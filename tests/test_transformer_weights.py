@@ -9,8 +9,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from networks import CLASSES, effective, picture
 from original_layout import original_flux, original_sd3, unet_name
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_native import assert_same, record
 from tiny import fill
@@ -22,19 +22,6 @@ from sglang_gen.weight_files import Tensor, WeightFiles
 
 SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--num-inference-steps", "2")
 STEM = "diffusion_pytorch_model"
-CLASSES = {
-    "flux": (diffusers.FluxPipeline, diffusers.FluxTransformer2DModel, "transformer"),
-    "sd3": (diffusers.StableDiffusion3Pipeline, diffusers.SD3Transformer2DModel, "transformer"),
-    "sdxl": (diffusers.StableDiffusionXLPipeline, diffusers.UNet2DConditionModel, "unet"),
-}
-
-
-def picture(number: int = 0) -> np.ndarray:
-    return np.asarray(Image.open(f"outputs/generated_image_{number}.png")).astype(int)
-
-
-def effective(number: int = 0) -> dict:
-    return json.loads(Path(f"outputs/generated_image_{number}.json").read_text())["effective"]
 
 
 @pytest.fixture
