@@ -59,6 +59,7 @@ def test_only_the_named_kernel_of_torch_runs(monkeypatch):
         ("sage", {}, "'sage' needs the package sageattention (pip install sageattention)"),
         ("math", {"priority": ["flash"]}, "the kernel 'math' takes no settings"),
         ("sdpa", {"prioritty": ["flash"]}, "unknown key 'prioritty'; did you mean 'priority'?"),
+        ("auto", {"window": 3}, "'window' is a setting of flex; add attention=flex"),
         ("sdpa", {"priority": ["cudnn"]}, "'priority' is a list of kernels that run here: flash, math"),
         ("flex", {"windw": 2}, "unknown key 'windw'; did you mean 'window'?"),
         ("flex", {"window": "2"}, "'window' is a whole number of at least 0, not '2'"),

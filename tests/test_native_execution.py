@@ -95,6 +95,12 @@ def test_a_kernel_that_does_not_run_here_is_refused_by_name(run):
     assert "its attention kernels are auto, sdpa" in done.err
 
 
+def test_settings_of_flex_that_do_not_fit_are_refused_before_anything_is_computed(run):
+    done = run("sd3", "attention=flex", "attention.backend_config={window: -1}")
+    assert (done.code, "'window' is a whole number of at least 0, not -1" in done.err) == (2, True)
+    assert "Generating with prompt" not in done.err
+
+
 class Little(nn.Module):
     def __init__(self, config: int) -> None:
         super().__init__()

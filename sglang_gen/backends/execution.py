@@ -50,7 +50,8 @@ class Execution:
         settings = plan.run.compile
         self.regions = glue.REGIONS if settings.regional else ()
         self.compiled = _compile(network, self.regions, plan.device) if settings.enable_torch_compile else None
-        self.kernel = kernels.sdpa() if self.waits else kernels.choose(self.attention, plan.device, self.dtype, ())
+        # Chosen here so that it is refused before anything is computed; what waits is chosen again for the shapes.
+        self.kernel = kernels.choose(self.attention, plan.device, self.dtype, ())
         self.seen: set[Any] = set()
 
     @property
@@ -72,7 +73,7 @@ class Execution:
     ) -> None:
         """Make ready for evaluations of a batch `latents` with these texts. Collective on the first call.
 
-        `kinds` are evaluations that differ in shape. Raises UserError for settings of flex that do not fit.
+        `kinds` are evaluations that differ in shape.
         """
         shape = (tuple(latents.shape), *(tuple(part.shape) for text in encoded for part in text))
         if shape in self.seen:

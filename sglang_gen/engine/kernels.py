@@ -114,6 +114,8 @@ def candidates(shapes: Iterable[tuple[int, ...]], device: str, dtype: torch.dtyp
 def priority(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> list[str]:
     """`{"priority": ["cudnn", "flash"]}`: the kernels that sdpa may take, in this order. Raises UserError."""
     for key in config:
+        if key in patterns.KEYS:
+            raise UserError(f"attention.backend_config: '{key}' is a setting of flex; add attention=flex")
         if key != "priority":
             raise UserError(f"attention.backend_config: unknown key '{key}'{nearest(key, ['priority'])}")
     order = config.get("priority", [])

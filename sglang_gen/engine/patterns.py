@@ -16,6 +16,7 @@ from sglang_gen import env
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.models.attention import Kernel
 
+KEYS = ("window", "tile", "reach")
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, query, key) -> whether it is seen
 
 
@@ -55,10 +56,9 @@ class Pattern:
 
 def parse(config: Mapping[str, Any]) -> Pattern:
     """The pattern of attention.backend_config. Raises UserError naming the key that does not fit."""
-    keys = ("window", "tile", "reach")
     for key, value in config.items():
-        if key not in keys:
-            raise UserError(f"attention.backend_config: unknown key '{key}'{nearest(key, keys)}")
+        if key not in KEYS:
+            raise UserError(f"attention.backend_config: unknown key '{key}'{nearest(key, KEYS)}")
         least = 1 if key == "tile" else 0
         if type(value) is not int or value < least:
             raise UserError(f"attention.backend_config: '{key}' is a whole number of at least {least}, not {value!r}")
