@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sglang_gen.engine import patterns
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.models.attention import Attend, Kernel
+from sglang_gen.parallel.sequence import Summing
 from sglang_gen.schema import Attention
 
 SDPA_KERNELS = {
@@ -93,6 +94,39 @@ def named(name: str) -> Choice:
     if name in SDPA_KERNELS:
         return Choice(name, inside_sdpa([name]))
     return Choice(name, _packaged(PACKAGES[name]))
+
+
+def summing(name: str, device: str, dtype: torch.dtype) -> Summing | None:
+    """The kernel of that name, if it also gives the log-sum-exp of its scores; None for one that does not."""
+    if name == "math":
+        return _summing_math
+    if device == "cpu":
+        return _summing_flash_on_cpu if name in ("sdpa", "flash") else None
+    half = dtype.itemsize == 2
+    if name == "sdpa":
+        name = "flash" if half and runs("flash", device, dtype) else "efficient"
+    return {"flash": _summing_flash, "efficient": _summing_efficient}.get(name)
+
+
+def _summing_math(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
+    lse = scores.logsumexp(dim=-1)
+    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+def _summing_flash_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return out, lse
+
+
+def _summing_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    return out, lse
+
+
+def _summing_efficient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    return out, lse[..., : q.shape[2]]  # it pads them to a multiple of 32
 
 
 def sdpa() -> Choice:

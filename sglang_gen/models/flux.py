@@ -146,7 +146,7 @@ class SingleBlock(nn.Module):
     def forward(self, x: Tensor, m: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Text and image `[B, T + L, D]`, their modulation `[B, 3, D]`."""
         shift, scale, gate = m.split(1, dim=1)
-        width = x.shape[-1]
+        width = self.to_qkv_ff.out_features // 7
         qkv, inner = self.to_qkv_ff(modulate(x, shift, scale)).split([3 * width, 4 * width], dim=-1)
         q, k, v = self.norms(qkv, self.heads)
         attended = rearrange(self.attend(rotate(q, rotary), rotate(k, rotary), v), "b h l d -> b l (h d)")

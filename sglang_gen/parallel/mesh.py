@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sglang_gen.parallel.collectives import Axis
 from sglang_gen.types import Layout
 
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")
+SEQUENCE = "sp"  # ring and ulysses as one axis
 TIMEOUT = timedelta(minutes=30)  # a collective that waits longer for a rank fails
 
 
@@ -28,6 +30,15 @@ class Mesh:
     def index(self, axis: str) -> int:
         """This rank's coordinate on `axis`."""
         return coordinates(self.layout, self.rank)[axis]
+
+    def axis(self, name: str) -> Axis:
+        """One axis of the mesh, or "sp": ring and ulysses as one, of which ring is the outer."""
+        group = self.groups[name].group_name if name in self.groups else ""
+        if name != SEQUENCE:
+            return Axis(name, self.size(name), self.index(name), group)
+        ulysses = self.size("ulysses")
+        index = self.index("ring") * ulysses + self.index("ulysses")
+        return Axis(name, self.size("ring") * ulysses, index, group)
 
     @property
     def leads(self) -> bool:
@@ -74,11 +85,12 @@ def coordinates(layout: Layout, rank: int) -> dict[str, int]:
 
 
 def members(layout: Layout, axis: str) -> list[list[int]]:
-    """The groups of ranks that differ on `axis` alone, each in the order of the axis."""
+    """The groups of ranks that differ on `axis` alone, each in the order of the axis; "sp" is ring and ulysses."""
+    within = ("ring", "ulysses") if axis == SEQUENCE else (axis,)
     found: dict[tuple[int, ...], list[int]] = {}
     for rank in range(layout.ranks):
         place = coordinates(layout, rank)
-        found.setdefault(tuple(place[name] for name in AXES if name != axis), []).append(rank)
+        found.setdefault(tuple(place[name] for name in AXES if name not in within), []).append(rank)
     return list(found.values())
 
 
@@ -90,9 +102,9 @@ def join(layout: Layout, rank: int, port: int, device: str) -> Mesh:
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=layout.ranks, timeout=TIMEOUT)
     groups = {}
-    for axis in AXES:
-        if getattr(layout, axis) == 1:
-            continue
+    for axis in (*AXES, SEQUENCE):
+        if len(members(layout, axis)) == layout.ranks:
+            continue  # every rank is alone
         for ranks in members(layout, axis):
             group = dist.new_group(ranks, timeout=TIMEOUT)
             if rank in ranks:

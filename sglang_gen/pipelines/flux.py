@@ -1,6 +1,7 @@
 """FLUX.1 dev and schnell: pooled CLIP text, T5 tokens, latents packed two by two, guidance as an input."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,11 @@ from torch import Tensor, nn
 
 from sglang_gen.engine.denoise import Predict, draw_noise
 from sglang_gen.engine.patterns import Grid
-from sglang_gen.models.flux import Block, Config, Flux, SingleBlock
+from sglang_gen.models.attention import Attend
+from sglang_gen.models.flux import Block, Conditioning, Config, Flux, SingleBlock
+from sglang_gen.parallel.collectives import Axis
+from sglang_gen.parallel.door import Kinds, Sharding, cut, part
+from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows
 from sglang_gen.pipelines import flow, picture, prediction, text
 from sglang_gen.pipelines.request import Request
 from sglang_gen.weights.load import renamed
@@ -60,6 +65,49 @@ NAMES = {
     "up": ("net.0.proj",),
     "down": ("net.2",),
 }
+
+TENSOR = {
+    "*modulation.linear": Gathered(),
+    "blocks.*.image": Heads(),
+    "blocks.*.text": Heads(),
+    "single_blocks.?": Heads(),
+    "single_blocks.??": Heads(),
+    "*.to_qkv": Columns((1, 1, 1)),
+    "blocks.*.to_out": Rows(),
+    "*.up": Columns(),
+    "*.down": Rows(),
+    "*.to_qkv_ff": Columns((1, 1, 1, 4)),
+    "single_blocks.*.to_out": Rows((1, 4)),
+}
+
+
+def leaves(network: Flux) -> dict[str, list[Attend]]:
+    """All attentions are of text and image together."""
+    return {"joint": [block.attend for block in (*network.blocks, *network.single_blocks)]}
+
+
+def tokens(config: Config, shape: Sequence[int], images: Sequence[int], texts: Sequence[int]) -> Kinds:
+    """Tokens of every rank; the latents `[B, L, C]` are cut along their tokens."""
+    return {"joint": tuple(map(sum, zip(images, texts, strict=True)))}
+
+
+def share(
+    config: Config, whole: Conditioning, arguments: tuple[Any, ...], axis: Axis
+) -> tuple[Conditioning, tuple[int, ...]]:
+    """One rank's text tokens and rotary table, and every rank's number of text tokens."""
+    rows, columns = arguments[-2:]
+    texts, images = cut(whole.text.shape[1], 1, axis.size), cut(rows * columns, 1, axis.size)
+
+    def turned(table: Tensor) -> Tensor:
+        text, image = table.split([sum(texts), sum(images)])
+        return torch.cat([part(text, 0, texts, axis.index), part(image, 0, images, axis.index)])
+
+    cosines, sines = whole.rotary
+    mine = replace(whole, text=part(whole.text, 1, texts, axis.index), rotary=(turned(cosines), turned(sines)))
+    return mine, texts
+
+
+SHARDING = Sharding(dim=1, unit=lambda config: 1, leaves=leaves, tokens=tokens, share=share)
 
 
 def sources(name: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5: two CLIP encoders and T5, flow matching, an autoencoder with a shift."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +9,11 @@ from torch import Tensor, nn
 
 from sglang_gen.engine.denoise import Predict, draw_noise
 from sglang_gen.engine.patterns import Grid
-from sglang_gen.models.sd3 import SD3, Block, Config
+from sglang_gen.models.attention import Attend
+from sglang_gen.models.sd3 import SD3, Block, Conditioning, Config
+from sglang_gen.parallel.collectives import Axis
+from sglang_gen.parallel.door import Kinds, Sharding, cut, part
+from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows
 from sglang_gen.pipelines import flow, picture, prediction, text
 from sglang_gen.pipelines.request import Request
 from sglang_gen.weights.load import renamed
@@ -53,6 +58,48 @@ NAMES = {
     "up": ("net.0.proj",),
     "down": ("net.2",),
 }
+
+TENSOR = {
+    "*modulation.linear": Gathered(),
+    "blocks.*.attention*.image": Heads(),
+    "blocks.*.attention.text": Heads(),
+    "blocks.*.to_qkv": Columns((1, 1, 1)),
+    "blocks.*.to_out": Rows(),
+    "blocks.*.to_text_out": Rows(),
+    "blocks.*.up": Columns(),
+    "blocks.*.down": Rows(),
+}
+
+
+def leaves(network: SD3) -> dict[str, list[Attend]]:
+    """The attentions of image and text together, and those of the image alone."""
+    return {
+        "joint": [block.attention.attend for block in network.blocks],
+        "image": [block.attention_2.attend for block in network.blocks if block.attention_2 is not None],
+    }
+
+
+def tokens(config: Config, shape: Sequence[int], rows: Sequence[int], texts: Sequence[int]) -> Kinds:
+    """Tokens of every rank in both kinds of attention; its latents `[B, C, h, w]` are cut along their rows."""
+    columns = shape[-1] // config.patch
+    images = [count // config.patch * columns for count in rows]
+    return {"joint": tuple(map(sum, zip(images, texts, strict=True))), "image": tuple(images)}
+
+
+def share(
+    config: Config, whole: Conditioning, arguments: tuple[Any, ...], axis: Axis
+) -> tuple[Conditioning, tuple[int, ...]]:
+    """One rank's text tokens and positions, and every rank's number of text tokens."""
+    height, width = arguments[-2:]
+    texts = cut(whole.text.shape[1], 1, axis.size)
+    images = tokens(config, (height, width), cut(height, config.patch, axis.size), texts)["image"]
+    mine = replace(
+        whole, text=part(whole.text, 1, texts, axis.index), positions=part(whole.positions, 0, images, axis.index)
+    )
+    return mine, texts
+
+
+SHARDING = Sharding(dim=2, unit=lambda config: config.patch, leaves=leaves, tokens=tokens, share=share)
 
 
 def sources(name: str) -> list[str]:

@@ -16,6 +16,7 @@ from sglang_gen.pipelines.request import Request
 NETWORK, REGIONS, build, sources, grids = unet.NETWORK, unet.REGIONS, unet.build, unet.sources, unet.grids
 draw, start, widest_map = unet.draw, unet.start, unet.widest_map
 skipped, SIZED_BY_PICTURE = unet.skipped, unet.SIZED_BY_PICTURE
+TENSOR, SHARDING = unet.TENSOR, unet.SHARDING
 guidance_scale = prediction.guidance_scale
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 MOST_TOKENS = None  # always as long as the tokenizers say

@@ -9,7 +9,11 @@ from torch import Tensor, nn
 from sglang_gen.engine.denoise import draw_noise
 from sglang_gen.engine.patterns import Grid
 from sglang_gen.errors import UserError, first_line
-from sglang_gen.models.unet import Block, Config, LevelConfig, Residual, UNet
+from sglang_gen.models.attention import Attend
+from sglang_gen.models.unet import Block, Conditioning, Config, LevelConfig, Residual, UNet
+from sglang_gen.parallel.collectives import Axis
+from sglang_gen.parallel.door import Kinds, Sharding
+from sglang_gen.parallel.tensor import Columns, Heads, Rows
 from sglang_gen.pipelines import picture
 from sglang_gen.pipelines.request import Request
 from sglang_gen.weights.load import renamed
@@ -47,6 +51,22 @@ NAMES = {
     "ff.up": ("ff.net.0.proj",),
     "ff.down": ("ff.net.2",),
     "norm_out": ("conv_norm_out",),
+}
+
+# Residual blocks are cut by channels between their convolutions, which leaves their norms whole groups.
+TENSOR = {
+    "*.residuals.*.conv_1": Columns(),
+    "*.residuals.*.time": Columns(),
+    "*.residuals.*.norm_2": Columns(),
+    "*.residuals.*.conv_2": Rows(),
+    "*.self_attention": Heads(),
+    "*.cross_attention": Heads(),
+    "*.to_qkv": Columns((1, 1, 1)),
+    "*.to_q": Columns(),
+    "*.to_kv": Columns((1, 1)),
+    "*.to_out": Rows(),
+    "*.up": Columns((1, 1)),
+    "*.down": Rows(),
 }
 
 # What diffusers takes where a config, as old ones do, says nothing.
@@ -105,6 +125,38 @@ def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]
     for _ in config.down[1:]:
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
     return [Grid(*size) for size in sizes]
+
+
+def leaves(network: UNet) -> dict[str, list[Attend]]:
+    """The attentions of the picture to itself, by the number of halvings above them."""
+    found: dict[str, list[Attend]] = {}
+    coarsest = len(network.down) - 1
+    depths = [*range(len(network.down)), coarsest, *range(coarsest, -1, -1)]
+    for depth, level in zip(depths, network.levels(), strict=True):
+        blocks = [block for transformer in level.transformers for block in transformer.blocks]
+        found.setdefault(str(depth), []).extend(block.self_attention.attend for block in blocks)
+    return found
+
+
+def tokens(config: Config, shape: Sequence[int], rows: Sequence[int], texts: Sequence[int]) -> Kinds:
+    """Tokens of every rank at each level; the latents `[B, C, h, w]` are cut along their rows."""
+    sides = [(tuple(rows), shape[-1])]
+    for _ in config.down[1:]:
+        above, columns = sides[-1]
+        sides.append((tuple(-(-count // 2) for count in above), -(-columns // 2)))
+    return {str(depth): tuple(count * columns for count in counts) for depth, (counts, columns) in enumerate(sides)}
+
+
+def share(
+    config: Config, whole: Conditioning, arguments: tuple[Any, ...], axis: Axis
+) -> tuple[Conditioning, tuple[int, ...]]:
+    """Every rank needs all of it, and the text is not split."""
+    return whole, ()
+
+
+SHARDING = Sharding(
+    dim=2, unit=lambda config: 2 ** (len(config.down) - 1), leaves=leaves, tokens=tokens, share=share, spatial=True
+)
 
 
 def skipped(steps: int, strength: float) -> int:

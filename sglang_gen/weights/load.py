@@ -12,8 +12,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sglang_gen.errors import UserError
+from sglang_gen.parallel.tensor import Part
 
 Sources = Callable[[str], Sequence[str]]  # our name of a tensor -> the checkpoint's names, joined along dimension 0
+Ranges = Sequence[tuple[int, int]]
+Shrink = Callable[[nn.Module], Mapping[str, Part]]  # leaves a rank's part of a network; what of each tensor that is
+
+
+def whole(network: nn.Module) -> Mapping[str, Part]:
+    """Everything is this rank's."""
+    return {}
 
 
 class Tensors(Protocol):
@@ -21,49 +29,83 @@ class Tensors(Protocol):
 
     def names(self) -> Set[str]: ...
 
-    def take(self, name: str) -> Tensor: ...
+    def shape(self, name: str) -> Sequence[int]: ...
+
+    def take(self, name: str, dim: int = 0, ranges: Ranges | None = None) -> Tensor:
+        """The tensor, or ranges of one of its dimensions, one after the other."""
+        ...
 
 
 def load(
-    build: Callable[[], nn.Module], files: Sequence[Path], sources: Sources, dtype: torch.dtype, device: str
+    build: Callable[[], nn.Module],
+    files: Sequence[Path],
+    sources: Sources,
+    dtype: torch.dtype,
+    device: str,
+    shrink: Shrink = whole,
 ) -> nn.Module:
     """A network out of safetensors files, tensor by tensor; see `fill`."""
     with ExitStack() as stack:
         checkpoint = Checkpoint([stack.enter_context(safe_open(file, framework="pt")) for file in files])
-        return fill(build, checkpoint, sources, dtype, device, where(files))
+        return fill(build, checkpoint, sources, dtype, device, where(files), shrink)
 
 
 def fill(
-    build: Callable[[], nn.Module], tensors: Tensors, sources: Sources, dtype: torch.dtype, device: str, where: str
+    build: Callable[[], nn.Module],
+    tensors: Tensors,
+    sources: Sources,
+    dtype: torch.dtype,
+    device: str,
+    where: str,
+    shrink: Shrink = whole,
 ) -> nn.Module:
     """A network that is built on meta and filled tensor by tensor, so that its weights are in memory once.
 
-    `where` says in errors what the tensors are of. Raises UserError naming tensors that are missing, that nothing
-    takes, or whose shape is another.
+    `shrink` leaves of the network what this rank has of it, and of each tensor only that part is read. `where` says in
+    errors what the tensors are of. Raises UserError naming tensors that are missing, that nothing takes, or whose shape
+    is another.
     """
     with torch.device("meta"):
         network = build()
     _check_names(network, tensors.names(), sources, where)
+    slots = network.state_dict()
+    for name, slot in slots.items():
+        _check_shape([_as_linear(tensors.shape(source), slot) for source in sources(name)], slot, sources(name), where)
+    parts = shrink(network)
     for name, slot in network.state_dict().items():
-        parts = [_as_linear(tensors.take(source), slot) for source in sources(name)]
-        _check_shape(parts, slot, sources(name), where)
-        _assign(network, name, _joined(parts, slot, dtype, device))
+        pieces = _read(tensors, sources(name), parts.get(name))
+        _assign(network, name, _joined(pieces, slot, dtype, device))
     return network.eval()
 
 
-def _as_linear(part: Tensor, slot: Tensor) -> Tensor:
+def _read(tensors: Tensors, names: Sequence[str], part: Part | None) -> list[Tensor]:
+    """The tensors of these names, or of them as one, joined along dimension 0, the rank's part."""
+    if part is None:
+        return [tensors.take(name) for name in names]
+    if part.dim == 1:
+        return [tensors.take(name, 1, part.ranges) for name in names]
+    found, before = [], 0
+    for name in names:
+        rows = tensors.shape(name)[0]
+        clipped = [(max(start - before, 0), min(stop - before, rows)) for start, stop in part.ranges]
+        found.append(tensors.take(name, 0, [(start, stop) for start, stop in clipped if start < stop]))
+        before += rows
+    return found
+
+
+def _as_linear(shape: Sequence[int], slot: Tensor) -> tuple[int, ...]:
     """A convolution of one pixel as the matrix that it is, where the network has a linear layer."""
-    return part.flatten(1) if part.ndim == 4 and part.shape[2:] == (1, 1) and slot.ndim == 2 else part
+    return tuple(shape[:2] if len(shape) == 4 and tuple(shape[2:]) == (1, 1) and slot.ndim == 2 else shape)
 
 
 def _joined(parts: list[Tensor], slot: Tensor, dtype: torch.dtype, device: str) -> Tensor:
     """The parts one below the other, each copied straight to its place, so that no joined copy is made on the way."""
     if len(parts) == 1:
-        return parts[0].to(device, dtype)
-    whole = torch.empty(slot.shape, dtype=dtype, device=device)
-    for place, part in zip(torch.split(whole, [len(part) for part in parts]), parts, strict=True):
-        place.copy_(part)
-    return whole
+        return parts[0].to(device, dtype).view(slot.shape)
+    joined = torch.empty(slot.shape, dtype=dtype, device=device)
+    for place, part in zip(torch.split(joined, [len(part) for part in parts]), parts, strict=True):
+        place.copy_(part.view(place.shape))
+    return joined
 
 
 def _assign(network: nn.Module, name: str, tensor: Tensor) -> None:
@@ -87,9 +129,16 @@ class Checkpoint:
     def names(self) -> Set[str]:
         return self.place.keys()
 
-    def take(self, name: str) -> Tensor:
-        tensor: Tensor = self.place[name].get_tensor(name)
-        return tensor
+    def shape(self, name: str) -> Sequence[int]:
+        found: Sequence[int] = self.place[name].get_slice(name).get_shape()
+        return found
+
+    def take(self, name: str, dim: int = 0, ranges: Ranges | None = None) -> Tensor:
+        if ranges is None:
+            tensor: Tensor = self.place[name].get_tensor(name)
+            return tensor
+        rows = self.place[name].get_slice(name)
+        return torch.cat([rows[start:stop] if dim == 0 else rows[:, start:stop] for start, stop in ranges], dim)
 
 
 class Held:
@@ -101,8 +150,14 @@ class Held:
     def names(self) -> Set[str]:
         return self.tensors.keys()
 
-    def take(self, name: str) -> Tensor:
-        return self.tensors.pop(name)
+    def shape(self, name: str) -> Sequence[int]:
+        return self.tensors[name].shape
+
+    def take(self, name: str, dim: int = 0, ranges: Ranges | None = None) -> Tensor:
+        tensor = self.tensors.pop(name)
+        if ranges is None:
+            return tensor
+        return torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in ranges], dim)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -122,17 +177,17 @@ def _check_names(network: nn.Module, names: Set[str], sources: Sources, where: s
         raise UserError(f"{where} is no checkpoint of this {kind}: it {' and '.join(parts)}")
 
 
-def _check_shape(parts: list[Tensor], slot: Tensor, names: Sequence[str], where: str) -> None:
-    """Raises UserError naming the first tensor that cannot be a part of the slot."""
+def _check_shape(parts: list[tuple[int, ...]], slot: Tensor, names: Sequence[str], where: str) -> None:
+    """Raises UserError naming the first tensor whose shape cannot be a part of the slot."""
     for name, part in zip(names, parts, strict=True):
-        if part.shape[1:] != slot.shape[1:] or (len(parts) == 1 and part.shape != slot.shape):
+        if part[1:] != slot.shape[1:] or (len(parts) == 1 and part != slot.shape):
             needed = slot.shape if len(parts) == 1 else ("...", *slot.shape[1:])
             raise UserError(
-                f"{where}: {name} has the shape {list(part.shape)}, this network needs [{', '.join(map(str, needed))}]"
+                f"{where}: {name} has the shape {list(part)}, this network needs [{', '.join(map(str, needed))}]"
             )
-    if sum(len(part) for part in parts) != len(slot):
+    if sum(part[0] for part in parts) != len(slot):
         raise UserError(
-            f"{where}: {', '.join(names)} have {sum(len(part) for part in parts)} rows together, "
+            f"{where}: {', '.join(names)} have {sum(part[0] for part in parts)} rows together, "
             f"this network needs {len(slot)}"
         )
 

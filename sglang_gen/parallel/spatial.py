@@ -1,0 +1,106 @@
+"""Exact spatial parallelism of convolutional networks: each rank has some rows of every map.
+
+Rows in order are tokens in order, so attention is split as in sequence parallelism. What else looks across rows is
+exchanged: convolutions of three rows take one from each neighbour, group norms merge the moments of all ranks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sglang_gen.models.unet import SelfAttention
+from sglang_gen.parallel.collectives import Axis, exchange, gather, put_along, start_along
+from sglang_gen.parallel.sequence import Lengths
+
+
+class RowConv(nn.Module):
+    """A convolution of 3 x 3, padded by one, whose neighbouring rows are on other ranks.
+
+    With a stride of two a shard begins at an even row, so that the row below it is never read.
+    """
+
+    def __init__(self, conv: nn.Conv2d, axis: Axis) -> None:
+        super().__init__()
+        self.conv, self.axis, self.below = conv, axis, conv.stride[0] == 1
+        conv.padding = (0, conv.padding[1])  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        above, below = neighbours(x, self.axis, self.below)
+        out: Tensor = self.conv(torch.cat([above, x, below], dim=2))
+        return out
+
+
+def neighbours(x: Tensor, axis: Axis, below: bool) -> tuple[Tensor, Tensor]:
+    """The rows `[B, C, 1, w]` above and below this rank's `[B, C, h, w]`: zeros where the picture ends, or unasked."""
+    index, last = axis.index, axis.size - 1
+    first, final = x[:, :, :1], x[:, :, -1:]
+    zeros = torch.zeros_like(first)
+    sent, received = [0] * axis.size, [0] * axis.size
+    if index > 0:
+        received[index - 1], sent[index - 1] = first.numel(), first.numel() if below else 0
+    if index < last:
+        sent[index + 1], received[index + 1] = first.numel(), first.numel() if below else 0
+    rows = ([first] if index > 0 and below else []) + ([final] if index < last else [])
+    flat = torch.cat([row.reshape(-1) for row in rows]) if rows else x.new_empty(0)
+    arrived = exchange(flat, sent, received, axis).wait().split([count for count in received if count])
+    found = [part.view(first.shape) for part in arrived]
+    return (found[0] if index > 0 else zeros), (found[-1] if index < last and below else zeros)
+
+
+class RowNorm(nn.Module):
+    """A group norm over the rows of all ranks, by Chan's merge of their moments (Chan et al. 1979, equation 2.1)."""
+
+    def __init__(self, norm: nn.GroupNorm, axis: Axis) -> None:
+        super().__init__()
+        self.norm, self.axis = norm, axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.unflatten(1, (self.norm.num_groups, -1)).flatten(2)  # [B, G, N]
+        wide = groups.to(torch.promote_types(x.dtype, torch.float32))
+        mean = wide.mean(dim=2)
+        squares = (wide - mean[..., None]).square().sum(dim=2)
+        count = torch.full_like(mean, groups.shape[2])
+        means, squares, counts = gather(torch.stack([mean, squares, count]), self.axis).wait().unbind(1)  # [R, B, G]
+        total = counts.sum(dim=0)
+        mean = (means * counts).sum(dim=0) / total
+        squares = squares.sum(dim=0) + (counts * (means - mean).square()).sum(dim=0)
+        scale = torch.rsqrt(squares / total + self.norm.eps)
+        normed = ((wide - mean[..., None]) * scale[..., None]).view(x.shape)
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        weight, bias = self.norm.weight.view(shape), self.norm.bias.view(shape)
+        return (normed * weight + bias).to(x.dtype)
+
+
+class RowAttention(nn.Module):
+    """Attention of rows to those of all ranks: keys and values travel while the queries are computed."""
+
+    def __init__(self, attention: SelfAttention, axis: Axis, lengths: Lengths) -> None:
+        super().__init__()
+        self.attention, self.axis, self.lengths = attention, axis, lengths
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner: Any = self.attention
+        query, rest = inner.to_qkv.weight.split([inner.to_qkv.out_features // 3, inner.to_qkv.out_features // 3 * 2])
+        tokens = self.lengths.of_groups()
+        coming = start_along(F.linear(x, rest), 1, tokens, self.axis)
+        q = F.linear(x, query).unflatten(2, (inner.heads, -1)).transpose(1, 2)  # [B, H, l, D]
+        both = put_along(coming.wait(), 1, tokens).unflatten(2, (2, inner.heads, -1))  # [B, L, 2, H, D]
+        k, v = both.permute(2, 0, 3, 1, 4)
+        attended: Tensor = inner.attend(q, k, v)
+        out: Tensor = inner.to_out(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+def split_rows(network: nn.Module, axis: Axis) -> None:
+    """Every convolution that looks across rows, and every group norm, of maps whose rows are on the ranks of `axis`.
+
+    A norm over tokens, whose rows are flat, is among them: it is a group norm of the same moments.
+    """
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+            assert module.kernel_size == (3, 3), module
+            network.set_submodule(name, RowConv(module, axis))
+        elif isinstance(module, nn.GroupNorm):
+            network.set_submodule(name, RowNorm(module, axis))

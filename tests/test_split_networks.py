@@ -1,0 +1,71 @@
+"""Every axis and product of axes beside one process, for every native network."""
+
+from pathlib import Path
+
+import pytest
+import test_native_flux
+import test_native_sd3
+import test_native_unet
+import torch
+from parity import error
+from pool import Pool
+from split import GLUE, evaluate
+
+from sglang_gen.types import Layout
+from sglang_gen.weights.load import load, weight_files
+
+
+@pytest.fixture(scope="module")
+def pool():
+    made = Pool()
+    yield made
+    made.close()
+
+
+def given(name: str, dtype: torch.dtype, **size):
+    """(config, latents, what `condition` takes) of a network."""
+    if name == "sd3":
+        config = test_native_sd3.PLAIN | {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
+        latents, *texts = test_native_sd3.inputs(config, dtype, **size)
+        return config, latents, (test_native_sd3.TIMESTEPS, *texts, *latents.shape[-2:])
+    if name == "flux":
+        config = test_native_flux.DEV | {"num_attention_heads": 4, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4)}
+        latents, *texts = test_native_flux.inputs(config, dtype)
+        grid = (test_native_flux.ROWS, test_native_flux.COLUMNS)
+        return config, latents, (test_native_flux.TIMESTEPS, *texts, 3500.0, *grid)
+    config = getattr(test_native_unet, name.upper()) | {"attention_head_dim": 4}
+    latents, *texts = test_native_unet.inputs(config, dtype, **size)
+    return config, latents, (test_native_unet.TIMESTEPS, *texts)
+
+
+REFERENCES = {"sd3": test_native_sd3, "flux": test_native_flux, "sdxl": test_native_unet, "sd15": test_native_unet}
+KIND = {"sd3": "sd3", "flux": "flux", "sdxl": "unet", "sd15": "unet"}
+
+
+@torch.no_grad()
+def both(pool, folder, name, layout, dtype, summing=True, **size):
+    config, latents, conditions = given(name, dtype, **size)
+    REFERENCES[name].reference(**config).save_pretrained(folder)
+    glue = GLUE[KIND[name]]
+    alone = load(lambda: glue.build(config), weight_files(folder), glue.sources, dtype, "cpu")
+    conditioning = alone.condition(*conditions)
+    expected = torch.stack([alone(latents, conditioning, step) for step in (0, 2)])
+    answers = pool.run(layout, evaluate, KIND[name], folder.absolute(), config, dtype, latents, conditions, (0, 2), summing)
+    return expected, answers
+
+
+LAYOUTS = {
+    "tp2": Layout(tp=2), "tp4": Layout(tp=4), "ulysses2": Layout(ulysses=2), "ring2": Layout(ring=2),
+    "ring3": Layout(ring=3), "ring4": Layout(ring=4), "usp4": Layout(ring=2, ulysses=2),
+    "ulysses2 tp2": Layout(ulysses=2, tp=2), "ring2 tp2": Layout(ring=2, tp=2), "usp4 tp2": Layout(ring=2, ulysses=2, tp=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["sd3", "flux", "sdxl", "sd15"])
+def test_every_layout_computes_what_one_process_computes(pool, name, layout):
+    size = {} if name == "flux" else {"height": 14, "width": 10} if name == "sd3" else {"height": 17, "width": 10}
+    expected, answers = both(pool, Path("network"), name, LAYOUTS[layout], torch.float64, **size)
+    for outputs, _ in answers:
+        assert error(outputs, expected) <= 1e-10
+    assert all(torch.equal(outputs, answers[0][0]) for outputs, _ in answers)
