@@ -74,8 +74,6 @@ def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:
         yield "it gives an input picture no aesthetic score, and this model wants one"
     if name in NATIVE and (reason := unsupported(NEEDS[NATIVE[name]], card)):
         yield reason
-    if degrees.ranks > degrees.dp:
-        yield "it splits no network over ranks yet"
     yield from (reason for asked, reason in MISSING if asked(run))
 
 

@@ -55,7 +55,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     run = prompts.pin(run)
     batches = prompts.batches(prompts.samples(run), run.sampling.batch_size)
     device = choose_device(run.device)
-    _check_ranks(run, degrees, device, len(batches))
+    _check_ranks(run, backend, degrees, device, len(batches))
     dtype = choose_dtype(run.dtype, device)
     _check_size(run, card)
     quantization.check_model(run, card, quantization.facts_of(device))
@@ -169,12 +169,12 @@ def _degrees(degrees: Layout) -> str:
     return f"dp {degrees.dp}, cfg {degrees.cfg}, ring {degrees.ring}, ulysses {degrees.ulysses}, tp {degrees.tp}"
 
 
-def _check_ranks(run: Run, degrees: Layout, device: str, batches: int) -> None:
+def _check_ranks(run: Run, backend: str, degrees: Layout, device: str, batches: int) -> None:
     """Refuse a layout that the backend, the machine or the request cannot fill. Raises UserError."""
-    if degrees.ring * degrees.ulysses * degrees.tp > 1:
+    if backend == "diffusers" and degrees.ring * degrees.ulysses * degrees.tp > 1:
         raise UserError(
             f"The diffusers backend does not split a network over ranks (asked: {_degrees(degrees)}); it runs "
-            "parallel.dp_size and parallel.enable_cfg_parallel, the native engine (backend=sglang) will run the others"
+            "parallel.dp_size and parallel.enable_cfg_parallel, the native engine (backend=sglang) runs the others"
         )
     if degrees.dp > batches:
         have = "1 batch" if batches == 1 else f"{batches} batches"

@@ -62,11 +62,12 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
         ]
     finally:
         engine.close()
-    ranks = mesh.gather_all(dump.describe_rank(mesh.rank, phases))
+    sent = engine.traffic()
+    ranks = mesh.gather_all(dump.describe_rank(mesh.rank, phases) | {"comm": sent})
     if ranks is None:
         return None
     log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
-    report = dump.build(plan, phases, saved.effective, saved.samples) | {"cache": decisions, "ranks": ranks}
+    report = dump.build(plan, phases, saved.effective, saved.samples) | {"cache": decisions, "ranks": ranks, "comm": sent}
     return _finish(plan, phases, saved, report, reference)
 
 

@@ -118,6 +118,10 @@ class Engine(Protocol):
         """What a step cache did in the last generation; None without one."""
         ...
 
+    def traffic(self) -> dict[str, Any]:
+        """What this rank sent to others in the timed generation, by stage; see `backends.sent`."""
+        ...
+
     def close(self) -> None:
         """Undo whatever reaches beyond this engine."""
         ...

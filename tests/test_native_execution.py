@@ -15,6 +15,9 @@ from sglang_gen.engine import fastest
 from sglang_gen.engine.shapes import Shapes, rehearse
 from sglang_gen.errors import RunError
 from sglang_gen.models.attention import Attend
+from sglang_gen.parallel.door import Sharding
+from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.parallel.split import Split
 
 
 @pytest.fixture
@@ -117,7 +120,9 @@ class Little(nn.Module):
 
 
 def test_a_rehearsal_finds_the_distinct_calls_without_computing():
-    found = rehearse(Little(4), (nn.Linear,), lambda twin: twin(torch.empty(2, 5, 4, device="meta")))
+    unsplit = Sharding(dim=1, unit=int, leaves=lambda network: {}, tokens=dict, share=tuple)
+    twin = Split(Mesh(), {}, unsplit).twin(lambda: Little(4), torch.float32)
+    found = rehearse(twin, (nn.Linear,), lambda network: network(torch.empty(2, 5, 4, device="meta")))
     assert found.attention == {(2, 1, 5, 5, 4): 1}
     assert found.blocks == {nn.Linear: {(((4, 4), (4,)), ((2, 5, 4),)), (((2, 4), (2,)), ((2, 5, 4),))}}
 

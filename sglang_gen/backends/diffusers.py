@@ -224,6 +224,9 @@ class DiffusersEngine:
         noised = "strength" in self.kind.accepted and "mask_image" not in self.kind.accepted
         return [self.image] * count if noised and self.image is not None else self.image
 
+    def traffic(self) -> dict[str, Any]:
+        return {}
+
     def cache_decisions(self) -> dict[str, Any] | None:
         """What the step cache did in the last generation; None without one."""
         return self.step_cache.decisions(self.plan.run.sampling.num_inference_steps) if self.step_cache else None

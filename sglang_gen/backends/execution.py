@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,8 @@ from sglang_gen.engine import fastest, kernels
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.engine.guidance import Encoded
 from sglang_gen.engine.shapes import Shapes, rehearse, to_meta
-from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.parallel.collectives import Traffic, counted
+from sglang_gen.parallel.split import Placed, Split
 from sglang_gen.pipelines.request import Request
 from sglang_gen.types import Plan
 
@@ -19,6 +21,14 @@ if TYPE_CHECKING:
     from sglang_gen.engine.compile import Compiled
 
 Predictor = Callable[[Any, Encoded], Predict]  # of a network and encoded texts
+
+
+@dataclass
+class Expected:
+    """What a rehearsed batch sends: in conditioning, and in an evaluation of each kind."""
+
+    conditioning: Traffic = field(default_factory=Traffic)
+    evaluations: dict[int, Traffic] = field(default_factory=dict)
 
 
 def laid_out(network: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -42,17 +52,18 @@ def _compile(network: nn.Module, regions: tuple[type, ...], device: str) -> "Com
 class Execution:
     """The kernel goes in before the first block is compiled; a batch of another shape allows further graphs."""
 
-    def __init__(self, plan: Plan, mesh: Mesh, glue: Any, network: nn.Module) -> None:
+    def __init__(self, plan: Plan, split: Split, glue: Any, network: nn.Module) -> None:
         """Raises UserError for a kernel that does not run here, or a compiler that is missing."""
-        self.plan, self.mesh, self.glue = plan, mesh, glue
-        self.network = laid_out(network, getattr(torch, plan.dtype))
+        self.plan, self.split, self.mesh, self.glue = plan, split, split.mesh, glue
         self.dtype = getattr(torch, plan.dtype)
+        self.network: Any = laid_out(network, self.dtype)
+        self.placed = split.place(network)
+        self.expected: dict[Any, Expected] = {}  # by the shapes of a batch
         settings = plan.run.compile
         self.regions = glue.REGIONS if settings.regional else ()
         self.compiled = _compile(network, self.regions, plan.device) if settings.enable_torch_compile else None
         # Chosen here so that it is refused before anything is computed; what waits is chosen again for the shapes.
         self.kernel = kernels.choose(self.attention, plan.device, self.dtype, ())
-        self.seen: set[Any] = set()
 
     @property
     def attention(self) -> Any:
@@ -70,42 +81,69 @@ class Execution:
 
     def settle(
         self, predictor: Predictor, kinds: Sequence[int], request: Request, encoded: Encoded, latents: Tensor
-    ) -> None:
+    ) -> Expected:
         """Make ready for evaluations of a batch `latents` with these texts. Collective on the first call.
 
         `kinds` are evaluations that differ in shape.
         """
-        shape = (tuple(latents.shape), *(tuple(part.shape) for text in encoded for part in text))
-        if shape in self.seen:
-            return
-        first, self.seen = not self.seen, self.seen | {shape}
-        if not (self.compiled or (first and self.waits)):
-            kernels.set_kernel(self.network, self.kernel.kernel)
-            return
+        shape = (tuple(latents.shape), *(tuple(part.shape) for text in encoded for part in text), *kinds)
+        if shape not in self.expected:
+            self.expected[shape] = self._settle(predictor, kinds, request, encoded, latents)
+        return self.expected[shape]
+
+    def _settle(
+        self, predictor: Predictor, kinds: Sequence[int], request: Request, encoded: Encoded, latents: Tensor
+    ) -> Expected:
+        first = not self.expected
+        if not (self.compiled or (first and self.waits) or self.mesh.layout.ranks > 1):
+            self._place_kernel()
+            return Expected()
         empty = torch.empty_like(latents, device="meta")
 
-        def evaluate(twin: nn.Module) -> None:
-            predict = predictor(twin, [to_meta(text) for text in encoded])
-            for kind in kinds:
-                predict(empty, kind)
+        expected = Expected()
 
-        shapes = rehearse(self.network, self.regions or (type(self.network),), evaluate)
+        def evaluate(twin: Any) -> None:
+            with counted() as expected.conditioning:
+                predict = predictor(twin, [to_meta(text) for text in encoded])
+            for kind in kinds:
+                with counted() as expected.evaluations[kind]:
+                    predict(empty, kind)
+
+        shapes = rehearse(self._twin(), self.regions or (type(self.network),), evaluate)
         if first:
             self._set_kernel(shapes, self.glue.grids(self.network.config, request, encoded))
         if self.compiled:
             self.compiled.expect(shapes)
+        return expected
 
     def _set_kernel(self, shapes: Shapes, grids: list[Any]) -> None:
         if self.attention.backend == "flex":
             self.kernel = kernels.choose(self.attention, self.plan.device, self.dtype, grids)
         elif self.waits:
             names = kernels.candidates(shapes.attention, self.plan.device, self.dtype)
+            if self.placed.merges:
+                names = [name for name in names if self._summing(name)]
             timed = {name: kernels.named(name).kernel for name in names}
             answer = (
                 fastest.fastest(timed, shapes.attention, self.plan.device, self.dtype) if self.mesh.rank == 0 else None
             )
             self.kernel = kernels.named(self.mesh.share(answer))
-        kernels.set_kernel(self.network, self.kernel.kernel)
+        self._place_kernel()
+
+    def _place_kernel(self) -> None:
+        self.placed.set_kernel(self.kernel.kernel, self._summing(self.kernel.name))
+
+    def _summing(self, name: str) -> Any:
+        return kernels.summing(name, self.plan.device, self.dtype)
+
+    def _twin(self) -> Placed:
+        return self.split.twin(lambda: type(self.network)(self.network.config), self.dtype)
+
+    def countable(self) -> Any:
+        """What this rank computes, without memory, in products that can be counted."""
+        twin = self._twin()
+        twin.set_kernel(torch.nn.functional.scaled_dot_product_attention, kernels.summing("math", "meta", self.dtype))
+        return twin.entrance
 
     @contextlib.contextmanager
     def limits(self) -> Iterator[None]:
@@ -114,4 +152,7 @@ class Execution:
             yield
 
     def effective(self) -> dict[str, Any]:
-        return {"attention": self.kernel.name, "compile": self.compiled.mode if self.compiled else False}
+        found = {"attention": self.kernel.name, "compile": self.compiled.mode if self.compiled else False}
+        if self.mesh.size("ring") > 1:  # keys and values: from rank to rank, or all at once
+            found["ring"] = "merged" if self.placed.merges and self._summing(self.kernel.name) else "gathered"
+        return found

@@ -9,6 +9,7 @@ from sglang_gen import log
 from sglang_gen.engine.guidance import Guidance, free_memory, together_fits
 from sglang_gen.errors import UserError
 from sglang_gen.guidance import guided_steps
+from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.pipelines.request import Request
 from sglang_gen.schema import GuidanceBatching
 from sglang_gen.types import Plan
@@ -33,18 +34,18 @@ class Room:
     released: bool
 
 
-def room(plan: Plan, glue: Any, network_config: Any, request: Request, encoders: int) -> Room:
-    """What the memory that is free after loading allows; `encoders` are the bytes of the text encoders.
+def room(plan: Plan, glue: Any, network_config: Any, request: Request, encoders: int, mesh: Mesh) -> Room:
+    """What the memory that is free after loading allows; `encoders` are the bytes of the text encoders. Collective.
 
     Where it is short the encoders go first, which costs a copy for each batch, then the branches take turns, which
     costs time in every step.
     """
-    free, row = free_memory(plan.device), glue.widest_map(network_config, request) * getattr(torch, plan.dtype).itemsize
+    free, row = mesh.least(free_memory(plan.device)), glue.widest_map(network_config, request) * getattr(torch, plan.dtype).itemsize
     rows, asked = max(map(len, plan.batches)), plan.run.sampling.guidance_batching
     batched = asked is GuidanceBatching.batched
     if asked is GuidanceBatching.auto:
         batched = together_fits(None if free is None else free + encoders, 2 * rows, row)
-    pair = batched and guidance(plan, glue, request, _any_negative(plan), batched).on
+    pair = batched and plan.layout.cfg == 1 and guidance(plan, glue, request, _any_negative(plan), batched).on
     return Room(batched, released=not together_fits(free, 2 * rows if pair else rows, row))
 
 
@@ -54,11 +55,18 @@ def effective(plan: Plan, glue: Any, request: Request, batched: bool) -> dict[st
     if not taken.on:
         return {"guidance_batching": "none"}
     steps = range(request.steps_run) if taken.steps is None else taken.steps
-    return {"guidance_batching": "batched" if batched else "sequential", "guided_steps": [steps.start, steps.stop]}
+    how = "parallel" if plan.layout.cfg > 1 else "batched" if batched else "sequential"
+    return {"guidance_batching": how, "guided_steps": [steps.start, steps.stop]}
 
 
 def check(plan: Plan, glue: Any, request: Request) -> None:
-    """Refuse an interval of which an input picture leaves nothing. Raises UserError."""
+    """Refuse an interval of which an input picture leaves nothing, and ranks for branches that there are not.
+
+    Raises UserError.
+    """
+    if plan.layout.cfg > 1 and not guidance(plan, glue, request, _any_negative(plan), True).on:
+        reason = glue.UNGUIDED.format(scale=plan.run.sampling.guidance_scale)
+        raise UserError(f"parallel.enable_cfg_parallel: {reason}; run with parallel=single or another axis")
     interval = plan.run.sampling.guidance_interval
     if not guided_steps(interval, request.steps, request.skipped or 0):
         raise UserError(
@@ -70,6 +78,8 @@ def check(plan: Plan, glue: Any, request: Request) -> None:
 def warn_ineffective(plan: Plan, glue: Any) -> None:
     """One warning for each setting of guidance where there is none."""
     negative = _any_negative(plan)
+    if plan.layout.cfg > 1 and plan.user_gave("sampling.guidance_batching"):
+        log.warning("sampling.guidance_batching has no effect: each branch has a rank of its own")
     if _scale(plan, glue, negative) > 1:
         return
     scale = plan.run.sampling.guidance_scale

@@ -15,11 +15,14 @@ from sglang_gen.backends import guiding, parts
 from sglang_gen.backends.execution import Execution
 from sglang_gen.backends.inputs import read_image, read_noise
 from sglang_gen.backends.observe import plain_config
+from sglang_gen.backends.sent import Sent
 from sglang_gen.choice import NATIVE
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
-from sglang_gen.engine.guidance import Encoded, Guidance, distinct, guided
+from sglang_gen.engine.guidance import Encoded, Guidance, guided, kinds
 from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.parallel.collectives import Traffic
 from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.parallel.split import Split
 from sglang_gen.perf.flops import CallLog, stored_bytes
 from sglang_gen.perf.record import Clock
 from sglang_gen.pipelines import picture
@@ -42,7 +45,8 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
             f"sampling.max_sequence_length is {length}; {_class_name(plan)} takes at most {glue.MOST_TOKENS}"
         )
     try:
-        network, components = parts.read(plan, NEEDS[name], glue)
+        split = Split(mesh, glue.TENSOR, glue.SHARDING)
+        network, components = parts.read(plan, NEEDS[name], glue, split.shrink)
     except UserError:
         raise
     except LOADING_ERRORS as error:
@@ -50,7 +54,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
             raise RunError(f"Out of memory while loading {plan.card.name}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     _warn_ineffective(plan, glue)
-    return NativeEngine(plan, glue, Execution(plan, mesh, glue, network), components, calls)
+    return NativeEngine(plan, glue, Execution(plan, split, glue, network), components, calls)
 
 
 def _warn_ineffective(plan: Plan, glue: Any) -> None:
@@ -75,8 +79,10 @@ class NativeEngine:
     """A loaded pipeline; see `types.Engine`."""
 
     def __init__(self, plan: Plan, glue: Any, execution: Execution, parts: Mapping[str, Any], calls: CallLog) -> None:
-        self.plan, self.glue, self.parts, self.execution = plan, glue, parts, execution
+        self.plan, self.glue, self.parts, self.execution, self.calls = plan, glue, parts, execution, calls
+        self.mesh, self.sent = execution.mesh, Sent()
         self.network: Any = execution.network
+        self.entrance: Any = execution.placed.entrance
         self.config = plan.card.components[glue.NETWORK].config
         self.noise = read_noise(plan.run.sampling.latents)
         path = plan.run.sampling.image_path
@@ -88,12 +94,12 @@ class NativeEngine:
         whole = self._request(plan.run.sampling.num_inference_steps)
         guiding.check(plan, glue, whole)
         encoders = sum(stored_bytes(each) for name in glue.TEXT_PARTS for each in parts[name].parameters())
-        self.room = guiding.room(plan, glue, self.config, whole, encoders)
+        self.room = guiding.room(plan, glue, self.config, whole, encoders, self.mesh)
         self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", glue.ZERO_WITHOUT_NEGATIVE)
         for name in glue.TEXT_PARTS:
             calls.watch("text_encoding", name, parts[name])
-        calls.watch("denoising", glue.NETWORK, self.network)
-        calls.watch("denoising", glue.NETWORK, self.network, "condition")
+        for method in ("forward", "condition"):
+            calls.watch("denoising", glue.NETWORK, self.entrance, method, self.network, execution.countable)
         calls.watch("decoding", "vae", parts["vae"], "decode")
         if self.image is not None:
             calls.watch("latents", "vae", parts["vae"], "encode")
@@ -116,8 +122,8 @@ class NativeEngine:
         }
 
     @torch.no_grad()
-    def sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded:
-        """One batch from its prompts to frames.
+    def sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded | None:
+        """One batch from its prompts to frames; None on ranks that leave decoding to another.
 
         Raises RunError when memory runs out, or when the numbers are not finite.
         """
@@ -130,7 +136,7 @@ class NativeEngine:
         finally:
             clock.leave()
 
-    def _sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded:
+    def _sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded | None:
         request, scheduler = self._request(steps), self.parts["scheduler"]
         negative = bool(batch[0].negative_prompt)  # batches are of one kind
         guidance = guiding.guidance(self.plan, self.glue, request, negative, self.room.batched)
@@ -145,13 +151,22 @@ class NativeEngine:
         numbers = step_numbers(len(timesteps), request.steps_run, getattr(scheduler, "order", 1))
 
         def predictor(network: Any, texts: Encoded) -> Predict:
-            return guided(partial(self.glue.prepare, network, timesteps, request), texts, guidance, numbers)
+            prepare, cfg = partial(self.glue.prepare, network, timesteps, request), self.mesh.axis("cfg")
+            return guided(prepare, texts, guidance, numbers, cfg)
 
         clock.leave()  # what follows happens once, and is no stage
-        self.execution.settle(predictor, distinct(guidance, numbers), request, encoded, noise)
+        alike = kinds(guidance, numbers)
+        expected = self.execution.settle(predictor, sorted(set(alike)), request, encoded, noise)
+        self.sent.on = self.calls.on
         clock.enter("denoising")
-        predict = predictor(self.network, encoded)
-        with self.execution.limits(), log.Progress(request.steps_run) as progress:
+        with self.sent.during("conditioning", [expected.conditioning]):
+            predict = predictor(self.entrance, encoded)
+        sends = [expected.evaluations.get(kind, Traffic()) for kind in alike]
+        with (
+            self.execution.limits(),
+            self.sent.during("denoising", sends),
+            log.Progress(request.steps_run) as progress,
+        ):
 
             def after_step() -> None:
                 clock.step()
@@ -160,6 +175,8 @@ class NativeEngine:
             latents = denoise(predict, scheduler, timesteps, numbers, noise, generators, after_step)
         clock.enter("decoding")
         _check_finite(latents, "the latents", batch)
+        if not self.mesh.leads:
+            return None
         return Decoded(self._decode(latents, request, batch), noise, latents)
 
     def _request(self, steps: int) -> Request:
@@ -228,6 +245,9 @@ class NativeEngine:
 
     def cache_decisions(self) -> dict[str, Any] | None:
         return None
+
+    def traffic(self) -> dict[str, Any]:
+        return self.sent.report()
 
     def close(self) -> None:
         """Nothing reaches beyond this engine."""

@@ -14,16 +14,16 @@ from sglang_gen.requirements import Needs
 from sglang_gen.types import Component, Plan
 from sglang_gen.weight_files import locate
 from sglang_gen.weights import original
-from sglang_gen.weights.load import Held, fill, load, weight_files, where
+from sglang_gen.weights.load import Held, Shrink, fill, load, weight_files, where
 
 
-def read(plan: Plan, needs: Needs, glue: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """The denoising network and all other components by name, in the plan's dtype and on its device.
+def read(plan: Plan, needs: Needs, glue: Any, shrink: Shrink) -> tuple[nn.Module, dict[str, Any]]:
+    """This rank's part of the denoising network and all other components by name, in the plan's dtype, on its device.
 
     Raises UserError for weights that do not fit, and whatever their libraries raise for files that cannot be read.
     """
     dtype = getattr(torch, plan.dtype)
-    network = _network(plan, needs.network, glue, dtype)
+    network = _network(plan, needs.network, glue, dtype, shrink)
     others = [name for name in needs.components if name != needs.network]
     given = [name for name in others if plan.card.file is None or name in plan.run.model.component_paths]
     parts = {name: _read(plan.card.components[name], dtype, plan.device) for name in given}
@@ -33,33 +33,39 @@ def read(plan: Plan, needs: Needs, glue: Any) -> tuple[nn.Module, dict[str, Any]
     return network, parts
 
 
-def _network(plan: Plan, name: str, glue: Any, dtype: torch.dtype) -> nn.Module:
+def _network(plan: Plan, name: str, glue: Any, dtype: torch.dtype, shrink: Shrink) -> nn.Module:
     """Our network with the model's own weights, or those of --transformer-weights-path."""
     component = plan.card.components[name]
     build = partial(glue.build, component.config)
     path = plan.run.quant.transformer_weights_path
     if path is None and plan.card.file is not None and name not in plan.run.model.component_paths:
-        return _network_out_of_file(plan, plan.card.file, component, build, glue, dtype)
+        return _network_out_of_file(plan, plan.card.file, component, build, glue, dtype, shrink)
     if path is None:
-        return load(build, weight_files(_folder(component)), glue.sources, dtype, plan.device)
+        return load(build, weight_files(_folder(component)), glue.sources, dtype, plan.device, shrink)
     from sglang_gen.backends.options import weights
 
     files = locate(path)
     if weights.plain(plan, name, files):
-        return load(build, files.paths, glue.sources, dtype, plan.device)
+        return load(build, files.paths, glue.sources, dtype, plan.device, shrink)
     tensors = Held(original.read(component.class_name, component.config, files.paths))
-    return fill(build, tensors, glue.sources, dtype, plan.device, where(files.paths))
+    return fill(build, tensors, glue.sources, dtype, plan.device, where(files.paths), shrink)
 
 
 def _network_out_of_file(
-    plan: Plan, file: Path, component: Component, build: Callable[[], nn.Module], glue: Any, dtype: torch.dtype
+    plan: Plan,
+    file: Path,
+    component: Component,
+    build: Callable[[], nn.Module],
+    glue: Any,
+    dtype: torch.dtype,
+    shrink: Shrink,
 ) -> nn.Module:
     """Our network out of a checkpoint of the whole model. Raises UserError for one of another model."""
     from sglang_gen.backends.options.original import misfit
 
     try:
         tensors = Held(original.read(component.class_name, component.config, [file]))
-        return fill(build, tensors, glue.sources, dtype, plan.device, where([file]))
+        return fill(build, tensors, glue.sources, dtype, plan.device, where([file]), shrink)
     except UserError as error:
         raise UserError(misfit(plan, str(error))) from error
     except original.CONVERSION_ERRORS as error:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sglang_gen.engine.denoise import Predict
+from sglang_gen.parallel.collectives import Axis, gather
 
 Encoded = Sequence[tuple[Tensor, ...]]  # encoded texts of each branch; that of the prompts is the last
 MAPS = 32  # widest maps that one evaluation is reckoned to hold at once; eager networks hold 11 to 27
@@ -31,18 +32,27 @@ class Guidance:
 
 
 def guided(
-    prepare: Callable[[Encoded], Predict], encoded: Encoded, guidance: Guidance, numbers: Sequence[int]
+    prepare: Callable[[Encoded], Predict],
+    encoded: Encoded,
+    guidance: Guidance,
+    numbers: Sequence[int],
+    cfg: Axis = Axis("cfg", 1, 0),
 ) -> Predict:
     """What predicts under guidance. `numbers[i]` is the step that evaluation i belongs to.
 
-    Where a step is not guided the network sees the text alone: half of the rows.
+    Where a step is not guided the network sees the text alone: half of the rows. On two ranks along `cfg` each computes
+    one branch.
     """
     text_alone = encoded[-1:]
     if not guidance.on:
         return prepare(text_alone)
     inside = [guidance.steps is None or number in guidance.steps for number in numbers]
-    text = None if guidance.batched and all(inside) else prepare(text_alone)
-    pair = _together(prepare(encoded)) if guidance.batched else _in_turn(prepare(encoded[:-1]), text)
+    apart = cfg.size > 1
+    text = None if (guidance.batched or apart) and all(inside) else prepare(text_alone)
+    if apart:
+        pair = _apart(prepare(encoded[cfg.index : cfg.index + 1]), cfg)
+    else:
+        pair = _together(prepare(encoded)) if guidance.batched else _in_turn(prepare(encoded[:-1]), text)
 
     def predict(latents: Tensor, index: int) -> Tensor:
         if text is not None and not inside[index]:
@@ -54,12 +64,10 @@ def guided(
     return predict
 
 
-def distinct(guidance: Guidance, numbers: Sequence[int]) -> list[int]:
-    """An evaluation of each kind: one of a step that is guided, one of a step that is not."""
-    if not guidance.on or guidance.steps is None:
-        return [0]
-    inside = [number in guidance.steps for number in numbers]
-    return [inside.index(kind) for kind in (True, False) if kind in inside]
+def kinds(guidance: Guidance, numbers: Sequence[int]) -> list[int]:
+    """For each evaluation the first that is like it: that belongs to a guided step too, or neither does."""
+    inside = [guidance.on and (guidance.steps is None or number in guidance.steps) for number in numbers]
+    return [inside.index(kind) for kind in inside]
 
 
 def _together(both: Predict) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
@@ -67,6 +75,16 @@ def _together(both: Predict) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
 
     def pair(latents: Tensor, index: int) -> tuple[Tensor, Tensor]:
         without, with_text = both(torch.cat([latents, latents]), index).chunk(2)
+        return without, with_text
+
+    return pair
+
+
+def _apart(mine: Predict, cfg: Axis) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    """This rank's branch, and the other's from its rank."""
+
+    def pair(latents: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        without, with_text = gather(mine(latents, index), cfg).wait()
         return without, with_text
 
     return pair

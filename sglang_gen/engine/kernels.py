@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_gen.engine import patterns
 from sglang_gen.errors import UserError, nearest
-from sglang_gen.models.attention import Attend, Kernel
+from sglang_gen.models.attention import Kernel
 from sglang_gen.parallel.sequence import Summing
 from sglang_gen.schema import Attention
 
@@ -178,13 +178,6 @@ def inside_sdpa(order: list[str]) -> Kernel:
             return scaled_dot_product_attention(q, k, v)
 
     return attend
-
-
-def set_kernel(network: nn.Module, kernel: Kernel) -> None:
-    """Every attention of the network by this kernel."""
-    for module in network.modules():
-        if isinstance(module, Attend):
-            module.kernel = kernel
 
 
 def _usable(name: str, device: str, dtype: torch.dtype) -> bool:

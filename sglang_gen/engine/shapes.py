@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sglang_gen.models.attention import Attend
+from sglang_gen.parallel.split import Placed
 
 
 @dataclass
@@ -19,19 +19,23 @@ class Shapes:
     blocks: dict[type, set[Any]] = field(default_factory=dict)
 
 
-def rehearse(network: nn.Module, regions: tuple[type, ...], evaluate: Callable[[nn.Module], Any]) -> Shapes:
-    """The shapes that `evaluate` meets in a twin of the network without weights, which has its config and dtype."""
-    kind: Any = type(network)
-    with torch.device("meta"):
-        twin: nn.Module = kind(network.config).to(next(network.parameters()).dtype)
+def rehearse(twin: Placed, regions: tuple[type, ...], evaluate: Callable[[Any], Any]) -> Shapes:
+    """The shapes that `evaluate` meets in a network without memory, as this rank has it."""
     found = Shapes()
-    for module in twin.modules():
-        if isinstance(module, Attend):
-            module.register_forward_pre_hook(lambda _, args: found.attention.update([_attention(*args)]))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found.attention.update([(*q.shape[:3], k.shape[2], q.shape[3])])
+        return torch.empty_like(q)
+
+    def summing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return attend(q, k, v), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+    twin.set_kernel(attend, summing)
+    for module in twin.network.modules():
         if isinstance(module, regions):
             module.register_forward_pre_hook(lambda module, args: _note(found, module, args))
     with torch.no_grad():
-        evaluate(twin)
+        evaluate(twin.entrance)
     return found
 
 
@@ -40,10 +44,6 @@ def to_meta(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.to("meta")
     return type(value)(to_meta(each) for each in value) if isinstance(value, (list, tuple)) else value
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
-    return (*q.shape[:3], k.shape[2], q.shape[3])
 
 
 def _note(found: Shapes, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -66,7 +66,10 @@ class Door:
         return Share(*self.sharding.share(self.network.config, whole, arguments, self.axis))
 
     def __call__(self, latents: Tensor, share: Share, step: int) -> Tensor:
-        """As the network's own forward. Collective."""
+        return self.forward(latents, share, step)
+
+    def forward(self, latents: Tensor, share: Share, step: int) -> Tensor:
+        """As the network's own. Collective."""
         sharding, config = self.sharding, self.network.config
         lengths = cut(latents.shape[sharding.dim], sharding.unit(config), self.axis.size)
         for kind, tokens in sharding.tokens(config, latents.shape, lengths, share.text).items():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglang_gen.models.attention import Kernel
+from sglang_gen.models.attention import Attend, Kernel
 from sglang_gen.models.unet import SelfAttention
 from sglang_gen.parallel import tensor
 from sglang_gen.parallel.door import Door, Sharding
@@ -35,10 +35,10 @@ class Split:
             tensor.join(network, self.table, self.mesh.axis("tp"))
         return Placed(network, self)
 
-    def twin(self, build: Callable[[], nn.Module]) -> "Placed":
+    def twin(self, build: Callable[[], nn.Module], dtype: torch.dtype) -> "Placed":
         """This rank's part of a network without memory."""
         with torch.device("meta"):
-            network = build()
+            network = build().to(dtype)
         self.shrink(network)
         return self.place(network)
 
@@ -65,6 +65,11 @@ class Placed:
                 self._gather_early()
 
     @property
+    def merges(self) -> bool:
+        """Whether attention is merged from what several ranks' keys and values give."""
+        return self.mesh.size("ring") > 1 and not self.gathers_early
+
+    @property
     def gathers_early(self) -> bool:
         """Whether keys and values of rows are gathered before the leaf: nothing else is done to tokens there."""
         return self.sharding.spatial and self.mesh.size("ring") > 1 and self.mesh.size("ulysses") == 1
@@ -77,12 +82,14 @@ class Placed:
                 self.network.set_submodule(name, RowAttention(module, self.mesh.axis("ring"), lengths))
 
     def set_kernel(self, kernel: Kernel, summing: Summing | None) -> None:
-        """Every attention of split tokens by this kernel; `summing` is the same with its log-sum-exp, if it has one."""
+        """Every attention by this kernel; `summing` is the same with its log-sum-exp, if it has one."""
+        for module in self.network.modules():
+            if isinstance(module, Attend):
+                module.kernel = kernel
         ring, ulysses = self.mesh.axis("ring"), self.mesh.axis("ulysses")
         for kind, leaves in self.leaves.items():
             for leaf in leaves:
-                leaf.kernel = kernel
-                if ring.size > 1 and not self.gathers_early:
+                if self.merges:
                     lengths = self.lengths[kind]
                     leaf.kernel = Ring(summing, ring, lengths) if summing else Gathering(kernel, ring, lengths)
                 if ulysses.size > 1:

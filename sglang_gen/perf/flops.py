@@ -24,6 +24,7 @@ class Call:
     name: str
     module: nn.Module
     method: str
+    twin: Callable[[], Any] | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     io_bytes: int
@@ -37,35 +38,47 @@ class CallLog:
     on: bool = False
     calls: dict[str, Call] = field(default_factory=dict)
 
-    def watch(self, stage: str, name: str, module: nn.Module, method: str = "forward") -> None:
-        """Note every call of `module.method` as work of `stage`."""
-        if method == "forward":
-            module.register_forward_pre_hook(
-                lambda _module, args, kwargs: self._note(stage, name, module, method, args, kwargs), with_kwargs=True
-            )
+    def watch(
+        self,
+        stage: str,
+        name: str,
+        entrance: Any,
+        method: str = "forward",
+        module: nn.Module | None = None,
+        twin: Callable[[], Any] | None = None,
+    ) -> None:
+        """Note every call of `entrance.method` as work of `stage`.
+
+        `module` holds the weights, where the entrance is something before it; `twin` gives an entrance without memory.
+        """
+        network = entrance if module is None else module
+
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.on:
+                self._note(Call(stage, name, network, method, twin, args, kwargs, 0))
+
+        if method == "forward" and isinstance(entrance, nn.Module):
+            entrance.register_forward_pre_hook(lambda _module, args, kwargs: note(args, kwargs), with_kwargs=True)
             return
-        inner: Callable[..., Any] = getattr(module, method)
+        inner: Callable[..., Any] = getattr(entrance, method)
 
         def noted(*args: Any, **kwargs: Any) -> Any:
-            self._note(stage, name, module, method, args, kwargs)
+            note(args, kwargs)
             return inner(*args, **kwargs)
 
-        setattr(module, method, noted)
+        setattr(entrance, method, noted)
 
-    def _note(
-        self, stage: str, name: str, module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if not self.on:
-            return
+    def _note(self, call: Call) -> None:
+        name, method, args, kwargs = call.name, call.method, call.args, call.kwargs
         leaves = list(_leaves((args, kwargs)))
         key = repr((name, method, sorted(kwargs), [_signature(leaf) for leaf in leaves]))
         if key in self.calls:
             self.calls[key].count += 1
             return
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        size = sum(leaf.numel() * leaf.element_size() for leaf in tensors)
-        meta_args, meta_kwargs = _to_meta((args, kwargs))
-        self.calls[key] = Call(stage, name, module, method, meta_args, meta_kwargs, size)
+        call.io_bytes = sum(leaf.numel() * leaf.element_size() for leaf in tensors)
+        call.args, call.kwargs = _to_meta((args, kwargs))
+        self.calls[key] = call
 
 
 def _signature(leaf: Any) -> Any:
@@ -134,7 +147,7 @@ def _judge(entry: dict[str, Any], milliseconds: float, rates: dict[str, Any]) ->
 def count(call: Call) -> int | str:
     """FLOPs of one call (a multiplication and an addition are two), or the reason why they cannot be counted."""
     try:
-        twin = _meta_twin(call.module, _dtype_of(call))
+        twin = call.twin() if call.twin else _meta_twin(call.module, _dtype_of(call))
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             getattr(twin, call.method)(*call.args, **call.kwargs)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
