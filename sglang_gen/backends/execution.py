@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from sglang_gen.engine import fastest, kernels
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.engine.guidance import Encoded
-from sglang_gen.engine.shapes import Shapes, rehearse, to_meta
+from sglang_gen.engine.shapes import Shapes, rehearse
+from sglang_gen.nested import to_meta
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.pipelines.request import Request
 from sglang_gen.types import Plan

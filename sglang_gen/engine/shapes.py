@@ -35,13 +35,6 @@ def rehearse(network: nn.Module, regions: tuple[type, ...], evaluate: Callable[[
     return found
 
 
-def to_meta(value: Any) -> Any:
-    """Tensors, and lists and tuples of them, on the meta device."""
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    return type(value)(to_meta(each) for each in value) if isinstance(value, (list, tuple)) else value
-
-
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     return (*q.shape[:3], k.shape[2], q.shape[3])
 

@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sglang_gen.backends.execution import laid_out
 from sglang_gen.engine.compile import Compiled
-from sglang_gen.engine.shapes import rehearse, to_meta
+from sglang_gen.engine.shapes import rehearse
+from sglang_gen.nested import to_meta
 from sglang_gen.perf.record import synchroniser
 from sglang_gen.perf.statistics import judge
 from tools.bench import works

@@ -12,7 +12,8 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from torch import Tensor
 
 from sglang_gen import env
-from sglang_gen.engine.shapes import rehearse, to_meta
+from sglang_gen.engine.shapes import rehearse
+from sglang_gen.nested import to_meta
 from sglang_gen.weights.load import load, weight_files
 
 TIME = 500.0  # of a thousand
