@@ -54,6 +54,7 @@ def check_start(run: Run) -> None:
 NATIVE_ONLY: tuple[tuple[str, Callable[[Run], bool]], ...] = (
     ("sampling.guidance_interval", lambda run: run.sampling.guidance_interval is not None),
     ("sampling.guidance_batching", lambda run: run.sampling.guidance_batching is not GuidanceBatching.auto),
+    ("compile.cuda_graphs", lambda run: run.compile.cuda_graphs),
 )
 
 

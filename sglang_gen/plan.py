@@ -56,6 +56,13 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     batches = prompts.batches(prompts.samples(run), run.sampling.batch_size)
     device = choose_device(run.device)
     _check_ranks(run, backend, degrees, device, len(batches))
+    if run.compile.cuda_graphs and device not in CAPTURING:
+        raise UserError("compile.cuda_graphs needs a GPU, and this run computes on the CPU; leave it out")
+    if run.compile.cuda_graphs and degrees.ring * degrees.ulysses * degrees.tp > 1:
+        raise UserError(
+            "compile.cuda_graphs captures no network that is split over ranks; leave it out, or run with "
+            "parallel.dp_size or parallel.enable_cfg_parallel alone"
+        )
     dtype = choose_dtype(run.dtype, device)
     _check_size(run, card)
     quantization.check_model(run, card, quantization.facts_of(device))
@@ -76,6 +83,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     return stored.settle(plan)
 
 
+CAPTURING = ("cuda",)  # devices whose work can be captured into graphs
 # Settings that act only together with another: the prefix of the one, whether the other is there, and its name.
 NEEDS: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
     ("lora.", lambda run: bool(run.lora.path or run.lora.adapters), "lora.path"),
@@ -256,6 +264,7 @@ def requested(run: Run) -> dict[str, Any]:
         "offload": [name for name, value in plain(run.offload).items() if value is True],
         "lora": [adapter["path"] for adapter in [plain(run.lora), *plain(run.lora.adapters)] if adapter["path"]],
         "compile": run.compile.enable_torch_compile,
+        "cuda_graphs": run.compile.cuda_graphs,
     }
 
 
@@ -274,6 +283,7 @@ def _effective(run: Run, backend: str, degrees: Layout, device: str, dtype: str)
         "offload": [] if device == "cpu" else asked["offload"],
         "lora": asked["lora"],
         "compile": asked["compile"],
+        "cuda_graphs": asked["cuda_graphs"],
         "seed": run.sampling.seed,
     }
 

@@ -67,7 +67,8 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
     if ranks is None:
         return None
     log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
-    report = dump.build(plan, phases, saved.effective, saved.samples) | {"cache": decisions, "ranks": ranks, "comm": sent}
+    report = dump.build(plan, phases, saved.effective, saved.samples)
+    report |= {"cache": decisions, "ranks": ranks, "comm": sent}
     return _finish(plan, phases, saved, report, reference)
 
 

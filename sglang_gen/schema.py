@@ -167,6 +167,7 @@ class Cache:
 class Compile:
     enable_torch_compile: bool = False
     regional: bool = True
+    cuda_graphs: bool = False  # capture an evaluation of the network once for each shape, and replay it
     warmup: bool = False
     warmup_steps: int = 1
     disable_autocast: bool = False

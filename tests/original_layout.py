@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import save_file
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
@@ -185,7 +185,10 @@ def save(folder: Path, file: Path, network: bool = True) -> Path:
 
 def _denoiser(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
     if not hasattr(pipeline, "unet"):
-        return original_sd3(pipeline.transformer.state_dict())
+        weights, config = pipeline.transformer.state_dict(), pipeline.transformer.config
+        if isinstance(pipeline.transformer, FluxTransformer2DModel):
+            return original_flux(weights, config.num_layers, config.num_single_layers)
+        return original_sd3(weights)
     config = pipeline.unet.config
     layers, levels = config.layers_per_block, len(config.block_out_channels)
     return {unet_name(name, layers, levels): weight for name, weight in pipeline.unet.state_dict().items()}

@@ -13,7 +13,7 @@ PACKAGE = Path(sglang_gen.__file__).parent
 LAYERS = (
     ("errors", "schema", "perf.statistics"),
     ("env", "flags", "types", "values", "perf.memory"),
-    ("safetensors_file", "component_folder"),
+    ("safetensors_file", "component_folder", "nested"),
     ("log", "output", "presets", "overrides", "layout", "remote_code", "single_file", "perf.record", "perf.flops"),
     ("config_file", "kept_prompts", "prompts"),
     ("media", "perf.observations", "perf.compare", "perf.quality", "sweep.report"),

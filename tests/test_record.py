@@ -125,7 +125,8 @@ def test_the_record_says_what_was_asked_what_took_effect_and_why(pipelines, sgla
                          "commit_hash"}  # fmt: skip
     assert kept["schema_version"] == 1
     assert kept["sample"] == {"index": 0, "prompt": "a", "negative_prompt": None, "seed": 3}
-    same = {"backend", "attention", "dtype", "device", "parallel", "cache", "quantization", "offload", "compile"}
+    same = {"backend", "attention", "dtype", "device", "parallel", "cache", "quantization", "offload", "compile",
+            "cuda_graphs"}  # fmt: skip
     assert same <= set(kept["requested"])
     assert same <= set(kept["effective"])
     assert (kept["requested"]["backend"], kept["effective"]["backend"]) == ("auto", "sglang")

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from little_hub import LittleHub
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -37,9 +38,9 @@ def pipelines(pipelines, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def files(pipelines, tmp_path_factory) -> dict[str, Path]:
-    """The tiny SD 1.5, SDXL and SD3 as single files."""
+    """The tiny SD 1.5, SDXL, SD3 and FLUX as single files."""
     folder = tmp_path_factory.mktemp("single")
-    names = ("sd15", "sdxl", "sd3")
+    names = ("sd15", "sdxl", "sd3", "flux")
     return {name: original_layout.save(pipelines[name], folder / f"{name}.safetensors") for name in names}
 
 
@@ -77,9 +78,10 @@ def both_make_the_same(sglang, *words: object, folder: str = "") -> None:
     assert_same(f"{folder}sglang", f"{folder}diffusers", 1)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
 def test_the_native_engine_reads_a_single_file(pipelines, files, sglang, name):
-    both_make_the_same(sglang, "--model-path", files[name], f"model.configs={pipelines[name]}")
+    if name != "flux":  # which diffusers reads at the published width alone
+        both_make_the_same(sglang, "--model-path", files[name], f"model.configs={pipelines[name]}")
     for where in ((pipelines[name],), (files[name], f"model.configs={pipelines[name]}")):
         done = sglang("generate", "--model-path", *where, *SMALL[:-2], "output.latents=true")
         assert done.code == 0, done.err
@@ -109,14 +111,27 @@ def test_components_and_weights_from_elsewhere_replace_those_of_the_file(pipelin
 
 
 def test_flux_comes_out_of_a_file_beside_its_network(pipelines, sglang, tmp_path):
-    """diffusers' conversion of the network itself knows the published width alone; see the test below."""
     file = original_layout.save(pipelines["flux"], tmp_path / "flux.safetensors", network=False)
     network = json.dumps({"transformer": f"{pipelines['flux']}/transformer"})
     configs = f"model.configs={pipelines['flux']}"
     both_make_the_same(sglang, "--model-path", file, configs, "--component-paths", network)
 
 
-def test_the_network_of_flux_comes_out_of_its_original_layout_tensor_by_tensor(tmp_path):
+def test_a_file_of_flux_with_a_tensor_too_many_or_another_width_is_refused_by_name(pipelines, files, sglang):
+    words = (f"model.configs={pipelines['flux']}", *SMALL[:-2], "--backend", "sglang")
+    name = "model.diffusion_model.double_blocks.0.img_mod.lin.scale_weight"
+    file = changed(files["flux"], lambda all_: {**all_, name: torch.ones(())})
+    done = sglang("generate", "--model-path", file, *words)
+    assert done.code == 2
+    assert "it holds double_blocks.0.img_mod.lin.scale_weight, which Flux does not have" in done.lines[-1]
+    name = "model.diffusion_model.single_blocks.1.linear1.weight"
+    file = changed(files["flux"], lambda all_: {**all_, name: all_[name][1:]})
+    done = sglang("generate", "--model-path", file, *words)
+    assert done.code == 2
+    assert "have 223 rows together, this network needs 224; name the right preset" in done.lines[-1]
+
+
+def test_the_network_of_flux_comes_out_of_its_original_layout_as_in_diffusers(tmp_path):
     """At the published width, which diffusers' conversion takes for granted; one block of each kind, in 8 bits."""
     config = {"num_layers": 1, "num_single_layers": 1, "in_channels": 16, "joint_attention_dim": 32,
               "pooled_projection_dim": 32, "guidance_embeds": True, "axes_dims_rope": [16, 56, 56],
@@ -126,9 +141,12 @@ def test_the_network_of_flux_comes_out_of_its_original_layout_tensor_by_tensor(t
     weights = {name: torch.randint(0, 256, slot.shape, dtype=torch.uint8) for name, slot in shapes.items()}
     theirs = original_layout.original_flux(weights, double=1, single=1)
     save_file({f"model.diffusion_model.{name}": t for name, t in theirs.items()}, tmp_path / "flux.safetensors")
-    found = original.read("FluxTransformer2DModel", config, [tmp_path / "flux.safetensors"])
-    assert found.keys() == weights.keys()
-    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    convert = SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]["checkpoint_mapping_fn"]
+    for found in (
+        original.read("FluxTransformer2DModel", config, [tmp_path / "flux.safetensors"]), convert(checkpoint=theirs)
+    ):  # fmt: skip
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], weights[name]) for name in weights)
     with torch.device("meta"):
         network = flux.build(config)
     assert {source for name in network.state_dict() for source in flux.sources(name)} == found.keys()

@@ -50,14 +50,17 @@ def both(pool, folder, name, layout, dtype, summing=True, **size):
     alone = load(lambda: glue.build(config), weight_files(folder), glue.sources, dtype, "cpu")
     conditioning = alone.condition(*conditions)
     expected = torch.stack([alone(latents, conditioning, step) for step in (0, 2)])
-    answers = pool.run(layout, evaluate, KIND[name], folder.absolute(), config, dtype, latents, conditions, (0, 2), summing)
+    answers = pool.run(
+        layout, evaluate, KIND[name], folder.absolute(), config, dtype, latents, conditions, (0, 2), summing
+    )
     return expected, answers
 
 
 LAYOUTS = {
     "tp2": Layout(tp=2), "tp4": Layout(tp=4), "ulysses2": Layout(ulysses=2), "ring2": Layout(ring=2),
     "ring3": Layout(ring=3), "ring4": Layout(ring=4), "usp4": Layout(ring=2, ulysses=2),
-    "ulysses2 tp2": Layout(ulysses=2, tp=2), "ring2 tp2": Layout(ring=2, tp=2), "usp4 tp2": Layout(ring=2, ulysses=2, tp=2),
+    "ulysses2 tp2": Layout(ulysses=2, tp=2), "ring2 tp2": Layout(ring=2, tp=2),
+    "usp4 tp2": Layout(ring=2, ulysses=2, tp=2),
 }  # fmt: skip
 
 

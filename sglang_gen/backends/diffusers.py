@@ -200,7 +200,7 @@ class DiffusersEngine:
         wanted: dict[str, Any] = {
             "prompt": [sample.prompt for sample in batch],
             "negative_prompt": None if negatives[0] is None else negatives,
-            "image": self._images(len(batch)),
+            "image": self.image,
             "num_inference_steps": steps,
             "guidance_scale": sampling.guidance_scale,
             "height": sampling.height,
@@ -214,15 +214,18 @@ class DiffusersEngine:
         given = {name: value for name, value in wanted.items() if name in self.kind.accepted and value is not None}
         warmup = steps != sampling.num_inference_steps and "strength" in self.kind.accepted
         whole = {"strength": 1.0} if warmup else {}  # an input picture spares none of its few steps
-        return given | self.call | whole
+        return self._for_each(len(batch), given | self.call | whole)
 
-    def _images(self, count: int) -> Any:
-        """The input picture, for each sample where the pipeline noises it.
+    def _for_each(self, count: int, given: dict[str, Any]) -> dict[str, Any]:
+        """The input picture and its mask once for each sample of a batch, where the pipeline transforms the picture.
 
-        Of a single one some pipelines draw the latents once, so that a sample would depend on its batch.
+        Of a single one some pipelines draw the latents once, from the first generator, so that a sample would depend on
+        its batch. Elsewhere several pictures may be several references for one prompt.
         """
-        noised = "strength" in self.kind.accepted and "mask_image" not in self.kind.accepted
-        return [self.image] * count if noised and self.image is not None else self.image
+        if count == 1 or not arguments.transforms(self.kind):
+            return given
+        pictures = {name: given[name] for name in ("image", "mask_image") if name in given}
+        return given | {name: [picture] * count for name, picture in pictures.items()}
 
     def traffic(self) -> dict[str, Any]:
         return {}

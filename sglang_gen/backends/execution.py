@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from sglang_gen.engine import fastest, kernels
 from sglang_gen.engine.denoise import Predict
+from sglang_gen.engine.graphs import Graphs
 from sglang_gen.engine.guidance import Encoded
-from sglang_gen.engine.shapes import Shapes, rehearse, to_meta
+from sglang_gen.engine.shapes import Shapes, rehearse
+from sglang_gen.nested import to_meta
 from sglang_gen.parallel.collectives import Traffic, counted
 from sglang_gen.parallel.split import Placed, Split
 from sglang_gen.pipelines.request import Request
@@ -50,7 +52,10 @@ def _compile(network: nn.Module, regions: tuple[type, ...], device: str) -> "Com
 
 
 class Execution:
-    """The kernel goes in before the first block is compiled; a batch of another shape allows further graphs."""
+    """The kernel goes in before the first block is compiled, compiled blocks before the first graph is captured.
+
+    A batch of another shape allows further graphs.
+    """
 
     def __init__(self, plan: Plan, split: Split, glue: Any, network: nn.Module) -> None:
         """Raises UserError for a kernel that does not run here, or a compiler that is missing."""
@@ -62,6 +67,7 @@ class Execution:
         settings = plan.run.compile
         self.regions = glue.REGIONS if settings.regional else ()
         self.compiled = _compile(network, self.regions, plan.device) if settings.enable_torch_compile else None
+        self.graphs = Graphs(network) if settings.cuda_graphs else None
         # Chosen here so that it is refused before anything is computed; what waits is chosen again for the shapes.
         self.kernel = kernels.choose(self.attention, plan.device, self.dtype, ())
 
@@ -152,7 +158,8 @@ class Execution:
             yield
 
     def effective(self) -> dict[str, Any]:
-        found = {"attention": self.kernel.name, "compile": self.compiled.mode if self.compiled else False}
+        compiled = self.compiled.mode if self.compiled else False
+        found = {"attention": self.kernel.name, "compile": compiled, "cuda_graphs": self.graphs is not None}
         if self.mesh.size("ring") > 1:  # keys and values: from rank to rank, or all at once
             found["ring"] = "merged" if self.placed.merges and self._summing(self.kernel.name) else "gathered"
         return found

@@ -40,7 +40,10 @@ def room(plan: Plan, glue: Any, network_config: Any, request: Request, encoders:
     Where it is short the encoders go first, which costs a copy for each batch, then the branches take turns, which
     costs time in every step.
     """
-    free, row = mesh.least(free_memory(plan.device)), glue.widest_map(network_config, request) * getattr(torch, plan.dtype).itemsize
+    free, row = (
+        mesh.least(free_memory(plan.device)),
+        glue.widest_map(network_config, request) * getattr(torch, plan.dtype).itemsize,
+    )
     rows, asked = max(map(len, plan.batches)), plan.run.sampling.guidance_batching
     batched = asked is GuidanceBatching.batched
     if asked is GuidanceBatching.auto:

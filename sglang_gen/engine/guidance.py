@@ -10,6 +10,7 @@ from sglang_gen.engine.denoise import Predict
 from sglang_gen.parallel.collectives import Axis, gather
 
 Encoded = Sequence[tuple[Tensor, ...]]  # encoded texts of each branch; that of the prompts is the last
+ONE_RANK = Axis("cfg", 1, 0)
 MAPS = 32  # widest maps that one evaluation is reckoned to hold at once; eager networks hold 11 to 27
 
 
@@ -36,7 +37,7 @@ def guided(
     encoded: Encoded,
     guidance: Guidance,
     numbers: Sequence[int],
-    cfg: Axis = Axis("cfg", 1, 0),
+    cfg: Axis = ONE_RANK,
 ) -> Predict:
     """What predicts under guidance. `numbers[i]` is the step that evaluation i belongs to.
 

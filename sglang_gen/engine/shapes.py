@@ -39,13 +39,6 @@ def rehearse(twin: Placed, regions: tuple[type, ...], evaluate: Callable[[Any], 
     return found
 
 
-def to_meta(value: Any) -> Any:
-    """Tensors, and lists and tuples of them, on the meta device."""
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    return type(value)(to_meta(each) for each in value) if isinstance(value, (list, tuple)) else value
-
-
 def _note(found: Shapes, module: nn.Module, args: tuple[Any, ...]) -> None:
     weights = tuple(tuple(each.shape) for each in module.parameters())
     inputs = tuple(tuple(each.shape) for each in args if isinstance(each, Tensor))

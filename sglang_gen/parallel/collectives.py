@@ -9,11 +9,12 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import distributed_c10d
 from torch.nn import functional as F
 
 
@@ -58,6 +59,11 @@ def _tell(collective: str, axis: str, size: float) -> None:
         traffic.add(f"{collective} {axis}", math.ceil(size))
 
 
+def _group(axis: Axis) -> Any:
+    """The process group: compiled code knows it by its name alone."""
+    return distributed_c10d._resolve_process_group(axis.group)  # type: ignore[arg-type, attr-defined]
+
+
 def _size(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
@@ -70,7 +76,8 @@ class Pending:
 
     def wait(self) -> Tensor:
         if torch.compiler.is_compiling():
-            return _arrived(self.tensor, self.source)
+            arrived: Tensor = _arrived(self.tensor, self.source)
+            return arrived
         if self.work is not None:
             self.work.wait()
         return self.tensor
@@ -79,11 +86,12 @@ class Pending:
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """The sum over the ranks."""
     if torch.compiler.is_compiling():
-        return _all_reduce(x, axis.group, axis.name, axis.size)
+        summed: Tensor = _all_reduce(x, axis.group, axis.name, axis.size)
+        return summed
     _tell("all_reduce", axis.name, 2 * (axis.size - 1) / axis.size * _size(x))
     total = x.contiguous() if x.is_meta else x.clone(memory_format=torch.contiguous_format)
     if not x.is_meta:
-        dist.all_reduce(total, group=_resolve_process_group(axis.group))
+        dist.all_reduce(total, group=_group(axis))
     return total
 
 
@@ -96,7 +104,7 @@ def gather(x: Tensor, axis: Axis) -> Pending:
     found = x.new_empty((axis.size, *x.shape))
     if x.is_meta:
         return Pending(found, x)
-    group = _resolve_process_group(axis.group)
+    group = _group(axis)
     return Pending(found, x, dist.all_gather(list(found.unbind()), x, group=group, async_op=True))
 
 
@@ -108,7 +116,7 @@ def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis
     found = x.new_empty(sum(received))
     if x.is_meta:
         return Pending(found, x)
-    group = _resolve_process_group(axis.group)
+    group = _group(axis)
     work = dist.all_to_all_single(found, x, list(received), list(sent), group=group, async_op=True)
     return Pending(found, x, work)
 

@@ -61,7 +61,8 @@ class Mesh:
     def least(self, number: int | None) -> int | None:
         """The smallest of all ranks' numbers, so that all decide alike; None where there are none."""
         found = self.gather_all(number)
-        return self.share(min(found) if found and number is not None else None)  # type: ignore[type-var]
+        least: int | None = self.share(min(found) if found and number is not None else None)
+        return least
 
     def gather(self, item: Any, axis: str) -> list[Any] | None:
         """The picklable `item` of every rank along `axis`, in order, on the first of them; None on the others."""

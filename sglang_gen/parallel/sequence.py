@@ -56,7 +56,7 @@ class Ulysses:
         flat = exchange(blocks.reshape(-1), [mine * length] * ranks, received, self.axis).wait()
         parts = [
             part.view(n, batch, heads // ranks, count, width)
-            for part, count in zip(flat.split(received), tokens, strict=True)
+            for part, count in zip(torch.split(flat, received), tokens, strict=True)
         ]
         return torch.cat(parts, dim=3)
 
@@ -66,7 +66,7 @@ class Ulysses:
         ranks, length = self.axis.size, tokens[self.axis.index]
         one = batch * heads * width
         sent = [one * count for count in tokens]
-        flat = torch.cat([part.reshape(-1) for part in x.split(list(tokens), dim=2)])
+        flat = torch.cat([part.reshape(-1) for part in torch.split(x, list(tokens), dim=2)])
         back = exchange(flat, sent, [one * length] * ranks, self.axis).wait()
         parts = back.view(ranks, batch, heads, length, width)
         return parts.transpose(0, 1).reshape(batch, ranks * heads, length, width)

@@ -7,6 +7,7 @@ exchanged: convolutions of three rows take one from each neighbour, group norms 
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,8 +45,8 @@ def neighbours(x: Tensor, axis: Axis, below: bool) -> tuple[Tensor, Tensor]:
         sent[index + 1], received[index + 1] = first.numel(), first.numel() if below else 0
     rows = ([first] if index > 0 and below else []) + ([final] if index < last else [])
     flat = torch.cat([row.reshape(-1) for row in rows]) if rows else x.new_empty(0)
-    arrived = exchange(flat, sent, received, axis).wait().split([count for count in received if count])
-    found = [part.view(first.shape) for part in arrived]
+    arrived = exchange(flat, sent, received, axis).wait()
+    found = [row.view(first.shape) for row in torch.split(arrived, [count for count in received if count])]
     return (found[0] if index > 0 else zeros), (found[-1] if index < last and below else zeros)
 
 
@@ -57,7 +58,7 @@ class RowNorm(nn.Module):
         self.norm, self.axis = norm, axis
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = x.unflatten(1, (self.norm.num_groups, -1)).flatten(2)  # [B, G, N]
+        groups = x.reshape(len(x), self.norm.num_groups, -1)  # [B, G, N]
         wide = groups.to(torch.promote_types(x.dtype, torch.float32))
         mean = wide.mean(dim=2)
         squares = (wide - mean[..., None]).square().sum(dim=2)
@@ -70,7 +71,8 @@ class RowNorm(nn.Module):
         normed = ((wide - mean[..., None]) * scale[..., None]).view(x.shape)
         shape = (1, -1, *[1] * (x.ndim - 2))
         weight, bias = self.norm.weight.view(shape), self.norm.bias.view(shape)
-        return (normed * weight + bias).to(x.dtype)
+        out: Tensor = (normed * weight + bias).to(x.dtype)
+        return out
 
 
 class RowAttention(nn.Module):
@@ -85,11 +87,9 @@ class RowAttention(nn.Module):
         query, rest = inner.to_qkv.weight.split([inner.to_qkv.out_features // 3, inner.to_qkv.out_features // 3 * 2])
         tokens = self.lengths.of_groups()
         coming = start_along(F.linear(x, rest), 1, tokens, self.axis)
-        q = F.linear(x, query).unflatten(2, (inner.heads, -1)).transpose(1, 2)  # [B, H, l, D]
-        both = put_along(coming.wait(), 1, tokens).unflatten(2, (2, inner.heads, -1))  # [B, L, 2, H, D]
-        k, v = both.permute(2, 0, 3, 1, 4)
-        attended: Tensor = inner.attend(q, k, v)
-        out: Tensor = inner.to_out(attended.transpose(1, 2).flatten(2))
+        q = rearrange(F.linear(x, query), "b l (h d) -> b h l d", h=inner.heads)
+        k, v = rearrange(put_along(coming.wait(), 1, tokens), "b l (n h d) -> n b h l d", n=2, h=inner.heads)
+        out: Tensor = inner.to_out(rearrange(inner.attend(q, k, v), "b h l d -> b l (h d)"))
         return out
 
 

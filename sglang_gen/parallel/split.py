@@ -1,4 +1,4 @@
-"""A network over the ranks of one batch: what its tables and its sharding make of it, in the order of the transforms."""
+"""A network over the ranks of one batch: what its table and its sharding make of it, in the order of transforms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

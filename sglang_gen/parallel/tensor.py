@@ -63,14 +63,13 @@ def ranges(whole: int, sections: tuple[int, ...], axis: Axis) -> tuple[tuple[int
 
 
 def matched(network: nn.Module, table: Table) -> list[tuple[str, nn.Module, Any]]:
-    """(name, module, rule) of every module that a pattern of the table names. Every pattern names one."""
-    found = [
+    """(name, module, rule) of every module that a pattern of the table names."""
+    return [
         (name, module, rule)
         for pattern, rule in table.items()
         for name, module in network.named_modules()
         if fnmatchcase(name, pattern)
     ]
-    return found
 
 
 def shrink(network: nn.Module, table: Table, axis: Axis) -> dict[str, Part]:
@@ -113,9 +112,9 @@ class Summed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         total = all_reduce(self.layer(x), self.axis)
-        if self.bias is None:
-            return total
-        return total + (self.bias[:, None, None] if self.of_maps else self.bias)
+        if self.bias is not None:
+            total = total + (self.bias[:, None, None] if self.of_maps else self.bias)
+        return total
 
 
 class Whole(nn.Module):

@@ -119,6 +119,7 @@ def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
         **({"input_picture": True} if sampling.image_path else {}),  # encoding it, and the steps that it spares
         **({"guidance_interval": sampling.guidance_interval} if sampling.guidance_interval else {}),
         **({"guidance_batching": "sequential"} if effective.get("guidance_batching") == "sequential" else {}),
+        **({"cuda_graphs": True} if effective.get("cuda_graphs") else {}),
         "latents_saved": plan.run.output.latents,
         "warmup_steps": plan.run.compile.warmup_steps if plan.run.compile.warmup else 0,
         "deterministic": plan.run.deterministic,

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sglang_gen.nested import to_meta
+
 
 @dataclass
 class Call:
@@ -77,7 +79,7 @@ class CallLog:
             return
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         call.io_bytes = sum(leaf.numel() * leaf.element_size() for leaf in tensors)
-        call.args, call.kwargs = _to_meta((args, kwargs))
+        call.args, call.kwargs = to_meta((args, kwargs))
         self.calls[key] = call
 
 
@@ -94,19 +96,6 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(item)
     else:
         yield value
-
-
-def _to_meta(value: Any) -> Any:
-    """The same with tensors on the meta device."""
-    if isinstance(value, torch.Tensor):
-        return torch.empty_like(value, device="meta")
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to_meta(item) for item in value)
-    if isinstance(value, dict):
-        return {name: _to_meta(item) for name, item in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{name: _to_meta(item) for name, item in vars(value).items()})
-    return value
 
 
 def work(log: CallLog, stages_ms: dict[str, float], rates: dict[str, Any]) -> dict[str, dict[str, Any]]:

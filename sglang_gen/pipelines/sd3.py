@@ -73,9 +73,10 @@ TENSOR = {
 
 def leaves(network: SD3) -> dict[str, list[Attend]]:
     """The attentions of image and text together, and those of the image alone."""
+    blocks: list[Any] = list(network.blocks)
     return {
-        "joint": [block.attention.attend for block in network.blocks],
-        "image": [block.attention_2.attend for block in network.blocks if block.attention_2 is not None],
+        "joint": [block.attention.attend for block in blocks],
+        "image": [block.attention_2.attend for block in blocks if block.attention_2 is not None],
     }
 
 

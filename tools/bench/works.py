@@ -12,7 +12,9 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from torch import Tensor
 
 from sglang_gen import env
-from sglang_gen.engine.shapes import rehearse, to_meta
+from sglang_gen.engine.shapes import Shapes, rehearse
+from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.parallel.split import Split
 from sglang_gen.weights.load import load, weight_files
 
 TIME = 500.0  # of a thousand
@@ -148,6 +150,9 @@ def ours(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any
     return network, condition, latents
 
 
-def attention_shapes(network: Any, condition: Callable[[Any], Any], latents: Tensor) -> Any:
-    """(B, H, L, S, D) of each attention of one evaluation -> how often."""
-    return rehearse(network, (), lambda twin: twin(to_meta(latents), condition(twin), 0)).attention
+def rehearsed(work: Work, regions: tuple[type, ...], network: Any, evaluate: Callable[[Any], Any]) -> Shapes:
+    """What `evaluate` meets in a network like this one, without memory."""
+    glue: Any = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
+    split = Split(Mesh(), glue.TENSOR, glue.SHARDING)
+    twin = split.twin(lambda: type(network)(network.config), next(network.parameters()).dtype)
+    return rehearse(twin, regions, evaluate)

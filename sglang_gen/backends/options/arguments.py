@@ -81,10 +81,15 @@ def _check_strength(kind: Kind, steps: int, call: dict[str, Any]) -> None:
 
 
 def _needs_image(kind: Kind) -> bool:
-    """Pipelines declare `image=None` where they need one; that they transform it shows in arguments that say how."""
+    """Pipelines declare `image=None` where they need one."""
     if "image" not in kind.accepted:
         return False
-    return "image" in kind.required or bool(kind.accepted & {"strength", "mask_image", "image_guidance_scale"})
+    return "image" in kind.required or transforms(kind)
+
+
+def transforms(kind: Kind) -> bool:
+    """Whether the pipeline makes one picture of another, by arguments that say how."""
+    return bool(kind.accepted & {"strength", "mask_image", "image_guidance_scale"})
 
 
 def warn_ineffective(plan: Plan, kind: Kind, pipeline: Any, call: dict[str, Any]) -> None:
