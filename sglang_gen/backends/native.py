@@ -46,7 +46,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
         )
     try:
         split = Split(mesh, glue.TENSOR, glue.SHARDING)
-        network, components = parts.read(plan, NEEDS[name], glue, split.shrink)
+        network, components = parts.read(plan, NEEDS[name], glue, split)
     except UserError:
         raise
     except LOADING_ERRORS as error:
@@ -140,9 +140,11 @@ class NativeEngine:
         request, scheduler = self._request(steps), self.parts["scheduler"]
         negative = bool(batch[0].negative_prompt)  # batches are of one kind
         guidance = guiding.guidance(self.plan, self.glue, request, negative, self.room.batched)
+        self.sent.on = self.calls.on
         clock.enter("text_encoding")
         self._place_encoders(self.plan.device)
-        encoded = self._encode(batch, guidance, request)
+        with self.sent.during("text_encoding", []):
+            encoded = self._encode(batch, guidance, request)
         self._place_encoders("cpu")
         clock.enter("latents")
         generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
@@ -157,7 +159,6 @@ class NativeEngine:
         clock.leave()  # what follows happens once, and is no stage
         alike = kinds(guidance, numbers)
         expected = self.execution.settle(predictor, sorted(set(alike)), request, encoded, noise)
-        self.sent.on = self.calls.on
         clock.enter("denoising")
         with self.sent.during("conditioning", [expected.conditioning]):
             predict = predictor(self.entrance, encoded)

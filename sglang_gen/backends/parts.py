@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from sglang_gen.errors import UserError, first_line
+from sglang_gen.parallel.collectives import Axis
+from sglang_gen.parallel.split import Split
 from sglang_gen.requirements import Needs
 from sglang_gen.types import Component, Plan
 from sglang_gen.weight_files import locate
@@ -17,16 +19,19 @@ from sglang_gen.weights import original
 from sglang_gen.weights.load import Held, Shrink, fill, load, weight_files, where
 
 
-def read(plan: Plan, needs: Needs, glue: Any, shrink: Shrink) -> tuple[nn.Module, dict[str, Any]]:
+def read(plan: Plan, needs: Needs, glue: Any, split: Split) -> tuple[nn.Module, dict[str, Any]]:
     """This rank's part of the denoising network and all other components by name, in the plan's dtype, on its device.
+
+    Of a T5 in a folder each rank of a tensor parallel group has its part too.
 
     Raises UserError for weights that do not fit, and whatever their libraries raise for files that cannot be read.
     """
     dtype = getattr(torch, plan.dtype)
-    network = _network(plan, needs.network, glue, dtype, shrink)
+    network = _network(plan, needs.network, glue, dtype, split.shrink)
     others = [name for name in needs.components if name != needs.network]
     given = [name for name in others if plan.card.file is None or name in plan.run.model.component_paths]
-    parts = {name: _read(plan.card.components[name], dtype, plan.device) for name in given}
+    tp = split.mesh.axis("tp")
+    parts = {name: _read(plan.card.components[name], dtype, plan.device, tp) for name in given}
     if plan.card.file is not None:
         parts = _out_of_file(plan, others, {**parts, needs.network: None}, dtype)
     parts["scheduler"] = _settled(parts["scheduler"], glue.SCHEDULER)
@@ -88,8 +93,13 @@ def _folder(component: Component) -> Path:
     return component.folder
 
 
-def _read(component: Component, dtype: torch.dtype, device: str) -> Any:
-    """A text encoder, tokenizer, autoencoder or scheduler, as its own library reads it."""
+def _read(component: Component, dtype: torch.dtype, device: str, tp: Axis) -> Any:
+    """A text encoder, tokenizer, autoencoder or scheduler, as its own library reads it, or this rank's part of it."""
+    if tp.size > 1:
+        from sglang_gen.backends import large_text
+
+        if large_text.divides(component, dtype, tp):
+            return large_text.read(_folder(component), dtype, device, tp)
     kind = getattr(importlib.import_module(component.library), component.class_name)
     folder = str(_folder(component))
     if not issubclass(kind, nn.Module):

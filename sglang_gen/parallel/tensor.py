@@ -36,10 +36,17 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Heads:
-    """A module that counts attention heads has its part of them."""
+    """A module that counts attention heads, or channels of all of them, has its part."""
+
+    counts: tuple[str, ...] = ("heads",)
 
 
-Table = Mapping[str, Columns | Rows | Gathered | Heads]  # patterns of module names
+@dataclass(frozen=True)
+class Biases:
+    """A table of numbers for each head, `[N, heads]`, is cut along its heads."""
+
+
+Table = Mapping[str, Columns | Rows | Gathered | Heads | Biases]  # patterns of module names
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,11 @@ def shrink(network: nn.Module, table: Table, axis: Axis) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for name, module, rule in matched(network, table):
         if isinstance(rule, Heads):
-            module.heads = module.heads // axis.size  # type: ignore[assignment, operator]
+            for count in rule.counts:
+                setattr(module, count, getattr(module, count) // axis.size)
             continue
-        dim = 1 if isinstance(rule, Rows) else 0
-        sections = (1,) if isinstance(rule, Gathered) else rule.sections
+        dim = 1 if isinstance(rule, (Rows, Biases)) else 0
+        sections = rule.sections if isinstance(rule, (Columns, Rows)) else (1,)
         for key, tensor in list(module.named_parameters(recurse=False)):
             if tensor.ndim <= dim:
                 continue  # the bias of a sum is added once, whole
@@ -95,9 +103,8 @@ def shrink(network: nn.Module, table: Table, axis: Axis) -> dict[str, Part]:
 
 def _count(module: nn.Module, dim: int, axis: Axis) -> None:
     """The numbers that a layer keeps of its own channels."""
-    for attribute in (("in_features", "in_channels"), ("out_features", "out_channels", "num_groups", "num_channels"))[
-        dim == 0
-    ]:
+    kept = ("in_features", "in_channels") if dim else ("out_features", "out_channels", "num_groups", "num_channels")
+    for attribute in kept:
         if hasattr(module, attribute):
             setattr(module, attribute, getattr(module, attribute) // axis.size)
 
@@ -109,6 +116,12 @@ class Summed(nn.Module):
         super().__init__()
         self.bias, layer.bias = layer.bias, None
         self.layer, self.axis, self.of_maps = layer, axis, layer.weight.ndim == 4
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the layer: transformers looks at its dtype."""
+        found: Tensor = self.layer.weight
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         total = all_reduce(self.layer(x), self.axis)

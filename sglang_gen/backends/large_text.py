@@ -1,0 +1,69 @@
+"""T5 over the ranks of a tensor parallel group: the one text encoder that is as large as a denoising network."""
+
+from collections.abc import Set
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import T5Config, T5EncoderModel
+
+from sglang_gen.parallel import tensor
+from sglang_gen.parallel.collectives import Axis
+from sglang_gen.parallel.tensor import Biases, Columns, Heads, Rows
+from sglang_gen.types import Component
+from sglang_gen.weights import load
+
+TENSOR: tensor.Table = {
+    "*.SelfAttention": Heads(("n_heads", "inner_dim")),
+    "*.relative_attention_bias": Biases(),
+    "*.q": Columns(),
+    "*.k": Columns(),
+    "*.v": Columns(),
+    "*.o": Rows(),
+    "*.wi": Columns(),
+    "*.wi_0": Columns(),
+    "*.wi_1": Columns(),
+    "*.wo": Rows(),
+}
+
+
+class Checkpoint(load.Checkpoint):
+    """The tensors of T5, without the second name that some files have for the table of words."""
+
+    def names(self) -> Set[str]:
+        return self.place.keys() - ({"encoder.embed_tokens.weight"} if "shared.weight" in self.place else set())
+
+
+def divides(component: Component, dtype: torch.dtype, axis: Axis) -> bool:
+    """Whether each rank can have a part; in float16 transformers keeps some layers in float32, and T5 stays whole."""
+    if component.class_name != T5EncoderModel.__name__ or axis.size == 1 or dtype is torch.float16:
+        return False
+    return not any(component.config[name] % axis.size for name in ("num_heads", "d_ff"))
+
+
+def read(folder: Path, dtype: torch.dtype, device: str, axis: Axis) -> nn.Module:
+    """This rank's part of the encoder in a folder, of which nothing else is read. Raises UserError as `load` does."""
+    files = load.weight_files(folder)
+
+    def build() -> nn.Module:
+        network: Any = T5EncoderModel(T5Config.from_pretrained(folder))
+        network.encoder.embed_tokens = None  # the same table as `shared`
+        return network  # type: ignore[no-any-return]
+
+    with ExitStack() as stack:
+        checkpoint = Checkpoint([stack.enter_context(safe_open(file, framework="pt")) for file in files])
+        network: Any = load.fill(
+            build,
+            checkpoint,
+            sources=lambda name: [name],
+            dtype=dtype,
+            device=device,
+            where=load.where(files),
+            shrink=lambda network: tensor.shrink(network, TENSOR, axis),
+        )
+    network.encoder.embed_tokens = network.shared
+    tensor.join(network, TENSOR, axis)
+    return network.requires_grad_(False)  # type: ignore[no-any-return]

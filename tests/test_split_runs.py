@@ -1,0 +1,63 @@
+"""Whole runs of the native engine with its networks spread over ranks: the pictures of one process."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from test_ranks import assert_same, pool  # noqa: F401 - the ranks that those tests share
+
+from sglang_gen import launch
+
+BATCH = ("--num-samples", "3", "sampling.batch_size=3", "--backend", "sglang")
+TRUE_CFG = ("--negative-prompt", "a dog", "--diffusers-kwargs", '{"true_cfg_scale": 3.0}')
+RUNS = [
+    ("sdxl", "parallel=sp2_tp2", ("--guidance-scale", "3", "--height", "36", "--width", "44")),
+    ("sdxl", "parallel=cfg2_sp2_tp2", ("--guidance-scale", "3")),
+    ("sd15", "parallel=ulysses2", ("--height", "40", "--negative-prompt", "a dog")),
+    ("sd3", "parallel=cfg2_sp2", ("--height", "36", "--width", "20")),
+    ("sd3", "parallel=usp4", ("--guidance-scale", "1")),
+    ("flux", "parallel=tp2", ()),
+    ("flux", "parallel=cfg2_sp2", TRUE_CFG),
+    ("flux", "parallel=ring4", ("--height", "20", "--width", "44")),
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(pipelines, sglang, pool, monkeypatch):  # noqa: F811
+    """Generate two steps with a tiny pipeline on the shared ranks, latents saved."""
+    monkeypatch.setattr(launch, "open_ranks", pool.open)
+
+    def generate(name: str, *words: object):
+        size = [word for side in ("--height", "--width") if side not in words for word in (side, 32)]
+        return sglang("generate", "--model-path", pipelines.get(name, name), "--prompt", "a cat", "--seed", 7,
+                      "--dtype", "float32", "--num-inference-steps", 2, "output.latents=true", *size, *words)  # fmt: skip
+
+    return generate
+
+
+@pytest.mark.parametrize(("name", "layout", "words"), RUNS)
+def test_a_split_run_gives_the_pictures_of_one_process(run, name, layout, words):
+    assert run(name, *BATCH, *words, "--output-path", "one").code == 0
+    done = run(name, *BATCH, *words, layout, "--output-path", "many", "--perf-dump-path", "many.json")
+    assert done.code == 0, done.err
+    assert_same("many", "one", 3)
+    dump = json.loads(Path("many.json").read_text())
+    assert dump["comm"]["denoising"]["evaluations"] >= 2
+    for stage in dump["comm"]:
+        if stage != "text_encoding":
+            for sent in dump["comm"][stage]["collectives"].values():
+                assert (sent["count"], sent["bytes"]) == (sent["predicted_count"], sent["predicted_bytes"])
+
+
+def test_every_axis_with_a_stochastic_scheduler_gives_the_pictures_of_one_process(run, pipelines):
+    shutil.copytree(pipelines["sdxl"], "ancestral")
+    index = json.loads(Path("ancestral/model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerAncestralDiscreteScheduler"]
+    Path("ancestral/model_index.json").write_text(json.dumps(index))
+    words = ("--num-samples", "3", "sampling.batch_size=2", "--guidance-scale", "3", "--backend", "sglang")
+    assert run("./ancestral", *words, "--output-path", "one").code == 0
+    layout = ("--num-gpus", "8", "--dp-size", "2", "--tp-size", "2", "--ring-degree", "2")
+    done = run("./ancestral", *words, *layout, "--output-path", "eight")
+    assert done.code == 0, done.err
+    assert_same("eight", "one", 3)
