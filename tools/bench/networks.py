@@ -68,7 +68,9 @@ def _ours(work: works.Work, folder: Path, device: str, compiled: bool, graphs: b
             Graphs(network)
         return lambda: network(latents, conditioning, 0)
     glue = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
-    shapes = works.rehearsed(work, glue.REGIONS, network, lambda twin: twin(to_meta(latents), condition(twin), 0))
+    shapes = works.rehearsed(
+        work, glue.REGIONS, network, lambda twin: twin(to_meta(latents), condition(twin, meta=True), 0)
+    )
     blocks = Compiled(network, glue.REGIONS, device)
     blocks.expect(shapes)
     if graphs:
@@ -113,7 +115,7 @@ def ceilings(work: works.Work, folder: Path, device: str) -> tuple[dict[str, Cal
     counter = FlopCounterMode(display=False)
 
     def count_flops(twin: Any) -> None:
-        conditioning = condition(twin)
+        conditioning = condition(twin, meta=True)
         with counter:  # attention is not in it: the rehearsal notes it instead
             twin(to_meta(latents), conditioning, 0)
 

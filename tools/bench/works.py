@@ -4,6 +4,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +136,20 @@ def ours(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any
     glue = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
     network: Any = load(lambda: glue.build(work.config), weight_files(folder), glue.sources, dtype, device)
     latents, text, pooled = work.inputs(dtype, device)
+    return network, partial(conditioning, work, text, pooled), latents
 
-    def condition(network: Any) -> Any:
-        on = next(network.parameters()).device
-        states, vector, times = text.to(on), pooled.to(on), torch.tensor([TIME])
-        if work.glue == "flux":
-            return network.condition(times.to(dtype), states, vector, 3500.0, work.size, work.size)
-        if work.glue == "sd3":
-            return network.condition(times, states, vector, work.size, work.size)
-        side = 8 * work.size
-        sizes = states.new_tensor([side, side, 0, 0, side, side]).expand(work.batch, -1)
-        return network.condition(times, states, vector, sizes)
 
-    return network, condition, latents
+def conditioning(work: Work, text: Tensor, pooled: Tensor, network: Any, meta: bool = False) -> Any:
+    """That of one step, of a network or of its twin without memory."""
+    on = "meta" if meta else text.device
+    states, vector, times = text.to(on), pooled.to(on), torch.tensor([TIME])
+    if work.glue == "flux":
+        return network.condition(times.to(text.dtype), states, vector, 3500.0, work.size, work.size)
+    if work.glue == "sd3":
+        return network.condition(times, states, vector, work.size, work.size)
+    side = 8 * work.size
+    sizes = states.new_tensor([side, side, 0, 0, side, side]).expand(len(text), -1)
+    return network.condition(times, states, vector, sizes)
 
 
 def rehearsed(work: Work, regions: tuple[type, ...], network: Any, evaluate: Callable[[Any], Any]) -> Shapes:

@@ -1,0 +1,152 @@
+"""One denoising step on one rank and on two, one thread each, interleaved.
+
+    python -m tools.bench.ranks                     # a UNet and a DiT that suit a laptop
+    python -m tools.bench.ranks --work dit --rounds 9 --dtype bfloat16
+
+A round is one step of every layout, all of them with the same weights; a step ends when both ranks have its result.
+Efficiency is the time of one rank over that of two and over two. `cfg2` computes half of the batch on each rank. Every
+layout's result is compared with that of one rank before anything is timed.
+"""
+
+import argparse
+import importlib
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from sglang_gen.engine import kernels
+from sglang_gen.parallel import mesh
+from sglang_gen.parallel.collectives import gather
+from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.parallel.split import Split
+from sglang_gen.perf.statistics import judge
+from sglang_gen.types import Layout
+from sglang_gen.weights.load import load, weight_files
+from tools.bench import works
+
+LAYOUTS = {"tp2": Layout(tp=2), "ulysses2": Layout(ulysses=2), "ring2": Layout(ring=2)}
+ALONE, CFG = "one rank", "cfg2"
+Step = Callable[[], Tensor]
+
+
+def steps(work: works.Work, folder: Path, dtype: torch.dtype, pair: Mesh) -> dict[str, Step]:
+    """A step of each layout, by its name."""
+    network, condition, latents = works.ours(work, folder, dtype, "cpu")
+    alone = condition(network)
+    found: dict[str, Step] = {ALONE: lambda: network(latents, alone, 0)}
+    if work.batch == 2:
+        found[CFG] = _halved(work, network, latents, pair)
+    for name, layout in LAYOUTS.items():
+        found[name] = _split(work, folder, dtype, _as(pair, layout), condition, latents)
+    return found
+
+
+def _as(pair: Mesh, layout: Layout) -> Mesh:
+    """The two ranks under another layout."""
+    group = pair.groups["cfg"]
+    return Mesh(layout, pair.rank, dict.fromkeys(("cfg", "ring", "ulysses", "sp", "tp"), group))
+
+
+def _split(
+    work: works.Work, folder: Path, dtype: torch.dtype, ranks: Mesh, condition: Callable[[Any], Any], latents: Tensor
+) -> Step:
+    glue: Any = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
+    split = Split(ranks, glue.TENSOR, glue.SHARDING)
+    network = load(lambda: glue.build(work.config), weight_files(folder), glue.sources, dtype, "cpu", split.shrink)
+    placed = split.place(network)
+    placed.set_kernel(scaled_dot_product_attention, kernels.summing("sdpa", "cpu", dtype))
+    conditioning = condition(placed.entrance)
+    return lambda: placed.entrance(latents, conditioning, 0)
+
+
+def _halved(work: works.Work, network: Any, latents: Tensor, pair: Mesh) -> Step:
+    """One row of the batch on each rank."""
+    rows = slice(pair.rank, pair.rank + 1)
+    _, text, pooled = work.inputs(latents.dtype, "cpu")
+    conditioning = works.conditioning(work, text[rows], pooled[rows], network)
+
+    def step() -> Tensor:
+        return gather(network(latents[rows], conditioning, 0), pair.axis("cfg")).wait().flatten(0, 1)
+
+    return step
+
+
+def serve(rank: int, port: int, work: str, folder: Path, dtype: torch.dtype, rounds: int, pipe: Any) -> None:
+    """One rank: its seconds of every layout in every round."""
+    torch.set_num_threads(1)
+    pair = mesh.join(Layout(cfg=2), rank, port, "cpu")
+    with torch.no_grad():
+        found = steps(works.WORKS[work](), folder, dtype, pair)
+        expected = found[ALONE]()
+        for name, step in found.items():
+            error = ((step() - expected).abs().max() / expected.abs().max()).item()
+            assert error < (1e-4 if dtype is torch.float32 else 0.1), f"{name} differs from one rank by {error:.2g}"
+        seconds: dict[str, list[float]] = {name: [] for name in found}
+        for number in range(rounds):
+            names = list(found)[number % len(found) :] + list(found)[: number % len(found)]
+            for name in names:
+                pair.meet()
+                start = time.perf_counter()
+                if name != ALONE or rank == 0:
+                    found[name]()
+                if name != ALONE:
+                    pair.meet()
+                seconds[name].append(time.perf_counter() - start)
+    mesh.leave()
+    pipe.send(seconds)
+
+
+def measure(work: str, folder: Path, dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
+    """Seconds by layout, as rank 0 has them."""
+    store: Any = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(2)]
+    ranks = [
+        context.Process(target=serve, args=(rank, store.port, work, folder, dtype, rounds, pipes[rank][1]))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if any(process.exitcode for process in ranks):
+        raise SystemExit("a rank failed")
+    seconds: dict[str, list[float]] = pipes[0][0].recv()
+    return seconds
+
+
+def table(seconds: dict[str, list[float]]) -> str:
+    """Markdown: a line for each layout."""
+    lines = ["| layout | ms (least to most) | efficiency (95 %) |", "|---|---|---|"]
+    for name, values in seconds.items():
+        verdict = judge(values, seconds[ALONE], tolerance=0.02)
+        low, high = verdict.interval or (verdict.ratio, verdict.ratio)
+        share = f"{verdict.ratio / 2:.0%} ({low / 2:.0%} to {high / 2:.0%})" if name != ALONE else ""
+        median, least, most = (1000 * value for value in (statistics.median(values), min(values), max(values)))
+        lines.append(f"| {name} | {median:.0f} ({least:.0f} to {most:.0f}) | {share} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", default="unet,dit", help=f"of {', '.join(works.WORKS)}")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    arguments = parser.parse_args()
+    for name in arguments.work.split(","):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = works.stored(works.WORKS[name](), Path(temporary))
+            seconds = measure(name, folder, getattr(torch, arguments.dtype), arguments.rounds)
+        print(f"\n## {works.WORKS[name]().title}, {arguments.dtype}\n\n{table(seconds)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
