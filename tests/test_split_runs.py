@@ -9,6 +9,7 @@ from test_ranks import assert_same, pool  # noqa: F401 - the ranks that those te
 
 from sglang_gen import launch
 
+ALWAYS = ("--seed", 7, "--dtype", "float32", "--num-inference-steps", 2, "output.latents=true")
 BATCH = ("--num-samples", "3", "sampling.batch_size=3", "--backend", "sglang")
 TRUE_CFG = ("--negative-prompt", "a dog", "--diffusers-kwargs", '{"true_cfg_scale": 3.0}')
 RUNS = [
@@ -30,8 +31,8 @@ def run(pipelines, sglang, pool, monkeypatch):  # noqa: F811
 
     def generate(name: str, *words: object):
         size = [word for side in ("--height", "--width") if side not in words for word in (side, 32)]
-        return sglang("generate", "--model-path", pipelines.get(name, name), "--prompt", "a cat", "--seed", 7,
-                      "--dtype", "float32", "--num-inference-steps", 2, "output.latents=true", *size, *words)  # fmt: skip
+        path = pipelines.get(name, name)
+        return sglang("generate", "--model-path", path, "--prompt", "a cat", *ALWAYS, *size, *words)
 
     return generate
 

@@ -15,7 +15,6 @@ from sglang_gen.errors import UserError
 from sglang_gen.parallel.tensor import Part
 
 Sources = Callable[[str], Sequence[str]]  # our name of a tensor -> the checkpoint's names, joined along dimension 0
-Ranges = Sequence[tuple[int, int]]
 Shrink = Callable[[nn.Module], Mapping[str, Part]]  # leaves a rank's part of a network; what of each tensor that is
 
 
@@ -31,9 +30,7 @@ class Tensors(Protocol):
 
     def shape(self, name: str) -> Sequence[int]: ...
 
-    def take(self, name: str, dim: int = 0, ranges: Ranges | None = None) -> Tensor:
-        """The tensor, or ranges of one of its dimensions, one after the other."""
-        ...
+    def take(self, name: str) -> Tensor: ...
 
 
 def load(
@@ -73,23 +70,27 @@ def fill(
         _check_shape([_as_linear(tensors.shape(source), slot) for source in sources(name)], slot, sources(name), where)
     parts = shrink(network)
     for name, slot in network.state_dict().items():
-        pieces = _read(tensors, sources(name), parts.get(name))
-        _assign(network, name, _joined(pieces, slot, dtype, device))
+        rows = _read(tensors, sources(name), parts.get(name))
+        if name not in parts and len(rows) == 1:
+            _assign(network, name, rows[0][0].to(device, dtype).view(slot.shape))
+        else:
+            _assign(network, name, _joined(rows, slot, dtype, device))
     return network.eval()
 
 
-def _read(tensors: Tensors, names: Sequence[str], part: Part | None) -> list[Tensor]:
-    """The tensors of these names, or of them as one, joined along dimension 0, the rank's part."""
+def _read(tensors: Tensors, names: Sequence[str], part: Part | None) -> list[list[Tensor]]:
+    """What stands one below the other in our tensor: pieces of the tensors of these names, several side by side."""
     if part is None:
-        return [tensors.take(name) for name in names]
-    if part.dim == 1:
-        return [tensors.take(name, 1, part.ranges) for name in names]
+        return [[tensors.take(name)] for name in names]
     found, before = [], 0
     for name in names:
-        rows = tensors.shape(name)[0]
-        clipped = [(max(start - before, 0), min(stop - before, rows)) for start, stop in part.ranges]
-        found.append(tensors.take(name, 0, [(start, stop) for start, stop in clipped if start < stop]))
-        before += rows
+        tensor = tensors.take(name)
+        if part.dim == 1:
+            found.append([tensor[:, start:stop] for start, stop in part.ranges])
+            continue
+        clipped = [(max(start - before, 0), min(stop - before, len(tensor))) for start, stop in part.ranges]
+        found += [[tensor[start:stop]] for start, stop in clipped if start < stop]
+        before += len(tensor)
     return found
 
 
@@ -98,13 +99,17 @@ def _as_linear(shape: Sequence[int], slot: Tensor) -> tuple[int, ...]:
     return tuple(shape[:2] if len(shape) == 4 and tuple(shape[2:]) == (1, 1) and slot.ndim == 2 else shape)
 
 
-def _joined(parts: list[Tensor], slot: Tensor, dtype: torch.dtype, device: str) -> Tensor:
-    """The parts one below the other, each copied straight to its place, so that no joined copy is made on the way."""
-    if len(parts) == 1:
-        return parts[0].to(device, dtype).view(slot.shape)
+def _joined(rows: list[list[Tensor]], slot: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    """The pieces each copied straight to their place, so that no joined copy is made on the way."""
     joined = torch.empty(slot.shape, dtype=dtype, device=device)
-    for place, part in zip(torch.split(joined, [len(part) for part in parts]), parts, strict=True):
-        place.copy_(part.view(place.shape))
+    heights = [len(pieces[0]) for pieces in rows]
+    for row, pieces in zip(torch.split(joined, heights), rows, strict=True):
+        start = 0
+        for piece in pieces:
+            width = piece.shape[1] if len(pieces) > 1 else 0
+            place = row[:, start : start + width] if width else row
+            place.copy_(piece.view(place.shape) if piece.is_contiguous() else piece.reshape(place.shape))
+            start += width
     return joined
 
 
@@ -133,12 +138,10 @@ class Checkpoint:
         found: Sequence[int] = self.place[name].get_slice(name).get_shape()
         return found
 
-    def take(self, name: str, dim: int = 0, ranges: Ranges | None = None) -> Tensor:
-        if ranges is None:
-            tensor: Tensor = self.place[name].get_tensor(name)
-            return tensor
-        rows = self.place[name].get_slice(name)
-        return torch.cat([rows[start:stop] if dim == 0 else rows[:, start:stop] for start, stop in ranges], dim)
+    def take(self, name: str) -> Tensor:
+        """Mapped, not read: what is not looked at stays on the disk."""
+        tensor: Tensor = self.place[name].get_tensor(name)
+        return tensor
 
 
 class Held:
@@ -153,11 +156,8 @@ class Held:
     def shape(self, name: str) -> Sequence[int]:
         return self.tensors[name].shape
 
-    def take(self, name: str, dim: int = 0, ranges: Ranges | None = None) -> Tensor:
-        tensor = self.tensors.pop(name)
-        if ranges is None:
-            return tensor
-        return torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in ranges], dim)
+    def take(self, name: str) -> Tensor:
+        return self.tensors.pop(name)
 
 
 def weight_files(folder: Path) -> list[Path]:
