@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sglang_gen.engine.denoise import Predict, draw_noise
 from sglang_gen.engine.patterns import Grid
 from sglang_gen.models.flux import Block, Config, Flux, SingleBlock
+from sglang_gen.models.vae import Autoencoder
 from sglang_gen.pipelines import flow, picture, prediction, text
 from sglang_gen.pipelines.request import Request
 from sglang_gen.weights.load import renamed
@@ -144,9 +145,8 @@ def prepare(network: Flux, timesteps: Tensor, request: Request, encoded: Sequenc
     return prediction.predictor(network, times, states, pooled, guidance, *_grid(request))
 
 
-def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
+def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
     """Pictures `[B, 3, H, W]` in -1..1."""
     rows, _ = _grid(request)
     picture = rearrange(latents, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
-    scaled = picture / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(scaled, return_dict=False)[0]
+    return flow.decode(vae, picture)
