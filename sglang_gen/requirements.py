@@ -25,6 +25,15 @@ def per_level(value: Any) -> bool:
     return all(number(each) for each in value) if isinstance(value, (list, tuple)) else number(value)
 
 
+def number_or_none(value: Any) -> bool:
+    return value is None or number(value)
+
+
+def per_channel(value: Any) -> bool:
+    """A list of a number for each channel, or nothing."""
+    return value is None or (isinstance(value, (list, tuple)) and all(number(each) for each in value))
+
+
 def one_of(*values: Any) -> Accepts:
     """One of the values, or a list of nothing else."""
     return lambda value: all(each in values for each in (value if isinstance(value, (list, tuple)) else [value]))
@@ -52,12 +61,22 @@ def unsupported(needs: Needs, card: ModelCard) -> str | None:
             return f"the {name} is a {found}, not a {' or '.join(classes)}"
     if "safety_checker" in card.components:
         return "it runs no safety checker, and this model has one"
-    for key, value in card.components[needs.network].config.items():
-        accepts = needs.settings.get(key, ABSENT)
-        if not (key.startswith("_") or accepts(value)):
-            return f"its {needs.network} knows no {key}={value}"
+    for name, settings in ((needs.network, needs.settings), ("vae", AUTOENCODER)):
+        for key, value in card.components[name].config.items():
+            if not (key.startswith("_") or settings.get(key, ABSENT)(value)):
+                return f"its {name} knows no {key}={value}"
     return None
 
+
+AUTOENCODER: Mapping[str, Accepts] = {
+    "in_channels": number, "out_channels": number, "latent_channels": number, "block_out_channels": per_level,
+    "layers_per_block": number, "norm_num_groups": number, "down_block_types": one_of("DownEncoderBlock2D"),
+    "up_block_types": one_of("UpDecoderBlock2D"), "act_fn": one_of("silu", "swish"),
+    "mid_block_add_attention": one_of(True, False), "use_quant_conv": one_of(True, False),
+    "use_post_quant_conv": one_of(True, False), "force_upcast": one_of(True, False), "scaling_factor": number,
+    "shift_factor": number_or_none, "latents_mean": per_channel, "latents_std": per_channel,
+    "sample_size": anything,  # of the pictures that it was trained on
+}  # fmt: skip
 
 CLIP, CLIP_PROJECTED, T5 = ("CLIPTextModel",), ("CLIPTextModelWithProjection",), ("T5EncoderModel",)
 VAE = ("AutoencoderKL",)

@@ -9,8 +9,10 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
 from sglang_gen.models.sd3 import SD3
+from sglang_gen.models.vae import Autoencoder
 
 SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7", "--dtype", "float32")
 
@@ -172,6 +174,7 @@ def test_nan_in_the_decoder_saves_no_black_picture(fails, folder):
 
 
 NETWORKS = {"sglang": SD3, "diffusers": diffusers.SD3Transformer2DModel}
+DECODERS = {"sglang": Autoencoder, "diffusers": diffusers.AutoencoderKL}
 BACKENDS = pytest.mark.parametrize("backend", NETWORKS)
 
 
@@ -182,7 +185,7 @@ def test_running_out_of_memory(fails, pipelines, monkeypatch, backend, decodes):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...")
 
     if decodes:
-        monkeypatch.setattr(diffusers.AutoencoderKL, "decode", full)
+        monkeypatch.setattr(DECODERS[backend], "decode", full)
     else:
         monkeypatch.setattr(NETWORKS[backend], "forward", full)
     assert fails(pipelines["sd3"], 1, "--backend", backend).startswith("ERROR: Out of memory while ")
@@ -199,7 +202,7 @@ def test_running_out_of_host_memory(fails, pipelines, monkeypatch, backend):
 
 
 @pytest.mark.parametrize(
-    ("backend", "owner"), [("sglang", diffusers.AutoencoderKL), ("diffusers", diffusers.StableDiffusion3Pipeline)]
+    ("backend", "owner"), [("sglang", T5EncoderModel), ("diffusers", diffusers.StableDiffusion3Pipeline)]
 )
 def test_running_out_of_memory_while_loading(fails, pipelines, monkeypatch, backend, owner):
     def full(*_args: object, **_kwargs: object) -> None:

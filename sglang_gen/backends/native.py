@@ -1,4 +1,4 @@
-"""Our own engine: our networks and loop, with the text encoders, autoencoder and scheduler of the model's folder."""
+"""Our own engine: our networks and loop, with the text encoders and scheduler of the model's folder."""
 
 import importlib
 from collections.abc import Mapping
@@ -88,7 +88,7 @@ class NativeEngine:
         path = plan.run.sampling.image_path
         self.image = None if path is None else read_image(path, "--image-path")
         self.strength = plan.run.backend.diffusers_kwargs.get("strength", glue.STRENGTH)
-        self.factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)  # pixels per latent
+        self.factor = parts["vae"].config.factor
         if self.image is not None:
             picture.check_strength(self.strength, plan.run.sampling.num_inference_steps, glue.skipped)
         whole = self._request(plan.run.sampling.num_inference_steps)

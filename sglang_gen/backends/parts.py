@@ -1,4 +1,4 @@
-"""A model's components for the native engine: our network, and the parts that other libraries read."""
+"""A model's components for the native engine: our networks, and the parts that other libraries read."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,9 @@ from torch import nn
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.split import Split
+from sglang_gen.pipelines import autoencoder
 from sglang_gen.requirements import Needs
+from sglang_gen.safetensors_file import header
 from sglang_gen.types import Component, Plan
 from sglang_gen.weight_files import locate
 from sglang_gen.weights import original
@@ -31,7 +33,7 @@ def read(plan: Plan, needs: Needs, glue: Any, split: Split) -> tuple[nn.Module, 
     others = [name for name in needs.components if name != needs.network]
     given = [name for name in others if plan.card.file is None or name in plan.run.model.component_paths]
     tp = split.mesh.axis("tp")
-    parts = {name: _read(plan.card.components[name], dtype, plan.device, tp) for name in given}
+    parts = {name: _part(name, plan.card.components[name], dtype, plan.device, tp) for name in given}
     if plan.card.file is not None:
         parts = _out_of_file(plan, others, {**parts, needs.network: None}, dtype)
     parts["scheduler"] = _settled(parts["scheduler"], glue.SCHEDULER)
@@ -85,6 +87,10 @@ def _out_of_file(plan: Plan, names: Sequence[str], given: dict[str, Any], dtype:
 
     kind = getattr(diffusers, plan.run.model.pipeline_class_name or plan.card.pipeline_class)
     found = read_pipeline(plan, kind, dtype, given).components
+    if "vae" not in given:
+        tensors = Held(dict(found["vae"].state_dict()))
+        build = partial(autoencoder.build, plan.card.components["vae"].config)
+        found["vae"] = fill(build, tensors, autoencoder.sources, dtype, plan.device, str(plan.card.file))
     return {name: _placed(found[name], plan.device) for name in names}
 
 
@@ -93,13 +99,27 @@ def _folder(component: Component) -> Path:
     return component.folder
 
 
-def _read(component: Component, dtype: torch.dtype, device: str, tp: Axis) -> Any:
-    """A text encoder, tokenizer, autoencoder or scheduler, as its own library reads it, or this rank's part of it."""
+def _part(name: str, component: Component, dtype: torch.dtype, device: str, tp: Axis) -> Any:
+    """The autoencoder is ours, a large text encoder this rank's part; any other is read by its own library."""
+    if name == "vae":
+        return _autoencoder(component, dtype, device)
     if tp.size > 1:
         from sglang_gen.backends import large_text
 
         if large_text.divides(component, dtype, tp):
             return large_text.read(_folder(component), dtype, device, tp)
+    return _read(component, dtype, device)
+
+
+def _autoencoder(component: Component, dtype: torch.dtype, device: str) -> nn.Module:
+    """Our autoencoder with the weights of the component's folder."""
+    files = weight_files(_folder(component))
+    names = [name for file in files for name in header(file)]
+    return load(partial(autoencoder.build, component.config), files, autoencoder.sources_in(names), dtype, device)
+
+
+def _read(component: Component, dtype: torch.dtype, device: str) -> Any:
+    """A text encoder, tokenizer or scheduler, as its own library reads it."""
     kind = getattr(importlib.import_module(component.library), component.class_name)
     folder = str(_folder(component))
     if not issubclass(kind, nn.Module):

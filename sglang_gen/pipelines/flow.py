@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sglang_gen.errors import UserError
+from sglang_gen.models.vae import Autoencoder
 from sglang_gen.pipelines import picture
 
 SIZED_BY_PICTURE = False  # an input picture is resized to the size of the request
@@ -39,9 +40,18 @@ def skipped(steps: int, strength: float) -> int:
     return int(max(steps - min(steps * strength, steps), 0))
 
 
-def encode_picture(vae: Any, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
+def encode_picture(
+    vae: Autoencoder, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
     """Latents `[B, C, h, w]` of the picture `[1, 3, H, W]`, drawn for each sample."""
-    return (picture.encode(vae, pixels, generators) - vae.config.shift_factor) * vae.config.scaling_factor
+    scaling = vae.config.scaling
+    return (picture.encode(vae, pixels, generators) - scaling.shift) * scaling.factor
+
+
+def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
+    """Pictures `[B, 3, H, W]` in -1..1 of latents `[B, C, h, w]`."""
+    scaling = vae.config.scaling
+    return vae.decode(latents / scaling.factor + scaling.shift)
 
 
 def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:

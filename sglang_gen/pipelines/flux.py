@@ -13,6 +13,7 @@ from sglang_gen.engine.denoise import Predict, draw_noise
 from sglang_gen.engine.patterns import Grid
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.flux import Block, Conditioning, Config, Flux, SingleBlock
+from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.door import Kinds, Sharding, cut, part
 from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows
@@ -192,9 +193,8 @@ def prepare(network: Flux, timesteps: Tensor, request: Request, encoded: Sequenc
     return prediction.predictor(network, times, states, pooled, guidance, *_grid(request))
 
 
-def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
+def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
     """Pictures `[B, 3, H, W]` in -1..1."""
     rows, _ = _grid(request)
     picture = rearrange(latents, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
-    scaled = picture / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(scaled, return_dict=False)[0]
+    return flow.decode(vae, picture)

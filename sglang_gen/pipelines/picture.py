@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sglang_gen.errors import UserError
+from sglang_gen.models.vae import Autoencoder
 
 
 def size(image: Any, factor: int) -> tuple[int, int]:
@@ -31,9 +32,9 @@ def pixels(image: Any, factor: int, height: int, width: int) -> Tensor:
     return processed
 
 
-def encode(vae: Any, picture: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def encode(vae: Autoencoder, picture: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Latents `[B, C, h, w]`, not yet scaled, of one picture `[1, 3, H, W]`: row i drawn by generator i."""
-    posterior = vae.encode(picture.to(vae.device, vae.dtype)).latent_dist
+    posterior = vae.encode(picture.to(vae.encoder.conv_in.weight))
     return torch.cat([posterior.sample(generator) for generator in generators])
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.models.unet import UNet
+from sglang_gen.models.vae import Autoencoder
 from sglang_gen.pipelines import picture, prediction, text, unet
 from sglang_gen.pipelines.request import Request
 
@@ -45,11 +46,13 @@ def prepare(network: UNet, timesteps: Tensor, request: Request, encoded: Sequenc
     return prediction.predictor(network, timesteps, *prediction.joined(encoded))
 
 
-def encode_picture(vae: Any, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
+def encode_picture(
+    vae: Autoencoder, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
     """Latents `[B, C, h, w]` of the picture `[1, 3, H, W]`, drawn for each sample."""
-    return vae.config.scaling_factor * picture.encode(vae, pixels, generators)
+    return vae.config.scaling.factor * picture.encode(vae, pixels, generators)
 
 
-def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
+def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
     """Pictures `[B, 3, H, W]` in -1..1."""
-    return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+    return vae.decode(latents / vae.config.scaling.factor)

@@ -11,6 +11,7 @@ from sglang_gen.engine.denoise import Predict, draw_noise
 from sglang_gen.engine.patterns import Grid
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.sd3 import SD3, Block, Conditioning, Config
+from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.door import Kinds, Sharding, cut, part
 from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows
@@ -170,7 +171,6 @@ def prepare(network: SD3, timesteps: Tensor, request: Request, encoded: Sequence
     return prediction.predictor(network, timesteps, *prediction.joined(encoded), *request.latent_size)
 
 
-def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
+def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
     """Pictures `[B, 3, H, W]` in -1..1."""
-    scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(scaled, return_dict=False)[0]
+    return flow.decode(vae, latents)

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from diffusers.utils import is_invisible_watermark_available
-from torch import Tensor, nn
+from torch import Tensor
 
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.models.unet import UNet
-from sglang_gen.pipelines import picture, prediction, text, unet
+from sglang_gen.models.vae import Autoencoder
+from sglang_gen.pipelines import autoencoder, picture, prediction, text, unet
 from sglang_gen.pipelines.request import Request
 
 NETWORK, REGIONS, build, sources, grids = unet.NETWORK, unet.REGIONS, unet.build, unet.sources, unet.grids
@@ -53,49 +54,51 @@ def prepare(network: UNet, timesteps: Tensor, request: Request, encoded: Sequenc
     return prediction.predictor(network, timesteps, states, pooled, sizes.expand(len(states), -1))
 
 
-def encode_picture(vae: Any, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
+def encode_picture(
+    vae: Autoencoder, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
     """Latents `[B, C, h, w]` of the picture `[1, 3, H, W]`, drawn for each sample."""
-    with _in_float32(vae, vae.config.force_upcast):
+    with _in_float32(vae, vae.config.upcast):
         latents = picture.encode(vae, pixels.to(dtype), generators).to(dtype)  # rounded first, as diffusers does
     if (moments := _moments(vae, latents)) is None:
-        return vae.config.scaling_factor * latents
+        return vae.config.scaling.factor * latents
     mean, deviation = moments
-    return (latents - mean) * vae.config.scaling_factor / deviation
+    return (latents - mean) * vae.config.scaling.factor / deviation
 
 
-def decode(vae: Any, latents: Tensor, request: Request) -> Tensor:
+def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
     """Pictures `[B, 3, H, W]` in -1..1. An autoencoder that overflows in float16 is at work in float32."""
-    with _in_float32(vae, vae.dtype == torch.float16 and vae.config.force_upcast):
-        pictures: Tensor = vae.decode(_unscaled(vae, latents.to(vae.dtype)), return_dict=False)[0]
+    with _in_float32(vae, autoencoder.dtype(vae) == torch.float16 and vae.config.upcast):
+        pictures = vae.decode(_unscaled(vae, latents.to(autoencoder.dtype(vae))))
     return _marked(pictures)
 
 
 @contextmanager
-def _in_float32(vae: Any, wanted: bool) -> Iterator[None]:
+def _in_float32(vae: Autoencoder, wanted: bool) -> Iterator[None]:
     """The autoencoder in float32 inside, where that is wanted."""
-    dtype = vae.dtype
+    dtype = autoencoder.dtype(vae)
     if wanted:
-        nn.Module.to(vae, torch.float32)  # that of diffusers warns
+        vae.to(torch.float32)
     try:
         yield
     finally:
         if wanted:
-            nn.Module.to(vae, dtype)
+            vae.to(dtype)
 
 
-def _unscaled(vae: Any, latents: Tensor) -> Tensor:
+def _unscaled(vae: Autoencoder, latents: Tensor) -> Tensor:
     if (moments := _moments(vae, latents)) is None:
-        return latents / vae.config.scaling_factor
+        return latents / vae.config.scaling.factor
     mean, deviation = moments
-    return latents * deviation / vae.config.scaling_factor + mean
+    return latents * deviation / vae.config.scaling.factor + mean
 
 
-def _moments(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+def _moments(vae: Autoencoder, latents: Tensor) -> tuple[Tensor, Tensor] | None:
     """Mean and deviation of the latents' channels, where the configuration has both."""
-    mean, deviation = vae.config.get("latents_mean"), vae.config.get("latents_std")
-    if mean is None or deviation is None:
+    scaling = vae.config.scaling
+    if scaling.mean is None or scaling.deviation is None:
         return None
-    mean, deviation = (latents.new_tensor(each).view(1, -1, 1, 1) for each in (mean, deviation))
+    mean, deviation = (latents.new_tensor(each).view(1, -1, 1, 1) for each in (scaling.mean, scaling.deviation))
     return mean, deviation
 
 

@@ -161,10 +161,10 @@ class Held:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component folder: those of its index, else all of its only set."""
+    """The safetensors files of a component folder: those of its index, else its only one, or that of no variant."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"))[:1]
+    return sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))[:1]
 
 
 def _check_names(network: nn.Module, names: Set[str], sources: Sources, where: str) -> None:

@@ -1,0 +1,221 @@
+"""The autoencoder of latent diffusion (Rombach et al. 2022, section 3.1): pictures to a few channels, and back.
+
+The encoder gives mean and log variance of a normal distribution (Kingma and Welling 2014), the decoder a picture. Both
+are convolutions behind group norms; positions see each other only in the middle, at the coarsest resolution.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sglang_gen.models.attention import Attend
+
+EPS = 1e-6  # of the group norms
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How the latents that a denoising network sees come from those of the autoencoder (section D.1)."""
+
+    factor: float
+    shift: float
+    mean: tuple[float, ...] | None  # of each channel
+    deviation: tuple[float, ...] | None  # of each channel
+
+
+@dataclass(frozen=True)
+class Config:
+    channels_in: int  # of the picture that is encoded
+    channels_out: int  # of the decoded one
+    channels: int  # of the latents
+    widths: tuple[int, ...]  # from fine to coarse
+    blocks: int  # residual blocks of a level on the way down; on the way up it is one more
+    groups: int  # of the group norms
+    attention: bool  # in the middle
+    quant_conv: bool  # a convolution of one pixel behind the encoder
+    post_quant_conv: bool  # and before the decoder
+    scaling: Scaling
+    upcast: bool  # float16 is too small for its numbers
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return int(2 ** (len(self.widths) - 1))
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The normal distribution of a picture's latents `[B, C, h, w]`."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Latents `[B, C, h, w]` with noise of a CPU generator."""
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device="cpu")
+        return self.mean + self.deviation * noise.to(self.mean.device)
+
+
+def posterior(moments: Tensor) -> Posterior:
+    """The distribution with mean and log variance `[B, 2 C, h, w]`, the latter held between -30 and 20."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    return Posterior(mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)))
+
+
+class Residual(nn.Module):
+    """Two convolutions behind group norms."""
+
+    def __init__(self, groups: int, width_in: int, width: int) -> None:
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(groups, width_in, EPS)
+        self.conv_1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.norm_2 = nn.GroupNorm(groups, width, EPS)
+        self.conv_2 = nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.conv_1(F.silu(self.norm_1(x)))
+        return self.shortcut(x) + self.conv_2(F.silu(self.norm_2(inner)))
+
+
+class Attention(nn.Module):
+    """Every position looks at all others, with one head."""
+
+    def __init__(self, groups: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, EPS)
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.attend = Attend()
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, h, w]`."""
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        q, k, v = rearrange(self.to_qkv(tokens), "b l (n d) -> n b 1 l d", n=3)
+        seen = self.to_out(rearrange(self.attend(q, k, v), "b 1 l d -> b l d"))
+        # The first term decides how the sum lies in memory (channels last), and with it how what follows rounds.
+        return rearrange(seen, "b (h w) c -> b c h w", h=x.shape[2]) + x
+
+
+class Middle(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width = config.widths[-1]
+        self.residuals = nn.ModuleList(Residual(config.groups, width, width) for _ in range(2))
+        self.attention = Attention(config.groups, width) if config.attention else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.residuals
+        return second(self.attention(first(x)))
+
+
+class Downsample(nn.Module):
+    """To half the rows and columns, rounded down; the kernel's border lies below and to the right."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """To twice the rows and columns."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, and the way to the next."""
+
+    def __init__(self, groups: int, width_in: int, width: int, blocks: int) -> None:
+        super().__init__()
+        widths_in = [width_in] + [width] * (blocks - 1)
+        self.residuals = nn.ModuleList(Residual(groups, each, width) for each in widths_in)
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for residual in self.residuals:
+            x = residual(x)
+        if self.downsample is not None:
+            x = self.downsample(x)
+        return x if self.upsample is None else self.upsample(x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        finest, coarsest = config.widths[0], config.widths[-1]
+        self.conv_in = nn.Conv2d(config.channels_in, finest, 3, padding=1)
+        self.down = _levels(config, config.widths, config.blocks)
+        for level, width in zip(self.down[:-1], config.widths, strict=False):
+            level.downsample = Downsample(width)
+        self.middle = Middle(config)
+        self.norm_out = nn.GroupNorm(config.groups, coarsest, EPS)
+        self.conv_out = nn.Conv2d(coarsest, 2 * config.channels, 3, padding=1)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Pictures `[B, 3, H, W]` -> means and log variances `[B, 2 C, h, w]`."""
+        x = self.conv_in(pictures)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        widths = config.widths[::-1]
+        self.conv_in = nn.Conv2d(config.channels, widths[0], 3, padding=1)
+        self.middle = Middle(config)
+        self.up = _levels(config, widths, config.blocks + 1)
+        for level, width in zip(self.up[:-1], widths, strict=False):
+            level.upsample = Upsample(width)
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.channels_out, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents `[B, C, h, w]` -> pictures `[B, 3, H, W]`."""
+        x = self.middle(self.conv_in(latents))
+        for level in self.up:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def _levels(config: Config, widths: tuple[int, ...], blocks: int) -> nn.ModuleList:
+    """One level for each width, in the order of the widths; the first takes what is as wide as itself."""
+    widths_in = (widths[0], *widths[:-1])
+    return nn.ModuleList(
+        Level(config.groups, width_in, width, blocks) for width_in, width in zip(widths_in, widths, strict=True)
+    )
+
+
+class Autoencoder(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        both = 2 * config.channels
+        self.quant_conv = nn.Conv2d(both, both, 1) if config.quant_conv else nn.Identity()
+        self.post_quant_conv = (
+            nn.Conv2d(config.channels, config.channels, 1) if config.post_quant_conv else nn.Identity()
+        )
+
+    def encode(self, pictures: Tensor) -> Posterior:
+        """The distribution of the latents `[B, C, h, w]` of pictures `[B, 3, H, W]` in -1..1."""
+        return posterior(self.quant_conv(self.encoder(pictures)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures `[B, 3, H, W]` in -1..1 of latents `[B, C, h, w]`."""
+        return self.decoder(self.post_quant_conv(latents))
