@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from sglang_gen import log
-from sglang_gen.backends import guiding, parts
+from sglang_gen.backends import decoding, guiding, parts
 from sglang_gen.backends.execution import Execution
 from sglang_gen.backends.inputs import read_image, read_noise
 from sglang_gen.backends.observe import plain_config
@@ -21,7 +21,7 @@ from sglang_gen.engine.denoise import Predict, denoise, step_numbers
 from sglang_gen.engine.guidance import Encoded, Guidance, guided, kinds
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.parallel.collectives import Traffic
-from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.split import Split
 from sglang_gen.perf.flops import CallLog, stored_bytes
 from sglang_gen.perf.record import Clock
@@ -100,7 +100,9 @@ class NativeEngine:
             calls.watch("text_encoding", name, parts[name])
         for method in ("forward", "condition"):
             calls.watch("denoising", glue.NETWORK, self.entrance, method, self.network, execution.countable)
-        calls.watch("decoding", "vae", parts["vae"], "decode")
+        self.sp = self.mesh.axis(SEQUENCE)
+        vae = decoding.split(parts["vae"], self.sp)
+        calls.watch("decoding", "vae", vae, "decode", twin=lambda: decoding.twin(vae, self.sp, execution.dtype))
         if self.image is not None:
             calls.watch("latents", "vae", parts["vae"], "encode")
 
@@ -176,8 +178,8 @@ class NativeEngine:
             latents = denoise(predict, scheduler, timesteps, numbers, noise, generators, after_step)
         clock.enter("decoding")
         _check_finite(latents, "the latents", batch)
-        if not self.mesh.leads:
-            return None
+        if self.mesh.index("cfg") or self.mesh.index("tp"):
+            return None  # ranks with the same rows decode them
         return Decoded(self._decode(latents, request, batch), noise, latents)
 
     def _request(self, steps: int) -> Request:
@@ -238,7 +240,10 @@ class NativeEngine:
 
     def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
         """Frames `[B, H, W, 3]` uint8."""
-        decoded: Tensor = self.glue.decode(self.parts["vae"], latents, request)
+        vae, dtype = self.parts["vae"], self.execution.dtype
+        sends = [decoding.expected(vae, self.sp, dtype, len(latents), request.latent_size)]
+        with self.sent.during("decoding", sends):
+            decoded: Tensor = self.glue.decode(vae, latents, request)
         values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         _check_finite(torch.from_numpy(values), "the decoded image", batch)
         frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)

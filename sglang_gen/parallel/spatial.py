@@ -11,9 +11,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sglang_gen.models.attention import Attend
 from sglang_gen.models.unet import SelfAttention
-from sglang_gen.parallel.collectives import Axis, exchange, gather, put_along, start_along
-from sglang_gen.parallel.sequence import Lengths
+from sglang_gen.parallel.collectives import Axis, exchange, gather, gather_along, put_along, start_along
+from sglang_gen.parallel.door import cut, part
+from sglang_gen.parallel.sequence import Gathering, Lengths
 
 
 class RowConv(nn.Module):
@@ -91,6 +93,27 @@ class RowAttention(nn.Module):
         k, v = rearrange(put_along(coming.wait(), 1, tokens), "b l (n h d) -> n b h l d", n=2, h=inner.heads)
         out: Tensor = inner.to_out(rearrange(inner.attend(q, k, v), "b h l d -> b l (h d)"))
         return out
+
+
+class RowDecoder(nn.Module):
+    """The decoder of an autoencoder, of which each rank decodes some rows and all have the picture."""
+
+    def __init__(self, decoder: nn.Module, axis: Axis) -> None:
+        super().__init__()
+        self.decoder, self.axis, self.lengths = decoder, axis, Lengths(axis.size, 1)
+        split_rows(decoder, axis)
+        for module in decoder.modules():
+            if isinstance(module, Attend):
+                module.kernel = Gathering(module.kernel, axis, self.lengths)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents `[B, C, h, w]` -> pictures `[B, 3, H, W]`. Collective."""
+        height, width = latents.shape[2:]
+        rows = cut(height, 1, self.axis.size)
+        self.lengths.tokens = tuple(count * width for count in rows)
+        out: Tensor = self.decoder(part(latents, 2, rows, self.axis.index))
+        factor = out.shape[3] // width
+        return gather_along(out, 2, [count * factor for count in rows], self.axis)
 
 
 def split_rows(network: nn.Module, axis: Axis) -> None:

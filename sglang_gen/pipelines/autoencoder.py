@@ -76,4 +76,4 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
 
 
 def dtype(vae: Autoencoder) -> torch.dtype:
-    return vae.decoder.conv_in.weight.dtype
+    return next(vae.parameters()).dtype
