@@ -8,9 +8,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_gen.engine import kernels
+from sglang_gen.models.attention import Attend
 from sglang_gen.parallel.collectives import counted
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.parallel.split import Split
+from sglang_gen.parallel.spatial import RowConv, RowNorm
+from sglang_gen.parallel.split import Placed, Split
+from sglang_gen.parallel.tensor import Summed
 from sglang_gen.pipelines import flux, sd3, unet
 from sglang_gen.weights.load import load, weight_files
 
@@ -27,10 +30,69 @@ def placed(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype
     return whole
 
 
+def _modules(whole: Placed, kind: type) -> list[Any]:
+    return [module for module in whole.network.modules() if isinstance(module, kind)]
+
+
+def _last_weight(whole: Placed, mesh: Mesh) -> torch.Tensor:
+    """Of the last layer whose inputs are cut."""
+    return _modules(whole, Summed)[-1].layer.weight
+
+
+def _silent_part(whole: Placed, mesh: Mesh) -> None:
+    if mesh.rank == 1:
+        _last_weight(whole, mesh).zero_()
+
+
+def _swapped_channels(whole: Placed, mesh: Mesh) -> None:
+    if mesh.rank == 1:
+        weight = _last_weight(whole, mesh)
+        weight.copy_(weight.roll(1, 1))
+
+
+def _bias_twice(whole: Placed, mesh: Mesh) -> None:
+    _modules(whole, Summed)[0].bias.mul_(2)
+
+
+def _own_tokens_alone(whole: Placed, mesh: Mesh) -> None:
+    for leaf in _modules(whole, Attend):
+        leaf.kernel = scaled_dot_product_attention
+
+
+def _another_order(whole: Placed, mesh: Mesh) -> None:
+    leaf = _modules(whole, Attend)[0]
+    kernel = leaf.kernel
+    leaf.kernel = lambda q, k, v: kernel(q, k.flip(1), v)
+
+
+def _no_neighbours(whole: Placed, mesh: Mesh) -> None:
+    for conv in _modules(whole, RowConv)[:1]:
+        conv.conv.padding, conv.forward = (1, 1), conv.conv.forward
+
+
+def _own_moments(whole: Placed, mesh: Mesh) -> None:
+    for norm in _modules(whole, RowNorm)[:1]:
+        norm.forward = norm.norm.forward
+
+
+MUTATIONS = {
+    "one rank's part of a sum is silent": _silent_part,
+    "one rank's channels are in another order": _swapped_channels,
+    "a bias is added by both ranks": _bias_twice,
+    "attention sees this rank's tokens alone": _own_tokens_alone,
+    "heads of keys are in another order": _another_order,
+    "a convolution sees no neighbours": _no_neighbours,
+    "a norm sees this rank's rows alone": _own_moments,
+}
+
+
 def evaluate(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype, latents: Any, conditions: Any,
-             steps: tuple[int, ...] = (0,), summing: bool = True):  # fmt: skip
+             steps: tuple[int, ...] = (0,), summing: bool = True, mutation: str | None = None):  # fmt: skip
     """(outputs of the steps, collectives of the last of them)."""
-    network = placed(mesh, name, folder, config, dtype, summing).entrance
+    whole = placed(mesh, name, folder, config, dtype, summing)
+    if mutation is not None:
+        MUTATIONS[mutation](whole, mesh)
+    network = whole.entrance
     conditioning = network.condition(*conditions)
     outputs = []
     for step in steps:

@@ -9,7 +9,7 @@ import test_native_unet
 import torch
 from parity import error
 from pool import Pool
-from split import GLUE, evaluate
+from split import GLUE, MUTATIONS, evaluate
 
 from sglang_gen.types import Layout
 from sglang_gen.weights.load import load, weight_files
@@ -43,16 +43,16 @@ KIND = {"sd3": "sd3", "flux": "flux", "sdxl": "unet", "sd15": "unet"}
 
 
 @torch.no_grad()
-def both(pool, folder, name, layout, dtype, summing=True, **size):
+def both(pool, name, layout, dtype, summing=True, mutation=None, **size):
+    folder = Path("network")
     config, latents, conditions = given(name, dtype, **size)
     REFERENCES[name].reference(**config).save_pretrained(folder)
     glue = GLUE[KIND[name]]
     alone = load(lambda: glue.build(config), weight_files(folder), glue.sources, dtype, "cpu")
     conditioning = alone.condition(*conditions)
     expected = torch.stack([alone(latents, conditioning, step) for step in (0, 2)])
-    answers = pool.run(
-        layout, evaluate, KIND[name], folder.absolute(), config, dtype, latents, conditions, (0, 2), summing
-    )
+    network = (KIND[name], folder.absolute(), config, dtype)
+    answers = pool.run(layout, evaluate, *network, latents, conditions, (0, 2), summing, mutation)
     return expected, answers
 
 
@@ -68,7 +68,38 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", ["sd3", "flux", "sdxl", "sd15"])
 def test_every_layout_computes_what_one_process_computes(pool, name, layout):
     size = {} if name == "flux" else {"height": 14, "width": 10} if name == "sd3" else {"height": 17, "width": 10}
-    expected, answers = both(pool, Path("network"), name, LAYOUTS[layout], torch.float64, **size)
+    expected, answers = both(pool, name, LAYOUTS[layout], torch.float64, **size)
     for outputs, _ in answers:
         assert error(outputs, expected) <= 1e-10
     assert all(torch.equal(outputs, answers[0][0]) for outputs, _ in answers)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "sdxl"])
+@pytest.mark.parametrize("layout", ["tp2", "usp4", "ring2 tp2"])
+def test_in_float32_a_layout_is_as_near_to_the_exact_result_as_one_process(pool, name, layout):
+    size = {"height": 17, "width": 10} if name == "sdxl" else {}
+    exact, _ = both(pool, name, LAYOUTS[layout], torch.float64, **size)
+    alone, answers = both(pool, name, LAYOUTS[layout], torch.float32, **size)
+    assert error(answers[0][0].double(), exact) <= 2 * error(alone.double(), exact) <= 1e-3
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("layout", ["ring3", "usp4"])
+def test_a_kernel_without_log_sum_exp_sees_all_keys_at_once(pool, name, layout):
+    expected, answers = both(pool, name, LAYOUTS[layout], torch.float64, summing=False)
+    assert error(answers[0][0], expected) <= 1e-10
+    assert "all_gather ring" in answers[0][1].calls
+
+
+PLANTED = [
+    *((name, "tp2", mutation) for name in ("sd3", "flux", "sdxl") for mutation in list(MUTATIONS)[:3]),
+    *((name, "ulysses2", mutation) for name in ("sd3", "flux", "sdxl") for mutation in list(MUTATIONS)[3:5]),
+    *((name, "ring2", list(MUTATIONS)[3]) for name in ("sd3", "flux")),
+    *(("sdxl", "ring2", mutation) for mutation in list(MUTATIONS)[5:]),
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "mutation"), PLANTED)
+def test_a_defect_planted_in_a_layout_breaks_the_parity(pool, name, layout, mutation):
+    expected, answers = both(pool, name, LAYOUTS[layout], torch.float64, mutation=mutation)
+    assert error(answers[0][0], expected) > 1e-3

@@ -28,6 +28,7 @@ from sglang_gen.backends.options import (
     weights,
 )
 from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, dtype_of, modules
+from sglang_gen.backends.sent import Sent
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.parallel.batch import GuidanceSplit
 from sglang_gen.parallel.mesh import Mesh
@@ -125,7 +126,7 @@ class DiffusersEngine:
         self.noise = read_noise(plan.run.sampling.latents)
         self.image = self._read_image()
         self._effective = effective
-        self.leads = mesh.leads
+        self.leads, self.calls, self.sent = mesh.leads, calls, Sent()
         self.guidance = GuidanceSplit(denoisers(pipeline), mesh) if mesh.size("cfg") > 1 else None
         for name, network in modules(pipeline, TEXT_ENCODERS).items():
             calls.watch("text_encoding", name, network)
@@ -159,9 +160,11 @@ class DiffusersEngine:
             self.guidance.start(len(batch))
         given = self._arguments(batch, steps, latents)
         name = type(self.pipeline).__name__
+        self.sent.on = self.calls.on
+        watched = observed(self.pipeline, clock, latents)
         clock.enter("text_encoding")
         try:
-            with torch.no_grad(), self.kernel.context(), observed(self.pipeline, clock, latents):
+            with torch.no_grad(), self.kernel.context(), watched, self.sent.during("denoising", [], steps):
                 result = self.pipeline(**given)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
@@ -228,7 +231,7 @@ class DiffusersEngine:
         return given | {name: [picture] * count for name, picture in pictures.items()}
 
     def traffic(self) -> dict[str, Any]:
-        return {}
+        return self.sent.report()
 
     def cache_decisions(self) -> dict[str, Any] | None:
         """What the step cache did in the last generation; None without one."""

@@ -17,19 +17,25 @@ class Sent:
         self.predicted: dict[str, Traffic] = {}
 
     @contextmanager
-    def during(self, stage: str, predicted: list[Traffic]) -> Iterator[None]:
-        """Count what is sent inside; `predicted` is what each evaluation inside is expected to send."""
+    def during(self, stage: str, predicted: list[Traffic], evaluations: int | None = None) -> Iterator[None]:
+        """Count what is sent inside; `predicted` is what each evaluation inside is expected to send, if that is known.
+
+        Where it is not, `evaluations` says how many there are.
+        """
         with counted() as traffic:
             yield
         if not self.on:
             return
-        self.times[stage] = self.times.get(stage, 0) + len(predicted)
+        self.times[stage] = self.times.get(stage, 0) + (len(predicted) if evaluations is None else evaluations)
         _add(self.measured.setdefault(stage, Traffic()), traffic)
         for each in predicted:
             _add(self.predicted.setdefault(stage, Traffic()), each)
 
     def report(self) -> dict[str, Any]:
-        """`{stage: {evaluations, collectives: {name: {count, bytes, predicted_count, predicted_bytes}}}}`."""
+        """`{stage: {evaluations, collectives: {name: {count, bytes, predicted_count, predicted_bytes}}}}`.
+
+        The predicted ones are absent where nothing was rehearsed.
+        """
         return {
             stage: {"evaluations": self.times[stage], "collectives": self._collectives(stage)}
             for stage in self.measured
@@ -37,7 +43,10 @@ class Sent:
         }
 
     def _collectives(self, stage: str) -> dict[str, Any]:
-        measured, predicted = self.measured[stage], self.predicted.get(stage, Traffic())
+        measured = self.measured[stage]
+        if stage not in self.predicted:
+            return {name: {"count": count, "bytes": measured.bytes[name]} for name, count in measured.calls.items()}
+        predicted = self.predicted[stage]
         return {
             name: {
                 "count": measured.calls.get(name, 0),

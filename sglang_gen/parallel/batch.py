@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from sglang_gen.errors import UserError
+from sglang_gen.parallel.collectives import gather
 from sglang_gen.parallel.mesh import Mesh
 
 T = TypeVar("T")
@@ -66,6 +66,4 @@ class GuidanceSplit:
 
     def _both(self, mine: torch.Tensor) -> torch.Tensor:
         """[B, ...] of this rank's branch -> [2 B, ...] in the order of the branches."""
-        parts = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(self.mesh.size("cfg"))]
-        dist.all_gather(parts, mine.contiguous(), group=self.mesh.groups["cfg"])
-        return torch.cat(parts)
+        return gather(mine, self.mesh.axis("cfg")).wait().flatten(0, 1)
