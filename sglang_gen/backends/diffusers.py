@@ -164,7 +164,7 @@ class DiffusersEngine:
         watched = observed(self.pipeline, clock, latents)
         clock.enter("text_encoding")
         try:
-            with torch.no_grad(), self.kernel.context(), watched, self.sent.during("denoising", [], steps):
+            with torch.no_grad(), self.kernel.context(), watched, self.sent.during("denoising", None):
                 result = self.pipeline(**given)
         except RuntimeError as error:
             if not _is_out_of_memory(error):

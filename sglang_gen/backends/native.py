@@ -145,7 +145,7 @@ class NativeEngine:
         self.sent.on = self.calls.on
         clock.enter("text_encoding")
         self._place_encoders(self.plan.device)
-        with self.sent.during("text_encoding", []):
+        with self.sent.during("text_encoding", None):
             encoded = self._encode(batch, guidance, request)
         self._place_encoders("cpu")
         clock.enter("latents")

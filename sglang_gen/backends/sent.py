@@ -17,27 +17,26 @@ class Sent:
         self.predicted: dict[str, Traffic] = {}
 
     @contextmanager
-    def during(self, stage: str, predicted: list[Traffic], evaluations: int | None = None) -> Iterator[None]:
-        """Count what is sent inside; `predicted` is what each evaluation inside is expected to send, if that is known.
-
-        Where it is not, `evaluations` says how many there are.
-        """
+    def during(self, stage: str, predicted: list[Traffic] | None) -> Iterator[None]:
+        """Count what is sent inside; `predicted` is what each evaluation inside is expected to send, if that is known."""
         with counted() as traffic:
             yield
         if not self.on:
             return
-        self.times[stage] = self.times.get(stage, 0) + (len(predicted) if evaluations is None else evaluations)
         _add(self.measured.setdefault(stage, Traffic()), traffic)
+        if predicted is None:
+            return
+        self.times[stage] = self.times.get(stage, 0) + len(predicted)
         for each in predicted:
             _add(self.predicted.setdefault(stage, Traffic()), each)
 
     def report(self) -> dict[str, Any]:
         """`{stage: {evaluations, collectives: {name: {count, bytes, predicted_count, predicted_bytes}}}}`.
 
-        The predicted ones are absent where nothing was rehearsed.
+        Predictions and the number of evaluations are absent where nothing was rehearsed.
         """
         return {
-            stage: {"evaluations": self.times[stage], "collectives": self._collectives(stage)}
+            stage: {"evaluations": self.times.get(stage), "collectives": self._collectives(stage)}
             for stage in self.measured
             if self.measured[stage].calls or self.predicted.get(stage, Traffic()).calls
         }
