@@ -18,7 +18,7 @@ class Sent:
 
     @contextmanager
     def during(self, stage: str, predicted: list[Traffic] | None) -> Iterator[None]:
-        """Count what is sent inside; `predicted` is what each evaluation inside is expected to send, if that is known."""
+        """Count what is sent inside; `predicted` is what each evaluation is expected to send, if that is known."""
         with counted() as traffic:
             yield
         if not self.on:
