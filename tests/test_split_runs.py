@@ -18,6 +18,7 @@ RUNS = [
     ("sd15", "parallel=ulysses2", ("--height", "40", "--negative-prompt", "a dog")),
     ("sd3", "parallel=cfg2_sp2", ("--height", "36", "--width", "20")),
     ("sd3", "parallel=usp4", ("--guidance-scale", "1")),
+    ("sd3", "parallel=cfg2", ("sampling.guidance_interval=[0.5,1]",)),
     ("flux", "parallel=tp2", ()),
     ("flux", "parallel=cfg2_sp2", TRUE_CFG),
     ("flux", "parallel=ring4", ("--height", "20", "--width", "44")),
@@ -62,3 +63,19 @@ def test_every_axis_with_a_stochastic_scheduler_gives_the_pictures_of_one_proces
     done = run("./ancestral", *words, *layout, "--output-path", "eight")
     assert done.code == 0, done.err
     assert_same("eight", "one", 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "layout"), [("sdxl", "parallel=ring2"), ("sd3", "parallel=ulysses2"), ("flux", "parallel=tp2")]
+)
+def test_collectives_inside_compiled_blocks_give_the_same_and_are_counted(run, name, layout):
+    words = ("--backend", "sglang", "--guidance-scale", "3", layout)
+    assert run(name, *words, "--output-path", "eager").code == 0
+    done = run(name, *words, "compile=regional", "--output-path", "compiled", "--perf-dump-path", "compiled.json")
+    assert done.code == 0, done.err
+    assert_same("compiled", "eager", 1)
+    dump = json.loads(Path("compiled.json").read_text())
+    assert dump["effective"]["compile"] == "regional"
+    for sent in dump["comm"]["denoising"]["collectives"].values():
+        assert (sent["count"], sent["bytes"]) == (sent["predicted_count"], sent["predicted_bytes"])
