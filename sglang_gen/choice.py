@@ -6,7 +6,7 @@ from sglang_gen import weight_files
 from sglang_gen.errors import UserError
 from sglang_gen.requirements import NEEDS, unsupported
 from sglang_gen.schema import BackendName, CacheMethod, GuidanceBatching, QuantMethod, Run
-from sglang_gen.types import Layout, ModelCard
+from sglang_gen.types import ModelCard
 
 # Pipelines of the native engine: the class that model_index.json names, and the module in pipelines/.
 NATIVE = {
@@ -24,14 +24,14 @@ ARGUMENTS = {  # of --diffusers-kwargs that it understands
 }
 
 
-def choose(run: Run, card: ModelCard, degrees: Layout) -> tuple[str, str | None]:
+def choose(run: Run, card: ModelCard) -> tuple[str, str | None]:
     """(sglang or diffusers, why auto did not take sglang). Raises UserError where sglang is asked for and cannot."""
     own = next((path for path, asked in NATIVE_ONLY if asked(run)), None)
     if run.backend.name is BackendName.diffusers:
         if own:
             raise UserError(f"{own} is a setting of the native engine alone; run with --backend sglang or auto")
         return "diffusers", None
-    reason = next(_obstacles(run, card, degrees), None)
+    reason = next(_obstacles(run, card), None)
     if reason is None:
         return "sglang", None
     if run.backend.name is BackendName.sglang:
@@ -58,7 +58,7 @@ NATIVE_ONLY: tuple[tuple[str, Callable[[Run], bool]], ...] = (
 )
 
 
-def _obstacles(run: Run, card: ModelCard, degrees: Layout) -> Iterator[str]:
+def _obstacles(run: Run, card: ModelCard) -> Iterator[str]:
     """What the native engine does not do, in the order in which a user would like to hear it."""
     name = run.model.pipeline_class_name or card.pipeline_class
     if name not in NATIVE:

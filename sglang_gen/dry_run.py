@@ -1,8 +1,9 @@
-"""`dry_run=true` and `dry_run=json`: the resolved plan, nothing loaded."""
+"""`dry_run=true` and `dry_run=json`: the resolved plan and what a rank will hold, send and compute, nothing loaded."""
 
 import json
 from typing import Any
 
+from sglang_gen.estimate import estimate
 from sglang_gen.schema import plain
 from sglang_gen.types import Plan
 
@@ -23,6 +24,7 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
         "batches": [[plain(sample) for sample in batch] for batch in plan.batches],
         "run": plain(plan.run),
         "sources": dict(plan.sources),
+        "estimate": estimate(plan),
         "warnings": list(plan.warnings),
     }
 
@@ -41,6 +43,7 @@ def _as_table(plan: Plan) -> str:
         ("steps, guidance, seed", f"{sampling.num_inference_steps}, {sampling.guidance_scale}, {sampling.seed}"),
     ]
     rows += [(name, f"{_short(value)}  ->  {_short(plan.effective[name])}") for name, value in plan.requested.items()]
+    rows += _estimated(content["estimate"])
     rows += [
         (path, f"{_short(_at(content['run'], path))}  (from {source})")
         for path, source in plan.sources.items()
@@ -49,6 +52,40 @@ def _as_table(plan: Plan) -> str:
     rows += [("warning", warning) for warning in plan.warnings]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def _estimated(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of what is expected of each rank."""
+    if "reason" in found:
+        return [("estimate", found["reason"])]
+    memory, collectives = found["memory"], found["step"]["collectives"]
+    held = {**memory["weights"], "activations": memory["alive"]}
+    sent = [f"{name} {each['count']} x, {_bytes(each['bytes'])}" for name, each in collectives.items()]
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in held.items())
+    rows = [
+        ("memory per rank", f"{_bytes(memory['total'])}: {parts}"),
+        ("communication per step", "; ".join(sent) or "none"),
+        ("FLOPs per step", f"{found['step']['flops']:.3g} on each rank"),
+    ]
+    return [*rows, *_predicted(found["prediction"])]
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _predicted(prediction: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if prediction is None:
+        return []
+    if "reason" in prediction:
+        return [("PREDICTION", f"none: {prediction['reason']}")]
+    parts = f"{prediction['compute_ms']:.1f} computing, {prediction['communication_ms']:.1f} sending"
+    return [
+        (
+            "PREDICTION",
+            f"{prediction['step_ms']:.1f} ms a step on {prediction['machine']} ({parts}); nothing is measured",
+        )
+    ]
 
 
 def _at(run: dict[str, Any], path: str) -> Any:

@@ -4,13 +4,12 @@ In: the composed `Run`, the model's card, the machine. Out: a frozen `Plan` that
 """
 
 import json
-import math
 import os.path
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen import choice, env, guidance, layout, prompts, quantization, remote_code, stored
+from sglang_gen import choice, env, guidance, layout, legal, prompts, quantization, remote_code, sizes, stored
 from sglang_gen.errors import UserError
 from sglang_gen.flags import BY_PATH
 from sglang_gen.schema import (
@@ -48,14 +47,17 @@ def check(composed: "Composed") -> None:
 def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     """The plan of a run that passed `check`. Raises UserError when the run cannot be what it asks to be."""
     run, sources = composed.run, composed.sources
-    degrees = layout.infer(run.parallel, _given_degrees(composed), _common_heads(card))
-    backend, reason = choice.choose(run, card, degrees)
+    stated = layout.stated(sources)
+    degrees = layout.infer(run.parallel, stated, legal.common_heads(card))
+    backend, reason = choice.choose(run, card)
     if backend == "sglang":
         choice.check_start(run)
     run = prompts.pin(run)
     batches = prompts.batches(prompts.samples(run), run.sampling.batch_size)
+    sizes.check(run, card)
     device = choose_device(run.device)
-    _check_ranks(run, backend, degrees, device, len(batches))
+    legal.check(run, card, backend, degrees, stated, batches)
+    legal.check_machine(degrees, device)
     if run.compile.cuda_graphs and device not in CAPTURING:
         raise UserError("compile.cuda_graphs needs a GPU, and this run computes on the CPU; leave it out")
     if run.compile.cuda_graphs and degrees.ring * degrees.ulysses * degrees.tp > 1:
@@ -64,7 +66,6 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
             "parallel.dp_size or parallel.enable_cfg_parallel alone"
         )
     dtype = choose_dtype(run.dtype, device)
-    _check_size(run, card)
     quantization.check_model(run, card, quantization.facts_of(device))
     plan = Plan(
         run=run,
@@ -151,61 +152,6 @@ def _check_name(path: str, value: str) -> None:
         raise UserError(f"{path} is the folder {value}; it must name a JSON file")
 
 
-def _given_degrees(composed: "Composed") -> set[str]:
-    """Fields of the parallel group that somebody stated: the user, or the file of the chosen option."""
-    return {
-        path.removeprefix("parallel.")
-        for path, source in composed.sources.items()
-        if path.startswith("parallel.") and source != "default"
-    }
-
-
-def _common_heads(card: ModelCard) -> int | None:
-    """Greatest common divisor of the attention head counts of the denoising network."""
-    for name in ("transformer", "unet"):
-        if name in card.components:
-            config = card.components[name].config
-            heads = config.get("num_attention_heads") or config.get("attention_head_dim")
-            if isinstance(heads, list):
-                blocks = config.get("down_block_types", [""] * len(heads))
-                heads = math.gcd(*(count for count, kind in zip(heads, blocks, strict=False) if "Attn" in kind))
-            return heads if isinstance(heads, int) and heads > 0 else None
-    return None
-
-
-def _degrees(degrees: Layout) -> str:
-    return f"dp {degrees.dp}, cfg {degrees.cfg}, ring {degrees.ring}, ulysses {degrees.ulysses}, tp {degrees.tp}"
-
-
-def _check_ranks(run: Run, backend: str, degrees: Layout, device: str, batches: int) -> None:
-    """Refuse a layout that the backend, the machine or the request cannot fill. Raises UserError."""
-    if backend == "diffusers" and degrees.ring * degrees.ulysses * degrees.tp > 1:
-        raise UserError(
-            f"The diffusers backend does not split a network over ranks (asked: {_degrees(degrees)}); it runs "
-            "parallel.dp_size and parallel.enable_cfg_parallel, the native engine (backend=sglang) runs the others"
-        )
-    if degrees.dp > batches:
-        have = "1 batch" if batches == 1 else f"{batches} batches"
-        raise UserError(
-            f"parallel.dp_size is {degrees.dp} and the run has {have} of pictures to share out; "
-            "raise --num-samples or lower sampling.batch_size or dp_size"
-        )
-    if degrees.cfg > 1 and run.sampling.guidance_scale <= 1:
-        raise UserError(
-            f"parallel.enable_cfg_parallel: without guidance (--guidance-scale {run.sampling.guidance_scale}) "
-            "there is one branch; raise the scale or run with parallel=single"
-        )
-    if degrees.cfg > 1 and (run.cache.method is not CacheMethod.none or run.cache.cache_dit_config):
-        raise UserError(
-            "parallel.enable_cfg_parallel and a step cache exclude each other: the cache decides on both branches "
-            "together; give one"
-        )
-    if device == "cuda" and degrees.ranks > (count := env.gpu_count()):
-        raise UserError(
-            f"{degrees.ranks} ranks need {degrees.ranks} GPUs and torch sees {count}; device=cpu runs them as processes"
-        )
-
-
 def choose_device(wanted: Device) -> str:
     """cpu or cuda. Raises UserError where cuda is asked for and absent."""
     import torch
@@ -226,28 +172,6 @@ def choose_dtype(wanted: DType, device: str) -> str:
 
         return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"
     return "bfloat16" if env.cpu_has_bf16() else "float32"
-
-
-def size_multiple(card: ModelCard) -> int | None:
-    """Pixels that height and width must be a multiple of: VAE downsampling times the patch size."""
-    vae, network = card.components.get("vae"), card.components.get("transformer")
-    channels = vae.config.get("block_out_channels") if vae else None
-    if vae is None or vae.class_name != "AutoencoderKL" or not channels:
-        return None
-    patch = network.config.get("patch_size", 1) if network else 1
-    if network and "Flux" in network.class_name:
-        patch = 2  # FLUX packs 2 x 2 latents into one token outside of its network
-    return int(2 ** (len(channels) - 1) * patch) if isinstance(patch, int) else None
-
-
-def _check_size(run: Run, card: ModelCard) -> None:
-    multiple = size_multiple(card)
-    for name in ("height", "width"):
-        value = getattr(run.sampling, name)
-        if multiple and value is not None and value % multiple:
-            below, above = value // multiple * multiple, (value // multiple + 1) * multiple
-            choice = f"{below} or {above}" if below else str(above)
-            raise UserError(f"sampling.{name} is {value}; this model takes multiples of {multiple}, such as {choice}")
 
 
 def requested(run: Run) -> dict[str, Any]:
@@ -303,7 +227,9 @@ def _warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str |
         found.append(f"perf.machine_rates has no effect: the rates are those of machine={run.machine.name}")
     if not run.output.perf_dump_path:
         idle = [
-            path for path in leaves() if path.startswith(("perf.", "machine.name")) and _differs(run, sources, path)
+            path
+            for path in leaves()
+            if path.startswith("perf." if run.dry_run else ("perf.", "machine.name")) and _differs(run, sources, path)
         ]
         found += [f"{path} has no effect without --perf-dump-path" for path in idle]
     if run.model.revision and (run.model.path is None or Path(run.model.path).expanduser().exists()):

@@ -146,3 +146,11 @@ SDXL = Needs(
 )
 
 NEEDS = {"sd3": SD3, "flux": FLUX, "sdxl": SDXL, "sd": SD}
+
+# What diffusers takes where the config of a UNet, as old ones do, says nothing.
+UNET_DEFAULTS: Mapping[str, Any] = {
+    "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
+    "transformer_layers_per_block": 1, "attention_head_dim": 8, "cross_attention_dim": 1280, "norm_num_groups": 32,
+    "norm_eps": 1e-5, "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_gen import env, hub, layout, plan
+from sglang_gen import env, hub, layout, legal
 from sglang_gen.config import Choices, compose
 from sglang_gen.errors import UserError
 from sglang_gen.schema import Parallel
@@ -90,7 +90,7 @@ def test_sdxl_on_sp2_tp2_is_ring_2_by_tp_2():
     card = hub.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
     composed = compose(Choices(("model=sdxl", "parallel=sp2_tp2")))
     given_degrees = {"num_gpus", "sp_degree", "tp_size"}
-    assert layout.infer(composed.run.parallel, given_degrees, plan._common_heads(card)) == Layout(ring=2, tp=2)
+    assert layout.infer(composed.run.parallel, given_degrees, legal.common_heads(card)) == Layout(ring=2, tp=2)
 
 
 @pytest.mark.parametrize(

@@ -37,14 +37,14 @@ def test_each_job_leaves_picture_record_dump_and_note(pipelines, sglang):
 
 def test_a_failing_job_does_not_stop_the_others_and_says_why(pipelines, sglang):
     done = sglang("generate", "-m", "--model-path", pipelines["sdxl"], "--prompt", "x", *SMALL,
-                  "--output-path", "sweep", "sampling.guidance_scale=nan,2", "parallel=single,tp2")  # fmt: skip
+                  "--output-path", "sweep", "sampling.guidance_scale=nan,2", "parallel.tp_size=1,8")  # fmt: skip
     assert done.code == 1
     assert done.lines[-1] == "INFO: Multirun: 1 of 4 jobs succeeded"
     assert "Traceback" not in done.err
     notes = [read(f"sweep/{number}/job.json") for number in range(4)]
     assert [note["status"] for note in notes] == ["failed", "failed", "completed", "failed"]
     assert "guidance_scale is nan; it must be a finite number" in notes[0]["error"]
-    assert "does not split a network over ranks" in notes[3]["error"]
+    assert "parallel.tp_size is 8 and this network has layers of 4 heads" in notes[3]["error"]
     assert [path.parent.name for path in Path("sweep").glob("*/generated_image_0.png")] == ["2"]
 
 

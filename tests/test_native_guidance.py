@@ -155,8 +155,6 @@ def test_what_only_the_native_engine_has_is_never_dropped(run, setting):
     assert (done.code, done.lines[-1]) == (2, f"ERROR: {sentence}; run with --backend sglang or auto")
     done = run("sdxl", setting, "--vae-cpu-offload")
     assert (done.code, f"{sentence}, which cannot run this: it does not offload yet" in done.lines[-1]) == (2, True)
-    done = run("sdxl", setting, "parallel=cfg2", "device=cpu")
-    assert (done.code, f"{sentence}, which cannot run this: it splits no" in done.lines[-1]) == (2, True), done.err
 
 
 @pytest.mark.parametrize(

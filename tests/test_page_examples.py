@@ -114,10 +114,10 @@ def test_cpu_offloading_for_large_models(example):
     assert record["requested"]["offload"] == ["dit_cpu_offload", "text_encoder_cpu_offload", "vae_cpu_offload"]
 
 
-def test_multi_gpu_inference_is_refused_in_one_sentence_until_it_is_there(example):
-    done = example(MULTI_GPU)
-    assert done.code == 2
-    assert len([line for line in done.lines if line.startswith("ERROR: ")]) == 1
-    assert "does not split a network over ranks (asked: dp 1, cfg 1, ring 1, ulysses 2, tp 2)" in done.err
-    assert "the native engine (backend=sglang) will run the others" in done.err
-    assert not Path("outputs").exists()
+def test_multi_gpu_inference_runs_natively_on_four_ranks(example):
+    done = example(f"{MULTI_GPU} --num-inference-steps 2")
+    assert done.code == 0, done.err
+    record = json.loads(Path("outputs/generated_image_0.json").read_text())
+    assert record["effective"]["backend"] == "sglang"
+    assert record["effective"]["parallel"] == {"dp": 1, "cfg": 1, "ring": 1, "ulysses": 2, "tp": 2}
+    assert not any(line.startswith("INFO: Backend: ") for line in done.lines)

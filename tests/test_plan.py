@@ -48,7 +48,11 @@ def from_file(text: str, *words: str) -> Plan:
         ("backend.diffusers_kwargs.eta=99999999999999999999999", "is an integer of more than 64 bits"),
         ("dry_run=maybe", "dry_run is 'maybe'; it must be false, true or json"),
         ("perf.tag=' '", "perf.tag is blank"),
-        ("parallel=sp2_tp2", "does not split a network over ranks (asked: dp 1, cfg 1, ring 2, ulysses 1, tp 2)"),
+        (
+            "parallel=tp4",
+            "parallel.tp_size is 4 and this network has layers of 10 heads: take tp_size 1 or 2, such as "
+            "parallel.ring_degree=2 parallel.tp_size=2 or ",
+        ),
         ("parallel.num_gpus=0", "parallel.num_gpus is 0; a degree is at least 1"),
     ],
 )

@@ -137,7 +137,7 @@ def test_data_and_guidance_parallel_compose_with_a_stochastic_scheduler(run, pip
 
 
 def test_a_pipeline_that_does_not_batch_its_branches_is_refused(run):
-    done = run("flux", "parallel=cfg2")
+    done = run("flux", "parallel=cfg2", "--backend", "diffusers")
     assert done.code == 2
     assert "does not give FluxTransformer2DModel both guidance branches in one batch" in done.err
     assert [line for line in done.lines if not line.startswith("INFO: ")] == done.lines[-1:]
@@ -153,8 +153,10 @@ def test_an_error_of_every_rank_is_said_once(run):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("parallel=tp2",), "The diffusers backend does not split a network over ranks"),
-        (("parallel=sp2_tp2",), "the native engine (backend=sglang) will run the others"),
+        (("parallel=tp2", "--backend", "diffusers"), "The diffusers backend does not split a network over ranks"),
+        (("parallel=sp2_tp2", "--vae-cpu-offload"), "the native engine (backend=sglang) runs the others"),
+        (("--tp-size", "8"), "parallel.tp_size is 8 and this network has layers of 4 heads: take tp_size 1, 2 or 4"),
+        (("parallel=sp4", "attention=flex"), "attention=flex looks at where tokens stand in the picture"),
         (("parallel=dp2",), "parallel.dp_size is 2 and the run has 1 batch of pictures"),
         (("parallel=cfg2", "--guidance-scale", "1.0"), "without guidance (--guidance-scale 1.0) there is one branch"),
         (("parallel=cfg2", "cache=dbcache"), "enable_cfg_parallel and a step cache exclude each other"),

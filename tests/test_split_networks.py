@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import rehearsed
 import test_native_flux
 import test_native_sd3
 import test_native_unet
@@ -11,7 +12,7 @@ from parity import error
 from pool import Pool
 from split import GLUE, MUTATIONS, evaluate
 
-from sglang_gen.types import Layout
+from sglang_gen.types import Layout, ModelCard
 from sglang_gen.weights.load import load, weight_files
 
 
@@ -43,9 +44,10 @@ KIND = {"sd3": "sd3", "flux": "flux", "sdxl": "unet", "sd15": "unet"}
 
 
 @torch.no_grad()
-def both(pool, name, layout, dtype, summing=True, mutation=None, **size):
+def both(pool, name, layout, dtype, summing=True, mutation=None, text=None, **size):
     folder = Path("network")
     config, latents, conditions = given(name, dtype, **size)
+    conditions = (conditions[0], conditions[1][:, :text], *conditions[2:])
     REFERENCES[name].reference(**config).save_pretrained(folder)
     glue = GLUE[KIND[name]]
     alone = load(lambda: glue.build(config), weight_files(folder), glue.sources, dtype, "cpu")
@@ -103,3 +105,39 @@ PLANTED = [
 def test_a_defect_planted_in_a_layout_breaks_the_parity(pool, name, layout, mutation):
     expected, answers = both(pool, name, LAYOUTS[layout], torch.float64, mutation=mutation)
     assert error(answers[0][0], expected) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_text_of_fewer_tokens_than_ranks_leaves_some_without(pool, name):
+    expected, answers = both(pool, name, LAYOUTS["usp4"], torch.float64, text=1)
+    for outputs, _ in answers:
+        assert error(outputs, expected) <= 1e-10
+
+
+def described(name: str, latents: torch.Tensor, text: torch.Tensor) -> tuple[ModelCard, int, int, int]:
+    """(a model with texts of that length, height and width in pixels, the length to ask for)."""
+    config, rows, columns = given(name, torch.float32)[0], *latents.shape[-2:]
+    if name == "flux":
+        rows, columns = 2 * test_native_flux.ROWS, 2 * test_native_flux.COLUMNS
+    clip = text.shape[1] - 4 if name == "sd3" else text.shape[1]
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"] if (
+        name == "sdxl") else 0  # fmt: skip
+    encoders = {"text_encoder": {"max_position_embeddings": clip}, "text_encoder_2": {"projection_dim": pooled}}
+    length = 4 if name == "sd3" else text.shape[1]
+    return rehearsed.card_of(PIPELINE[name], config, encoders), rows * 8, columns * 8, length
+
+
+PIPELINE = {"sd3": "sd3", "flux": "flux", "sdxl": "sdxl", "sd15": "sd"}
+
+
+@pytest.mark.parametrize("layout", ["tp2", "ulysses2 tp2", "ring3", "usp4 tp2"])
+@pytest.mark.parametrize("name", PIPELINE)
+def test_the_estimate_of_every_rank_is_what_it_sends(pool, name, layout):
+    size = {} if name in ("flux", "sd3") else {"height": 17, "width": 10}
+    _, answers = both(pool, name, LAYOUTS[layout], torch.float32, **size)
+    _, latents, conditions = given(name, torch.float32, **size)
+    card, height, width, length = described(name, latents, conditions[1])
+    for rank, (_, traffic) in enumerate(answers):
+        found = rehearsed.rank(PIPELINE[name], card, LAYOUTS[layout], rank, height, width, rows=len(latents),
+                               text_length=length)  # fmt: skip
+        assert found.step == traffic

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sglang_gen import layout, legal
 from sglang_gen.engine import fastest, kernels
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.engine.graphs import Graphs
@@ -90,8 +91,11 @@ class Execution:
     ) -> Expected:
         """Make ready for evaluations of a batch `latents` with these texts. Collective on the first call.
 
-        `kinds` are evaluations that differ in shape.
+        `kinds` are evaluations that differ in shape. Raises UserError for a picture of fewer rows than ranks.
         """
+        if request.skipped is not None:  # of the size of a picture that the plan did not see
+            stated = layout.stated(self.plan.sources)
+            legal.check_size(self.plan.run, self.plan.card, self.plan.layout, stated, request.height, request.width)
         shape = (tuple(latents.shape), *(tuple(part.shape) for text in encoded for part in text), *kinds)
         if shape not in self.expected:
             self.expected[shape] = self._settle(predictor, kinds, request, encoded, latents)

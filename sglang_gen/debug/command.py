@@ -110,7 +110,7 @@ def plans(composed: "Composed") -> tuple["Plan", "Plan"]:
     composed = replace(composed, run=prompts.pin(composed.run))  # one drawn seed for both
     card = hub.find(composed.run.model, weights=False)
     either = planning.make_plan(_on(composed, BackendName.auto), card)
-    _, reason = choice.choose(either.run, card, either.layout)
+    _, reason = choice.choose(either.run, card)
     if reason is not None:
         raise UserError(f"sglang debug parity runs both backends, and the native engine cannot run this: {reason}")
     if either.layout.ranks > 1:

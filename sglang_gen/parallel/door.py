@@ -72,7 +72,7 @@ class Door:
         """As the network's own. Collective."""
         sharding, config = self.sharding, self.network.config
         lengths = cut(latents.shape[sharding.dim], sharding.unit(config), self.axis.size)
-        assert min(lengths) > 0, f"{latents.shape[sharding.dim]} rows are too few for {self.axis.size} ranks"
+        assert all(lengths), f"{latents.shape[sharding.dim]} do not give each of {self.axis.size} ranks a part"
         for kind, tokens in sharding.tokens(config, latents.shape, lengths, share.text).items():
             self.lengths[kind].tokens = tokens
         mine = part(latents, sharding.dim, lengths, self.axis.index)

@@ -85,7 +85,7 @@ def shrink(network: nn.Module, table: Table, axis: Axis) -> dict[str, Part]:
     for name, module, rule in matched(network, table):
         if isinstance(rule, Heads):
             for count in rule.counts:
-                setattr(module, count, getattr(module, count) // axis.size)
+                setattr(module, count, _share(getattr(module, count), axis))
             continue
         dim = 1 if isinstance(rule, (Rows, Biases)) else 0
         sections = rule.sections if isinstance(rule, (Columns, Rows)) else (1,)
@@ -106,7 +106,13 @@ def _count(module: nn.Module, dim: int, axis: Axis) -> None:
     kept = ("in_features", "in_channels") if dim else ("out_features", "out_channels", "num_groups", "num_channels")
     for attribute in kept:
         if hasattr(module, attribute):
-            setattr(module, attribute, getattr(module, attribute) // axis.size)
+            setattr(module, attribute, _share(getattr(module, attribute), axis))
+
+
+def _share(count: int, axis: Axis) -> int:
+    """One rank's part of a number. The plan has seen to it that it divides."""
+    assert count % axis.size == 0, f"{count} does not divide by {axis.size}"
+    return count // axis.size
 
 
 class Summed(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from sglang_gen import sizes
 from sglang_gen.engine.denoise import Predict, draw_noise
 from sglang_gen.engine.patterns import Grid
 from sglang_gen.models.attention import Attend
@@ -24,6 +25,7 @@ from sglang_gen.weights.load import renamed
 NETWORK = "transformer"
 encode_picture, skipped = flow.encode_picture, flow.skipped
 SIZED_BY_PICTURE, STRENGTH = flow.SIZED_BY_PICTURE, flow.STRENGTH
+default_size = sizes.of_flux
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 UNGUIDED = "there is no guidance without a negative prompt and a true_cfg_scale above 1.0"
 INEFFECTIVE_NEGATIVE = (
@@ -35,7 +37,6 @@ T5_LENGTH = 512
 MOST_TOKENS = 512
 ZERO_WITHOUT_NEGATIVE = False
 SCHEDULER: Mapping[str, Any] = {}
-SIZE = 128  # latents a side, unless the request says otherwise
 
 # Parts of our names of tensors, and what stands there in a diffusers checkpoint.
 NAMES = {
@@ -142,8 +143,10 @@ def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tu
     return text.t5(parts["text_encoder_2"], parts["tokenizer_2"], texts, length or T5_LENGTH), pooled
 
 
-def default_size(diffusers_config: Mapping[str, Any], factor: int) -> tuple[int, int]:
-    return SIZE * factor, SIZE * factor
+def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what `encode` gives for one text, by the configs of the components."""
+    network = configs[NETWORK]
+    return (length or T5_LENGTH, network["joint_attention_dim"]), (network["pooled_projection_dim"],)
 
 
 def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
@@ -152,6 +155,12 @@ def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Reque
     sigmas = np.linspace(1.0, 1 / request.steps, request.steps).tolist()
     flow.set_timesteps(scheduler, request.steps, rows * columns, 1.15, sigmas)
     return picture.kept(scheduler, request.skipped)
+
+
+def latents_shape(diffusers_config: Mapping[str, Any], request: Request) -> tuple[int, ...]:
+    """Of what the network sees of one sample: packed tokens."""
+    rows, columns = _grid(request)
+    return rows * columns, diffusers_config["in_channels"]
 
 
 def draw(

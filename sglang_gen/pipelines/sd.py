@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sglang_gen import sizes
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.models.unet import UNet
 from sglang_gen.models.vae import Autoencoder
@@ -15,7 +16,8 @@ from sglang_gen.pipelines.request import Request
 NETWORK, REGIONS, build, sources, grids = unet.NETWORK, unet.REGIONS, unet.build, unet.sources, unet.grids
 schedule, draw, start, widest_map = unet.schedule, unet.draw, unet.start, unet.widest_map
 skipped, SIZED_BY_PICTURE = unet.skipped, unet.SIZED_BY_PICTURE
-TENSOR, SHARDING = unet.TENSOR, unet.SHARDING
+TENSOR, SHARDING, latents_shape = unet.TENSOR, unet.SHARDING, unet.latents_shape
+default_size = sizes.configured_long_ago
 guidance_scale = prediction.guidance_scale
 TEXT_PARTS = ("text_encoder",)
 MOST_TOKENS = None  # always as long as the tokenizer says
@@ -24,7 +26,6 @@ INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of
 ZERO_WITHOUT_NEGATIVE = False
 SCHEDULER = {"steps_offset": 1, "clip_sample": False}  # whatever an old configuration says
 STRENGTH = 0.8  # of the noise on an input picture, unless the request says otherwise
-SIZE = 64  # latents a side where a configuration of diffusers before 0.9 claims fewer
 
 
 def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tuple[Tensor]:
@@ -32,13 +33,9 @@ def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tu
     return (text.clip_last(parts["text_encoder"], parts["tokenizer"], texts),)
 
 
-def default_size(diffusers_config: Mapping[str, Any], factor: int) -> tuple[int, int]:
-    size = diffusers_config["sample_size"]
-    height, width = size if isinstance(size, Sequence) else (size, size)
-    version = diffusers_config.get("_diffusers_version", "0.9").split(".")
-    if (int(version[0]), int(version[1])) < (0, 9) and isinstance(size, int) and size < SIZE:
-        height = width = SIZE
-    return height * factor, width * factor
+def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what `encode` gives for one text, by the configs of the components."""
+    return (unet.text_shape(configs),)
 
 
 def prepare(network: UNet, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor]]) -> Predict:

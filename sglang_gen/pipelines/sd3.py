@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sglang_gen import sizes
 from sglang_gen.engine.denoise import Predict, draw_noise
 from sglang_gen.engine.patterns import Grid
 from sglang_gen.models.attention import Attend
@@ -22,6 +23,7 @@ from sglang_gen.weights.load import renamed
 NETWORK = "transformer"
 encode_picture, start, skipped = flow.encode_picture, flow.start, flow.skipped
 SIZED_BY_PICTURE, STRENGTH = flow.SIZED_BY_PICTURE, flow.STRENGTH
+default_size = sizes.configured
 guidance_scale = prediction.guidance_scale
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 UNGUIDED = "there is no guidance at a scale of {scale}"
@@ -133,9 +135,10 @@ def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tu
     return torch.cat([text.pad_channels(both, t5.shape[-1]), t5], dim=1), torch.cat([pooled, pooled_2], dim=-1)
 
 
-def default_size(diffusers_config: Mapping[str, Any], factor: int) -> tuple[int, int]:
-    size = int(diffusers_config["sample_size"]) * factor
-    return size, size
+def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what `encode` gives for one text, by the configs of the components."""
+    network, clip = configs[NETWORK], configs["text_encoder"].get("max_position_embeddings", CLIP_LENGTH)
+    return (clip + (length or T5_LENGTH), network["joint_attention_dim"]), (network["pooled_projection_dim"],)
 
 
 def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
@@ -152,11 +155,16 @@ def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]
     return [Grid(rows, columns, after=encoded[0][0].shape[1]), Grid(rows, columns)]
 
 
+def latents_shape(diffusers_config: Mapping[str, Any], request: Request) -> tuple[int, ...]:
+    """Of what the network sees of one sample."""
+    return diffusers_config["in_channels"], *request.latent_size
+
+
 def draw(
     diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
 ) -> Tensor:
     """Noise `[B, C, h, w]`."""
-    return draw_noise((diffusers_config["in_channels"], *request.latent_size), generators, dtype)
+    return draw_noise(latents_shape(diffusers_config, request), generators, dtype)
 
 
 def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:

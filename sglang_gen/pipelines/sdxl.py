@@ -8,6 +8,7 @@ import torch
 from diffusers.utils import is_invisible_watermark_available
 from torch import Tensor
 
+from sglang_gen import sizes
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.models.unet import UNet
 from sglang_gen.models.vae import Autoencoder
@@ -17,7 +18,8 @@ from sglang_gen.pipelines.request import Request
 NETWORK, REGIONS, build, sources, grids = unet.NETWORK, unet.REGIONS, unet.build, unet.sources, unet.grids
 draw, start, widest_map = unet.draw, unet.start, unet.widest_map
 skipped, SIZED_BY_PICTURE = unet.skipped, unet.SIZED_BY_PICTURE
-TENSOR, SHARDING = unet.TENSOR, unet.SHARDING
+TENSOR, SHARDING, latents_shape = unet.TENSOR, unet.SHARDING, unet.latents_shape
+default_size = sizes.configured
 guidance_scale = prediction.guidance_scale
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 MOST_TOKENS = None  # always as long as the tokenizers say
@@ -25,6 +27,7 @@ UNGUIDED = "there is no guidance at a scale of {scale}"
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
 ZERO_WITHOUT_NEGATIVE = True  # unless model_index.json says otherwise in force_zeros_for_empty_prompt
 SCHEDULER: Mapping[str, Any] = {}
+POOLED = 512  # channels of pooled text where the configuration says nothing, as transformers has them
 STRENGTH = 0.3  # of the noise on an input picture, unless the request says otherwise
 
 
@@ -35,9 +38,10 @@ def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tu
     return torch.cat([first, second], dim=-1), pooled
 
 
-def default_size(diffusers_config: Mapping[str, Any], factor: int) -> tuple[int, int]:
-    size = int(diffusers_config["sample_size"]) * factor
-    return size, size
+def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what `encode` gives for one text, by the configs of the components."""
+    pooled = configs["text_encoder_2"].get("projection_dim", POOLED)
+    return unet.text_shape(configs), (pooled,)
 
 
 def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:

@@ -16,10 +16,12 @@ from sglang_gen.parallel.door import Kinds, Sharding
 from sglang_gen.parallel.tensor import Columns, Heads, Rows
 from sglang_gen.pipelines import picture
 from sglang_gen.pipelines.request import Request
+from sglang_gen.requirements import UNET_DEFAULTS
 from sglang_gen.weights.load import renamed
 
 NETWORK = "unet"
 REGIONS = (Residual, Block)  # compiled once for all repeats
+CLIP_LENGTH = 77  # tokens where the configuration says nothing, as transformers has them
 SIZED_BY_PICTURE = True  # an input picture is not resized to what the request says
 
 # Parts of our names of tensors, and what stands there in a diffusers checkpoint.
@@ -69,14 +71,6 @@ TENSOR = {
     "*.down": Rows(),
 }
 
-# What diffusers takes where a config, as old ones do, says nothing.
-DEFAULTS: Mapping[str, Any] = {
-    "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
-    "transformer_layers_per_block": 1, "attention_head_dim": 8, "cross_attention_dim": 1280, "norm_num_groups": 32,
-    "norm_eps": 1e-5, "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-}  # fmt: skip
-
 
 def sources(name: str) -> list[str]:
     """The names in a diffusers checkpoint that make up our tensor `name`."""
@@ -85,7 +79,7 @@ def sources(name: str) -> list[str]:
 
 def config(diffusers_config: Mapping[str, Any]) -> Config:
     """`attention_head_dim` of a UNet is the number of its heads, a mistake that diffusers keeps for its checkpoints."""
-    c = {**DEFAULTS, **diffusers_config}
+    c = {**UNET_DEFAULTS, **diffusers_config}
     levels = len(c["block_out_channels"])
     columns = [
         _each(c[key], levels)
@@ -117,6 +111,12 @@ def _each(value: Any, levels: int) -> list[int]:
 
 def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
     return UNet(config(diffusers_config))
+
+
+def text_shape(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    """Tokens and channels of an encoded text, by the configs of the components."""
+    width = {**UNET_DEFAULTS, **configs[NETWORK]}["cross_attention_dim"]
+    return configs["text_encoder"].get("max_position_embeddings", CLIP_LENGTH), width
 
 
 def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
@@ -176,17 +176,22 @@ def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Reque
     return picture.kept(scheduler, request.skipped)
 
 
+def latents_shape(diffusers_config: Mapping[str, Any], request: Request) -> tuple[int, ...]:
+    """Of what the network sees of one sample."""
+    return diffusers_config.get("in_channels", 4), *request.latent_size
+
+
 def draw(
     diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
 ) -> Tensor:
     """Noise `[B, C, h, w]`."""
-    return draw_noise((diffusers_config.get("in_channels", 4), *request.latent_size), generators, dtype)
+    return draw_noise(latents_shape(diffusers_config, request), generators, dtype)
 
 
 def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
     """Numbers in the widest map of one row: the first level's."""
     height, width = request.latent_size
-    return int({**DEFAULTS, **diffusers_config}["block_out_channels"][0]) * height * width
+    return int({**UNET_DEFAULTS, **diffusers_config}["block_out_channels"][0]) * height * width
 
 
 def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:

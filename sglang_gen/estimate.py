@@ -1,0 +1,207 @@
+"""What a rank of the native engine will hold, send and compute, before anything is loaded.
+
+The network is rehearsed without memory on the meta device, as one rank has it: with the shapes of the run, and the
+collectives of its layout. Nothing is measured but what that twin does.
+"""
+
+import importlib
+import math
+import weakref
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sglang_gen import sizes
+from sglang_gen.backends import guiding
+from sglang_gen.choice import NATIVE
+from sglang_gen.engine.guidance import Encoded, Guidance, guided
+from sglang_gen.engine.shapes import rehearse
+from sglang_gen.parallel.collectives import Traffic, counted
+from sglang_gen.parallel.mesh import AXES, Mesh, coordinates
+from sglang_gen.parallel.split import Split
+from sglang_gen.perf.flops import stored_bytes
+from sglang_gen.perf.parameters import COUNT
+from sglang_gen.pipelines.request import Request
+from sglang_gen.requirements import NEEDS
+from sglang_gen.schema import GuidanceBatching, Machine
+from sglang_gen.types import Layout, ModelCard, Plan
+
+
+@dataclass
+class Rehearsal:
+    """Of one rank: what a step computes and sends, and the most that is alive at once beside the weights."""
+
+    weights: int  # bytes of the network's part
+    alive: int = 0  # bytes
+    flops: int = 0  # in a step; a multiplication and an addition are two
+    conditioning: Traffic = field(default_factory=Traffic)
+    step: Traffic = field(default_factory=Traffic)
+
+
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the tensors that are alive, and the most that ever were; `known` are not counted."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self.seen: Any = WeakIdKeyDictionary()
+        for tensor in known:
+            self.seen[tensor.untyped_storage()] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return out
+
+    def _note(self, storage: Any) -> None:
+        if storage in self.seen:
+            return
+        size = storage.nbytes()
+        self.seen[storage] = size
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, size)
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def rehearsal(
+    glue: Any,
+    split: Split,
+    card: ModelCard,
+    request: Request,
+    rows: int,
+    guidance: Guidance,
+    dtype: torch.dtype,
+) -> Rehearsal:
+    """One rank's conditioning and one guided step of a batch of `rows` pictures."""
+    configs = {name: part.config for name, part in card.components.items()}
+    config = configs[glue.NETWORK]
+    twin = split.twin(lambda: glue.build(config), dtype)
+    held = [*twin.network.parameters(), *twin.network.buffers()]
+    found = Rehearsal(sum(map(stored_bytes, held)))
+    with torch.device("meta"):
+        latents = torch.empty(rows, *glue.latents_shape(config, request), dtype=dtype)
+        shapes = glue.encoded_shapes(configs, request.text_length)
+        texts = tuple(torch.empty(rows, *shape, dtype=dtype) for shape in shapes)
+    encoded: Encoded = [texts, texts] if guidance.on else [texts]
+    timesteps = torch.zeros(request.steps_run)
+    step = guidance.steps.start if guidance.on and guidance.steps else 0
+
+    def evaluate(network: Any) -> None:
+        prepare = partial(glue.prepare, network, timesteps, request)
+        with counted() as found.conditioning:
+            predict = guided(prepare, encoded, guidance, range(request.steps_run), split.mesh.axis("cfg"))
+        with counted() as found.step, FlopCounterMode(display=False) as counter:
+            predict(latents, step)
+        found.flops = int(counter.get_total_flops())
+
+    with Alive([*held, latents, *texts]) as alive:
+        attention = rehearse(twin, (), evaluate).attention
+    found.alive = alive.most
+    found.flops += sum(4 * math.prod(shape) * calls for shape, calls in attention.items())  # two products [L, S]
+    return found
+
+
+def busiest(layout: Layout) -> int:
+    """A rank that sends as much as any: of three and more sequence parallel ranks one with neighbours on both sides."""
+    place = {"ring": 0, "ulysses": 0}
+    if layout.ring * layout.ulysses > 2:
+        place["ring"], place["ulysses"] = divmod(1, layout.ulysses)
+    wanted = {axis: place.get(axis, 0) for axis in AXES}
+    return next(rank for rank in range(layout.ranks) if coordinates(layout, rank) == wanted)
+
+
+def request_of(plan: Plan, glue: Any) -> Request:
+    """What the run asks of its pipeline; an input picture is taken to have the size of the request."""
+    sampling, config = plan.run.sampling, plan.card.components[glue.NETWORK].config
+    factor = sizes.latent_factor(plan.card) or 1
+    default = glue.default_size(config, factor)
+    return Request(
+        height=sampling.height or default[0],
+        width=sampling.width or default[1],
+        factor=factor,
+        steps=sampling.num_inference_steps,
+        guidance=sampling.guidance_scale,
+        text_length=sampling.max_sequence_length,
+    )
+
+
+def weights_of(plan: Plan, needs: Any, network: int) -> dict[str, int]:
+    """Bytes of each component on one rank; the network's are given. T5 is spread over tensor parallel ranks."""
+    size = getattr(torch, plan.dtype).itemsize
+    found = {}
+    for name in needs.components:
+        part = plan.card.components[name]
+        if name == needs.network:
+            found[name] = network
+        elif part.class_name in COUNT:
+            found[name] = COUNT[part.class_name](part.config, _encoder_ranks(plan, name)) * size
+    return found
+
+
+def _encoder_ranks(plan: Plan, name: str) -> int:
+    """Ranks that share a text encoder's weights, as `backends.large_text` divides them."""
+    part, tp = plan.card.components[name], plan.layout.tp
+    in_file = plan.card.file is not None and name not in plan.run.model.component_paths
+    if part.class_name != "T5EncoderModel" or in_file or plan.dtype == "float16":
+        return 1
+    return tp if all(part.config[key] % tp == 0 for key in ("num_heads", "d_ff")) else 1
+
+
+def estimate(plan: Plan) -> dict[str, Any]:
+    """`{memory, step, conditioning, prediction}` of one rank, or `{reason}` where the plan's engine is not ours."""
+    if plan.backend != "sglang":
+        return {"reason": f"not estimated ({plan.backend})"}
+    name = NATIVE[plan.run.model.pipeline_class_name or plan.card.pipeline_class]
+    glue: Any = importlib.import_module(f"sglang_gen.pipelines.{name}")
+    request, batch = request_of(plan, glue), max(plan.batches, key=len)
+    negative = any(sample.negative_prompt for each in plan.batches for sample in each)
+    together = plan.run.sampling.guidance_batching is not GuidanceBatching.sequential
+    guidance = guiding.guidance(plan, glue, request, negative, together)
+    split = Split(Mesh(plan.layout, busiest(plan.layout)), glue.TENSOR, glue.SHARDING)
+    found = rehearsal(glue, split, plan.card, request, len(batch), guidance, getattr(torch, plan.dtype))
+    weights = weights_of(plan, NEEDS[name], found.weights)
+    step = {"flops": found.flops, "collectives": _listed(found.step)}
+    return {
+        "memory": {"weights": weights, "alive": found.alive, "total": sum(weights.values()) + found.alive},
+        "conditioning": {"collectives": _listed(found.conditioning)},
+        "step": step,
+        "prediction": predicted(plan.run.machine, plan.dtype, found.flops, sum(found.step.bytes.values())),
+    }
+
+
+def _listed(traffic: Traffic) -> dict[str, dict[str, int]]:
+    return {name: {"count": traffic.calls[name], "bytes": traffic.bytes[name]} for name in sorted(traffic.calls)}
+
+
+def predicted(machine: Machine, dtype: str, flops: int, sent: int) -> dict[str, Any] | None:
+    """Milliseconds of a step on a named machine, none of which is measured: products, and then what is sent.
+
+    None where no machine is named; `{reason}` where its rates do not hold.
+    """
+    if machine.name == "auto":
+        return None
+    if not machine.matmul_tflops or (sent and not machine.link_gb_per_s):
+        return {"reason": f"machine={machine.name} has no matmul_tflops or no link_gb_per_s"}
+    if dtype not in ("bfloat16", "float16"):
+        return {"reason": f"the rates of machine={machine.name} are those of bfloat16, and this run is {dtype}"}
+    computing = flops / (machine.matmul_tflops * 1e12) * 1000
+    sending = sent / (machine.link_gb_per_s * 1e9) * 1000 if sent else 0.0  # type: ignore[operator]
+    return {
+        "machine": machine.name,
+        "compute_ms": round(computing, 3),
+        "communication_ms": round(sending, 3),
+        "step_ms": round(computing + sending, 3),
+        "measured": False,
+    }

@@ -1,0 +1,65 @@
+"""Sizes of pictures: what a model makes unless it is asked for another, and what it can make at all."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sglang_gen.errors import UserError
+from sglang_gen.schema import Run
+from sglang_gen.types import DENOISERS, ModelCard
+
+FLUX_SIDE = 128  # latents a side, of which its configuration says nothing
+OLD_SIDE = 64  # latents a side where a configuration of diffusers before 0.9 claims fewer
+
+
+def configured(config: Mapping[str, Any], factor: int) -> tuple[int, int]:
+    """Height and width in pixels that the network's configuration says; `factor` pixels are one latent."""
+    side = int(config["sample_size"]) * factor
+    return side, side
+
+
+def configured_long_ago(config: Mapping[str, Any], factor: int) -> tuple[int, int]:
+    """The same of Stable Diffusion 1 and 2, whose configurations may be old."""
+    size = config["sample_size"]
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    version = config.get("_diffusers_version", "0.9").split(".")
+    if (int(version[0]), int(version[1])) < (0, 9) and isinstance(size, int) and size < OLD_SIDE:
+        height = width = OLD_SIDE
+    return height * factor, width * factor
+
+
+def of_flux(config: Mapping[str, Any], factor: int) -> tuple[int, int]:
+    return FLUX_SIDE * factor, FLUX_SIDE * factor
+
+
+# Of the native engine's pipelines, by their modules.
+DEFAULT: Mapping[str, Callable[[Mapping[str, Any], int], tuple[int, int]]] = {
+    "sd3": configured, "flux": of_flux, "sdxl": configured, "sd": configured_long_ago,
+}  # fmt: skip
+
+
+def latent_factor(card: ModelCard) -> int | None:
+    """Pixels a side of one latent; None where the autoencoder is another than AutoencoderKL."""
+    vae = card.components.get("vae")
+    if vae is None or vae.class_name != "AutoencoderKL" or not vae.config.get("block_out_channels"):
+        return None
+    return int(2 ** (len(vae.config["block_out_channels"]) - 1))
+
+
+def multiple(card: ModelCard) -> int | None:
+    """Pixels that height and width must be a multiple of: VAE downsampling times the patch size."""
+    factor, network = latent_factor(card), card.components.get(DENOISERS[0])
+    patch = network.config.get("patch_size", 1) if network else 1
+    if network and "Flux" in network.class_name:
+        patch = 2  # FLUX packs 2 x 2 latents into one token outside of its network
+    return factor * patch if factor and isinstance(patch, int) else None
+
+
+def check(run: Run, card: ModelCard) -> None:
+    """Raises UserError for a size between those that the model can make."""
+    step = multiple(card)
+    for name in ("height", "width"):
+        value = getattr(run.sampling, name)
+        if step and value is not None and value % step:
+            below, above = value // step * step, (value // step + 1) * step
+            choice = f"{below} or {above}" if below else str(above)
+            raise UserError(f"sampling.{name} is {value}; this model takes multiples of {step}, such as {choice}")

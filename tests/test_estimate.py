@@ -1,0 +1,120 @@
+"""What a dry run expects of each rank: weights, activations, products, and a prediction for a named machine."""
+
+import json
+
+import pytest
+import rehearsed
+import torch
+import transformers
+from diffusers import AutoencoderKL
+from torch.utils.flop_counter import FlopCounterMode
+
+from sglang_gen import env, hub, presets
+from sglang_gen.estimate import Alive, predicted
+from sglang_gen.perf import parameters
+from sglang_gen.schema import Machine
+from sglang_gen.types import Layout
+
+NAMES = [preset.name for preset in presets.load() if preset.path]
+
+
+def encoder(kind: str, config: dict) -> torch.nn.Module:
+    found = getattr(transformers, kind)
+    return found(found.config_class(**config))
+
+
+@pytest.mark.parametrize("model", NAMES)
+def test_parameters_are_those_of_the_libraries(model):
+    card = hub.read_card(env.preset_configs(model), model, weights=False)
+    counted = 0
+    for part in card.components.values():
+        if part.class_name not in parameters.COUNT:
+            continue
+        with torch.device("meta"):
+            own = part.class_name == "AutoencoderKL"
+            network = AutoencoderKL.from_config(part.config) if own else encoder(part.class_name, part.config)
+        assert parameters.COUNT[part.class_name](part.config, 1) == sum(each.numel() for each in network.parameters())
+        counted += 1
+    assert counted >= 2 or not model.startswith(("sd", "flux"))
+
+
+def test_t5_on_two_ranks_is_the_part_that_each_reads():
+    from sglang_gen.backends.large_text import TENSOR
+    from sglang_gen.parallel import tensor
+    from sglang_gen.parallel.collectives import Axis
+
+    card = hub.read_card(env.preset_configs("sd3_medium"), "sd3_medium", weights=False)
+    config = card.components["text_encoder_3"].config
+    with torch.device("meta"):
+        network = encoder("T5EncoderModel", config)
+    tensor.shrink(network, TENSOR, Axis("tp", 2, 0))
+    assert parameters.t5(config, 2) == sum(each.numel() for each in network.parameters())
+
+
+def test_bytes_that_are_alive_rise_and_fall():
+    known = torch.empty(1000)
+    with Alive([known]) as alive:
+        known.view(10, 100).add_(1)
+        first = torch.empty(100)
+        second = first + 1
+        del first
+        third = second[:50] + 1
+    assert (alive.now, alive.most) == (4 * 150, 4 * 200)
+    del second, third
+    assert alive.now == 0
+
+
+CONFIG = {
+    "attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": 8, "pooled_projection_dim": 8,
+    "num_layers": 2, "patch_size": 2, "in_channels": 4, "pos_embed_max_size": 32, "caption_projection_dim": 32,
+}  # fmt: skip
+
+
+def test_products_are_those_that_torch_counts_and_two_ranks_have_half():
+    card = rehearsed.card_of("sd3", CONFIG, {"text_encoder": {"max_position_embeddings": 8}})
+    found = rehearsed.rank("sd3", card, Layout(), 0, 128, 128, text_length=8)
+    with torch.device("meta"):  # on the CPU the counter sees no attention
+        network = rehearsed.GLUE["sd3"].build(CONFIG)
+        conditioning = network.condition(torch.zeros(2), torch.zeros(1, 16, 8), torch.zeros(1, 8), 16, 16)
+        latents = torch.zeros(1, 4, 16, 16)
+    with FlopCounterMode(display=False) as counter:
+        network(latents, conditioning, 0)
+    assert found.flops == counter.get_total_flops()
+    assert found.weights == sum(each.numel() * 4 for each in [*network.parameters(), *network.buffers()])
+    halves = [rehearsed.rank("sd3", card, layout, 0, 128, 128, text_length=8)
+              for layout in (Layout(ring=2), Layout(ulysses=2))]  # fmt: skip
+    assert [2 * half.flops for half in halves] == [found.flops, found.flops]
+    assert all(half.alive < found.alive for half in halves)
+    assert rehearsed.rank("sd3", card, Layout(tp=2), 0, 128, 128, text_length=8).weights < 0.75 * found.weights
+
+
+def test_a_prediction_is_of_a_named_machine_and_of_its_dtype_alone():
+    named = Machine("h200", 800.0, 4000.0, 400.0)
+    assert predicted(named, "bfloat16", 8 * 10**12, 4 * 10**9) == {
+        "machine": "h200", "compute_ms": 10.0, "communication_ms": 10.0, "step_ms": 20.0, "measured": False,
+    }  # fmt: skip
+    assert predicted(Machine(), "bfloat16", 1, 1) is None
+    assert "those of bfloat16, and this run is float32" in predicted(named, "float32", 1, 1)["reason"]
+    assert "no matmul_tflops or no link_gb_per_s" in predicted(Machine("mine", 5.0), "bfloat16", 1, 1)["reason"]
+    assert predicted(Machine("mine", 5.0), "bfloat16", 5 * 10**9, 0)["step_ms"] == 1.0
+
+
+def test_a_dry_run_shows_memory_communication_products_and_the_prediction(sglang):
+    words = ("generate", "model=sd15", "parallel=sp2_tp2", "device=cpu", "machine=h200", "--dtype", "bfloat16")
+    table, content = sglang(*words, "dry_run=true"), sglang(*words, "dry_run=json")
+    assert table.code == 0, table.err
+    rows = dict(line.split("  ", 1) for line in table.out.splitlines())
+    assert "unet" in rows["memory per rank"]
+    assert "all_reduce tp" in rows["communication per step"]
+    assert rows["FLOPs per step"].endswith(" on each rank")
+    assert rows["PREDICTION"].strip().endswith("; nothing is measured")
+    assert "no effect" not in table.err
+    found = json.loads(content.out)["estimate"]
+    assert found["memory"]["total"] == sum(found["memory"]["weights"].values()) + found["memory"]["alive"]
+    assert found["prediction"]["measured"] is False
+
+
+def test_diffusers_is_not_estimated(sglang):
+    words = ("generate", "model=sd15", "--backend", "diffusers")
+    assert "estimate" in sglang(*words, "dry_run=true").out
+    assert json.loads(sglang(*words, "dry_run=json").out)["estimate"] == {"reason": "not estimated (diffusers)"}
