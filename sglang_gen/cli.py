@@ -11,11 +11,12 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sglang_gen import help_page, log
-from sglang_gen.errors import RunError, Terminated, UserError, first_line, nearest
+from sglang_gen import env, help_page, log
+from sglang_gen.errors import Terminated, UserError, ending, nearest
 from sglang_gen.flags import BY_KEY, FLAGS, Flag
 from sglang_gen.schema import LogLevel, leaves
 
@@ -143,7 +144,7 @@ def command_generate(argv: Sequence[str]) -> int:
         return 0
     from sglang_gen import config
 
-    choices = _choices(given, overrides)
+    choices, place = _choices(given, overrides), env.torchrun()
     if "cfg" not in given and (unused := {"package", "resolve"} & given.keys()):
         raise UserError(f"--{min(unused)} says what --cfg prints; add --cfg job, hydra or all")
     if given.get("multirun") and given.get("cfg") in ("job", "all"):
@@ -157,12 +158,22 @@ def command_generate(argv: Sequence[str]) -> int:
     if given.get("run") and given.get("multirun"):
         raise UserError("--run and --multirun exclude each other")
     if not given.get("run") and config.is_multirun(choices, bool(given.get("multirun"))):
+        if place is not None:
+            raise UserError(
+                "torchrun has started the ranks of one run, and each job of a multirun starts its own: "
+                "sweep without torchrun"
+            )
         from sglang_gen.sweep import jobs
 
         return jobs.run_sweep(choices)
     from sglang_gen.generate import execute
 
-    execute(config.compose(choices))
+    composed = config.compose(choices)
+    if place is not None:
+        from sglang_gen import torchrun
+
+        composed = torchrun.fit(composed, place, "parallel=single" in overrides)
+    execute(composed)
     return 0
 
 
@@ -260,19 +271,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.capture_warnings()
     previous = _install_sigterm()
     try:
-        return _dispatch(argv)
-    except UserError as error:
-        return _report(str(error), 2, debug)
-    except RunError as error:
-        return _report(str(error), 1, debug)
-    except KeyboardInterrupt:
-        return _report("Interrupted", 130, debug)
-    except Terminated:
-        return _report("Terminated", 143, debug)
+        place = env.torchrun()
+        if place is None:
+            return _dispatch(argv)
+        from sglang_gen import torchrun
+
+        return torchrun.run(place, partial(_dispatch, argv))
     except BrokenPipeError:
         return 1
-    except Exception as error:  # noqa: BLE001 - the door: a defect of ours still ends in one sentence
-        return _report(f"{type(error).__name__}: {first_line(error)} (--log-level debug shows where)", 1, debug)
+    except (Exception, KeyboardInterrupt, Terminated) as error:  # noqa: BLE001 - the door
+        return _report(error, debug)
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
@@ -285,9 +293,10 @@ def _install_sigterm() -> Any:
         return None
 
 
-def _report(sentence: str, code: int, debug: bool) -> int:
+def _report(error: BaseException, debug: bool) -> int:
     if debug:
         traceback.print_exc()
+    code, sentence = ending(error)
     log.error(sentence.encode(errors="backslashreplace").decode())  # it may quote bytes that are no text
     return code
 

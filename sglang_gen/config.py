@@ -56,6 +56,7 @@ class Composed:
     sources: dict[str, str]
     notices: tuple[str, ...] = ()
     versions: dict[str, str | None] = field(default_factory=dict)  # of the record being repeated
+    place: env.Torchrun | None = None  # which rank this process is already, where torchrun started it
 
 
 def compose(choices: Choices) -> Composed:

@@ -7,15 +7,54 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import urlsplit
 
+from sglang_gen.errors import UserError
+
 PACKAGES = (
     "sglang-gen", "torch", "diffusers", "transformers", "tokenizers", "safetensors", "accelerate", "huggingface-hub",
     "hydra-core", "omegaconf", "numpy", "pillow",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Torchrun:
+    """What torchrun, or a launcher like it, says of the process that it started."""
+
+    rank: int
+    ranks: int
+    local: int  # rank on this machine
+    here: int  # ranks on this machine
+    node: int  # of the machines
+    attempt: int = 0  # how often torchrun has started anew
+    keeps_store: bool = False  # rank 0 keeps the store in which the ranks meet; else torchrun does
+
+
+def torchrun() -> Torchrun | None:
+    """None where this process is nobody's rank. Raises UserError for numbers that are none."""
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if not all(os.environ.get(name) for name in needed):
+        return None
+
+    def number(name: str, default: int = 0) -> int:
+        text = os.environ.get(name) or str(default)
+        if not text.isdecimal():
+            raise UserError(f"The environment variable {name} is '{text}'; torchrun sets it to a number")
+        return int(text)
+
+    return Torchrun(
+        rank=number("RANK"),
+        ranks=number("WORLD_SIZE"),
+        local=number("LOCAL_RANK"),
+        here=number("LOCAL_WORLD_SIZE", 1),
+        node=number("GROUP_RANK"),
+        attempt=number("TORCHELASTIC_RESTART_COUNT"),
+        keeps_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+    )
 
 
 def use_modelscope() -> bool:

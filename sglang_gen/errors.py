@@ -12,6 +12,10 @@ class RunError(RuntimeError):
     """The request was legal and the run failed: one sentence with the root cause, exit code 1."""
 
 
+class LostError(RunError):
+    """Another rank cannot be reached: what follows from its end, and worth saying only where nothing says more."""
+
+
 class Terminated(BaseException):
     """SIGTERM arrived; unwinds like KeyboardInterrupt so that nothing half-written stays."""
 
@@ -27,3 +31,17 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text, or the name of its class where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def ending(error: BaseException) -> tuple[int, str]:
+    """The exit code and the one sentence with which an error ends the command."""
+    match error:
+        case UserError():
+            return 2, str(error)
+        case RunError():
+            return 1, str(error)
+        case KeyboardInterrupt():
+            return 130, "Interrupted"
+        case Terminated():
+            return 143, "Terminated"
+    return 1, f"{type(error).__name__}: {first_line(error)} (--log-level debug shows where)"

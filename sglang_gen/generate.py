@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_gen import env, log
-from sglang_gen.types import DENOISERS, Result
+from sglang_gen.types import Result
 
 if TYPE_CHECKING:
     from sglang_gen.config import Composed
@@ -56,9 +56,12 @@ def execute(composed: "Composed") -> Result | None:
     if run.sampling.seed is None:
         log.info(f"Seed: {plan.run.sampling.seed} (drawn; --seed gives it again)")
     started = time.perf_counter()
-    elsewhere = DENOISERS if run.quant.transformer_weights_path else ()
-    card = hub.find(run.model, weights=True, replaced=elsewhere)
-    return launch.launch(stored.require(replace(plan, card=card)), started)
+    plan = stored.require(replace(plan, card=hub.find_weights(run)))
+    if composed.place is not None:
+        from sglang_gen import torchrun
+
+        return torchrun.lead(plan, started, composed.place)
+    return launch.launch(plan, started)
 
 
 def _tell(plan: "Plan") -> None:

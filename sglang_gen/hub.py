@@ -13,8 +13,8 @@ from sglang_gen import env, log, presets, remote_code, single_file
 from sglang_gen.component_folder import check_files, check_vocabulary, read_config, read_json
 from sglang_gen.errors import RunError, UserError, first_line, nearest
 from sglang_gen.safetensors_file import PICKLED
-from sglang_gen.schema import Model
-from sglang_gen.types import Component, ModelCard
+from sglang_gen.schema import Model, Run
+from sglang_gen.types import DENOISERS, Component, ModelCard
 
 LANGUAGE_MODEL = (
     "The generate command is currently only supported for diffusion models. "
@@ -41,6 +41,11 @@ def find(model: Model, weights: bool, replaced: Collection[str] = ()) -> ModelCa
     card = _find(model, weights, replaced)
     others = {name: _replacement(card, name, path, weights) for name, path in model.component_paths.items()}
     return replace(card, components={**card.components, **others})
+
+
+def find_weights(run: Run) -> ModelCard:
+    """The card of a run's model, whose files are on this machine afterwards. Raises UserError or RunError."""
+    return find(run.model, weights=True, replaced=DENOISERS if run.quant.transformer_weights_path else ())
 
 
 def _find(model: Model, weights: bool, replaced: Collection[str]) -> ModelCard:

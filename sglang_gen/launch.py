@@ -6,6 +6,7 @@ failure is the one that is shown, and no rank outlives the run.
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,10 @@ from sglang_gen.types import Plan, Result
 from sglang_gen.worker import PATIENCE, Done, Failure, Job, LogLine
 
 _WORKER = "import sys; from sglang_gen.worker import main; sys.exit(main(int(sys.argv[1])))"
+_HINTS: dict[int, str] = {
+    signal.SIGKILL: "; it may have run out of memory",
+    signal.SIGABRT: "; on GPUs so ends one that waits longer than parallel.timeout_minutes for another",
+}
 GRACE = 1.0  # seconds in which other ranks may still say that they failed earlier
 
 
@@ -135,7 +140,7 @@ class Ranks:
                     failed.add(failure.rank)
             if not waiting:
                 break
-        first = min(failures, key=lambda failure: failure.when)
+        first = min(failures, key=lambda failure: (failure.follows, failure.when))
         for line in first.trace.splitlines():
             log.write(logging.DEBUG, line)
         raise UserError(first.sentence) if first.is_request else RunError(first.sentence)
@@ -144,8 +149,7 @@ class Ranks:
         """How a process ended that could not say so itself."""
         code = self.processes[rank].wait()
         if code < 0:
-            hint = "; it may have run out of memory" if code == -9 else ""
-            return f"Rank {rank} was ended by signal {-code}{hint}"
+            return f"Rank {rank} was ended by signal {-code}{_HINTS.get(-code, '')}"
         return f"Rank {rank} ended with exit code {code} before it could say why"
 
     def stop(self) -> None:

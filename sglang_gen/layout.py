@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Set
 
 from sglang_gen.errors import UserError
-from sglang_gen.schema import Parallel
+from sglang_gen.schema import DEGREES, Parallel
 from sglang_gen.types import Layout
 
 EQUATION = "num_gpus = dp_size * cfg * ring_degree * ulysses_degree * tp_size"
@@ -11,11 +11,7 @@ EQUATION = "num_gpus = dp_size * cfg * ring_degree * ulysses_degree * tp_size"
 
 def stated(sources: Mapping[str, str]) -> set[str]:
     """Fields of the parallel group that somebody stated: the user, or the file of the chosen option."""
-    return {
-        path.removeprefix("parallel.")
-        for path, source in sources.items()
-        if path.startswith("parallel.") and source != "default"
-    }
+    return {name for name in DEGREES if sources.get(f"parallel.{name}", "default") != "default"}
 
 
 def infer(parallel: Parallel, given: Set[str], heads: int | None = None) -> Layout:

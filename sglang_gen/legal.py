@@ -235,9 +235,7 @@ def check_size(
     check_network(found, layout, stated)
 
 
-def check_machine(layout: Layout, device: str) -> None:
-    """Raises UserError for more ranks than GPUs."""
-    if device == "cuda" and layout.ranks > (count := env.gpu_count()):
-        raise UserError(
-            f"{layout.ranks} ranks need {layout.ranks} GPUs and torch sees {count}; device=cpu runs them as processes"
-        )
+def check_machine(ranks: int, device: str) -> None:
+    """Raises UserError for more ranks on this machine than it has GPUs."""
+    if device == "cuda" and ranks > (count := env.gpu_count()):
+        raise UserError(f"{ranks} ranks need {ranks} GPUs and torch sees {count}; device=cpu runs them as processes")

@@ -14,6 +14,7 @@ from sglang_gen.errors import UserError
 from sglang_gen.flags import BY_PATH
 from sglang_gen.schema import (
     BOUNDS,
+    DEGREES,
     CacheMethod,
     Device,
     DType,
@@ -57,7 +58,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     sizes.check(run, card)
     device = choose_device(run.device)
     legal.check(run, card, backend, degrees, stated, batches)
-    legal.check_machine(degrees, device)
+    legal.check_machine(degrees.ranks if composed.place is None else composed.place.here, device)
     if run.compile.cuda_graphs and device not in CAPTURING:
         raise UserError("compile.cuda_graphs needs a GPU, and this run computes on the CPU; leave it out")
     if run.compile.cuda_graphs and degrees.ring * degrees.ulysses * degrees.tp > 1:
@@ -97,6 +98,11 @@ NEEDS: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
     ("compile.warmup_steps", lambda run: run.compile.warmup, "--warmup"),
     ("offload.disk_path", lambda run: run.offload.dit_layerwise_offload, "--dit-layerwise-offload"),
     ("model.configs", lambda run: Path(run.model.path or "").expanduser().is_file(), "a single file as --model-path"),
+    (
+        "parallel.timeout_minutes",
+        lambda run: any(getattr(run.parallel, name) not in (None, False, 1) for name in DEGREES),
+        "several ranks",
+    ),
     ("tracking.project", lambda run: run.tracking.name is Tracker.wandb, "tracking=wandb"),
 )
 
@@ -176,7 +182,7 @@ def choose_dtype(wanted: DType, device: str) -> str:
 
 def requested(run: Run) -> dict[str, Any]:
     """The request where a choice can differ from what takes effect."""
-    degrees = {name: value for name, value in plain(run.parallel).items() if value is not None}
+    degrees = {name: value for name in DEGREES if (value := getattr(run.parallel, name)) is not None}
     return {
         "backend": run.backend.name.name,
         "attention": run.attention.backend,

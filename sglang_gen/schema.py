@@ -100,6 +100,13 @@ class Parallel:
     dp_size: int = 1
     dp_degree: int = 1
     enable_cfg_parallel: bool = False
+    timeout_minutes: float = 30.0  # that a rank waits for another
+
+
+# Of `Parallel`, what makes the layout.
+DEGREES = (
+    "num_gpus", "tp_size", "sp_degree", "ulysses_degree", "ring_degree", "dp_size", "dp_degree", "enable_cfg_parallel",
+)  # fmt: skip
 
 
 @dataclass
@@ -295,7 +302,7 @@ def plain(value: Any) -> Any:
 
 
 # The least and the most that a number may be; above, arithmetic or memory ends before the run does.
-BOUNDS: dict[str, tuple[int, int]] = {
+BOUNDS: dict[str, tuple[float, float]] = {
     "sampling.num_inference_steps": (1, 100_000),
     "sampling.num_samples": (1, 1_000_000),
     "sampling.batch_size": (1, 1_000_000),
@@ -307,4 +314,5 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "sampling.num_frames": (1, 100_000),
     "output.fps": (1, 1000),
     "perf.repeat": (1, 10_000),
+    "parallel.timeout_minutes": (0.01, 100_000),
 }

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sglang_gen import env, log
-from sglang_gen.errors import RunError, Terminated, UserError, first_line
+from sglang_gen.errors import LostError, RunError, Terminated, UserError, first_line
 from sglang_gen.types import Plan, Result
 
 PATIENCE = 3.0  # seconds between asking a process to end and ending it
@@ -47,19 +47,31 @@ class Done:
 
 @dataclass(frozen=True)
 class Failure:
-    """How a rank failed. `when` is on the machine's monotonic clock, so that the first of several can be told."""
+    """How a rank failed. `when` is on the machine's monotonic clock, so that the first of several can be told.
+
+    What `follows` from the end of another rank is never the cause.
+    """
 
     rank: int
     is_request: bool
     sentence: str
     trace: str
     when: float
+    follows: bool = False
 
 
 def main(descriptor: int) -> int:
     """Serve jobs until the launcher closes the pipe; 1 after a failed job, since its process group is broken."""
+    leaving = False
+
+    def terminate(signum: int, frame: Any) -> None:
+        nonlocal leaving
+        if not leaving:  # nobody catches what is raised while the interpreter ends
+            leaving = True
+            raise Terminated
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     env.quiet_libraries()
     log.capture_warnings()
     pipe = Connection(descriptor)
@@ -72,13 +84,14 @@ def main(descriptor: int) -> int:
             pipe.send(message)
 
     try:
-        while True:
-            if not _serve(jobs.get(), send):
-                return 1
+        while _serve(jobs.get(), send):
+            pass
+        leaving = True
     except Terminated:
         return 143
     except OSError:  # the launcher has gone
-        return 1
+        leaving = True
+    return 1
 
 
 def _receive(pipe: Connection, jobs: "queue.SimpleQueue[Job]") -> None:
@@ -89,10 +102,6 @@ def _receive(pipe: Connection, jobs: "queue.SimpleQueue[Job]") -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(PATIENCE)
         os._exit(143)
-
-
-def _terminate(signum: int, frame: Any) -> None:
-    raise Terminated
 
 
 class _Forward(logging.Handler):
@@ -110,6 +119,8 @@ def _serve(job: Job, send: Callable[[Any], None]) -> bool:
     """Carry out one job; False where it failed."""
     level = job.plan.run.log_level.name if job.rank == 0 else "error"
     log.setup(level, _Forward(send))
+    from sglang_gen.parallel import mesh
+
     try:
         send(Done(_run(job)))
     except (UserError, RunError) as error:
@@ -118,11 +129,14 @@ def _serve(job: Job, send: Callable[[Any], None]) -> bool:
     except Exception as error:  # noqa: BLE001 - the rank boundary: the launcher says it in one sentence
         send(_failure(job.rank, error, False, f"{type(error).__name__}: {first_line(error)}"))
         return False
+    finally:
+        mesh.leave()  # only after a failure is said, since it makes the others fail
     return True
 
 
 def _failure(rank: int, error: BaseException, is_request: bool, sentence: str) -> Failure:
-    return Failure(rank, is_request, sentence, "".join(traceback.format_exception(error)), time.monotonic())
+    trace = "".join(traceback.format_exception(error))
+    return Failure(rank, is_request, sentence, trace, time.monotonic(), isinstance(error, LostError))
 
 
 def _run(job: Job) -> Result | None:
@@ -130,8 +144,9 @@ def _run(job: Job) -> Result | None:
     from sglang_gen.parallel import mesh
 
     os.chdir(job.folder)
-    try:
-        joined = mesh.join(job.plan.layout, job.rank, job.port, job.plan.device)
-        return rank.run(job.plan, joined, job.started)
-    finally:
-        mesh.leave()
+    minutes = job.plan.run.parallel.timeout_minutes
+    with mesh.explained(f"Rank {job.rank}", minutes):
+        joined = mesh.join(job.plan.layout, job.rank, job.port, job.plan.device, minutes)
+        result = rank.run(job.plan, joined, job.started)
+    mesh.leave()
+    return result

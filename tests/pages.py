@@ -27,7 +27,14 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        return shlex.split(self.line, comments=True)[1:]
+        words = shlex.split(self.line, comments=True)
+        return words[words.index("sglang_gen" if self.launcher else "sglang") + 1 :]
+
+    @property
+    def launcher(self) -> list[str]:
+        """Options of torchrun, where the line is one of torchrun's; nothing else starts with it."""
+        words = shlex.split(self.line, comments=True)
+        return words[1 : words.index("sglang_gen") + 1] if words[0] == "torchrun" else []
 
     @property
     def whole_sweep(self) -> str | None:
@@ -35,12 +42,12 @@ class Command:
 
 
 def commands(page: Path) -> list[Command]:
-    """Lines that start with `sglang`, in the page's ```bash blocks, in order."""
+    """Lines that start with `sglang` or `torchrun`, in the page's ```bash blocks, in order."""
     found = []
     for kind, block in re.findall(r"^```bash ?(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.M):
         lines = [*block.splitlines(), ""]
         for line, following in pairwise(lines):
-            if line.startswith("sglang "):
+            if line.startswith(("sglang ", "torchrun ")):
                 found.append(Command(page, line, kind, following.removeprefix("# ") if kind == "refused" else ""))
     return found
 

@@ -38,9 +38,10 @@ LAYERS = (
     ("rank", "estimate"),
     ("worker", "dry_run"),
     ("launch",),
+    ("torchrun",),
     ("generate",),
     ("sweep.jobs", "debug", "__init__"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 # Imported lazily, from below: the Python entry uses the table's typing, and a sweep's job runs the spine.
 EXCEPTIONS = {("generate", "cli"), ("help_page", "__init__")}

@@ -5,7 +5,10 @@ class here, at 32 x 32 pixels; the number of steps is lowered where a line says 
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import pages
 import pytest
 import tiny
 import torch
+from conftest import Finished
 from PIL import Image
 
 from sglang_gen import hub
@@ -101,8 +105,21 @@ def everything() -> set[Path]:
     return {path for path in Path().rglob("*") if path.is_file()}
 
 
+def torchrun(options: list[str]):
+    """Runs the command line as torchrun does with these options, which end with the module."""
+
+    def run(*words: str) -> Finished:
+        settings = {**os.environ, "PYTHONPATH": str(pages.ROOT)}
+        command = [sys.executable, "-m", "torch.distributed.run", *options, *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=300, check=False)
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
 def run(sglang, command: pages.Command) -> None:
     """Run one command and hold it against what its page says."""
+    sglang = torchrun(command.launcher) if command.launcher else sglang
     words, before = command.words, everything()
     repeats = "--config" in words and "generated_image" in words[words.index("--config") + 1]
     if command.kind == "refused":
@@ -165,9 +182,9 @@ def test_the_commands_of_a_page_do_what_it_says(sglang, props, page):
 SLOW = [command for page in pages.PAGES for command in pages.commands(page) if command.kind == "slow"]
 
 
-@pytest.mark.slow  # a minute of compilation each
+@pytest.mark.slow  # compilation, or processes that are started
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
 @pytest.mark.parametrize("command", SLOW, ids=lambda command: command.line)
-def test_a_command_that_compiles_does_what_its_page_says(sglang, props, command):
+def test_a_slow_command_does_what_its_page_says(sglang, props, command):
     props(command.page)
     run(sglang, command)

@@ -1,13 +1,7 @@
-"""Several ranks: processes with gloo, the same pictures as one process, and what happens when one of them fails."""
+"""Several ranks: processes with gloo, and the same pictures as one process."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +17,8 @@ from sglang_gen.parallel.batch import rounds
 from sglang_gen.parallel.mesh import AXES, coordinates, members
 from sglang_gen.types import Layout
 
-SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--dtype", "float32")
+ALWAYS = ("--seed", "7", "--dtype", "float32")
+SIZE = ("--height", "32", "--width", "32", *ALWAYS)
 
 
 class Pool:
@@ -62,9 +57,10 @@ def run(pipelines, sglang, pool, monkeypatch):
     """Generate two steps with a tiny pipeline on the shared ranks, latents saved."""
     monkeypatch.setattr(launch, "open_ranks", pool.open)
 
-    def generate(name: str, *words: object, steps: int = 2):
-        return sglang("generate", "--model-path", pipelines.get(name, name), "--prompt", "a cat", *SIZE,
-                      "--num-inference-steps", steps, "output.latents=true", *words)  # fmt: skip
+    def generate(name: str, *words: object, steps: int = 2, side: int = 32):
+        return sglang("generate", "--model-path", pipelines.get(name, name), "--prompt", "a cat", *ALWAYS,
+                      "--height", side, "--width", side, "--num-inference-steps", steps, "output.latents=true",
+                      *words)  # fmt: skip
 
     return generate
 
@@ -140,7 +136,7 @@ def test_a_pipeline_that_does_not_batch_its_branches_is_refused(run):
     done = run("flux", "parallel=cfg2", "--backend", "diffusers")
     assert done.code == 2
     assert "does not give FluxTransformer2DModel both guidance branches in one batch" in done.err
-    assert [line for line in done.lines if not line.startswith("INFO: ")] == done.lines[-1:]
+    assert [line for line in done.lines if line.startswith("ERROR: ")] == done.lines[-1:]
 
 
 def test_an_error_of_every_rank_is_said_once(run):
@@ -166,75 +162,6 @@ def test_a_layout_that_nothing_can_fill_is_refused_before_loading(run, words, se
     done = run("sdxl", *words)
     assert (done.code, sentence in done.err) == (2, True), done.err
     assert not Path("outputs").exists()
-
-
-def test_a_rank_that_is_killed_ends_the_run_within_seconds(run, pool):
-    """The launcher is this process; rank 1 dies once denoising goes on."""
-    ended = []
-
-    def kill_when_working() -> None:
-        while not list(Path("outputs").glob("*.png")):
-            time.sleep(0.05)
-        ended.append(time.monotonic())
-        os.kill(pool.ranks.processes[1].pid, signal.SIGKILL)
-
-    thread = threading.Thread(target=kill_when_working)
-    thread.start()
-    processes = None
-    done = run("sdxl", "parallel=cfg2", "--num-samples", "99999")
-    thread.join()
-    processes = time.monotonic() - ended[0]
-    assert done.code == 1
-    assert "ERROR: Rank 1 was ended by signal 9; it may have run out of memory" in done.lines
-    assert processes < 8  # 1 s for others to speak, 3 s of patience, and a slow machine
-    assert pool.ranks is None
-    assert not [path for path in Path("outputs").iterdir() if path.name.startswith(".tmp")]
-
-
-# A shell's background makes its processes deaf to Ctrl-C; a command in a terminal is not.
-START = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from sglang_gen.cli import console; console()"
-)
-
-
-def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-
-
-@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for children in /proc")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_no_rank_outlives_its_launcher(pipelines, tmp_path, number, code):
-    words = ["--model-path", str(pipelines["sd15"]), "--prompt", "a", *SIZE, "--num-samples", "99999", "parallel=dp2",
-             "--num-inference-steps", "20", "--output-path", str(tmp_path)]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-c", START, "generate", *words],
-        cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    lines: list[str] = []
-    while not (lines and lines[-1].startswith("INFO: Generated image saved to: ")):
-        lines.append(process.stderr.readline())
-        assert lines[-1], lines
-    ranks = [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/stat")
-        if path.exists() and int(path.read_text().rpartition(")")[2].split()[1]) == process.pid
-    ]
-    assert len(ranks) == 2
-    if number == signal.SIGKILL:
-        process.kill()
-    else:
-        os.killpg(process.pid, number)
-    _, rest = process.communicate(timeout=120)
-    assert process.returncode == code
-    until = time.monotonic() + 30
-    while alive(ranks) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert alive(ranks) == []
-    if number == signal.SIGINT:
-        assert [line for line in rest.splitlines() if not line.startswith("INFO: ")] == ["ERROR: Interrupted"]
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")]
 
 
 DEGREES = st.builds(Layout, *(st.integers(1, 4) for _ in AXES))

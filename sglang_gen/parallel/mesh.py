@@ -1,6 +1,7 @@
 """The ranks of a run as a mesh with the axes dp, cfg, ring, ulysses, tp, outermost first."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sglang_gen.errors import LostError, RunError
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.types import Layout
 
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")
 SEQUENCE = "sp"  # ring and ulysses as one axis
-TIMEOUT = timedelta(minutes=30)  # a collective that waits longer for a rank fails
+TIMEOUT = 30.0  # minutes after which a collective that waits for a rank fails
 
 
 @dataclass(frozen=True)
@@ -100,25 +102,61 @@ def members(layout: Layout, axis: str) -> list[list[int]]:
     return list(found.values())
 
 
-def join(layout: Layout, rank: int, port: int, device: str) -> Mesh:
+def join(layout: Layout, rank: int, port: int, device: str, minutes: float = TIMEOUT) -> Mesh:
     """Meet the other ranks at the launcher's store and build the groups. Collective: every rank calls it."""
     store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
+    return form(layout, rank, store, device, minutes)
+
+
+def use_gpu(index: int) -> None:
+    """Compute on this GPU of the machine. Raises RunError where it has none of that number."""
+    if index >= (count := torch.cuda.device_count()):
+        raise RunError(f"torch sees {count} GPUs here, none for local rank {index}; lower --nproc-per-node")
+    torch.cuda.set_device(index)
+
+
+def form(layout: Layout, rank: int, store: Any, device: str, minutes: float) -> Mesh:
+    """Meet the other ranks at a store and build the groups. Collective: every rank calls it."""
+    timeout = timedelta(minutes=minutes)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=layout.ranks, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=layout.ranks, timeout=timeout)
     groups = {}
     for axis in (*AXES, SEQUENCE):
         if len(members(layout, axis)) == layout.ranks:
             continue  # every rank is alone
         for ranks in members(layout, axis):
-            group = dist.new_group(ranks, timeout=TIMEOUT)
+            group = dist.new_group(ranks, timeout=timeout)
             if rank in ranks:
                 groups[axis] = group
     return Mesh(layout, rank, groups)
 
 
+@contextmanager
+def explained(who: str, minutes: float) -> Iterator[None]:
+    """Inside, a collective that failed is said in one sentence of which `who` is the subject.
+
+    Raises LostError where another rank is gone, RunError where it did not answer for `minutes`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found: BaseException | None = error
+        while found is not None:  # whoever caught it first may have raised an error of its own
+            text = str(found)
+            if isinstance(found, dist.DistError) or "gloo/" in text:
+                if "imed out" in text or "timeout" in text:
+                    raise RunError(
+                        f"{who} waited {minutes:g} minutes for another rank and gave up; parallel.timeout_minutes=... "
+                        "gives it more time"
+                    ) from error
+                raise LostError(f"{who} lost the connection to another rank") from error
+            found = found.__cause__ or found.__context__
+        raise
+
+
 def leave() -> None:
-    """End what `join` began, if it came that far."""
+    """End what `join` or `form` began, if it came that far."""
     if dist.is_initialized():
         dist.destroy_process_group()

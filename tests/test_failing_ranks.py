@@ -1,0 +1,155 @@
+"""What happens when a rank dies, hangs or runs out of memory, and when the launcher of ranks is told to end."""
+
+# ruff: noqa: F811 - fixtures of another module
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from test_ranks import SIZE, pool, run  # noqa: F401 - the ranks that those tests share
+
+from sglang_gen import launch, worker
+from sglang_gen.errors import RunError
+
+
+@contextmanager
+def meanwhile(act):
+    """Call `act` in a thread once the first picture is there; gives a list that then holds the time of it."""
+    acted: list[float] = []
+
+    def wait_and_act() -> None:
+        while not list(Path("outputs").glob("*.png")):
+            time.sleep(0.05)
+        acted.append(time.monotonic())
+        act()
+
+    thread = threading.Thread(target=wait_and_act)
+    thread.start()
+    yield acted
+    thread.join()
+
+
+@pytest.mark.parametrize(("name", "layout"), [("sdxl", "parallel=cfg2"), ("sd15", "parallel=sp2_tp2")])
+def test_a_rank_that_is_killed_ends_the_run_within_seconds(run, pool, name, layout):
+    """The launcher is this process; rank 1 dies once denoising goes on, and the others lose their connection."""
+    with meanwhile(lambda: os.kill(pool.ranks.processes[1].pid, signal.SIGKILL)) as killed:
+        done = run(name, layout, "--num-samples", "99999")
+    seconds = time.monotonic() - killed[0]
+    assert done.code == 1
+    assert [line for line in done.lines if not line.startswith("INFO: ")] == [
+        "ERROR: Rank 1 was ended by signal 9; it may have run out of memory"
+    ]
+    assert seconds < 8  # 1 s for others to speak, 3 s of patience, and a slow machine
+    assert pool.ranks is None
+    assert not [path for path in Path("outputs").iterdir() if path.name.startswith(".tmp")]
+
+
+def test_a_rank_that_waits_too_long_for_another_gives_the_run_up(run, pool):
+    assert run("sd15", "parallel=tp2", "--output-path", "warm").code == 0
+    with meanwhile(lambda: os.kill(pool.ranks.processes[1].pid, signal.SIGSTOP)):
+        done = run("sd15", "parallel=tp2", "--num-samples", "99999", "parallel.timeout_minutes=0.1")
+    assert done.code == 1
+    assert [line for line in done.lines if not line.startswith("INFO: ")] == [
+        "ERROR: Rank 0 waited 0.1 minutes for another rank and gave up; parallel.timeout_minutes=... gives it more time"
+    ]
+    assert pool.ranks is None
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits another process")
+def test_a_rank_that_runs_out_of_memory_is_the_one_that_is_heard(run, pool):
+    """Rank 1 may not allocate what the picture needs; rank 0 may, and then loses its connection to it."""
+    assert run("sd15", "parallel=tp2", "--output-path", "warm").code == 0
+    process = pool.ranks.processes[1].pid
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[0])
+    resource.prlimit(process, resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**29,) * 2)
+    done = run("sd15", "parallel=tp2", "--perf-dump-path", "perf.json", side=3072)
+    assert done.code == 1
+    assert [line for line in done.lines if not line.startswith("INFO: ")] == [
+        "ERROR: Out of memory while generating; try smaller batches or a smaller picture"
+    ]
+    assert not list(Path("outputs").iterdir())
+
+
+def test_the_timeout_of_a_run_on_one_rank_changes_nothing_and_says_so(sglang):
+    done = sglang("generate", "--prompt", "a", "parallel.timeout_minutes=5", "dry_run=true")
+    assert "WARNING: parallel.timeout_minutes has no effect without several ranks" in done.lines
+
+
+def failure(rank: int, when: float, follows: bool = False) -> worker.Failure:
+    return worker.Failure(rank, False, f"rank {rank}", "", when, follows)
+
+
+def test_of_several_failures_the_earliest_that_is_a_cause_is_said():
+    class Said(launch.Ranks):
+        def __init__(self, later) -> None:
+            self.pipes, self.later = [object() for _ in range(3)], later
+
+        def _read(self, pipes, timeout):
+            return [(self.later.rank, self.later)] if self.pipes[self.later.rank] in pipes else []
+
+    for first, later, said in (
+        (failure(0, 1.0, follows=True), failure(1, 2.0), "rank 1"),
+        (failure(0, 2.0), failure(1, 1.0), "rank 1"),
+        (failure(0, 2.0), failure(1, 1.0, follows=True), "rank 0"),
+    ):
+        ranks = Said(later)
+        with pytest.raises(RunError, match=said):
+            ranks._raise_first([first], ranks.pipes[:2])
+
+
+# A shell's background makes its processes deaf to Ctrl-C; a command in a terminal is not.
+START = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from sglang_gen.cli import console; console()"
+)
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for children in /proc")
+@pytest.mark.parametrize(
+    ("number", "code", "layout"),
+    [(signal.SIGKILL, -9, "parallel=tp2"), (signal.SIGINT, 130, "parallel=dp2"), (signal.SIGINT, 130, "parallel=ring2"),
+     (signal.SIGTERM, 143, "parallel=tp2")],
+)  # fmt: skip
+def test_no_rank_outlives_its_launcher(pipelines, tmp_path, number, code, layout):
+    words = ["--model-path", str(pipelines["sd15"]), "--prompt", "a", *SIZE, "--num-samples", "99999", layout,
+             "--num-inference-steps", "20", "--output-path", str(tmp_path)]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, "generate", *words],
+        cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    lines: list[str] = []
+    while not (lines and lines[-1].startswith("INFO: Generated image saved to: ")):
+        lines.append(process.stderr.readline())
+        assert lines[-1], lines
+    ranks = [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/stat")
+        if path.exists() and int(path.read_text().rpartition(")")[2].split()[1]) == process.pid
+    ]
+    assert len(ranks) == 2
+    if number == signal.SIGKILL:
+        process.kill()
+    else:
+        os.killpg(process.pid, number)
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == code
+    until = time.monotonic() + 30
+    while alive(ranks) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert alive(ranks) == []
+    if number != signal.SIGKILL:
+        word = "Interrupted" if number == signal.SIGINT else "Terminated"
+        assert [line for line in rest.splitlines() if not line.startswith("INFO: ")] == [f"ERROR: {word}"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")]

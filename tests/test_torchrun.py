@@ -1,0 +1,182 @@
+"""Ranks that torchrun starts: one run of all of them, on one machine or several, that speaks with one voice."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_ranks import SIZE, assert_same
+
+from sglang_gen import env, torchrun
+from sglang_gen.config import Choices, compose
+from sglang_gen.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+COMMAND = ["-m", "sglang_gen", "generate"]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(words: list[str], folder: str = ".", **variables: object) -> subprocess.Popen:
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), **{name: str(value) for name, value in variables.items()}}
+    return subprocess.Popen([*map(str, words)], cwd=folder, env=settings, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def finish(*processes: subprocess.Popen) -> tuple[list[int], list[str]]:
+    """Exit codes, and the lines of all that are ours."""
+    said = [process.communicate(timeout=240) for process in processes]
+    lines = [line for out, err in said for line in (out + err).splitlines()]
+    ours = [line for line in lines if line.startswith(("INFO: ", "WARNING: ", "ERROR: "))]
+    return [process.returncode for process in processes], ours
+
+
+def words(model: Path, *more: object) -> list[object]:
+    return ["--model-path", model, "--prompt", "a cat", *SIZE, "--num-inference-steps", 2, "output.latents=true", *more]
+
+
+@pytest.fixture
+def alone(sglang, pipelines):
+    """The picture of one process, in the folder `one`."""
+    assert sglang("generate", *words(pipelines["sd15"], "--output-path", "one")).code == 0
+
+
+def test_the_ranks_of_torchrun_give_the_picture_of_one_process(alone, pipelines):
+    run = words(pipelines["sd15"], "--output-path", "two")  # no degree: all ranks share the sequence
+    codes, lines = finish(start([*TORCHRUN, "--nproc-per-node", 2, *COMMAND, *run]))
+    assert codes == [0], lines
+    assert_same("two", "one", 1)
+    assert len(lines) == len(set(lines))
+    assert lines[-2:][0] == "INFO: Generated image saved to: two/generated_image_0.png"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["c10d", "static"])
+def test_two_machines_give_the_picture_of_one_process(alone, pipelines, kind):
+    run, port = words(pipelines["sd15"], "--output-path", "two", "parallel=tp2"), free_port()
+    agents = []
+    for number in range(2):
+        how = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+        if kind == "static":
+            how = ["--node-rank", number, "--master-addr", "localhost", "--master-port", port]
+        agents.append(start([*TORCHRUN, "--nnodes", 2, "--nproc-per-node", 1, *how, *COMMAND, *run]))
+    codes, lines = finish(*agents)
+    assert codes == [0, 0], lines
+    assert_same("two", "one", 1)
+    assert len(lines) == len(set(lines))
+
+
+def test_a_machine_without_the_model_says_so_and_ends_all_ranks(pipelines):
+    """A launcher that sets the same variables, and a relative path that leads somewhere on rank 0 alone."""
+    Path("there").mkdir()
+    Path("there/model").symlink_to(pipelines["sd15"])
+    Path("elsewhere").mkdir()
+    port, ranks = free_port(), []
+    for rank, folder in enumerate(("there", "elsewhere")):
+        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        ranks.append(start([sys.executable, *COMMAND, *words("./model", "parallel=tp2")], folder, **place))
+    started = time.monotonic()
+    codes, lines = finish(*ranks)
+    assert codes == [2, 2]
+    assert [line for line in lines if not line.startswith("INFO: ")] == [
+        f"ERROR: Rank 1 on {socket.gethostname()}: The model folder ./model does not exist"
+    ]
+    assert time.monotonic() - started < 120
+    assert not list(Path("there/outputs").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for children in /proc")
+def test_a_killed_rank_or_torchrun_leaves_nobody(pipelines):
+    run = words(pipelines["sd15"], "--output-path", "two", "--num-samples", 99999)
+    for victim in ("rank", "torchrun"):
+        agent = start([*TORCHRUN, "--nproc-per-node", 2, *COMMAND, *run])
+        while not list(Path("two").glob("*.png")):
+            time.sleep(0.1)
+        ranks = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat") if parent(path) == agent.pid]
+        assert len(ranks) == 2
+        os.kill(max(ranks) if victim == "rank" else agent.pid, signal.SIGKILL)
+        _, lines = finish(agent)
+        until = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+        errors = [line for line in lines if line.startswith("ERROR: ")]
+        if victim == "rank":  # whatever of the two comes first
+            lost = f"ERROR: Rank 0 on {socket.gethostname()} lost the connection to another rank"
+            assert errors in ([lost], ["ERROR: Terminated"])
+        assert not [path for path in Path("two").iterdir() if path.name.startswith(".tmp")]
+        for path in Path("two").iterdir():
+            path.unlink()
+
+
+def parent(path: Path) -> int:
+    try:
+        return int(path.read_text().rpartition(")")[2].split()[1])
+    except OSError:  # ended while we looked
+        return 0
+
+
+@pytest.fixture
+def only_rank(monkeypatch):
+    """This process is the one rank of a launcher that sets torchrun's variables."""
+    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_one_rank_alone_generates_and_a_dry_run_prints(sglang, pipelines, only_rank):
+    done = sglang("generate", *words(pipelines["sd15"]))
+    assert (done.code, len(list(Path("outputs").glob("*.png")))) == (0, 1), done.err
+    done = sglang("generate", *words(pipelines["sd15"], "dry_run=true"))
+    assert (done.code, "ranks 1" in done.out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (
+            ("parallel=tp2",),
+            "torchrun has started 1 process and the run has 2 ranks; make",
+        ),
+        (("-m", "sampling.seed=1,2"), "each job of a multirun starts its own: sweep without torchrun"),
+    ],
+)
+def test_what_torchrun_does_not_fit_is_refused(sglang, pipelines, only_rank, more, sentence):
+    done = sglang("generate", "--model-path", pipelines["sd15"], "--prompt", "a", *more)
+    assert (done.code, [line for line in done.lines if not line.startswith("INFO: ")]) == (2, done.lines[-1:])
+    assert sentence in done.lines[-1]
+
+
+def test_a_number_of_torchrun_that_is_none_is_refused(sglang, only_rank, monkeypatch):
+    monkeypatch.setenv("RANK", "first")
+    done = sglang("generate", "--prompt", "a")
+    assert (done.code, done.lines) == (
+        2, ["ERROR: The environment variable RANK is 'first'; torchrun sets it to a number"],
+    )  # fmt: skip
+
+
+def place(ranks: int) -> env.Torchrun:
+    return env.Torchrun(rank=0, ranks=ranks, local=0, here=ranks, node=0)
+
+
+def test_a_run_that_states_no_degree_has_the_ranks_that_are_there():
+    composed = compose(Choices(overrides=("sampling.prompt=a", "parallel.timeout_minutes=5")))
+    fitted = torchrun.fit(composed, place(4), single=False)
+    assert (fitted.run.parallel.num_gpus, fitted.sources["parallel.num_gpus"]) == (4, "torchrun")
+
+
+@pytest.mark.parametrize("word", ["parallel=tp2", "parallel=single", "parallel.tp_size=2", "parallel.num_gpus=8"])
+def test_a_run_that_states_another_number_of_ranks_is_refused(word):
+    composed = compose(Choices(overrides=("sampling.prompt=a", word)))
+    with pytest.raises(UserError, match=r"torchrun has started 4 processes and the run has [128] ranks?;"):
+        torchrun.fit(composed, place(4), single=word == "parallel=single")
