@@ -25,13 +25,18 @@ def per_level(value: Any) -> bool:
     return all(number(each) for each in value) if isinstance(value, (list, tuple)) else number(value)
 
 
+def numbers(value: Any) -> bool:
+    """A list of numbers."""
+    return isinstance(value, (list, tuple)) and per_level(value)
+
+
 def number_or_none(value: Any) -> bool:
     return value is None or number(value)
 
 
 def per_channel(value: Any) -> bool:
     """A list of a number for each channel, or nothing."""
-    return value is None or (isinstance(value, (list, tuple)) and all(number(each) for each in value))
+    return value is None or numbers(value)
 
 
 def one_of(*values: Any) -> Accepts:
@@ -69,7 +74,7 @@ def unsupported(needs: Needs, card: ModelCard) -> str | None:
 
 
 AUTOENCODER: Mapping[str, Accepts] = {
-    "in_channels": number, "out_channels": number, "latent_channels": number, "block_out_channels": per_level,
+    "in_channels": number, "out_channels": number, "latent_channels": number, "block_out_channels": numbers,
     "layers_per_block": number, "norm_num_groups": number, "down_block_types": one_of("DownEncoderBlock2D"),
     "up_block_types": one_of("UpDecoderBlock2D"), "act_fn": one_of("silu", "swish"),
     "mid_block_add_attention": one_of(True, False), "use_quant_conv": one_of(True, False),

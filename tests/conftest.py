@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 import tiny
 import torch
+from pool import Pool
 
 torch.set_num_threads(1)
 
@@ -36,6 +37,14 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of the tiny pipelines by name: sd15, sdxl, sd3, flux."""
     root = tmp_path_factory.mktemp("pipelines")
     return {name: build(root / f"tiny-{name}") for name, build in tiny.BUILDERS.items()}
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Pool]:
+    """The one pool of gloo ranks, started for the first test that asks for it."""
+    made = Pool()
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)

@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from sglang_gen.backends import decoding
 from sglang_gen.engine import kernels
 from sglang_gen.models.attention import Attend
 from sglang_gen.parallel.collectives import counted
-from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.parallel.spatial import RowConv, RowNorm
+from sglang_gen.parallel.door import part
+from sglang_gen.parallel.mesh import SEQUENCE, Mesh
+from sglang_gen.parallel.spatial import RowConv, RowDecoder, RowNorm
 from sglang_gen.parallel.split import Placed, Split
 from sglang_gen.parallel.tensor import Summed
-from sglang_gen.pipelines import flux, sd3, unet
+from sglang_gen.pipelines import autoencoder, flux, sd3, unet
 from sglang_gen.weights.load import load, weight_files
 
 GLUE = {"sd3": sd3, "flux": flux, "unet": unet}
@@ -99,3 +102,21 @@ def evaluate(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dty
         with counted() as traffic:
             outputs.append(network(latents, conditioning, step))
     return torch.stack(outputs), traffic
+
+
+def decode(mesh: Mesh, folder: Path, config: dict, latents: torch.Tensor):
+    """(pictures, what was sent for them, what a rehearsal says is sent) of an autoencoder whose decoder is split."""
+    axis, dtype = mesh.axis(SEQUENCE), latents.dtype
+    vae = load(partial(autoencoder.build, config), weight_files(folder), autoencoder.sources, dtype, "cpu")
+    vae = decoding.split(vae, axis)
+    assert isinstance(vae.decoder, RowDecoder)
+    with counted() as traffic:
+        pictures = vae.decode(latents)
+    return pictures, traffic, decoding.expected(vae, axis, dtype, len(latents), latents.shape[2:])
+
+
+def by_rows(mesh: Mesh, layer: nn.Module, x: torch.Tensor, rows: tuple[int, ...]):
+    """What this rank makes of its rows of `[B, C, h, w]` with a convolution or a group norm that is split."""
+    axis = mesh.axis(SEQUENCE)
+    split = RowConv(layer, axis) if isinstance(layer, nn.Conv2d) else RowNorm(layer, axis)
+    return split(part(x, 2, rows, axis.index))

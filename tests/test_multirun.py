@@ -189,3 +189,12 @@ def test_a_primary_configuration_that_is_nested_too_deeply_is_one_sentence(sglan
     Path("deep.yaml").write_text("[" * 3000)
     done = sglang("generate", "--config-dir", ".", "--config-name", "deep", "--prompt", "x")
     assert (done.code, done.lines) == (2, ["ERROR: The configuration is nested too deeply"])
+
+
+@pytest.mark.slow
+def test_jobs_of_different_layouts_follow_each_other_and_each_starts_its_own_ranks(sglang, pipelines):
+    done = sglang("generate", "-m", "--model-path", pipelines["sd15"], "--prompt", "x", *SMALL, "--seed", "1",
+                  "--dtype", "float32", "--output-path", "sweep", "parallel=single,tp2,ring2")  # fmt: skip
+    assert (done.code, done.lines[-1]) == (0, "INFO: Multirun: 3 of 3 jobs succeeded"), done.err
+    records = [read(f"sweep/{number}/generated_image_0.json")["effective"]["parallel"] for number in range(3)]
+    assert [(each["tp"], each["ring"]) for each in records] == [(1, 1), (2, 1), (1, 2)]

@@ -9,18 +9,10 @@ import test_native_sd3
 import test_native_unet
 import torch
 from parity import error
-from pool import Pool
 from split import GLUE, MUTATIONS, evaluate
 
 from sglang_gen.types import Layout, ModelCard
 from sglang_gen.weights.load import load, weight_files
-
-
-@pytest.fixture(scope="module")
-def pool():
-    made = Pool()
-    yield made
-    made.close()
 
 
 def given(name: str, dtype: torch.dtype, **size):
@@ -44,7 +36,7 @@ KIND = {"sd3": "sd3", "flux": "flux", "sdxl": "unet", "sd15": "unet"}
 
 
 @torch.no_grad()
-def both(pool, name, layout, dtype, summing=True, mutation=None, text=None, **size):
+def both(ranks, name, layout, dtype, summing=True, mutation=None, text=None, **size):
     folder = Path("network")
     config, latents, conditions = given(name, dtype, **size)
     conditions = (conditions[0], conditions[1][:, :text], *conditions[2:])
@@ -54,7 +46,7 @@ def both(pool, name, layout, dtype, summing=True, mutation=None, text=None, **si
     conditioning = alone.condition(*conditions)
     expected = torch.stack([alone(latents, conditioning, step) for step in (0, 2)])
     network = (KIND[name], folder.absolute(), config, dtype)
-    answers = pool.run(layout, evaluate, *network, latents, conditions, (0, 2), summing, mutation)
+    answers = ranks.run(layout, evaluate, *network, latents, conditions, (0, 2), summing, mutation)
     return expected, answers
 
 
@@ -68,9 +60,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["sd3", "flux", "sdxl", "sd15"])
-def test_every_layout_computes_what_one_process_computes(pool, name, layout):
+def test_every_layout_computes_what_one_process_computes(ranks, name, layout):
     size = {} if name == "flux" else {"height": 14, "width": 10} if name == "sd3" else {"height": 17, "width": 10}
-    expected, answers = both(pool, name, LAYOUTS[layout], torch.float64, **size)
+    expected, answers = both(ranks, name, LAYOUTS[layout], torch.float64, **size)
     for outputs, _ in answers:
         assert error(outputs, expected) <= 1e-10
     assert all(torch.equal(outputs, answers[0][0]) for outputs, _ in answers)
@@ -78,17 +70,17 @@ def test_every_layout_computes_what_one_process_computes(pool, name, layout):
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "sdxl"])
 @pytest.mark.parametrize("layout", ["tp2", "usp4", "ring2 tp2"])
-def test_in_float32_a_layout_is_as_near_to_the_exact_result_as_one_process(pool, name, layout):
+def test_in_float32_a_layout_is_as_near_to_the_exact_result_as_one_process(ranks, name, layout):
     size = {"height": 17, "width": 10} if name == "sdxl" else {}
-    exact, _ = both(pool, name, LAYOUTS[layout], torch.float64, **size)
-    alone, answers = both(pool, name, LAYOUTS[layout], torch.float32, **size)
+    exact, _ = both(ranks, name, LAYOUTS[layout], torch.float64, **size)
+    alone, answers = both(ranks, name, LAYOUTS[layout], torch.float32, **size)
     assert error(answers[0][0].double(), exact) <= 2 * error(alone.double(), exact) <= 1e-3
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 @pytest.mark.parametrize("layout", ["ring3", "usp4"])
-def test_a_kernel_without_log_sum_exp_sees_all_keys_at_once(pool, name, layout):
-    expected, answers = both(pool, name, LAYOUTS[layout], torch.float64, summing=False)
+def test_a_kernel_without_log_sum_exp_sees_all_keys_at_once(ranks, name, layout):
+    expected, answers = both(ranks, name, LAYOUTS[layout], torch.float64, summing=False)
     assert error(answers[0][0], expected) <= 1e-10
     assert "all_gather ring" in answers[0][1].calls
 
@@ -102,14 +94,14 @@ PLANTED = [
 
 
 @pytest.mark.parametrize(("name", "layout", "mutation"), PLANTED)
-def test_a_defect_planted_in_a_layout_breaks_the_parity(pool, name, layout, mutation):
-    expected, answers = both(pool, name, LAYOUTS[layout], torch.float64, mutation=mutation)
+def test_a_defect_planted_in_a_layout_breaks_the_parity(ranks, name, layout, mutation):
+    expected, answers = both(ranks, name, LAYOUTS[layout], torch.float64, mutation=mutation)
     assert error(answers[0][0], expected) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_a_text_of_fewer_tokens_than_ranks_leaves_some_without(pool, name):
-    expected, answers = both(pool, name, LAYOUTS["usp4"], torch.float64, text=1)
+def test_a_text_of_fewer_tokens_than_ranks_leaves_some_without(ranks, name):
+    expected, answers = both(ranks, name, LAYOUTS["usp4"], torch.float64, text=1)
     for outputs, _ in answers:
         assert error(outputs, expected) <= 1e-10
 
@@ -132,9 +124,9 @@ PIPELINE = {"sd3": "sd3", "flux": "flux", "sdxl": "sdxl", "sd15": "sd"}
 
 @pytest.mark.parametrize("layout", ["tp2", "ulysses2 tp2", "ring3", "usp4 tp2"])
 @pytest.mark.parametrize("name", PIPELINE)
-def test_the_estimate_of_every_rank_is_what_it_sends(pool, name, layout):
+def test_the_estimate_of_every_rank_is_what_it_sends(ranks, name, layout):
     size = {} if name in ("flux", "sd3") else {"height": 17, "width": 10}
-    _, answers = both(pool, name, LAYOUTS[layout], torch.float32, **size)
+    _, answers = both(ranks, name, LAYOUTS[layout], torch.float32, **size)
     _, latents, conditions = given(name, torch.float32, **size)
     card, height, width, length = described(name, latents, conditions[1])
     for rank, (_, traffic) in enumerate(answers):

@@ -7,7 +7,7 @@ from torch import Tensor
 from sglang_gen.debug.layouts import relative_error
 from sglang_gen.debug.native_runs import Free
 from sglang_gen.debug.recording import TEXTS, Recording, Step
-from sglang_gen.debug.verdict import LEVEL, Row, Tolerance, Verdict, judge
+from sglang_gen.debug.verdict import Row, Tolerance, Verdict, judge
 from sglang_gen.types import Decoded
 
 
@@ -63,9 +63,10 @@ def ends(free: Free, recording: Recording, tolerance: Tolerance) -> list[Row]:
 
 
 def _picture(stage: str, name: str, ours: Decoded, theirs: Decoded, tolerance: float) -> Row:
-    """Of 8 bits: a number that is rounded to the other side is no difference."""
+    """Of 8 bits: a number that is rounded to the other side is no difference, however dark the picture is."""
     a, b = (torch.from_numpy(np.asarray(each.frames)) for each in (ours, theirs))
-    return _row(stage, name, "images", a, b, max(tolerance, LEVEL))
+    level = 1 / max(int(b.max()), 1)
+    return _row(stage, name, "images", a, b, max(tolerance, level))
 
 
 def _row(

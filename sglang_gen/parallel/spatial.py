@@ -4,6 +4,7 @@ Rows in order are tokens in order, so attention is split as in sequence parallel
 exchanged: convolutions of three rows take one from each neighbour, group norms merge the moments of all ranks.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -96,19 +97,26 @@ class RowAttention(nn.Module):
 
 
 class RowDecoder(nn.Module):
-    """The decoder of an autoencoder, of which each rank decodes some rows and all have the picture."""
+    """The decoder of an autoencoder, of which each rank decodes some rows and all have the picture.
+
+    Latents of fewer rows than ranks are decoded by every rank as a whole, with the same weights.
+    """
 
     def __init__(self, decoder: nn.Module, axis: Axis) -> None:
         super().__init__()
-        self.decoder, self.axis, self.lengths = decoder, axis, Lengths(axis.size, 1)
-        split_rows(decoder, axis)
-        for module in decoder.modules():
+        self.whole, self.axis, self.lengths = decoder, axis, Lengths(axis.size, 1)
+        self.decoder = copy.deepcopy(decoder, {id(weight): weight for weight in decoder.parameters()})
+        split_rows(self.decoder, axis)
+        for module in self.decoder.modules():
             if isinstance(module, Attend):
                 module.kernel = Gathering(module.kernel, axis, self.lengths)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` -> pictures `[B, 3, H, W]`. Collective."""
         height, width = latents.shape[2:]
+        if height < self.axis.size:
+            alone: Tensor = self.whole(latents)
+            return alone
         rows = cut(height, 1, self.axis.size)
         self.lengths.tokens = tuple(count * width for count in rows)
         out: Tensor = self.decoder(part(latents, 2, rows, self.axis.index))

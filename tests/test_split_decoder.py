@@ -1,0 +1,90 @@
+"""Decoding with some rows of the picture on each rank, beside one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from parity import error, pair
+from split import by_rows, decode
+from test_native_autoencoder import PLAIN, VARIANTS, draw, latents, reference
+from torch import nn
+
+from sglang_gen.parallel.collectives import Axis
+from sglang_gen.parallel.spatial import RowDecoder
+from sglang_gen.pipelines import autoencoder
+from sglang_gen.types import Layout
+
+LAYOUTS = {"ring2": Layout(ring=2), "ulysses3": Layout(ulysses=3), "usp4": Layout(ring=2, ulysses=2)}
+
+
+@torch.no_grad()
+def both(ranks, layout, config, given):
+    """(pictures of one process, what the ranks answer)."""
+    _, our = pair(reference(**config), autoencoder, Path("vae"), given.dtype)
+    return our.decode(given), ranks.run(layout, decode, Path("vae").absolute(), config, given)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", ["that of stable diffusion", "that of flux", "without attention"])
+def test_ranks_decode_the_pictures_of_one_process(ranks, variant, layout):
+    config = VARIANTS[variant]
+    expected, answers = both(ranks, LAYOUTS[layout], config, latents(config, torch.float64, 3, 7, 5))
+    for pictures, sent, predicted in answers:
+        assert error(pictures, expected) <= 1e-10
+        assert torch.equal(pictures, answers[0][0])
+        assert sent == predicted
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 3), (1, 4), (3, 1), (2, 2)])
+def test_few_rows_are_decoded_and_where_there_are_fewer_than_ranks_by_every_rank(ranks, size):
+    expected, answers = both(ranks, Layout(ring=3), PLAIN, latents(PLAIN, torch.float64, 1, *size))
+    for pictures, sent, predicted in answers:
+        assert error(pictures, expected) <= 1e-10
+        assert sent == predicted
+        assert bool(sent.calls) == (size[0] >= 3)
+
+
+def test_pictures_in_float32_and_bfloat16_are_those_of_one_process(ranks):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
+        expected, answers = both(ranks, Layout(ring=2), PLAIN, latents(PLAIN, dtype, 1, 6, 5))
+        for pictures, *_ in answers:
+            assert pictures.dtype == dtype
+            assert error(pictures.float(), expected.float()) <= tolerance
+
+
+LAYERS = {
+    "a convolution": lambda: nn.Conv2d(8, 4, 3, padding=1),
+    "a convolution of every second row": lambda: nn.Conv2d(8, 4, 3, padding=1, stride=2),
+    "a group norm": lambda: nn.GroupNorm(4, 8),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("rows", [(4, 4, 5), (2, 6, 1), (8, 2, 3)])
+def test_a_layer_over_uneven_rows_computes_what_it_computes_over_all(ranks, layer, rows):
+    torch.manual_seed(0)
+    whole, x = LAYERS[layer]().double(), 3 + draw(2, 8, sum(rows), 5)
+    for parameter in whole.parameters():
+        nn.init.normal_(parameter)
+    with torch.no_grad():
+        expected = whole(x)
+    answers = ranks.run(Layout(ring=3), by_rows, whole, x, rows)
+    assert error(torch.cat(answers, dim=2), expected) <= 1e-12
+
+
+def test_a_norm_of_numbers_far_from_zero_keeps_their_variance_in_float32(ranks):
+    """Merged moments are about each rank's own mean, which sums of squares are not."""
+    norm, x = nn.GroupNorm(2, 8).double(), 1e4 + draw(2, 8, 9, 5)
+    with torch.no_grad():
+        expected = norm(x)
+    answers = ranks.run(Layout(ring=3), by_rows, norm.float(), x.float(), (3, 5, 1))
+    assert error(torch.cat(answers, dim=2).double(), expected) <= 2e-3
+
+
+def test_a_split_decoder_has_its_weights_once_in_every_dtype():
+    decoder = autoencoder.build(PLAIN).decoder
+    split = RowDecoder(decoder, Axis("sp", 2, 0))
+    for dtype in (torch.float16, torch.float32):
+        split.to(dtype)
+        assert sum(weight.numel() for weight in split.parameters()) == sum(w.numel() for w in decoder.parameters())
+        assert {weight.dtype for weight in split.decoder.parameters()} == {dtype}
