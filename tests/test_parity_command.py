@@ -29,6 +29,7 @@ from sglang_gen.perf.flops import CallLog
 from sglang_gen.pipelines import sd, sd3
 
 MODULES = {"sd15": 134, "sdxl": 283, "sd3": 66, "flux": 60}  # with weights and an output like that of a partner
+DECODER = {"sd15": 43, "sdxl": 43, "sd3": 42, "flux": 42}  # the same of the autoencoder while it decodes
 
 
 @pytest.fixture
@@ -106,11 +107,18 @@ def test_the_backends_are_equal_and_nearly_all_modules_are_compared(parity, name
     content = json.loads(done.out)
     assert content["verdict"] in ("bit-exact", "numerically equal")
     assert (content["first"], content["exit_code"]) == (None, 0)
-    assert content["compared"] == MODULES[name]
+    assert content["compared"] == MODULES[name] + DECODER[name]
     rows = [row for row in content["rows"] if row["step"] == 1 and row["stage"] == "network"]
     assert len({row["ours"] for row in rows}) == len(rows) == MODULES[name]
+    decoder = [row["ours"] for row in content["rows"] if row["stage"] == "decoder"]
+    assert len(set(decoder)) == len(decoder) == DECODER[name]
+    assert [name for name in content["left_out"] if "decoder" in name] == [
+        "decoder.middle.attention.norm",
+        "decoder.up.0.upsample",
+    ]
     assert {row["stage"] for row in content["rows"]} == {
-        "text encoding", "schedule", "latents", "network", "prediction", "scheduler", "decoding", "end to end",
+        "text encoding", "schedule", "latents", "network", "prediction", "scheduler", "decoder", "decoding",
+        "end to end",
     }  # fmt: skip
     assert [row["step"] for row in content["rows"] if row["stage"] == "scheduler"][:2] == [1, 2]
 
@@ -181,6 +189,46 @@ def test_a_defect_in_a_module_is_named_by_both_names(found, name, ours, theirs, 
     assert set(others) == {ours}  # and no module behind it is blamed
     lines = [line for line in report.text(differs).splitlines() if line.startswith("step 1, network")]
     assert next(line.split()[3] for line in lines if "different" in line) == ours
+
+
+IN_THE_DECODER = [
+    ("sd15", "post_quant_conv", "post_quant_conv", lambda m: m.bias.mul_(2)),
+    ("sdxl", "decoder.up.0.upsample.conv", "decoder.up_blocks.0.upsamplers.0.conv", lambda m: m.bias.zero_()),
+    ("sd3", "decoder.up.1.residuals.0.shortcut", "decoder.up_blocks.1.resnets.0.conv_shortcut",
+     lambda m: m.weight.zero_()),
+    ("flux", "decoder.middle.attention.to_qkv", "decoder.mid_block.attentions.0.to_q, "
+     "decoder.mid_block.attentions.0.to_k, decoder.mid_block.attentions.0.to_v", lambda m: m.bias.mul_(2)),
+    ("flux", "decoder.norm_out", "decoder.conv_norm_out", lambda m: m.weight.fill_(1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "ours", "theirs", "change"), IN_THE_DECODER, ids=lambda value: str(value)[:40])
+def test_a_defect_in_the_decoder_is_named_by_both_names(found, name, ours, theirs, change):
+    differs = found(name, lambda engine: change(engine.parts["vae"].get_submodule(ours)))
+    start, end = report.sentence(differs).split(" by ")
+    assert start == f"different: decoder, {ours} (theirs: {theirs})"
+    assert float(end) > 1e-4
+    wrong = {(row.stage, row.ours) for row in differs.rows if row.verdict is Verdict.different}
+    assert wrong == {("decoder", ours), ("decoding", "picture of the same latents"), ("end to end", "picture")}
+
+
+def test_an_attention_without_effect_is_found_in_the_middle_of_the_decoder(found):
+    sentence = report.sentence(
+        found("sd3", lambda engine: silence(engine.parts["vae"].decoder.middle.attention.attend))
+    )
+    assert sentence.startswith(
+        "different: decoder, decoder.middle.attention.to_out (theirs: decoder.mid_block.attentio"
+    )
+    assert sentence.endswith("look inside decoder.middle.attention (theirs: decoder.mid_block.attentions.0) before it")
+
+
+@pytest.mark.filterwarnings("ignore:.upcast_vae. is deprecated:FutureWarning")
+def test_a_decoder_that_is_at_work_in_float32_alone_is_compared_in_it(parity):
+    done = parity("sdxl", "--json", dtype="float16")
+    assert done.out, done.err
+    rows = [row for row in json.loads(done.out)["rows"] if row["stage"] == "decoder"]
+    assert len(rows) == DECODER["sdxl"]
+    assert max(row["error"] for row in rows) <= 1e-5
 
 
 # Model, the first module that can show it, where to look, and a defect between modules.

@@ -27,6 +27,7 @@ class Networks:
     theirs: nn.Module
     pairs: Pairs
     tolerance: float
+    stage: str = "network"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Compared:
     left_out: tuple[str, ...]
 
 
-def compare(networks: Networks, run_ours: Run, run_theirs: Run, step: int) -> Compared:
+def compare(networks: Networks, run_ours: Run, run_theirs: Run, step: int | None = None) -> Compared:
     """A row for each module that has a partner and an output that can stand beside its partner's."""
     with watching.outputs(networks.theirs, {name for names in networks.pairs.values() for name in names}) as theirs:
         run_theirs()
@@ -52,9 +53,10 @@ def compare(networks: Networks, run_ours: Run, run_theirs: Run, step: int) -> Co
     weighted = [name for name, module in networks.ours.named_modules() if module.state_dict()]
     with watching.changed(networks.ours, weighted, led):
         run_ours()
+    limit = networks.tolerance
     whole = {name: [error for error in errors if error is not None] for name, errors in calls.items()}
     rows = [
-        Row("network", name, ", ".join(networks.pairs[name]), max(errors), judge(max(errors), networks.tolerance), step)
+        Row(networks.stage, name, ", ".join(networks.pairs[name]), max(errors), judge(max(errors), limit), step)
         for name, errors in whole.items()
         if errors
     ]

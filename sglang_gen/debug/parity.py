@@ -1,6 +1,6 @@
 """Both backends on the same inputs, stage by stage, in the order in which a picture is computed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +10,7 @@ import torch
 
 from sglang_gen import env, log
 from sglang_gen.backends import diffusers, native
-from sglang_gen.debug import networks, stages
+from sglang_gen.debug import decoders, networks, stages
 from sglang_gen.debug.correspondence import correspond
 from sglang_gen.debug.native_runs import Free, Led, predict_once, run_free, run_led
 from sglang_gen.debug.networks import Networks
@@ -25,12 +25,13 @@ from sglang_gen.types import Decoded, Plan
 
 @dataclass(frozen=True)
 class Engines:
-    """The model in both backends, and its denoising networks beside each other."""
+    """The model in both backends, and its denoising networks and autoencoders beside each other."""
 
     plan: Plan
     ours: Any
     theirs: Any
     networks: Networks
+    autoencoders: Networks
 
 
 @dataclass
@@ -74,7 +75,8 @@ def beside(plan: Plan, ours: Any, theirs: Any, tolerance: Tolerance) -> Engines:
     """Two loaded engines with their networks matched."""
     network = getattr(theirs.pipeline, ours.glue.NETWORK)
     pairs = correspond(ours.network, network, ours.glue.sources)
-    return Engines(plan, ours, theirs, Networks(ours.network, network, pairs, tolerance.module))
+    autoencoders = decoders.beside(ours.parts["vae"], theirs.pipeline.vae, tolerance.module)
+    return Engines(plan, ours, theirs, Networks(ours.network, network, pairs, tolerance.module), autoencoders)
 
 
 def compare(engines: Engines, tolerance: Tolerance) -> Report:
@@ -87,18 +89,25 @@ def compare(engines: Engines, tolerance: Tolerance) -> Report:
     log.info("Comparing the networks on the same inputs")
     led = _lead(engines, free, recording)
     denoising = _denoising(engines, free, led, recording, tolerance)
-    end = [stages.decoding(led.decoded, recording, tolerance)] if led.decoded else []
+    decoder, cause = decoders.compare(engines.autoencoders, recording.scaled)
+    end = [*decoder.rows, *([stages.decoding(led.decoded, recording, tolerance)] if led.decoded else [])]
+    left_out = denoising.left_out + decoder.left_out
     return Report(
         model=engines.plan.card.name,
         dtype=engines.plan.dtype,
         device=engines.plan.device,
         tolerance=tolerance,
         rows=(*begin, *denoising.rows, *end, *stages.ends(free, recording, tolerance)),
-        compared=denoising.compared,
-        modules=denoising.compared + len(denoising.left_out),
-        left_out=denoising.left_out,
-        cause=None if first_difference(begin) else denoising.cause,
+        compared=denoising.compared + len(decoder.rows),
+        modules=denoising.compared + len(decoder.rows) + len(left_out),
+        left_out=left_out,
+        cause=_first_cause([(begin, None), (denoising.rows, denoising.cause), (decoder.rows, cause)]),
     )
+
+
+def _first_cause(parts: Sequence[tuple[Sequence[Row], Cause | None]]) -> Cause | None:
+    """The cause of the first part with a difference."""
+    return next((cause for rows, cause in parts if first_difference(rows)), None)
 
 
 def _generate(plan: Plan, engine: Any) -> Decoded:
@@ -109,7 +118,8 @@ def _generate(plan: Plan, engine: Any) -> Decoded:
 
 
 def _record(engines: Engines) -> Recording:
-    with recorded(engines.networks.theirs, engines.theirs.pipeline.scheduler) as recording:
+    pipeline = engines.theirs.pipeline
+    with recorded(engines.networks.theirs, pipeline.scheduler, pipeline.vae) as recording:
         recording.decoded = _generate(engines.plan, engines.theirs)
     return recording
 

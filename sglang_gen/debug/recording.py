@@ -51,6 +51,7 @@ class Recording:
     calls: list[Call] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     schedule: dict[str, Tensor] = field(default_factory=dict)
+    scaled: Tensor | None = None  # what the autoencoder was given to decode
     decoded: Decoded | None = None
 
     def evaluations(self) -> list[list[Call]]:
@@ -71,8 +72,8 @@ def schedule(scheduler: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def recorded(network: nn.Module, scheduler: Any) -> Iterator[Recording]:
-    """What the network and the scheduler are given and give inside."""
+def recorded(network: nn.Module, scheduler: Any, vae: Any) -> Iterator[Recording]:
+    """What the network, the scheduler and the autoencoder are given and give inside."""
     recording = Recording()
     signature = inspect.signature(network.forward)
 
@@ -88,8 +89,16 @@ def recorded(network: nn.Module, scheduler: Any) -> Iterator[Recording]:
         recording.steps.append(Step(prediction, before, copied(result[0])))
         return result
 
+    decode = vae.decode
+
+    @wraps(decode)
+    def noted_decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        recording.scaled = copied(z)
+        return decode(z, *args, **kwargs)
+
     with ExitStack() as stack:
         stack.callback(network.register_forward_pre_hook(note_call, with_kwargs=True).remove)
         stack.enter_context(replaced(scheduler, "step", noted_step))
+        stack.enter_context(replaced(vae, "decode", noted_decode))
         yield recording
     recording.schedule = schedule(scheduler)

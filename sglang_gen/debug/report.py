@@ -40,9 +40,10 @@ def text(report: Report) -> str:
 
 def _with_inside(row: Row, rows: Sequence[Row]) -> Row:
     """The row of a module with the worst of what the modules inside of it are found to do."""
-    if row.stage != "network" or not row.ours:
+    if row.stage not in ("network", "decoder") or not row.ours:
         return row
-    inside = [other for other in rows if other.step == row.step and other.ours.startswith(f"{row.ours}.")]
+    alike = [other for other in rows if (other.stage, other.step) == (row.stage, row.step)]
+    inside = [other for other in alike if other.ours.startswith(f"{row.ours}.")]
     error = max((other.error or 0.0 for other in [row, *inside]), default=0.0)
     return replace(row, error=error, verdict=worst(other.verdict for other in [row, *inside]))
 

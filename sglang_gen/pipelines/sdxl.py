@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.utils import is_invisible_watermark_available
 from torch import Tensor
 
 from sglang_gen import sizes
@@ -108,6 +107,8 @@ def _moments(vae: Autoencoder, latents: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def _marked(pictures: Tensor) -> Tensor:
     """With the invisible watermark of diffusers' pipeline, which it sets wherever the library for it is installed."""
+    from diffusers.utils import is_invisible_watermark_available
+
     if not is_invisible_watermark_available():
         return pictures
     from diffusers.pipelines.stable_diffusion_xl.watermark import StableDiffusionXLWatermarker
