@@ -20,6 +20,7 @@ ELSEWHERE = {
     "tracking.project": "test_tracking.py",
     "compile.regional": "test_diffusers_options.py",
     "output.fps": "test_media.py",
+    "machine.link_gb_per_s": "test_estimate.py",
     "parallel.timeout_minutes": "test_failing_ranks.py",
 }
 
