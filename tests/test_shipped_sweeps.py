@@ -109,8 +109,8 @@ def test_the_compile_sweep_keeps_the_picture(sweep):
 
 
 @pytest.mark.slow
-def test_the_parallelism_sweep_gives_the_same_pictures_on_every_layout_that_runs(sweep):
+def test_the_parallelism_sweep_gives_the_same_pictures_on_every_layout(sweep):
     rows = sweep("parallelism")
-    assert (rows[0]["overrides"], rows[0]["status"]) == ("parallel=single", "completed")
-    assert len(rows) == 17
+    assert rows[0]["overrides"] == "parallel=single"
+    assert [row["status"] for row in rows] == ["completed"] * 17
     check_same_pictures(rows, EXACT["parallelism"])
