@@ -171,7 +171,7 @@ def check(
         )
     if layout.cfg > 1:
         _check_branches(run, backend, NATIVE.get(run.model.pipeline_class_name or card.pipeline_class), batches)
-    if backend == "sglang":
+    if backend == "sglang" and layout.ring * layout.ulysses * layout.tp > 1:
         _check_split(run, card, layout, stated)
 
 
