@@ -133,7 +133,7 @@ def test_mean_and_deviation_of_the_latents_of_sdxl_are_used_both_ways(pipelines,
 
 @pytest.mark.parametrize("force", [True, False])
 def test_an_autoencoder_that_must_be_in_float32_encodes_in_it(pipelines, run, photo, force):
-    """The same start on both backends in bfloat16: to the bit where float32 is rounded, else to what bfloat16 rounds."""
+    """The same start on both backends in bfloat16: to the bit out of float32, else to its rounding."""
     model = with_vae(pipelines["sdxl"], force_upcast=force)
     for backend in ("sglang", "diffusers"):
         words = ("--image-path", photo, "--backend", backend)
