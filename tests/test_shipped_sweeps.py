@@ -109,8 +109,10 @@ def test_the_compile_sweep_keeps_the_picture(sweep):
 
 
 @pytest.mark.slow
-def test_the_parallelism_sweep_gives_the_same_pictures_on_every_layout(sweep):
+def test_the_parallelism_sweep_gives_the_same_pictures_on_every_layout_that_six_heads_allow(sweep):
     rows = sweep("parallelism")
     assert rows[0]["overrides"] == "parallel=single"
-    assert [row["status"] for row in rows] == ["completed"] * 17
+    assert len(rows) == 17
+    refused = {row["overrides"] for row in rows if row["status"] != "completed"}
+    assert refused == {"parallel=tp4", "parallel=ulysses4"}  # the embedded model has six heads
     check_same_pictures(rows, EXACT["parallelism"])
