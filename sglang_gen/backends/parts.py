@@ -86,7 +86,8 @@ def _out_of_file(plan: Plan, names: Sequence[str], given: dict[str, Any], dtype:
     from sglang_gen.backends.options.original import read as read_pipeline
 
     kind = getattr(diffusers, plan.run.model.pipeline_class_name or plan.card.pipeline_class)
-    found = read_pipeline(plan, kind, dtype, given).components
+    own = {"vae": None} if "vae" in given else {}  # ours is none that diffusers' pipeline could look into
+    found = {**read_pipeline(plan, kind, dtype, {**given, **own}).components, **given}
     if "vae" not in given:
         tensors = Held(dict(found["vae"].state_dict()))
         build = partial(autoencoder.build, plan.card.components["vae"].config)

@@ -93,11 +93,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, h, w]`."""
-        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        tokens = self.norm(x.flatten(2)).mT  # [B, L, C]
         q, k, v = rearrange(self.to_qkv(tokens), "b l (n d) -> n b 1 l d", n=3)
         seen = self.to_out(rearrange(self.attend(q, k, v), "b 1 l d -> b l d"))
-        # The first term decides how the sum lies in memory (channels last), and with it how what follows rounds.
-        return rearrange(seen, "b (h w) c -> b c h w", h=x.shape[2]) + x
+        # How the sum lies in memory (channels last, for more than one picture) decides how all that follows rounds.
+        return seen.mT.reshape(x.shape) + x
 
 
 class Middle(nn.Module):
