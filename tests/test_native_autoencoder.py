@@ -78,6 +78,17 @@ def test_the_autoencoder_computes_what_diffusers_computes(variant, dtype, tolera
     assert our.config.factor == 2 ** (len(config["block_out_channels"]) - 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_it_rounds_as_diffusers_does_with_channels_first_and_last(dtype, batch, layout):
+    """A run that starts from a picture, whose channels are last in memory, starts from the same numbers."""
+    their, our = pair(reference(**PLAIN), autoencoder, Path("vae"), dtype)
+    given = pictures(PLAIN, dtype, batch, 44, 60).contiguous(memory_format=layout)
+    assert torch.equal(*moments(our, their, given))
+    assert torch.equal(*decoded(our, their, latents(PLAIN, dtype, batch, 6, 4)))
+
+
 @pytest.mark.parametrize("size", [(7, 12), (9, 5), (1, 3), (11, 11)])
 def test_sizes_that_are_odd_or_do_not_halve_evenly_are_the_same(size):
     their, our = pair(reference(**PLAIN), autoencoder, Path("vae"), torch.float64)
