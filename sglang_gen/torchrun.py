@@ -9,8 +9,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -59,8 +59,10 @@ def run(place: env.Torchrun, command: Callable[[], int]) -> int:
     if place.rank > 0:
         log.setup("error")
     env.quiet_libraries()
-    meeting, over = Meeting.join(place), threading.Event()
-    threading.Thread(target=_watch, args=(meeting.again(), over), name="torchrun", daemon=True).start()
+    with _signals_kill():
+        meeting, over = Meeting.join(place), threading.Event()
+    watch = threading.Thread(target=_watch, args=(meeting.again(), over), name="torchrun", daemon=True)
+    watch.start()
     try:
         end = _follow(meeting) if place.rank > 0 else meeting.end(End(command()))
         _ignore_sigterm()
@@ -74,6 +76,7 @@ def run(place: env.Torchrun, command: Callable[[], int]) -> int:
             with suppress(LostError):
                 meeting.gather("end heard", PATIENCE if place.rank == 0 else 0)
         over.set()
+        watch.join(PATIENCE)  # the interpreter must not end while a thread is inside of torch
 
 
 def lead(plan: Plan, started: float, place: env.Torchrun) -> Result:
@@ -145,6 +148,20 @@ def _ignore_sigterm() -> None:
     """From here on this process ends anyway, and torchrun's own wish that it does says nothing new."""
     with suppress(ValueError):  # not the main thread: the host program owns the signals
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def _signals_kill() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM end this process at once: torch waits deaf to handlers, and nothing needs undoing."""
+    try:
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the host program owns the signals
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _watch(meeting: Meeting, over: threading.Event) -> None:

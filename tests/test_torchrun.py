@@ -134,6 +134,16 @@ def only_rank(monkeypatch):
         monkeypatch.setenv(name, str(value))
 
 
+def test_a_rank_ends_cleanly_while_it_still_watches(only_rank):
+    """The interpreter aborts where it ends while another thread is inside of torch, so that thread has to be over."""
+    code = (
+        "import time; from sglang_gen import env, torchrun; torchrun.WATCH = 0.0; "
+        "raise SystemExit(torchrun.run(env.torchrun(), lambda: time.sleep(0.2) or 0))"
+    )
+    codes, _ = finish(start([sys.executable, "-c", code]))
+    assert codes == [0]
+
+
 def test_one_rank_alone_generates_and_a_dry_run_prints(sglang, pipelines, only_rank):
     done = sglang("generate", *words(pipelines["sd15"]))
     assert (done.code, len(list(Path("outputs").glob("*.png")))) == (0, 1), done.err
