@@ -29,7 +29,7 @@ from sglang_gen.perf.flops import CallLog
 from sglang_gen.pipelines import sd, sd3
 
 MODULES = {"sd15": 134, "sdxl": 283, "sd3": 66, "flux": 60}  # with weights and an output like that of a partner
-DECODER = {"sd15": 43, "sdxl": 43, "sd3": 42, "flux": 42}  # the same of the autoencoder while it decodes
+DECODER = {"sd15": 44, "sdxl": 44, "sd3": 43, "flux": 43}  # the same of the autoencoder while it decodes
 
 
 @pytest.fixture
@@ -113,7 +113,6 @@ def test_the_backends_are_equal_and_nearly_all_modules_are_compared(parity, name
     decoder = [row["ours"] for row in content["rows"] if row["stage"] == "decoder"]
     assert len(set(decoder)) == len(decoder) == DECODER[name]
     assert [name for name in content["left_out"] if "decoder" in name] == [
-        "decoder.middle.attention.norm",
         "decoder.up.0.upsample",
     ]
     assert {row["stage"] for row in content["rows"]} == {
