@@ -58,16 +58,21 @@ def _estimated(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of what is expected of each rank."""
     if "reason" in found:
         return [("estimate", found["reason"])]
-    memory, collectives = found["memory"], found["step"]["collectives"]
-    held = {**memory["weights"], "activations": memory["alive"]}
-    sent = [f"{name} {each['count']} x, {_bytes(each['bytes'])}" for name, each in collectives.items()]
-    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in held.items())
+    memory, alive = found["memory"], found["memory"]["alive"]
+    weights = ", ".join(f"{name} {_bytes(size)}" for name, size in memory["weights"].items())
+    beside = f"and beside them a step {_bytes(alive['step'])}, decoding {_bytes(alive['decoding'])}"
     rows = [
-        ("memory per rank", f"{_bytes(memory['total'])}: {parts}"),
-        ("communication per step", "; ".join(sent) or "none"),
+        ("memory per rank", f"{_bytes(memory['total'])}: {weights}; {beside}"),
+        ("communication per step", _sent(found["step"])),
+        ("communication of decoding", _sent(found["decoding"])),
         ("FLOPs per step", f"{found['step']['flops']:.3g} on each rank"),
     ]
     return [*rows, *_predicted(found["prediction"])]
+
+
+def _sent(stage: dict[str, Any]) -> str:
+    each = [f"{name} {sent['count']} x, {_bytes(sent['bytes'])}" for name, sent in stage["collectives"].items()]
+    return "; ".join(each) or "none"
 
 
 def _bytes(size: int) -> str:

@@ -19,15 +19,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sglang_gen import sizes
+from sglang_gen.backends import decoding as decoders
 from sglang_gen.backends import guiding
 from sglang_gen.choice import NATIVE
 from sglang_gen.engine.guidance import Encoded, Guidance, guided
 from sglang_gen.engine.shapes import rehearse
-from sglang_gen.parallel.collectives import Traffic, counted
-from sglang_gen.parallel.mesh import AXES, Mesh, coordinates
+from sglang_gen.models.vae import Autoencoder
+from sglang_gen.parallel.collectives import Axis, Traffic, counted
+from sglang_gen.parallel.mesh import AXES, SEQUENCE, Mesh, coordinates
 from sglang_gen.parallel.split import Split
 from sglang_gen.perf.flops import stored_bytes
 from sglang_gen.perf.parameters import COUNT
+from sglang_gen.pipelines import autoencoder
 from sglang_gen.pipelines.request import Request
 from sglang_gen.requirements import NEEDS
 from sglang_gen.schema import GuidanceBatching, Machine
@@ -113,6 +116,22 @@ def rehearsal(
     return found
 
 
+def decoding(
+    glue: Any, axis: Axis, card: ModelCard, request: Request, rows: int, dtype: torch.dtype
+) -> tuple[int, Traffic]:
+    """The most bytes that are alive beside the weights while a batch of `rows` pictures is decoded, and what is sent.
+
+    The ranks of `axis` share the rows of the pictures.
+    """
+    config = autoencoder.config(card.components["vae"].config)
+    with torch.device("meta"):
+        vae = decoders.split(Autoencoder(config).to(glue.decoding_dtype(config, dtype)), axis)
+        latents = torch.empty(rows, config.channels, *request.latent_size).to(autoencoder.dtype(vae))
+    with torch.no_grad(), counted() as sent, Alive([*vae.parameters(), latents]) as alive:
+        vae.decode(latents)
+    return alive.most, sent
+
+
 def busiest(layout: Layout) -> int:
     """A rank that sends as much as any: of three and more sequence parallel ranks one with neighbours on both sides."""
     place = {"ring": 0, "ulysses": 0}
@@ -160,7 +179,7 @@ def _encoder_ranks(plan: Plan, name: str) -> int:
 
 
 def estimate(plan: Plan) -> dict[str, Any]:
-    """`{memory, step, conditioning, prediction}` of one rank, or `{reason}` where the plan's engine is not ours."""
+    """`{memory, conditioning, step, decoding, prediction}` of one rank; `{reason}` where the engine is not ours."""
     if plan.backend != "sglang":
         return {"reason": f"not estimated ({plan.backend})"}
     name = NATIVE[plan.run.model.pipeline_class_name or plan.card.pipeline_class]
@@ -169,14 +188,17 @@ def estimate(plan: Plan) -> dict[str, Any]:
     negative = any(sample.negative_prompt for each in plan.batches for sample in each)
     together = plan.run.sampling.guidance_batching is not GuidanceBatching.sequential
     guidance = guiding.guidance(plan, glue, request, negative, together)
-    split = Split(Mesh(plan.layout, busiest(plan.layout)), glue.TENSOR, glue.SHARDING)
-    found = rehearsal(glue, split, plan.card, request, len(batch), guidance, getattr(torch, plan.dtype))
+    mesh, dtype = Mesh(plan.layout, busiest(plan.layout)), getattr(torch, plan.dtype)
+    split = Split(mesh, glue.TENSOR, glue.SHARDING)
+    found = rehearsal(glue, split, plan.card, request, len(batch), guidance, dtype)
+    decoded, sent = decoding(glue, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype)
     weights = weights_of(plan, NEEDS[name], found.weights)
-    step = {"flops": found.flops, "collectives": _listed(found.step)}
+    alive = {"step": found.alive, "decoding": decoded}
     return {
-        "memory": {"weights": weights, "alive": found.alive, "total": sum(weights.values()) + found.alive},
+        "memory": {"weights": weights, "alive": alive, "total": sum(weights.values()) + max(alive.values())},
         "conditioning": {"collectives": _listed(found.conditioning)},
-        "step": step,
+        "step": {"flops": found.flops, "collectives": _listed(found.step)},
+        "decoding": {"collectives": _listed(sent)},
         "prediction": predicted(plan.run.machine, plan.dtype, found.flops, sum(found.step.bytes.values())),
     }
 

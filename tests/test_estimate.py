@@ -10,8 +10,12 @@ from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 from sglang_gen import env, hub, presets
-from sglang_gen.estimate import Alive, predicted
+from sglang_gen.backends import decoding as decoders
+from sglang_gen.estimate import Alive, decoding, predicted
+from sglang_gen.parallel.collectives import Axis
 from sglang_gen.perf import parameters
+from sglang_gen.pipelines import autoencoder, sdxl
+from sglang_gen.pipelines.request import Request
 from sglang_gen.schema import Machine
 from sglang_gen.types import Layout
 
@@ -88,6 +92,19 @@ def test_products_are_those_that_torch_counts_and_two_ranks_have_half():
     assert rehearsed.rank("sd3", card, Layout(tp=2), 0, 128, 128, text_length=8).weights < 0.75 * found.weights
 
 
+def test_decoding_by_rows_needs_less_memory_and_sends_what_its_ranks_send():
+    card = hub.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
+    request = Request(1024, 768, rehearsed.FACTOR, steps=1, guidance=1.0, text_length=None)
+    alone, nothing = decoding(sdxl, Axis("sp", 1, 0), card, request, 2, torch.float16)
+    half, sent = decoding(sdxl, Axis("sp", 2, 0), card, request, 2, torch.float16)
+    widest = 2 * 256 * 1024 * 768 * 4  # bytes of a batch of maps after the last upsampling, in float32
+    assert alone == pytest.approx(3 * widest, rel=0.01)  # what a residual adds to, what it convolves, what that gives
+    assert half == pytest.approx(4 * widest / 2, rel=0.01)  # and the same with its neighbours' rows beside it
+    assert not nothing.calls
+    network = autoencoder.build(card.components["vae"].config)
+    assert sent == decoders.expected(network, Axis("sp", 2, 0), torch.float32, 2, (128, 96))
+
+
 def test_a_prediction_is_of_a_named_machine_and_of_its_dtype_alone():
     named = Machine("h200", 800.0, 4000.0, 400.0)
     assert predicted(named, "bfloat16", 8 * 10**12, 4 * 10**9) == {
@@ -110,7 +127,9 @@ def test_a_dry_run_shows_memory_communication_products_and_the_prediction(sglang
     assert rows["PREDICTION"].strip().endswith("; nothing is measured")
     assert "no effect" not in table.err
     found = json.loads(content.out)["estimate"]
-    assert found["memory"]["total"] == sum(found["memory"]["weights"].values()) + found["memory"]["alive"]
+    memory = found["memory"]
+    assert memory["total"] == sum(memory["weights"].values()) + max(memory["alive"].values())
+    assert found["decoding"]["collectives"]["all_gather sp"]["count"] > 0
     assert found["prediction"]["measured"] is False
 
 

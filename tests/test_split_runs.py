@@ -9,7 +9,7 @@ from test_ranks import assert_same, pool  # noqa: F401 - the ranks that those te
 
 from sglang_gen import launch
 
-ALWAYS = ("--seed", 7, "--dtype", "float32", "--num-inference-steps", 2, "output.latents=true")
+ALWAYS = ("--seed", 7, "--num-inference-steps", 2, "output.latents=true")
 BATCH = ("--num-samples", "3", "sampling.batch_size=3", "--backend", "sglang")
 TRUE_CFG = ("--negative-prompt", "a dog", "--diffusers-kwargs", '{"true_cfg_scale": 3.0}')
 RUNS = [
@@ -30,12 +30,18 @@ def run(pipelines, sglang, pool, monkeypatch):  # noqa: F811
     """Generate two steps with a tiny pipeline on the shared ranks, latents saved."""
     monkeypatch.setattr(launch, "open_ranks", pool.open)
 
-    def generate(name: str, *words: object):
+    def generate(name: str, *words: object, dtype: str = "float32"):
         size = [word for side in ("--height", "--width") if side not in words for word in (side, 32)]
         path = pipelines.get(name, name)
-        return sglang("generate", "--model-path", path, "--prompt", "a cat", *ALWAYS, *size, *words)
+        return sglang("generate", "--model-path", path, "--prompt", "a cat", "--dtype", dtype, *ALWAYS, *size, *words)
 
     return generate
+
+
+def assert_as_predicted(stage: dict) -> None:
+    """In this stage of a dump's `comm` everything that was sent was expected."""
+    for sent in stage["collectives"].values():
+        assert (sent["count"], sent["bytes"]) == (sent["predicted_count"], sent["predicted_bytes"])
 
 
 @pytest.mark.parametrize(("name", "layout", "words"), RUNS)
@@ -46,10 +52,16 @@ def test_a_split_run_gives_the_pictures_of_one_process(run, name, layout, words)
     assert_same("many", "one", 3)
     dump = json.loads(Path("many.json").read_text())
     assert dump["comm"]["denoising"]["evaluations"] >= 2
-    for stage in dump["comm"]:
-        if stage != "text_encoding":
-            for sent in dump["comm"][stage]["collectives"].values():
-                assert (sent["count"], sent["bytes"]) == (sent["predicted_count"], sent["predicted_bytes"])
+    for name in dump["comm"].keys() - {"text_encoding"}:
+        assert_as_predicted(dump["comm"][name])
+
+
+def test_an_autoencoder_that_decodes_in_float32_sends_what_was_predicted(run):
+    done = run("sdxl", "--backend", "sglang", "parallel=ring2", "--perf-dump-path", "half.json", dtype="float16")
+    assert done.code == 0, done.err
+    decoding = json.loads(Path("half.json").read_text())["comm"]["decoding"]
+    assert decoding["collectives"]
+    assert_as_predicted(decoding)
 
 
 def test_every_axis_with_a_stochastic_scheduler_gives_the_pictures_of_one_process(run, pipelines):
@@ -77,5 +89,4 @@ def test_collectives_inside_compiled_blocks_give_the_same_and_are_counted(run, n
     assert_same("compiled", "eager", 1)
     dump = json.loads(Path("compiled.json").read_text())
     assert dump["effective"]["compile"] == "regional"
-    for sent in dump["comm"]["denoising"]["collectives"].values():
-        assert (sent["count"], sent["bytes"]) == (sent["predicted_count"], sent["predicted_bytes"])
+    assert_as_predicted(dump["comm"]["denoising"])

@@ -240,7 +240,8 @@ class NativeEngine:
 
     def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
         """Frames `[B, H, W, 3]` uint8."""
-        vae, dtype = self.parts["vae"], self.execution.dtype
+        vae = self.parts["vae"]
+        dtype = self.glue.decoding_dtype(vae.config, self.execution.dtype)
         sends = [decoding.expected(vae, self.sp, dtype, len(latents), request.latent_size)]
         with self.sent.during("decoding", sends):
             decoded: Tensor = self.glue.decode(vae, latents, request)

@@ -75,5 +75,10 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
     return Autoencoder(config(diffusers_config))
 
 
+def decoding_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
+    """That in which an autoencoder in `dtype` decodes, of most pipelines."""
+    return dtype
+
+
 def dtype(vae: Autoencoder) -> torch.dtype:
     return next(vae.parameters()).dtype

@@ -18,7 +18,7 @@ from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.door import Kinds, Sharding, cut, part
 from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows
-from sglang_gen.pipelines import flow, picture, prediction, text
+from sglang_gen.pipelines import autoencoder, flow, picture, prediction, text
 from sglang_gen.pipelines.request import Request
 from sglang_gen.weights.load import renamed
 
@@ -26,6 +26,7 @@ NETWORK = "transformer"
 encode_picture, skipped = flow.encode_picture, flow.skipped
 SIZED_BY_PICTURE, STRENGTH = flow.SIZED_BY_PICTURE, flow.STRENGTH
 default_size = sizes.of_flux
+decoding_dtype = autoencoder.decoding_dtype
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 UNGUIDED = "there is no guidance without a negative prompt and a true_cfg_scale above 1.0"
 INEFFECTIVE_NEGATIVE = (

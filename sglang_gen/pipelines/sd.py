@@ -10,7 +10,7 @@ from sglang_gen import sizes
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.models.unet import UNet
 from sglang_gen.models.vae import Autoencoder
-from sglang_gen.pipelines import picture, prediction, text, unet
+from sglang_gen.pipelines import autoencoder, picture, prediction, text, unet
 from sglang_gen.pipelines.request import Request
 
 NETWORK, REGIONS, build, sources, grids = unet.NETWORK, unet.REGIONS, unet.build, unet.sources, unet.grids
@@ -19,6 +19,7 @@ skipped, SIZED_BY_PICTURE = unet.skipped, unet.SIZED_BY_PICTURE
 TENSOR, SHARDING, latents_shape = unet.TENSOR, unet.SHARDING, unet.latents_shape
 default_size = sizes.configured_long_ago
 guidance_scale = prediction.guidance_scale
+decoding_dtype = autoencoder.decoding_dtype
 TEXT_PARTS = ("text_encoder",)
 MOST_TOKENS = None  # always as long as the tokenizer says
 UNGUIDED = "there is no guidance at a scale of {scale}"

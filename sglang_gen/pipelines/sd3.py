@@ -16,7 +16,7 @@ from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.door import Kinds, Sharding, cut, part
 from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows
-from sglang_gen.pipelines import flow, picture, prediction, text
+from sglang_gen.pipelines import autoencoder, flow, picture, prediction, text
 from sglang_gen.pipelines.request import Request
 from sglang_gen.weights.load import renamed
 
@@ -25,6 +25,7 @@ encode_picture, start, skipped = flow.encode_picture, flow.start, flow.skipped
 SIZED_BY_PICTURE, STRENGTH = flow.SIZED_BY_PICTURE, flow.STRENGTH
 default_size = sizes.configured
 guidance_scale = prediction.guidance_scale
+decoding_dtype = autoencoder.decoding_dtype
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 UNGUIDED = "there is no guidance at a scale of {scale}"
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"

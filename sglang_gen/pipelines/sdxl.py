@@ -11,6 +11,7 @@ from sglang_gen import sizes
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.models.unet import UNet
 from sglang_gen.models.vae import Autoencoder
+from sglang_gen.models.vae import Config as AutoencoderConfig
 from sglang_gen.pipelines import autoencoder, picture, prediction, text, unet
 from sglang_gen.pipelines.request import Request
 
@@ -69,9 +70,15 @@ def encode_picture(
     return (latents - mean) * vae.config.scaling.factor / deviation
 
 
+def decoding_dtype(config: AutoencoderConfig, dtype: torch.dtype) -> torch.dtype:
+    """That in which an autoencoder in `dtype` decodes: float32 for one that overflows in float16."""
+    return torch.float32 if dtype == torch.float16 and config.upcast else dtype
+
+
 def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-    """Pictures `[B, 3, H, W]` in -1..1. An autoencoder that overflows in float16 is at work in float32."""
-    with _in_float32(vae, autoencoder.dtype(vae) == torch.float16 and vae.config.upcast):
+    """Pictures `[B, 3, H, W]` in -1..1."""
+    dtype = autoencoder.dtype(vae)
+    with _in_float32(vae, decoding_dtype(vae.config, dtype) != dtype):
         pictures = vae.decode(_unscaled(vae, latents.to(autoencoder.dtype(vae))))
     return _marked(pictures)
 
