@@ -208,6 +208,15 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
+def memory_bytes(device: str) -> int:
+    """All memory of one GPU, or of this machine."""
+    if device != "cuda":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
 def gpu_count() -> int:
     """GPUs that torch sees."""
     import torch

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sglang_gen import sizes
+from sglang_gen import env, sizes
 from sglang_gen.backends import decoding as decoders
 from sglang_gen.backends import guiding
 from sglang_gen.choice import NATIVE
@@ -194,13 +194,21 @@ def estimate(plan: Plan) -> dict[str, Any]:
     decoded, sent = decoding(glue, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype)
     weights = weights_of(plan, NEEDS[name], found.weights)
     alive = {"step": found.alive, "decoding": decoded}
+    total = sum(weights.values()) + max(alive.values())
     return {
-        "memory": {"weights": weights, "alive": alive, "total": sum(weights.values()) + max(alive.values())},
+        "memory": {"weights": weights, "alive": alive, "total": total, "there": _there(plan)},
         "conditioning": {"collectives": _listed(found.conditioning)},
         "step": {"flops": found.flops, "collectives": _listed(found.step)},
         "decoding": {"collectives": _listed(sent)},
         "prediction": predicted(plan.run.machine, plan.dtype, found.flops, sum(found.step.bytes.values())),
     }
+
+
+def _there(plan: Plan) -> int | None:
+    """Bytes that this machine has for each rank; None for another machine."""
+    if plan.run.machine.name != "auto":
+        return None
+    return env.memory_bytes(plan.device) // (1 if plan.device == "cuda" else plan.layout.ranks)
 
 
 def _listed(traffic: Traffic) -> dict[str, dict[str, int]]:

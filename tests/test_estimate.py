@@ -133,6 +133,14 @@ def test_a_dry_run_shows_memory_communication_products_and_the_prediction(sglang
     assert found["prediction"]["measured"] is False
 
 
+def test_a_dry_run_warns_of_more_memory_than_there_is(sglang, monkeypatch):
+    words = ("generate", "model=sd15", "parallel=sp2", "device=cpu", "--dtype", "bfloat16", "dry_run=true")
+    for bytes_, warned in ((2 * 10**10, False), (2 * 10**9, True)):
+        monkeypatch.setattr(env, "memory_bytes", lambda device, bytes_=bytes_: bytes_)
+        assert ("and this machine has 1.00 GB for each" in sglang(*words).out) is warned
+        assert "for each" not in sglang(*words, "machine=h200").out
+
+
 def test_diffusers_is_not_estimated(sglang):
     words = ("generate", "model=sd15", "--backend", "diffusers")
     assert "estimate" in sglang(*words, "dry_run=true").out
