@@ -303,7 +303,7 @@ def _report(error: BaseException, debug: bool) -> int:
 
 def console() -> NoReturn:
     """Entry point of the `sglang` script."""
-    gc.set_threshold(10_000)  # libraries make a million objects and hardly a cycle: Python's 700 costs a start 0.7 s
+    env.collect_rarely()
     code = main()
     try:
         sys.stdout.flush()

@@ -67,13 +67,9 @@ def _estimated(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("communication of decoding", _sent(found["decoding"])),
         ("FLOPs per step", f"{found['step']['flops']:.3g} on each rank"),
     ]
-    if memory["there"] is not None and memory["total"] > memory["there"]:
-        rows.append(
-            (
-                "warning",
-                f"a rank needs {_bytes(memory['total'])}, and this machine has {_bytes(memory['there'])} for each",
-            )
-        )
+    needed, there = memory["total"], memory["there"]
+    if there is not None and needed > there:
+        rows.append(("warning", f"a rank needs {_bytes(needed)}, and this machine has {_bytes(there)} for each"))
     return [*rows, *_predicted(found["prediction"])]
 
 

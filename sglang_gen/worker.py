@@ -72,6 +72,7 @@ def main(descriptor: int) -> int:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, terminate)
+    env.collect_rarely()
     env.quiet_libraries()
     log.capture_warnings()
     pipe = Connection(descriptor)
