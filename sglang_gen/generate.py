@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_gen import env, log
+from sglang_gen.errors import UserError
 from sglang_gen.types import Result
 
 if TYPE_CHECKING:
@@ -23,6 +24,12 @@ def generate(*overrides: str, config: str | None = None, **flags: Any) -> Result
     from sglang_gen import cli
     from sglang_gen.config import Choices, compose
 
+    place = env.torchrun()
+    if place is not None and place.ranks > 1:
+        raise UserError(
+            f"torchrun has started {place.ranks} processes, and generate() starts its ranks itself: leave torchrun out, "
+            "or let it start the command (torchrun ... -m sglang_gen generate)"
+        )
     return execute(compose(Choices(overrides=overrides, flags=cli.python_flags(flags), file=config)))
 
 

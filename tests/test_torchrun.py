@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_ranks import SIZE, assert_same
 
-from sglang_gen import env, torchrun
+from sglang_gen import env, generate, torchrun
 from sglang_gen.config import Choices, compose
 from sglang_gen.errors import UserError
 
@@ -190,3 +190,9 @@ def test_a_run_that_states_another_number_of_ranks_is_refused(word):
     composed = compose(Choices(overrides=("sampling.prompt=a", word)))
     with pytest.raises(UserError, match=r"torchrun has started 4 processes and the run has [128] ranks?;"):
         torchrun.fit(composed, place(4), single=word == "parallel=single")
+
+
+def test_python_does_not_start_a_run_in_every_process(only_rank, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun has started 2 processes, and generate"):
+        generate(prompt="a")
