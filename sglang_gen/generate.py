@@ -27,7 +27,7 @@ def generate(*overrides: str, config: str | None = None, **flags: Any) -> Result
     place = env.torchrun()
     if place is not None and place.ranks > 1:
         raise UserError(
-            f"torchrun has started {place.ranks} processes, and generate() starts its ranks itself: leave torchrun out, "
+            f"torchrun has started {place.ranks} processes, and generate() starts its ranks itself: leave it out, "
             "or let it start the command (torchrun ... -m sglang_gen generate)"
         )
     return execute(compose(Choices(overrides=overrides, flags=cli.python_flags(flags), file=config)))
