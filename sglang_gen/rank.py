@@ -10,6 +10,7 @@ import torch
 
 from sglang_gen import env, log, output
 from sglang_gen.errors import UserError
+from sglang_gen.parallel import link
 from sglang_gen.parallel.batch import rounds
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf import dump, quality
@@ -56,31 +57,43 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
         mesh.meet()
         phases.calls.on = True
         saved = _generate(plan, mesh, engine, phases.generate)
+        phases.calls.on = False
         decisions = engine.cache_decisions()
         phases.repeats = [
             _repeat(plan, mesh, engine, Clock(wait, memory), saved) for _ in range(plan.run.perf.repeat - 1)
         ]
     finally:
         engine.close()
-    sent = engine.traffic()
+    sent, rate = engine.traffic(), _link(plan, mesh)
     ranks = mesh.gather_all(dump.describe_rank(mesh.rank, phases) | {"comm": sent})
     if ranks is None:
         return None
     log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
     report = dump.build(plan, phases, saved.effective, saved.samples)
     report |= {"cache": decisions, "ranks": ranks, "comm": sent}
-    return _finish(plan, phases, saved, report, reference)
+    return _finish(plan, phases, saved, report, rate, reference)
+
+
+def _link(plan: Plan, mesh: Mesh) -> float | None:
+    """The rate between ranks, where the dump wants it of this machine. Collective."""
+    wanted = plan.run.output.perf_dump_path and plan.run.perf.machine_rates and plan.run.machine.name == "auto"
+    return link.gb_per_s(plan.device) if wanted and mesh.layout.ranks > 1 else None
 
 
 def _finish(
-    plan: Plan, phases: dump.Phases, saved: Saved, report: dict[str, Any], reference: list[Path] | None
+    plan: Plan,
+    phases: dump.Phases,
+    saved: Saved,
+    report: dict[str, Any],
+    rate: float | None,
+    reference: list[Path] | None,
 ) -> Result:
     """Quality, the perf dump and trackers: all that comes after the last picture."""
     if reference is not None:
         report["quality"] = quality.compare(str(plan.run.quality.reference), saved.samples, saved.frames, reference)
         log.info(f"Quality against {plan.run.quality.reference}: {quality.sentence(report['quality'])}")
     if plan.run.output.perf_dump_path:
-        dump.add_measurements(report, plan, phases)
+        dump.add_measurements(report, plan, phases, rate)
         output.save_json(Path(plan.run.output.perf_dump_path), report)
         log.info(f"Performance metrics saved to: {plan.run.output.perf_dump_path}")
     tracking.track(plan.run, report, saved.paths, env.wandb_mode())

@@ -128,7 +128,7 @@ def test_the_work_of_a_linear_layer_and_attention_is_the_formula():
     model(torch.zeros(1, 5, 24))
     linear = [2 * batch * length * 24 * 24 for batch, length in ((2, 7), (1, 5))]
     attention = [2 * 2 * batch * length * length * 24 for batch, length in ((2, 7), (1, 5))]
-    found = flops.work(log, {"denoising": 1000.0}, {"matmul_tflops": 1e-6, "memory_gb_per_s": 1e-6})["denoising"]
+    found = flops.work(log, {"denoising": 1000.0}, {"matmul_tflops": 1e-6, "memory_gb_per_s": 1e-6}, {})["denoising"]
     total = 3 * (linear[0] + attention[0]) + linear[1] + attention[1]
     weights = 4 * (24 * 24 + 24)
     assert found["flops"] == total
@@ -145,7 +145,7 @@ def test_a_network_that_cannot_be_counted_says_why():
     model, log = Fickle(), flops.CallLog(on=True)
     log.watch("denoising", "fickle", model)
     model(torch.zeros(1, 5, 24))
-    found = flops.work(log, {"denoising": 1.0}, {})
+    found = flops.work(log, {"denoising": 1.0}, {}, {})
     assert set(found["denoising"]) == {"reason"}
     assert found["denoising"]["reason"].startswith("Fickle cannot be counted on meta: ")
 
@@ -244,6 +244,13 @@ def test_other_work_has_another_fingerprint(pipelines, tmp_path):
         "network": fingerprint(pipelines["sdxl"]),
     }
     assert len(set(hashes.values())) == len(hashes), hashes
+
+
+def test_repeats_do_not_add_to_the_work_of_one_generation(dump, pipelines, measured):
+    once, thrice = dump(pipelines["sd3"]), dump(pipelines["sd3"], "perf.repeat=3")
+    assert len(thrice["repeats"]) == 3
+    for stage, work in once["work"].items():
+        assert (thrice["work"][stage]["flops"], thrice["work"][stage]["bytes"]) == (work["flops"], work["bytes"])
 
 
 def test_rates_are_measured_once_and_kept(dump, pipelines, measured):

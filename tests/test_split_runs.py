@@ -64,6 +64,21 @@ def test_an_autoencoder_that_decodes_in_float32_sends_what_was_predicted(run):
     assert_as_predicted(decoding)
 
 
+def test_a_step_that_waits_for_other_ranks_is_bound_by_them_and_repeats_send_nothing_more(run):
+    words = ("sd15", "--backend", "sglang", "parallel=ring2", "--perf-dump-path", "perf.json")
+    found = []
+    for more in ((), ("perf.repeat=2",), ("machine=h200", "machine.link_gb_per_s=1e-6")):
+        done = run(*words, *more)
+        assert done.code == 0, done.err
+        found.append(json.loads(Path("perf.json").read_text()))
+    measured, repeated, slow = found
+    assert measured["machine"]["rates"]["link_gb_per_s"] > 0
+    assert measured["comm"] == repeated["comm"]
+    assert {name: entry["bound"] for name, entry in slow["work"].items()} == {
+        "text_encoding": "launch", "denoising": "comm", "decoding": "comm",
+    }  # fmt: skip
+
+
 def test_every_axis_with_a_stochastic_scheduler_gives_the_pictures_of_one_process(run, pipelines):
     shutil.copytree(pipelines["sdxl"], "ancestral")
     index = json.loads(Path("ancestral/model_index.json").read_text())

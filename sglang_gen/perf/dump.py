@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -87,12 +88,26 @@ def _times(clock: Clock, stages_ms: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def add_measurements(dump: dict[str, Any], plan: Plan, phases: Phases) -> None:
-    """Machine rates and the work of each stage; done after the run, outside every timed stage."""
+def add_measurements(dump: dict[str, Any], plan: Plan, phases: Phases, link: float | None) -> None:
+    """Machine rates and the work of each stage; done after the run, outside every timed stage.
+
+    `link` is the measured rate between ranks, in 10^9 bytes a second.
+    """
     if plan.run.perf.machine_rates or plan.run.machine.name != "auto":
-        dump["machine"]["rates"] = rates(plan.device, plan.dtype, plan.run.machine)
+        found = rates(plan.device, plan.dtype, plan.run.machine)
+        dump["machine"]["rates"] = found if link is None else found | {"link_gb_per_s": link}
     if plan.run.perf.work:
-        dump["work"] = work(phases.calls, phases.generate.stages_ms, dump["machine"].get("rates", {}))
+        sent = _sent(dump["comm"])
+        dump["work"] = work(phases.calls, phases.generate.stages_ms, dump["machine"].get("rates", {}), sent)
+
+
+def _sent(comm: Mapping[str, Any]) -> Counter[str]:
+    """Bytes that left this rank in each timed stage; conditioning is a part of denoising."""
+    found: Counter[str] = Counter()
+    for stage, traffic in comm.items():
+        name = "denoising" if stage == "conditioning" else stage
+        found[name] += sum(collective["bytes"] for collective in traffic["collectives"].values())
+    return found
 
 
 def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:

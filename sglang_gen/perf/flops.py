@@ -7,7 +7,7 @@ meta device, where torch's counter sees every product, attention included, and n
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,12 +98,15 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def work(log: CallLog, stages_ms: dict[str, float], rates: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def work(
+    log: CallLog, stages_ms: Mapping[str, float], rates: Mapping[str, Any], sent: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
     """For each stage `{flops, bytes, mfu, bound}` against the machine's rates.
 
     `bytes` is a lower bound: weights and inputs once per call. `mfu` is flops over what the machine's matmul rate
-    gives in the measured time. `bound` is the slower of compute and memory, or launch where the stage took over four
-    times as long as either. A network that has no meta twin gives `{"reason": ...}` instead.
+    gives in the measured time. `bound` is the slowest of compute, memory and comm, for which `sent` has the bytes that
+    left this rank in each stage; launch where the stage took over four times as long as any. A network that has no
+    meta twin gives `{"reason": ...}` instead.
     """
     found: dict[str, dict[str, Any]] = {}
     for call in log.calls.values():
@@ -116,20 +119,24 @@ def work(log: CallLog, stages_ms: dict[str, float], rates: dict[str, Any]) -> di
         entry["flops"] += counted * call.count
         entry["bytes"] += (weights + call.io_bytes) * call.count
     return {
-        stage: {"reason": entry["reason"]} if "reason" in entry else _judge(entry, stages_ms.get(stage, 0.0), rates)
+        stage: {"reason": entry["reason"]}
+        if "reason" in entry
+        else _judge(entry, stages_ms.get(stage, 0.0), rates, sent.get(stage, 0))
         for stage, entry in found.items()
     }
 
 
-def _judge(entry: dict[str, Any], milliseconds: float, rates: dict[str, Any]) -> dict[str, Any]:
+def _judge(entry: dict[str, Any], milliseconds: float, rates: Mapping[str, Any], sent: int) -> dict[str, Any]:
     peak, bandwidth, seconds = rates.get("matmul_tflops"), rates.get("memory_gb_per_s"), milliseconds / 1000
     if not peak or not bandwidth or seconds <= 0:
         return {**entry, "mfu": None, "bound": None}
-    compute, memory = entry["flops"] / (peak * 1e12), entry["bytes"] / (bandwidth * 1e9)
-    bound = "compute" if compute >= memory else "memory"
-    if seconds > 4 * max(compute, memory):
+    least = {"compute": entry["flops"] / (peak * 1e12), "memory": entry["bytes"] / (bandwidth * 1e9)}
+    if link := rates.get("link_gb_per_s"):
+        least["comm"] = sent / (link * 1e9)
+    bound = max(least, key=least.__getitem__)
+    if seconds > 4 * least[bound]:
         bound = "launch"
-    mfu = compute / seconds
+    mfu = least["compute"] / seconds
     return {**entry, "mfu": round(mfu, 4) if math.isfinite(mfu) else None, "bound": bound}
 
 

@@ -29,11 +29,15 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def rates(device: str, dtype: str, named: Machine) -> dict[str, Any]:
-    """`{matmul_tflops, memory_gb_per_s, source}` of a named machine, or measured here once per dtype and versions."""
+    """`{matmul_tflops, memory_gb_per_s, source}` measured once per dtype and versions, or those of a named machine.
+
+    That has a `link_gb_per_s` too.
+    """
     if named.name != "auto":
         return {
             "matmul_tflops": named.matmul_tflops,
             "memory_gb_per_s": named.memory_gb_per_s,
+            "link_gb_per_s": named.link_gb_per_s,
             "source": f"machine={named.name}",
         }
     facts = describe(device)
