@@ -5,14 +5,13 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from started import children, generating, gone, said
 from test_ranks import SIZE, pool, run  # noqa: F401 - the ranks that those tests share
 
 from sglang_gen import launch, worker
@@ -94,25 +93,14 @@ def test_of_several_failures_the_earliest_that_is_a_cause_is_said():
         def _read(self, pipes, timeout):
             return [(self.later.rank, self.later)] if self.pipes[self.later.rank] in pipes else []
 
-    for first, later, said in (
+    for first, later, cause in (
         (failure(0, 1.0, follows=True), failure(1, 2.0), "rank 1"),
         (failure(0, 2.0), failure(1, 1.0), "rank 1"),
         (failure(0, 2.0), failure(1, 1.0, follows=True), "rank 0"),
     ):
         ranks = Said(later)
-        with pytest.raises(RunError, match=said):
+        with pytest.raises(RunError, match=cause):
             ranks._raise_first([first], ranks.pipes[:2])
-
-
-# A shell's background makes its processes deaf to Ctrl-C; a command in a terminal is not.
-START = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from sglang_gen.cli import console; console()"
-)
-
-
-def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for children in /proc")
@@ -124,20 +112,8 @@ def alive(pids: list[int]) -> list[int]:
 def test_no_rank_outlives_its_launcher(pipelines, tmp_path, number, code, layout):
     words = ["--model-path", str(pipelines["sd15"]), "--prompt", "a", *SIZE, "--num-samples", "99999", layout,
              "--num-inference-steps", "20", "--output-path", str(tmp_path)]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-c", START, "generate", *words],
-        cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    lines: list[str] = []
-    while not (lines and lines[-1].startswith("INFO: Generated image saved to: ")):
-        lines.append(process.stderr.readline())
-        assert lines[-1], lines
-    ranks = [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/stat")
-        if path.exists() and int(path.read_text().rpartition(")")[2].split()[1]) == process.pid
-    ]
+    process = generating(words)
+    ranks = children(process.pid)
     assert len(ranks) == 2
     if number == signal.SIGKILL:
         process.kill()
@@ -145,11 +121,8 @@ def test_no_rank_outlives_its_launcher(pipelines, tmp_path, number, code, layout
         os.killpg(process.pid, number)
     _, rest = process.communicate(timeout=120)
     assert process.returncode == code
-    until = time.monotonic() + 30
-    while alive(ranks) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert alive(ranks) == []
+    assert gone(ranks, within=30)
     if number != signal.SIGKILL:
         word = "Interrupted" if number == signal.SIGINT else "Terminated"
-        assert [line for line in rest.splitlines() if not line.startswith("INFO: ")] == [f"ERROR: {word}"]
+        assert said(rest) == [f"ERROR: {word}"]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")]

@@ -3,56 +3,25 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-
-def children(pid: int) -> list[int]:
-    """Processes whose parent is `pid`; threads are not among them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # ended while we looked
-            continue
-        if parent == pid:
-            found.append(int(path.parent.name))
-    return found
-
-
-# A shell starts background jobs with SIGINT ignored, which children inherit; the terminal's child does not.
-COMMAND = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from sglang_gen.cli import console
-console()
-"""
+from started import children, generating, said
 
 
 def interrupt(number: int, words: list[str]) -> tuple[int, str, list[str]]:
     """Run a generation and send it a signal after its first picture: exit code, stdout, what stderr then says.
 
-    A session of its own stands for the terminal, and no process of it is left.
+    No process of it is left.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "generate", *words],
-        cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    lines: list[str] = []
-    while not (lines and lines[-1].startswith("INFO: Generated image saved to: ")):
-        lines.append(process.stderr.readline())
-        assert lines[-1], lines
+    process = generating(words)
     time.sleep(0.05)
     family = [process.pid, *children(process.pid)]
     os.killpg(process.pid, number)  # as a terminal or a container does: to everybody
     out, rest = process.communicate(timeout=120)
     assert not any(Path(f"/proc/{pid}").exists() for pid in family)
-    return process.returncode, out, [line for line in rest.splitlines() if not line.startswith("INFO: ")]
+    return process.returncode, out, said(rest)
 
 
 def check_pictures(folder: Path, *others: str) -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from started import children, gone
 from test_ranks import SIZE, assert_same
 
 from sglang_gen import env, generate, torchrun
@@ -102,14 +103,11 @@ def test_a_killed_rank_or_torchrun_leaves_nobody(pipelines):
         agent = start([*TORCHRUN, "--nproc-per-node", 2, *COMMAND, *run])
         while not list(Path("two").glob("*.png")):
             time.sleep(0.1)
-        ranks = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat") if parent(path) == agent.pid]
+        ranks = children(agent.pid)
         assert len(ranks) == 2
         os.kill(max(ranks) if victim == "rank" else agent.pid, signal.SIGKILL)
         _, lines = finish(agent)
-        until = time.monotonic() + 30
-        while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+        assert gone(ranks, within=30)
         errors = [line for line in lines if line.startswith("ERROR: ")]
         if victim == "rank":  # whatever of the two comes first
             lost = f"ERROR: Rank 0 on {socket.gethostname()} lost the connection to another rank"
@@ -117,13 +115,6 @@ def test_a_killed_rank_or_torchrun_leaves_nobody(pipelines):
         assert not [path for path in Path("two").iterdir() if path.name.startswith(".tmp")]
         for path in Path("two").iterdir():
             path.unlink()
-
-
-def parent(path: Path) -> int:
-    try:
-        return int(path.read_text().rpartition(")")[2].split()[1])
-    except OSError:  # ended while we looked
-        return 0
 
 
 @pytest.fixture
