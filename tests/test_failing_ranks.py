@@ -35,7 +35,10 @@ def meanwhile(act):
     thread.join()
 
 
-@pytest.mark.parametrize(("name", "layout"), [("sdxl", "parallel=cfg2"), ("sd15", "parallel=sp2_tp2")])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("sdxl", "parallel=cfg2"), pytest.param("sd15", "parallel=sp2_tp2", marks=pytest.mark.slow)],
+)
 def test_a_rank_that_is_killed_ends_the_run_within_seconds(run, pool, name, layout):
     """The launcher is this process; rank 1 dies once denoising goes on, and the others lose their connection."""
     with meanwhile(lambda: os.kill(pool.ranks.processes[1].pid, signal.SIGKILL)) as killed:
@@ -106,9 +109,13 @@ def test_of_several_failures_the_earliest_that_is_a_cause_is_said():
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for children in /proc")
 @pytest.mark.parametrize(
     ("number", "code", "layout"),
-    [(signal.SIGKILL, -9, "parallel=tp2"), (signal.SIGINT, 130, "parallel=dp2"), (signal.SIGINT, 130, "parallel=ring2"),
-     (signal.SIGTERM, 143, "parallel=tp2")],
-)  # fmt: skip
+    [
+        (signal.SIGKILL, -9, "parallel=tp2"),
+        (signal.SIGINT, 130, "parallel=ring2"),
+        pytest.param(signal.SIGINT, 130, "parallel=dp2", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, "parallel=tp2", marks=pytest.mark.slow),
+    ],
+)
 def test_no_rank_outlives_its_launcher(pipelines, tmp_path, number, code, layout):
     words = ["--model-path", str(pipelines["sd15"]), "--prompt", "a", *SIZE, "--num-samples", "99999", layout,
              "--num-inference-steps", "20", "--output-path", str(tmp_path)]  # fmt: skip
