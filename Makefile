@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROMPT ?= A serene landscape with mountains and a lake at sunset
 
-.PHONY: help setup generate test test-heavy test-others test-slow test-lowest lint types bench wheel-smoke docs clean
+.PHONY: help setup generate test test-networks test-others test-slow test-lowest lint types bench wheel-smoke docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -21,17 +21,18 @@ setup: $(STAMP)  ## virtual environment with everything installed
 generate: $(STAMP)  ## a picture from the embedded model, outputs/generated_image_0.png on a fresh clone
 	$(BIN)/sglang generate --prompt "$(PROMPT)" --seed 42
 
-# The tests of networks, adapters and loading, which take as long as all the others together.
-HEAVY := $(foreach name,native parity kernels transformer_weights lora load component,tests/test_$(name)*.py)
+# Tests of networks, loading, plans and pages, which take as long as all the others together.
+HALF := $(foreach name,native parity kernels transformer_weights lora load component page_commands legal plan \
+	diffusers_picture,tests/test_$(name)*.py)
 
 test: $(STAMP)  ## the test suite, in two processes of one thread (at most 15 minutes on two cores)
-	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 --output-sync=line test-heavy test-others
+	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 --output-sync=line test-networks test-others
 
-test-heavy: $(STAMP)
-	$(BIN)/python -m pytest -p no:cacheprovider $(wildcard $(HEAVY))
+test-networks: $(STAMP)
+	$(BIN)/python -m pytest -p no:cacheprovider $(wildcard $(HALF))
 
 test-others: $(STAMP)
-	$(BIN)/python -m pytest -p no:cacheprovider $(filter-out $(wildcard $(HEAVY)),$(wildcard tests/test_*.py))
+	$(BIN)/python -m pytest -p no:cacheprovider $(filter-out $(wildcard $(HALF)),$(wildcard tests/test_*.py))
 
 test-slow: $(STAMP)  ## the slow tests (at most 30 minutes more)
 	$(BIN)/python -m pytest -m slow

@@ -14,7 +14,7 @@ BATCH = ("--num-samples", "3", "sampling.batch_size=3", "--backend", "sglang")
 TRUE_CFG = ("--negative-prompt", "a dog", "--diffusers-kwargs", '{"true_cfg_scale": 3.0}')
 RUNS = [
     ("sdxl", "parallel=sp2_tp2", ("--guidance-scale", "3", "--height", "36", "--width", "44")),
-    ("sdxl", "parallel=cfg2_sp2_tp2", ("--guidance-scale", "3")),
+    pytest.param("sdxl", "parallel=cfg2_sp2_tp2", ("--guidance-scale", "3"), marks=pytest.mark.slow),  # eight ranks
     ("sd15", "parallel=ulysses2", ("--height", "40", "--negative-prompt", "a dog")),
     ("sd3", "parallel=cfg2_sp2", ("--height", "36", "--width", "20")),
     ("sd3", "parallel=usp4", ("--guidance-scale", "1")),
@@ -79,6 +79,7 @@ def test_a_step_that_waits_for_other_ranks_is_bound_by_them_and_repeats_send_not
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_axis_with_a_stochastic_scheduler_gives_the_pictures_of_one_process(run, pipelines):
     shutil.copytree(pipelines["sdxl"], "ancestral")
     index = json.loads(Path("ancestral/model_index.json").read_text())
