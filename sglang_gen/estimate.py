@@ -185,7 +185,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
     name = NATIVE[plan.run.model.pipeline_class_name or plan.card.pipeline_class]
     glue: Any = importlib.import_module(f"sglang_gen.pipelines.{name}")
     request, batch = request_of(plan, glue), max(plan.batches, key=len)
-    negative = any(sample.negative_prompt for each in plan.batches for sample in each)
+    negative = any(sample.negative_prompt is not None for each in plan.batches for sample in each)
     together = plan.run.sampling.guidance_batching is not GuidanceBatching.sequential
     guidance = guiding.guidance(plan, glue, request, negative, together)
     mesh, dtype = Mesh(plan.layout, busiest(plan.layout)), getattr(torch, plan.dtype)

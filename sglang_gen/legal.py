@@ -183,7 +183,7 @@ def _check_branches(run: Run, backend: str, pipeline: str | None, batches: Seque
     """Refuse two ranks for the branches of guidance where there is one branch."""
     if backend == "sglang" and pipeline == "flux":
         scale = run.backend.diffusers_kwargs.get("true_cfg_scale", 1.0)
-        negative = any(sample.negative_prompt for batch in batches for sample in batch)
+        negative = any(sample.negative_prompt is not None for batch in batches for sample in batch)
         if not negative or (isinstance(scale, (int, float)) and scale <= 1):
             raise UserError(
                 "parallel.enable_cfg_parallel: there is no guidance without a negative prompt and a true_cfg_scale "

@@ -42,7 +42,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
     wait = synchroniser(plan.device)
     phases = dump.Phases(load=Clock(wait, memory), generate=Clock(wait, memory), calls=CallLog())
     backend = importlib.import_module(BACKENDS[plan.backend])  # takes seconds and is told apart from loading
-    reference = _reference(plan)
+    reference = _reference(plan) if mesh.rank == 0 else None
     phases.imports_ms = 1000 * (time.perf_counter() - started)
     phases.load.enter("load")
     engine: Engine = backend.load(plan, mesh, phases.calls)

@@ -55,11 +55,21 @@ def multiple(card: ModelCard) -> int | None:
 
 
 def check(run: Run, card: ModelCard) -> None:
-    """Raises UserError for a size between those that the model can make."""
-    step = multiple(card)
+    """Raises UserError for a size between or above those that the model can make."""
+    step, most = multiple(card), _most(card)
     for name in ("height", "width"):
         value = getattr(run.sampling, name)
         if step and value is not None and value % step:
             below, above = value // step * step, (value // step + 1) * step
             choice = f"{below} or {above}" if below else str(above)
             raise UserError(f"sampling.{name} is {value}; this model takes multiples of {step}, such as {choice}")
+        if most and value is not None and value > most:
+            raise UserError(f"sampling.{name} is {value}; this model has positions for {most} pixels a side")
+
+
+def _most(card: ModelCard) -> int | None:
+    """Pixels a side for which SD3 has a table of positions; None for other models."""
+    step, network = multiple(card), card.components.get(DENOISERS[0])
+    if step is None or network is None or network.class_name != "SD3Transformer2DModel":
+        return None
+    return int(network.config.get("pos_embed_max_size", 96)) * step

@@ -38,6 +38,25 @@ def test_kernels_of_torch_give_the_same_result(name):
     assert torch.allclose(chosen(name).kernel(q, k, v), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["math", "flash"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_that_tell_the_sum_are_as_exact_as_those_that_do_not(name, dtype):
+    q, k, v = (4 * x for x in qkv())
+    scores = q.double() @ k.double().mT * q.shape[-1] ** -0.5
+    expected = scores.softmax(-1) @ v.double()
+    out, lse = kernels.summing(name, "cpu", dtype)(q.to(dtype), k.to(dtype), v.to(dtype))
+    plain = chosen(name).kernel(q.to(dtype), k.to(dtype), v.to(dtype))
+    assert out.dtype == dtype
+    assert (out - expected).abs().max() <= 1.5 * (plain - expected).abs().max() + 1e-6
+    assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=2e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5)
+
+
+def test_products_beyond_float16_stay_finite():
+    q = torch.full((1, 1, 3, 64), 40, dtype=torch.float16)
+    out, lse = kernels.summing("math", "cpu", torch.float16)(q, q, q)
+    assert bool(torch.isfinite(out).all() and torch.isfinite(lse).all())
+
+
 def test_only_the_named_kernel_of_torch_runs(monkeypatch):
     enabled = torch.backends.cuda
     allowed = []

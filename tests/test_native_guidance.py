@@ -4,12 +4,13 @@ import contextlib
 import importlib
 import json
 import weakref
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from native import error, record, runner, tensors, with_scheduler
+from native import COMMON, error, record, runner, tensors, with_scheduler
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -185,6 +186,21 @@ def test_branches_in_turn_are_branches_at_once(run, rows, name):
     assert calls["sequential"] == [2] * 2 * len(calls["batched"])
     for number in range(2):
         assert error(tensors("sequential", number)["latents"], tensors("batched", number)["latents"]) <= 1e-5
+
+
+def test_an_empty_negative_prompt_is_one_whatever_stands_beside_it(pipelines, sglang, rows):
+    lines = [{"prompt": "a", "negative_prompt": ""}, {"prompt": "b", "negative_prompt": "blurry"}]
+    Path("prompts.txt").write_text("\n".join(map(json.dumps, lines)))
+    words = ("generate", "--model-path", pipelines["flux"], "sampling.prompts_file=prompts.txt", *COMMON, *TRUE_CFG[:2],
+             "--height", 32, "--width", 48, "--num-inference-steps", 3, "--dtype", "float32")  # fmt: skip
+    for backend, size in (("sglang", 2), ("sglang", 1), ("diffusers", 1)):
+        more = (f"sampling.batch_size={size}", "--backend", backend, "--output-path", f"{backend}{size}")
+        done = sglang(*words, *more)
+        assert done.code == 0, done.err
+    assert rows == [4] * 3 + [2] * 6
+    for number in range(2):
+        for other in ("sglang1", "diffusers1"):
+            assert error(tensors("sglang2", number)["latents"], tensors(other, number)["latents"]) <= 1e-5
 
 
 def test_branches_in_turn_take_an_interval_too(run, rows):

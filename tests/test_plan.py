@@ -93,6 +93,12 @@ def test_a_size_that_the_model_does_not_take_names_the_nearest(model, word, sent
     assert sentence in str(error.value)
 
 
+def test_sd3_is_not_asked_for_more_than_its_table_of_positions():
+    assert planned("sampling.height=3072", model="sd3_medium").run.sampling.height == 3072
+    with pytest.raises(UserError, match=r"sampling.height is 3088; this model has positions for 3072 pixels a side"):
+        planned("sampling.height=3088", model="sd3_medium")
+
+
 def test_samples_count_seeds_and_fill_batches():
     found = planned("sampling.num_samples=5", "sampling.batch_size=2")
     assert [[sample.seed for sample in batch] for batch in found.batches] == [[7, 8], [9, 10], [11]]

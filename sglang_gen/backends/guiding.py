@@ -86,7 +86,7 @@ def warn_ineffective(plan: Plan, glue: Any) -> None:
     if _scale(plan, glue, negative) > 1:
         return
     scale = plan.run.sampling.guidance_scale
-    if negative:
+    if any(sample.negative_prompt for batch in plan.batches for sample in batch):
         log.warning(glue.INEFFECTIVE_NEGATIVE.format(scale=scale))
     for path in ("sampling.guidance_interval", "sampling.guidance_batching"):
         if plan.user_gave(path):
@@ -94,7 +94,7 @@ def warn_ineffective(plan: Plan, glue: Any) -> None:
 
 
 def _any_negative(plan: Plan) -> bool:
-    return any(sample.negative_prompt for batch in plan.batches for sample in batch)
+    return any(sample.negative_prompt is not None for batch in plan.batches for sample in batch)
 
 
 def _scale(plan: Plan, glue: Any, negative: bool) -> float:

@@ -140,7 +140,7 @@ class NativeEngine:
 
     def _sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded | None:
         request, scheduler = self._request(steps), self.parts["scheduler"]
-        negative = bool(batch[0].negative_prompt)  # batches are of one kind
+        negative = batch[0].negative_prompt is not None  # batches are of one kind
         guidance = guiding.guidance(self.plan, self.glue, request, negative, self.room.batched)
         self.sent.on = self.calls.on
         clock.enter("text_encoding")

@@ -109,9 +109,10 @@ def summing(name: str, device: str, dtype: torch.dtype) -> Summing | None:
 
 
 def _summing_math(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
+    wide = torch.promote_types(q.dtype, torch.float32)  # products of half precision round, and overflow in float16
+    scores = (q.to(wide) * q.shape[-1] ** -0.5) @ k.to(wide).mT
     lse = scores.logsumexp(dim=-1)
-    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+    return ((scores - lse[..., None]).exp() @ v.to(wide)).to(v.dtype), lse
 
 
 def _summing_flash_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,7 @@ def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that changes speed and nothing that does not, as readable fields and as one hash."""
     sampling, facts = plan.run.sampling, describe(plan.device)
     kwargs = plan.run.backend.diffusers_kwargs
-    negative = any(sample.negative_prompt for batch in plan.batches for sample in batch)
+    negatives = sum(sample.negative_prompt is not None for batch in plan.batches for sample in batch)
     networks = {
         name: {key: value for key, value in part.config.items() if not key.startswith("_")}
         for name, part in plan.card.components.items()
@@ -126,7 +126,7 @@ def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
         "components": effective.get("components"),
         "steps": sampling.num_inference_steps,
         "guided": sampling.guidance_scale > 1,
-        "true_cfg": negative and "true_cfg_scale" in kwargs,  # FLUX: a second branch only with a negative prompt
+        "true_cfg": negatives if "true_cfg_scale" in kwargs else 0,  # FLUX: a second branch for a negative prompt
         "size": [effective.get("height"), effective.get("width")],
         "batches": [len(batch) for batch in plan.batches],
         "max_sequence_length": sampling.max_sequence_length,
