@@ -166,6 +166,9 @@ def weights_of(plan: Plan, needs: Any, network: int) -> dict[str, int]:
             found[name] = network
         elif part.class_name in COUNT:
             found[name] = COUNT[part.class_name](part.config, _encoder_ranks(plan, name)) * size
+            if part.class_name == "T5EncoderModel" and plan.dtype == "float16":
+                c = part.config
+                found[name] += 2 * c["num_layers"] * c["d_model"] * c["d_ff"]  # `wo` stays in float32
     return found
 
 

@@ -87,6 +87,14 @@ def test_progress_and_dump_count_the_steps_that_are_run(run, photo, name, steps_
     assert backend == "diffusers" or dump["work"]["latents"]["flops"] > 0  # of encoding the picture
 
 
+def test_an_autoencoder_that_is_at_work_in_float32_is_counted_in_it(run, photo):
+    words = ("--image-path", photo, *strength(0.5), "--backend", "sglang", "--perf-dump-path", "perf.json")
+    done = run("sdxl", *words, dtype="float16")
+    assert done.code == 0, done.err
+    work = json.loads(Path("perf.json").read_text())["work"]
+    assert (work["latents"]["flops"] > 0, work["decoding"]["flops"] > 0) == (True, True)
+
+
 @pytest.mark.parametrize(
     ("name", "scheduler", "settings"),
     [

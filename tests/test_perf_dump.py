@@ -21,7 +21,7 @@ from sglang_gen.perf import flops, machine
 from sglang_gen.plan import make_plan
 from sglang_gen.schema import Machine
 
-SIZE = ("--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7", "--dtype", "float32")
+SIZE = ("--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7")
 STAGES = ["load", "text_encoding", "latents", "denoising", "decoding", "saving"]
 QUIET = ("perf.machine_rates=false", "perf.work=false")
 
@@ -30,8 +30,9 @@ QUIET = ("perf.machine_rates=false", "perf.work=false")
 def dump(sglang):
     """Run with --perf-dump-path and read what was written."""
 
-    def run(model: Path, *words: str) -> dict:
-        done = sglang("generate", "--model-path", model, "--prompt", "a", *SIZE, "--perf-dump-path", "p.json", *words)
+    def run(model: Path, *words: str, dtype: str = "float32") -> dict:
+        always = ("--prompt", "a", *SIZE, "--dtype", dtype, "--perf-dump-path", "p.json")
+        done = sglang("generate", "--model-path", model, *always, *words)
         assert done.code == 0, done.err
         assert done.lines[-1] == "INFO: Performance metrics saved to: p.json"
         return json.loads(Path("p.json").read_text())
@@ -135,6 +136,29 @@ def test_the_work_of_a_linear_layer_and_attention_is_the_formula():
     assert found["bytes"] == 3 * (weights + 4 * 2 * 7 * 24) + weights + 4 * 5 * 24
     assert found["mfu"] == pytest.approx(total / 1e6, abs=1e-4)
     assert sorted(call.count for call in log.calls.values()) == [1, 3]
+
+
+def test_only_the_weights_that_a_call_uses_are_read():
+    class Half(Small):
+        def __init__(self, config: object = None) -> None:
+            super().__init__()
+            self.idle = nn.Linear(1000, 1000)
+
+    model, log = Half(), flops.CallLog(on=True)
+    log.watch("denoising", "half", model)
+    model(torch.zeros(1, 5, 24))
+    found = flops.work(log, {"denoising": 1.0}, {}, {})["denoising"]
+    assert found["bytes"] == pytest.approx(4 * (24 * 24 + 24) + 4 * 5 * 24, abs=8)
+
+
+def test_rates_that_do_not_fit_into_memory_are_told_and_not_kept(monkeypatch, tmp_path):
+    def full(device: str, dtype: str) -> dict[str, float]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setenv("SGLANG_GEN_CACHE", str(tmp_path / "rates"))
+    monkeypatch.setattr(machine, "_measure", full)
+    assert machine.rates("cpu", "float32", Machine()) == {"source": "not measured: out of memory"}
+    assert not (tmp_path / "rates").exists()
 
 
 def test_a_network_that_cannot_be_counted_says_why():
@@ -284,13 +308,15 @@ def test_the_measured_rates_are_plausible():
     assert 0.1 < found["memory_gb_per_s"] < 10_000
 
 
-def test_a_named_machine_gives_its_own_rates(dump, pipelines, measured):
+def test_a_named_machine_gives_its_own_rates_which_are_those_of_half_precision(dump, pipelines, measured):
     found = dump(pipelines["sd15"], "machine=h200")
     assert measured == []
     assert found["machine"]["rates"]["source"] == "machine=h200"
-    assert found["machine"]["rates"]["matmul_tflops"] > 500
     assert found["machine"]["rates"]["memory_gb_per_s"] > 4000
-    assert found["work"]["denoising"]["mfu"] < 0.01
+    assert (found["machine"]["rates"]["matmul_tflops"], found["work"]["denoising"]["mfu"]) == (None, None)
+    half = dump(pipelines["sd15"], "machine=h200", dtype="bfloat16")
+    assert half["machine"]["rates"]["matmul_tflops"] > 500
+    assert half["work"]["denoising"]["mfu"] < 0.01
 
 
 def test_counting_and_measuring_can_be_switched_off(dump, pipelines, measured):

@@ -59,16 +59,27 @@ def test_a_split_run_gives_the_pictures_of_one_process(run, name, layout, words)
 def test_an_autoencoder_that_decodes_in_float32_sends_what_was_predicted(run):
     done = run("sdxl", "--backend", "sglang", "parallel=ring2", "--perf-dump-path", "half.json", dtype="float16")
     assert done.code == 0, done.err
-    decoding = json.loads(Path("half.json").read_text())["comm"]["decoding"]
+    dump = json.loads(Path("half.json").read_text())
+    assert dump["work"]["decoding"]["flops"] > 0
+    decoding = dump["comm"]["decoding"]
     assert decoding["collectives"]
     assert_as_predicted(decoding)
+
+
+def test_the_work_of_t5_is_that_of_this_ranks_part(run):
+    work = {}
+    for layout in ("parallel=single", "parallel=tp2"):
+        words = ("--backend", "sglang", layout, "--perf-dump-path", "perf.json", "perf.machine_rates=false")
+        assert run("flux", *words).code == 0
+        work[layout] = json.loads(Path("perf.json").read_text())["work"]["text_encoding"]["flops"]
+    assert 0.5 < work["parallel=tp2"] / work["parallel=single"] < 0.9  # CLIP is whole on both
 
 
 def test_a_step_that_waits_for_other_ranks_is_bound_by_them_and_repeats_send_nothing_more(run):
     words = ("sd15", "--backend", "sglang", "parallel=ring2", "--perf-dump-path", "perf.json")
     found = []
     for more in ((), ("perf.repeat=2",), ("machine=h200", "machine.link_gb_per_s=1e-6")):
-        done = run(*words, *more)
+        done = run(*words, *more, dtype="bfloat16")
         assert done.code == 0, done.err
         found.append(json.loads(Path("perf.json").read_text()))
     measured, repeated, slow = found

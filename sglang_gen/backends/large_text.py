@@ -44,6 +44,20 @@ def divides(component: Component, dtype: torch.dtype, axis: Axis) -> bool:
     return not any(component.config[name] % axis.size for name in ("num_heads", "d_ff"))
 
 
+def is_part(network: Any) -> bool:
+    """Whether a T5 is one rank's part."""
+    return bool(network.encoder.block[0].layer[0].SelfAttention.n_heads != network.config.num_heads)
+
+
+def twin(network: Any, dtype: torch.dtype, axis: Axis) -> nn.Module:
+    """This rank's part of a T5 like this one, without memory."""
+    with torch.device("meta"):
+        found = type(network)(network.config).to(dtype).eval()
+    tensor.shrink(found, TENSOR, axis)
+    tensor.join(found, TENSOR, axis)
+    return found  # type: ignore[no-any-return]
+
+
 def read(folder: Path, dtype: torch.dtype, device: str, axis: Axis) -> nn.Module:
     """This rank's part of the encoder in a folder, of which nothing else is read. Raises UserError as `load` does."""
     files = load.weight_files(folder)

@@ -1,7 +1,7 @@
 """Our own engine: our networks and loop, with the text encoders and scheduler of the model's folder."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -97,14 +97,27 @@ class NativeEngine:
         self.room = guiding.room(plan, glue, self.config, whole, encoders, self.mesh)
         self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", glue.ZERO_WITHOUT_NEGATIVE)
         for name in glue.TEXT_PARTS:
-            calls.watch("text_encoding", name, parts[name])
+            calls.watch("text_encoding", name, parts[name], twin=self._encoder_twin(parts[name]))
         for method in ("forward", "condition"):
             calls.watch("denoising", glue.NETWORK, self.entrance, method, self.network, execution.countable)
         self.sp = self.mesh.axis(SEQUENCE)
         vae = decoding.split(parts["vae"], self.sp)
-        calls.watch("decoding", "vae", vae, "decode", twin=lambda: decoding.twin(vae, self.sp, execution.dtype))
+        calls.watch("decoding", "vae", vae, "decode", twin=partial(self._vae_twin, glue.decoding_dtype))
         if self.image is not None:
-            calls.watch("latents", "vae", parts["vae"], "encode")
+            calls.watch("latents", "vae", vae, "encode", twin=partial(self._vae_twin, glue.encoding_dtype))
+
+    def _encoder_twin(self, encoder: Any) -> Callable[[], Any] | None:
+        """Gives this rank's part of a text encoder without memory, where it has a part."""
+        tp = self.mesh.axis("tp")
+        if tp.size == 1 or type(encoder) is not transformers.T5EncoderModel:
+            return None
+        from sglang_gen.backends import large_text
+
+        return partial(large_text.twin, encoder, self.execution.dtype, tp) if large_text.is_part(encoder) else None
+
+    def _vae_twin(self, dtype_at_work: Callable[[Any, torch.dtype], torch.dtype]) -> Any:
+        vae = self.parts["vae"]
+        return decoding.twin(vae, self.sp, dtype_at_work(vae.config, self.execution.dtype))
 
     def effective(self) -> dict[str, Any]:
         """What took effect, and the classes that were built."""

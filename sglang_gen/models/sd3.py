@@ -180,7 +180,7 @@ class SD3(nn.Module):
     def _crop(self, rows: int, columns: int) -> Tensor:
         """The middle of the table of positions, `[rows * columns, D]`."""
         side = self.config.positions
-        assert rows <= side and columns <= side, f"{rows} x {columns} patches and a table of {side} a side"
+        assert max(rows, columns) <= side, f"{rows} x {columns} patches and a table of {side} a side"
         table = rearrange(self.positions, "1 (h w) d -> h w d", h=side)
         top, left = (side - rows) // 2, (side - columns) // 2
         return rearrange(table[top : top + rows, left : left + columns], "h w d -> (h w) d")

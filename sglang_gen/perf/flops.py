@@ -7,12 +7,14 @@ meta device, where torch's counter sees every product, attention included, and n
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from sglang_gen.nested import to_meta
@@ -103,8 +105,8 @@ def work(
 ) -> dict[str, dict[str, Any]]:
     """For each stage `{flops, bytes, mfu, bound}` against the machine's rates.
 
-    `bytes` is a lower bound: weights and inputs once per call. `mfu` is flops over what the machine's matmul rate
-    gives in the measured time. `bound` is the slowest of compute, memory and comm, for which `sent` has the bytes that
+    `bytes` are the weights that a call uses and its inputs, once per call. `mfu` is flops over what the machine's
+    matmul rate gives in the measured time. `bound` is the slowest of compute, memory and comm, for which `sent` has the bytes that
     left this rank in each stage; launch where the stage took over four times as long as any. A network that has no
     meta twin gives `{"reason": ...}` instead.
     """
@@ -115,9 +117,10 @@ def work(
         if isinstance(counted, str):
             entry["reason"] = counted
             continue
+        flops, share = counted
         weights = sum(stored_bytes(parameter) for parameter in call.module.parameters())
-        entry["flops"] += counted * call.count
-        entry["bytes"] += (weights + call.io_bytes) * call.count
+        entry["flops"] += flops * call.count
+        entry["bytes"] += (int(share * weights) + call.io_bytes) * call.count
     return {
         stage: {"reason": entry["reason"]}
         if "reason" in entry
@@ -140,15 +143,37 @@ def _judge(entry: dict[str, Any], milliseconds: float, rates: Mapping[str, Any],
     return {**entry, "mfu": round(mfu, 4) if math.isfinite(mfu) else None, "bound": bound}
 
 
-def count(call: Call) -> int | str:
-    """FLOPs of one call (a multiplication and an addition are two), or the reason why they cannot be counted."""
+class Used(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Which of some tensors are used."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sizes = {id(tensor): tensor.numel() for tensor in tensors}
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.sizes)
+        return func(*args, **(kwargs or {}))
+
+    def share(self) -> float:
+        """Of their numbers."""
+        total = sum(self.sizes.values())
+        return sum(self.sizes[number] for number in self.seen) / total if total else 0.0
+
+
+def count(call: Call) -> tuple[int, float] | str:
+    """FLOPs of one call (a multiplication and an addition are two) and the share of the weights that it uses.
+
+    In their place the reason why they cannot be counted.
+    """
     try:
         twin = call.twin() if call.twin else _meta_twin(call.module, _dtype_of(call))
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        weights = list((twin if isinstance(twin, nn.Module) else twin.network).parameters())
+        with torch.no_grad(), Used(weights) as used, FlopCounterMode(display=False) as counter:
             getattr(twin, call.method)(*call.args, **call.kwargs)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         return f"{type(call.module).__name__} cannot be counted on meta: {str(error).splitlines()[0]}"
-    return int(counter.get_total_flops())
+    return int(counter.get_total_flops()), used.share()
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:

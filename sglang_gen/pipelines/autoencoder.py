@@ -75,8 +75,8 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
     return Autoencoder(config(diffusers_config))
 
 
-def decoding_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
-    """That in which an autoencoder in `dtype` decodes, of most pipelines."""
+def own_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
+    """That in which an autoencoder in `dtype` encodes and decodes, of most pipelines."""
     return dtype
 
 

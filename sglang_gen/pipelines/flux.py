@@ -26,7 +26,7 @@ NETWORK = "transformer"
 encode_picture, skipped = flow.encode_picture, flow.skipped
 SIZED_BY_PICTURE, STRENGTH = flow.SIZED_BY_PICTURE, flow.STRENGTH
 default_size = sizes.of_flux
-decoding_dtype = autoencoder.decoding_dtype
+encoding_dtype = decoding_dtype = autoencoder.own_dtype
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 UNGUIDED = "there is no guidance without a negative prompt and a true_cfg_scale above 1.0"
 INEFFECTIVE_NEGATIVE = (

@@ -19,7 +19,7 @@ skipped, SIZED_BY_PICTURE = unet.skipped, unet.SIZED_BY_PICTURE
 TENSOR, SHARDING, latents_shape = unet.TENSOR, unet.SHARDING, unet.latents_shape
 default_size = sizes.configured_long_ago
 guidance_scale = prediction.guidance_scale
-decoding_dtype = autoencoder.decoding_dtype
+encoding_dtype = decoding_dtype = autoencoder.own_dtype
 TEXT_PARTS = ("text_encoder",)
 MOST_TOKENS = None  # always as long as the tokenizer says
 UNGUIDED = "there is no guidance at a scale of {scale}"

@@ -25,7 +25,7 @@ encode_picture, start, skipped = flow.encode_picture, flow.start, flow.skipped
 SIZED_BY_PICTURE, STRENGTH = flow.SIZED_BY_PICTURE, flow.STRENGTH
 default_size = sizes.configured
 guidance_scale = prediction.guidance_scale
-decoding_dtype = autoencoder.decoding_dtype
+encoding_dtype = decoding_dtype = autoencoder.own_dtype
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 UNGUIDED = "there is no guidance at a scale of {scale}"
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"

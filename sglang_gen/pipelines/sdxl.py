@@ -58,11 +58,16 @@ def prepare(network: UNet, timesteps: Tensor, request: Request, encoded: Sequenc
     return prediction.predictor(network, timesteps, states, pooled, sizes.expand(len(states), -1))
 
 
+def encoding_dtype(config: AutoencoderConfig, dtype: torch.dtype) -> torch.dtype:
+    """That in which an autoencoder in `dtype` encodes: float32 for one that overflows in float16."""
+    return torch.float32 if config.upcast else dtype
+
+
 def encode_picture(
     vae: Autoencoder, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype
 ) -> Tensor:
     """Latents `[B, C, h, w]` of the picture `[1, 3, H, W]`, drawn for each sample."""
-    with _in_float32(vae, vae.config.upcast):
+    with _in_float32(vae, encoding_dtype(vae.config, dtype) != dtype):
         latents = picture.encode(vae, pixels.to(dtype), generators).to(dtype)  # rounded first, as diffusers does
     if (moments := _moments(vae, latents)) is None:
         return vae.config.scaling.factor * latents
