@@ -33,6 +33,13 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch has a class for its own allocator on a GPU, others say it in words."""
+    text = str(error)
+    words = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+    return type(error).__name__ == "OutOfMemoryError" or any(word in text for word in words)
+
+
 def ending(error: BaseException) -> tuple[int, str]:
     """The exit code and the one sentence with which an error ends the command."""
     match error:

@@ -61,6 +61,7 @@ class Ranks:
     def __init__(self, count: int, device: str) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.pipes: list[Connection] = []
+        self.speakers: dict[tuple[int, str], int] = {}  # the rank that first said a line
         threads = max(env.cpu_count() // count, 1) if device == "cpu" else None
         for _ in range(count):
             ours, theirs = Pipe()
@@ -79,6 +80,7 @@ class Ranks:
         """Carry out `plan` on the first `plan.layout.ranks` processes. After a failure the processes are of no use."""
         import torch.distributed as dist
 
+        self.speakers = {}
         count = plan.layout.ranks
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         for rank, pipe in enumerate(self.pipes[:count]):
@@ -105,7 +107,8 @@ class Ranks:
         rank, content = message
         match content:
             case LogLine(level, text):
-                log.write(level, text)
+                if self.speakers.setdefault((level, text), rank) == rank:  # several ranks may warn of the same
+                    log.write(level, text)
             case Done(result):
                 results[rank] = result
             case Failure():

@@ -1,5 +1,6 @@
 """What one rank does with a plan: build the engine, generate its share; on rank 0 also save and report."""
 
+import gc
 import importlib
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from sglang_gen.perf.record import Clock, synchroniser
 from sglang_gen.saving import Saved, on_host
 from sglang_gen.schema import plain
 from sglang_gen.sweep import tracking
-from sglang_gen.types import Decoded, Engine, Plan, Result
+from sglang_gen.types import Decoded, Engine, Plan, Result, Sample
 
 BACKENDS = {"sglang": "sglang_gen.backends.native", "diffusers": "sglang_gen.backends.diffusers"}
 
@@ -31,11 +32,17 @@ def run(plan: Plan, mesh: Mesh, started: float) -> Result | None:
         env.deterministic_cublas()
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(plan.run.deterministic)
+    rounded = torch.backends.cudnn.allow_tf32  # by default convolutions in float32 keep ten bits on a GPU
+    torch.backends.cudnn.allow_tf32 = rounded and plan.dtype != "float32"
     try:
         with Memory(plan.device) as memory:
             return _run(plan, mesh, memory, started)
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.allow_tf32 = rounded
+        if plan.device == "cuda":  # the next run of this process finds the memory that this one had
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | None:
@@ -53,7 +60,8 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
     try:
         if plan.run.compile.warmup:
             phases.warmup = Clock(wait, memory)
-            engine.sample(plan.batches[mesh.index("dp")], plan.run.compile.warmup_steps, phases.warmup)
+            for batch in _kinds(plan, mesh):
+                engine.sample(batch, plan.run.compile.warmup_steps, phases.warmup)
         mesh.meet()
         phases.calls.on = True
         saved = _generate(plan, mesh, engine, phases.generate)
@@ -78,6 +86,12 @@ def _link(plan: Plan, mesh: Mesh) -> float | None:
     """The rate between ranks, where the dump wants it of this machine. Collective."""
     wanted = plan.run.output.perf_dump_path and plan.run.perf.machine_rates and plan.run.machine.name == "auto"
     return link.gb_per_s(plan.device) if wanted and mesh.layout.ranks > 1 else None
+
+
+def _kinds(plan: Plan, mesh: Mesh) -> list[tuple[Sample, ...]]:
+    """One batch of each length, with and without a negative prompt, that this data parallel group makes."""
+    group = plan.batches[mesh.index("dp") :: mesh.size("dp")]
+    return list({(len(batch), batch[0].negative_prompt is None): batch for batch in group}.values())
 
 
 def _finish(

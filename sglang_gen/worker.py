@@ -116,10 +116,21 @@ class _Forward(logging.Handler):
         self.send(LogLine(record.levelno, record.getMessage()))
 
 
+def _level(job: Job) -> str:
+    """From which level a rank speaks: the first one as the run says; the first of a data parallel group warns.
+
+    What it warns of may be a picture of its own.
+    """
+    level = job.plan.run.log_level.name
+    if job.rank == 0 or level == "error":
+        return level
+    layout = job.plan.layout
+    return "error" if job.rank % (layout.ranks // layout.dp) else "warning"
+
+
 def _serve(job: Job, send: Callable[[Any], None]) -> bool:
     """Carry out one job; False where it failed."""
-    level = job.plan.run.log_level.name if job.rank == 0 else "error"
-    log.setup(level, _Forward(send))
+    log.setup(_level(job), _Forward(send))
     from sglang_gen.parallel import mesh
 
     try:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from sglang_gen.engine import kernels
+
 SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--dtype", "float32")
 
 
@@ -102,18 +104,28 @@ def test_a_lora_that_fits_nothing_is_refused(run, adapter):
 
 
 @pytest.mark.parametrize("name", ["math", "flash"])
-def test_an_sdpa_kernel_is_the_one_that_runs(run, monkeypatch, name):
-    seen = set()
-    attend = torch.nn.functional.scaled_dot_product_attention
+def test_an_sdpa_kernel_is_the_one_that_runs_in_the_network_and_any_elsewhere(run, monkeypatch, name):
+    """On a GPU flash takes neither the single wide head of an autoencoder nor a text encoder's mask."""
+    assert kernels.runs(name, "cpu", torch.float32)
+    seen, inside = {True: set(), False: set()}, []
+    attend, forward = torch.nn.functional.scaled_dot_product_attention, diffusers.UNet2DConditionModel.forward
 
     def noted(*args, **kwargs):
         cuda = torch.backends.cuda
-        seen.add((cuda.math_sdp_enabled(), cuda.flash_sdp_enabled()))
+        seen[bool(inside)].add((cuda.math_sdp_enabled(), cuda.flash_sdp_enabled()))
         return attend(*args, **kwargs)
 
+    def denoise(self, *args, **kwargs):
+        inside.append(True)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            inside.pop()
+
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
-    assert run("sdxl", "--attention-backend", name, "--backend", "diffusers").code == 0
-    assert (name == "math", name == "flash") in seen
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", denoise)
+    assert run("sdxl", "--attention-backend", name, "--backend", "diffusers", "perf.work=false").code == 0
+    assert seen == {True: {(name == "math", name == "flash")}, False: {(True, True)}}
     assert record()["effective"]["attention"] == name
     assert record()["requested"]["attention"] == name
 

@@ -51,6 +51,28 @@ def test_kernels_that_tell_the_sum_are_as_exact_as_those_that_do_not(name, dtype
     assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=2e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5)
 
 
+def test_a_kernel_that_does_not_take_a_shape_is_not_the_fastest_and_the_first_fails_aloud():
+    def narrow(q, k, v):
+        if q.shape[-1] > 8:
+            raise RuntimeError("No available kernel")
+        return q
+
+    taken = {"sdpa": scaled_dot_product_attention, "narrow": narrow}
+    shapes = {(1, 2, 8, 8, 8): 1, (1, 2, 8, 8, 16): 1}
+    seconds = fastest.measure(taken, shapes, "cpu", FLOAT)
+    assert (seconds["narrow"], seconds["sdpa"] < 1) == (float("inf"), True)
+    with pytest.raises(RuntimeError, match="No available kernel"):
+        fastest.measure({"narrow": narrow, "sdpa": taken["sdpa"]}, shapes, "cpu", FLOAT)
+
+
+def test_an_installed_package_that_does_not_import_is_no_candidate(monkeypatch):
+    monkeypatch.setattr(kernels, "_usable", lambda name, device, dtype: True)
+    monkeypatch.setattr(kernels, "runs", lambda name, device, dtype: False)
+    broken = types.SimpleNamespace(module="no_such_package", function="attend", exact=True)
+    monkeypatch.setattr(kernels, "PACKAGES", {"broken": broken})
+    assert kernels.candidates([(1, 1, 8, 8, 8)], "cuda", torch.float16) == ["sdpa"]
+
+
 def test_products_beyond_float16_stay_finite():
     q = torch.full((1, 1, 3, 64), 40, dtype=torch.float16)
     out, lse = kernels.summing("math", "cpu", torch.float16)(q, q, q)

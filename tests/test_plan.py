@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_gen import env, hub, plan, presets
+from sglang_gen import env, hub, plan, presets, rank
 from sglang_gen.config import Choices, Composed, compose
 from sglang_gen.errors import UserError
+from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.schema import Device, DType
-from sglang_gen.types import Plan
+from sglang_gen.types import Layout, Plan
 
 
 def composed(*words: str, model: str = "sdxl", **flags: object) -> Composed:
@@ -103,6 +104,13 @@ def test_samples_count_seeds_and_fill_batches():
     found = planned("sampling.num_samples=5", "sampling.batch_size=2")
     assert [[sample.seed for sample in batch] for batch in found.batches] == [[7, 8], [9, 10], [11]]
     assert [sample.index for batch in found.batches for sample in batch] == [0, 1, 2, 3, 4]
+
+
+def test_a_batch_of_every_length_is_warmed_up():
+    found = planned("sampling.num_samples=5", "sampling.batch_size=2")
+    assert sorted(len(batch) for batch in rank._kinds(found, Mesh())) == [1, 2]
+    second = Mesh(Layout(dp=2), 1)
+    assert [len(batch) for batch in rank._kinds(found, second)] == [2]
 
 
 def test_prompts_with_and_without_a_negative_prompt_are_not_mixed():

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
 from sglang_gen import launch
+from sglang_gen.errors import LostError, RunError
 from sglang_gen.parallel.batch import rounds
-from sglang_gen.parallel.mesh import AXES, coordinates, members
+from sglang_gen.parallel.mesh import AXES, coordinates, explained, members
 from sglang_gen.types import Layout
 
 ALWAYS = ("--seed", "7", "--dtype", "float32")
@@ -57,8 +59,9 @@ def run(pipelines, sglang, pool, monkeypatch):
     """Generate two steps with a tiny pipeline on the shared ranks, latents saved."""
     monkeypatch.setattr(launch, "open_ranks", pool.open)
 
-    def generate(name: str, *words: object, steps: int = 2, side: int = 32):
-        return sglang("generate", "--model-path", pipelines.get(name, name), "--prompt", "a cat", *ALWAYS,
+    def generate(name: str, *words: object, steps: int = 2, side: int = 32, prompt: str | None = "a cat"):
+        given = ("--prompt", prompt) if prompt else ()
+        return sglang("generate", "--model-path", pipelines.get(name, name), *given, *ALWAYS,
                       "--height", side, "--width", side, "--num-inference-steps", steps, "output.latents=true",
                       *words)  # fmt: skip
 
@@ -183,3 +186,23 @@ def test_rounds_deal_every_batch_once_and_in_order(batches, groups):
     dealt = rounds(batches, groups)
     assert [item for turn in dealt for item in turn] == list(enumerate(batches))
     assert all(len(turn) == groups for turn in dealt[:-1])
+
+
+def test_each_group_warns_of_its_own_pictures_and_what_all_say_is_said_once(run, pool):
+    long = " ".join(["lake"] * 90)
+    Path("prompts.txt").write_text(f"a lake\n{long} at dawn\n")
+    words = ("sampling.prompts_file=prompts.txt", "sampling.batch_size=1", "parallel=dp2", "--fps", "8")
+    done = run("sd15", *words, prompt=None)
+    assert done.code == 0, done.err
+    warnings = [line for line in done.lines if line.startswith("WARNING: ")]
+    assert sum("does not see" in line for line in warnings) == 1
+    assert len(warnings) == len(set(warnings))
+
+
+def test_what_fails_in_nccl_is_not_taken_for_another_ranks_end():
+    near = "NCCL error in: x.cpp:1, unhandled system error\nLast error:\nError while creating shared memory segment"
+    far = "NCCL error in: x.cpp:1, remote process exited or there was a network error"
+    for text, kind, sentence in ((near, RunError, "failed in NCCL: Error while creating"), (far, LostError, "lost")):
+        with pytest.raises(RunError, match=sentence) as error, explained("Rank 0", 1.0):
+            raise dist.DistBackendError(text)
+        assert type(error.value) is kind

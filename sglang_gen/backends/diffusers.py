@@ -29,7 +29,7 @@ from sglang_gen.backends.options import (
 )
 from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, dtype_of, modules
 from sglang_gen.backends.sent import Sent
-from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.errors import RunError, UserError, first_line, is_out_of_memory
 from sglang_gen.parallel.batch import GuidanceSplit
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.flops import CallLog
@@ -62,7 +62,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
     except UserError:
         raise
     except components.LOADING_ERRORS as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise RunError(f"Out of memory while loading {plan.card.name}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     arguments.warn_ineffective(plan, kind, pipeline, call)
@@ -164,10 +164,11 @@ class DiffusersEngine:
         watched = observed(self.pipeline, clock, latents)
         clock.enter("text_encoding")
         try:
-            with torch.no_grad(), self.kernel.context(), watched, self.sent.during("denoising", None):
+            kernel = attention.chosen(self.pipeline, self.kernel)
+            with torch.no_grad(), kernel, watched, self.sent.during("denoising", None):
                 result = self.pipeline(**given)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise RunError("Out of memory while generating; try smaller batches or a smaller picture") from error
         except UserError:
@@ -250,11 +251,6 @@ def _sampling_rate(pipeline: Any) -> int:
         if rate := getattr(config, "sampling_rate", None):
             return int(rate)
     raise RunError(f"{type(pipeline).__name__} does not say how many samples a second of its sound has")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """On the GPU torch has a class for it, on the CPU only its allocator's words."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _warn_blanked(result: Any, batch: tuple[Sample, ...]) -> None:

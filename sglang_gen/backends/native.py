@@ -19,7 +19,7 @@ from sglang_gen.backends.sent import Sent
 from sglang_gen.choice import NATIVE
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
 from sglang_gen.engine.guidance import Encoded, Guidance, guided, kinds
-from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.errors import RunError, UserError, first_line, is_out_of_memory
 from sglang_gen.parallel.collectives import Traffic
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.split import Split
@@ -50,7 +50,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     except UserError:
         raise
     except LOADING_ERRORS as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise RunError(f"Out of memory while loading {plan.card.name}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     _warn_ineffective(plan, glue)
@@ -145,7 +145,7 @@ class NativeEngine:
         try:
             return self._sample(batch, steps, clock)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise RunError("Out of memory while generating; try smaller batches or a smaller picture") from error
         finally:
@@ -271,11 +271,6 @@ class NativeEngine:
 
     def close(self) -> None:
         """Nothing reaches beyond this engine."""
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """On the GPU torch has a class for it, on the CPU only its allocator's words."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _check_finite(values: Tensor, what: str, batch: tuple[Sample, ...]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -35,23 +36,35 @@ def fastest(kernels: Mapping[str, Kernel], shapes: Shapes, device: str, dtype: t
     best = min(seconds, key=lambda name: seconds[name])
     chosen = best if seconds[best] < MARGIN * seconds[first] else first
     with contextlib.suppress(OSError):  # an unwritable cache costs the next run a moment, nothing else
-        output.write_json(path, {"kernel": chosen, "seconds": seconds})
+        taken = {name: value for name, value in seconds.items() if math.isfinite(value)}
+        output.write_json(path, {"kernel": chosen, "seconds": taken})
     return chosen
 
 
 def measure(kernels: Mapping[str, Kernel], shapes: Shapes, device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds of each kernel for all calls: the least of several rounds, in which the kernels take turns."""
+    """Seconds of each kernel for all calls: the least of several rounds, in which the kernels take turns.
+
+    A kernel that does not take all of the shapes needs forever; the first takes them, or the error is its own.
+    """
     wait = synchroniser(device)
-    seconds = dict.fromkeys(kernels, 0.0)
+    seconds, first = dict.fromkeys(kernels, 0.0), next(iter(kernels))
     for (batch, heads, length, keys, width), count in shapes.items():
         drawn = [torch.randn(batch, each, heads, width, device=device, dtype=dtype) for each in (length, keys, keys)]
         q, k, v = (each.transpose(1, 2) for each in drawn)  # as they leave a product
         least = dict.fromkeys(kernels, float("inf"))
         for _ in range(ROUNDS):
             for name, kernel in kernels.items():
+                if math.isinf(seconds[name]):
+                    continue
                 wait()
                 start = time.perf_counter()
-                kernel(q, k, v)
+                try:
+                    kernel(q, k, v)
+                except RuntimeError:
+                    if name == first:
+                        raise
+                    seconds[name] = math.inf
+                    continue
                 wait()
                 least[name] = min(least[name], time.perf_counter() - start)
         for name in kernels:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_gen.errors import RunError, first_line
+from sglang_gen.errors import RunError, first_line, is_out_of_memory
 from sglang_gen.nested import mapped, tensors
 
 Evaluate = Callable[[Tensor, Any], Tensor]  # (latents [B, ...], conditioning of one step) -> prediction of their shape
@@ -38,11 +38,12 @@ class Recorder:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            here = torch.cuda.stream(torch.cuda.current_stream())  # to which a capture that fails does not come back
+            with here, torch.cuda.graph(graph, pool=self.pool):
                 output = function()
         except RuntimeError as error:
             failure = _first_failure(error)
-            if isinstance(failure, torch.OutOfMemoryError):
+            if is_out_of_memory(failure):
                 raise failure from None
             raise RunError(f"{REFUSED} ({first_line(failure)}); leave it out") from error
         return output, graph.replay

@@ -143,7 +143,8 @@ def candidates(shapes: Iterable[tuple[int, ...]], device: str, dtype: torch.dtyp
     without = {"math"} if scores > MOST_SCORES else set()
     inside = SDPA_KERNELS.keys() - without - ({"flash"} if device == "cpu" else set())
     found = [name for name in sorted(inside) if runs(name, device, dtype)]
-    return ["sdpa", *found, *(name for name in PACKAGES if PACKAGES[name].exact and _usable(name, device, dtype))]
+    packages = [name for name in PACKAGES if PACKAGES[name].exact and _usable(name, device, dtype)]
+    return ["sdpa", *found, *(name for name in packages if _imports(PACKAGES[name]))]
 
 
 def priority(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> list[str]:
@@ -188,6 +189,14 @@ def _usable(name: str, device: str, dtype: torch.dtype) -> bool:
         and dtype in (torch.float16, torch.bfloat16)
         and importlib.util.find_spec(PACKAGES[name].module) is not None
     )
+
+
+def _imports(package: Package) -> bool:
+    """Whether an installed package is of use: one that was built for another torch is not."""
+    try:
+        return hasattr(importlib.import_module(package.module), package.function)
+    except (ImportError, OSError, RuntimeError):
+        return False
 
 
 def _packaged(package: Package) -> Kernel:

@@ -15,6 +15,7 @@ from sglang_gen.types import Layout
 
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")
 SEQUENCE = "sp"  # ring and ulysses as one axis
+REMOTE = ("emote", "onnection", "closed")  # words of NCCL where another rank is gone
 TIMEOUT = 30.0  # minutes after which a collective that waits for a rank fails
 
 
@@ -130,7 +131,16 @@ def form(layout: Layout, rank: int, store: Any, device: str, minutes: float) -> 
             group = dist.new_group(ranks, timeout=timeout)
             if rank in ranks:
                 groups[axis] = group
+    if device == "cuda":
+        _connect(groups)
     return Mesh(layout, rank, groups)
+
+
+def _connect(groups: Mapping[str, Any]) -> None:
+    """Let NCCL build its connections, which takes seconds, before anything is timed and before memory is shared out."""
+    for group in groups.values():
+        dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+    torch.cuda.synchronize()
 
 
 @contextmanager
@@ -151,6 +161,8 @@ def explained(who: str, minutes: float) -> Iterator[None]:
                         f"{who} waited {minutes:g} minutes for another rank and gave up; parallel.timeout_minutes=... "
                         "gives it more time"
                     ) from error
+                if "NCCL" in text and not any(word in text for word in REMOTE):
+                    raise RunError(f"{who} failed in NCCL: {text.rpartition('Last error:')[2].strip()}") from error
                 raise LostError(f"{who} lost the connection to another rank") from error
             found = found.__cause__ or found.__context__
         raise

@@ -106,9 +106,9 @@ def work(
     """For each stage `{flops, bytes, mfu, bound}` against the machine's rates.
 
     `bytes` are the weights that a call uses and its inputs, once per call. `mfu` is flops over what the machine's
-    matmul rate gives in the measured time. `bound` is the slowest of compute, memory and comm, for which `sent` has the bytes that
-    left this rank in each stage; launch where the stage took over four times as long as any. A network that has no
-    meta twin gives `{"reason": ...}` instead.
+    matmul rate gives in the measured time. `bound` is the slowest of compute, memory and comm, for which `sent` has the
+    bytes that left this rank in each stage; launch where the stage took over four times as long as any. A network that
+    has no meta twin gives `{"reason": ...}` instead.
     """
     found: dict[str, dict[str, Any]] = {}
     for call in log.calls.values():

@@ -51,6 +51,10 @@ class Memory:
     def __enter__(self) -> "Memory":
         if self._peak is not None:
             self._thread.start()
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,12 +5,14 @@ every network. Other kernels are those of diffusers' dispatcher, which not every
 none does, the choice is an error.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import sdpa_kernel
 
 from sglang_gen.backends.options.networks import denoisers
@@ -25,6 +27,44 @@ class Kernel:
 
     name: str
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@contextmanager
+def chosen(pipeline: Any, kernel: Kernel) -> Iterator[None]:
+    """Inside, the denoising networks run with this kernel and the other components with any of torch's.
+
+    An autoencoder attends with one head of hundreds of channels and a text encoder with a mask, which not every kernel
+    takes.
+    """
+    parts = [] if kernel.context is nullcontext else [*pipeline.components.values()]
+    others = [part for part in parts if isinstance(part, nn.Module) and part not in denoisers(pipeline).values()]
+    with ExitStack() as stack:
+        for part in others:
+            for name in ("forward", "encode", "decode"):
+                if hasattr(part, name):
+                    stack.enter_context(_freed(part, name))
+        stack.enter_context(kernel.context())
+        yield
+
+
+@contextmanager
+def _freed(part: nn.Module, name: str) -> Iterator[None]:
+    """Inside, this method runs with any kernel; an offloading hook may have set it on the very module."""
+    before = vars(part).get(name)
+    setattr(part, name, _with_any(getattr(part, name)))
+    try:
+        yield
+    finally:
+        delattr(part, name) if before is None else setattr(part, name, before)
+
+
+def _with_any(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def free(*args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(list(SDPA_KERNELS.values())):
+            return function(*args, **kwargs)
+
+    return free
 
 
 def legal(device: str, dtype: torch.dtype) -> list[str]:

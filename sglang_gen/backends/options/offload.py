@@ -62,6 +62,10 @@ def _stream(part: nn.Module, device: str, disk_path: str | None, layerwise: bool
     """diffusers' group offloading: one group an entire component, or one group a block with prefetch."""
     from diffusers.hooks import apply_group_offloading
 
+    halves = None  # of an autoencoder, which is called by them and not by its forward
+    if hasattr(part, "decode") and not getattr(part, "_group_offload_block_modules", None):
+        names = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+        halves = [name for name in names if isinstance(getattr(part, name, None), nn.Module)] or None
     apply_group_offloading(
         part,
         onload_device=torch.device(device),
@@ -70,4 +74,5 @@ def _stream(part: nn.Module, device: str, disk_path: str | None, layerwise: bool
         num_blocks_per_group=1 if layerwise else 10**6,
         use_stream=layerwise,
         offload_to_disk_path=disk_path,
+        block_modules=halves,
     )
