@@ -60,9 +60,9 @@ def _estimated(found: dict[str, Any]) -> list[tuple[str, str]]:
         return [("estimate", found["reason"])]
     memory, alive = found["memory"], found["memory"]["alive"]
     weights = ", ".join(f"{name} {_bytes(size)}" for name, size in memory["weights"].items())
-    beside = f"and beside them a step {_bytes(alive['step'])}, decoding {_bytes(alive['decoding'])}"
+    beside = ", ".join(f"{name} {_bytes(size)}" for name, size in alive.items())
     rows = [
-        ("memory per rank", f"{_bytes(memory['total'])}: {weights}; {beside}"),
+        ("memory per rank", f"{_bytes(memory['total'])}: {weights}; and beside them {beside}"),
         ("communication per step", _sent(found["step"])),
         ("communication of decoding", _sent(found["decoding"])),
         ("FLOPs per step", f"{found['step']['flops']:.3g} on each rank"),

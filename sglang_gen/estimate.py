@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sglang_gen import env, sizes
 from sglang_gen.backends import decoding as decoders
 from sglang_gen.backends import guiding
+from sglang_gen.backends.inputs import read_image
 from sglang_gen.choice import NATIVE
 from sglang_gen.engine.guidance import Encoded, Guidance, guided
 from sglang_gen.engine.shapes import rehearse
@@ -30,7 +31,7 @@ from sglang_gen.parallel.mesh import AXES, SEQUENCE, Mesh, coordinates
 from sglang_gen.parallel.split import Split
 from sglang_gen.perf.flops import stored_bytes
 from sglang_gen.perf.parameters import COUNT
-from sglang_gen.pipelines import autoencoder
+from sglang_gen.pipelines import autoencoder, picture
 from sglang_gen.pipelines.request import Request
 from sglang_gen.requirements import NEEDS
 from sglang_gen.schema import GuidanceBatching, Machine
@@ -132,6 +133,17 @@ def decoding(
     return alive.most, sent
 
 
+def encoding(glue: Any, card: ModelCard, request: Request, dtype: torch.dtype) -> int:
+    """The most bytes that are alive beside the weights while an input picture is encoded, whole on each rank."""
+    config = autoencoder.config(card.components["vae"].config)
+    with torch.device("meta"):
+        vae = Autoencoder(config).to(glue.encoding_dtype(config, dtype))
+        pixels = torch.empty(1, config.channels_in, request.height, request.width, dtype=autoencoder.dtype(vae))
+    with torch.no_grad(), Alive([*vae.parameters(), pixels]) as alive:
+        vae.encode(pixels)
+    return int(alive.most)
+
+
 def busiest(layout: Layout) -> int:
     """A rank that sends as much as any: of three and more sequence parallel ranks one with neighbours on both sides."""
     place = {"ring": 0, "ulysses": 0}
@@ -142,13 +154,16 @@ def busiest(layout: Layout) -> int:
 
 
 def request_of(plan: Plan, glue: Any) -> Request:
-    """What the run asks of its pipeline; an input picture is taken to have the size of the request."""
+    """What the run asks of its pipeline. Raises UserError for an input picture that cannot be read."""
     sampling, config = plan.run.sampling, plan.card.components[glue.NETWORK].config
     factor = sizes.latent_factor(plan.card) or 1
     default = glue.default_size(config, factor)
+    height, width = sampling.height or default[0], sampling.width or default[1]
+    if sampling.image_path and glue.SIZED_BY_PICTURE:
+        height, width = picture.size(read_image(sampling.image_path, "--image-path"), factor)
     return Request(
-        height=sampling.height or default[0],
-        width=sampling.width or default[1],
+        height=height,
+        width=width,
         factor=factor,
         steps=sampling.num_inference_steps,
         guidance=sampling.guidance_scale,
@@ -197,6 +212,8 @@ def estimate(plan: Plan) -> dict[str, Any]:
     decoded, sent = decoding(glue, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype)
     weights = weights_of(plan, NEEDS[name], found.weights)
     alive = {"step": found.alive, "decoding": decoded}
+    if plan.run.sampling.image_path:
+        alive["encoding"] = encoding(glue, plan.card, request, dtype)
     total = sum(weights.values()) + max(alive.values())
     return {
         "memory": {"weights": weights, "alive": alive, "total": total, "there": _there(plan)},

@@ -7,6 +7,7 @@ import rehearsed
 import torch
 import transformers
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from sglang_gen import env, hub, presets
@@ -139,6 +140,17 @@ def test_a_dry_run_warns_of_more_memory_than_there_is(sglang, monkeypatch):
         monkeypatch.setattr(env, "memory_bytes", lambda device, bytes_=bytes_: bytes_)
         assert ("and this machine has 1.00 GB for each" in sglang(*words).out) is warned
         assert "for each" not in sglang(*words, "machine=h200").out
+
+
+def test_the_size_and_the_encoding_of_an_input_picture_are_in_the_estimate(sglang):
+    Image.new("RGB", (256, 520)).save("photo.png")
+    words = ("generate", "model=sd15", "device=cpu", "--dtype", "float32", "dry_run=json")
+    plain = json.loads(sglang(*words).out)["estimate"]
+    found = json.loads(sglang(*words, "--image-path", "photo.png").out)["estimate"]
+    assert found["step"]["flops"] < 0.6 * plain["step"]["flops"]  # 512 x 512 has twice as many pixels
+    assert found["memory"]["alive"]["encoding"] > 3 * 256 * 520 * 4
+    assert "encoding" not in plain["memory"]["alive"]
+    assert sglang(*words, "--image-path", "missing.png").code == 2
 
 
 def test_diffusers_is_not_estimated(sglang):
