@@ -111,7 +111,7 @@ def test_of_several_failures_the_earliest_that_is_a_cause_is_said():
     ("number", "code", "layout"),
     [
         (signal.SIGKILL, -9, "parallel=tp2"),
-        (signal.SIGINT, 130, "parallel=ring2"),
+        pytest.param(signal.SIGINT, 130, "parallel=ring2", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 130, "parallel=dp2", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 143, "parallel=tp2", marks=pytest.mark.slow),
     ],

@@ -104,6 +104,7 @@ def test_a_full_caption_fits_the_clip_encoders(tokenizers):
     assert max(lengths) <= CLIP_LENGTH + 8  # 200 merges here, 800 in the model
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_as_if_it_had_not_been(monkeypatch):
     from tools.landscape import denoiser, text, train, train_autoencoder
 

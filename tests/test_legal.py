@@ -67,7 +67,9 @@ def options() -> dict[str, Composed]:
     return {name: composed("model=sdxl", f"parallel={name}") for name in LAYOUTS}
 
 
-@pytest.mark.parametrize("model", PRESETS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=pytest.mark.slow) if name in ("sd15", "sd21") else name for name in PRESETS]
+)
 def test_every_layout_of_a_preset_plans_and_runs_or_neither(options, model):
     card = card_of(model)
     pipeline = NATIVE[card.pipeline_class]
