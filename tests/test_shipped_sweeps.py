@@ -11,8 +11,8 @@ from PIL import Image
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 STAGES = ("load", "text_encoding", "latents", "denoising", "decoding", "saving")
 PICTURES = {"parallelism": 4}  # of each cell; one elsewhere
-# Least PSNR in dB between a cell's pictures and those of the first cell: exact up to the order of sums in bfloat16.
-EXACT = {"attention": 40.0, "compile": 40.0, "parallelism": 40.0}
+# Least PSNR in dB between a cell's pictures and those of the first cell: exact up to the order of sums, in bfloat16 but for the last.
+EXACT = {"attention": 40.0, "compile": 40.0, "parallelism": 60.0}
 
 
 def psnr(left: np.ndarray, right: np.ndarray) -> float:
@@ -110,7 +110,7 @@ def test_the_compile_sweep_keeps_the_picture(sweep):
 
 @pytest.mark.slow
 def test_the_parallelism_sweep_gives_the_same_pictures_on_every_layout_that_six_heads_allow(sweep):
-    rows = sweep("parallelism")
+    rows = sweep("parallelism", "--dtype", "float32")  # in bfloat16 what is exact to rounding is 35 to 45 dB away
     assert rows[0]["overrides"] == "parallel=single"
     assert len(rows) == 17
     refused = {row["overrides"] for row in rows if row["status"] != "completed"}
