@@ -52,8 +52,8 @@ def check_row(row: dict[str, str], count: int) -> None:
     for name in ("denoising_s", "step_s", "total_s", "images_per_second"):
         assert float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"])
     assert float(row["peak_host_mb"]) > 0
-    assert {"requested.dtype", "effective.dtype"} <= row.keys()
-    assert row["effective.dtype"] != "auto"
+    assert row["requested.device"] == "auto"
+    assert row["effective.device"] != "auto"
     assert len(pictures(row)) == count
 
 
@@ -110,7 +110,8 @@ def test_the_compile_sweep_keeps_the_picture(sweep):
 
 @pytest.mark.slow
 def test_the_parallelism_sweep_gives_the_same_pictures_on_every_layout_that_six_heads_allow(sweep):
-    rows = sweep("parallelism", "--dtype", "float32")  # in bfloat16 what is exact to rounding is 35 to 45 dB away
+    # In bfloat16 what is exact to rounding is 35 to 45 dB away.
+    rows = sweep("parallelism", "--dtype", "float32", "--num-inference-steps", "12")
     assert rows[0]["overrides"] == "parallel=single"
     assert len(rows) == 17
     refused = {row["overrides"] for row in rows if row["status"] != "completed"}
