@@ -276,9 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _dispatch(argv)
         from sglang_gen import torchrun
 
-        return torchrun.run(place, partial(_dispatch, argv))
-    except BrokenPipeError:
-        return 1
+        return torchrun.run(place, partial(_dispatch, argv), partial(_report, debug=debug))
     except (Exception, KeyboardInterrupt, Terminated) as error:  # noqa: BLE001 - the door
         return _report(error, debug)
     finally:
@@ -294,6 +292,9 @@ def _install_sigterm() -> Any:
 
 
 def _report(error: BaseException, debug: bool) -> int:
+    """Say how the command failed; its exit code."""
+    if isinstance(error, BrokenPipeError):  # the reader of our output has left
+        return 1
     if debug:
         traceback.print_exc()
     code, sentence = ending(error)

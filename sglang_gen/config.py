@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
+from hydra.core.default_element import ResultDefault
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -88,7 +90,7 @@ def _compose(choices: Choices) -> tuple[Composed, bool]:
     lines = [*(f"{group}={option}" for group, option in chosen.items()), *map(_line, words)]
     with _as_user_error():
         cfg = loader.load_configuration(choices.config_name, lines, run_mode=RunMode.RUN)
-        sources = _sources(loader, choices.config_name, lines)
+        sources = _sources(loader)
         run = _to_run(cfg, {**values, **choices.flags})
     sources |= {path: "override" for path in leaves() if any(covers(path, key) for key in typed)}
     for stated_values, source in ((values, "file"), (choices.flags, "flag")):
@@ -129,14 +131,28 @@ def _as_user_error() -> Iterator[None]:
         raise UserError(f"{error.filename or 'The configuration'} cannot be used: {error.strerror or error}") from error
 
 
-def _loader(config_dir: str | None) -> ConfigLoaderImpl:
+class _Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
+    """Hydra's, which keeps what it last composed: reading it all once more would double the time of a composition."""
+
+    defaults: Sequence[ResultDefault] = ()
+    read: IConfigRepository
+
+    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+        self.defaults, self.read = defaults, repo
+        composed: DictConfig = super()._compose_config_from_defaults_list(defaults, repo)
+        return composed
+
+
+def _loader(config_dir: str | None) -> _Loader:
     search_path = create_config_search_path(str(env.conf_dir()))
     if config_dir is not None:
         if not os.path.isdir(config_dir):  # False also for names that no file system takes
             raise UserError(f"--config-dir: '{config_dir}' is not a folder")
         search_path.prepend("command-line", f"file://{Path(config_dir).absolute()}")
-    ConfigStore.instance().store(name="schema", node=Run, provider="schema")
-    return ConfigLoaderImpl(config_search_path=search_path)
+    store = ConfigStore.instance()
+    if "schema.yaml" not in store.repo:
+        store.store(name="schema", node=Run, provider="schema")
+    return _Loader(config_search_path=search_path)
 
 
 def _options(loader: ConfigLoaderImpl, choices: Choices) -> Callable[[str], list[str]]:
@@ -147,7 +163,7 @@ def _options(loader: ConfigLoaderImpl, choices: Choices) -> Callable[[str], list
         with _as_user_error():
             return list(loader.get_group_options(group, config_name=choices.config_name, overrides=search))
 
-    return options_of if search or choices.config_name != "config" else loader.get_group_options
+    return options_of if search or choices.config_name != "config" else loader.repository.get_group_options
 
 
 def _parse(loader: ConfigLoaderImpl, lines: Iterable[str]) -> list[Word]:
@@ -180,14 +196,13 @@ def _line(word: Word) -> str:
     return f"++{word.text}" if not word.sign and dict_leaf(word.key) else word.text
 
 
-def _sources(loader: ConfigLoaderImpl, config_name: str, words: Sequence[str]) -> dict[str, str]:
+def _sources(loader: _Loader) -> dict[str, str]:
     """For every config path the kind of YAML file that set it last: default, preset, group or experiment."""
     found = dict.fromkeys(leaves(), "default")
-    plan = loader.compute_defaults_list(config_name, list(words), RunMode.RUN)
-    for item in plan.defaults:
+    for item in loader.defaults:
         if item.config_path is None or item.config_path.startswith("hydra/") or item.config_path == "schema":
             continue
-        loaded = loader.repository.load_config(item.config_path)
+        loaded = loader.read.load_config(item.config_path)
         if loaded is None or not isinstance(loaded.config, DictConfig):
             continue
         label = {"model": "preset", "experiment": "experiment"}.get(item.config_path.partition("/")[0], "group")

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sglang_gen import env, sizes
+from sglang_gen import env, legal, sizes
+from sglang_gen import layout as layouts
 from sglang_gen.backends import decoding as decoders
 from sglang_gen.backends import guiding
 from sglang_gen.backends.inputs import read_image
@@ -144,23 +145,27 @@ def encoding(glue: Any, card: ModelCard, request: Request, dtype: torch.dtype) -
     return int(alive.most)
 
 
-def busiest(layout: Layout) -> int:
-    """A rank that sends as much as any: of three and more sequence parallel ranks one with neighbours on both sides."""
-    place = {"ring": 0, "ulysses": 0}
-    if layout.ring * layout.ulysses > 2:
-        place["ring"], place["ulysses"] = divmod(1, layout.ulysses)
-    wanted = {axis: place.get(axis, 0) for axis in AXES}
-    return next(rank for rank in range(layout.ranks) if coordinates(layout, rank) == wanted)
+def busiest(layout: Layout) -> tuple[int, ...]:
+    """Ranks of which one does as much as any.
+
+    The first of those that share a picture, whose part is the largest where parts differ; of three and more also the
+    second, which has neighbours on both sides.
+    """
+    shares = range(2 if layout.ring * layout.ulysses > 2 else 1)
+    places = [
+        dict.fromkeys(AXES, 0) | dict(zip(("ring", "ulysses"), divmod(n, layout.ulysses), strict=True)) for n in shares
+    ]
+    return tuple(rank for rank in range(layout.ranks) if coordinates(layout, rank) in places)
 
 
 def request_of(plan: Plan, glue: Any) -> Request:
     """What the run asks of its pipeline. Raises UserError for an input picture that cannot be read."""
     sampling, config = plan.run.sampling, plan.card.components[glue.NETWORK].config
     factor = sizes.latent_factor(plan.card) or 1
-    default = glue.default_size(config, factor)
-    height, width = sampling.height or default[0], sampling.width or default[1]
     if sampling.image_path and glue.SIZED_BY_PICTURE:
         height, width = picture.size(read_image(sampling.image_path, "--image-path"), factor)
+    else:
+        height, width = sizes.chosen(sampling, glue.default_size, config, factor)
     return Request(
         height=height,
         width=width,
@@ -197,19 +202,28 @@ def _encoder_ranks(plan: Plan, name: str) -> int:
 
 
 def estimate(plan: Plan) -> dict[str, Any]:
-    """`{memory, conditioning, step, decoding, prediction}` of one rank; `{reason}` where the engine is not ours."""
+    """`{memory, conditioning, step, decoding, prediction}` of one rank; `{reason}` where the engine is not ours.
+
+    Raises UserError for an input picture that cannot be read, or has too few rows for the ranks.
+    """
     if plan.backend != "sglang":
         return {"reason": f"not estimated ({plan.backend})"}
     name = NATIVE[plan.run.model.pipeline_class_name or plan.card.pipeline_class]
     glue: Any = importlib.import_module(f"sglang_gen.pipelines.{name}")
     request, batch = request_of(plan, glue), max(plan.batches, key=len)
+    legal.check_size(plan.run, plan.card, plan.layout, layouts.stated(plan.sources), request.height, request.width)
     negative = any(sample.negative_prompt is not None for each in plan.batches for sample in each)
     together = plan.run.sampling.guidance_batching is not GuidanceBatching.sequential
     guidance = guiding.guidance(plan, glue, request, negative, together)
-    mesh, dtype = Mesh(plan.layout, busiest(plan.layout)), getattr(torch, plan.dtype)
-    split = Split(mesh, glue.TENSOR, glue.SHARDING)
-    found = rehearsal(glue, split, plan.card, request, len(batch), guidance, dtype)
-    decoded, sent = decoding(glue, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype)
+    meshes, dtype = [Mesh(plan.layout, rank) for rank in busiest(plan.layout)], getattr(torch, plan.dtype)
+    splits = [Split(mesh, glue.TENSOR, glue.SHARDING) for mesh in meshes]
+    all_found = [rehearsal(glue, split, plan.card, request, len(batch), guidance, dtype) for split in splits]
+    found = max(all_found, key=lambda each: sum(each.step.bytes.values()))
+    found.alive, found.flops = max(each.alive for each in all_found), max(each.flops for each in all_found)
+    decoded, sent = max(
+        (decoding(glue, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype) for mesh in meshes),
+        key=lambda each: sum(each[1].bytes.values()),
+    )
     weights = weights_of(plan, NEEDS[name], found.weights)
     alive = {"step": found.alive, "decoding": decoded}
     if plan.run.sampling.image_path:
@@ -228,7 +242,7 @@ def _there(plan: Plan) -> int | None:
     """Bytes that this machine has for each rank; None for another machine."""
     if plan.run.machine.name != "auto":
         return None
-    return env.memory_bytes(plan.device) // (1 if plan.device == "cuda" else plan.layout.ranks)
+    return env.memory_bytes(plan.device) // (1 if plan.device == "cuda" else plan.here)
 
 
 def _listed(traffic: Traffic) -> dict[str, dict[str, int]]:

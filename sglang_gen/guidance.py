@@ -2,6 +2,7 @@
 
 from sglang_gen.errors import UserError
 from sglang_gen.schema import Run
+from sglang_gen.types import ModelCard
 
 
 def check(run: Run) -> None:
@@ -16,6 +17,19 @@ def check(run: Run) -> None:
     steps = run.sampling.num_inference_steps
     if not guided_steps(interval, steps):
         raise UserError(f"sampling.guidance_interval {interval} holds none of {steps} steps")
+
+
+def warnings(run: Run, gave: bool, card: ModelCard) -> list[str]:
+    """What there is to say of a guidance scale that the user `gave` and the model does not take."""
+    network = card.components.get("transformer")
+    if (
+        gave
+        and network
+        and network.class_name == "FluxTransformer2DModel"
+        and not network.config.get("guidance_embeds")
+    ):
+        return ["--guidance-scale has no effect: this model takes no guidance as an input (guidance_embeds)"]
+    return []
 
 
 def guided_steps(interval: list[float] | None, steps: int, skipped: int = 0) -> range:

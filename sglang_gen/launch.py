@@ -21,7 +21,8 @@ from sglang_gen.errors import RunError, UserError
 from sglang_gen.types import Plan, Result
 from sglang_gen.worker import PATIENCE, Done, Failure, Job, LogLine
 
-_WORKER = "import sys; from sglang_gen.worker import main; sys.exit(main(int(sys.argv[1])))"
+# The working directory comes last: a queue.py of the user's is not the library's.
+_WORKER = "import sys; sys.path.sort(key=lambda path: not path); from sglang_gen.worker import main; sys.exit(main())"
 _HINTS: dict[int, str] = {
     signal.SIGKILL: "; it may have run out of memory",
     signal.SIGABRT: "; on GPUs so ends one that waits longer than parallel.timeout_minutes for another",
@@ -55,6 +56,19 @@ def open_ranks(count: int, device: str) -> "Iterator[Ranks]":
         ranks.stop()
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the end, and in processes that start inside until they let it come, which ranks do deaf to it.
+
+    A rank would otherwise answer it with a traceback while its interpreter starts.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Ranks:
     """Processes, one a rank, and the pipe to each. They may carry out several plans, one after the other."""
 
@@ -63,18 +77,27 @@ class Ranks:
         self.pipes: list[Connection] = []
         self.speakers: dict[tuple[int, str], int] = {}  # the rank that first said a line
         threads = max(env.cpu_count() // count, 1) if device == "cpu" else None
-        for _ in range(count):
-            ours, theirs = Pipe()
-            self.pipes.append(ours)
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", _WORKER, str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    env=env.of_rank(threads),
-                )
+        try:
+            with _interrupts_held():
+                for _ in range(count):
+                    self._start(env.of_rank(threads))
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, environment: dict[str, str]) -> None:
+        """One more process."""
+        ours, theirs = Pipe()
+        self.pipes.append(ours)
+        self.processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", _WORKER, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=environment,
             )
-            theirs.close()
+        )
+        theirs.close()
 
     def run(self, plan: Plan, started: float) -> Result:
         """Carry out `plan` on the first `plan.layout.ranks` processes. After a failure the processes are of no use."""

@@ -90,7 +90,7 @@ def obstacle(found: Limits, layout: Layout) -> tuple[str, str] | None:
             left = f", {count // tp} on each of {tp} tensor parallel ranks" if tp > 1 else ""
             why = f"ulysses_degree is {ulysses} and this network has layers of {count} heads{left}"
             return "ulysses_degree", why
-    if layout.ring * ulysses > found.units:
+    if layout.ring * ulysses > max(found.units, 1):  # one rank has the whole picture, however small
         sp = f"sp_degree is {layout.ring * ulysses} (ring_degree {layout.ring} x ulysses_degree {ulysses})"
         return "sp_degree", f"{sp} and this picture has {found.units} {found.unit}"
     return None
@@ -212,11 +212,10 @@ def _check_split(run: Run, card: ModelCard, layout: Layout, stated: Set[str]) ->
     pipeline = _pipeline(run, card)
     config = card.components[NEEDS[pipeline].network].config
     if run.sampling.image_path and NEEDS[pipeline].network == "unet":
-        height = width = None  # those of the picture, which is read later
+        check_size(run, card, layout, stated, None, None)  # that of the picture, which is read later
     else:
-        default = sizes.DEFAULT[pipeline](config, sizes.latent_factor(card) or 1)
-        height, width = run.sampling.height or default[0], run.sampling.width or default[1]
-    check_size(run, card, layout, stated, height, width)
+        height, width = sizes.chosen(run.sampling, sizes.DEFAULT[pipeline], config, sizes.latent_factor(card) or 1)
+        check_size(run, card, layout, stated, height, width)
 
 
 def _pipeline(run: Run, card: ModelCard) -> str:

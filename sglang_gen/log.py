@@ -4,7 +4,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -83,6 +83,11 @@ def setup(level: str, handler: logging.Handler | None = None) -> None:
     _LOGGER.setLevel(level.upper())
     _ONCE.seen.clear()
     adopt_libraries()
+
+
+def ask_first(may_say: Callable[[int, str], bool]) -> None:
+    """Until the next `setup`, leave out the lines, given as level and text, of which `may_say` is False."""
+    _LOGGER.handlers[0].addFilter(lambda record: may_say(record.levelno, record.getMessage()))
 
 
 def capture_warnings() -> None:

@@ -58,7 +58,8 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     sizes.check(run, card)
     device = choose_device(run.device)
     legal.check(run, card, backend, degrees, stated, batches)
-    legal.check_machine(degrees.ranks if composed.place is None else composed.place.here, device)
+    here = degrees.ranks if composed.place is None else composed.place.here
+    legal.check_machine(here, device)
     if run.compile.cuda_graphs and device not in CAPTURING:
         raise UserError("compile.cuda_graphs needs a GPU, and this run computes on the CPU; leave it out")
     if run.compile.cuda_graphs and degrees.ring * degrees.ulysses * degrees.tp > 1:
@@ -79,8 +80,13 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         batches=batches,
         requested=requested(run),
         effective=_effective(run, backend, degrees, device, dtype) | {"quantization": quantization.expected(run, card)},
-        warnings=tuple(_warnings(run, sources, composed.versions) + remote_code.warnings(run.model, card)),
+        warnings=(
+            *_warnings(run, sources, composed.versions),
+            *remote_code.warnings(run.model, card),
+            *guidance.warnings(run, user_gave(run, sources, "sampling.guidance_scale"), card),
+        ),
         notices=(f"Backend: diffusers ({reason})",) if reason else (),
+        here=here,
     )
     return stored.settle(plan)
 

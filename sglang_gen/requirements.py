@@ -64,6 +64,8 @@ def unsupported(needs: Needs, card: ModelCard) -> str | None:
         found = card.components[name].class_name
         if classes and found not in classes:
             return f"the {name} is a {found}, not a {' or '.join(classes)}"
+    if card.components["text_encoder"].config.get("use_attention_mask"):
+        return "its text encoder hides the padding of prompts (use_attention_mask)"
     if "safety_checker" in card.components:
         return "it runs no safety checker, and this model has one"
     for name, settings in ((needs.network, needs.settings), ("vae", AUTOENCODER)):

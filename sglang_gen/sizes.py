@@ -4,25 +4,33 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sglang_gen.errors import UserError
-from sglang_gen.schema import Run
+from sglang_gen.schema import Run, Sampling
 from sglang_gen.types import DENOISERS, ModelCard
 
+Default = Callable[[Mapping[str, Any], int], tuple[int, int]]
 FLUX_SIDE = 128  # latents a side, of which its configuration says nothing
 OLD_SIDE = 64  # latents a side where a configuration of diffusers before 0.9 claims fewer
 
 
 def configured(config: Mapping[str, Any], factor: int) -> tuple[int, int]:
-    """Height and width in pixels that the network's configuration says; `factor` pixels are one latent."""
-    side = int(config["sample_size"]) * factor
-    return side, side
+    """Height and width in pixels that the network's configuration says; `factor` pixels are one latent.
+
+    Raises UserError where it says none.
+    """
+    side = config.get("sample_size")
+    if not isinstance(side, int):
+        raise UserError("The model's configuration does not say which size it makes; give --height and --width")
+    return side * factor, side * factor
 
 
 def configured_long_ago(config: Mapping[str, Any], factor: int) -> tuple[int, int]:
     """The same of Stable Diffusion 1 and 2, whose configurations may be old."""
-    size = config["sample_size"]
-    height, width = size if isinstance(size, Sequence) else (size, size)
+    size = config.get("sample_size")
+    if isinstance(size, Sequence):
+        return int(size[0]) * factor, int(size[1]) * factor
+    height, width = configured(config, 1)
     version = config.get("_diffusers_version", "0.9").split(".")
-    if (int(version[0]), int(version[1])) < (0, 9) and isinstance(size, int) and size < OLD_SIDE:
+    if (int(version[0]), int(version[1])) < (0, 9) and height < OLD_SIDE:
         height = width = OLD_SIDE
     return height * factor, width * factor
 
@@ -31,8 +39,16 @@ def of_flux(config: Mapping[str, Any], factor: int) -> tuple[int, int]:
     return FLUX_SIDE * factor, FLUX_SIDE * factor
 
 
+def chosen(sampling: Sampling, default: Default, config: Mapping[str, Any], factor: int) -> tuple[int, int]:
+    """Height and width in pixels: those that are asked for, the other ones by default. Raises UserError without one."""
+    if sampling.height and sampling.width:
+        return sampling.height, sampling.width
+    height, width = default(config, factor)
+    return sampling.height or height, sampling.width or width
+
+
 # Of the native engine's pipelines, by their modules.
-DEFAULT: Mapping[str, Callable[[Mapping[str, Any], int], tuple[int, int]]] = {
+DEFAULT: Mapping[str, Default] = {
     "sd3": configured, "flux": of_flux, "sdxl": configured, "sd": configured_long_ago,
 }  # fmt: skip
 

@@ -62,5 +62,5 @@ def _files(run: Run, card: ModelCard) -> tuple[Path, ...]:
         return weight_files.locate(run.quant.transformer_weights_path).paths
     for name in denoisers(card):
         folder = card.components[name].folder
-        return tuple(sorted(folder.glob("*.safetensors"))) if folder else ()
+        return tuple(weight_files.in_folder(folder)) if folder else ()
     return ()

@@ -4,6 +4,7 @@ Rank 0 carries out the command, alone until it has a plan, which it posts. The o
 first failure ends the run for everybody; it is said once on each machine, by the rank that failed and nobody else.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from sglang_gen.parallel import mesh
 from sglang_gen.parallel.meeting import POLL, End, Meeting
 from sglang_gen.schema import DEGREES
 from sglang_gen.types import Plan, Result
-from sglang_gen.worker import PATIENCE
+from sglang_gen.worker import PATIENCE, level
 
 if TYPE_CHECKING:
     from sglang_gen.config import Composed
@@ -51,10 +52,10 @@ def _count(number: int, word: str, plural: str) -> str:
     return f"{number} {word}{plural if number != 1 else ''}"
 
 
-def run(place: env.Torchrun, command: Callable[[], int]) -> int:
+def run(place: env.Torchrun, command: Callable[[], int], say: Callable[[BaseException], int]) -> int:
     """Take part in `command` as the rank that this process is; the exit code, which is the same on every rank.
 
-    Raises the failure that ended the run where this process is to say it.
+    `say` is told the failure that ended the run where this process is to say it, and gives its exit code.
     """
     if place.rank > 0:
         log.setup("error")
@@ -66,12 +67,12 @@ def run(place: env.Torchrun, command: Callable[[], int]) -> int:
     try:
         end = _follow(meeting) if place.rank > 0 else meeting.end(End(command()))
         _ignore_sigterm()
-        return _heard(end, place)
+        return _heard(end, place, say)
     except (Exception, KeyboardInterrupt, Terminated) as error:  # noqa: BLE001 - the rank boundary
         _ignore_sigterm()
-        return _fail(meeting, error)
+        return _fail(meeting, error, say)
     finally:
-        mesh.leave()  # only after a failure is said, since it makes the others fail
+        mesh.leave()  # only after a failure is said, since it makes the others fail and may take longer than is left
         if place.keeps_store:
             with suppress(LostError):
                 meeting.gather("end heard", PATIENCE if place.rank == 0 else 0)
@@ -101,6 +102,7 @@ def _follow(meeting: Meeting) -> End:
 
 def _carry_out(plan: Plan, meeting: Meeting, started: float) -> Result | None:
     place, minutes = meeting.place, plan.run.parallel.timeout_minutes
+    _speak(plan, meeting)
     if plan.device == "cuda":
         mesh.use_gpu(place.local)
     meeting.gather("model found")  # it may have to be downloaded first
@@ -112,12 +114,21 @@ def _carry_out(plan: Plan, meeting: Meeting, started: float) -> Result | None:
         return rank.run(plan, joined, started)
 
 
+def _speak(plan: Plan, meeting: Meeting) -> None:
+    """From here on several ranks may warn, each of pictures of its own; what several say is said once."""
+    rank = meeting.place.rank
+    if rank > 0:
+        log.setup(level(plan, rank))
+    if plan.layout.dp > 1 and level(plan, rank) != "error":
+        log.ask_first(lambda number, text: number != logging.WARNING or meeting.is_first(text))
+
+
 def _who(place: env.Torchrun) -> str:
     return f"Rank {place.rank} on {socket.gethostname()}"
 
 
-def _fail(meeting: Meeting, error: BaseException) -> int:
-    """End the run with this rank's failure. Raises it, unless another rank's counts; then the exit code of that."""
+def _fail(meeting: Meeting, error: BaseException, say: Callable[[BaseException], int]) -> int:
+    """End the run with this rank's failure, and say it unless another rank's counts; the exit code."""
     place, (code, sentence) = meeting.place, ending(error)
     if place.rank > 0 and isinstance(error, Exception) and not sentence.startswith("Rank "):
         sentence = f"{_who(place)}: {sentence}"
@@ -131,16 +142,16 @@ def _fail(meeting: Meeting, error: BaseException) -> int:
     except LostError:  # torchrun has gone
         end = mine if place.rank == 0 else End(code)
     if end != mine:
-        return _heard(end, place)
+        return _heard(end, place, say)
     if place.rank == 0 or not isinstance(error, Exception):
-        raise error
-    raise (UserError if code == 2 else RunError)(sentence) from error
+        return say(error)
+    return say((UserError if code == 2 else RunError)(sentence))
 
 
-def _heard(end: End, place: env.Torchrun) -> int:
-    """The exit code of an end that another rank has said. Raises its sentence once on each other machine."""
+def _heard(end: End, place: env.Torchrun, say: Callable[[BaseException], int]) -> int:
+    """The exit code of an end that another rank has said. Its sentence is said once on each other machine too."""
     if end.sentence and end.node != place.node and place.local == 0:
-        raise (UserError if end.code == 2 else RunError)(end.sentence)
+        return say((UserError if end.code == 2 else RunError)(end.sentence))
     return end.code
 
 

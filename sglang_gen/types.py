@@ -86,6 +86,7 @@ class Plan:
     effective: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
+    here: int = 1  # ranks on this machine
 
     def user_gave(self, path: str) -> bool:
         """True where a flag, an override or a configuration file says something else than the schema."""

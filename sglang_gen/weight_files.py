@@ -103,6 +103,17 @@ def few(names: Iterable[str], most: int = 3) -> str:
     return ", ".join([*listed[:most], *(["..."] if len(listed) > most else [])])
 
 
+def in_folder(folder: Path) -> list[Path]:
+    """The safetensors files of a component: those of its index, else its only one, of variants the plainest."""
+
+    def plainest(pattern: str) -> list[Path]:
+        return sorted(folder.glob(pattern), key=lambda path: (path.name.count("."), path.name))[:1]
+
+    for index in plainest("*.safetensors.index.json"):
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return plainest("*.safetensors")
+
+
 @dataclass(frozen=True)
 class Headers:
     """What the headers of safetensors files say, together."""

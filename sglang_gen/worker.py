@@ -8,6 +8,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -60,7 +61,7 @@ class Failure:
     follows: bool = False
 
 
-def main(descriptor: int) -> int:
+def main() -> int:
     """Serve jobs until the launcher closes the pipe; 1 after a failed job, since its process group is broken."""
     leaving = False
 
@@ -71,11 +72,12 @@ def main(descriptor: int) -> int:
             raise Terminated
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the launcher held it back
     signal.signal(signal.SIGTERM, terminate)
     env.collect_rarely()
     env.quiet_libraries()
     log.capture_warnings()
-    pipe = Connection(descriptor)
+    pipe = Connection(int(sys.argv[1]))
     jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(pipe, jobs), name="launcher", daemon=True).start()
     lock = threading.Lock()
@@ -116,21 +118,20 @@ class _Forward(logging.Handler):
         self.send(LogLine(record.levelno, record.getMessage()))
 
 
-def _level(job: Job) -> str:
+def level(plan: Plan, rank: int) -> str:
     """From which level a rank speaks: the first one as the run says; the first of a data parallel group warns.
 
     What it warns of may be a picture of its own.
     """
-    level = job.plan.run.log_level.name
-    if job.rank == 0 or level == "error":
-        return level
-    layout = job.plan.layout
-    return "error" if job.rank % (layout.ranks // layout.dp) else "warning"
+    asked = plan.run.log_level.name
+    if rank == 0 or asked == "error":
+        return asked
+    return "error" if rank % (plan.layout.ranks // plan.layout.dp) else "warning"
 
 
 def _serve(job: Job, send: Callable[[Any], None]) -> bool:
     """Carry out one job; False where it failed."""
-    log.setup(_level(job), _Forward(send))
+    log.setup(level(job.plan, job.rank), _Forward(send))
     from sglang_gen.parallel import mesh
 
     try:

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sglang_gen.weights.load import load, weight_files
+from sglang_gen.weight_files import in_folder
+from sglang_gen.weights.load import load
 
 
 def exact_norms(network: nn.Module) -> nn.Module:
@@ -23,7 +24,7 @@ def pair(reference: nn.Module, glue, folder: Path, dtype: torch.dtype) -> tuple[
     """(diffusers' network, ours) with the weights of `reference`, which are saved to `folder` on the way."""
     reference.save_pretrained(folder)
     config = dict(reference.config)
-    ours = load(lambda: glue.build(config), weight_files(folder), glue.sources, dtype, "cpu")
+    ours = load(lambda: glue.build(config), in_folder(folder), glue.sources, dtype, "cpu")
     theirs = type(reference).from_pretrained(folder, dtype=dtype)
     return exact_norms(theirs) if dtype is torch.float64 else theirs, ours
 
@@ -32,3 +33,21 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """max |a - b| / max |b|."""
     assert ours.shape == theirs.shape
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def compare(reference: nn.Module, glue, inputs, ours, theirs, steps: int) -> None:
+    """In float64 both compute the same to 1e-10.
+
+    In float32 to 1e-5, or to three times what diffusers' own rounding is where that is more: processors round in
+    different orders, and some of these networks make a thousand times as much of it.
+    """
+    exact = []
+    for dtype in (torch.float64, torch.float32):
+        their, our = pair(reference, glue, Path("network"), dtype)
+        given = inputs(dtype)
+        for step in range(steps):
+            output, expected = ours(our, *given, step=step), theirs(their, *given, step=step)
+            if dtype is torch.float64:
+                exact.append(expected)
+            rounding = 3 * error(expected.double(), exact[step])
+            assert error(output, expected) <= (1e-10 if dtype is torch.float64 else max(1e-5, rounding))

@@ -18,7 +18,8 @@ from sglang_gen.parallel.spatial import RowConv, RowDecoder, RowNorm
 from sglang_gen.parallel.split import Placed, Split
 from sglang_gen.parallel.tensor import Summed
 from sglang_gen.pipelines import autoencoder, flux, sd3, unet
-from sglang_gen.weights.load import load, weight_files
+from sglang_gen.weight_files import in_folder
+from sglang_gen.weights.load import load
 
 GLUE = {"sd3": sd3, "flux": flux, "unet": unet}
 
@@ -27,7 +28,7 @@ def placed(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype
     """The network on this rank, and the tensors that it holds by name."""
     glue = GLUE[name]
     split = Split(mesh, glue.TENSOR, glue.SHARDING)
-    network = load(partial(glue.build, config), weight_files(folder), glue.sources, dtype, "cpu", split.shrink)
+    network = load(partial(glue.build, config), in_folder(folder), glue.sources, dtype, "cpu", split.shrink)
     whole = split.place(network)
     whole.set_kernel(scaled_dot_product_attention, kernels.summing("sdpa", "cpu", dtype) if summing else None)
     return whole
@@ -107,7 +108,7 @@ def evaluate(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dty
 def decode(mesh: Mesh, folder: Path, config: dict, latents: torch.Tensor):
     """(pictures, what was sent for them, what a rehearsal says is sent) of an autoencoder whose decoder is split."""
     axis, dtype = mesh.axis(SEQUENCE), latents.dtype
-    vae = load(partial(autoencoder.build, config), weight_files(folder), autoencoder.sources, dtype, "cpu")
+    vae = load(partial(autoencoder.build, config), in_folder(folder), autoencoder.sources, dtype, "cpu")
     vae = decoding.split(vae, axis)
     assert isinstance(vae.decoder, RowDecoder)
     with counted() as traffic:

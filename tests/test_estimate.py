@@ -1,9 +1,11 @@
 """What a dry run expects of each rank: weights, activations, products, and a prediction for a named machine."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import rehearsed
+import test_native_unet
 import torch
 import transformers
 from diffusers import AutoencoderKL
@@ -12,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sglang_gen import env, hub, presets
 from sglang_gen.backends import decoding as decoders
-from sglang_gen.estimate import Alive, decoding, predicted
+from sglang_gen.config import Choices, compose
+from sglang_gen.estimate import Alive, busiest, decoding, estimate, predicted
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.perf import parameters
 from sglang_gen.pipelines import autoencoder, sdxl
 from sglang_gen.pipelines.request import Request
+from sglang_gen.plan import make_plan
 from sglang_gen.schema import Machine
 from sglang_gen.types import Layout
 
@@ -151,6 +155,43 @@ def test_the_size_and_the_encoding_of_an_input_picture_are_in_the_estimate(sglan
     assert found["memory"]["alive"]["encoding"] > 3 * 256 * 520 * 4
     assert "encoding" not in plain["memory"]["alive"]
     assert sglang(*words, "--image-path", "missing.png").code == 2
+
+
+def test_a_picture_of_fewer_rows_than_ranks_is_refused_by_the_dry_run_too(sglang):
+    Image.new("RGB", (64, 64)).save("small.png")
+    words = ("generate", "model=sdxl", "device=cpu", "--image-path", "small.png", "dry_run=true")
+    done = sglang(*words, "parallel=sp4")
+    assert (done.code, "this picture has 2 bands of 32 rows of pixels" in done.err) == (2, True), done.err
+    assert sglang(*words, "parallel=sp2").code == 0
+
+
+UNEVEN = [(Layout(ring=4), 9), (Layout(ring=4), 10), (Layout(ring=2, ulysses=2), 11), (Layout(2, 2, 1, 4, 1), 5)]
+
+
+@pytest.mark.parametrize(("layout", "bands"), UNEVEN)
+def test_no_rank_has_more_to_do_than_those_that_are_estimated(layout, bands):
+    config = test_native_unet.SDXL | {"attention_head_dim": 4}
+    height = bands * rehearsed.FACTOR * 2 ** (len(config["block_out_channels"]) - 1)
+    card = rehearsed.card_of(
+        "sdxl", config, {"text_encoder": {"max_position_embeddings": 9}, "text_encoder_2": {"projection_dim": 20}}
+    )
+    found = {
+        rank: rehearsed.rank("sdxl", card, layout, rank, height, 48, 3.0, rows=2, text_length=9)
+        for rank in range(layout.ranks)
+    }
+    assert len({each.alive for each in found.values()}) > 1
+    seen = [found[rank] for rank in busiest(layout)]
+    for most in (lambda each: each.alive, lambda each: sum(each.step.bytes.values()), lambda each: each.flops):
+        assert max(map(most, seen)) == max(map(most, found.values()))
+
+
+def test_memory_is_shared_by_the_ranks_of_one_machine(sglang, monkeypatch):
+    monkeypatch.setattr(env, "memory_bytes", lambda device: 8 * 10**9)
+    choices = Choices(("model=sd15", "parallel=tp2", "device=cpu"))
+    composed, card = compose(choices), hub.read_card(env.preset_configs("sd15"), "sd15", weights=False)
+    for place, each in ((None, 4), (env.Torchrun(0, 2, 0, 1, 0), 8)):
+        found = estimate(make_plan(replace(composed, place=place), card))
+        assert found["memory"]["there"] == each * 10**9
 
 
 def test_diffusers_is_not_estimated(sglang):

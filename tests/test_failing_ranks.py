@@ -53,6 +53,7 @@ def test_a_rank_that_is_killed_ends_the_run_within_seconds(run, pool, name, layo
     assert not [path for path in Path("outputs").iterdir() if path.name.startswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_too_long_for_another_gives_the_run_up(run, pool):
     assert run("sd15", "parallel=tp2", "--output-path", "warm").code == 0
     with meanwhile(lambda: os.kill(pool.ranks.processes[1].pid, signal.SIGSTOP)):
@@ -82,6 +83,20 @@ def test_a_rank_that_runs_out_of_memory_is_the_one_that_is_heard(run, pool):
 def test_the_timeout_of_a_run_on_one_rank_changes_nothing_and_says_so(sglang):
     done = sglang("generate", "--prompt", "a", "parallel.timeout_minutes=5", "dry_run=true")
     assert "WARNING: parallel.timeout_minutes has no effect without several ranks" in done.lines
+
+
+def test_ranks_start_deaf_to_ctrl_c_and_blind_to_files_of_the_working_directory(capfd):
+    """A terminal sends Ctrl-C to all its processes; the launcher answers. A user's queue.py is not the library's."""
+    Path("queue.py").write_text("raise SystemExit(7)")
+    ranks = launch.Ranks(1, "cpu")
+    (process,) = ranks.processes
+    for _ in range(20):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    ranks.pipes[0].close()
+    assert process.wait(60) == 143
+    ranks.stop()
+    assert capfd.readouterr().err == ""
 
 
 def failure(rank: int, when: float, follows: bool = False) -> worker.Failure:

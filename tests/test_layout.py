@@ -108,3 +108,27 @@ def test_the_error_prints_the_equation(stated, sentence):
     with pytest.raises(UserError) as error:
         infer(**stated)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stated", "proposed"),
+    [
+        ({"num_gpus": 8, "sp_degree": 2, "tp_size": 2},
+         "parallel.num_gpus=4 or parallel.dp_size=2 or parallel.tp_size=4"),
+        ({"num_gpus": 3, "tp_size": 2}, "parallel.tp_size=3 or parallel.num_gpus=2"),
+        ({"num_gpus": 1, "enable_cfg_parallel": True}, "parallel.num_gpus=2"),
+        ({"num_gpus": 4, "dp_size": 2, "dp_degree": 3}, "parallel.dp_degree=2"),
+    ],
+)  # fmt: skip
+def test_the_error_says_which_number_to_change(stated, proposed):
+    with pytest.raises(UserError) as error:
+        infer(**stated)
+    assert str(error.value).endswith(f"; take {proposed}")
+    for change in proposed.split(" or "):
+        name, _, value = change.removeprefix("parallel.").partition("=")
+        infer(**{**stated, name: int(value)})
+
+
+def test_where_no_single_number_mends_the_equation_the_error_says_so():
+    with pytest.raises(UserError, match="num_gpus is 2; more than one of them has to change"):
+        infer(num_gpus=2, sp_degree=2, ring_degree=2, ulysses_degree=2, dp_size=3)

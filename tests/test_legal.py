@@ -68,7 +68,8 @@ def options() -> dict[str, Composed]:
 
 
 @pytest.mark.parametrize(
-    "model", [pytest.param(name, marks=pytest.mark.slow) if name in ("sd15", "sd21") else name for name in PRESETS]
+    "model",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("sd15", "sd21", "flux_dev") else name for name in PRESETS],
 )
 def test_every_layout_of_a_preset_plans_and_runs_or_neither(options, model):
     card = card_of(model)
@@ -216,6 +217,21 @@ def test_the_size_of_an_input_picture_is_checked_where_it_is_read():
     legal.check_size(found.run, found.card, found.layout, stated, 128, 128)
     with pytest.raises(UserError, match=re.escape("this picture has 3 bands")):
         legal.check_size(found.run, found.card, found.layout, stated, 96, 128)
+
+
+def test_a_picture_of_less_than_a_band_is_made_whole_on_every_rank_and_shared_by_none():
+    small = {"sampling.height": 32, "sampling.width": 32}
+    assert planned("sd15", "parallel=tp2", *(f"{name}={value}" for name, value in small.items())).layout.tp == 2
+    with pytest.raises(UserError, match=re.escape("this picture has 0 bands of 64 rows of pixels: take sp_degree 1")):
+        planned("sd15", "parallel=sp2", *(f"{name}={value}" for name, value in small.items()))
+
+
+def test_more_ranks_than_gpus_are_told_of_the_cpu(monkeypatch):
+    monkeypatch.setattr(env, "gpu_count", lambda: 2)
+    legal.check_machine(2, "cuda")
+    legal.check_machine(3, "cpu")
+    with pytest.raises(UserError, match="3 ranks need 3 GPUs and torch sees 2; device=cpu runs them as processes"):
+        legal.check_machine(3, "cuda")
 
 
 def test_the_twin_refuses_what_would_be_computed_wrongly():

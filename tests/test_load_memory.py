@@ -106,6 +106,7 @@ def measured(pipelines, tmp_path) -> dict[str, dict]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow  # a FLUX of 200 MB
 def test_loading_needs_no_more_anonymous_memory_than_the_weights_in_the_target_dtype(measured):
     assert set(measured) == {f"{stored}, tp {tp}" for stored in ("float32", "bfloat16") for tp in (1, 2)}
     for stored, found in measured.items():

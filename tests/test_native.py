@@ -81,6 +81,12 @@ def test_a_scale_that_is_no_number_is_refused(run):
         ("sdxl", "unet/config.json", {"addition_embed_type": None}, "its unet knows no addition_embed_type=None"),
         ("sd15", "unet/config.json", {"time_cond_proj_dim": 256}, "its unet knows no time_cond_proj_dim=256"),
         ("sd15", "unet/config.json", {"mid_block_type": None}, "its unet knows no mid_block_type=None"),
+        (
+            "sd15",
+            "text_encoder/config.json",
+            {"use_attention_mask": True},
+            "its text encoder hides the padding of prompts (use_attention_mask)",
+        ),
         ("sd15", "unet/config.json", {"invented_in": 2030}, "its unet knows no invented_in=2030"),
         ("sd3", "transformer/config.json", {"qk_norm": "layer_norm"}, "its transformer knows no qk_norm=layer_norm"),
         ("flux", "transformer/config.json", {"patch_size": 2}, "its transformer knows no patch_size=2"),
@@ -174,7 +180,7 @@ def test_what_is_the_same_for_all_steps_is_computed_once(run, monkeypatch, name,
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd15", "sdxl"])
+@pytest.mark.parametrize("name", ["sd3", "sd15", "sdxl", "flux"])
 def test_a_second_generation_in_the_process_is_bit_identical(run, name):
     done = run(name, "perf.repeat=3", "--num-samples", "2")
     assert done.code == 0, done.err

@@ -19,7 +19,8 @@ from sglang_gen.errors import UserError
 from sglang_gen.models.vae import posterior
 from sglang_gen.pipelines import autoencoder, sdxl
 from sglang_gen.types import Component
-from sglang_gen.weights.load import load, weight_files
+from sglang_gen.weight_files import in_folder
+from sglang_gen.weights.load import load
 
 
 def widths(*channels: int) -> dict:
@@ -125,7 +126,7 @@ def old_layout(weights: dict[str, torch.Tensor], pixels: bool) -> dict[str, torc
 @pytest.mark.parametrize("pixels", [False, True])
 def test_attention_under_the_names_of_old_checkpoints_is_the_same(pixels):
     their, _ = pair(reference(**PLAIN), autoencoder, Path("vae"), torch.float64)
-    (file,) = weight_files(Path("vae"))
+    (file,) = in_folder(Path("vae"))
     weights = old_layout(load_file(file), pixels)
     assert sum("proj_attn" in name for name in weights) == 4
     save_file(weights, file)
@@ -197,7 +198,7 @@ def test_rows_of_a_batch_do_not_see_each_other():
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_the_name_of_the_tensor(change, sentence):
     reference(**PLAIN).save_pretrained("vae")
-    (file,) = weight_files(Path("vae"))
+    (file,) = in_folder(Path("vae"))
     weights = load_file(file)
     change(weights)
     save_file(weights, file)
@@ -271,7 +272,7 @@ def test_an_autoencoder_in_float16_decodes_in_float32_where_its_config_says_so(p
     """Numbers as diffusers' class gives them in the dtype that its pipeline would choose."""
     folder = edited(pipelines["sdxl"], "model", "vae/config.json", force_upcast=force) / "vae"
     config = json.loads((folder / "config.json").read_text())
-    our = load(partial(autoencoder.build, config), weight_files(folder), autoencoder.sources, torch.float16, "cpu")
+    our = load(partial(autoencoder.build, config), in_folder(folder), autoencoder.sources, torch.float16, "cpu")
     seen, given = [], latents(config, torch.float16, 1, 4, 6)
     forward = type(our.decoder).forward
     monkeypatch.setattr(type(our.decoder), "forward", lambda self, x: (seen.append(x.dtype), forward(self, x))[1])

@@ -170,7 +170,7 @@ def test_compilation_without_a_compiler_is_refused(run, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "sdxl", "sd15"])
-@pytest.mark.parametrize("regional", ["true", "false"])
+@pytest.mark.parametrize("regional", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_the_graphs_of_a_network_are_as_many_as_expected(run, traced, name, regional):
     assert run(name, folder="eager").code == 0
     done = run(name, "--enable-torch-compile", f"compile.regional={regional}", folder="compiled")
@@ -180,6 +180,7 @@ def test_the_graphs_of_a_network_are_as_many_as_expected(run, traced, name, regi
     assert len(traced) == 1 if regional == "false" else len(traced) > 1
 
 
+@pytest.mark.slow
 def test_batches_of_two_sizes_are_compiled_each(run, traced):
     done = run("sd3", "compile=regional", "--num-samples", "3", "sampling.batch_size=2", "compile.warmup=false")
     assert done.code == 0, done.err
@@ -214,6 +215,7 @@ def test_compiled_blocks_give_the_same_picture_and_a_second_process_finds_them_o
     assert counters["inductor"]["fxgraph_cache_miss"] == 0
 
 
+@pytest.mark.slow
 def test_steps_with_and_without_guidance_are_compiled_each(run, traced):
     words = ("--guidance-scale", "3", "compile.warmup=false")
     assert run("sd3", *words, folder="eager").code == 0

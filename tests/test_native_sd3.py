@@ -1,18 +1,20 @@
 """The native SD3 network against diffusers' class, and what breaks the parity when it is planted."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from diffusers import SD3Transformer2DModel
-from parity import error, pair
+from parity import compare, error, pair
 from safetensors.torch import load_file, save_file
 
 from sglang_gen.errors import UserError
 from sglang_gen.pipelines import sd3
-from sglang_gen.weights.load import load, weight_files
+from sglang_gen.weight_files import in_folder
+from sglang_gen.weights.load import load
 
 TIMESTEPS = torch.tensor([987.6, 500.0, 7.5])
 PLAIN = {
@@ -58,13 +60,9 @@ def ours(network, latents, text, pooled, step: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_the_network_computes_what_diffusers_computes(variant, dtype, tolerance):
+def test_the_network_computes_what_diffusers_computes(variant):
     config = VARIANTS[variant]
-    their, our = pair(reference(**config), sd3, Path("network"), dtype)
-    given = inputs(config, dtype)
-    for step in range(len(TIMESTEPS)):
-        assert error(ours(our, *given, step), theirs(their, *given, step)) <= tolerance
+    compare(reference(**config), sd3, partial(inputs, config), ours, theirs, len(TIMESTEPS))
 
 
 MUTATIONS = {
@@ -120,7 +118,7 @@ def test_rows_of_a_batch_do_not_see_each_other():
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_the_name_of_the_tensor(change, sentence):
     reference(**PLAIN).save_pretrained("network")
-    (file,) = weight_files(Path("network"))
+    (file,) = in_folder(Path("network"))
     weights = load_file(file)
     change(weights)
     save_file(weights, file)
@@ -132,9 +130,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_the_name_of_the_tensor(cha
 def test_a_sharded_checkpoint_is_the_same():
     reference(**PLAIN).save_pretrained("whole")
     reference(**PLAIN).save_pretrained("shards", max_shard_size="50KB")
-    assert len(weight_files(Path("shards"))) > 2
+    assert len(in_folder(Path("shards"))) > 2
     networks = [
-        load(lambda: sd3.build(PLAIN), weight_files(Path(name)), sd3.sources, torch.float32, "cpu")
+        load(lambda: sd3.build(PLAIN), in_folder(Path(name)), sd3.sources, torch.float32, "cpu")
         for name in ("whole", "shards")
     ]
     for (name, whole), shard in zip(networks[0].state_dict().items(), networks[1].state_dict().values(), strict=True):

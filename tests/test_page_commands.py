@@ -170,7 +170,27 @@ def check_promises(words: list[str], made: set[Path]) -> None:
         assert [note["error"] for note in notes] == [None] * len(notes)
 
 
-@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.stem)
+# Pages whose commands take long together; the others are those that a newcomer meets first.
+LONG = (
+    "sweeps",
+    "backend",
+    "quant",
+    "cache",
+    "parity",
+    "parallel",
+    "model",
+    "quality",
+    "tracking",
+    "attention",
+    "lora",
+)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow) if page.stem in LONG else page for page in pages.PAGES],
+    ids=lambda page: page.stem,
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb.*")
 def test_the_commands_of_a_page_do_what_it_says(sglang, props, page):
     props(page)

@@ -123,6 +123,7 @@ def test_guidance_branches_on_two_ranks_give_the_picture_of_one(run, name):
     assert sent["collectives"]["all_gather cfg"]["count"] == {"sd15": 3}.get(name, 2)  # PNDM's first step is two
 
 
+@pytest.mark.slow
 def test_data_and_guidance_parallel_compose_with_a_stochastic_scheduler(run, pipelines):
     shutil.copytree(pipelines["sdxl"], "ancestral")
     index = json.loads(Path("ancestral/model_index.json").read_text())

@@ -53,7 +53,7 @@ def test_every_key_is_read_during_a_generation_or_refused(pipelines, sglang, rea
     done = sglang(
         "generate", "--model-path", pipelines["sdxl"], "--prompt", "a", "--height", "32", "--width", "32",
         "--num-inference-steps", "1", "--warmup", "--perf-dump-path", "perf.json", "machine=h100",
-        "--backend", "diffusers",
+        "--backend", "diffusers", "--dtype", "bfloat16",
         *(f"parallel.{name}=1" for name in degrees),
     )  # fmt: skip
     assert done.code == 0, done.err

@@ -33,7 +33,10 @@ def check_pictures(folder: Path, *others: str) -> None:
     assert all(path.read_bytes().endswith(b"IEND\xaeB`\x82") for path in folder.glob("*.png"))
 
 
-ENDINGS = [(signal.SIGINT, 130, "ERROR: Interrupted"), (signal.SIGTERM, 143, "ERROR: Terminated")]
+ENDINGS = [
+    (signal.SIGINT, 130, "ERROR: Interrupted"),
+    pytest.param(signal.SIGTERM, 143, "ERROR: Terminated", marks=pytest.mark.slow),
+]
 MANY = ["--prompt", "a", "--height", "32", "--width", "32", "--num-samples", "99999", "--num-inference-steps", "50"]
 
 

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from little_hub import LittleHub
+from parity import error
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_native import assert_same, edited, record
@@ -45,7 +46,15 @@ def files(pipelines, tmp_path_factory) -> dict[str, Path]:
 
 
 def picture(number: int) -> np.ndarray:
-    return np.asarray(Image.open(f"outputs/generated_image_{number}.png"))
+    return np.asarray(Image.open(f"outputs/generated_image_{number}.png")).astype(int)
+
+
+def alike(number: int, other: int) -> bool:
+    """Whether pictures are the same but for rounding.
+
+    A product with one row depends on where in memory its weights begin, and in another file they begin elsewhere.
+    """
+    return np.abs(picture(number) - picture(other)).max() <= 1
 
 
 def changed(file: Path, change) -> Path:
@@ -61,7 +70,7 @@ def test_a_single_file_gives_the_picture_of_its_folder(pipelines, files, sglang,
         done = sglang("generate", "--model-path", *where, *SMALL)
         assert done.code == 0, done.err
     assert f"INFO: Loading model: {files[name]}" in done.lines
-    assert np.array_equal(picture(0), picture(1))
+    assert alike(0, 1)
 
 
 def both_make_the_same(sglang, *words: object, folder: str = "") -> None:
@@ -87,7 +96,7 @@ def test_the_native_engine_reads_a_single_file(pipelines, files, sglang, name):
         assert done.code == 0, done.err
     folder, file = (load_file(f"outputs/generated_image_{number}.safetensors") for number in (0, 1))
     assert record("outputs", 1)["effective"]["backend"] == "sglang"
-    assert torch.equal(folder["latents"], file["latents"])
+    assert error(file["latents"], folder["latents"]) <= 1e-4  # see `alike`
 
 
 def test_auto_takes_the_native_engine_and_no_safety_checker_of_the_configs(pipelines, files, sglang):
@@ -292,7 +301,7 @@ def test_configs_and_tokenizers_come_from_the_hub_without_weights(pipelines, fil
     assert any(name.startswith("tokenizer") and not name.endswith("config.json") for name in fetched)
     assert not any(name.endswith(".safetensors") for name in fetched)
     assert sglang("generate", "--model-path", pipelines["sdxl"], *SMALL).code == 0
-    assert np.array_equal(picture(0), picture(1))
+    assert alike(0, 1)
     hub.close()
     assert sglang("generate", "--model-path", files["sdxl"], source, *SMALL).code == 0
     assert np.array_equal(picture(0), picture(2))

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_ranks import assert_same, pool  # noqa: F401 - the ranks that those tests share
 
 from sglang_gen import launch
@@ -19,6 +20,7 @@ RUNS = [
     ("sd3", "parallel=cfg2_sp2", ("--height", "36", "--width", "20")),
     ("sd3", "parallel=usp4", ("--guidance-scale", "1")),
     ("sd3", "parallel=cfg2", ("sampling.guidance_interval=[0.5,1]",)),
+    ("sd15", "parallel=cfg2", ("--negative-prompt", "a dog")),
     ("flux", "parallel=tp2", ()),
     ("flux", "parallel=cfg2_sp2", TRUE_CFG),
     ("flux", "parallel=ring4", ("--height", "20", "--width", "44")),
@@ -54,6 +56,24 @@ def test_a_split_run_gives_the_pictures_of_one_process(run, name, layout, words)
     assert dump["comm"]["denoising"]["evaluations"] >= 2
     for name in dump["comm"].keys() - {"text_encoding"}:
         assert_as_predicted(dump["comm"][name])
+
+
+@pytest.mark.parametrize(("name", "layout"), [("sd15", "parallel=ring2"), ("sd3", "parallel=ulysses2")])
+def test_a_picture_and_given_noise_are_where_split_runs_start_too(run, name, layout):
+    Image.effect_noise((48, 40), 90).convert("RGB").save("photo.png")
+    noise = "sampling.latents=first/generated_image_0.safetensors"
+    assert run(name, "--backend", "sglang", "--output-path", "first").code == 0
+    for start in (("--image-path", "photo.png"), (noise,)):
+        for words, folder in (((), "one"), ((layout,), "many")):
+            done = run(name, "--backend", "sglang", *start, *words, "--output-path", f"{folder}{len(start)}")
+            assert done.code == 0, done.err
+        assert_same(f"many{len(start)}", f"one{len(start)}", 1)
+
+
+def test_a_picture_of_fewer_rows_than_ranks_is_refused_once_it_is_read(run):
+    Image.new("RGB", (48, 16)).save("flat.png")
+    done = run("sd15", "--image-path", "flat.png", "parallel=ring2")
+    assert (done.code, "this picture has 1 bands of" in done.lines[-1]) == (2, True), done.err
 
 
 def test_an_autoencoder_that_decodes_in_float32_sends_what_was_predicted(run):

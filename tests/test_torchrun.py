@@ -61,6 +61,18 @@ def test_the_ranks_of_torchrun_give_the_picture_of_one_process(alone, pipelines)
 
 
 @pytest.mark.slow
+def test_each_group_warns_of_its_own_pictures_and_what_all_say_is_said_once(pipelines):
+    cut = " ".join(["lake"] * 90)
+    Path("prompts.txt").write_text(f"{cut} at noon\n{cut} at dawn\n{cut} at noon\n{cut} at noon\n")
+    run = ["--model-path", pipelines["sd15"], *SIZE, "--num-inference-steps", 2, "sampling.prompts_file=prompts.txt",
+           "sampling.batch_size=1", "parallel=dp2"]  # fmt: skip
+    codes, lines = finish(start([*TORCHRUN, "--nproc-per-node", 2, *COMMAND, *run]))
+    assert codes == [0], lines
+    warnings = [line for line in lines if "does not see" in line]
+    assert len(warnings) == len(set(warnings)) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["c10d", "static"])
 def test_two_machines_give_the_picture_of_one_process(alone, pipelines, kind):
     run, port = words(pipelines["sd15"], "--output-path", "two", "parallel=tp2"), free_port()
@@ -129,7 +141,7 @@ def test_a_rank_ends_cleanly_while_it_still_watches(only_rank):
     """The interpreter aborts where it ends while another thread is inside of torch, so that thread has to be over."""
     code = (
         "import time; from sglang_gen import env, torchrun; torchrun.WATCH = 0.0; "
-        "raise SystemExit(torchrun.run(env.torchrun(), lambda: time.sleep(0.2) or 0))"
+        "raise SystemExit(torchrun.run(env.torchrun(), lambda: time.sleep(0.2) or 0, lambda _: 1))"
     )
     codes, _ = finish(start([sys.executable, "-c", code]))
     assert codes == [0]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from sglang_gen import log
+from sglang_gen import log, sizes
 from sglang_gen.backends.inputs import read_image, read_noise
 from sglang_gen.backends.observe import Latents, observed, plain_config
 from sglang_gen.backends.options import (
@@ -29,11 +29,13 @@ from sglang_gen.backends.options import (
 )
 from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, dtype_of, modules
 from sglang_gen.backends.sent import Sent
+from sglang_gen.choice import NATIVE
 from sglang_gen.errors import RunError, UserError, first_line, is_out_of_memory
 from sglang_gen.parallel.batch import GuidanceSplit
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.record import Clock
+from sglang_gen.requirements import NEEDS
 from sglang_gen.types import Decoded, Plan, Sample
 
 
@@ -201,14 +203,15 @@ class DiffusersEngine:
         """What the pipeline's call is given: only what it takes, and of the optional only what is set."""
         sampling = self.plan.run.sampling
         negatives = [sample.negative_prompt for sample in batch]
+        height, width = self._size()
         wanted: dict[str, Any] = {
             "prompt": [sample.prompt for sample in batch],
             "negative_prompt": None if negatives[0] is None else negatives,
             "image": self.image,
             "num_inference_steps": steps,
             "guidance_scale": sampling.guidance_scale,
-            "height": sampling.height,
-            "width": sampling.width,
+            "height": height,
+            "width": width,
             "max_sequence_length": sampling.max_sequence_length,
             "num_frames": sampling.num_frames,
             "generator": [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch],
@@ -219,6 +222,15 @@ class DiffusersEngine:
         warmup = steps != sampling.num_inference_steps and "strength" in self.kind.accepted
         whole = {"strength": 1.0} if warmup else {}  # an input picture spares none of its few steps
         return self._for_each(len(batch), given | self.call | whole)
+
+    def _size(self) -> tuple[int | None, int | None]:
+        """What is asked for. With one side alone some pipelines forget it, so that here they get the other one too."""
+        sampling, card = self.plan.run.sampling, self.plan.card
+        name = NATIVE.get(type(self.pipeline).__name__)
+        if name is None or (sampling.height is None) == (sampling.width is None):
+            return sampling.height, sampling.width
+        config, factor = card.components[NEEDS[name].network].config, sizes.latent_factor(card) or 1
+        return sizes.chosen(sampling, sizes.DEFAULT[name], config, factor)
 
     def _for_each(self, count: int, given: dict[str, Any]) -> dict[str, Any]:
         """The input picture and its mask once for each sample of a batch, where the pipeline transforms the picture.

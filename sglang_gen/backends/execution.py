@@ -141,7 +141,8 @@ class Execution:
         self._place_kernel()
 
     def _place_kernel(self) -> None:
-        self.placed.set_kernel(self.kernel.kernel, self._summing(self.kernel.name))
+        to_text = torch.nn.functional.scaled_dot_product_attention if self.attention.backend == "flex" else None
+        self.placed.set_kernel(self.kernel.kernel, self._summing(self.kernel.name), to_text)
 
     def _summing(self, name: str) -> Any:
         return kernels.summing(name, self.plan.device, self.dtype)

@@ -91,6 +91,9 @@ def warn_ineffective(plan: Plan, glue: Any) -> None:
     for path in ("sampling.guidance_interval", "sampling.guidance_batching"):
         if plan.user_gave(path):
             log.warning(f"{path} has no effect: {glue.UNGUIDED.format(scale=scale)}")
+    for name in ("true_cfg_scale", "guidance_rescale"):
+        if _number(plan, name, 0.0) > 0 and name in plan.run.backend.diffusers_kwargs:
+            log.warning(f"--diffusers-kwargs: {name} has no effect: {glue.UNGUIDED.format(scale=scale)}")
 
 
 def _any_negative(plan: Plan) -> bool:

@@ -14,6 +14,7 @@ from sglang_gen.parallel import tensor
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.tensor import Biases, Columns, Heads, Rows
 from sglang_gen.types import Component
+from sglang_gen.weight_files import in_folder
 from sglang_gen.weights import load
 
 TENSOR: tensor.Table = {
@@ -60,7 +61,7 @@ def twin(network: Any, dtype: torch.dtype, axis: Axis) -> nn.Module:
 
 def read(folder: Path, dtype: torch.dtype, device: str, axis: Axis) -> nn.Module:
     """This rank's part of the encoder in a folder, of which nothing else is read. Raises UserError as `load` does."""
-    files = load.weight_files(folder)
+    files = in_folder(folder)
 
     def build() -> nn.Module:
         network: Any = T5EncoderModel(T5Config.from_pretrained(folder))

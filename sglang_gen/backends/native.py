@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from sglang_gen import log
+from sglang_gen import log, sizes
 from sglang_gen.backends import decoding, guiding, parts
 from sglang_gen.backends.execution import Execution
 from sglang_gen.backends.inputs import read_image, read_noise
@@ -200,8 +200,7 @@ class NativeEngine:
         if self.image is not None and self.glue.SIZED_BY_PICTURE:
             height, width = picture.size(self.image, self.factor)
         else:
-            default = self.glue.default_size(self.config, self.factor)
-            height, width = sampling.height or default[0], sampling.width or default[1]
+            height, width = sizes.chosen(sampling, self.glue.default_size, self.config, self.factor)
         return Request(
             height=height,
             width=width,

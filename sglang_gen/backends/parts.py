@@ -16,9 +16,9 @@ from sglang_gen.pipelines import autoencoder
 from sglang_gen.requirements import Needs
 from sglang_gen.safetensors_file import header
 from sglang_gen.types import Component, Plan
-from sglang_gen.weight_files import locate
+from sglang_gen.weight_files import in_folder, locate
 from sglang_gen.weights import original
-from sglang_gen.weights.load import Held, Shrink, fill, load, weight_files, where
+from sglang_gen.weights.load import Held, Shrink, fill, load, where
 
 
 def read(plan: Plan, needs: Needs, glue: Any, split: Split) -> tuple[nn.Module, dict[str, Any]]:
@@ -48,7 +48,7 @@ def _network(plan: Plan, name: str, glue: Any, dtype: torch.dtype, shrink: Shrin
     if path is None and plan.card.file is not None and name not in plan.run.model.component_paths:
         return _network_out_of_file(plan, plan.card.file, component, build, glue, dtype, shrink)
     if path is None:
-        return load(build, weight_files(_folder(component)), glue.sources, dtype, plan.device, shrink)
+        return load(build, in_folder(_folder(component)), glue.sources, dtype, plan.device, shrink)
     from sglang_gen.backends.options import weights
 
     files = locate(path)
@@ -114,7 +114,7 @@ def _part(name: str, component: Component, dtype: torch.dtype, device: str, tp: 
 
 def _autoencoder(component: Component, dtype: torch.dtype, device: str) -> nn.Module:
     """Our autoencoder with the weights of the component's folder."""
-    files = weight_files(_folder(component))
+    files = in_folder(_folder(component))
     names = [name for file in files for name in header(file)]
     return load(partial(autoencoder.build, component.config), files, autoencoder.sources_in(names), dtype, device)
 

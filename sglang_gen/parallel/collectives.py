@@ -105,7 +105,7 @@ def gather(x: Tensor, axis: Axis) -> Pending:
     if x.is_meta:
         return Pending(found, x)
     group = _group(axis)
-    return Pending(found, x, dist.all_gather(list(found.unbind()), x, group=group, async_op=True))
+    return Pending(found, x, dist.all_gather_into_tensor(found.view(-1), x.view(-1), group=group, async_op=True))
 
 
 def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Pending:

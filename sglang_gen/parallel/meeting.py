@@ -70,6 +70,11 @@ class Meeting:
         said = self._ask("compare_set", "end", "", json.dumps(asdict(end)))
         return End(**json.loads(said))
 
+    def is_first(self, text: str) -> bool:
+        """Whether no other rank has come with this text before."""
+        mine = str(self.place.rank)
+        return str(self._ask("compare_set", f"said {text}", "", mine).decode()) == mine
+
     def ended(self) -> End | None:
         return End(**json.loads(self._ask("get", "end"))) if self._ask("check", ["end"]) else None
 

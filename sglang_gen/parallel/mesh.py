@@ -138,8 +138,10 @@ def form(layout: Layout, rank: int, store: Any, device: str, minutes: float) -> 
 
 def _connect(groups: Mapping[str, Any]) -> None:
     """Let NCCL build its connections, which takes seconds, before anything is timed and before memory is shared out."""
-    for group in groups.values():
+    for group in (None, *groups.values()):  # the first is that of all ranks
         dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+        sent = torch.zeros(dist.get_world_size(group), device="cuda")  # each pair has a connection of its own
+        dist.all_to_all_single(torch.empty_like(sent), sent, group=group)
     torch.cuda.synchronize()
 
 

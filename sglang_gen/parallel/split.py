@@ -81,11 +81,17 @@ class Placed:
                 lengths = self.lengths[kinds[id(module.attend)]]
                 self.network.set_submodule(name, RowAttention(module, self.mesh.axis("ring"), lengths))
 
-    def set_kernel(self, kernel: Kernel, summing: Summing | None) -> None:
-        """Every attention by this kernel; `summing` is the same with its log-sum-exp, if it has one."""
+    def set_kernel(self, kernel: Kernel, summing: Summing | None, to_text: Kernel | None = None) -> None:
+        """Every attention by this kernel; `summing` is the same with its log-sum-exp, if it has one.
+
+        `to_text` is that of attentions from a picture to a text, where they have another.
+        """
         for module in self.network.modules():
             if isinstance(module, Attend):
-                module.kernel = kernel
+                module.kernel = to_text or kernel
+        for leaves in self.leaves.values():
+            for leaf in leaves:
+                leaf.kernel = kernel
         ring, ulysses = self.mesh.axis("ring"), self.mesh.axis("ulysses")
         for kind, leaves in self.leaves.items():
             for leaf in leaves:

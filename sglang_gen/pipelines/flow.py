@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_gen.errors import UserError
+from sglang_gen.errors import UserError, first_line
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.pipelines import picture
 
@@ -21,18 +21,25 @@ def set_timesteps(scheduler: Any, steps: int, tokens: int, max_shift: float, sig
     `max_shift` is what a scheduler takes that does not say. Raises UserError for one that cannot take the sigmas.
     """
     extra: dict[str, Any] = {}
+    kind = type(scheduler).__name__
     config, parameters = scheduler.config, inspect.signature(scheduler.set_timesteps).parameters
     if config.get("use_dynamic_shifting"):
         few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
         slope = (high - low) / (many - few)
         extra["mu"] = tokens * slope + (low - slope * few)
-    if sigmas is None or config.get("use_flow_sigmas"):
-        scheduler.set_timesteps(steps, **extra)
-        return
-    if "sigmas" not in parameters:
-        raise UserError(f"{type(scheduler).__name__} takes no sigmas, so it cannot integrate this model's flow")
-    scheduler.set_timesteps(sigmas=sigmas, **extra)
+    if "Flow" not in kind and not config.get("use_flow_sigmas"):
+        raise UserError(f"{kind} does not integrate a flow (it has no use_flow_sigmas), so it cannot sample this model")
+    if sigmas is not None and not config.get("use_flow_sigmas"):
+        if "sigmas" not in parameters:
+            raise UserError(f"{kind} takes no sigmas, so it cannot integrate this model's flow")
+        extra["sigmas"] = sigmas
+    else:
+        extra["num_inference_steps"] = steps
+    try:
+        scheduler.set_timesteps(**extra)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"{kind} refuses {steps} steps: {first_line(error)}") from error
 
 
 def skipped(steps: int, strength: float) -> int:

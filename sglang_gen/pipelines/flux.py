@@ -140,8 +140,8 @@ def guidance_scale(guidance: float, true_cfg: float, negative: bool) -> float:
 
 def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tuple[Tensor, Tensor]:
     """T5's text `[B, T, C]` and CLIP's pooled text `[B, P]`."""
-    pooled = text.clip_pooled(parts["text_encoder"], parts["tokenizer"], texts)
-    return text.t5(parts["text_encoder_2"], parts["tokenizer_2"], texts, length or T5_LENGTH), pooled
+    pooled = text.clip_pooled(*text.learned(parts, "", texts))
+    return text.t5(*text.learned(parts, "_2", texts), length or T5_LENGTH), pooled
 
 
 def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:

@@ -31,7 +31,7 @@ STRENGTH = 0.8  # of the noise on an input picture, unless the request says othe
 
 def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tuple[Tensor]:
     """Text `[B, T, C]`."""
-    return (text.clip_last(parts["text_encoder"], parts["tokenizer"], texts),)
+    return (text.clip_last(*text.learned(parts, "", texts)),)
 
 
 def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:

@@ -33,8 +33,8 @@ STRENGTH = 0.3  # of the noise on an input picture, unless the request says othe
 
 def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tuple[Tensor, Tensor]:
     """Text `[B, T, C]`: the last layer but one of both encoders side by side; pooled text `[B, P]` of the second."""
-    first, _ = text.clip(parts["text_encoder"], parts["tokenizer"], texts)
-    second, pooled = text.clip(parts["text_encoder_2"], parts["tokenizer_2"], texts)
+    first, _ = text.clip(*text.learned(parts, "", texts))
+    second, pooled = text.clip(*text.learned(parts, "_2", texts))
     return torch.cat([first, second], dim=-1), pooled
 
 

@@ -1,5 +1,7 @@
 """Prompts through the text encoders of transformers, as diffusers' pipelines use them."""
 
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +20,31 @@ def tokens(tokenizer: Any, texts: list[str], length: int) -> Tensor:
         cut = [text for text in tokenizer.batch_decode(whole[:, length - 1 : -1], skip_special_tokens=True) if text]
         log.warning(f'The text encoder takes {length} tokens and does not see: "{log.shorten(" | ".join(cut))}"')
     return ids
+
+
+def expanded(tokenizer: Any, texts: list[str]) -> list[str]:
+    """Texts in which a learned word of several vectors (textual inversion) stands as all of its tokens.
+
+    The first has the word's name, the others that name with `_1`, `_2`, ... (Gal et al. 2022; diffusers' convention).
+    """
+    learned = tokenizer.added_tokens_encoder
+
+    def whole(word: str) -> str:
+        count = next(number for number in itertools.count(1) if f"{word}_{number}" not in learned)
+        return " ".join([word, *(f"{word}_{number}" for number in range(1, count))])
+
+    found = []
+    for text in texts:
+        for word in set(tokenizer.tokenize(text)) & learned.keys():
+            text = text.replace(word, whole(word))
+        found.append(text)
+    return found
+
+
+def learned(parts: Mapping[str, Any], which: str, texts: list[str]) -> tuple[Any, Any, list[str]]:
+    """An encoder of the pipeline ("", "_2", ...), its tokenizer, and the texts with learned words expanded for it."""
+    tokenizer = parts[f"tokenizer{which}"]
+    return parts[f"text_encoder{which}"], tokenizer, expanded(tokenizer, texts)
 
 
 def clip(encoder: Any, tokenizer: Any, texts: list[str], layer: int = -2) -> tuple[Tensor, Tensor]:

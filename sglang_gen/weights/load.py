@@ -1,6 +1,5 @@
 """Checkpoints of diffusers folders into our networks: one tensor after the other, every name accounted for."""
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
@@ -158,13 +157,6 @@ class Held:
 
     def take(self, name: str) -> Tensor:
         return self.tensors.pop(name)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component folder: those of its index, else its only one, or that of no variant."""
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))[:1]
 
 
 def _check_names(network: nn.Module, names: Set[str], sources: Sources, where: str) -> None:

@@ -29,7 +29,8 @@ from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.split import Split
 from sglang_gen.perf.statistics import judge
 from sglang_gen.types import Layout
-from sglang_gen.weights.load import load, weight_files
+from sglang_gen.weight_files import in_folder
+from sglang_gen.weights.load import load
 from tools.bench import works
 
 LAYOUTS = {"tp2": Layout(tp=2), "ulysses2": Layout(ulysses=2), "ring2": Layout(ring=2)}
@@ -60,7 +61,7 @@ def _split(
 ) -> Step:
     glue: Any = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
     split = Split(ranks, glue.TENSOR, glue.SHARDING)
-    network = load(lambda: glue.build(work.config), weight_files(folder), glue.sources, dtype, "cpu", split.shrink)
+    network = load(lambda: glue.build(work.config), in_folder(folder), glue.sources, dtype, "cpu", split.shrink)
     placed = split.place(network)
     placed.set_kernel(scaled_dot_product_attention, kernels.summing("sdpa", "cpu", dtype))
     conditioning = condition(placed.entrance)

@@ -16,7 +16,8 @@ from sglang_gen import env
 from sglang_gen.engine.shapes import Shapes, rehearse
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.split import Split
-from sglang_gen.weights.load import load, weight_files
+from sglang_gen.weight_files import in_folder
+from sglang_gen.weights.load import load
 
 TIME = 500.0  # of a thousand
 
@@ -134,7 +135,7 @@ def theirs(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[A
 def ours(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, Callable[[Any], Any], Tensor]:
     """Our network, what gives its conditioning, and the latents."""
     glue = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
-    network: Any = load(lambda: glue.build(work.config), weight_files(folder), glue.sources, dtype, device)
+    network: Any = load(lambda: glue.build(work.config), in_folder(folder), glue.sources, dtype, device)
     latents, text, pooled = work.inputs(dtype, device)
     return network, partial(conditioning, work, text, pooled), latents
 

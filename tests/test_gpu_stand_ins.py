@@ -1,0 +1,112 @@
+"""What a run does for a GPU and no test of a CPU reaches by itself; a stand-in takes the GPU's place."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.hooks.group_offloading import ModuleGroup
+from test_diffusers_options import picture, record, run  # noqa: F401 - a fixture
+
+from sglang_gen import rank
+from sglang_gen.backends.options import offload
+from sglang_gen.parallel import mesh
+from sglang_gen.parallel.mesh import Mesh
+
+FLAGS = ("--dit-cpu-offload", "--vae-cpu-offload", "--text-encoder-cpu-offload")
+
+
+@pytest.fixture
+def moves(monkeypatch) -> list[tuple[str, str]]:
+    """Offloading from a GPU that is this CPU; every way that a group of modules goes, by the class of its first."""
+    found: list[tuple[str, str]] = []
+    apply = offload.apply
+    monkeypatch.setattr(offload, "apply", lambda pipeline, options, _: apply(pipeline, options, "cpu:0"))
+    for way in ("onload_", "offload_"):
+        move = getattr(ModuleGroup, way)
+
+        def noted(group, move=move, way=way) -> None:
+            found.append((way, type(group.onload_leader).__name__))
+            move(group)
+
+        monkeypatch.setattr(ModuleGroup, way, noted)
+    return found
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_offloaded_components_come_for_their_call_and_draw_the_same_picture(
+    run,  # noqa: F811
+    moves,
+    monkeypatch,
+    declared,
+):
+    """An autoencoder is called by its halves; not every class declares them to diffusers."""
+    if not declared:
+        monkeypatch.setattr(AutoencoderKL, "_group_offload_block_modules", None, raising=False)
+    assert run("sdxl", "--backend", "diffusers", "--output-path", "outputs").code == 0
+    moves.clear()
+    done = run("sdxl", "--backend", "diffusers", *FLAGS)
+    assert done.code == 0, done.err
+    assert (picture("outputs/generated_image_0.png") == picture("outputs/generated_image_1.png")).all()
+    assert record(1)["effective"]["offload"] == ["dit_cpu_offload", "text_encoder_cpu_offload", "vae_cpu_offload"]
+    came = {module for way, module in moves if way == "onload_"}
+    assert {"UNet2DConditionModel", "CLIPTextModel", "CLIPTextModelWithProjection", "Decoder"} <= came
+    assert {module for way, module in moves if way == "offload_"} >= came
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """A run whose work is `work`, on a GPU that is not there; how often its memory was given back."""
+    given_back: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append("memory"))
+    monkeypatch.setattr(rank, "Memory", lambda _: nullcontext())
+
+    def go(work, device: str, dtype: str) -> int:
+        monkeypatch.setattr(rank, "_run", work)
+        rank.run(SimpleNamespace(run=SimpleNamespace(deterministic=False), device=device, dtype=dtype), Mesh(), 0.0)
+        return len(given_back)
+
+    return go
+
+
+@pytest.mark.parametrize(("dtype", "rounded"), [("float32", False), ("bfloat16", True)])
+def test_convolutions_in_float32_keep_all_their_bits(ends, dtype, rounded):
+    seen = []
+    assert torch.backends.cudnn.allow_tf32 is True
+    ends(lambda *_: seen.append(torch.backends.cudnn.allow_tf32), "cuda", dtype)
+    assert seen == [rounded]
+    assert torch.backends.cudnn.allow_tf32 is True
+
+
+def test_a_run_gives_its_memory_back_also_where_it_fails(ends):
+    assert ends(lambda *_: None, "cpu", "float32") == 0
+    assert ends(lambda *_: None, "cuda", "float32") == 1
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        ends(fail, "cuda", "float32")
+    assert ends(lambda *_: None, "cuda", "float32") == 3
+    assert torch.backends.cudnn.allow_tf32 is True
+
+
+def test_every_group_of_ranks_is_connected_before_anything_is_timed(monkeypatch):
+    """NCCL connects a group at its first collective, and each pair of ranks at their first exchange."""
+    used = []
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: torch.empty(*size))
+    monkeypatch.setattr(mesh.dist, "get_world_size", lambda group: 4 if group is None else 2)
+    monkeypatch.setattr(mesh.dist, "all_reduce", lambda tensor, group: used.append(("sum", group)))
+    monkeypatch.setattr(mesh.dist, "all_to_all_single", lambda out, given, group: used.append((len(given), group)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: used.append("waited"))
+    mesh._connect({"tp": "first", "sp": "second"})
+    assert used == [
+        ("sum", None),
+        (4, None),
+        ("sum", "first"),
+        (2, "first"),
+        ("sum", "second"),
+        (2, "second"),
+        "waited",
+    ]
