@@ -62,8 +62,8 @@ def test_a_learned_word_of_several_vectors_is_all_of_them(pipelines, sglang, nam
     pipeline.save_pretrained("model")
     for backend in ("sglang", "diffusers"):
         done = sglang("generate", "--model-path", "./model", "--prompt", "a <toy>", *COMMON, "--height", 32,
-                      "--width", 32,                      "--num-inference-steps", 2, "--dtype", "float32", "--guidance-scale", 2, "--backend", backend,
-                      "--output-path", backend)  # fmt: skip
+                      "--width", 32, "--num-inference-steps", 2, "--dtype", "float32", "--guidance-scale", 2,
+                      "--backend", backend, "--output-path", backend)  # fmt: skip
         assert done.code == 0, done.err
     assert_same("sglang", "diffusers", 1)
 
