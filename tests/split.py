@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_gen.backends import decoding
 from sglang_gen.engine import kernels
+from sglang_gen.engine.guidance import Guidance, guided
 from sglang_gen.models.attention import Attend
 from sglang_gen.parallel.collectives import counted
 from sglang_gen.parallel.door import part
@@ -17,7 +18,7 @@ from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.spatial import RowConv, RowDecoder, RowNorm
 from sglang_gen.parallel.split import Placed, Split
 from sglang_gen.parallel.tensor import Summed
-from sglang_gen.pipelines import autoencoder, flux, sd3, unet
+from sglang_gen.pipelines import autoencoder, flux, prediction, sd3, unet
 from sglang_gen.weight_files import in_folder
 from sglang_gen.weights.load import load
 
@@ -103,6 +104,22 @@ def evaluate(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dty
         with counted() as traffic:
             outputs.append(network(latents, conditioning, step))
     return torch.stack(outputs), traffic
+
+
+def guide(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype, latents: Any, conditions: Any,
+          negatives: Any) -> torch.Tensor:  # fmt: skip
+    """Guided predictions of the first and the last timestep: `negatives` stand for the tensors among `conditions`."""
+    network = placed(mesh, name, folder, config, dtype).entrance
+    timesteps, *given = conditions
+    texts = [value for value in given if isinstance(value, torch.Tensor)]
+
+    def prepare(encoded: Any):
+        conditioning = network.condition(timesteps, *prediction.joined(encoded), *given[len(texts) :])
+        return lambda latents, index: network(latents, conditioning, index)
+
+    steps = range(len(timesteps))
+    predict = guided(prepare, [tuple(negatives), tuple(texts)], Guidance(3.0), steps, mesh.axis("cfg"))
+    return torch.stack([predict(latents, index) for index in (steps[0], steps[-1])])
 
 
 def decode(mesh: Mesh, folder: Path, config: dict, latents: torch.Tensor):

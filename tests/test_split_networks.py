@@ -9,8 +9,9 @@ import test_native_sd3
 import test_native_unet
 import torch
 from parity import error
-from split import GLUE, MUTATIONS, evaluate
+from split import GLUE, MUTATIONS, evaluate, guide
 
+from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.types import Layout, ModelCard
 from sglang_gen.weight_files import in_folder
 from sglang_gen.weights.load import load
@@ -67,6 +68,23 @@ def test_every_layout_computes_what_one_process_computes(ranks, name, layout):
     for outputs, _ in answers:
         assert error(outputs, expected) <= 1e-10
     assert all(torch.equal(outputs, answers[0][0]) for outputs, _ in answers)
+
+
+@pytest.mark.parametrize("layout", [Layout(cfg=2), Layout(cfg=2, ring=2), Layout(dp=2, cfg=2, tp=2)])
+@pytest.mark.parametrize("name", ["sd3", "flux", "sdxl", "sd15"])
+def test_branches_of_guidance_on_two_ranks_predict_what_one_process_predicts(ranks, name, layout):
+    """In float64, a batch of three; other texts without guidance's own order would be another picture."""
+    folder, (config, latents, conditions) = Path("network"), given(name, torch.float64)
+    REFERENCES[name].reference(**config).save_pretrained(folder)
+    texts = [value for value in conditions[1:] if isinstance(value, torch.Tensor)]
+    negatives = [text.roll(1, -1) for text in texts]
+    network = (KIND[name], folder.absolute(), config, torch.float64)
+    with torch.no_grad():
+        expected = guide(Mesh(), *network, latents, conditions, negatives)
+        other = guide(Mesh(), *network, latents, (conditions[0], *negatives, *conditions[1 + len(texts) :]), texts)
+    for answer in ranks.run(layout, guide, *network, latents, conditions, negatives):
+        assert error(answer, expected) <= 1e-10
+    assert error(other, expected) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "sdxl"])

@@ -199,6 +199,7 @@ def main() -> None:
         work = works.WORKS[name]()
         with tempfile.TemporaryDirectory() as temporary:
             folder = works.stored(work, Path(temporary))
+            works.check_activations(work, folder, arguments.device)
             calls = entries(work, folder, arguments.device)
             first = first_calls(calls, arguments.device)
             rates, flops = ceilings(work, folder, arguments.device)

@@ -132,6 +132,27 @@ def theirs(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[A
     }
 
 
+@torch.no_grad()
+def check_activations(work: Work, folder: Path, device: str) -> None:
+    """Assert that what every block gives is finite and of order one, as that of a trained network is."""
+    network, arguments = theirs(work, folder, torch.bfloat16, device)
+    found: dict[str, float] = {}
+
+    def note(name: str, output: Any) -> None:
+        for number, tensor in enumerate(output if isinstance(output, tuple) else (output,)):
+            if isinstance(tensor, Tensor):
+                found[f"{name}[{number}]"] = tensor.float().square().mean().sqrt().item()
+
+    lists = [(name, module) for name, module in network.named_modules() if isinstance(module, torch.nn.ModuleList)]
+    for name, blocks in lists:
+        for number, block in enumerate(blocks):
+            block.register_forward_hook(lambda _module, _given, out, at=f"{name}.{number}": note(at, out))
+    network(**arguments, return_dict=False)
+    assert found, f"{work.title} has no blocks"
+    odd = {name: size for name, size in found.items() if not 0.01 < size < 100}  # not a number is neither
+    assert not odd, f"{work.title}: root mean squares far from one: {odd}"
+
+
 def ours(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, Callable[[Any], Any], Tensor]:
     """Our network, what gives its conditioning, and the latents."""
     glue = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
