@@ -95,6 +95,15 @@ def test_no_module_imports_upward():
     assert wrong == []
 
 
+def test_networks_stand_on_torch_and_einops_alone():
+    for path in (PACKAGE / "models").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        roots = {name.partition(".")[0] for name in names if not name.startswith("sglang_gen.models")}
+        assert roots - sys.stdlib_module_names <= {"torch", "einops"}, path
+
+
 def test_every_package_has_only_a_docstring_in_its_init():
     for path in PACKAGE.rglob("__init__.py"):
         if path.parent == PACKAGE:

@@ -10,15 +10,16 @@ import pytest
 import test_native_unet
 import tiny
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel
 from native import COMMON, assert_both_make_the_same, assert_same, edited, picture, record, runner, with_scheduler
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 
+from sglang_gen import env
 from sglang_gen.backends.execution import laid_out
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.split import Split
-from sglang_gen.pipelines import text, unet
+from sglang_gen.pipelines import flux, sd3, text, unet
 from sglang_gen.types import Layout
 from sglang_gen.weight_files import in_folder
 
@@ -132,6 +133,22 @@ def test_solvers_of_higher_order_integrate_a_flow_as_in_diffusers(pipelines, run
 def test_dynamic_shifting_of_sd3_is_that_of_diffusers(pipelines, run):
     file = "scheduler/scheduler_config.json"
     assert_both_make_the_same(run, edited(pipelines["sd3"], "model", file, use_dynamic_shifting=True))
+
+
+PUBLISHED = {"sd3_medium": (sd3, SD3Transformer2DModel), "sd35_medium": (sd3, SD3Transformer2DModel),
+             "sd35_large": (sd3, SD3Transformer2DModel), "flux_dev": (flux, FluxTransformer2DModel),
+             "flux_schnell": (flux, FluxTransformer2DModel)}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_the_published_transformer_has_the_published_tensors(preset):
+    glue, kind = PUBLISHED[preset]
+    config = json.loads((env.preset_configs(preset) / "transformer" / "config.json").read_text())
+    with torch.device("meta"):
+        ours, theirs = glue.build(config), kind.from_config(config)
+    names = [source for name in ours.state_dict() for source in glue.sources(name)]
+    assert sorted(names) == sorted(theirs.state_dict())
+    assert sum(each.numel() for each in ours.parameters()) == sum(each.numel() for each in theirs.parameters())
 
 
 @pytest.mark.parametrize(("dtype", "last"), [(torch.bfloat16, True), (torch.float32, False)])
