@@ -28,14 +28,14 @@ HALF := $(foreach name,native parity kernels transformer_weights lora load compo
 test: $(STAMP)  ## the test suite, in two processes of one thread (at most 15 minutes on two cores)
 	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 --output-sync=line test-networks test-others
 
+test-slow: $(STAMP)  ## the slow tests, likewise (at most 30 minutes more)
+	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 --output-sync=line PICK="-m slow" test-networks test-others
+
 test-networks: $(STAMP)
-	$(BIN)/python -m pytest -p no:cacheprovider $(wildcard $(HALF))
+	$(BIN)/python -m pytest -p no:cacheprovider $(PICK) $(wildcard $(HALF))
 
 test-others: $(STAMP)
-	$(BIN)/python -m pytest -p no:cacheprovider $(filter-out $(wildcard $(HALF)),$(wildcard tests/test_*.py))
-
-test-slow: $(STAMP)  ## the slow tests (at most 30 minutes more)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -p no:cacheprovider $(PICK) $(filter-out $(wildcard $(HALF)),$(wildcard tests/test_*.py))
 
 test-lowest: constraints-lowest.txt  ## the test suite with the lowest versions that pyproject.toml admits
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
