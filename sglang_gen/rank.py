@@ -31,14 +31,16 @@ def run(plan: Plan, mesh: Mesh, started: float) -> Result | None:
     if plan.run.deterministic:
         env.deterministic_cublas()
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(plan.run.deterministic)
+    if before is not plan.run.deterministic:  # the call imports all of torch's compiler
+        torch.use_deterministic_algorithms(plan.run.deterministic)
     rounded = torch.backends.cudnn.allow_tf32  # by default convolutions in float32 keep ten bits on a GPU
     torch.backends.cudnn.allow_tf32 = rounded and plan.dtype != "float32"
     try:
         with Memory(plan.device) as memory:
             return _run(plan, mesh, memory, started)
     finally:
-        torch.use_deterministic_algorithms(before)
+        if before is not plan.run.deterministic:
+            torch.use_deterministic_algorithms(before)
         torch.backends.cudnn.allow_tf32 = rounded
         if plan.device == "cuda":  # the next run of this process finds the memory that this one had
             gc.collect()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sglang_gen.engine import flow_match
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.split import Split
@@ -121,8 +122,10 @@ def _autoencoder(component: Component, dtype: torch.dtype, device: str) -> nn.Mo
 
 def _read(component: Component, dtype: torch.dtype, device: str) -> Any:
     """A text encoder, tokenizer or scheduler, as its own library reads it."""
-    kind = getattr(importlib.import_module(component.library), component.class_name)
     folder = str(_folder(component))
+    if component.class_name == flow_match.NAME and flow_match.knows(component.config):
+        return flow_match.FlowMatchEuler(component.config)
+    kind = getattr(importlib.import_module(component.library), component.class_name)
     if not issubclass(kind, nn.Module):
         return kind.from_pretrained(folder)
     part, told = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
