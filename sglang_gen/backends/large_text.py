@@ -11,7 +11,7 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 from sglang_gen.parallel import tensor
-from sglang_gen.parallel.collectives import Axis
+from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.tensor import Biases, Columns, Heads, Rows
 from sglang_gen.types import Component
 from sglang_gen.weight_files import in_folder
@@ -47,7 +47,10 @@ def divides(component: Component, dtype: torch.dtype, axis: Axis) -> bool:
 
 def is_part(network: Any) -> bool:
     """Whether a T5 is one rank's part."""
-    return bool(network.encoder.block[0].layer[0].SelfAttention.n_heads != network.config.num_heads)
+    if not isinstance(network, T5EncoderModel):
+        return False
+    attention: Any = network.encoder.block[0].layer[0].SelfAttention
+    return bool(attention.n_heads != network.config.num_heads)
 
 
 def twin(network: Any, dtype: torch.dtype, axis: Axis) -> nn.Module:
@@ -57,6 +60,14 @@ def twin(network: Any, dtype: torch.dtype, axis: Axis) -> nn.Module:
     tensor.shrink(found, TENSOR, axis)
     tensor.join(found, TENSOR, axis)
     return found  # type: ignore[no-any-return]
+
+
+def expected(network: Any, dtype: torch.dtype, axis: Axis, rows: int, length: int) -> Traffic:
+    """What this rank's part will send while it reads `rows` texts of `length` tokens."""
+    tokens = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    with torch.no_grad(), counted() as sent:
+        twin(network, dtype, axis)(tokens)
+    return sent
 
 
 def read(folder: Path, dtype: torch.dtype, device: str, axis: Axis) -> nn.Module:

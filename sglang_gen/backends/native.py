@@ -81,6 +81,7 @@ class NativeEngine:
     def __init__(self, plan: Plan, glue: Any, execution: Execution, parts: Mapping[str, Any], calls: CallLog) -> None:
         self.plan, self.glue, self.parts, self.execution, self.calls = plan, glue, parts, execution, calls
         self.mesh, self.sent = execution.mesh, Sent()
+        self.text_sends: dict[int, Traffic] = {}  # by the number of texts
         self.network: Any = execution.network
         self.entrance: Any = execution.placed.entrance
         self.config = plan.card.components[glue.NETWORK].config
@@ -156,9 +157,10 @@ class NativeEngine:
         negative = batch[0].negative_prompt is not None  # batches are of one kind
         guidance = guiding.guidance(self.plan, self.glue, request, negative, self.room.batched)
         self.sent.on = self.calls.on
+        sends = self._text_sends(batch, guidance, request)
         clock.enter("text_encoding")
         self._place_encoders(self.plan.device)
-        with self.sent.during("text_encoding", None):
+        with self.sent.during("text_encoding", sends):
             encoded = self._encode(batch, guidance, request)
         self._place_encoders("cpu")
         clock.enter("latents")
@@ -222,12 +224,30 @@ class NativeEngine:
         for name in self.glue.TEXT_PARTS if self.room.released else ():
             self.parts[name].to(device)
 
+    def _text_sends(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[Traffic]:
+        """What is expected to be sent for each list of texts that is encoded: T5 may be spread over ranks."""
+        rows, tp = len(batch), self.mesh.axis("tp")
+        if rows not in self.text_sends:
+            self.text_sends[rows] = Traffic()
+            for name in self.glue.TEXT_PARTS if tp.size > 1 else ():
+                from sglang_gen.backends import large_text
+
+                if large_text.is_part(self.parts[name]):
+                    length = request.text_length or self.glue.T5_LENGTH
+                    sends = large_text.expected(self.parts[name], self.execution.dtype, tp, rows, length)
+                    self.text_sends[rows] = sends
+        return [self.text_sends[rows]] * (2 if guidance.on and not self._zeros(batch) else 1)
+
+    def _zeros(self, batch: tuple[Sample, ...]) -> bool:
+        """Whether zeros stand for the negative prompts that are not there."""
+        return bool(self.zero_negative and batch[0].negative_prompt is None)
+
     def _encode(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[tuple[Tensor, ...]]:
         """Encoded texts: of the negative prompts, where there is guidance, and of the prompts."""
         prompts = self.glue.encode(self.parts, [sample.prompt for sample in batch], request.text_length)
         if not guidance.on:
             return [prompts]
-        if self.zero_negative and batch[0].negative_prompt is None:
+        if self._zeros(batch):
             return [tuple(torch.zeros_like(part) for part in prompts), prompts]
         negatives = [sample.negative_prompt or "" for sample in batch]
         return [self.glue.encode(self.parts, negatives, request.text_length), prompts]
