@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+from cases import mostly_slow
 from native import edited, error, tensors
 from PIL import Image
 
@@ -72,7 +73,7 @@ def test_a_sample_of_image_to_image_is_the_same_alone_and_in_a_batch(run, photo,
     assert_samples_stand_alone(run, name, "--image-path", photo, "--diffusers-kwargs", '{"strength": 0.6}')
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("strength", mostly_slow([0.6, 1.0], 0.6))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_of_inpainting_is_the_same_alone_and_in_a_batch(pipelines, run, photo, name, strength):
     if name == "sd3":  # diffusers inpaints with 16 channels alone

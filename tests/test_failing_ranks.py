@@ -65,6 +65,7 @@ def test_a_rank_that_waits_too_long_for_another_gives_the_run_up(run, pool):
     assert pool.ranks is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits another process")
 def test_a_rank_that_runs_out_of_memory_is_the_one_that_is_heard(run, pool):
     """Rank 1 may not allocate what the picture needs; rank 0 may, and then loses its connection to it."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import rehearsed
 import torch
+from cases import mostly_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,10 +68,10 @@ def options() -> dict[str, Composed]:
     return {name: composed("model=sdxl", f"parallel={name}") for name in LAYOUTS}
 
 
-@pytest.mark.parametrize(
-    "model",
-    [pytest.param(name, marks=pytest.mark.slow) if name in ("sd15", "sd21", "flux_dev") else name for name in PRESETS],
-)
+LONG = {"sd15", "sd21", "sd35_large", "flux_dev"}
+
+
+@pytest.mark.parametrize("model", mostly_slow(PRESETS, *sorted(set(PRESETS) - LONG)))
 def test_every_layout_of_a_preset_plans_and_runs_or_neither(options, model):
     card = card_of(model)
     pipeline = NATIVE[card.pipeline_class]
@@ -123,7 +124,7 @@ def networks(draw) -> tuple[str, dict]:
                               "num_single_layers": 1, "in_channels": 4}  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(networks(), SPLIT, st.integers(1, 6))
 def test_a_layout_is_legal_exactly_where_its_ranks_can_run(network, split, rows):
     pipeline, config = network

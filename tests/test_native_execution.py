@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import mostly_slow
 from PIL import Image
 from safetensors.numpy import load_file
 from torch import nn
@@ -169,7 +170,7 @@ def test_compilation_without_a_compiler_is_refused(run, monkeypatch):
         assert "needs a C++ compiler" in done.err
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "sdxl", "sd15"])
+@pytest.mark.parametrize("name", mostly_slow(["sd3", "flux", "sdxl", "sd15"], "flux", "sdxl"))
 @pytest.mark.parametrize("regional", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_the_graphs_of_a_network_are_as_many_as_expected(run, traced, name, regional):
     assert run(name, folder="eager").code == 0

@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from cases import mostly_slow
 from native import COMMON, error, record, runner, tensors, with_scheduler
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -274,7 +275,7 @@ CONDITIONS = {"sd15": [(77, 768)], "sdxl": [(77, 2048), (1280,), (6,)], "sd3_med
 @pytest.mark.parametrize(
     ("preset", "glue_name"), [("sd15", "sd"), ("sdxl", "sdxl"), ("sd3_medium", "sd3"), ("flux_dev", "flux")]
 )
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", mostly_slow([1, 2], 2))
 def test_the_memory_that_is_reckoned_covers_what_a_network_holds(monkeypatch, preset, glue_name, rows):
     """Counted on meta, at the published sizes, with attention that keeps no matrix."""
     glue = importlib.import_module(f"sglang_gen.pipelines.{glue_name}")

@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from cases import mostly_slow
 from diffusers import AutoencoderKL
 from native import assert_both_make_the_same, edited, error, picture, record, runner, tensors, with_scheduler
 from PIL import Image
@@ -36,7 +37,7 @@ def strength(value: float, **others: object) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("value", [0.3, 0.75, 1.0])
+@pytest.mark.parametrize("value", mostly_slow([0.3, 0.75, 1.0], 0.75))
 def test_both_backends_make_the_same_of_a_picture(run, photo, name, value):
     size = (24, 40) if name in ("sd3", "flux") else None
     assert_both_make_the_same(run, name, "--image-path", photo, *strength(value), steps=5, size=size)
@@ -76,7 +77,7 @@ def test_a_strength_that_nobody_gives_is_that_of_the_pipeline(run, photo, name):
 
 
 @pytest.mark.parametrize(("name", "steps_run"), [("sd15", 7), ("sdxl", 7), ("sd3", 8), ("flux", 8)])
-@pytest.mark.parametrize("backend", ["sglang", "diffusers"])
+@pytest.mark.parametrize("backend", mostly_slow(["sglang", "diffusers"], "sglang"))
 def test_progress_and_dump_count_the_steps_that_are_run(run, photo, name, steps_run, backend):
     words = ("--image-path", photo, *strength(0.75), "--backend", backend, "--perf-dump-path", "perf.json")
     done = run(name, *words, steps=10)

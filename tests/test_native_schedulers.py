@@ -7,6 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from cases import mostly_slow
 from native import assert_both_make_the_same, error, runner, tensors, with_scheduler
 
 
@@ -26,7 +27,7 @@ def test_the_schedulers_are_those_that_stable_diffusion_can_use(pipelines):
 
 
 @pytest.mark.filterwarnings("ignore:Should have ta>=t0:UserWarning")  # torchsde, of a bound in single precision
-@pytest.mark.parametrize("name", COMPATIBLE)
+@pytest.mark.parametrize("name", mostly_slow(COMPATIBLE, *COMPATIBLE[::2]))
 def test_each_sample_of_a_batch_is_what_diffusers_makes_of_its_seed_alone(pipelines, run, name):
     model = with_scheduler(pipelines["sd15"], name, steps_offset=1, clip_sample=False)
     words = ("--num-samples", "2", "sampling.batch_size=2", "--guidance-scale", "3", "--backend", "sglang")
@@ -59,7 +60,11 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "settings"), [(name, settings) for name, several in SCHEDULERS.items() for settings in several]
+    ("scheduler", "settings"),
+    mostly_slow(
+        [(name, settings) for name, several in SCHEDULERS.items() for settings in several],
+        *((name, several[0]) for name, several in SCHEDULERS.items()),
+    ),
 )
 def test_every_scheduler_of_diffusion_makes_the_same_picture(pipelines, run, scheduler, settings):
     model = with_scheduler(pipelines["sdxl"], scheduler, **settings)

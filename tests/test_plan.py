@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import mostly_slow
 
 from sglang_gen import env, hub, plan, presets, rank
 from sglang_gen.config import Choices, Composed, compose
@@ -230,7 +231,7 @@ def test_a_record_of_other_versions_is_a_warning(sglang):
 PRESETS = [preset.name for preset in presets.load() if preset.path]
 
 
-@pytest.mark.parametrize("model", PRESETS)
+@pytest.mark.parametrize("model", mostly_slow(PRESETS, "sdxl", "flux_schnell"))
 def test_a_dry_run_of_a_preset_needs_neither_hub_nor_weights(sglang, monkeypatch, model):
     def unreachable(*_args, **_kwargs):
         raise AssertionError("a dry run asks nobody")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import mostly_slow
 from parity import error, pair
 from split import by_rows, decode
 from test_native_autoencoder import PLAIN, VARIANTS, draw, latents, reference
@@ -24,7 +25,7 @@ def both(ranks, layout, config, given):
     return our.decode(given), ranks.run(layout, decode, Path("vae").absolute(), config, given)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, "ulysses3"))
 @pytest.mark.parametrize("variant", ["that of stable diffusion", "that of flux", "without attention"])
 def test_ranks_decode_the_pictures_of_one_process(ranks, variant, layout):
     config = VARIANTS[variant]

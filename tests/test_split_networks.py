@@ -8,6 +8,7 @@ import test_native_flux
 import test_native_sd3
 import test_native_unet
 import torch
+from cases import mostly_slow
 from parity import error
 from split import GLUE, MUTATIONS, evaluate, guide
 
@@ -60,7 +61,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, "tp2", "ulysses2", "ring3", "usp4 tp2"))
 @pytest.mark.parametrize("name", ["sd3", "flux", "sdxl", "sd15"])
 def test_every_layout_computes_what_one_process_computes(ranks, name, layout):
     size = {} if name == "flux" else {"height": 14, "width": 10} if name == "sd3" else {"height": 17, "width": 10}
@@ -88,7 +89,7 @@ def test_branches_of_guidance_on_two_ranks_predict_what_one_process_predicts(ran
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "sdxl"])
-@pytest.mark.parametrize("layout", ["tp2", "usp4", "ring2 tp2"])
+@pytest.mark.parametrize("layout", mostly_slow(["tp2", "usp4", "ring2 tp2"], "usp4"))
 def test_in_float32_a_layout_is_as_near_to_the_exact_result_as_one_process(ranks, name, layout):
     """Within three bits: the tiny SDXL makes a thousand times as much of a rounding, so that each one counts."""
     size = {"height": 17, "width": 10} if name == "sdxl" else {}
@@ -142,7 +143,7 @@ def described(name: str, latents: torch.Tensor, text: torch.Tensor) -> tuple[Mod
 PIPELINE = {"sd3": "sd3", "flux": "flux", "sdxl": "sdxl", "sd15": "sd"}
 
 
-@pytest.mark.parametrize("layout", ["tp2", "ulysses2 tp2", "ring3", pytest.param("usp4 tp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", mostly_slow(["tp2", "ulysses2 tp2", "ring3", "usp4 tp2"], "tp2", "ring3"))
 @pytest.mark.parametrize("name", PIPELINE)
 def test_the_estimate_of_every_rank_is_what_it_sends(ranks, name, layout):
     size = {} if name in ("flux", "sd3") else {"height": 17, "width": 10}

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from cases import mostly_slow
 from networks import CLASSES, effective, picture
 from original_layout import original_flux, original_sd3, unet_name
 from safetensors.torch import load_file, save_file
@@ -115,7 +116,11 @@ def _original(folder: Path, kind) -> str:
 
 @pytest.mark.parametrize(
     ("name", "make"),
-    [("flux", _shards), ("sdxl", _shards), ("sd3", _half), ("sd3", _original), ("sdxl", _original)],
+    mostly_slow(
+        [("flux", _shards), ("sdxl", _shards), ("sd3", _half), ("sd3", _original), ("sdxl", _original)],
+        ("flux", _shards),
+        ("sdxl", _original),
+    ),
 )
 def test_both_backends_compute_with_the_same_weights(others, run, name, make):
     path = make(others[name], CLASSES[name][1])
@@ -407,7 +412,7 @@ def test_blocks_outside_of_linear_layers_are_refused(run, others):
 
 
 @pytest.mark.parametrize("backend", ["sglang", "diffusers"])
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", mostly_slow(["float32", "bfloat16", "float16"], "bfloat16"))
 def test_disabled_autocast_computes_in_the_stored_dtype(pipelines, sglang, name, backend):
     kind = diffusers.FluxPipeline
     kind.from_pretrained(pipelines["flux"], dtype=getattr(torch, name)).save_pretrained("stored")
