@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_ranks import pool  # noqa: F401 - the ranks that those tests share
 
+from sglang_gen import launch
 from sglang_gen.parallel.mesh import AXES
 
 DEGREES = (1, 2, 3, 4)
@@ -113,7 +115,9 @@ def test_the_compile_sweep_keeps_the_picture(sweep):
 
 
 @pytest.mark.slow
-def test_the_parallelism_sweep_gives_the_same_pictures_on_every_layout_that_six_heads_allow(sweep):
+def test_the_parallelism_sweep_gives_the_same_pictures_on_every_layout_that_six_heads_allow(sweep, pool, monkeypatch):  # noqa: F811
+    """The jobs share their ranks, which would take most of the time to start."""
+    monkeypatch.setattr(launch, "open_ranks", pool.open)
     rows = sweep("parallelism", "--dtype", "float32")  # in bfloat16 what is exact to rounding is 35 to 45 dB away
     assert rows[0]["overrides"] == "parallel=single"
     assert len(rows) == 26
