@@ -50,7 +50,7 @@ def alternatives(sentence: str) -> list[list[str]]:
 
 def test_every_preset_and_layout_is_seen():
     assert len(PRESETS) == 9
-    assert len(LAYOUTS) == 18
+    assert len(LAYOUTS) == 27
 
 
 def refusal(run: Composed, card: ModelCard) -> str | None:
