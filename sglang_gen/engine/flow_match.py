@@ -39,6 +39,11 @@ class FlowMatchEuler:
         self.timesteps = self.sigmas = torch.empty(0)
         self.index = 0
 
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **changes: Any) -> "FlowMatchEuler":
+        """A scheduler of this configuration but for the changes, as diffusers' schedulers are made."""
+        return cls({**config, **changes})
+
     def set_timesteps(
         self, num_inference_steps: int | None = None, sigmas: Sequence[float] | None = None, mu: float | None = None
     ) -> None:
