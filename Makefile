@@ -23,7 +23,7 @@ generate: $(STAMP)  ## a picture from the embedded model, outputs/generated_imag
 
 # Tests of networks, loading, plans and pages, which take as long as all the others together.
 HALF := $(foreach name,native parity kernels transformer_weights lora load component page_commands legal plan \
-	diffusers_picture,tests/test_$(name)*.py)
+	diffusers_picture single_file quantization cuda_graphs estimate traffic,tests/test_$(name)*.py)
 
 test: $(STAMP)  ## the test suite, in two processes of one thread (at most 15 minutes on two cores)
 	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 --output-sync=line test-networks test-others
