@@ -4,6 +4,7 @@ It ignores Ctrl-C, which its launcher answers for all ranks, and ends with the
 launcher: the pipe that closes when the launcher dies, however it dies, is the sign.
 """
 
+import importlib
 import logging
 import os
 import queue
@@ -63,10 +64,12 @@ class Failure:
 
 def main() -> int:
     """Serve jobs until the launcher closes the pipe; 1 after a failed job, since its process group is broken."""
-    leaving = False
+    leaving = ready = False
 
     def terminate(signum: int, frame: Any) -> None:
         nonlocal leaving
+        if not ready:  # nothing to undo yet, and what is raised while torch is imported aborts the process
+            os._exit(143)
         if not leaving:  # nobody catches what is raised while the interpreter ends
             leaving = True
             raise Terminated
@@ -87,8 +90,11 @@ def main() -> int:
             pipe.send(message)
 
     try:
-        while _serve(jobs.get(), send):
-            pass
+        job = jobs.get()
+        importlib.import_module("torch.distributed")
+        ready = True
+        while _serve(job, send):
+            job = jobs.get()
         leaving = True
     except Terminated:
         return 143
