@@ -87,7 +87,13 @@ def _predicted(prediction: dict[str, Any] | None) -> list[tuple[str, str]]:
         return []
     if "reason" in prediction:
         return [("PREDICTION", f"none: {prediction['reason']}")]
-    parts = f"{prediction['compute_ms']:.1f} computing, {prediction['communication_ms']:.1f} sending"
+    names = {
+        "products_ms": "products",
+        "attention_ms": "attention",
+        "elementwise_ms": "element-wise",
+        "communication_ms": "sending",
+    }
+    parts = ", ".join(f"{prediction[key]:.1f} {name}" for key, name in names.items())
     return [
         (
             "PREDICTION",

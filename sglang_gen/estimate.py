@@ -5,7 +5,6 @@ collectives of its layout. Nothing is measured but what that twin does.
 """
 
 import importlib
-import math
 import weakref
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sglang_gen import env, legal, sizes
@@ -31,6 +29,7 @@ from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.mesh import AXES, SEQUENCE, Mesh, coordinates
 from sglang_gen.parallel.split import Split
 from sglang_gen.perf.flops import stored_bytes
+from sglang_gen.perf.kernels import Kernels, seconds
 from sglang_gen.perf.parameters import COUNT
 from sglang_gen.pipelines import autoencoder, picture
 from sglang_gen.pipelines.request import Request
@@ -45,9 +44,14 @@ class Rehearsal:
 
     weights: int  # bytes of the network's part
     alive: int = 0  # bytes
-    flops: int = 0  # in a step; a multiplication and an addition are two
     conditioning: Traffic = field(default_factory=Traffic)
     step: Traffic = field(default_factory=Traffic)
+    kernels: Kernels = field(default_factory=lambda: Kernels(fused=False))  # of a step
+
+    @property
+    def flops(self) -> int:
+        """In a step; a multiplication and an addition are two."""
+        return self.kernels.flops
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -88,13 +92,14 @@ def rehearsal(
     rows: int,
     guidance: Guidance,
     dtype: torch.dtype,
+    fused: bool = False,
 ) -> Rehearsal:
-    """One rank's conditioning and one guided step of a batch of `rows` pictures."""
+    """One rank's conditioning and one guided step of a batch of `rows` pictures; `fused` is what compiled code does."""
     configs = {name: part.config for name, part in card.components.items()}
     config = configs[glue.NETWORK]
     twin = split.twin(lambda: glue.build(config), dtype)
     held = [*twin.network.parameters(), *twin.network.buffers()]
-    found = Rehearsal(sum(map(stored_bytes, held)))
+    found = Rehearsal(sum(map(stored_bytes, held)), kernels=Kernels(fused))
     with torch.device("meta"):
         latents = torch.empty(rows, *glue.latents_shape(config, request), dtype=dtype)
         shapes = glue.encoded_shapes(configs, request.text_length)
@@ -107,14 +112,12 @@ def rehearsal(
         prepare = partial(glue.prepare, network, timesteps, request)
         with counted() as found.conditioning:
             predict = guided(prepare, encoded, guidance, range(request.steps_run), split.mesh.axis("cfg"))
-        with counted() as found.step, FlopCounterMode(display=False) as counter:
+        with counted() as found.step, found.kernels:
             predict(latents, step)
-        found.flops = int(counter.get_total_flops())
 
     with Alive([*held, latents, *texts]) as alive:
-        attention = rehearse(twin, (), evaluate).attention
+        rehearse(twin, (), evaluate, found.kernels.attended)
     found.alive = alive.most
-    found.flops += sum(4 * math.prod(shape) * calls for shape, calls in attention.items())  # two products [L, S]
     return found
 
 
@@ -217,9 +220,11 @@ def estimate(plan: Plan) -> dict[str, Any]:
     guidance = guiding.guidance(plan, glue, request, negative, together)
     meshes, dtype = [Mesh(plan.layout, rank) for rank in busiest(plan.layout)], getattr(torch, plan.dtype)
     splits = [Split(mesh, glue.TENSOR, glue.SHARDING) for mesh in meshes]
-    all_found = [rehearsal(glue, split, plan.card, request, len(batch), guidance, dtype) for split in splits]
+    fused = plan.run.compile.enable_torch_compile
+    all_found = [rehearsal(glue, split, plan.card, request, len(batch), guidance, dtype, fused) for split in splits]
     found = max(all_found, key=lambda each: sum(each.step.bytes.values()))
-    found.alive, found.flops = max(each.alive for each in all_found), max(each.flops for each in all_found)
+    found.alive = max(each.alive for each in all_found)
+    found.kernels = max((each.kernels for each in all_found), key=lambda each: each.flops)
     decoded, sent = max(
         (decoding(glue, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype) for mesh in meshes),
         key=lambda each: sum(each[1].bytes.values()),
@@ -234,7 +239,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "conditioning": {"collectives": _listed(found.conditioning)},
         "step": {"flops": found.flops, "collectives": _listed(found.step)},
         "decoding": {"collectives": _listed(sent)},
-        "prediction": predicted(plan.run.machine, plan.dtype, found.flops, sum(found.step.bytes.values())),
+        "prediction": predicted(plan.run.machine, plan.dtype, found.kernels, sum(found.step.bytes.values())),
     }
 
 
@@ -249,23 +254,23 @@ def _listed(traffic: Traffic) -> dict[str, dict[str, int]]:
     return {name: {"count": traffic.calls[name], "bytes": traffic.bytes[name]} for name in sorted(traffic.calls)}
 
 
-def predicted(machine: Machine, dtype: str, flops: int, sent: int) -> dict[str, Any] | None:
-    """Milliseconds of a step on a named machine, none of which is measured: products, and then what is sent.
+def predicted(machine: Machine, dtype: str, kernels: Kernels, sent: int) -> dict[str, Any] | None:
+    """Milliseconds of a step on a named machine, none of which is measured: its kernels, and then what is sent.
 
     None where no machine is named; `{reason}` where its rates do not hold.
     """
     if machine.name == "auto":
         return None
-    if not machine.matmul_tflops or (sent and not machine.link_gb_per_s):
-        return {"reason": f"machine={machine.name} has no matmul_tflops or no link_gb_per_s"}
+    rate, memory, link = machine.matmul_tflops, machine.memory_gb_per_s, machine.link_gb_per_s
+    if not rate or not memory or (sent and not link):
+        return {"reason": f"machine={machine.name} lacks one of matmul_tflops, memory_gb_per_s and link_gb_per_s"}
     if dtype not in ("bfloat16", "float16"):
         return {"reason": f"the rates of machine={machine.name} are those of bfloat16, and this run is {dtype}"}
-    computing = flops / (machine.matmul_tflops * 1e12) * 1000
-    sending = sent / (machine.link_gb_per_s * 1e9) * 1000 if sent else 0.0  # type: ignore[operator]
-    return {
-        "machine": machine.name,
-        "compute_ms": round(computing, 3),
-        "communication_ms": round(sending, 3),
-        "step_ms": round(computing + sending, 3),
-        "measured": False,
+    parts = {
+        "products_ms": seconds(kernels.products, rate, memory),
+        "attention_ms": seconds(kernels.attention, machine.attention_tflops or rate, memory),
+        "elementwise_ms": kernels.elementwise / (memory * 1e9),
+        "communication_ms": sent / (link * 1e9) if sent and link else 0.0,
     }
+    rounded = {name: round(1000 * part, 3) for name, part in parts.items()}
+    return {"machine": machine.name, **rounded, "step_ms": round(1000 * sum(parts.values()), 3), "measured": False}

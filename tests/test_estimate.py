@@ -18,6 +18,7 @@ from sglang_gen.config import Choices, compose
 from sglang_gen.estimate import Alive, busiest, decoding, estimate, predicted
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.perf import parameters
+from sglang_gen.perf.kernels import Kernels
 from sglang_gen.pipelines import autoencoder, sdxl
 from sglang_gen.pipelines.request import Request
 from sglang_gen.plan import make_plan
@@ -111,14 +112,83 @@ def test_decoding_by_rows_needs_less_memory_and_sends_what_its_ranks_send():
 
 
 def test_a_prediction_is_of_a_named_machine_and_of_its_dtype_alone():
-    named = Machine("h200", 800.0, 4000.0, 400.0)
-    assert predicted(named, "bfloat16", 8 * 10**12, 4 * 10**9) == {
-        "machine": "h200", "compute_ms": 10.0, "communication_ms": 10.0, "step_ms": 20.0, "measured": False,
+    named = Machine("h200", 800.0, 400.0, 4000.0, 400.0)
+    kernels = Kernels(fused=True)
+    kernels.products.update({(8 * 10**11, 1): 10, (1, 4 * 10**9): 2})  # ten bound by arithmetic, two by bytes
+    kernels.attention[4 * 10**12, 1] = 1
+    kernels.elementwise = 20 * 10**9
+    assert predicted(named, "bfloat16", kernels, 4 * 10**9) == {
+        "machine": "h200", "products_ms": 12.0, "attention_ms": 10.0, "elementwise_ms": 5.0, "communication_ms": 10.0,
+        "step_ms": 37.0, "measured": False,
     }  # fmt: skip
-    assert predicted(Machine(), "bfloat16", 1, 1) is None
-    assert "those of bfloat16, and this run is float32" in predicted(named, "float32", 1, 1)["reason"]
-    assert "no matmul_tflops or no link_gb_per_s" in predicted(Machine("mine", 5.0), "bfloat16", 1, 1)["reason"]
-    assert predicted(Machine("mine", 5.0), "bfloat16", 5 * 10**9, 0)["step_ms"] == 1.0
+    assert predicted(replace(named, attention_tflops=None), "bfloat16", kernels, 0)["attention_ms"] == 5.0
+    assert predicted(Machine(), "bfloat16", kernels, 1) is None
+    assert "those of bfloat16, and this run is float32" in predicted(named, "float32", kernels, 1)["reason"]
+    for lacking in ("matmul_tflops", "memory_gb_per_s", "link_gb_per_s"):
+        mine = replace(named, name="mine", **{lacking: None})
+        assert "machine=mine lacks one of" in predicted(mine, "bfloat16", kernels, 1)["reason"]
+    assert predicted(replace(named, link_gb_per_s=None), "bfloat16", kernels, 0)["communication_ms"] == 0
+
+
+def chain(fused: bool) -> Kernels:
+    """A product, its gated half, a product of that and a bias."""
+    with torch.device("meta"):
+        x, w, v = torch.empty(10, 20), torch.empty(20, 60), torch.empty(30, 5)
+    with Kernels(fused) as kernels:
+        left, right = (x @ w).chunk(2, dim=1)
+        (left * torch.nn.functional.silu(right)) @ v
+    return kernels
+
+
+def test_kernels_read_and_write_what_torch_says_they_do():
+    for fused in (False, True):
+        kernels = chain(fused)
+        assert kernels.products == {
+            (2 * 10 * 20 * 60, 4 * (10 * 20 + 20 * 60 + 10 * 60)): 1,
+            (2 * 10 * 30 * 5, 4 * (10 * 30 + 30 * 5 + 10 * 5)): 1,
+        }
+        assert kernels.flops == 2 * 10 * 20 * 60 + 2 * 10 * 30 * 5
+    half = 4 * 10 * 30
+    assert chain(fused=False).elementwise == 2 * half + 3 * half  # silu; then the multiplication
+    assert chain(fused=True).elementwise == 2 * half + half  # both halves once, and what the second product reads
+
+
+def test_a_fused_result_is_written_once_and_an_expanded_tensor_is_as_long_as_it_is():
+    with torch.device("meta"):
+        x, w = torch.empty(8, 8), torch.empty(8, 8)
+        row = torch.empty(1, 8)
+    with Kernels(fused=True) as kernels:
+        y = x + row.expand(8, 8)
+        y @ w
+        y @ w
+    assert kernels.elementwise == 4 * (64 + 8 + 64)
+
+
+def test_attention_has_two_products_and_reads_what_fused_kernels_wrote():
+    with torch.device("meta"):
+        q, k = torch.empty(2, 3, 8, 4), torch.empty(2, 3, 5, 4)
+    with Kernels(fused=True) as kernels:
+        q, out = q * 2, torch.empty_like(q)
+        kernels.attended(q, k, k, out)
+        out + 1
+    assert kernels.attention == {(4 * 2 * 3 * 8 * 5 * 4, 4 * 2 * 3 * (8 + 5 + 5 + 8) * 4): 1}
+    assert kernels.elementwise == 3 * 4 * q.numel()  # q read and written, out read
+
+
+def test_the_prediction_for_flux_is_what_its_arithmetic_says():
+    """59.5 TFLOP of products and 14.9 of attention; about 8 ms at 4.3 TB/s of what is fused, by hand."""
+    card = hub.read_card(env.preset_configs("flux_dev"), "flux_dev", weights=False)
+    alone, pair = (
+        rehearsed.rank("flux", card, layout, 0, 1024, 1024, 1.0, text_length=512, dtype=torch.bfloat16, fused=True)
+        for layout in (Layout(), Layout(ulysses=2))
+    )
+    named = compose(Choices(("model=flux_dev", "machine=h200"))).run.machine
+    found = predicted(named, "bfloat16", alone.kernels, 0)
+    assert found["products_ms"] == pytest.approx(59.5 / 790 * 1000, rel=0.01)
+    assert found["attention_ms"] == pytest.approx(14.9 / 600 * 1000, rel=0.01)
+    assert 4 < found["elementwise_ms"] < 8
+    half = predicted(named, "bfloat16", pair.kernels, sum(pair.step.bytes.values()))
+    assert 0.5 * found["step_ms"] < half["step_ms"] < 0.6 * found["step_ms"]
 
 
 def test_a_dry_run_shows_memory_communication_products_and_the_prediction(sglang):
@@ -129,13 +199,16 @@ def test_a_dry_run_shows_memory_communication_products_and_the_prediction(sglang
     assert "unet" in rows["memory per rank"]
     assert "all_reduce tp" in rows["communication per step"]
     assert rows["FLOPs per step"].endswith(" on each rank")
-    assert rows["PREDICTION"].strip().endswith("; nothing is measured")
+    assert rows["PREDICTION"].strip().endswith(" sending); nothing is measured")
     assert "no effect" not in table.err
     found = json.loads(content.out)["estimate"]
     memory = found["memory"]
     assert memory["total"] == sum(memory["weights"].values()) + max(memory["alive"].values())
     assert found["decoding"]["collectives"]["all_gather sp"]["count"] > 0
     assert found["prediction"]["measured"] is False
+    compiled = json.loads(sglang(*words, "--enable-torch-compile", "dry_run=json").out)["estimate"]["prediction"]
+    assert compiled["elementwise_ms"] < 0.6 * found["prediction"]["elementwise_ms"]
+    assert compiled["products_ms"] == found["prediction"]["products_ms"]
 
 
 def test_a_dry_run_warns_of_more_memory_than_there_is(sglang, monkeypatch):

@@ -24,6 +24,7 @@ LAYERS = (
         "single_file",
         "perf.record",
         "perf.flops",
+        "perf.kernels",
         "perf.parameters",
     ),
     ("config_file", "kept_prompts", "prompts"),

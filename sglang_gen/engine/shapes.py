@@ -19,13 +19,24 @@ class Shapes:
     blocks: dict[type, set[Any]] = field(default_factory=dict)
 
 
-def rehearse(twin: Placed, regions: tuple[type, ...], evaluate: Callable[[Any], Any]) -> Shapes:
-    """The shapes that `evaluate` meets in a network without memory, as this rank has it."""
+def rehearse(
+    twin: Placed,
+    regions: tuple[type, ...],
+    evaluate: Callable[[Any], Any],
+    attended: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
+) -> Shapes:
+    """The shapes that `evaluate` meets in a network without memory, as this rank has it.
+
+    `attended` is told of every attention's q, k, v and result.
+    """
     found = Shapes()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         found.attention.update([(*q.shape[:3], k.shape[2], q.shape[3])])
-        return torch.empty_like(q)
+        out = torch.empty_like(q)
+        if attended is not None:
+            attended(q, k, v, out)
+        return out
 
     def summing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return attend(q, k, v), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
