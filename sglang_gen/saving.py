@@ -49,7 +49,7 @@ def _save(plan: Plan, effective: dict[str, Any], sample: Sample, decoded: Decode
             "run": kept_prompts.recorded(plan.run),
             "sources": dict(plan.sources),
             "requested": dict(plan.requested),
-            "effective": effective,
+            "effective": {**effective, **decoded.effective},
             "versions": dict(env.versions()),
             "commit_hash": env.commit_hash(),
         }

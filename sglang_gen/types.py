@@ -102,6 +102,7 @@ class Decoded:
     latents: "torch.Tensor | None" = None  # what is decoded, in the pipeline's own layout
     kind: str = "image"  # image, video or audio
     rate: int | None = None  # samples per second of audio
+    effective: Mapping[str, Any] = field(default_factory=dict)  # of what took effect, what this batch has of its own
 
 
 class Engine(Protocol):

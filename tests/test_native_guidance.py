@@ -175,6 +175,23 @@ def test_settings_of_guidance_that_is_not_there_are_warned_of(run, rows, name, w
     assert record("outputs")["effective"]["guidance_batching"] == "none"
 
 
+def test_the_record_of_a_picture_says_whether_it_was_guided(pipelines, sglang, rows):
+    Path("prompts.jsonl").write_text('{"prompt": "a cat", "negative_prompt": "a dog"}\n{"prompt": "a fox"}\n')
+    words = ("--diffusers-kwargs", '{"true_cfg_scale": 3.0}', "sampling.prompts_file=prompts.jsonl", "--height", 32)
+    done = sglang("generate", "--model-path", pipelines["flux"], *COMMON, *words, "--width", 48, "--dtype", "float32",
+                  "--num-inference-steps", 3, "--output-path", "outputs", "--perf-dump-path", "perf.json")  # fmt: skip
+    assert done.code == 0, done.err
+    assert rows[:3] == [2] * 3
+    assert rows[3:6] == [1] * 3
+    found = [record("outputs", number)["effective"] for number in (0, 1)]
+    keys = ("guidance_batching", "guided_steps")
+    assert [tuple(each[key] for key in keys) for each in found] == [
+        ("batched", [0, 3]),
+        ("none", None),
+    ]
+    assert json.loads(Path("perf.json").read_text())["effective"]["guidance_batching"] == "batched"
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_branches_in_turn_are_branches_at_once(run, rows, name):
     words = (*WORDS[name], "--num-samples", "2", "sampling.batch_size=2")

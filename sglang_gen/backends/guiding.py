@@ -52,13 +52,17 @@ def room(plan: Plan, glue: Any, network_config: Any, request: Request, encoders:
     return Room(batched, released=not together_fits(free, 2 * rows if pair else rows, row))
 
 
-def effective(plan: Plan, glue: Any, request: Request, batched: bool) -> dict[str, Any]:
+def of_run(plan: Plan, glue: Any, request: Request, batched: bool) -> dict[str, Any]:
+    """`effective` of the batches that are guided, where some are."""
+    return effective(plan, guidance(plan, glue, request, _any_negative(plan), batched), request)
+
+
+def effective(plan: Plan, taken: Guidance, request: Request) -> dict[str, Any]:
     """How guidance is computed, and in which of the steps that are run: from the first, without the last."""
-    taken = guidance(plan, glue, request, _any_negative(plan), batched)
     if not taken.on:
-        return {"guidance_batching": "none"}
+        return {"guidance_batching": "none", "guided_steps": None}
     steps = range(request.steps_run) if taken.steps is None else taken.steps
-    how = "parallel" if plan.layout.cfg > 1 else "batched" if batched else "sequential"
+    how = "parallel" if plan.layout.cfg > 1 else "batched" if taken.batched else "sequential"
     return {"guidance_batching": how, "guided_steps": [steps.start, steps.stop]}
 
 

@@ -129,7 +129,7 @@ class NativeEngine:
             "offload": [],
             "lora": [],
             "cache": "none",
-            **guiding.effective(self.plan, self.glue, request, self.room.batched),
+            **guiding.of_run(self.plan, self.glue, request, self.room.batched),
             "released": list(self.glue.TEXT_PARTS) if self.room.released else [],
             "pipeline": _class_name(self.plan),
             "makes": "image",
@@ -195,7 +195,8 @@ class NativeEngine:
         _check_finite(latents, "the latents", batch)
         if self.mesh.index("cfg") or self.mesh.index("tp"):
             return None  # ranks with the same rows decode them
-        return Decoded(self._decode(latents, request, batch), noise, latents)
+        own = guiding.effective(self.plan, guidance, request)
+        return Decoded(self._decode(latents, request, batch), noise, latents, effective=own)
 
     def _request(self, steps: int) -> Request:
         sampling = self.plan.run.sampling
