@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from sglang_gen import weight_files
+from sglang_gen import offloading, weight_files
 from sglang_gen.errors import UserError
 from sglang_gen.requirements import NEEDS, unsupported
 from sglang_gen.schema import BackendName, CacheMethod, GuidanceBatching, QuantMethod, Run
@@ -24,14 +24,14 @@ ARGUMENTS = {  # of --diffusers-kwargs that it understands
 }
 
 
-def choose(run: Run, card: ModelCard) -> tuple[str, str | None]:
+def choose(run: Run, card: ModelCard, device: str) -> tuple[str, str | None]:
     """(sglang or diffusers, why auto did not take sglang). Raises UserError where sglang is asked for and cannot."""
     own = next((path for path, asked in NATIVE_ONLY if asked(run)), None)
     if run.backend.name is BackendName.diffusers:
         if own:
             raise UserError(f"{own} is a setting of the native engine alone; run with --backend sglang or auto")
         return "diffusers", None
-    reason = next(_obstacles(run, card), None)
+    reason = next(_obstacles(run, card, device), None)
     if reason is None:
         return "sglang", None
     if run.backend.name is BackendName.sglang:
@@ -58,7 +58,7 @@ NATIVE_ONLY: tuple[tuple[str, Callable[[Run], bool]], ...] = (
 )
 
 
-def _obstacles(run: Run, card: ModelCard) -> Iterator[str]:
+def _obstacles(run: Run, card: ModelCard, device: str) -> Iterator[str]:
     """What the native engine does not do, in the order in which a user would like to hear it."""
     name = run.model.pipeline_class_name or card.pipeline_class
     if name not in NATIVE:
@@ -67,6 +67,10 @@ def _obstacles(run: Run, card: ModelCard) -> Iterator[str]:
     foreign = run.backend.diffusers_kwargs.keys() - understood
     if foreign:
         yield f"'{min(foreign)}' of --diffusers-kwargs is for the diffusers pipeline"
+    if card.code:
+        yield "it runs no code from model repositories"
+    if device != "cpu" and offloading.asked(run):  # on a CPU they have no effect
+        yield "it does not offload yet"
     if any("quantization_config" in part.config for part in card.components.values()):
         yield "the model's weights are quantized"
     if run.quant.transformer_weights_path and (reason := _foreign_weights(run.quant.transformer_weights_path)):
@@ -92,7 +96,5 @@ MISSING: tuple[tuple[Callable[[Run], object], str], ...] = (
     (lambda run: run.lora.path or run.lora.adapters, "it has no LoRA adapters yet"),
     (lambda run: run.quant.method is not QuantMethod.none, "it has no quantized weights yet"),
     (lambda run: run.cache.method is not CacheMethod.none or run.cache.cache_dit_config, "it has no step cache yet"),
-    (lambda run: any(vars(run.offload).values()), "it does not offload yet"),
-    (lambda run: run.model.trust_remote_code, "it runs no code from model repositories"),
     (lambda run: run.attention.backend not in ATTENTION, f"its attention kernels are {', '.join(ATTENTION)}"),
 )

@@ -10,6 +10,8 @@ from sglang_gen.errors import UserError
 from sglang_gen.types import Result
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sglang_gen.config import Composed
     from sglang_gen.types import Plan
 
@@ -35,7 +37,7 @@ def generate(*overrides: str, config: str | None = None, **flags: Any) -> Result
 
 def execute(composed: "Composed") -> Result | None:
     """Carry out a composed run; None for a dry run."""
-    from sglang_gen import hub, stored
+    from sglang_gen import hub
     from sglang_gen import plan as planning
 
     run = composed.run
@@ -48,7 +50,7 @@ def execute(composed: "Composed") -> Result | None:
     for warning in plan.warnings:
         log.warning(warning)
     if run.dry_run:
-        _tell(plan)
+        _tell(plan.notices)
         from sglang_gen import dry_run
 
         print(dry_run.describe(plan))
@@ -59,11 +61,11 @@ def execute(composed: "Composed") -> Result | None:
     if run.output.perf_dump_path:
         output.prepare_file(Path(run.output.perf_dump_path))
     log.info(f"Loading model: {plan.card.name}")
-    _tell(plan)
+    _tell(plan.notices)
     if run.sampling.seed is None:
         log.info(f"Seed: {plan.run.sampling.seed} (drawn; --seed gives it again)")
     started = time.perf_counter()
-    plan = stored.require(replace(plan, card=hub.find_weights(run)))
+    plan = _from_weights(composed, plan)
     if composed.place is not None:
         from sglang_gen import torchrun
 
@@ -71,6 +73,22 @@ def execute(composed: "Composed") -> Result | None:
     return launch.launch(plan, started)
 
 
-def _tell(plan: "Plan") -> None:
-    for notice in plan.notices:
+def _from_weights(composed: "Composed", expected: "Plan") -> "Plan":
+    """The plan made again once the model's files are here: a preset was described by the configs in the package.
+
+    Says what only they show. Raises UserError where they do not allow what was expected.
+    """
+    from sglang_gen import hub, stored
+    from sglang_gen import plan as planning
+
+    plan = planning.make_plan(replace(composed, run=expected.run), hub.find_weights(expected.run))
+    for warning in plan.warnings:
+        if warning not in expected.warnings:
+            log.warning(warning)
+    _tell(notice for notice in plan.notices if notice not in expected.notices)
+    return stored.require(plan)
+
+
+def _tell(notices: "Iterable[str]") -> None:
+    for notice in notices:
         log.info(notice)

@@ -66,11 +66,17 @@ def _find(model: Model, weights: bool, replaced: Collection[str]) -> ModelCard:
         return _allowed(_read_single_file(folder, model, weights), model)
     if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1 or "\\" in model.path:
         raise UserError(f"The model folder {model.path} does not exist")
-    packaged = env.preset_configs(model.preset or "")
-    if not weights and model.preset and packaged.is_dir():
+    if not weights and (packaged := _packaged(model)) is not None:
         return read_card(packaged, model.path, weights=False)
     folder = _download(model, model.path, weights)
     return _allowed(read_card(folder, model.path, weights, elsewhere), model)
+
+
+def _packaged(model: Model) -> Path | None:
+    """The folder of the package that describes a preset's own repository; None for any other one."""
+    own = {preset.name: preset.path for preset in presets.load()}.get(model.preset or "")
+    folder = env.preset_configs(model.preset or "")
+    return folder if own == model.path and folder.is_dir() else None
 
 
 def _allowed(card: ModelCard, model: Model) -> ModelCard:

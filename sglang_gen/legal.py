@@ -155,10 +155,24 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def check(
-    run: Run, card: ModelCard, backend: str, layout: Layout, stated: Set[str], batches: Sequence[Sequence[Sample]]
+    run: Run,
+    card: ModelCard,
+    backend: str,
+    reason: str | None,
+    layout: Layout,
+    stated: Set[str],
+    batches: Sequence[Sequence[Sample]],
 ) -> None:
-    """Refuse a layout that the backend, the network or the request cannot fill. Raises UserError."""
+    """Refuse a layout that the backend, the network or the request cannot fill. Raises UserError.
+
+    `reason` is why the native engine was not taken, where the choice was ours.
+    """
     if backend == "diffusers" and layout.ring * layout.ulysses * layout.tp > 1:
+        if reason:
+            raise UserError(
+                f"This layout ({_degrees(layout)}) needs the native engine, which cannot run this: {reason}; "
+                "diffusers runs parallel.dp_size and parallel.enable_cfg_parallel alone"
+            )
         raise UserError(
             f"The diffusers backend does not split a network over ranks (asked: {_degrees(layout)}); it runs "
             "parallel.dp_size and parallel.enable_cfg_parallel, the native engine (backend=sglang) runs the others"

@@ -9,7 +9,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen import choice, env, guidance, layout, legal, prompts, quantization, remote_code, sizes, stored
+from sglang_gen import (
+    choice,
+    env,
+    guidance,
+    layout,
+    legal,
+    offloading,
+    prompts,
+    quantization,
+    remote_code,
+    sizes,
+    stored,
+)
 from sglang_gen.errors import UserError
 from sglang_gen.flags import BY_PATH
 from sglang_gen.schema import (
@@ -43,6 +55,7 @@ def check(composed: "Composed") -> None:
     guidance.check(composed.run)
     quantization.check(composed.run)
     stored.check(composed.run)
+    offloading.check(composed.run)
 
 
 def make_plan(composed: "Composed", card: ModelCard) -> Plan:
@@ -50,14 +63,14 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     run, sources = composed.run, composed.sources
     stated = layout.stated(sources)
     degrees = layout.infer(run.parallel, stated, legal.common_heads(card))
-    backend, reason = choice.choose(run, card)
+    device = choose_device(run.device)
+    backend, reason = choice.choose(run, card, device)
     if backend == "sglang":
         choice.check_start(run)
     run = prompts.pin(run)
     batches = prompts.batches(prompts.samples(run), run.sampling.batch_size)
     sizes.check(run, card)
-    device = choose_device(run.device)
-    legal.check(run, card, backend, degrees, stated, batches)
+    legal.check(run, card, backend, reason, degrees, stated, batches)
     here = degrees.ranks if composed.place is None else composed.place.here
     legal.check_machine(here, device)
     if run.compile.cuda_graphs and device not in CAPTURING:
@@ -83,6 +96,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         warnings=(
             *_warnings(run, sources, composed.versions),
             *remote_code.warnings(run.model, card),
+            *offloading.warnings(run, device),
             *guidance.warnings(run, user_gave(run, sources, "sampling.guidance_scale"), card),
         ),
         notices=(f"Backend: diffusers ({reason})",) if reason else (),
@@ -195,26 +209,31 @@ def requested(run: Run) -> dict[str, Any]:
         "dtype": run.dtype.name,
         "device": run.device.name,
         "parallel": degrees,
-        "cache": run.cache.method.name,
+        "cache": _cache(run),
         "quantization": "nunchaku" if quantization.wants_nunchaku(run) else run.quant.method.name,
-        "offload": [name for name, value in plain(run.offload).items() if value is True],
+        "offload": offloading.asked(run),
         "lora": [adapter["path"] for adapter in [plain(run.lora), *plain(run.lora.adapters)] if adapter["path"]],
         "compile": run.compile.enable_torch_compile,
         "cuda_graphs": run.compile.cuda_graphs,
     }
 
 
+def _cache(run: Run) -> str:
+    """The step cache by its method's name; --cache-dit-config alone asks for cache-dit's."""
+    method = run.cache.method
+    return (CacheMethod.dbcache if method is CacheMethod.none and run.cache.cache_dit_config else method).name
+
+
 def _effective(run: Run, backend: str, degrees: Layout, device: str, dtype: str) -> dict[str, Any]:
     """What the plan expects to take effect; the engine replaces it by what it reads back once it is built."""
     asked = requested(run)
-    cached = run.cache.method is not CacheMethod.none or bool(run.cache.cache_dit_config)
     return {
         "backend": backend,
         "attention": "sdpa" if asked["attention"] == "auto" else asked["attention"],
         "dtype": dtype,
         "device": device,
         "parallel": plain(degrees),
-        "cache": CacheMethod.dbcache.name if cached else CacheMethod.none.name,
+        "cache": asked["cache"],
         "quantization": asked["quantization"],
         "offload": [] if device == "cpu" else asked["offload"],
         "lora": asked["lora"],

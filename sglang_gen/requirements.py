@@ -4,7 +4,7 @@ Pure facts for the plan. A config is read key by key: one that nobody here has t
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_gen.types import ModelCard
@@ -54,20 +54,27 @@ class Needs:
     components: Mapping[str, tuple[str, ...]]
     network: str
     settings: Mapping[str, Accepts]
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # used where a model has all of them
+
+    def present(self, card: ModelCard) -> list[str]:
+        """The components that a run of this model uses."""
+        more = self.optional if all(name in card.components for name in self.optional) else ()
+        return [*self.components, *more]
 
 
 def unsupported(needs: Needs, card: ModelCard) -> str | None:
     """Why the native engine cannot run this model, in a clause; None where it can."""
-    for name, classes in needs.components.items():
+    checker = "safety_checker" in card.components
+    for name, classes in {**needs.components, **(needs.optional if checker else {})}.items():
         if name not in card.components:
             return f"this model has no {name}"
         found = card.components[name].class_name
         if classes and found not in classes:
             return f"the {name} is a {found}, not a {' or '.join(classes)}"
+    if checker and "safety_checker" not in needs.optional:
+        return "it runs no safety checker with this pipeline, and this model has one"
     if card.components["text_encoder"].config.get("use_attention_mask"):
         return "its text encoder hides the padding of prompts (use_attention_mask)"
-    if "safety_checker" in card.components:
-        return "it runs no safety checker, and this model has one"
     for name, settings in ((needs.network, needs.settings), ("vae", AUTOENCODER)):
         for key, value in card.components[name].config.items():
             if not (key.startswith("_") or settings.get(key, ABSENT)(value)):
@@ -139,6 +146,7 @@ SD = Needs(
     {"unet": ("UNet2DConditionModel",), "vae": VAE, "scheduler": ANY, "text_encoder": CLIP, "tokenizer": ANY},
     "unet",
     UNET,
+    optional={"safety_checker": ("StableDiffusionSafetyChecker",), "feature_extractor": ("CLIPImageProcessor",)},
 )
 
 SDXL = Needs(

@@ -9,6 +9,7 @@ import test_native_unet
 import torch
 import transformers
 from diffusers import AutoencoderKL
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,7 +30,7 @@ NAMES = [preset.name for preset in presets.load() if preset.path]
 
 
 def encoder(kind: str, config: dict) -> torch.nn.Module:
-    found = getattr(transformers, kind)
+    found = StableDiffusionSafetyChecker if kind == "StableDiffusionSafetyChecker" else getattr(transformers, kind)
     return found(found.config_class(**config))
 
 

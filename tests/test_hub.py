@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from little_hub import LittleHub
+from native import edited
 from PIL import Image
 
 SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "1", "--seed", "7", "--dtype", "float32")
@@ -166,6 +167,34 @@ def test_dry_run_of_an_unknown_id_fetches_configs_only(sglang, hub):
     assert "model_index.json" in fetched
     assert "unet/config.json" in fetched
     assert all(name.endswith(".json") and "token" not in name for name in fetched)
+
+
+OWN = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # of the preset sd15
+
+
+def test_a_preset_is_planned_again_from_what_its_repository_holds(sglang, hub, pipelines):
+    missing = {"text_encoder": ["transformers", "CLIPTextModelWithProjection"]}
+    hub.repos[OWN] = {"main": edited(pipelines["sd15"], "other", "model_index.json", **missing)}
+    words = ("generate", "model=sd15", "--prompt", "a", *SMALL, "--backend")
+    assert json.loads(sglang(*words, "auto", "dry_run=json").out)["effective"]["backend"] == "sglang"
+    assert not hub.requests
+    reason = "the text_encoder is a CLIPTextModelWithProjection, not a CLIPTextModel"
+    refused = sglang(*words, "sglang")
+    assert (refused.code, f"The native engine cannot run this: {reason}" in refused.err) == (2, True)
+    lines = sglang(*words, "auto").lines
+    assert lines[:2] == [f"INFO: Loading model: {OWN}", f"INFO: Backend: diffusers ({reason})"]
+
+
+@pytest.mark.parametrize("path", ["owner/inpaint", "owner/stable-diffusion-v1-5"])
+def test_another_repository_is_described_by_its_own_configs_under_a_preset_too(sglang, hub, pipelines, path):
+    other = edited(pipelines["sd15"], "other", "model_index.json", _class_name="StableDiffusionInpaintPipeline")
+    hub.repos[path] = {"main": other}
+    words = ("generate", "--model-path", path, "--model-id", "sd15", "--prompt", "a")
+    found = json.loads(sglang(*words, "dry_run=json").out)
+    assert (found["pipeline"], found["effective"]["backend"]) == ("StableDiffusionInpaintPipeline", "diffusers")
+    assert not any(name.endswith(".safetensors") for name in hub.files_fetched())
+    refused = sglang(*words, *SMALL, "--backend", "sglang")
+    assert (refused.code, "it has no StableDiffusionInpaintPipeline" in refused.err) == (2, True)
 
 
 def test_dry_run_of_a_preset_asks_no_hub(sglang, hub):

@@ -21,6 +21,7 @@ LAYERS = (
         "overrides",
         "layout",
         "remote_code",
+        "offloading",
         "single_file",
         "perf.record",
         "perf.flops",

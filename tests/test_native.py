@@ -111,16 +111,6 @@ def test_a_model_that_asks_for_more_is_refused_by_the_name_of_what_it_asks(pipel
     assert reason in planned.out + planned.err
 
 
-def test_a_model_with_a_safety_checker_runs_on_diffusers(pipelines, run):
-    index = json.loads((pipelines["sd15"] / "model_index.json").read_text())
-    checked = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
-    model = edited(pipelines["sd15"], "model", "model_index.json", **(index | checked))
-    (model / "safety_checker").mkdir()
-    done = run(model, "--backend", "sglang")
-    assert done.code == 2
-    assert "it runs no safety checker, and this model has one; run with --backend diffusers or auto" in done.err
-
-
 def test_true_guidance_of_flux_needs_its_scale_and_a_negative_prompt(run):
     words = ("--diffusers-kwargs", '{"true_cfg_scale": 3.0}', "--negative-prompt", "a dog")
     for backend in ("sglang", "diffusers"):

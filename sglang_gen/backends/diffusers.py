@@ -92,7 +92,7 @@ def _transform(plan: Plan, pipeline: Any) -> tuple[dict[str, Any], attention.Ker
     adapters = lora.apply(pipeline, run.lora)
     quantization = quantized.apply(pipeline, run.quant.method, plan.device)
     kernel = attention.apply(pipeline, run.attention, plan.device, getattr(torch, plan.dtype))
-    placed = offload.apply(pipeline, run.offload, plan.device)
+    placed = offload.apply(pipeline, run, plan.device)
     steps = run.sampling.num_inference_steps
     step_cache = cache.StepCache(pipeline, run.cache, steps) if cache.wanted(run.cache) else None
     compiled = compilation.apply(pipeline, run.compile, plan.device)

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from sglang_gen import log, sizes
-from sglang_gen.backends import decoding, guiding, parts
+from sglang_gen.backends import decoding, guiding, parts, safety
 from sglang_gen.backends.execution import Execution
 from sglang_gen.backends.inputs import read_image, read_noise
 from sglang_gen.backends.observe import plain_config
@@ -104,6 +104,8 @@ class NativeEngine:
         self.sp = self.mesh.axis(SEQUENCE)
         vae = decoding.split(parts["vae"], self.sp)
         calls.watch("decoding", "vae", vae, "decode", twin=partial(self._vae_twin, glue.decoding_dtype))
+        if safety.CHECKER in parts:
+            calls.watch("decoding", safety.CHECKER, parts[safety.CHECKER].vision_model)
         if self.image is not None:
             calls.watch("latents", "vae", vae, "encode", twin=partial(self._vae_twin, glue.encoding_dtype))
 
@@ -281,6 +283,7 @@ class NativeEngine:
         values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         _check_finite(torch.from_numpy(values), "the decoded image", batch)
         frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
+        safety.blank(self.parts, frames, self.execution.dtype, batch)
         return frames
 
     def cache_decisions(self) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sglang_gen import remote_code
 from sglang_gen.engine import flow_match
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.parallel.collectives import Axis
@@ -31,7 +32,7 @@ def read(plan: Plan, needs: Needs, glue: Any, split: Split) -> tuple[nn.Module, 
     """
     dtype = getattr(torch, plan.dtype)
     network = _network(plan, needs.network, glue, dtype, split.shrink)
-    others = [name for name in needs.components if name != needs.network]
+    others = [name for name in needs.present(plan.card) if name != needs.network]
     given = [name for name in others if plan.card.file is None or name in plan.run.model.component_paths]
     tp = split.mesh.axis("tp")
     parts = {name: _part(name, plan.card.components[name], dtype, plan.device, tp) for name in given}
@@ -125,7 +126,10 @@ def _read(component: Component, dtype: torch.dtype, device: str) -> Any:
     folder = str(_folder(component))
     if component.class_name == flow_match.NAME and flow_match.knows(component.config):
         return flow_match.FlowMatchEuler(component.config)
-    kind = getattr(importlib.import_module(component.library), component.class_name)
+    library = component.library
+    if library not in remote_code.LIBRARIES:  # a module of diffusers' pipelines
+        library = f"diffusers.pipelines.{library}"
+    kind = getattr(importlib.import_module(library), component.class_name)
     if not issubclass(kind, nn.Module):
         return kind.from_pretrained(folder)
     part, told = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)

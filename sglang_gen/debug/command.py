@@ -16,7 +16,7 @@ from sglang_gen.types import user_gave
 
 if TYPE_CHECKING:
     from sglang_gen.config import Composed
-    from sglang_gen.types import Plan
+    from sglang_gen.types import ModelCard, Plan
 
 HELP = """\
 usage: sglang debug COMMAND ...
@@ -103,24 +103,32 @@ def parity(composed: "Composed", given: Mapping[str, Any]) -> int:
 
 def plans(composed: "Composed") -> tuple["Plan", "Plan"]:
     """The same plan for the native engine and for diffusers, with the weights at hand. Raises UserError."""
-    from sglang_gen import choice, hub, prompts, stored
+    from sglang_gen import hub, prompts, stored
     from sglang_gen import plan as planning
 
     planning.check(composed)
     composed = replace(composed, run=prompts.pin(composed.run))  # one drawn seed for both
-    card = hub.find(composed.run.model, weights=False)
+    _warn(composed, _checked(composed, hub.find(composed.run.model, weights=False)))
+    card = hub.find(composed.run.model, weights=True)
+    _checked(composed, card)
+    ours, theirs = (
+        planning.make_plan(_on(composed, name), card) for name in (BackendName.sglang, BackendName.diffusers)
+    )
+    return stored.require(ours), stored.require(theirs)
+
+
+def _checked(composed: "Composed", card: "ModelCard") -> "Plan":
+    """The plan for either backend. Raises UserError where one of them cannot run it."""
+    from sglang_gen import choice
+    from sglang_gen import plan as planning
+
     either = planning.make_plan(_on(composed, BackendName.auto), card)
-    _, reason = choice.choose(either.run, card)
+    _, reason = choice.choose(either.run, card, either.device)
     if reason is not None:
         raise UserError(f"sglang debug parity runs both backends, and the native engine cannot run this: {reason}")
     if either.layout.ranks > 1:
         raise UserError("sglang debug parity runs on one rank; leave out the settings of parallel")
-    _warn(composed, either)
-    ours, theirs = (
-        planning.make_plan(_on(composed, name), card) for name in (BackendName.sglang, BackendName.diffusers)
-    )
-    card = hub.find(composed.run.model, weights=True)
-    return stored.require(replace(ours, card=card)), stored.require(replace(theirs, card=card))
+    return either
 
 
 def _on(composed: "Composed", name: BackendName) -> "Composed":

@@ -24,6 +24,17 @@ def clip_projected(config: Config, ranks: int = 1) -> int:
     return int(clip(config) + config["hidden_size"] * config["projection_dim"])
 
 
+def safety_checker(config: Config, ranks: int = 1) -> int:
+    """The safety checker of Stable Diffusion 1: a CLIP image encoder, its projection, 17 concepts and 3 that warn."""
+    vision, projected = config["vision_config"], config["projection_dim"]
+    width, inside, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    layer = 4 * _linear(width, width) + _linear(width, inside) + _linear(inside, width) + 2 * _norm(width)
+    tokens = (vision["image_size"] // patch) ** 2 + 1
+    embedding = (vision.get("num_channels", 3) * patch**2 + 1 + tokens) * width
+    encoder = embedding + 2 * _norm(width) + vision["num_hidden_layers"] * layer
+    return int(encoder + width * projected + (17 + 3) * (projected + 1))
+
+
 def t5(config: Config, ranks: int = 1) -> int:
     """The encoder of T5 (Raffel et al. 2020); on several tensor parallel ranks, one's part of its layers."""
     width, inner = config["d_model"], config["num_heads"] * config["d_kv"]
@@ -81,5 +92,6 @@ COUNT: Mapping[str, Callable[[Config, int], int]] = {
     "CLIPTextModel": clip,
     "CLIPTextModelWithProjection": clip_projected,
     "T5EncoderModel": t5,
+    "StableDiffusionSafetyChecker": safety_checker,
     "AutoencoderKL": autoencoder,
 }

@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglang_gen import log
+from sglang_gen import log, offloading
 from sglang_gen.backends.options.networks import DENOISERS, TEXT_ENCODERS, modules
-from sglang_gen.errors import UserError
-from sglang_gen.schema import Offload
+from sglang_gen.schema import Offload, Run
 
 PARTS = {
     "dit_cpu_offload": DENOISERS,
@@ -19,24 +18,16 @@ PARTS = {
 }
 
 
-def apply(pipeline: Any, offload: Offload, device: str) -> list[str]:
+def apply(pipeline: Any, run: Run, device: str) -> list[str]:
     """Place every component and say which options took effect.
 
-    On a CPU there is nowhere to offload from: a warning, and nothing takes effect. Elsewhere a flagged component comes
-    to the device when it is called and returns after the call; `dit_layerwise_offload` does so block by block, the
-    next block being copied while one computes. Raises UserError for two options that contradict.
+    On a CPU nothing does. Elsewhere a flagged component comes to the device when it is called and returns after the
+    call; `dit_layerwise_offload` does so block by block, the next block being copied while one computes.
     """
-    asked = [name for name, value in vars(offload).items() if value is True]
-    if offload.disk_path and not offload.dit_layerwise_offload:
-        raise UserError("offload.disk_path holds what layerwise offloading streams; add --dit-layerwise-offload")
-    if offload.dit_cpu_offload and offload.dit_layerwise_offload:
-        raise UserError("--dit-cpu-offload and --dit-layerwise-offload exclude each other; give one")
     if device == "cpu":
-        if asked:
-            log.warning(f"{', '.join(asked)}: no effect, the run computes on the CPU")
         pipeline.to("cpu")
         return []
-    return _place(pipeline, offload, asked, device)
+    return _place(pipeline, run.offload, offloading.asked(run), device)
 
 
 def _place(pipeline: Any, offload: Offload, asked: list[str], device: str) -> list[str]:
