@@ -40,6 +40,11 @@ def check_files(folder: Path, component: Component) -> None:
     is_network = (folder / "config.json").is_file() and not {"_class_name", "architectures"}.isdisjoint(
         component.config
     )
+    if is_network and files and all("." in path.stem for path in files):
+        raise UserError(
+            f"{folder} holds variants of its weights alone ({files[0].name}): rename those to take, to "
+            f"{files[0].name.partition('.')[0]}.safetensors and the like"
+        )
     if is_network and not files:
         raise UserError(f"{folder} {PICKLED if any(folder.glob('*.bin')) else 'holds no weights (*.safetensors)'}")
     check_vocabulary(folder, component)

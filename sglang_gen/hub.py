@@ -12,7 +12,6 @@ from pathlib import Path
 from sglang_gen import env, log, presets, remote_code, single_file
 from sglang_gen.component_folder import check_files, check_vocabulary, read_config, read_json
 from sglang_gen.errors import RunError, UserError, first_line, nearest
-from sglang_gen.safetensors_file import PICKLED
 from sglang_gen.schema import Model, Run
 from sglang_gen.types import DENOISERS, Component, ModelCard
 
@@ -265,7 +264,9 @@ def hub_error(error: Exception, name: str, revision: str | None) -> Exception:
     if "trust_remote_code" in str(error):
         return UserError(remote_code.refusal(name, "code of its own"))
     if "necessary `safetensors` weights" in str(error):
-        return UserError(f"{name} {PICKLED}")
+        return UserError(
+            f"{name} offers no safetensors weights without a variant (such as fp16), and pickled weights are refused"
+        )
     return RunError(f"{name} is not a local folder, not whole in the local cache, and not to be had: {_reason(error)}")
 
 

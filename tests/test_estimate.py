@@ -62,6 +62,23 @@ def test_t5_on_two_ranks_is_the_part_that_each_reads():
     assert parameters.t5(config, 2) == sum(each.numel() for each in network.parameters())
 
 
+@pytest.mark.parametrize("there", [("shared.weight",), ("encoder.embed_tokens.weight",), ()])
+def test_the_words_of_t5_have_one_name_or_another(tmp_path, there):
+    from safetensors.torch import load_file, save_file
+
+    from sglang_gen.backends import large_text
+
+    config = {"d_model": 8, "d_ff": 16, "num_heads": 2, "d_kv": 4, "num_layers": 1, "vocab_size": 12}
+    encoder("T5EncoderModel", config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    words = tensors.pop("shared.weight")
+    named = {name: words.clone() for name in there or ("shared.weight", "encoder.embed_tokens.weight")}
+    save_file(tensors | named, tmp_path / "model.safetensors")
+    part = large_text.read(tmp_path, torch.float32, "cpu", Axis("tp", 2, 1))
+    assert torch.equal(part.shared.weight, words)
+    assert part.encoder.embed_tokens is part.shared
+
+
 def test_bytes_that_are_alive_rise_and_fall():
     known = torch.empty(1000)
     with Alive([known]) as alive:

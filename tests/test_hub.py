@@ -113,6 +113,17 @@ def test_pickled_weights_are_refused_on_the_hub_and_in_a_folder(sglang, hub, pip
     assert not any(name.endswith((".bin", ".safetensors")) for name in hub.files_fetched())
 
 
+def test_weights_that_are_there_in_a_variant_alone_are_named(sglang, hub, pipelines, tmp_path):
+    folder = shutil.copytree(pipelines["sd15"], tmp_path / "half")
+    for path in folder.glob("*/*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    hub.repos["tiny/half"] = {"main": folder}
+    there = sglang("generate", "--model-path", "tiny/half", "--prompt", "a", *SMALL)
+    assert (there.code, "no safetensors weights without a variant (such as fp16)" in there.lines[-1]) == (2, True)
+    here = sglang("generate", "--model-path", folder, "--prompt", "a", *SMALL)
+    assert (here.code, "holds variants of its weights alone (" in here.lines[-1]) == (2, True)
+
+
 def test_a_hub_that_cannot_be_reached_is_one_sentence_within_seconds(sglang, hub):
     hub.close()
     start = time.monotonic()

@@ -56,6 +56,7 @@ SCHEDULERS = {
     "LMSDiscreteScheduler": [{}],
     "HeunDiscreteScheduler": [{}, {"use_karras_sigmas": True}],
     "LCMScheduler": [{}],
+    "TCDScheduler": [{}],
 }
 
 

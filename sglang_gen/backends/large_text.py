@@ -31,11 +31,17 @@ TENSOR: tensor.Table = {
 }
 
 
+WORDS, ALIAS = "shared.weight", "encoder.embed_tokens.weight"  # of the table of words; files have one, or both
+
+
 class Checkpoint(load.Checkpoint):
-    """The tensors of T5, without the second name that some files have for the table of words."""
+    """The tensors of T5, of which the table of words has one name or another."""
 
     def names(self) -> Set[str]:
-        return self.place.keys() - ({"encoder.embed_tokens.weight"} if "shared.weight" in self.place else set())
+        return self.place.keys() - ({ALIAS} if WORDS in self.place else set())
+
+    def sources(self, name: str) -> list[str]:
+        return [ALIAS] if name == WORDS and WORDS not in self.place else [name]
 
 
 def divides(component: Component, dtype: torch.dtype, axis: Axis) -> bool:
@@ -84,7 +90,7 @@ def read(folder: Path, dtype: torch.dtype, device: str, axis: Axis) -> nn.Module
         network: Any = load.fill(
             build,
             checkpoint,
-            sources=lambda name: [name],
+            sources=checkpoint.sources,
             dtype=dtype,
             device=device,
             where=load.where(files),

@@ -214,6 +214,7 @@ class NativeEngine:
             guidance=sampling.guidance_scale,
             text_length=sampling.max_sequence_length,
             skipped=self._skipped(steps),
+            watermark=self.plan.card.settings.get("add_watermarker"),
         )
 
     def _skipped(self, steps: int) -> int | None:

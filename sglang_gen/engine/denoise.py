@@ -38,7 +38,7 @@ def denoise(
     A scheduler that draws noise draws it from the samples' own generators. `numbers` are those of `step_numbers`; what
     follows the last evaluation of a step is `after_step`.
     """
-    extra = _seeded(scheduler, latents, generators)
+    extra = _arguments(scheduler, latents, generators)
     scales = hasattr(scheduler, "scale_model_input")
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep) if scales else latents
@@ -48,16 +48,16 @@ def denoise(
     return latents
 
 
-def _seeded(scheduler: Any, latents: Tensor, generators: Sequence[torch.Generator]) -> dict[str, Any]:
-    """The argument of `step` by which a scheduler draws from the samples' generators.
+def _arguments(scheduler: Any, latents: Tensor, generators: Sequence[torch.Generator]) -> dict[str, Any]:
+    """Arguments of `step`: no noise of `eta`, and the samples' generators for a scheduler that draws some all the same.
 
-    One that has none of the kind draws from Brownian motions, which are made here: one a sample, from its seed.
+    One that takes no generator draws from Brownian motions, which are made here: one a sample, from its seed.
     """
-    if "generator" in inspect.signature(scheduler.step).parameters:
-        return {"generator": list(generators)}
-    if hasattr(scheduler, "noise_sampler"):
+    taken = inspect.signature(scheduler.step).parameters
+    if "generator" not in taken and hasattr(scheduler, "noise_sampler"):
         scheduler.noise_sampler = _brownian(scheduler.sigmas, latents, [each.initial_seed() for each in generators])
-    return {}
+    known = {"eta": 0.0, "generator": list(generators)}  # what diffusers' pipelines give, where their caller does not
+    return {name: value for name, value in known.items() if name in taken}
 
 
 def _brownian(sigmas: Tensor, latents: Tensor, seeds: list[int]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -74,6 +74,14 @@ class Pending:
     def __init__(self, tensor: Tensor, source: Tensor, work: "dist.Work | None" = None) -> None:
         self.tensor, self.source, self.work = tensor, source, work
 
+    def wait_before(self, x: Tensor) -> Tensor:
+        """`x` once all is sent, where nothing comes: compiled code drops an exchange of which nothing depends on."""
+        arrived = self.wait()
+        if torch.compiler.is_compiling():
+            after: Tensor = _after(x, arrived)
+            return after
+        return x
+
     def wait(self) -> Tensor:
         if torch.compiler.is_compiling():
             arrived: Tensor = _arrived(self.tensor, self.source)
@@ -145,8 +153,10 @@ _started: dict[int, "dist.Work"] = {}
 
 
 def _start(pending: Pending) -> Tensor:
-    if pending.tensor.numel() and pending.work is not None:
+    if pending.work is not None and pending.tensor.numel():
         _started[pending.tensor.data_ptr()] = pending.work
+    elif pending.work is not None:  # nothing comes, and so there is no memory to remember it by
+        pending.work.wait()
     return pending.tensor
 
 
@@ -172,6 +182,11 @@ def _arrived(x: Tensor, source: Tensor) -> Tensor:
     return x.clone()
 
 
+@torch.library.custom_op("sglang_gen::after", mutates_args=())
+def _after(x: Tensor, arrived: Tensor) -> Tensor:
+    return x.clone()
+
+
 @_all_reduce.register_fake
 def _(x: Tensor, group: str, name: str, size: int) -> Tensor:
     return x.new_empty(x.shape)
@@ -190,3 +205,8 @@ def _(x: Tensor, sent: list[int], received: list[int], group: str, name: str, in
 @_arrived.register_fake
 def _(x: Tensor, source: Tensor) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@_after.register_fake
+def _(x: Tensor, arrived: Tensor) -> Tensor:
+    return torch.empty_like(x)

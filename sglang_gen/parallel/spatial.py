@@ -48,8 +48,11 @@ def neighbours(x: Tensor, axis: Axis, below: bool) -> tuple[Tensor, Tensor]:
         sent[index + 1], received[index + 1] = first.numel(), first.numel() if below else 0
     rows = ([first] if index > 0 and below else []) + ([final] if index < last else [])
     flat = torch.cat([row.reshape(-1) for row in rows]) if rows else x.new_empty(0)
-    arrived = exchange(flat, sent, received, axis).wait()
-    found = [row.view(first.shape) for row in torch.split(arrived, [count for count in received if count])]
+    coming = exchange(flat, sent, received, axis)
+    if not any(received):
+        zeros = coming.wait_before(zeros)
+        return zeros, zeros
+    found = [row.view(first.shape) for row in torch.split(coming.wait(), [count for count in received if count])]
     return (found[0] if index > 0 else zeros), (found[-1] if index < last and below else zeros)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class Request:
     """One batch: `height` and `width` in pixels, `factor` pixels per latent, `guidance` is --guidance-scale.
 
-    `skipped` is how many of the steps an input picture spares; None: there is no picture.
+    `skipped` is how many of the steps an input picture spares; None: there is no picture. `watermark` is what the model
+    says of an invisible one.
     """
 
     height: int
@@ -17,6 +18,7 @@ class Request:
     guidance: float
     text_length: int | None = None
     skipped: int | None = None
+    watermark: bool | None = None
 
     @property
     def steps_run(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sglang_gen import sizes
 from sglang_gen.engine.denoise import Predict
+from sglang_gen.errors import UserError
 from sglang_gen.models.unet import UNet
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.models.vae import Config as AutoencoderConfig
@@ -85,7 +86,7 @@ def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
     dtype = autoencoder.dtype(vae)
     with _in_float32(vae, decoding_dtype(vae.config, dtype) != dtype):
         pictures = vae.decode(_unscaled(vae, latents.to(autoencoder.dtype(vae))))
-    return _marked(pictures)
+    return _marked(pictures, request.watermark)
 
 
 @contextmanager
@@ -117,11 +118,17 @@ def _moments(vae: Autoencoder, latents: Tensor) -> tuple[Tensor, Tensor] | None:
     return mean, deviation
 
 
-def _marked(pictures: Tensor) -> Tensor:
-    """With the invisible watermark of diffusers' pipeline, which it sets wherever the library for it is installed."""
+def _marked(pictures: Tensor, wanted: bool | None) -> Tensor:
+    """With the invisible watermark of diffusers' pipeline, which it sets wherever the library for it is installed.
+
+    A model may want it, or want none. Raises UserError where it wants one and there is no library.
+    """
     from diffusers.utils import is_invisible_watermark_available
 
-    if not is_invisible_watermark_available():
+    there = is_invisible_watermark_available()
+    if wanted and not there:
+        raise UserError("add_watermarker: this model wants a watermark; pip install invisible-watermark")
+    if not there or wanted is False:
         return pictures
     from diffusers.pipelines.stable_diffusion_xl.watermark import StableDiffusionXLWatermarker
 
