@@ -9,7 +9,14 @@ from sglang_gen.types import Plan
 
 
 def describe(plan: Plan) -> str:
-    """The plan as a table, or as JSON where the run asks for that."""
+    """The plan as a table, or as JSON where the run asks for that.
+
+    Raises UserError for what the backend would refuse before it reads a weight.
+    """
+    if plan.backend == "diffusers" and not plan.card.code:  # what a repository's own code takes, it alone knows
+        from sglang_gen.backends import diffusers
+
+        diffusers.check(plan)
     return json.dumps(_as_dict(plan), indent=2, ensure_ascii=False) if plan.run.dry_run == "json" else _as_table(plan)
 
 

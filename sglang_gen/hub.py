@@ -93,9 +93,11 @@ def _read_single_file(path: Path, model: Model, weights: bool) -> ModelCard:
     folder, preset = Path(model.configs).expanduser() if model.configs else None, None
     if folder is None or not folder.is_dir():
         known = presets.load()
-        own = {each.name: each.path for each in known}.get(model.preset or "")
-        source = model.configs or own or single_file.source_of_configs(path, shapes)
+        paths = {each.name: each.path for each in known}
+        source = model.configs or paths.get(model.preset or "") or single_file.source_of_configs(path, shapes)
         preset = presets.by_path(source, known)
+        if preset and not model.configs:
+            source = paths[preset] or source  # what the file's own home was called may be gone
         packaged = env.preset_configs(preset or "")
         if not weights and preset and packaged.is_dir() and not model.configs:
             folder = packaged

@@ -274,3 +274,22 @@ def test_an_image_that_cannot_be_read_is_refused(run, path, sentence):
     Path("text.png").write_text("not a picture")
     done = run("sdxl", "--image-path", path, steps=4)
     assert (done.code, sentence in done.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ("model=sdxl", "cache=dbcache"),
+            "cache: cache-dit works on transformers; StableDiffusionXLPipeline has a UNet",
+        ),
+        (("model=sdxl", "cache=deepcache"), "cache=deepcache: the diffusers backend has no step cache for UNets"),
+        (("model=sdxl", "--attention-backend", "flesh"), "unknown kernel 'flesh'; did you mean 'flash'?"),
+        (("--diffusers-kwargs", '{"shfit": 2.0}'), "takes 'shfit'; did you mean 'shift'?"),
+        (("--dit-cpu-offload", "--dit-layerwise-offload"), "exclude each other; give one"),
+        (("--pipeline-class-name", "NoSuchPipeline"), "has no pipeline class 'NoSuchPipeline'"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(sglang, words, sentence):
+    done = sglang("generate", "--prompt", "a", *words, "dry_run=true")
+    assert (done.code, sentence in done.err) == (2, True), done.err

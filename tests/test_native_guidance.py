@@ -155,8 +155,8 @@ def test_what_only_the_native_engine_has_is_never_dropped(run, setting):
     done = run("sdxl", setting, "--backend", "diffusers")
     sentence = f"{path} is a setting of the native engine alone"
     assert (done.code, done.lines[-1]) == (2, f"ERROR: {sentence}; run with --backend sglang or auto")
-    done = run("sdxl", setting, "--vae-cpu-offload")
-    assert (done.code, f"{sentence}, which cannot run this: it does not offload yet" in done.lines[-1]) == (2, True)
+    done = run("sdxl", setting, "--diffusers-kwargs", '{"clip_skip": 1}')
+    assert (done.code, f"{sentence}, which cannot run this: 'clip_skip' of" in done.lines[-1]) == (2, True)
 
 
 @pytest.mark.parametrize(

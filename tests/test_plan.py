@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import mostly_slow
 
-from sglang_gen import env, hub, plan, presets, rank
+from sglang_gen import choice, env, hub, plan, presets, rank
 from sglang_gen.config import Choices, Composed, compose
 from sglang_gen.errors import UserError
 from sglang_gen.parallel.mesh import Mesh
@@ -147,6 +147,26 @@ def test_a_wrong_prompts_file_is_one_sentence(text, sentence):
     with pytest.raises(UserError) as error:
         from_file(text, "sampling.num_samples=2")
     assert sentence in str(error.value)
+
+
+def test_offloading_chooses_a_backend_where_it_has_an_effect_alone():
+    run = composed("offload.vae_cpu_offload=true").run
+    card = hub.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
+    assert choice.choose(run, card, "cuda") == ("diffusers", "it does not offload yet")
+    assert choice.choose(run, card, "cpu") == ("sglang", None)
+    found = planned("offload.vae_cpu_offload=true", "offload.dit_cpu_offload=true", "device=cpu")
+    assert "dit_cpu_offload, vae_cpu_offload: no effect, the run computes on the CPU" in found.warnings
+    assert (found.requested["offload"], found.effective["offload"]) == (["dit_cpu_offload", "vae_cpu_offload"], [])
+
+
+def test_a_cache_is_requested_by_its_method_or_by_its_settings():
+    for words, name in (
+        (("cache=dbcache",), "dbcache"),
+        (("cache.cache_dit_config={Fn_compute_blocks: 1}",), "dbcache"),
+        (("cache=deepcache",), "deepcache"),
+        ((), "none"),
+    ):
+        assert planned(*words).requested["cache"] == name
 
 
 def test_a_prompts_file_that_cannot_be_read(sglang):

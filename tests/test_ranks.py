@@ -154,7 +154,10 @@ def test_an_error_of_every_rank_is_said_once(run):
     ("words", "sentence"),
     [
         (("parallel=tp2", "--backend", "diffusers"), "The diffusers backend does not split a network over ranks"),
-        (("parallel=sp2_tp2", "--vae-cpu-offload"), "the native engine (backend=sglang) runs the others"),
+        (
+            ("parallel=sp2_tp2", "--diffusers-kwargs", '{"clip_skip": 1}'),
+            "native engine, which cannot run this: 'clip",
+        ),
         (("--tp-size", "8"), "parallel.tp_size is 8 and this network has layers of 4 heads: take tp_size 1, 2 or 4"),
         (("parallel=sp4", "attention=flex"), "attention=flex looks at where tokens stand in the picture"),
         (("parallel=dp2",), "parallel.dp_size is 2 and the run has 1 batch of pictures"),

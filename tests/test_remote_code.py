@@ -94,6 +94,7 @@ def test_trust_that_nothing_asks_for_is_a_warning(pipelines, sglang):
     done = sglang("generate", "--model-path", pipelines["sd15"], "--trust-remote-code", *SMALL)
     assert done.code == 0, done.err
     assert f"WARNING: --trust-remote-code has no effect: {pipelines['sd15']} carries no code of its own" in done.lines
+    assert not [line for line in done.lines if line.startswith("INFO: Backend: ")]  # nor does it choose one
 
 
 def test_own_code_is_not_replaced_in_silence(sglang, repository):

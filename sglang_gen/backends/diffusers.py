@@ -45,19 +45,10 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
     Arguments are checked against the pipeline's class before a weight is read. Raises UserError for a request that the
     pipeline cannot take, RunError if loading fails.
     """
-    run = plan.run
-    name = run.model.pipeline_class_name or plan.card.pipeline_class
-    kind = kinds.find(
-        name,
-        image=run.sampling.image_path is not None,
-        mask="mask_image" in run.backend.diffusers_kwargs,
-        own=original.own_class(plan),
-    )
+    kind, call, scheduler = check(plan, own=original.own_class(plan))
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()
-    call, scheduler = arguments.split(plan, kind)
-    arguments.check_complete(kind, plan, call)
     try:
         pipeline = _read(plan, kind, scheduler)
         effective, kernel, step_cache = _transform(plan, pipeline)
@@ -69,6 +60,25 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     arguments.warn_ineffective(plan, kind, pipeline, call)
     return DiffusersEngine(plan, mesh, kind, pipeline, call, calls, effective, kernel, step_cache)
+
+
+def check(plan: Plan, own: Any = None) -> tuple[kinds.Kind, dict[str, Any], dict[str, Any]]:
+    """What the pipeline is, the arguments of its call, and settings of its scheduler, before a weight is read.
+
+    `own` is the class that the model's own code defines. Raises UserError for a request that the pipeline cannot take.
+    """
+    run = plan.run
+    kind = kinds.find(
+        run.model.pipeline_class_name or plan.card.pipeline_class,
+        image=run.sampling.image_path is not None,
+        mask="mask_image" in run.backend.diffusers_kwargs,
+        own=own,
+    )
+    call, scheduler = arguments.split(plan, kind)
+    arguments.check_complete(kind, plan, call)
+    attention.own(run.attention, plan.device, getattr(torch, plan.dtype))
+    cache.check(run.cache, plan.card)
+    return kind, call, scheduler
 
 
 def _read(plan: Plan, kind: kinds.Kind, scheduler: dict[str, Any]) -> Any:

@@ -76,6 +76,11 @@ def legal(device: str, dtype: torch.dtype) -> list[str]:
 
 def apply(pipeline: Any, attention: Attention, device: str, dtype: torch.dtype) -> Kernel:
     """Choose the kernel. Raises UserError with the legal names for one that is unknown, unusable or takes no effect."""
+    return own(attention, device, dtype) or _dispatched(pipeline, attention.backend)
+
+
+def own(attention: Attention, device: str, dtype: torch.dtype) -> Kernel | None:
+    """The kernel where it is torch's; None for one of diffusers' dispatcher. Raises UserError as `apply` does."""
     name = attention.backend
     if name in ("auto", "sdpa"):
         order = priority(attention.backend_config, device, dtype)
@@ -92,7 +97,7 @@ def apply(pipeline: Any, attention: Attention, device: str, dtype: torch.dtype) 
     if name not in _processor_kernels():
         names = legal(device, dtype)
         raise UserError(f"attention.backend: unknown kernel '{name}'{nearest(name, names)} (legal: {', '.join(names)})")
-    return _dispatched(pipeline, name)
+    return None
 
 
 def _processor_kernels() -> list[str]:

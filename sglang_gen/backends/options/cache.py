@@ -8,6 +8,7 @@ from torch import nn
 from sglang_gen.backends.options.networks import denoisers
 from sglang_gen.errors import UserError, first_line, nearest
 from sglang_gen.schema import Cache, CacheMethod
+from sglang_gen.types import ModelCard
 
 ELSEWHERE = {
     "parallelism_config": "the group parallel",
@@ -44,15 +45,22 @@ def wanted(cache: Cache) -> bool:
     return cache.method is not CacheMethod.none or bool(cache.cache_dit_config)
 
 
+def check(cache: Cache, card: ModelCard) -> None:
+    """Refuse a cache that this model cannot have. Raises UserError."""
+    if not wanted(cache):
+        return
+    if cache.method is CacheMethod.deepcache:
+        raise UserError("cache=deepcache: the diffusers backend has no step cache for UNets")
+    settings(cache)
+    if "transformer" not in card.components:
+        raise UserError(f"cache: cache-dit works on transformers; {card.pipeline_class} has a UNet")
+
+
 class StepCache:
     """cache-dit on one pipeline. It patches the pipeline's class, so `close` must follow."""
 
     def __init__(self, pipeline: Any, cache: Cache, steps: int) -> None:
-        if cache.method is CacheMethod.deepcache:
-            raise UserError("cache=deepcache: the diffusers backend has no step cache for UNets")
         self.pipeline, self.settings = pipeline, settings(cache)
-        if not hasattr(pipeline, "transformer"):
-            raise UserError(f"cache: cache-dit works on transformers; {type(pipeline).__name__} has a UNet")
         _check(self.settings, pipeline, steps)
         self._enable()
 
