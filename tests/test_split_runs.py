@@ -6,8 +6,10 @@ from math import prod
 from pathlib import Path
 
 import pytest
+from cases import mostly_slow
+from native import BETAS
 from PIL import Image
-from test_ranks import assert_same, pool  # noqa: F401 - the ranks that those tests share
+from test_ranks import assert_same, pool, record  # noqa: F401 - the ranks that those tests share
 
 from sglang_gen import launch
 
@@ -123,6 +125,31 @@ def test_a_step_that_waits_for_other_ranks_is_bound_by_them_and_repeats_send_not
     assert {name: entry["bound"] for name, entry in slow["work"].items()} == {
         "text_encoding": "launch", "denoising": "comm", "decoding": "comm",
     }  # fmt: skip
+
+
+STOCHASTIC = [
+    ("sd3", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "stochastic_sampling": True}, "sp2"),
+    ("sd3", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "stochastic_sampling": True}, "cfg2"),
+    ("sd15", {"_class_name": "DPMSolverSDEScheduler", **BETAS}, "tp2"),
+    ("sd15", {"_class_name": "DPMSolverSDEScheduler", **BETAS}, "ring2"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Should have ta>=t0:UserWarning")  # torchsde, of a bound in single precision
+@pytest.mark.parametrize(("name", "scheduler", "layout"), mostly_slow(STOCHASTIC, *STOCHASTIC[1:3]))
+def test_noise_that_is_drawn_in_every_step_is_the_same_on_all_ranks(run, pipelines, name, scheduler, layout):
+    shutil.copytree(pipelines[name], "stochastic")
+    index = json.loads(Path("stochastic/model_index.json").read_text())
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    Path("stochastic/model_index.json").write_text(json.dumps(index))
+    Path("stochastic/scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    words = ("--num-samples", "2", "sampling.batch_size=2", "--guidance-scale", "3", "--backend", "sglang")
+    assert run("./stochastic", *words, "--output-path", "one").code == 0
+    done = run("./stochastic", *words, f"parallel={layout}", "--output-path", "two")
+    assert done.code == 0, done.err
+    assert_same("two", "one", 2)
+    kept = record("two")["effective"]["scheduler_config"]
+    assert all(kept[key] == value for key, value in scheduler.items() if not key.startswith("_"))
 
 
 @pytest.mark.slow
