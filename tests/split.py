@@ -8,15 +8,16 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sglang_gen.backends import decoding
+from sglang_gen.backends import decoding, large_text
 from sglang_gen.engine import kernels
 from sglang_gen.engine.guidance import Guidance, guided
 from sglang_gen.models.attention import Attend
 from sglang_gen.parallel.collectives import counted
 from sglang_gen.parallel.door import part
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
-from sglang_gen.parallel.spatial import RowConv, RowDecoder, RowNorm
-from sglang_gen.parallel.split import Placed, Split
+from sglang_gen.parallel.sequence import Ring, Summing
+from sglang_gen.parallel.spatial import RowAttention, RowConv, RowDecoder, RowNorm
+from sglang_gen.parallel.split import Split
 from sglang_gen.parallel.tensor import Summed
 from sglang_gen.pipelines import autoencoder, flux, prediction, sd3, unet
 from sglang_gen.weight_files import in_folder
@@ -35,49 +36,71 @@ def placed(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype
     return whole
 
 
-def _modules(whole: Placed, kind: type) -> list[Any]:
-    return [module for module in whole.network.modules() if isinstance(module, kind)]
+def _modules(network: nn.Module, kind: type) -> list[Any]:
+    return [module for module in network.modules() if isinstance(module, kind)]
 
 
-def _last_weight(whole: Placed, mesh: Mesh) -> torch.Tensor:
+def _last_weight(network: nn.Module) -> torch.Tensor:
     """Of the last layer whose inputs are cut."""
-    return _modules(whole, Summed)[-1].layer.weight
+    return _modules(network, Summed)[-1].layer.weight
 
 
-def _silent_part(whole: Placed, mesh: Mesh) -> None:
+def _silent_part(network: nn.Module, mesh: Mesh) -> None:
     if mesh.rank == 1:
-        _last_weight(whole, mesh).zero_()
+        _last_weight(network).zero_()
 
 
-def _swapped_channels(whole: Placed, mesh: Mesh) -> None:
+def _swapped_channels(network: nn.Module, mesh: Mesh) -> None:
     if mesh.rank == 1:
-        weight = _last_weight(whole, mesh)
+        weight = _last_weight(network)
         weight.copy_(weight.roll(1, 1))
 
 
-def _bias_twice(whole: Placed, mesh: Mesh) -> None:
-    _modules(whole, Summed)[0].bias.mul_(2)
+def _bias_twice(network: nn.Module, mesh: Mesh) -> None:
+    _modules(network, Summed)[0].bias.mul_(2)
 
 
-def _own_tokens_alone(whole: Placed, mesh: Mesh) -> None:
-    for leaf in _modules(whole, Attend):
+def _own_tokens_alone(network: nn.Module, mesh: Mesh) -> None:
+    for leaf in _modules(network, Attend):
         leaf.kernel = scaled_dot_product_attention
 
 
-def _another_order(whole: Placed, mesh: Mesh) -> None:
-    leaf = _modules(whole, Attend)[0]
+def _another_order(network: nn.Module, mesh: Mesh) -> None:
+    leaf = _modules(network, Attend)[0]
     kernel = leaf.kernel
     leaf.kernel = lambda q, k, v: kernel(q, k.flip(1), v)
 
 
-def _no_neighbours(whole: Placed, mesh: Mesh) -> None:
-    for conv in _modules(whole, RowConv)[:1]:
+def _no_neighbours(network: nn.Module, mesh: Mesh) -> None:
+    for conv in _modules(network, RowConv)[:1]:
         conv.conv.padding, conv.forward = (1, 1), conv.conv.forward
 
 
-def _own_moments(whole: Placed, mesh: Mesh) -> None:
-    for norm in _modules(whole, RowNorm)[:1]:
+def _own_moments(network: nn.Module, mesh: Mesh) -> None:
+    for norm in _modules(network, RowNorm)[:1]:
         norm.forward = norm.norm.forward
+
+
+def _plain_mean(network: nn.Module, mesh: Mesh) -> None:
+    """As if the scores of every rank's keys had the same sum."""
+    for leaf in _modules(network, Attend):
+        if isinstance(leaf.kernel, Ring):
+            leaf.kernel.kernel = partial(_without_weight, leaf.kernel.kernel)
+
+
+def _without_weight(kernel: Summing, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+    out, lse = kernel(q, k, v)
+    return out, torch.zeros_like(lse)
+
+
+def _own_rows_alone(network: nn.Module, mesh: Mesh) -> None:
+    for attention in _modules(network, RowAttention)[:1]:
+        attention.forward = attention.attention.forward
+
+
+def _biases_of_other_heads(network: nn.Module, mesh: Mesh) -> None:
+    (weight,) = (value for name, value in network.named_parameters() if "relative_attention_bias" in name)
+    weight.copy_(weight.roll(1, 1))
 
 
 MUTATIONS = {
@@ -88,6 +111,9 @@ MUTATIONS = {
     "heads of keys are in another order": _another_order,
     "a convolution sees no neighbours": _no_neighbours,
     "a norm sees this rank's rows alone": _own_moments,
+    "ranks of a ring count alike": _plain_mean,
+    "attention of rows sees this rank's rows alone": _own_rows_alone,
+    "biases of positions are those of other heads": _biases_of_other_heads,
 }
 
 
@@ -96,7 +122,7 @@ def evaluate(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dty
     """(outputs of the steps, collectives of the last of them)."""
     whole = placed(mesh, name, folder, config, dtype, summing)
     if mutation is not None:
-        MUTATIONS[mutation](whole, mesh)
+        MUTATIONS[mutation](whole.network, mesh)
     network = whole.entrance
     conditioning = network.condition(*conditions)
     outputs = []
@@ -122,15 +148,30 @@ def guide(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype,
     return torch.stack([predict(latents, index) for index in (steps[0], steps[-1])])
 
 
-def decode(mesh: Mesh, folder: Path, config: dict, latents: torch.Tensor):
+def decode(mesh: Mesh, folder: Path, config: dict, latents: torch.Tensor, mutation: str | None = None):
     """(pictures, what was sent for them, what a rehearsal says is sent) of an autoencoder whose decoder is split."""
     axis, dtype = mesh.axis(SEQUENCE), latents.dtype
     vae = load(partial(autoencoder.build, config), in_folder(folder), autoencoder.sources, dtype, "cpu")
     vae = decoding.split(vae, axis)
     assert isinstance(vae.decoder, RowDecoder)
+    if mutation is not None:
+        MUTATIONS[mutation](vae.decoder, mesh)
     with counted() as traffic:
         pictures = vae.decode(latents)
     return pictures, traffic, decoding.expected(vae, axis, dtype, len(latents), latents.shape[2:])
+
+
+def read_text(mesh: Mesh, folder: Path, dtype: torch.dtype, tokens: torch.Tensor, mutation: str | None = None):
+    """(what T5 makes of the tokens, what was sent for it, what a rehearsal says is sent)."""
+    axis = mesh.axis("tp")
+    encoder: Any = large_text.read(folder, dtype, "cpu", axis)
+    assert large_text.is_part(encoder)
+    predicted = large_text.expected(encoder, dtype, axis, *tokens.shape)
+    if mutation is not None:
+        MUTATIONS[mutation](encoder, mesh)
+    with counted() as traffic:
+        hidden = encoder(tokens).last_hidden_state
+    return hidden, traffic, predicted
 
 
 def by_rows(mesh: Mesh, layer: nn.Module, x: torch.Tensor, rows: tuple[int, ...]):

@@ -19,10 +19,10 @@ LAYOUTS = {"ring2": Layout(ring=2), "ulysses3": Layout(ulysses=3), "usp4": Layou
 
 
 @torch.no_grad()
-def both(ranks, layout, config, given):
+def both(ranks, layout, config, given, mutation=None):
     """(pictures of one process, what the ranks answer)."""
     _, our = pair(reference(**config), autoencoder, Path("vae"), given.dtype)
-    return our.decode(given), ranks.run(layout, decode, Path("vae").absolute(), config, given)
+    return our.decode(given), ranks.run(layout, decode, Path("vae").absolute(), config, given, mutation)
 
 
 @pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, "ulysses3"))
@@ -34,6 +34,18 @@ def test_ranks_decode_the_pictures_of_one_process(ranks, variant, layout):
         assert error(pictures, expected) <= 1e-10
         assert torch.equal(pictures, answers[0][0])
         assert sent == predicted
+
+
+DEFECTS = [
+    "a convolution sees no neighbours", "a norm sees this rank's rows alone", "attention sees this rank's tokens alone",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", DEFECTS)
+def test_a_defect_planted_in_the_split_decoder_breaks_the_parity(ranks, mutation):
+    given = latents(PLAIN, torch.float64, 3, 7, 5)
+    expected, answers = both(ranks, Layout(ulysses=3), PLAIN, given, mutation)
+    assert error(answers[0][0], expected) > 1e-3
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 3), (1, 4), (3, 1), (2, 2)])

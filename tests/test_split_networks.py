@@ -106,11 +106,12 @@ def test_a_kernel_without_log_sum_exp_sees_all_keys_at_once(ranks, name, layout)
     assert "all_gather ring" in answers[0][1].calls
 
 
+DEFECTS = list(MUTATIONS)
 PLANTED = [
-    *((name, "tp2", mutation) for name in ("sd3", "flux", "sdxl") for mutation in list(MUTATIONS)[:3]),
-    *((name, "ulysses2", mutation) for name in ("sd3", "flux", "sdxl") for mutation in list(MUTATIONS)[3:5]),
-    *((name, "ring2", list(MUTATIONS)[3]) for name in ("sd3", "flux")),
-    *(("sdxl", "ring2", mutation) for mutation in list(MUTATIONS)[5:]),
+    *((name, "tp2", mutation) for name in ("sd3", "flux", "sdxl") for mutation in DEFECTS[:3]),
+    *((name, "ulysses2", mutation) for name in ("sd3", "flux", "sdxl") for mutation in DEFECTS[3:5]),
+    *((name, "ring2", mutation) for name in ("sd3", "flux") for mutation in (DEFECTS[3], DEFECTS[7])),
+    *(("sdxl", "ring2", mutation) for mutation in (*DEFECTS[5:7], DEFECTS[8])),
 ]
 
 

@@ -1,0 +1,76 @@
+"""Whole runs on the ranks of the pool: what happens on each of them beside the pictures."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+from test_cuda_graphs import Repeated
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sglang_gen import hub, log, plan, rank
+from sglang_gen.backends.native import NativeEngine
+from sglang_gen.config import Choices, compose
+from sglang_gen.engine import graphs
+from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.types import Plan
+
+
+def plan_of(*words: object) -> Plan:
+    """The plan of a run of a tiny pipeline with the native engine, in float32."""
+    small = ("sampling.height=32", "sampling.width=32", "sampling.num_inference_steps=2", "sampling.seed=7")
+    given = ("dtype=float32", "backend=sglang", "output.latents=true", *small, *map(str, words))
+    composed = compose(Choices(given))
+    plan.check(composed)
+    return plan.make_plan(composed, hub.find(composed.run.model, weights=True))
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators of torch.distributed, whoever calls them."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Happened:
+    """On one rank."""
+
+    sampling: Counter[str] = field(default_factory=Counter)  # collectives between a batch's prompts and its frames
+    gathers: Counter[str] = field(default_factory=Counter)  # of objects, by axis
+    shapes: list[tuple[int, ...]] = field(default_factory=list)  # of captured evaluations
+    replays: int = 0
+
+
+def generated(mesh: Mesh, planned: Plan) -> Happened:
+    """Carry out the plan on this rank, with a stand-in for graphs where it has them."""
+    found = Happened()
+    recorders: list[Repeated] = []
+    sample, gather = NativeEngine.sample, Mesh.gather
+
+    def sampled(*args: Any) -> Any:
+        with Operators(found.sampling):
+            return sample(*args)
+
+    def gathered(self: Mesh, item: Any, axis: str) -> Any:
+        found.gathers[axis] += 1
+        return gather(self, item, axis)
+
+    log.setup("error")
+    with (
+        patch.object(NativeEngine, "sample", sampled),
+        patch.object(Mesh, "gather", gathered),
+        patch.object(graphs, "Recorder", Repeated),
+        patch.object(Repeated, "made", recorders, create=True),
+    ):
+        rank.run(planned, mesh, time.perf_counter())
+    found.shapes = [shape for each in recorders for shape in each.shapes]
+    found.replays = sum(each.replays for each in recorders)
+    return found
