@@ -1,5 +1,6 @@
 """What a run does for a GPU and no test of a CPU reaches by itself; a stand-in takes the GPU's place."""
 
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -10,7 +11,10 @@ from diffusers.hooks.group_offloading import ModuleGroup
 from test_diffusers_options import picture, record, run  # noqa: F401 - a fixture
 
 from sglang_gen import rank
+from sglang_gen.backends import native
 from sglang_gen.backends.options import offload
+from sglang_gen.debug import parity
+from sglang_gen.errors import RunError
 from sglang_gen.parallel import mesh
 from sglang_gen.parallel.mesh import Mesh
 
@@ -60,11 +64,14 @@ def ends(monkeypatch):
     """A run whose work is `work`, on a GPU that is not there; how often its memory was given back."""
     given_back: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append("memory"))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # what a run sets is unset after the test
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     monkeypatch.setattr(rank, "Memory", lambda _: nullcontext())
 
-    def go(work, device: str, dtype: str) -> int:
+    def go(work, device: str, dtype: str, deterministic: bool = False) -> int:
         monkeypatch.setattr(rank, "_run", work)
-        rank.run(SimpleNamespace(run=SimpleNamespace(deterministic=False), device=device, dtype=dtype), Mesh(), 0.0)
+        asked = SimpleNamespace(run=SimpleNamespace(deterministic=deterministic), device=device, dtype=dtype)
+        rank.run(asked, Mesh(), 0.0)
         return len(given_back)
 
     return go
@@ -89,6 +96,37 @@ def test_a_run_gives_its_memory_back_also_where_it_fails(ends):
     with pytest.raises(torch.OutOfMemoryError):
         ends(fail, "cuda", "float32")
     assert ends(lambda *_: None, "cuda", "float32") == 3
+    assert torch.backends.cudnn.allow_tf32 is True
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_run_on_a_gpu_fixes_the_workspace_of_cublas_for_those_that_come_after(ends, deterministic):
+    """torch looks at the variable once a process, so the first run sets it though only the second asks for it."""
+    seen = []
+
+    def look(*_):
+        seen.append((os.environ.get("CUBLAS_WORKSPACE_CONFIG"), torch.are_deterministic_algorithms_enabled()))
+
+    ends(look, "cpu", "float32")
+    ends(look, "cuda", "float32", deterministic)
+    assert seen == [(None, False), (":4096:8", deterministic)]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("dtype", "rounded"), [("float32", False), ("bfloat16", True)])
+def test_a_comparison_of_the_backends_rounds_as_a_run_does(monkeypatch, dtype, rounded):
+    seen = []
+
+    def load(*_):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        raise RunError("enough")
+
+    monkeypatch.setattr(native, "load", load)
+    choices, card = SimpleNamespace(deterministic=False), SimpleNamespace(name="a model")
+    asked = SimpleNamespace(run=choices, device="cpu", dtype=dtype, card=card)
+    with pytest.raises(RunError, match="enough"):
+        parity.run(asked, asked, None)
+    assert seen == [rounded]
     assert torch.backends.cudnn.allow_tf32 is True
 
 
