@@ -3,6 +3,7 @@
 import gc
 import importlib
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,10 +40,21 @@ def _given_back(device: str) -> Iterator[None]:
     """Afterwards the next run of this process finds the memory that this one had, however it ended."""
     try:
         yield
+    except BaseException as error:
+        _let_go(error)
+        raise
     finally:
         if device == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def _let_go(error: BaseException) -> None:
+    """Empty the frames in which an error arose, and those behind it: whoever keeps the error would keep the engine."""
+    found = [error]
+    for each in found:
+        traceback.clear_frames(each.__traceback__)
+        found += [one for one in (each.__cause__, each.__context__) if one is not None and one not in found]
 
 
 def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | None:

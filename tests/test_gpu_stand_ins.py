@@ -1,6 +1,8 @@
 """What a run does for a GPU and no test of a CPU reaches by itself; a stand-in takes the GPU's place."""
 
+import gc
 import os
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ from diffusers import AutoencoderKL
 from diffusers.hooks.group_offloading import ModuleGroup
 from test_diffusers_options import picture, record, run  # noqa: F401 - a fixture
 
-from sglang_gen import rank
+from sglang_gen import generate, rank
 from sglang_gen.backends import native
 from sglang_gen.backends.options import offload
 from sglang_gen.debug import parity
@@ -97,6 +99,50 @@ def test_a_run_gives_its_memory_back_also_where_it_fails(ends):
         ends(fail, "cuda", "float32")
     assert ends(lambda *_: None, "cuda", "float32") == 3
     assert torch.backends.cudnn.allow_tf32 is True
+
+
+class Held:
+    """An engine that holds itself, as one does whose methods are watched."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def sample(self) -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except RuntimeError as error:
+            raise RunError("Out of memory while generating") from error
+
+
+def test_the_model_of_a_run_that_failed_is_gone_when_the_next_one_begins(ends, monkeypatch):
+    """Though its error is kept, as Python keeps one that is being handled."""
+    engines, alive = [], []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.extend(engine() is not None for engine in engines))
+
+    def fail(*_):
+        engine = Held()
+        engines.append(weakref.ref(engine))
+        engine.sample()
+
+    with pytest.raises(RunError) as kept:
+        ends(fail, "cuda", "float32")
+    assert alive == [False]
+    assert isinstance(kept.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_a_real_engine_is_let_go_of_by_the_error_that_ends_it(pipelines, monkeypatch):
+    engines = []
+
+    def fail(engine, *_):
+        engines.append(weakref.ref(engine))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(native.NativeEngine, "_decode", fail)
+    with pytest.raises(RunError, match="Out of memory while generating") as kept:
+        generate(model_path=str(pipelines["sd3"]), prompt="a", height=32, width=32, num_inference_steps=1)
+    gc.collect()
+    assert [engine() for engine in engines] == [None]
+    assert kept.value.__traceback__ is not None
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
