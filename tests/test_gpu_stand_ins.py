@@ -12,11 +12,11 @@ from diffusers import AutoencoderKL
 from diffusers.hooks.group_offloading import ModuleGroup
 from test_diffusers_options import picture, record, run  # noqa: F401 - a fixture
 
-from sglang_gen import generate, rank
+from sglang_gen import env, generate, legal, rank
 from sglang_gen.backends import native
 from sglang_gen.backends.options import offload
 from sglang_gen.debug import parity
-from sglang_gen.errors import RunError
+from sglang_gen.errors import RunError, UserError
 from sglang_gen.parallel import mesh
 from sglang_gen.parallel.mesh import Mesh
 
@@ -194,3 +194,56 @@ def test_every_group_of_ranks_is_connected_before_anything_is_timed(monkeypatch)
         (2, "second"),
         "waited",
     ]
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A process of a launcher, with so many others on its machine, that sees so many GPUs; the one it computes on."""
+    used: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+
+    def see(count: int, here: int) -> list[int]:
+        place = env.Torchrun(rank=0, ranks=here, local=0, here=here, node=0)
+        monkeypatch.setattr(env, "torchrun", lambda: place if here else None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        return used
+
+    return see
+
+
+def test_a_process_that_is_given_a_gpu_of_its_own_computes_on_that(gpus):
+    """As SLURM gives each process its CUDA_VISIBLE_DEVICES."""
+    used = gpus(1, here=4)
+    legal.check_machine(4, "cuda")
+    mesh.use_gpu(3)
+    gpus(4, here=4)
+    legal.check_machine(4, "cuda")
+    mesh.use_gpu(3)
+    assert used == [0, 3]
+
+
+@pytest.mark.parametrize(("count", "here"), [(0, 4), (1, 0), (1, 1), (2, 4)])
+def test_more_ranks_than_gpus_are_refused_where_they_would_share_them(gpus, count, here):
+    gpus(count, here)
+    with pytest.raises(UserError, match=f"4 ranks need 4 GPUs and torch sees {count}"):
+        legal.check_machine(4, "cuda")
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_local_rank_without_a_gpu_says_so(gpus, count):
+    gpus(count, here=4)
+    with pytest.raises(RunError, match=f"torch sees {count} GPUs here, none for local rank 2"):
+        mesh.use_gpu(2)
+
+
+def test_ranks_that_share_a_gpu_after_all_say_so_in_one_sentence():
+    text = (
+        "NCCL error in: x.cpp:1, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.27.5\n"
+        "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
+        "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"
+    )
+    with pytest.raises(RunError) as error, mesh.explained("Rank 1 on here", 1.0):
+        raise torch.distributed.DistBackendError(text)
+    assert str(error.value) == (
+        "Rank 1 on here has the same GPU as another rank, which NCCL refuses; start one process for each GPU"
+    )
