@@ -2,6 +2,7 @@
 
 import gc
 import os
+import warnings
 import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from sglang_gen import env, generate, legal, rank
 from sglang_gen.backends import native
 from sglang_gen.backends.options import offload
 from sglang_gen.debug import parity
+from sglang_gen.engine import kernels
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.parallel import mesh
 from sglang_gen.parallel.mesh import Mesh
@@ -194,6 +196,20 @@ def test_every_group_of_ranks_is_connected_before_anything_is_timed(monkeypatch)
         (2, "second"),
         "waited",
     ]
+
+
+def test_no_test_sees_a_gpu():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert torch.cuda.device_count() == 0
+
+
+def test_a_kernel_that_warns_why_it_refuses_is_one_that_does_not_run(monkeypatch):
+    def refuse(*_):
+        warnings.warn("Flash attention kernel not used because: the head is too large", stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(kernels, "inside_sdpa", lambda _: refuse)
+    assert kernels.runs("flash", "cpu", torch.float32) is False
 
 
 @pytest.fixture
