@@ -59,7 +59,9 @@ def _let_go(error: BaseException) -> None:
 
 def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | None:
     wait = synchroniser(plan.device)
-    phases = dump.Phases(load=Clock(wait, memory), generate=Clock(wait, memory), calls=CallLog())
+    phases = dump.Phases(
+        load=Clock(wait, memory), generate=Clock(wait, memory), calls=CallLog(), replays=plan.run.compile.cuda_graphs
+    )
     backend = importlib.import_module(BACKENDS[plan.backend])  # takes seconds and is told apart from loading
     reference = _reference(plan) if mesh.rank == 0 else None
     phases.imports_ms = 1000 * (time.perf_counter() - started)
