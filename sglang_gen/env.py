@@ -128,8 +128,11 @@ def has_nunchaku() -> bool:
     return any(str(file) == "nunchaku/models/transformers/transformer_flux.py" for file in files)
 
 
-def deterministic_cublas() -> None:
-    """cuBLAS is deterministic only with a fixed workspace, which it reads before its first product."""
+def fix_cublas_workspace() -> None:
+    """cuBLAS is deterministic only with a fixed workspace, and torch looks once, at the first product of the process.
+
+    Set for every run on a GPU, since a later one of the process may want it. It is torch's own size on a Hopper.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 

@@ -25,7 +25,10 @@ from sglang_gen.worker import PATIENCE, Done, Failure, Job, LogLine
 _WORKER = "import sys; sys.path.sort(key=lambda path: not path); from sglang_gen.worker import main; sys.exit(main())"
 _HINTS: dict[int, str] = {
     signal.SIGKILL: "; it may have run out of memory",
-    signal.SIGABRT: "; on GPUs so ends one that waits longer than parallel.timeout_minutes for another",
+    signal.SIGABRT: (
+        "; on GPUs so ends one that meets an error of CUDA, and one that waits for another that has failed, or for "
+        "longer than parallel.timeout_minutes"
+    ),
 }
 GRACE = 1.0  # seconds in which other ranks may still say that they failed earlier
 
@@ -73,6 +76,7 @@ class Ranks:
     """Processes, one a rank, and the pipe to each. They may carry out several plans, one after the other."""
 
     def __init__(self, count: int, device: str) -> None:
+        self.device = device
         self.processes: list[subprocess.Popen[bytes]] = []
         self.pipes: list[Connection] = []
         self.speakers: dict[tuple[int, str], int] = {}  # the rank that first said a line
@@ -136,8 +140,8 @@ class Ranks:
                 results[rank] = result
             case Failure():
                 return content
-            case None:
-                return Failure(rank, False, self._lost(rank), "", 0.0)  # it could not say: the cause, not a consequence
+            case None:  # it could not say: the cause, not a consequence
+                return Failure(rank, False, self._lost(rank), "", 0.0, follows=self._was_aborted(rank))
         return None
 
     def _read(self, pipes: list[Connection], timeout: float | None) -> list[tuple[int, Any]]:
@@ -170,6 +174,10 @@ class Ranks:
         for line in first.trace.splitlines():
             log.write(logging.DEBUG, line)
         raise UserError(first.sentence) if first.is_request else RunError(first.sentence)
+
+    def _was_aborted(self, rank: int) -> bool:
+        """Whether it ended as NCCL ends those that wait for a rank that failed: what that rank says is the cause."""
+        return self.device == "cuda" and self.processes[rank].wait() == -signal.SIGABRT
 
     def _lost(self, rank: int) -> str:
         """How a process ended that could not say so itself."""

@@ -249,6 +249,13 @@ def check_size(
 
 
 def check_machine(ranks: int, device: str) -> None:
-    """Raises UserError for more ranks on this machine than it has GPUs."""
-    if device == "cuda" and ranks > (count := env.gpu_count()):
+    """Raises UserError for more ranks on this machine than it has GPUs.
+
+    Where a launcher has started several processes and this one sees one GPU, that is taken for its own; if it is not,
+    NCCL says so when the ranks meet.
+    """
+    if device != "cuda" or ranks <= (count := env.gpu_count()):
+        return
+    place = env.torchrun()
+    if place is None or place.here == 1 or count != 1:
         raise UserError(f"{ranks} ranks need {ranks} GPUs and torch sees {count}; device=cpu runs them as processes")

@@ -3,13 +3,15 @@
 import gc
 import importlib
 import time
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sglang_gen import env, log, output
+from sglang_gen import arithmetic, env, log, output
 from sglang_gen.errors import UserError
 from sglang_gen.parallel import link
 from sglang_gen.parallel.batch import rounds
@@ -28,28 +30,38 @@ BACKENDS = {"sglang": "sglang_gen.backends.native", "diffusers": "sglang_gen.bac
 
 def run(plan: Plan, mesh: Mesh, started: float) -> Result | None:
     """Carry out the plan; the result on rank 0, None elsewhere. `started` is when the command turned to the model."""
-    if plan.run.deterministic:
-        env.deterministic_cublas()
-    before = torch.are_deterministic_algorithms_enabled()
-    if before is not plan.run.deterministic:  # the call imports all of torch's compiler
-        torch.use_deterministic_algorithms(plan.run.deterministic)
-    rounded = torch.backends.cudnn.allow_tf32  # by default convolutions in float32 keep ten bits on a GPU
-    torch.backends.cudnn.allow_tf32 = rounded and plan.dtype != "float32"
+    switches = arithmetic.settled(plan.device, plan.dtype, plan.run.deterministic)
+    with switches, _given_back(plan.device), Memory(plan.device) as memory:
+        return _run(plan, mesh, memory, started)
+
+
+@contextmanager
+def _given_back(device: str) -> Iterator[None]:
+    """Afterwards the next run of this process finds the memory that this one had, however it ended."""
     try:
-        with Memory(plan.device) as memory:
-            return _run(plan, mesh, memory, started)
+        yield
+    except BaseException as error:
+        _let_go(error)
+        raise
     finally:
-        if before is not plan.run.deterministic:
-            torch.use_deterministic_algorithms(before)
-        torch.backends.cudnn.allow_tf32 = rounded
-        if plan.device == "cuda":  # the next run of this process finds the memory that this one had
+        if device == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
 
 
+def _let_go(error: BaseException) -> None:
+    """Empty the frames in which an error arose, and those behind it: whoever keeps the error would keep the engine."""
+    found = [error]
+    for each in found:
+        traceback.clear_frames(each.__traceback__)
+        found += [one for one in (each.__cause__, each.__context__) if one is not None and one not in found]
+
+
 def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | None:
     wait = synchroniser(plan.device)
-    phases = dump.Phases(load=Clock(wait, memory), generate=Clock(wait, memory), calls=CallLog())
+    phases = dump.Phases(
+        load=Clock(wait, memory), generate=Clock(wait, memory), calls=CallLog(), replays=plan.run.compile.cuda_graphs
+    )
     backend = importlib.import_module(BACKENDS[plan.backend])  # takes seconds and is told apart from loading
     reference = _reference(plan) if mesh.rank == 0 else None
     phases.imports_ms = 1000 * (time.perf_counter() - started)

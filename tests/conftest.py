@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks only lose by threads
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, on a machine with GPUs too
 os.environ["HF_HUB_OFFLINE"] = "0"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 

@@ -10,10 +10,11 @@ import torch
 from native import COMMON, assert_same, record, runner
 from torch import Tensor
 
-from sglang_gen import plan
+from sglang_gen import plan, rank
 from sglang_gen.engine import compile as compiling
 from sglang_gen.engine import graphs
 from sglang_gen.errors import RunError
+from sglang_gen.perf.memory import Checkpoint, Memory
 
 NETWORKS = ("sd3", "flux", "sdxl", "sd15")
 
@@ -131,6 +132,32 @@ def test_the_fingerprint_tells_runs_with_graphs_and_keeps_that_of_runs_without(b
     both("sd3", "--perf-dump-path", "perf.json")
     with_graphs = json.loads(Path("perf.json").read_text())["fingerprint"]["fields"]
     assert with_graphs["cuda_graphs"] is True
+
+
+@pytest.mark.parametrize(
+    ("graphs", "warmup", "peak"), [("true", True, 900), ("true", False, 900), ("false", True, 500)]
+)
+def test_the_peak_of_a_run_with_graphs_holds_what_its_replays_compute_in(
+    pipelines, sglang, recorders, monkeypatch, graphs, warmup, peak
+):
+    """A GPU that allocates 500 MB in any stage, and 400 more in one that records a graph."""
+    counted = []
+
+    class Allocating(Memory):
+        def checkpoint(self) -> Checkpoint:
+            recorded = sum(len(recorder.shapes) for recorder in recorders)
+            new, counted[:] = recorded - sum(counted), [recorded]
+            return Checkpoint(400, 600, 900 if new else 500, 1000, 50)
+
+    monkeypatch.setattr(rank, "Memory", Allocating)
+    words = (f"compile.cuda_graphs={graphs}", "--perf-dump-path", "perf.json", *(["--warmup"] if warmup else []))
+    done = runner(pipelines, sglang)("sd3", *words, "--backend", "sglang", steps=1)
+    assert done.code == 0, done.err
+    found = json.loads(Path("perf.json").read_text())
+    peaks = {stage: each["peak_allocated_mb"] for stage, each in found["memory_checkpoints"].items()}
+    assert peaks == dict.fromkeys(peaks, 500) | {"denoising": peak}
+    assert found["memory_checkpoints"]["denoising"]["allocated_mb"] == 400
+    assert [each["peak_allocated_mb"] for each in found["ranks"]] == [peak]
 
 
 def test_the_fingerprint_of_a_run_without_graphs_has_no_such_field(pipelines, sglang):

@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from started import children, generating, gone, said
@@ -104,22 +105,46 @@ def failure(rank: int, when: float, follows: bool = False) -> worker.Failure:
     return worker.Failure(rank, False, f"rank {rank}", "", when, follows)
 
 
+class Said(launch.Ranks):
+    """Ranks of which another one is heard after the first failure; those that say nothing ended by signal `number`."""
+
+    def __init__(self, later: tuple[int, worker.Failure | None], device: str = "cpu", number: int = 0) -> None:
+        self.pipes, self.later, self.device = [object() for _ in range(3)], later, device
+        self.processes = [SimpleNamespace(wait=lambda: -number) for _ in range(3)]
+
+    def _read(self, pipes, timeout):
+        return [self.later] if self.pipes[self.later[0]] in pipes else []
+
+
 def test_of_several_failures_the_earliest_that_is_a_cause_is_said():
-    class Said(launch.Ranks):
-        def __init__(self, later) -> None:
-            self.pipes, self.later = [object() for _ in range(3)], later
-
-        def _read(self, pipes, timeout):
-            return [(self.later.rank, self.later)] if self.pipes[self.later.rank] in pipes else []
-
     for first, later, cause in (
         (failure(0, 1.0, follows=True), failure(1, 2.0), "rank 1"),
         (failure(0, 2.0), failure(1, 1.0), "rank 1"),
         (failure(0, 2.0), failure(1, 1.0, follows=True), "rank 0"),
     ):
-        ranks = Said(later)
+        ranks = Said((later.rank, later))
         with pytest.raises(RunError, match=cause):
             ranks._raise_first([first], ranks.pipes[:2])
+
+
+@pytest.mark.parametrize(
+    ("device", "number", "follows", "sentence"),
+    [
+        ("cpu", signal.SIGABRT, False, "Rank 1 was ended by signal 6; on GPUs so ends"),
+        ("cuda", signal.SIGABRT, False, "rank 0"),
+        ("cuda", signal.SIGABRT, True, "Rank 1 was ended by signal 6; on GPUs so ends one that meets an error of CUDA"),
+        ("cuda", signal.SIGKILL, False, "Rank 1 was ended by signal 9"),
+        ("cuda", signal.SIGKILL, True, "Rank 1 was ended by signal 9"),
+    ],
+)
+def test_a_rank_that_vanishes_is_the_cause_unless_nccl_ended_it_and_another_says_one(device, number, follows, sentence):
+    """NCCL's watchdog aborts those that wait for a rank that has failed. `follows`: the other lost its connection."""
+    ranks = Said((1, None), device, number)
+    with pytest.raises(RunError, match=sentence):
+        ranks._raise_first([failure(0, 2.0, follows)], ranks.pipes[:2])
+    ranks = Said((0, failure(0, 2.0, follows)), device, number)
+    with pytest.raises(RunError, match=sentence):
+        ranks._raise_first([ranks._take((1, None), {})], ranks.pipes[:2])
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for children in /proc")

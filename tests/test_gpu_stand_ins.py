@@ -1,5 +1,9 @@
 """What a run does for a GPU and no test of a CPU reaches by itself; a stand-in takes the GPU's place."""
 
+import gc
+import os
+import warnings
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -9,8 +13,12 @@ from diffusers import AutoencoderKL
 from diffusers.hooks.group_offloading import ModuleGroup
 from test_diffusers_options import picture, record, run  # noqa: F401 - a fixture
 
-from sglang_gen import rank
+from sglang_gen import env, generate, legal, rank
+from sglang_gen.backends import native
 from sglang_gen.backends.options import offload
+from sglang_gen.debug import parity
+from sglang_gen.engine import kernels
+from sglang_gen.errors import RunError, UserError
 from sglang_gen.parallel import mesh
 from sglang_gen.parallel.mesh import Mesh
 
@@ -60,11 +68,14 @@ def ends(monkeypatch):
     """A run whose work is `work`, on a GPU that is not there; how often its memory was given back."""
     given_back: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append("memory"))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # what a run sets is unset after the test
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     monkeypatch.setattr(rank, "Memory", lambda _: nullcontext())
 
-    def go(work, device: str, dtype: str) -> int:
+    def go(work, device: str, dtype: str, deterministic: bool = False) -> int:
         monkeypatch.setattr(rank, "_run", work)
-        rank.run(SimpleNamespace(run=SimpleNamespace(deterministic=False), device=device, dtype=dtype), Mesh(), 0.0)
+        asked = SimpleNamespace(run=SimpleNamespace(deterministic=deterministic), device=device, dtype=dtype)
+        rank.run(asked, Mesh(), 0.0)
         return len(given_back)
 
     return go
@@ -92,6 +103,81 @@ def test_a_run_gives_its_memory_back_also_where_it_fails(ends):
     assert torch.backends.cudnn.allow_tf32 is True
 
 
+class Held:
+    """An engine that holds itself, as one does whose methods are watched."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def sample(self) -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except RuntimeError as error:
+            raise RunError("Out of memory while generating") from error
+
+
+def test_the_model_of_a_run_that_failed_is_gone_when_the_next_one_begins(ends, monkeypatch):
+    """Though its error is kept, as Python keeps one that is being handled."""
+    engines, alive = [], []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.extend(engine() is not None for engine in engines))
+
+    def fail(*_):
+        engine = Held()
+        engines.append(weakref.ref(engine))
+        engine.sample()
+
+    with pytest.raises(RunError) as kept:
+        ends(fail, "cuda", "float32")
+    assert alive == [False]
+    assert isinstance(kept.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_a_real_engine_is_let_go_of_by_the_error_that_ends_it(pipelines, monkeypatch):
+    engines = []
+
+    def fail(engine, *_):
+        engines.append(weakref.ref(engine))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(native.NativeEngine, "_decode", fail)
+    with pytest.raises(RunError, match="Out of memory while generating") as kept:
+        generate(model_path=str(pipelines["sd3"]), prompt="a", height=32, width=32, num_inference_steps=1)
+    gc.collect()
+    assert [engine() for engine in engines] == [None]
+    assert kept.value.__traceback__ is not None
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_run_on_a_gpu_fixes_the_workspace_of_cublas_for_those_that_come_after(ends, deterministic):
+    """torch looks at the variable once a process, so the first run sets it though only the second asks for it."""
+    seen = []
+
+    def look(*_):
+        seen.append((os.environ.get("CUBLAS_WORKSPACE_CONFIG"), torch.are_deterministic_algorithms_enabled()))
+
+    ends(look, "cpu", "float32")
+    ends(look, "cuda", "float32", deterministic)
+    assert seen == [(None, False), (":4096:8", deterministic)]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("dtype", "rounded"), [("float32", False), ("bfloat16", True)])
+def test_a_comparison_of_the_backends_rounds_as_a_run_does(monkeypatch, dtype, rounded):
+    seen = []
+
+    def load(*_):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        raise RunError("enough")
+
+    monkeypatch.setattr(native, "load", load)
+    choices, card = SimpleNamespace(deterministic=False), SimpleNamespace(name="a model")
+    asked = SimpleNamespace(run=choices, device="cpu", dtype=dtype, card=card)
+    with pytest.raises(RunError, match="enough"):
+        parity.run(asked, asked, None)
+    assert seen == [rounded]
+    assert torch.backends.cudnn.allow_tf32 is True
+
+
 def test_every_group_of_ranks_is_connected_before_anything_is_timed(monkeypatch):
     """NCCL connects a group at its first collective, and each pair of ranks at their first exchange."""
     used = []
@@ -110,3 +196,70 @@ def test_every_group_of_ranks_is_connected_before_anything_is_timed(monkeypatch)
         (2, "second"),
         "waited",
     ]
+
+
+def test_no_test_sees_a_gpu():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert torch.cuda.device_count() == 0
+
+
+def test_a_kernel_that_warns_why_it_refuses_is_one_that_does_not_run(monkeypatch):
+    def refuse(*_):
+        warnings.warn("Flash attention kernel not used because: the head is too large", stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(kernels, "inside_sdpa", lambda _: refuse)
+    assert kernels.runs("flash", "cpu", torch.float32) is False
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A process of a launcher, with so many others on its machine, that sees so many GPUs; the one it computes on."""
+    used: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+
+    def see(count: int, here: int) -> list[int]:
+        place = env.Torchrun(rank=0, ranks=here, local=0, here=here, node=0)
+        monkeypatch.setattr(env, "torchrun", lambda: place if here else None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        return used
+
+    return see
+
+
+def test_a_process_that_is_given_a_gpu_of_its_own_computes_on_that(gpus):
+    """As SLURM gives each process its CUDA_VISIBLE_DEVICES."""
+    used = gpus(1, here=4)
+    legal.check_machine(4, "cuda")
+    mesh.use_gpu(3)
+    gpus(4, here=4)
+    legal.check_machine(4, "cuda")
+    mesh.use_gpu(3)
+    assert used == [0, 3]
+
+
+@pytest.mark.parametrize(("count", "here"), [(0, 4), (1, 0), (1, 1), (2, 4)])
+def test_more_ranks_than_gpus_are_refused_where_they_would_share_them(gpus, count, here):
+    gpus(count, here)
+    with pytest.raises(UserError, match=f"4 ranks need 4 GPUs and torch sees {count}"):
+        legal.check_machine(4, "cuda")
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_local_rank_without_a_gpu_says_so(gpus, count):
+    gpus(count, here=4)
+    with pytest.raises(RunError, match=f"torch sees {count} GPUs here, none for local rank 2"):
+        mesh.use_gpu(2)
+
+
+def test_ranks_that_share_a_gpu_after_all_say_so_in_one_sentence():
+    text = (
+        "NCCL error in: x.cpp:1, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.27.5\n"
+        "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
+        "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"
+    )
+    with pytest.raises(RunError) as error, mesh.explained("Rank 1 on here", 1.0):
+        raise torch.distributed.DistBackendError(text)
+    assert str(error.value) == (
+        "Rank 1 on here has the same GPU as another rank, which NCCL refuses; start one process for each GPU"
+    )

@@ -15,6 +15,7 @@ LAYERS = (
     ("env", "flags", "types", "values", "perf.memory"),
     ("safetensors_file", "component_folder", "nested"),
     (
+        "arithmetic",
         "log",
         "output",
         "presets",

@@ -1,14 +1,13 @@
 """Both backends on the same inputs, stage by stage, in the order in which a picture is computed."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from sglang_gen import env, log
+from sglang_gen import arithmetic, log
 from sglang_gen.backends import diffusers, native
 from sglang_gen.debug import decoders, networks, stages
 from sglang_gen.debug.correspondence import correspond
@@ -49,7 +48,7 @@ def run(ours: Plan, theirs: Plan, tolerance: Tolerance) -> Report:
 
     Raises what a generation raises where the model cannot be loaded or diffusers cannot run it.
     """
-    with _deterministic(ours.run.deterministic):
+    with arithmetic.settled(ours.device, ours.dtype, ours.run.deterministic):
         log.info(f"Loading model: {ours.card.name}")
         our_engine = native.load(ours, Mesh(), CallLog())
         their_engine = diffusers.load(theirs, Mesh(), CallLog())
@@ -57,18 +56,6 @@ def run(ours: Plan, theirs: Plan, tolerance: Tolerance) -> Report:
             return compare(beside(ours, our_engine, their_engine, tolerance), tolerance)
         finally:
             their_engine.close()
-
-
-@contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    if wanted:
-        env.deterministic_cublas()
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def beside(plan: Plan, ours: Any, theirs: Any, tolerance: Tolerance) -> Engines:

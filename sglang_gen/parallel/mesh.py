@@ -16,6 +16,7 @@ from sglang_gen.types import Layout
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")
 SEQUENCE = "sp"  # ring and ulysses as one axis
 REMOTE = ("emote", "onnection", "closed")  # words of NCCL where another rank is gone
+SHARED = "Duplicate GPU"  # words of NCCL where two ranks are to compute on one
 TIMEOUT = 30.0  # minutes after which a collective that waits for a rank fails
 
 
@@ -112,10 +113,14 @@ def join(layout: Layout, rank: int, port: int, device: str, minutes: float = TIM
 
 
 def use_gpu(index: int) -> None:
-    """Compute on this GPU of the machine. Raises RunError where it has none of that number."""
-    if index >= (count := torch.cuda.device_count()):
+    """Compute on this GPU of the machine, or on the only one that the launcher lets this process see.
+
+    Raises RunError where it has none of that number.
+    """
+    count = torch.cuda.device_count()
+    if index >= count != 1:
         raise RunError(f"torch sees {count} GPUs here, none for local rank {index}; lower --nproc-per-node")
-    torch.cuda.set_device(index)
+    torch.cuda.set_device(index if count > 1 else 0)
 
 
 def form(layout: Layout, rank: int, store: Any, device: str, minutes: float) -> Mesh:
@@ -162,6 +167,10 @@ def explained(who: str, minutes: float) -> Iterator[None]:
                     raise RunError(
                         f"{who} waited {minutes:g} minutes for another rank and gave up; parallel.timeout_minutes=... "
                         "gives it more time"
+                    ) from error
+                if SHARED in text:
+                    raise RunError(
+                        f"{who} has the same GPU as another rank, which NCCL refuses; start one process for each GPU"
                     ) from error
                 if "NCCL" in text and not any(word in text for word in REMOTE):
                     raise RunError(f"{who} failed in NCCL: {text.rpartition('Last error:')[2].strip()}") from error

@@ -12,6 +12,7 @@ from typing import Any
 from sglang_gen import env
 from sglang_gen.perf.flops import CallLog, work
 from sglang_gen.perf.machine import describe, rates
+from sglang_gen.perf.memory import Checkpoint
 from sglang_gen.perf.record import STAGES, Clock
 from sglang_gen.schema import SCHEMA_VERSION
 from sglang_gen.types import Plan
@@ -27,6 +28,19 @@ class Phases:
     calls: CallLog = field(default_factory=CallLog)
     imports_ms: float = 0.0
     repeats: list[Clock] = field(default_factory=list)
+    replays: bool = False  # of CUDA graphs
+
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """Memory at the end of each timed stage and at its peak.
+
+        What a replay computes in was allocated when its graph was recorded, for the most part in the warmup: the peak
+        of that counts as one of denoising, as it does where every evaluation allocates anew.
+        """
+        found = {**self.load.checkpoints, **self.generate.checkpoints}
+        if self.replays and self.warmup is not None:
+            recorded = self.warmup.checkpoints["denoising"].peak_allocated_mb
+            found["denoising"] = found["denoising"].allocating(recorded)
+        return found
 
 
 def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -41,10 +55,7 @@ def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: lis
         "tag": plan.run.perf.tag,
         **_times(phases.generate, {**phases.load.stages_ms, **phases.generate.stages_ms}),
         "repeats": [_times(clock, clock.stages_ms) for clock in (phases.generate, *phases.repeats)],
-        "memory_checkpoints": {
-            name: asdict(checkpoint)
-            for name, checkpoint in {**phases.load.checkpoints, **phases.generate.checkpoints}.items()
-        },
+        "memory_checkpoints": {name: asdict(checkpoint) for name, checkpoint in phases.checkpoints().items()},
         "meta": {"prompt": samples[0]["prompt"], "model": plan.card.name},
         "samples": samples,
         "images_per_second": round(len(samples) / (total / 1000), 4) if total else None,
@@ -66,7 +77,7 @@ def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: lis
 
 def describe_rank(rank: int, phases: Phases) -> dict[str, Any]:
     """One rank's own times and memory peaks, as they stand under `ranks` in the dump."""
-    checkpoints = {**phases.load.checkpoints, **phases.generate.checkpoints}
+    checkpoints = phases.checkpoints()
     peaks = {
         name: max(
             (value for point in checkpoints.values() if (value := getattr(point, name)) is not None), default=None

@@ -26,6 +26,10 @@ class Checkpoint:
                 mine[name] = max(mine[name], its[name])
         return Checkpoint(**mine)
 
+    def allocating(self, megabytes: float | None) -> "Checkpoint":
+        """This checkpoint where no less than that was allocated at the peak."""
+        return self.merge(Checkpoint(None, None, megabytes, None, None))
+
 
 def host_anon_mb() -> float | None:
     """Anonymous resident memory of this process in megabytes (files mapped into memory do not count)."""

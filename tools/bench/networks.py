@@ -4,17 +4,25 @@
     python -m tools.bench.networks --device cuda --work sdxl,flux_dev
 
 Peers: diffusers in its default dtype (float32), in bfloat16, in bfloat16 under torch.compile, and OpenVINO with its
-bfloat16 hint where it is installed. On a GPU ours also runs as CUDA graphs. Every round calls each of them once. The
-table gives the median time, the ratio of geometric means to ours (compiled) with its 95 % interval, and the share of
-the machine's own matrix rate, which is measured in the same rounds. Nothing here fails because a machine is slow.
+bfloat16 hint where it is installed. On a GPU ours also runs as CUDA graphs. Every round calls each of them once,
+another one first every time. The table gives the median time, the ratio of geometric means to ours (compiled) with its
+95 % interval, and the share of the machine's own matrix rate, which is measured in the same rounds. Nothing here fails
+because a machine is slow.
+
+On a GPU all of ours have one copy of the weights, which stays. Those of the peers wait on the host, and one peer's are
+on the GPU at a time: they come before its call in every round, and it is called once untimed first, since the GPU has
+rested. So FLUX dev needs some 71 GiB of the GPU (22 for ours, 44 for float32, graphs, activations), 67 of the host.
 """
 
 import argparse
+import copy
+import gc
 import importlib.util
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,37 +38,79 @@ from sglang_gen.nested import to_meta
 from sglang_gen.perf.record import synchroniser
 from sglang_gen.perf.statistics import judge
 from tools.bench import works
+from tools.bench.guests import Guest, Room
 
 OURS, REFERENCE = "sglang-gen, compiled", "diffusers, float32 (its default)"
-RATE, ATTENTION = "matrix product 2048^3, bfloat16", "its attention alone, SDPA"
+ATTENTION = "its attention alone, SDPA"
+SIDES = {"cpu": 2048, "cuda": 8192}  # of the product that gives the matrix rate: on a GPU a smaller one is over at once
+CAPTURING = CROWDED = ("cuda",)  # devices with CUDA graphs; and those without room for everybody's weights
 Call = Callable[[], Any]
 
 
-def entries(work: works.Work, folder: Path, device: str) -> dict[str, Call]:
-    """What is timed, by the name that the table shows."""
-    half = torch.bfloat16
-    found: dict[str, Call] = {"sglang-gen, eager": _ours(work, folder, device, compiled=False)}
-    found[OURS] = _ours(work, folder, device, compiled=True)
-    if device == "cuda":
-        found["sglang-gen, eager, graphs"] = _ours(work, folder, device, compiled=False, graphs=True)
-        found["sglang-gen, compiled, graphs"] = _ours(work, folder, device, compiled=True, graphs=True)
-    found[REFERENCE] = _theirs(work, folder, torch.float32, device)
-    found["diffusers, bfloat16"] = _theirs(work, folder, half, device)
-    network, arguments = works.theirs(work, folder, half, device)
-    compiled = torch.compile(network)
-    found["diffusers, bfloat16, torch.compile"] = lambda: compiled(**arguments, return_dict=False)[0]
+def rate_name(device: str) -> str:
+    return f"matrix product {SIDES[device]}^3, bfloat16"
+
+
+def entries(work: works.Work, folder: Path, device: str) -> tuple[dict[str, Call], Room]:
+    """What is timed, by the name that the table shows; and what each has to have on the device before it is called."""
+    load = _our_networks(work, folder, device)
+    found: dict[str, Call] = {"sglang-gen, eager": _ours(work, load, device, compiled=False)}
+    found[OURS] = _ours(work, load, device, compiled=True)
+    if device in CAPTURING:
+        found["sglang-gen, eager, graphs"] = _ours(work, load, device, compiled=False, graphs=True)
+        found["sglang-gen, compiled, graphs"] = _ours(work, load, device, compiled=True, graphs=True)
+    peers, room = _peers(work, folder, device)
+    found |= peers
     if device == "cpu" and importlib.util.find_spec("openvino"):
         found["OpenVINO, bfloat16 hint"] = _openvino(work, folder)
-    return found
+    return found, room
 
 
-def _theirs(work: works.Work, folder: Path, dtype: torch.dtype, device: str) -> Call:
-    network, arguments = works.theirs(work, folder, dtype, device)
+def _peers(work: works.Work, folder: Path, device: str) -> tuple[dict[str, Call], Room]:
+    half, compiled = "diffusers, bfloat16", "diffusers, bfloat16, torch.compile"
+    if device not in CROWDED:
+        networks = {name: works.their_network(work, folder, torch.bfloat16).to(device) for name in (half, compiled)}
+        networks[REFERENCE] = works.their_network(work, folder, torch.float32).to(device)
+        room = Room({})
+    else:
+        networks = dict.fromkeys((half, compiled), works.their_network(work, folder, torch.bfloat16))
+        networks[REFERENCE] = works.their_network(work, folder, torch.float32)
+        guests = {id(network): Guest(network, device) for network in networks.values()}
+        room = Room({name: guests[id(network)] for name, network in networks.items()})
+    networks[compiled] = torch.compile(networks[compiled])
+    dtypes = {REFERENCE: torch.float32, half: torch.bfloat16, compiled: torch.bfloat16}
+    return {name: _theirs(networks[name], works.their_arguments(work, dtypes[name], device)) for name in dtypes}, room
+
+
+def _theirs(network: Any, arguments: dict[str, Any]) -> Call:
     return lambda: network(**arguments, return_dict=False)[0]
 
 
-def _ours(work: works.Work, folder: Path, device: str, compiled: bool, graphs: bool = False) -> Call:
-    network, condition, latents = works.ours(work, folder, torch.bfloat16, device)
+def _our_networks(work: works.Work, folder: Path, device: str) -> Callable[[], tuple[Any, Any, Tensor]]:
+    """Gives a network of ours, what gives its conditioning, and the latents.
+
+    Where there is no room all have the same weights. Elsewhere not: one would find them in the cache after another.
+    """
+    load = partial(works.ours, work, folder, torch.bfloat16, device)
+    if device not in CROWDED:
+        return load
+    network, condition, latents = load()
+    return lambda: (sharing(network), condition, latents)
+
+
+def sharing(network: torch.nn.Module) -> torch.nn.Module:
+    """The same network once more, with the very same weights."""
+    return copy.deepcopy(network, {id(each): each for each in (*network.parameters(), *network.buffers())})
+
+
+def _ours(
+    work: works.Work,
+    load: Callable[[], tuple[Any, Any, Tensor]],
+    device: str,
+    compiled: bool,
+    graphs: bool = False,
+) -> Call:
+    network, condition, latents = load()
     network = laid_out(network, torch.bfloat16)
     conditioning = condition(network)
     if not compiled:
@@ -108,10 +158,12 @@ def _openvino(work: works.Work, folder: Path) -> Call:
     return lambda: torch.from_numpy(request.infer(arrays)[0])
 
 
-def ceilings(work: works.Work, folder: Path, device: str) -> tuple[dict[str, Call], dict[str, int]]:
+def ceilings(work: works.Work, device: str) -> tuple[dict[str, Call], dict[str, int]]:
     """The machine's own rates, timed in the same rounds, and the FLOPs of each and of the network."""
-    network, condition, latents = works.ours(work, folder, torch.bfloat16, device)
-    x, w = (torch.randn(2048, 2048, device=device).to(torch.bfloat16) for _ in range(2))
+    latents, text, pooled = work.inputs(torch.bfloat16, device)
+    network, condition = works.outline(work, torch.bfloat16), partial(works.conditioning, work, text, pooled)
+    side, rate = SIDES[device], rate_name(device)
+    x, w = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
     counter = FlopCounterMode(display=False)
 
     def count_flops(twin: Any) -> None:
@@ -131,8 +183,8 @@ def ceilings(work: works.Work, folder: Path, device: str) -> tuple[dict[str, Cal
                 scaled_dot_product_attention(q, k, v)
 
     attention = sum(4 * b * h * length * keys * d * count for (b, h, length, keys, d), count in shapes.items())
-    flops = {RATE: 2 * 2048**3, ATTENTION: attention, "network": attention + int(counter.get_total_flops())}
-    return {RATE: lambda: linear(x, w), ATTENTION: attend}, flops
+    flops = {rate: 2 * side**3, ATTENTION: attention, "network": attention + int(counter.get_total_flops())}
+    return {rate: lambda: linear(x, w), ATTENTION: attend}, flops
 
 
 def timed(call: Call, wait: Callable[[], None]) -> tuple[float, Any]:
@@ -145,9 +197,12 @@ def timed(call: Call, wait: Callable[[], None]) -> tuple[float, Any]:
 
 
 @torch.no_grad()
-def first_calls(calls: dict[str, Call], device: str) -> dict[str, float]:
+def first_calls(calls: dict[str, Call], room: Room, device: str) -> dict[str, float]:
     """Seconds of everybody's first call, compilation included. All must give the same finite numbers of order one."""
-    found = {name: timed(call, synchroniser(device)) for name, call in calls.items()}
+    found = {}
+    for name, call in calls.items():
+        room.make_ready(name)
+        found[name] = timed(call, synchroniser(device))
     expected = found[REFERENCE][1].float()
     assert torch.isfinite(expected).all()
     assert 0.05 < expected.std() < 20, f"the output has a deviation of {expected.std():.3g}"
@@ -158,19 +213,21 @@ def first_calls(calls: dict[str, Call], device: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def rounds_of(calls: dict[str, Call], rounds: int, device: str) -> dict[str, list[float]]:
+def rounds_of(calls: dict[str, Call], room: Room, rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each call in each of the rounds, in which they take turns, another one first every time."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         start = number % len(calls)
         for name in list(calls)[start:] + list(calls)[:start]:
+            if room.make_ready(name):
+                calls[name]()  # a GPU that has rested is slow at first
             seconds[name].append(timed(calls[name], synchroniser(device))[0])
     return seconds
 
 
-def table(first: dict[str, float], seconds: dict[str, list[float]], flops: dict[str, int]) -> str:
-    """Markdown: a line for each entry."""
-    rate = flops[RATE] / statistics.median(seconds[RATE])
+def table(first: dict[str, float], seconds: dict[str, list[float]], flops: dict[str, int], product: str) -> str:
+    """Markdown: a line for each entry. `product` is that of the matrix rate."""
+    rate = flops[product] / statistics.median(seconds[product])
     lines = [
         "| what | ms (least to most) | time / ours (95 %) | share of the matrix rate | first call, s |",
         "|---|---|---|---|---|",
@@ -189,6 +246,26 @@ def table(first: dict[str, float], seconds: dict[str, list[float]], flops: dict[
     return "\n".join([*lines, "", said])
 
 
+def measured(work: works.Work, rounds: int, device: str) -> str:
+    """The table of one work."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = works.stored(work, Path(temporary))
+        works.check_activations(work, folder, device)
+        clear(device)
+        calls, room = entries(work, folder, device)
+        first = first_calls(calls, room, device)
+        rates, flops = ceilings(work, device)
+        seconds = rounds_of(calls | rates, room, rounds, device)
+    return table(first, seconds, flops, rate_name(device))
+
+
+def clear(device: str) -> None:
+    """Leave a GPU's memory to what comes next."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="landscape,unet,dit", help=f"of {', '.join(works.WORKS)}")
@@ -197,15 +274,9 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.work.split(","):
         work = works.WORKS[name]()
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = works.stored(work, Path(temporary))
-            works.check_activations(work, folder, arguments.device)
-            calls = entries(work, folder, arguments.device)
-            first = first_calls(calls, arguments.device)
-            rates, flops = ceilings(work, folder, arguments.device)
-            seconds = rounds_of(calls | rates, arguments.rounds, arguments.device)
-        print(f"\n## {work.title}\n\n{table(first, seconds, flops)}", flush=True)
+        print(f"\n## {work.title}\n\n{measured(work, arguments.rounds, arguments.device)}", flush=True)
         torch.compiler.reset()
+        clear(arguments.device)
 
 
 if __name__ == "__main__":

@@ -106,13 +106,22 @@ def stored(work: Work, folder: Path) -> Path:
 
 def theirs(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, dict[str, Any]]:
     """diffusers' network and the arguments of its call."""
-    network = work.kind.from_pretrained(folder, torch_dtype=dtype).to(device).eval()
+    return their_network(work, folder, dtype).to(device), their_arguments(work, dtype, device)
+
+
+def their_network(work: Work, folder: Path, dtype: torch.dtype) -> Any:
+    """diffusers' network on the host."""
+    return work.kind.from_pretrained(folder, torch_dtype=dtype).eval()
+
+
+def their_arguments(work: Work, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """The arguments with which diffusers' network is called."""
     latents, text, pooled = work.inputs(dtype, device)
     time = torch.full((work.batch,), TIME, device=device)
     if work.kind is UNet2DConditionModel:
         sizes = torch.tensor([[8.0 * work.size, 8 * work.size, 0, 0, 8 * work.size, 8 * work.size]] * work.batch)
         added = {"text_embeds": pooled, "time_ids": sizes.to(device, dtype)}
-        return network, {
+        return {
             "sample": latents,
             "timestep": time[0],
             "encoder_hidden_states": text,
@@ -120,10 +129,10 @@ def theirs(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[A
         }
     arguments = {"hidden_states": latents, "encoder_hidden_states": text, "pooled_projections": pooled}
     if work.kind is not FluxTransformer2DModel:
-        return network, {**arguments, "timestep": time}
+        return {**arguments, "timestep": time}
     grid = torch.zeros(work.size, work.size, 3)
     grid[..., 1], grid[..., 2] = torch.arange(work.size)[:, None], torch.arange(work.size)
-    return network, {
+    return {
         **arguments,
         "timestep": time.to(dtype) / 1000,
         "guidance": torch.full((work.batch,), 3.5, device=device),
@@ -159,6 +168,13 @@ def ours(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any
     network: Any = load(lambda: glue.build(work.config), in_folder(folder), glue.sources, dtype, device)
     latents, text, pooled = work.inputs(dtype, device)
     return network, partial(conditioning, work, text, pooled), latents
+
+
+def outline(work: Work, dtype: torch.dtype) -> Any:
+    """Our network without memory."""
+    glue = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
+    with torch.device("meta"):
+        return glue.build(work.config).to(dtype)
 
 
 def conditioning(work: Work, text: Tensor, pooled: Tensor, network: Any, meta: bool = False) -> Any:

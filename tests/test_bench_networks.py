@@ -1,0 +1,133 @@
+"""The comparison of a denoising step with its peers, where a GPU has no room for everybody's weights; on this CPU."""
+
+import contextlib
+from functools import partial
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from test_cuda_graphs import Repeated
+
+from sglang_gen.engine import graphs
+from tools.bench import networks, works
+from tools.bench.guests import Guest, Room
+
+LITTLE = works.Work(
+    "little", FluxTransformer2DModel, "flux",
+    {
+        "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 32,
+        "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32, "guidance_embeds": True,
+        "axes_dims_rope": (8, 12, 12),
+    },
+    batch=1, tokens=5, size=4,
+)  # fmt: skip
+OURS = ["sglang-gen, eager", networks.OURS, "sglang-gen, eager, graphs", "sglang-gen, compiled, graphs"]
+PEERS = [networks.REFERENCE, "diffusers, bfloat16", "diffusers, bfloat16, torch.compile"]
+
+
+class Uncompiled:
+    """Blocks that are left as they are."""
+
+    limited = staticmethod(contextlib.nullcontext)
+
+    def __init__(self, *_: object) -> None: ...
+
+    def expect(self, _: object) -> None: ...
+
+
+@pytest.fixture
+def crowded(monkeypatch) -> list[torch.nn.Module]:
+    """This CPU as a GPU without room, which compiles nothing; the networks that were loaded."""
+    loaded: list[torch.nn.Module] = []
+
+    def noted(load, *words: object):
+        found = load(*words)
+        loaded.append(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    monkeypatch.setattr(networks, "CROWDED", ("cpu",))
+    monkeypatch.setattr(networks, "CAPTURING", ("cpu",))
+    monkeypatch.setattr(networks, "Compiled", Uncompiled)
+    monkeypatch.setattr(networks.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(networks, "SIDES", {"cpu": 32})
+    monkeypatch.setattr(Repeated, "made", [], raising=False)
+    monkeypatch.setattr(graphs, "Recorder", Repeated)
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    for name in ("ours", "their_network"):
+        monkeypatch.setattr(works, name, partial(noted, getattr(works, name)))
+    return loaded
+
+
+def test_where_memory_is_short_each_network_is_loaded_once_and_peers_come_in_turn(crowded, tmp_path, monkeypatch):
+    folder = works.stored(LITTLE, tmp_path)
+    calls, room = networks.entries(LITTLE, folder, "cpu")
+    assert list(calls) == [*OURS, *PEERS]
+    assert len(crowded) == 3  # ours, diffusers' in two dtypes
+    came = []
+    come = Guest.come
+    monkeypatch.setattr(Guest, "come", lambda guest: came.append(guest) or come(guest))
+    first = networks.first_calls(calls, room, "cpu")  # compares what they give
+    assert list(first) == [*OURS, *PEERS]
+    single, half = (room.guests[name] for name in PEERS[:2])
+    assert came == [single, half]
+    rates, flops = networks.ceilings(LITTLE, "cpu")
+    assert len(crowded) == 3
+    seconds = networks.rounds_of(calls | rates, room, 2, "cpu")
+    assert came == [single, half, single, half, single, half]
+    assert {len(values) for values in seconds.values()} == {2}
+    table = networks.table(first, seconds, flops, networks.rate_name("cpu"))
+    assert "| matrix product 32^3, bfloat16 |" in table
+
+
+def test_where_there_is_room_everybody_has_a_network_of_its_own_and_nobody_moves(crowded, tmp_path, monkeypatch):
+    monkeypatch.setattr(networks, "CROWDED", ())
+    calls, room = networks.entries(LITTLE, works.stored(LITTLE, tmp_path), "cpu")
+    assert list(networks.first_calls(calls, room, "cpu")) == [*OURS, *PEERS]
+    assert len({next(network.parameters()).data_ptr() for network in crowded}) == len(crowded) == 7
+    assert room.guests == {}
+
+
+def test_a_compiled_guest_is_not_compiled_anew_when_it_comes_back():
+    graphs_made = []
+
+    def backend(graph, _):
+        graphs_made.append(graph)
+        return graph.forward
+
+    network = torch.nn.Linear(2, 2)
+    guest, compiled = Guest(network, "cpu"), torch.compile(network, backend=backend)
+    with torch.no_grad():
+        for _ in range(2):
+            guest.come()
+            compiled(torch.ones(1, 2))
+            guest.go()
+    torch._dynamo.reset()
+    assert len(graphs_made) == 1
+
+
+def test_networks_that_share_have_the_same_weights_and_methods_of_their_own():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    other = networks.sharing(network)
+    other[0].forward = None
+    assert all(a is b for a, b in zip(network.state_dict(keep_vars=True).values(),
+                                      other.state_dict(keep_vars=True).values(), strict=True))  # fmt: skip
+    assert network[0].forward is not None
+
+
+def test_a_guest_is_on_the_device_for_its_turn_and_leaves_nothing():
+    first, second = (Guest(torch.nn.Linear(2, 2), "cpu") for _ in range(2))
+    room = Room({"a": first, "also a": first, "b": second})
+
+    def inside(guest: Guest) -> bool:
+        return all(at.data_ptr() != kept.data_ptr() for at, kept in zip(guest.tensors, guest.waiting, strict=True))
+
+    expected = [("a", True, first), ("also a", False, first), ("always there", False, first), ("b", True, second)]
+    for name, comes, guest in expected:
+        assert room.make_ready(name) is comes
+        assert [inside(each) for each in (first, second)] == [each is guest for each in (first, second)]
+    assert torch.equal(second.tensors[0], second.waiting[0])
+
+
+@pytest.mark.parametrize(("device", "product"), [("cpu", "2048^3"), ("cuda", "8192^3")])
+def test_the_matrix_rate_of_a_gpu_is_that_of_a_product_that_takes_longer_than_its_start(device, product):
+    assert networks.rate_name(device) == f"matrix product {product}, bfloat16"
