@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sglang_gen.models.attention import Attend
@@ -40,8 +41,8 @@ def cut(size: int, unit: int, ranks: int) -> tuple[int, ...]:
 
 
 def part(x: Tensor, dim: int, lengths: Sequence[int], rank: int) -> Tensor:
-    """The part of one rank along `dim`."""
-    return x.narrow(dim, sum(lengths[:rank]), lengths[rank]).contiguous()
+    """The part of one rank along `dim`, with strides of its own: compiled code looks at those of a single row too."""
+    return x.narrow(dim, sum(lengths[:rank]), lengths[rank]).clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
