@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -37,13 +38,18 @@ def run(plan: Plan, mesh: Mesh, started: float) -> Result | None:
 
 @contextmanager
 def _given_back(device: str) -> Iterator[None]:
-    """Afterwards the next run of this process finds the memory that this one had, however it ended."""
+    """Afterwards the next run of this process finds what this one found, however it ended: memory, and no graphs.
+
+    torch keeps compiled code by function, not by network, and what is there counts against the next run's limit.
+    """
     try:
         yield
     except BaseException as error:
         _let_go(error)
         raise
     finally:
+        if "torch._dynamo" in sys.modules:  # its import takes seconds
+            torch.compiler.reset()
         if device == "cuda":
             gc.collect()
             torch.cuda.empty_cache()

@@ -96,7 +96,8 @@ class Execution:
         if request.skipped is not None:  # of the size of a picture that the plan did not see
             stated = layout.stated(self.plan.sources)
             legal.check_size(self.plan.run, self.plan.card, self.plan.layout, stated, request.height, request.width)
-        shape = (tuple(latents.shape), *(tuple(part.shape) for text in encoded for part in text), *kinds)
+        texts = [tuple(part.shape) for text in encoded for part in text]
+        shape = (request.steps_run, tuple(latents.shape), *texts, *kinds)  # a warmup has fewer steps to condition
         if shape not in self.expected:
             self.expected[shape] = self._settle(predictor, kinds, request, encoded, latents)
         return self.expected[shape]
