@@ -182,10 +182,10 @@ def test_the_graphs_of_a_network_are_as_many_as_expected(run, traced, name, regi
 
 
 def test_what_a_run_compiled_counts_against_no_later_run_of_its_process(run, traced):
-    for rows in range(1, 5):
+    for rows in (1, 2):
         done = run("sd3", "compile=regional", "--num-samples", rows, f"sampling.batch_size={rows}")
         assert done.code == 0, done.err
-    assert len(traced) >= 4
+    assert len(traced) >= 2
 
 
 @pytest.mark.slow
