@@ -5,12 +5,16 @@ import os
 import warnings
 import weakref
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers.hooks
 import pytest
+import tiny
 import torch
 from diffusers import AutoencoderKL
 from diffusers.hooks.group_offloading import ModuleGroup
+from PIL import Image
 from test_diffusers_options import picture, record, run  # noqa: F401 - a fixture
 
 from sglang_gen import env, generate, legal, rank
@@ -61,6 +65,46 @@ def test_offloaded_components_come_for_their_call_and_draw_the_same_picture(
     came = {module for way, module in moves if way == "onload_"}
     assert {"UNet2DConditionModel", "CLIPTextModel", "CLIPTextModelWithProjection", "Decoder"} <= came
     assert {module for way, module in moves if way == "offload_"} >= came
+
+
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("sdxl", {"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"}), ("sd3", {"JointTransformerBlock"})],
+)
+def test_a_network_streams_block_by_block_from_memory_or_disk(run, moves, monkeypatch, name, blocks, disk):  # noqa: F811
+    streamed = []
+
+    def without_streams(part, use_stream, **options) -> None:
+        streamed.append(use_stream)
+        group_offloading(part, **options)
+
+    group_offloading = diffusers.hooks.apply_group_offloading
+    monkeypatch.setattr(diffusers.hooks, "apply_group_offloading", without_streams)
+    assert run(name, "--backend", "diffusers").code == 0
+    moves.clear()
+    streamed.clear()
+    words = ("offload.disk_path=disk",) if disk else ()
+    done = run(name, "--backend", "diffusers", "--dit-layerwise-offload", *words)
+    assert done.code == 0, done.err
+    assert (picture("outputs/generated_image_0.png") == picture("outputs/generated_image_1.png")).all()
+    assert record(1)["effective"]["offload"] == ["dit_layerwise_offload"]
+    assert streamed == [True]
+    assert {module for way, module in moves if way == "onload_"} >= blocks
+    assert any(Path("disk").rglob("*.safetensors")) is disk
+
+
+def test_an_image_encoder_comes_for_its_call(sglang, moves):
+    Image.new("RGB", (32, 32), (200, 90, 30)).save("photo.png")
+    folder = tiny.wan_i2v(Path("wan"))
+    words = ("--num-frames", 5, "--height", 32, "--width", 32, "--num-inference-steps", 1, "--seed", 7)
+    done = sglang("generate", "--model-path", folder, "--prompt", "a cat", "--image-path", "photo.png", *words,
+                  "--dtype", "float32", "--image-encoder-cpu-offload")  # fmt: skip
+    assert done.code == 0, done.err
+    assert [(way, module) for way, module in moves if module == "CLIPVisionModel"][-2:] == [
+        ("onload_", "CLIPVisionModel"),
+        ("offload_", "CLIPVisionModel"),
+    ]
 
 
 @pytest.fixture
