@@ -32,35 +32,40 @@ BACKENDS = {"sglang": "sglang_gen.backends.native", "diffusers": "sglang_gen.bac
 def run(plan: Plan, mesh: Mesh, started: float) -> Result | None:
     """Carry out the plan; the result on rank 0, None elsewhere. `started` is when the command turned to the model."""
     switches = arithmetic.settled(plan.device, plan.dtype, plan.run.deterministic)
-    with switches, _given_back(plan.device), Memory(plan.device) as memory:
+    compiles = plan.run.compile.enable_torch_compile or plan.run.attention.backend == "flex"
+    with switches, _given_back(plan.device, compiles), Memory(plan.device) as memory:
         return _run(plan, mesh, memory, started)
 
 
 @contextmanager
-def _given_back(device: str) -> Iterator[None]:
+def _given_back(device: str, compiled: bool) -> Iterator[None]:
     """Afterwards the next run of this process finds what this one found, however it ended: memory, and no graphs.
 
     torch keeps compiled code by function, not by network, and what is there counts against the next run's limit.
     """
+    before = sys.exception()  # that a caller is handling is not ours
     try:
         yield
     except BaseException as error:
-        _let_go(error)
+        _let_go(error, before)
         raise
     finally:
-        if "torch._dynamo" in sys.modules:  # its import takes seconds
+        if compiled:
             torch.compiler.reset()
         if device == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
 
 
-def _let_go(error: BaseException) -> None:
-    """Empty the frames in which an error arose, and those behind it: whoever keeps the error would keep the engine."""
+def _let_go(error: BaseException, before: BaseException | None) -> None:
+    """Empty the frames in which an error arose, and those behind it: whoever keeps the error would keep the engine.
+
+    What is behind the error `before` is left alone.
+    """
     found = [error]
     for each in found:
         traceback.clear_frames(each.__traceback__)
-        found += [one for one in (each.__cause__, each.__context__) if one is not None and one not in found]
+        found += [one for one in (each.__cause__, each.__context__) if one is not None and one not in (before, *found)]
 
 
 def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | None:

@@ -35,7 +35,12 @@ NETWORKS = {
         "transformer": ("QwenImageTransformer2DModel", 20_430_401_088),
         "vae": ("AutoencoderKLQwenImage", 126_892_531),
     },
-    "sd15": {"text_encoder": CLIP_L, "vae": VAE_4, "unet": ("UNet2DConditionModel", 859_520_964)},
+    "sd15": {
+        "text_encoder": CLIP_L,
+        "vae": VAE_4,
+        "unet": ("UNet2DConditionModel", 859_520_964),
+        "safety_checker": ("StableDiffusionSafetyChecker", 303_981_588),
+    },
     "sd21": {"text_encoder": CLIP_H, "vae": VAE_4, "unet": ("UNet2DConditionModel", 865_910_724)},
     "sd35_large": SD3_TEXT | {"vae": VAE_16, "transformer": ("SD3Transformer2DModel", 8_056_627_520)},
     "sd35_medium": SD3_TEXT | {"vae": VAE_16, "transformer": ("SD3Transformer2DModel", 2_243_171_520)},
@@ -80,7 +85,8 @@ def read(path: Path) -> dict:
 def component_class(preset: str, part: str) -> tuple[str, type]:
     """Library and class that model_index.json names for one part of a preset."""
     library, name = read(CONFIGS / preset / "model_index.json")[part]
-    return library, getattr(importlib.import_module(library), name)
+    module = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
+    return library, getattr(importlib.import_module(module), name)
 
 
 def build_on_meta(preset: str, part: str) -> torch.nn.Module:
@@ -92,7 +98,7 @@ def build_on_meta(preset: str, part: str) -> torch.nn.Module:
         return cls(cls.config_class.from_pretrained(folder))
 
 
-def test_eleven_presets_hold_sixty_four_files_and_no_others():
+def test_eleven_presets_hold_sixty_five_files_and_no_others():
     presets = sorted(path.name for path in CONFIGS.iterdir())
     assert presets == sorted(NETWORKS) == sorted(SCHEDULERS)
     assert len(presets) == 11
@@ -102,7 +108,7 @@ def test_eleven_presets_hold_sixty_four_files_and_no_others():
     expected |= {f"{preset}/{part}/config.json" for preset, part in PARTS}
     found = {path.relative_to(CONFIGS).as_posix(): path for path in CONFIGS.rglob("*") if path.is_file()}
     assert set(found) == expected
-    assert (len(PARTS), len(found)) == (42, 64)
+    assert (len(PARTS), len(found)) == (43, 65)
     assert max(path.stat().st_size for path in found.values()) < 4096
 
 
@@ -110,7 +116,9 @@ def test_eleven_presets_hold_sixty_four_files_and_no_others():
 def test_the_model_index_lists_exactly_the_parts_that_have_a_folder(preset):
     index = read(CONFIGS / preset / "model_index.json")
     listed = {part for part, value in index.items() if isinstance(value, list) and value[0] is not None}
-    assert {part for part in listed if not part.startswith("tokenizer")} == set(NETWORKS[preset]) | {"scheduler"}
+    assert {part for part in listed if not part.startswith(("tokenizer", "feature"))} == set(NETWORKS[preset]) | {
+        "scheduler"
+    }
     assert hasattr(importlib.import_module("diffusers"), index["_class_name"])
 
 

@@ -198,14 +198,14 @@ def test_a_preset_is_planned_again_from_what_its_repository_holds(sglang, hub, p
 
 @pytest.mark.parametrize("path", ["owner/inpaint", "owner/stable-diffusion-v1-5"])
 def test_another_repository_is_described_by_its_own_configs_under_a_preset_too(sglang, hub, pipelines, path):
-    other = edited(pipelines["sd15"], "other", "model_index.json", _class_name="StableDiffusionInpaintPipeline")
+    other = edited(pipelines["sd15"], "other", "model_index.json", _class_name="StableDiffusionPAGPipeline")
     hub.repos[path] = {"main": other}
     words = ("generate", "--model-path", path, "--model-id", "sd15", "--prompt", "a")
     found = json.loads(sglang(*words, "dry_run=json").out)
-    assert (found["pipeline"], found["effective"]["backend"]) == ("StableDiffusionInpaintPipeline", "diffusers")
+    assert (found["pipeline"], found["effective"]["backend"]) == ("StableDiffusionPAGPipeline", "diffusers")
     assert not any(name.endswith(".safetensors") for name in hub.files_fetched())
     refused = sglang(*words, *SMALL, "--backend", "sglang")
-    assert (refused.code, "it has no StableDiffusionInpaintPipeline" in refused.err) == (2, True)
+    assert (refused.code, "it has no StableDiffusionPAGPipeline" in refused.err) == (2, True)
 
 
 def test_dry_run_of_a_preset_asks_no_hub(sglang, hub):

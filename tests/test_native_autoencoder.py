@@ -18,6 +18,7 @@ from sglang_gen.backends import parts
 from sglang_gen.errors import UserError
 from sglang_gen.models.vae import posterior
 from sglang_gen.pipelines import autoencoder, sdxl
+from sglang_gen.pipelines.request import Request
 from sglang_gen.types import Component
 from sglang_gen.weight_files import in_folder
 from sglang_gen.weights.load import load
@@ -277,7 +278,7 @@ def test_an_autoencoder_in_float16_decodes_in_float32_where_its_config_says_so(p
     forward = type(our.decoder).forward
     monkeypatch.setattr(type(our.decoder), "forward", lambda self, x: (seen.append(x.dtype), forward(self, x))[1])
     with torch.no_grad():
-        found = sdxl.decode(our, given, None)
+        found = sdxl.decode(our, given, Request(48, 32, 8, steps=1, guidance=1.0))
     dtype = torch.float32 if force else torch.float16
     their = AutoencoderKL.from_pretrained(folder, dtype=torch.float16).to(dtype)
     with torch.no_grad():

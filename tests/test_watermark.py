@@ -9,7 +9,7 @@ import torch
 from native import edited, runner
 
 from sglang_gen.errors import UserError
-from sglang_gen.pipelines import sdxl
+from sglang_gen.pipelines import watermark
 
 
 class Negating:
@@ -20,8 +20,8 @@ class Negating:
 @pytest.fixture
 def installed(monkeypatch):
     """A function that says whether the library is there."""
-    watermark = types.SimpleNamespace(StableDiffusionXLWatermarker=Negating)
-    monkeypatch.setitem(sys.modules, "diffusers.pipelines.stable_diffusion_xl.watermark", watermark)
+    library = types.SimpleNamespace(StableDiffusionXLWatermarker=Negating)
+    monkeypatch.setitem(sys.modules, "diffusers.pipelines.stable_diffusion_xl.watermark", library)
     return lambda there: monkeypatch.setattr(diffusers.utils, "is_invisible_watermark_available", lambda: there)
 
 
@@ -32,13 +32,13 @@ def installed(monkeypatch):
 def test_a_picture_is_marked_where_the_library_is_and_the_model_does_not_mind(installed, there, wanted, marked):
     installed(there)
     pictures = torch.ones(1, 3, 2, 2)
-    assert torch.equal(sdxl._marked(pictures, wanted), -pictures if marked else pictures)
+    assert torch.equal(watermark.marked(pictures, wanted), -pictures if marked else pictures)
 
 
 def test_a_mark_that_cannot_be_set_is_an_error(installed):
     installed(False)
     with pytest.raises(UserError, match="this model wants a watermark; pip install invisible-watermark"):
-        sdxl._marked(torch.ones(1, 3, 2, 2), True)
+        watermark.check({"add_watermarker": True})
 
 
 def test_what_the_model_says_comes_from_its_index(installed, pipelines, sglang):
@@ -46,3 +46,4 @@ def test_what_the_model_says_comes_from_its_index(installed, pipelines, sglang):
     model = edited(pipelines["sdxl"], "model", "model_index.json", add_watermarker=True)
     done = runner(pipelines, sglang)(str(model), "--backend", "sglang", steps=1)
     assert (done.code, "add_watermarker: this model wants a watermark" in done.err) == (2, True)
+    assert "Progress" not in done.err

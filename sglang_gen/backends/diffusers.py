@@ -76,7 +76,7 @@ def check(plan: Plan, own: Any = None) -> tuple[kinds.Kind, dict[str, Any], dict
     )
     call, scheduler = arguments.split(plan, kind)
     arguments.check_complete(kind, plan, call)
-    attention.own(run.attention, plan.device, getattr(torch, plan.dtype))
+    attention.check_name(run.attention, plan.device, getattr(torch, plan.dtype))
     cache.check(run.cache, plan.card)
     return kind, call, scheduler
 

@@ -25,7 +25,7 @@ from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.split import Split
 from sglang_gen.perf.flops import CallLog, stored_bytes
 from sglang_gen.perf.record import Clock
-from sglang_gen.pipelines import picture
+from sglang_gen.pipelines import picture, watermark
 from sglang_gen.pipelines.request import Request
 from sglang_gen.requirements import NEEDS
 from sglang_gen.types import Decoded, Plan, Sample
@@ -44,6 +44,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
         raise UserError(
             f"sampling.max_sequence_length is {length}; {_class_name(plan)} takes at most {glue.MOST_TOKENS}"
         )
+    watermark.check(plan.card.settings)
     try:
         split = Split(mesh, glue.TENSOR, glue.SHARDING)
         network, components = parts.read(plan, NEEDS[name], glue, split)
@@ -284,7 +285,7 @@ class NativeEngine:
         values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         _check_finite(torch.from_numpy(values), "the decoded image", batch)
         frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
-        safety.blank(self.parts, frames, self.execution.dtype, batch)
+        safety.blank(self.parts, frames, self.execution.dtype, batch, said=self.calls.on)
         return frames
 
     def cache_decisions(self) -> dict[str, Any] | None:

@@ -1,6 +1,5 @@
 """A model's components for the native engine: our networks, and the parts that other libraries read."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglang_gen import remote_code
+from sglang_gen.backends import classes
 from sglang_gen.engine import flow_match
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.parallel.collectives import Axis
@@ -126,10 +125,7 @@ def _read(component: Component, dtype: torch.dtype, device: str) -> Any:
     folder = str(_folder(component))
     if component.class_name == flow_match.NAME and flow_match.knows(component.config):
         return flow_match.FlowMatchEuler(component.config)
-    library = component.library
-    if library not in remote_code.LIBRARIES:  # a module of diffusers' pipelines
-        library = f"diffusers.pipelines.{library}"
-    kind = getattr(importlib.import_module(library), component.class_name)
+    kind = classes.named(component)
     if not issubclass(kind, nn.Module):
         return kind.from_pretrained(folder)
     part, told = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)

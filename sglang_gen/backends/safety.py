@@ -14,9 +14,9 @@ CHECKER, EXTRACTOR = "safety_checker", "feature_extractor"
 
 
 def blank(
-    parts: Mapping[str, Any], frames: "np.ndarray[Any, Any]", dtype: torch.dtype, batch: tuple[Sample, ...]
+    parts: Mapping[str, Any], frames: "np.ndarray[Any, Any]", dtype: torch.dtype, batch: tuple[Sample, ...], said: bool
 ) -> None:
-    """Make flagged frames of `[B, H, W, 3]` uint8 black, and warn of each."""
+    """Make flagged frames of `[B, H, W, 3]` uint8 black, and warn of each where that is to be `said`."""
     checker = parts.get(CHECKER)
     if checker is None:
         return
@@ -26,4 +26,5 @@ def blank(
     for frame, flag, sample in zip(frames, flagged, batch, strict=True):
         if flag:
             frame[:] = 0
-            log.warning(f"The model's safety checker blanked sample {sample.index} (seed {sample.seed})")
+            if said:
+                log.warning(f"The model's safety checker blanked sample {sample.index} (seed {sample.seed})")

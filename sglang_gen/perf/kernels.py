@@ -1,7 +1,8 @@
 """The kernels of a rehearsed step, and how long they would take on a machine of known rates: a roofline.
 
 Products take the longer of their arithmetic and their bytes, everything else its bytes. In compiled code what is no
-product is fused: it reads each tensor that a product made once, and writes only what a product reads.
+product is fused with what lies between the same two products: it reads what was there before once, and writes only
+what is read afterwards.
 """
 
 import math
@@ -28,8 +29,10 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.fused = fused
         self.products, self.attention, self.elementwise = Work(), Work(), 0
-        self.left: Any = WeakIdKeyDictionary()  # storage of fused results -> bytes that were not written yet
-        self.unread: Any = WeakIdKeyDictionary()  # storage of other tensors -> bytes that no fused kernel read yet
+        self.turn = 0  # products so far: what lies between two of them is fused
+        self.made: Any = WeakIdKeyDictionary()  # storage of a fused result -> its turn
+        self.unwritten: Any = WeakIdKeyDictionary()  # storage of a fused result -> bytes that are not in memory
+        self.unread: Any = WeakIdKeyDictionary()  # storage -> (turn of its last reading, bytes left to read in it)
 
     @property
     def flops(self) -> int:
@@ -38,6 +41,7 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def attended(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """One attention of q `[B, H, L, D]` to k and v `[B, H, S, D]`: two products of `[L, S]`."""
         self._written([q, k, v])
+        self.turn += 1
         flops = 4 * math.prod((*q.shape[:3], k.shape[2], q.shape[3]))
         self.attention[flops, sum(map(_bytes, (q, k, v, out)))] += 1
 
@@ -49,6 +53,7 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return out  # made of nothing, or a view
         if (formula := flop_registry.get(func.overloadpacket)) is not None:
             self._written(inputs)
+            self.turn += 1
             self.products[formula(*args, **(kwargs or {}), out_val=out), sum(map(_bytes, [*inputs, *outputs]))] += 1
         elif "empty" not in func.overloadpacket.__name__:
             self._elementwise(inputs, outputs)
@@ -58,23 +63,30 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self.fused:
             self.elementwise += sum(map(_bytes, [*inputs, *outputs]))
             return
-        for each in inputs:
-            if each.untyped_storage() not in self.left:
-                self._take(self.unread, each)
+        earlier = [each for each in inputs if self.made.get(each.untyped_storage()) != self.turn]
+        self._written(earlier)
+        for each in earlier:
+            self._read(each)
         for each in outputs:
-            self.left[each.untyped_storage()] = each.untyped_storage().nbytes()
+            storage = each.untyped_storage()
+            self.made[storage], self.unwritten[storage] = self.turn, storage.nbytes()
 
-    def _written(self, inputs: Iterable[Tensor]) -> None:
-        """What a product reads has to be in memory, if fused kernels made it."""
-        for each in inputs:
-            if each.untyped_storage() in self.left:
-                self._take(self.left, each)
+    def _written(self, tensors: Iterable[Tensor]) -> None:
+        """What is read after a product, or by one, has to be in memory, if fused kernels made it."""
+        for each in tensors:
+            storage = each.untyped_storage()
+            moved = min(self.unwritten.get(storage, 0), _bytes(each))
+            if moved:
+                self.unwritten[storage] -= moved
+                self.elementwise += moved
 
-    def _take(self, remaining: Any, tensor: Tensor) -> None:
+    def _read(self, tensor: Tensor) -> None:
+        """Once between two products."""
         storage = tensor.untyped_storage()
-        there = remaining.get(storage, storage.nbytes())
-        moved = min(there, _bytes(tensor))
-        remaining[storage] = there - moved
+        turn, left = self.unread.get(storage, (None, 0))
+        left = left if turn == self.turn else storage.nbytes()
+        moved = min(left, _bytes(tensor))
+        self.unread[storage] = (self.turn, left - moved)
         self.elementwise += moved
 
 

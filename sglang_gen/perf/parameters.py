@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Config = Mapping[str, Any]
+CLIP_VISION = {  # what transformers takes where a config says nothing
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "patch_size": 32, "image_size": 224,
+    "num_channels": 3,
+}  # fmt: skip
 
 
 def clip(config: Config, ranks: int = 1) -> int:
@@ -26,11 +30,12 @@ def clip_projected(config: Config, ranks: int = 1) -> int:
 
 def safety_checker(config: Config, ranks: int = 1) -> int:
     """The safety checker of Stable Diffusion 1: a CLIP image encoder, its projection, 17 concepts and 3 that warn."""
-    vision, projected = config["vision_config"], config["projection_dim"]
+    vision, projected = config.get("vision_config") or {}, config.get("projection_dim", 512)
+    vision = {**CLIP_VISION, **vision}
     width, inside, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
     layer = 4 * _linear(width, width) + _linear(width, inside) + _linear(inside, width) + 2 * _norm(width)
     tokens = (vision["image_size"] // patch) ** 2 + 1
-    embedding = (vision.get("num_channels", 3) * patch**2 + 1 + tokens) * width
+    embedding = (vision["num_channels"] * patch**2 + 1 + tokens) * width
     encoder = embedding + 2 * _norm(width) + vision["num_hidden_layers"] * layer
     return int(encoder + width * projected + (17 + 3) * (projected + 1))
 

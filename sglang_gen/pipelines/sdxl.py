@@ -9,11 +9,10 @@ from torch import Tensor
 
 from sglang_gen import sizes
 from sglang_gen.engine.denoise import Predict
-from sglang_gen.errors import UserError
 from sglang_gen.models.unet import UNet
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.models.vae import Config as AutoencoderConfig
-from sglang_gen.pipelines import autoencoder, picture, prediction, text, unet
+from sglang_gen.pipelines import autoencoder, picture, prediction, text, unet, watermark
 from sglang_gen.pipelines.request import Request
 
 NETWORK, REGIONS, build, sources, grids = unet.NETWORK, unet.REGIONS, unet.build, unet.sources, unet.grids
@@ -86,7 +85,7 @@ def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
     dtype = autoencoder.dtype(vae)
     with _in_float32(vae, decoding_dtype(vae.config, dtype) != dtype):
         pictures = vae.decode(_unscaled(vae, latents.to(autoencoder.dtype(vae))))
-    return _marked(pictures, request.watermark)
+    return watermark.marked(pictures, request.watermark)
 
 
 @contextmanager
@@ -116,20 +115,3 @@ def _moments(vae: Autoencoder, latents: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     mean, deviation = (latents.new_tensor(each).view(1, -1, 1, 1) for each in (scaling.mean, scaling.deviation))
     return mean, deviation
-
-
-def _marked(pictures: Tensor, wanted: bool | None) -> Tensor:
-    """With the invisible watermark of diffusers' pipeline, which it sets wherever the library for it is installed.
-
-    A model may want it, or want none. Raises UserError where it wants one and there is no library.
-    """
-    from diffusers.utils import is_invisible_watermark_available
-
-    there = is_invisible_watermark_available()
-    if wanted and not there:
-        raise UserError("add_watermarker: this model wants a watermark; pip install invisible-watermark")
-    if not there or wanted is False:
-        return pictures
-    from diffusers.pipelines.stable_diffusion_xl.watermark import StableDiffusionXLWatermarker
-
-    return StableDiffusionXLWatermarker().apply_watermark(pictures)

@@ -79,6 +79,14 @@ def apply(pipeline: Any, attention: Attention, device: str, dtype: torch.dtype) 
     return own(attention, device, dtype) or _dispatched(pipeline, attention.backend)
 
 
+def check_name(attention: Attention, device: str, dtype: torch.dtype) -> None:
+    """Raises UserError with the legal names for one that nobody has."""
+    name = attention.backend
+    if name not in ("auto", "sdpa", *SDPA_KERNELS, *_processor_kernels()):
+        names = legal(device, dtype)
+        raise UserError(f"attention.backend: unknown kernel '{name}'{nearest(name, names)} (legal: {', '.join(names)})")
+
+
 def own(attention: Attention, device: str, dtype: torch.dtype) -> Kernel | None:
     """The kernel where it is torch's; None for one of diffusers' dispatcher. Raises UserError as `apply` does."""
     name = attention.backend
@@ -94,9 +102,7 @@ def own(attention: Attention, device: str, dtype: torch.dtype) -> Kernel | None:
         if not runs(name, device, dtype):
             raise UserError(f"attention.backend: '{name}' does not run here; legal: {', '.join(legal(device, dtype))}")
         return Kernel(name, lambda: sdpa_kernel(SDPA_KERNELS[name]))
-    if name not in _processor_kernels():
-        names = legal(device, dtype)
-        raise UserError(f"attention.backend: unknown kernel '{name}'{nearest(name, names)} (legal: {', '.join(names)})")
+    check_name(attention, device, dtype)
     return None
 
 

@@ -1,12 +1,12 @@
 """Components that replace those of the model's own folder."""
 
-import importlib
 from typing import Any
 
 import torch
 
+from sglang_gen.backends import classes
 from sglang_gen.errors import UserError, first_line
-from sglang_gen.types import Component, Plan
+from sglang_gen.types import Plan
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
 
@@ -19,14 +19,9 @@ def load(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
 def _load(plan: Plan, name: str, dtype: torch.dtype) -> Any:
     component = plan.card.components[name]
     try:
-        kind = component_class(component)
+        kind = classes.named(component)
         settings = {"dtype": dtype, "use_safetensors": True} if issubclass(kind, torch.nn.Module) else {}
         return kind.from_pretrained(str(component.folder), **settings)
     except LOADING_ERRORS as error:
         path = plan.run.model.component_paths[name]
         raise UserError(f"--component-paths: '{name}' cannot be loaded from {path}: {first_line(error)}") from error
-
-
-def component_class(component: Component) -> Any:
-    """The class that model_index.json names."""
-    return getattr(importlib.import_module(component.library), component.class_name)

@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
 from sglang_gen import log, quantization, weight_files
+from sglang_gen.backends import classes
 from sglang_gen.backends.options import components, gguf_file, nunchaku
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.schema import QuantMethod
@@ -40,7 +41,7 @@ def load(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
         return {}
     (name,) = quantization.denoisers(plan.card)
     component, files = plan.card.components[name], weight_files.locate(path)
-    kind = components.component_class(component)
+    kind = classes.named(component)
     _check_config(kind, name, plan, files)
     if files.is_gguf:
         return {name: _load_gguf(kind, component, files, dtype)}
@@ -66,7 +67,7 @@ def plain(plan: Plan, name: str, files: WeightFiles) -> bool:
     Raises UserError for all others. Reads headers only.
     """
     component = plan.card.components[name]
-    kind = components.component_class(component)
+    kind = classes.named(component)
     _check_config(kind, name, plan, files)
     tensors = weight_files.read_headers(files.paths).tensors
     _check_plain(tensors, files)
