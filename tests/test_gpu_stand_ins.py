@@ -25,6 +25,7 @@ from sglang_gen.engine import kernels
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.parallel import mesh
 from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.schema import Run
 
 FLAGS = ("--dit-cpu-offload", "--vae-cpu-offload", "--text-encoder-cpu-offload")
 
@@ -118,7 +119,7 @@ def ends(monkeypatch):
 
     def go(work, device: str, dtype: str, deterministic: bool = False) -> int:
         monkeypatch.setattr(rank, "_run", work)
-        asked = SimpleNamespace(run=SimpleNamespace(deterministic=deterministic), device=device, dtype=dtype)
+        asked = SimpleNamespace(run=Run(deterministic=deterministic), device=device, dtype=dtype)
         rank.run(asked, Mesh(), 0.0)
         return len(given_back)
 
