@@ -116,7 +116,6 @@ NEEDS: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
     ),
     ("compile.regional", lambda run: run.compile.enable_torch_compile, "--enable-torch-compile"),
     ("compile.warmup_steps", lambda run: run.compile.warmup, "--warmup"),
-    ("offload.disk_path", lambda run: run.offload.dit_layerwise_offload, "--dit-layerwise-offload"),
     ("model.configs", lambda run: Path(run.model.path or "").expanduser().is_file(), "a single file as --model-path"),
     (
         "parallel.timeout_minutes",
