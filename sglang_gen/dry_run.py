@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from sglang_gen.backends.check import check
 from sglang_gen.estimate import estimate
 from sglang_gen.schema import plain
 from sglang_gen.types import Plan
@@ -13,17 +14,14 @@ def describe(plan: Plan) -> str:
 
     Raises UserError for what the backend would refuse before it reads a weight.
     """
-    if plan.backend == "diffusers" and not plan.card.code:  # what a repository's own code takes, it alone knows
-        from sglang_gen.backends import diffusers
-
-        diffusers.check(plan)
+    check(plan)
     return json.dumps(_as_dict(plan), indent=2, ensure_ascii=False) if plan.run.dry_run == "json" else _as_table(plan)
 
 
 def _as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.card.name,
-        "pipeline": plan.run.model.pipeline_class_name or plan.card.pipeline_class,
+        "pipeline": plan.pipeline_class,
         "components": {name: part.class_name for name, part in plan.card.components.items()},
         "layout": {**plain(plan.layout), "ranks": plan.layout.ranks},
         "requested": dict(plan.requested),

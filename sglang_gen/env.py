@@ -210,6 +210,12 @@ def can_compile(device: str) -> bool:
     return device != "cpu" or any(shutil.which(name) for name in names)
 
 
+def require_compiler(device: str) -> None:
+    """Raises UserError where torch.compile cannot work."""
+    if not can_compile(device):
+        raise UserError("compile: torch.compile on CPU needs a C++ compiler (g++ or clang++); run with compile=none")
+
+
 def cpu_count() -> int:
     """Processors this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -4,7 +4,6 @@ The network is rehearsed without memory on the meta device, as one rank has it: 
 collectives of its layout. Nothing is measured but what that twin does.
 """
 
-import importlib
 import weakref
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,12 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sglang_gen import env, legal, sizes
+from sglang_gen import env, legal
 from sglang_gen import layout as layouts
 from sglang_gen.backends import decoding as decoders
 from sglang_gen.backends import guiding
-from sglang_gen.backends.inputs import read_image
-from sglang_gen.choice import NATIVE
+from sglang_gen.backends.asked import Asked
 from sglang_gen.engine.guidance import Encoded, Guidance, guided
 from sglang_gen.engine.shapes import rehearse
 from sglang_gen.models.vae import Autoencoder
@@ -31,9 +29,8 @@ from sglang_gen.parallel.split import Split
 from sglang_gen.perf.flops import stored_bytes
 from sglang_gen.perf.kernels import Kernels, seconds
 from sglang_gen.perf.parameters import COUNT
-from sglang_gen.pipelines import autoencoder, picture
+from sglang_gen.pipelines import autoencoder
 from sglang_gen.pipelines.request import Request
-from sglang_gen.requirements import NEEDS
 from sglang_gen.schema import GuidanceBatching, Machine
 from sglang_gen.types import Layout, ModelCard, Plan
 
@@ -161,24 +158,6 @@ def busiest(layout: Layout) -> tuple[int, ...]:
     return tuple(rank for rank in range(layout.ranks) if coordinates(layout, rank) in places)
 
 
-def request_of(plan: Plan, glue: Any) -> Request:
-    """What the run asks of its pipeline. Raises UserError for an input picture that cannot be read."""
-    sampling, config = plan.run.sampling, plan.card.components[glue.NETWORK].config
-    factor = sizes.latent_factor(plan.card) or 1
-    if sampling.image_path and glue.SIZED_BY_PICTURE:
-        height, width = picture.size(read_image(sampling.image_path, "--image-path"), factor)
-    else:
-        height, width = sizes.chosen(sampling, glue.default_size, config, factor)
-    return Request(
-        height=height,
-        width=width,
-        factor=factor,
-        steps=sampling.num_inference_steps,
-        guidance=sampling.guidance_scale,
-        text_length=sampling.max_sequence_length,
-    )
-
-
 def weights_of(plan: Plan, needs: Any, network: int) -> dict[str, int]:
     """Bytes of each component on one rank; the network's are given. T5 is spread over tensor parallel ranks."""
     size = getattr(torch, plan.dtype).itemsize
@@ -211,9 +190,8 @@ def estimate(plan: Plan) -> dict[str, Any]:
     """
     if plan.backend != "sglang":
         return {"reason": f"not estimated ({plan.backend})"}
-    name = NATIVE[plan.run.model.pipeline_class_name or plan.card.pipeline_class]
-    glue: Any = importlib.import_module(f"sglang_gen.pipelines.{name}")
-    request, batch = request_of(plan, glue), max(plan.batches, key=len)
+    asked = Asked(plan)
+    glue, request, batch = asked.glue, asked.whole, max(plan.batches, key=len)
     legal.check_size(plan.run, plan.card, plan.layout, layouts.stated(plan.sources), request.height, request.width)
     negative = any(sample.negative_prompt is not None for each in plan.batches for sample in each)
     together = plan.run.sampling.guidance_batching is not GuidanceBatching.sequential
@@ -229,7 +207,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         (decoding(glue, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype) for mesh in meshes),
         key=lambda each: sum(each[1].bytes.values()),
     )
-    weights = weights_of(plan, NEEDS[name], found.weights)
+    weights = weights_of(plan, asked.needs, found.weights)
     alive = {"step": found.alive, "decoding": decoded}
     if plan.run.sampling.image_path:
         alive["encoding"] = encoding(glue, plan.card, request, dtype)

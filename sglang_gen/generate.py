@@ -65,6 +65,10 @@ def execute(composed: "Composed") -> Result | None:
     if run.sampling.seed is None:
         log.info(f"Seed: {plan.run.sampling.seed} (drawn; --seed gives it again)")
     started = time.perf_counter()
+    if plan.card.folder is None:  # its weights would be downloaded
+        from sglang_gen.backends.check import check
+
+        check(plan)
     plan = _from_weights(composed, plan)
     if composed.place is not None:
         from sglang_gen import torchrun

@@ -88,6 +88,11 @@ class Plan:
     notices: tuple[str, ...] = ()
     here: int = 1  # ranks on this machine
 
+    @property
+    def pipeline_class(self) -> str:
+        """Name of the pipeline's class: what the run asks for, otherwise what the model says."""
+        return self.run.model.pipeline_class_name or self.card.pipeline_class
+
     def user_gave(self, path: str) -> bool:
         """True where a flag, an override or a configuration file says something else than the schema."""
         return user_gave(self.run, self.sources, path)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from sglang_gen import log, sizes
+from sglang_gen import env, log, sizes
 from sglang_gen.backends.inputs import read_image, read_noise
 from sglang_gen.backends.observe import Latents, observed, plain_config
 from sglang_gen.backends.options import (
@@ -36,6 +36,7 @@ from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.record import Clock
 from sglang_gen.requirements import NEEDS
+from sglang_gen.schema import Run
 from sglang_gen.types import Decoded, Plan, Sample
 
 
@@ -69,16 +70,25 @@ def check(plan: Plan, own: Any = None) -> tuple[kinds.Kind, dict[str, Any], dict
     """
     run = plan.run
     kind = kinds.find(
-        run.model.pipeline_class_name or plan.card.pipeline_class,
+        plan.pipeline_class,
         image=run.sampling.image_path is not None,
         mask="mask_image" in run.backend.diffusers_kwargs,
         own=own,
     )
     call, scheduler = arguments.split(plan, kind)
     arguments.check_complete(kind, plan, call)
+    read_noise(run.sampling.latents)
+    _image(run)
+    if run.compile.enable_torch_compile:
+        env.require_compiler(plan.device)
     attention.check_name(run.attention, plan.device, getattr(torch, plan.dtype))
     cache.check(run.cache, plan.card)
     return kind, call, scheduler
+
+
+def _image(run: Run) -> Any:
+    path = run.sampling.image_path
+    return None if path is None else read_image(path, "--image-path")
 
 
 def _read(plan: Plan, kind: kinds.Kind, scheduler: dict[str, Any]) -> Any:
@@ -136,7 +146,7 @@ class DiffusersEngine:
         self.plan, self.kind, self.pipeline, self.call = plan, kind, pipeline, call
         self.kernel, self.step_cache = kernel, step_cache
         self.noise = read_noise(plan.run.sampling.latents)
-        self.image = self._read_image()
+        self.image = _image(plan.run)
         self._effective = effective
         self.leads, self.calls, self.sent = mesh.leads, calls, Sent()
         self.guidance = GuidanceSplit(denoisers(pipeline), mesh) if mesh.size("cfg") > 1 else None
@@ -146,10 +156,6 @@ class DiffusersEngine:
             calls.watch("denoising", name, network)
         if hasattr(getattr(pipeline, "vae", None), "decode"):
             calls.watch("decoding", "vae", pipeline.vae, "decode")
-
-    def _read_image(self) -> Any:
-        path = self.plan.run.sampling.image_path
-        return None if path is None else read_image(path, "--image-path")
 
     def effective(self) -> dict[str, Any]:
         """What took effect, and the classes that were built."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sglang_gen import layout, legal
 from sglang_gen.engine import fastest, kernels
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.engine.graphs import Graphs
@@ -91,11 +90,8 @@ class Execution:
     ) -> Expected:
         """Make ready for evaluations of a batch `latents` with these texts. Collective on the first call.
 
-        `kinds` are evaluations that differ in shape. Raises UserError for a picture of fewer rows than ranks.
+        `kinds` are evaluations that differ in shape.
         """
-        if request.skipped is not None:  # of the size of a picture that the plan did not see
-            stated = layout.stated(self.plan.sources)
-            legal.check_size(self.plan.run, self.plan.card, self.plan.layout, stated, request.height, request.width)
         texts = [tuple(part.shape) for text in encoded for part in text]
         shape = (request.steps_run, tuple(latents.shape), *texts, *kinds)  # a warmup has fewer steps to condition
         if shape not in self.expected:

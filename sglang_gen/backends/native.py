@@ -1,6 +1,5 @@
 """Our own engine: our networks and loop, with the text encoders and scheduler of the model's folder."""
 
-import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -10,13 +9,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from sglang_gen import log, sizes
+from sglang_gen import log
 from sglang_gen.backends import decoding, guiding, parts, safety
+from sglang_gen.backends.asked import Asked, check
 from sglang_gen.backends.execution import Execution
-from sglang_gen.backends.inputs import read_image, read_noise
 from sglang_gen.backends.observe import plain_config
 from sglang_gen.backends.sent import Sent
-from sglang_gen.choice import NATIVE
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
 from sglang_gen.engine.guidance import Encoded, Guidance, guided, kinds
 from sglang_gen.errors import RunError, UserError, first_line, is_out_of_memory
@@ -25,9 +23,8 @@ from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.split import Split
 from sglang_gen.perf.flops import CallLog, stored_bytes
 from sglang_gen.perf.record import Clock
-from sglang_gen.pipelines import picture, watermark
+from sglang_gen.pipelines import picture
 from sglang_gen.pipelines.request import Request
-from sglang_gen.requirements import NEEDS
 from sglang_gen.types import Decoded, Plan, Sample
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
@@ -35,19 +32,13 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, Import
 
 def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     """The plan's components on this rank's device. Raises UserError naming what does not fit, RunError if it fails."""
-    name = NATIVE[_class_name(plan)]
-    glue = importlib.import_module(f"sglang_gen.pipelines.{name}")
+    asked = check(plan)
+    glue = asked.glue
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()
-    length = plan.run.sampling.max_sequence_length
-    if length is not None and glue.MOST_TOKENS is not None and length > glue.MOST_TOKENS:
-        raise UserError(
-            f"sampling.max_sequence_length is {length}; {_class_name(plan)} takes at most {glue.MOST_TOKENS}"
-        )
-    watermark.check(plan.card.settings)
     try:
         split = Split(mesh, glue.TENSOR, glue.SHARDING)
-        network, components = parts.read(plan, NEEDS[name], glue, split)
+        network, components = parts.read(plan, asked.needs, glue, split)
     except UserError:
         raise
     except LOADING_ERRORS as error:
@@ -55,48 +46,36 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
             raise RunError(f"Out of memory while loading {plan.card.name}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     _warn_ineffective(plan, glue)
-    return NativeEngine(plan, glue, Execution(plan, split, glue, network), components, calls)
+    return NativeEngine(asked, Execution(plan, split, glue, network), components, calls)
 
 
 def _warn_ineffective(plan: Plan, glue: Any) -> None:
     """One warning for each setting that the user gave and that changes nothing here."""
     for path in ("sampling.num_frames", "output.fps"):
         if plan.user_gave(path):
-            log.warning(f"{path} has no effect: {_class_name(plan)} makes no video")
+            log.warning(f"{path} has no effect: {plan.pipeline_class} makes no video")
     if plan.run.sampling.image_path and glue.SIZED_BY_PICTURE:
         for path in ("sampling.height", "sampling.width"):
             if plan.user_gave(path):
-                log.warning(f"{path} has no effect: {_class_name(plan)} keeps the size of the input picture")
+                log.warning(f"{path} has no effect: {plan.pipeline_class} keeps the size of the input picture")
     if glue.MOST_TOKENS is None and plan.user_gave("sampling.max_sequence_length"):
-        log.warning(f"sampling.max_sequence_length has no effect: {_class_name(plan)} does not take it")
+        log.warning(f"sampling.max_sequence_length has no effect: {plan.pipeline_class} does not take it")
     guiding.warn_ineffective(plan, glue)
-
-
-def _class_name(plan: Plan) -> str:
-    return plan.run.model.pipeline_class_name or plan.card.pipeline_class
 
 
 class NativeEngine:
     """A loaded pipeline; see `types.Engine`."""
 
-    def __init__(self, plan: Plan, glue: Any, execution: Execution, parts: Mapping[str, Any], calls: CallLog) -> None:
-        self.plan, self.glue, self.parts, self.execution, self.calls = plan, glue, parts, execution, calls
+    def __init__(self, asked: Asked, execution: Execution, parts: Mapping[str, Any], calls: CallLog) -> None:
+        plan, glue = asked.plan, asked.glue
+        self.plan, self.glue, self.asked = plan, glue, asked
+        self.parts, self.execution, self.calls = parts, execution, calls
         self.mesh, self.sent = execution.mesh, Sent()
         self.text_sends: dict[int, Traffic] = {}  # by the number of texts
         self.network: Any = execution.network
         self.entrance: Any = execution.placed.entrance
-        self.config = plan.card.components[glue.NETWORK].config
-        self.noise = read_noise(plan.run.sampling.latents)
-        path = plan.run.sampling.image_path
-        self.image = None if path is None else read_image(path, "--image-path")
-        self.strength = plan.run.backend.diffusers_kwargs.get("strength", glue.STRENGTH)
-        self.factor = parts["vae"].config.factor
-        if self.image is not None:
-            picture.check_strength(self.strength, plan.run.sampling.num_inference_steps, glue.skipped)
-        whole = self._request(plan.run.sampling.num_inference_steps)
-        guiding.check(plan, glue, whole)
         encoders = sum(stored_bytes(each) for name in glue.TEXT_PARTS for each in parts[name].parameters())
-        self.room = guiding.room(plan, glue, self.config, whole, encoders, self.mesh)
+        self.room = guiding.room(plan, glue, asked.config, asked.whole, encoders, self.mesh)
         self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", glue.ZERO_WITHOUT_NEGATIVE)
         for name in glue.TEXT_PARTS:
             calls.watch("text_encoding", name, parts[name], twin=self._encoder_twin(parts[name]))
@@ -107,7 +86,7 @@ class NativeEngine:
         calls.watch("decoding", "vae", vae, "decode", twin=partial(self._vae_twin, glue.decoding_dtype))
         if safety.CHECKER in parts:
             calls.watch("decoding", safety.CHECKER, parts[safety.CHECKER].vision_model)
-        if self.image is not None:
+        if self.asked.image is not None:
             calls.watch("latents", "vae", vae, "encode", twin=partial(self._vae_twin, glue.encoding_dtype))
 
     def _encoder_twin(self, encoder: Any) -> Callable[[], Any] | None:
@@ -125,16 +104,15 @@ class NativeEngine:
 
     def effective(self) -> dict[str, Any]:
         """What took effect, and the classes that were built."""
-        request = self._request(self.plan.run.sampling.num_inference_steps)
         classes = {name: type(part).__name__ for name, part in self.parts.items()}
         return {
             **self.execution.effective(),
             "offload": [],
             "lora": [],
             "cache": "none",
-            **guiding.of_run(self.plan, self.glue, request, self.room.batched),
+            **guiding.of_run(self.plan, self.glue, self.asked.whole, self.room.batched),
             "released": list(self.glue.TEXT_PARTS) if self.room.released else [],
-            "pipeline": _class_name(self.plan),
+            "pipeline": self.plan.pipeline_class,
             "makes": "image",
             "components": {self.glue.NETWORK: type(self.network).__name__, **classes},
             "scheduler_config": plain_config(self.parts["scheduler"]),
@@ -156,7 +134,7 @@ class NativeEngine:
             clock.leave()
 
     def _sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded | None:
-        request, scheduler = self._request(steps), self.parts["scheduler"]
+        request, scheduler = self.asked.request(steps), self.parts["scheduler"]
         negative = batch[0].negative_prompt is not None  # batches are of one kind
         guidance = guiding.guidance(self.plan, self.glue, request, negative, self.room.batched)
         self.sent.on = self.calls.on
@@ -168,7 +146,7 @@ class NativeEngine:
         self._place_encoders("cpu")
         clock.enter("latents")
         generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
-        timesteps = self.glue.schedule(self.config, scheduler, request)
+        timesteps = self.glue.schedule(self.asked.config, scheduler, request)
         noise = self._noise(request, timesteps, generators)
         numbers = step_numbers(len(timesteps), request.steps_run, getattr(scheduler, "order", 1))
 
@@ -200,29 +178,6 @@ class NativeEngine:
             return None  # ranks with the same rows decode them
         own = guiding.effective(self.plan, guidance, request)
         return Decoded(self._decode(latents, request, batch), noise, latents, effective=own)
-
-    def _request(self, steps: int) -> Request:
-        sampling = self.plan.run.sampling
-        if self.image is not None and self.glue.SIZED_BY_PICTURE:
-            height, width = picture.size(self.image, self.factor)
-        else:
-            height, width = sizes.chosen(sampling, self.glue.default_size, self.config, self.factor)
-        return Request(
-            height=height,
-            width=width,
-            factor=self.factor,
-            steps=steps,
-            guidance=sampling.guidance_scale,
-            text_length=sampling.max_sequence_length,
-            skipped=self._skipped(steps),
-            watermark=self.plan.card.settings.get("add_watermarker"),
-        )
-
-    def _skipped(self, steps: int) -> int | None:
-        """Steps that the input picture spares; a warmup does all of its few."""
-        if self.image is None:
-            return None
-        return self.glue.skipped(steps, self.strength) if steps == self.plan.run.sampling.num_inference_steps else 0
 
     def _place_encoders(self, device: str) -> None:
         """Where the device has no room for them beside the denoising, text encoders are on it only while they work."""
@@ -261,18 +216,13 @@ class NativeEngine:
         """What the first step starts from `[B, ...]`, in the pipeline's own layout: drawn per sample, or loaded."""
         dtype = getattr(torch, self.plan.dtype)
         source = None
-        if self.image is not None:  # draws before the noise does, from the same generators
-            pixels = picture.pixels(self.image, self.factor, request.height, request.width)
+        if self.asked.image is not None:  # draws before the noise does, from the same generators
+            pixels = picture.pixels(self.asked.image, request.factor, request.height, request.width)
             source = self.glue.encode_picture(self.parts["vae"], pixels, generators, dtype)
-        noise = self.glue.draw(self.config, request, generators, dtype).to(self.plan.device)
+        noise = self.glue.draw(self.asked.config, request, generators, dtype).to(self.plan.device)
         drawn: Tensor = self.glue.start(self.parts["scheduler"], timesteps, noise, source)
-        if self.noise is not None:
-            if self.noise.shape[1:] != drawn.shape[1:]:
-                raise UserError(
-                    f"sampling.latents holds noise of shape {list(self.noise.shape)}, "
-                    f"this request starts from {[1, *drawn.shape[1:]]}"
-                )
-            drawn = self.noise.expand(drawn.shape).to(drawn)
+        if self.asked.noise is not None:
+            drawn = self.asked.noise.expand(drawn.shape).to(drawn)
         return drawn
 
     def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from sglang_gen.backends import classes
-from sglang_gen.engine import flow_match
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.split import Split
@@ -86,7 +85,7 @@ def _out_of_file(plan: Plan, names: Sequence[str], given: dict[str, Any], dtype:
 
     from sglang_gen.backends.options.original import read as read_pipeline
 
-    kind = getattr(diffusers, plan.run.model.pipeline_class_name or plan.card.pipeline_class)
+    kind = getattr(diffusers, plan.pipeline_class)
     own = {"vae": None} if "vae" in given else {}  # ours is none that diffusers' pipeline could look into
     found = {**read_pipeline(plan, kind, dtype, {**given, **own}).components, **given}
     if "vae" not in given:
@@ -103,6 +102,8 @@ def _folder(component: Component) -> Path:
 
 def _part(name: str, component: Component, dtype: torch.dtype, device: str, tp: Axis) -> Any:
     """The autoencoder is ours, a large text encoder this rank's part; any other is read by its own library."""
+    if name == "scheduler":
+        return classes.scheduler(component)
     if name == "vae":
         return _autoencoder(component, dtype, device)
     if tp.size > 1:
@@ -123,8 +124,6 @@ def _autoencoder(component: Component, dtype: torch.dtype, device: str) -> nn.Mo
 def _read(component: Component, dtype: torch.dtype, device: str) -> Any:
     """A text encoder, tokenizer or scheduler, as its own library reads it."""
     folder = str(_folder(component))
-    if component.class_name == flow_match.NAME and flow_match.knows(component.config):
-        return flow_match.FlowMatchEuler(component.config)
     kind = classes.named(component)
     if not issubclass(kind, nn.Module):
         return kind.from_pretrained(folder)

@@ -6,7 +6,6 @@ import torch
 
 from sglang_gen import env, log
 from sglang_gen.backends.options.networks import denoisers, repeated_blocks
-from sglang_gen.errors import UserError
 from sglang_gen.schema import Compile
 
 
@@ -18,8 +17,7 @@ def apply(pipeline: Any, settings: Compile, device: str) -> bool | str:
     """
     if not settings.enable_torch_compile:
         return False
-    if not env.can_compile(device):
-        raise UserError("compile: torch.compile on CPU needs a C++ compiler (g++ or clang++); run with compile=none")
+    env.require_compiler(device)
     kinds = set()
     for network in denoisers(pipeline).values():
         blocks = repeated_blocks(network) if settings.regional else []

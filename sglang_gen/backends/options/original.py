@@ -57,7 +57,7 @@ def read(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: dict[str
 
 def misfit(plan: Plan, reason: str) -> str:
     """The sentence for a single file that is not the model of the component configs."""
-    kind = plan.run.model.pipeline_class_name or plan.card.pipeline_class
+    kind = plan.pipeline_class
     where = f"the component configs of {plan.run.model.configs or plan.run.model.preset}"
     return (
         f"--model-path: {plan.card.file} does not fit {where} ({kind}): {reason}; name the right preset with --model-id"
