@@ -5,6 +5,7 @@ from typing import Any
 
 from sglang_gen.backends.check import check
 from sglang_gen.estimate import estimate
+from sglang_gen.perf import quality
 from sglang_gen.schema import plain
 from sglang_gen.types import Plan
 
@@ -14,7 +15,9 @@ def describe(plan: Plan) -> str:
 
     Raises UserError for what the backend would refuse before it reads a weight.
     """
-    check(plan)
+    check(plan, warn=True)
+    if plan.run.quality.reference is not None:
+        quality.counterparts(plan.run.quality.reference, [plain(each) for batch in plan.batches for each in batch])
     return json.dumps(_as_dict(plan), indent=2, ensure_ascii=False) if plan.run.dry_run == "json" else _as_table(plan)
 
 

@@ -71,6 +71,7 @@ class _Once(logging.Filter):
 
 
 _ONCE = _Once()
+_warned: set[str] = set()
 
 
 def setup(level: str, handler: logging.Handler | None = None) -> None:
@@ -82,6 +83,7 @@ def setup(level: str, handler: logging.Handler | None = None) -> None:
     _LOGGER.propagate = False
     _LOGGER.setLevel(level.upper())
     _ONCE.seen.clear()
+    _warned.clear()
     adopt_libraries()
 
 
@@ -138,6 +140,13 @@ def info(message: str) -> None:
 
 def warning(message: str) -> None:
     _LOGGER.warning(message)
+
+
+def warn_once(message: str) -> None:
+    """A warning of what every batch, repeat or reading of a file meets again; once until the next `setup`."""
+    if message not in _warned:
+        _warned.add(message)
+        _LOGGER.warning(message)
 
 
 def error(message: str) -> None:

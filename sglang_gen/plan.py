@@ -36,7 +36,7 @@ from sglang_gen.schema import (
     leaves,
     plain,
 )
-from sglang_gen.types import Layout, ModelCard, Plan, user_gave
+from sglang_gen.types import Layout, ModelCard, Plan, Sample, user_gave
 from sglang_gen.values import check_plain
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         effective=_effective(run, backend, degrees, device, dtype) | {"quantization": quantization.expected(run, card)},
         warnings=(
             *_warnings(run, sources, composed.versions),
+            *_same_noise(run, batches),
             *remote_code.warnings(run.model, card),
             *offloading.warnings(run, device),
             *guidance.warnings(run, user_gave(run, sources, "sampling.guidance_scale"), card),
@@ -106,9 +107,9 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
 
 
 CAPTURING = ("cuda",)  # devices whose work can be captured into graphs
-# Settings that act only together with another: the prefix of the one, whether the other is there, and its name.
-NEEDS: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
-    ("lora.", lambda run: bool(run.lora.path or run.lora.adapters), "lora.path"),
+# Settings that act only together with another: the prefixes of the one, whether the other is there, and its name.
+NEEDS: tuple[tuple[str | tuple[str, ...], Callable[[Run], bool], str], ...] = (
+    (("lora.nickname", "lora.scale", "lora.target_modules"), lambda run: bool(run.lora.path), "lora.path"),
     (
         "cache.",
         lambda run: run.cache.method is not CacheMethod.none or bool(run.cache.cache_dit_config),
@@ -242,6 +243,17 @@ def _effective(run: Run, backend: str, degrees: Layout, device: str, dtype: str)
     }
 
 
+def _same_noise(run: Run, batches: tuple[tuple[Sample, ...], ...]) -> list[str]:
+    """Samples that one saved noise makes alike, whatever their seeds."""
+    samples = [sample for batch in batches for sample in batch]
+    if run.sampling.latents is None or len({(each.prompt, each.negative_prompt) for each in samples}) == len(samples):
+        return []
+    return [
+        "sampling.latents: all samples start from one noise, so those of one prompt differ only where the scheduler "
+        "draws noise of its own"
+    ]
+
+
 def _differs(run: Run, sources: Mapping[str, str], path: str) -> bool:
     return sources.get(path, "default") not in ("default", "preset") and get(run, path) != get(Run(), path)
 
@@ -260,6 +272,7 @@ def _warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str |
             path
             for path in leaves()
             if path.startswith("perf." if run.dry_run else ("perf.", "machine.name")) and _differs(run, sources, path)
+            if path != "perf.repeat"  # compares what it generates again
         ]
         found += [f"{path} has no effect without --perf-dump-path" for path in idle]
     if run.model.revision and (run.model.path is None or Path(run.model.path).expanduser().exists()):

@@ -21,7 +21,7 @@ from sglang_gen.perf import dump, quality
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory
 from sglang_gen.perf.record import Clock, synchroniser
-from sglang_gen.saving import Saved, on_host
+from sglang_gen.saving import Saved, kept_latents, on_host
 from sglang_gen.schema import plain
 from sglang_gen.sweep import tracking
 from sglang_gen.types import Decoded, Engine, Plan, Result, Sample
@@ -159,10 +159,16 @@ def _generate(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Saved:
 
 
 def _repeat(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock, saved: Saved) -> Clock:
-    """Generate everything once more, saving nothing; a frame that differs from the first time is a warning."""
-    made = [frame for _, decoded in _made(plan, mesh, engine, clock) for frame in decoded.frames]
-    for index, (first, again) in enumerate(zip(saved.frames, made, strict=True)):
-        if not (first == again).all():
+    """Generate everything once more, saving nothing; a sample that is not the same to the bit is a warning."""
+    made = [
+        (decoded.frames[row], kept_latents(plan, decoded, row))
+        for _, decoded in _made(plan, mesh, engine, clock)
+        for row in range(len(decoded.frames))
+    ]
+    first = zip(saved.frames, saved.latents, strict=True)
+    for index, ((frame, latents), (frame_again, latents_again)) in enumerate(zip(first, made, strict=True)):
+        same = latents is None or bool((latents == latents_again).all())
+        if not (same and (frame == frame_again).all()):
             log.warning(f"Sample {index} is not the same when it is generated again in this process")
     return clock
 

@@ -18,6 +18,7 @@ class Saved:
         self.effective = effective
         self.paths: list[Path] = []
         self.frames: list[Any] = []
+        self.latents: list[Any] = []  # where the run generates again and compares, and the pipeline shows them
         self.seeds: list[int] = []
         self.samples: list[dict[str, Any]] = []
 
@@ -29,15 +30,22 @@ class Saved:
             log.info(f"Generated {decoded.kind} saved to: {path}")
             self.paths.append(path)
             self.frames.append(decoded.frames[row])
+            self.latents.append(kept_latents(self.plan, decoded, row))
             self.seeds.append(sample.seed)
             self.samples.append({**plain(sample), "batch": number, "file": path.name})
 
 
+def kept_latents(plan: Plan, decoded: Decoded, row: int) -> Any:
+    """Those of one sample on the host, for a run that generates again; None where there are none to compare."""
+    return decoded.latents[row].cpu() if plan.run.perf.repeat > 1 and decoded.latents is not None else None
+
+
 def on_host(plan: Plan, decoded: Decoded) -> Decoded:
     """What of `decoded` has to travel to the rank that saves."""
-    if not plan.run.output.latents or decoded.noise is None or decoded.latents is None:
-        return replace(decoded, noise=None, latents=None)
-    return replace(decoded, noise=decoded.noise.cpu(), latents=decoded.latents.cpu())
+    saved, compared = plan.run.output.latents, plan.run.perf.repeat > 1
+    noise = decoded.noise.cpu() if saved and decoded.noise is not None else None
+    latents = decoded.latents.cpu() if (saved or compared) and decoded.latents is not None else None
+    return replace(decoded, noise=noise, latents=latents)
 
 
 def _save(plan: Plan, effective: dict[str, Any], sample: Sample, decoded: Decoded, row: int) -> Path:

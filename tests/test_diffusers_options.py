@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from sglang_gen.backends.inputs import read_image
 from sglang_gen.engine import kernels
 
 SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--dtype", "float32")
@@ -134,7 +135,10 @@ def test_an_sdpa_kernel_is_the_one_that_runs_in_the_network_and_any_elsewhere(ru
     ("words", "sentence"),
     [
         (("--attention-backend", "cudnn"), "'cudnn' does not run here; legal: auto, sdpa, flash, math"),
-        (("--attention-backend", "flesh"), "unknown kernel 'flesh'; did you mean 'flash'?"),
+        (
+            ("--attention-backend", "flesh"),
+            "unknown kernel 'flesh'; did you mean 'flash'? (legal: auto, sdpa, flash",
+        ),
         (("--attention-backend", "flex"), "'flex' takes no effect on UNet2DConditionModel"),
         (("--attention-backend", "math", "--attention-backend-config", '{"a": 1}'), "'math' takes no settings"),
         (("--attention-backend-config", '{"prioritty": []}'), "did you mean 'priority'?"),
@@ -264,6 +268,40 @@ def test_a_mask_makes_inpainting(run):
     done = run("sdxl", "--image-path", "red.png", "--diffusers-kwargs", '{"mask_image": "mask.png", "strength": 0.9}')
     assert done.code == 0, done.err
     assert record()["effective"]["pipeline"] == "StableDiffusionXLInpaintPipeline"
+
+
+def test_an_input_picture_is_what_a_viewer_shows_of_it():
+    sideways, tags = Image.new("RGB", (60, 40), (200, 30, 30)), Image.Exif()
+    tags[274] = 6  # orientation: turned by the camera
+    sideways.save("phone.jpg", exif=tags)
+    assert read_image("phone.jpg", "").size == diffusers.utils.load_image("phone.jpg").size == (40, 60)
+    grey = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    Image.fromarray(grey.astype(np.uint16) * 257).save("deep.png")
+    assert np.array_equal(np.asarray(read_image("deep.png", ""))[..., 0], grey)
+
+
+@pytest.mark.parametrize(
+    ("save", "sentence"),
+    [
+        (lambda path: Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(path), "is transparent in places"),
+        (lambda path: Image.new("P", (8, 8)).save(path, save_all=True, append_images=[Image.new("P", (8, 8), 1)]),
+         "has 2 frames; the first is taken"),
+    ],
+)  # fmt: skip
+def test_what_is_lost_of_an_input_picture_is_said_once(run, save, sentence):
+    save("odd.gif" if "frames" in sentence else "odd.png")
+    (path,) = Path().glob("odd.*")
+    done = run("sdxl", "--image-path", path, steps=4)
+    assert done.code == 0, done.err
+    assert len([line for line in done.lines if f"--image-path: {path} {sentence}" in line]) == 1
+
+
+def test_a_picture_that_does_not_say_what_is_white_is_refused(run):
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save("float.tiff")
+    done = run("sdxl", "--image-path", "float.tiff")
+    assert (done.code, done.lines[-1].split("; ")[0]) == (
+        2, "ERROR: --image-path: float.tiff has numbers of another range than 8 or 16 bits",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

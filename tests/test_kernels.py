@@ -95,9 +95,9 @@ def test_only_the_named_kernel_of_torch_runs(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "config", "sentence"),
     [
-        ("flesh", {}, "unknown kernel 'flesh'; did you mean 'flash'? (legal: auto, sdpa, flash, math, flex)"),
+        ("flesh", {}, "has no kernel 'flesh'; did you mean 'flash'? (legal here: auto, sdpa, flash, math, flex)"),
         ("cudnn", {}, "'cudnn' does not run here; legal: auto, sdpa, flash, math, flex"),
-        ("sage", {}, "'sage' needs the package sageattention (pip install sageattention)"),
+        ("sage", {}, "'sage' needs the package sageattention (pip install sageattention); legal here: auto, sdpa, "),
         ("math", {"priority": ["flash"]}, "the kernel 'math' takes no settings"),
         ("sdpa", {"prioritty": ["flash"]}, "unknown key 'prioritty'; did you mean 'priority'?"),
         ("auto", {"window": 3}, "'window' is a setting of flex; add attention=flex"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from sglang_gen import env, layout, legal, sizes
+from sglang_gen import env, layout, legal, log, sizes
 from sglang_gen.backends import classes, guiding
 from sglang_gen.backends.inputs import read_image, read_noise
 from sglang_gen.choice import NATIVE
@@ -98,3 +98,17 @@ def _check_noise(asked: Asked, request: Request) -> None:
         raise UserError(
             f"sampling.latents holds noise of shape {list(asked.noise.shape)}, this request starts from {[1, *shape]}"
         )
+
+
+def warn_ineffective(plan: Plan, glue: Any) -> None:
+    """One warning for each setting that the user gave and that changes nothing here."""
+    for path in ("sampling.num_frames", "output.fps"):
+        if plan.user_gave(path):
+            log.warning(f"{path} has no effect: {plan.pipeline_class} makes no video")
+    if plan.run.sampling.image_path and glue.SIZED_BY_PICTURE:
+        for path in ("sampling.height", "sampling.width"):
+            if plan.user_gave(path):
+                log.warning(f"{path} has no effect: {plan.pipeline_class} keeps the size of the input picture")
+    if glue.MOST_TOKENS is None and plan.user_gave("sampling.max_sequence_length"):
+        log.warning(f"sampling.max_sequence_length has no effect: {plan.pipeline_class} does not take it")
+    guiding.warn_ineffective(plan, glue)

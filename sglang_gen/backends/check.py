@@ -3,12 +3,17 @@
 from sglang_gen.types import Plan
 
 
-def check(plan: Plan) -> None:
-    """Raises UserError. What a repository's own code takes, it alone knows: that is refused while it loads."""
+def check(plan: Plan, warn: bool = False) -> None:
+    """With `warn` the native engine also says what has no effect, as it does when it loads.
+
+    Raises UserError. What a repository's own code takes, it alone knows: that is refused while it loads.
+    """
     if plan.backend == "sglang":
         from sglang_gen.backends import asked
 
-        asked.check(plan)
+        found = asked.check(plan)
+        if warn:
+            asked.warn_ineffective(plan, found.glue)
     elif not plan.card.code:
         from sglang_gen.backends import diffusers
 

@@ -81,7 +81,8 @@ def check(plan: Plan, own: Any = None) -> tuple[kinds.Kind, dict[str, Any], dict
     _image(run)
     if run.compile.enable_torch_compile:
         env.require_compiler(plan.device)
-    attention.check_name(run.attention, plan.device, getattr(torch, plan.dtype))
+    attention.own(run.attention, plan.device, getattr(torch, plan.dtype))
+    lora.check(run.lora)
     cache.check(run.cache, plan.card)
     return kind, call, scheduler
 

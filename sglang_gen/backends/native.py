@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sglang_gen import log
 from sglang_gen.backends import decoding, guiding, parts, safety
-from sglang_gen.backends.asked import Asked, check
+from sglang_gen.backends.asked import Asked, check, warn_ineffective
 from sglang_gen.backends.execution import Execution
 from sglang_gen.backends.observe import plain_config
 from sglang_gen.backends.sent import Sent
@@ -45,22 +45,8 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
         if is_out_of_memory(error):
             raise RunError(f"Out of memory while loading {plan.card.name}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
-    _warn_ineffective(plan, glue)
+    warn_ineffective(plan, glue)
     return NativeEngine(asked, Execution(plan, split, glue, network), components, calls)
-
-
-def _warn_ineffective(plan: Plan, glue: Any) -> None:
-    """One warning for each setting that the user gave and that changes nothing here."""
-    for path in ("sampling.num_frames", "output.fps"):
-        if plan.user_gave(path):
-            log.warning(f"{path} has no effect: {plan.pipeline_class} makes no video")
-    if plan.run.sampling.image_path and glue.SIZED_BY_PICTURE:
-        for path in ("sampling.height", "sampling.width"):
-            if plan.user_gave(path):
-                log.warning(f"{path} has no effect: {plan.pipeline_class} keeps the size of the input picture")
-    if glue.MOST_TOKENS is None and plan.user_gave("sampling.max_sequence_length"):
-        log.warning(f"sampling.max_sequence_length has no effect: {plan.pipeline_class} does not take it")
-    guiding.warn_ineffective(plan, glue)
 
 
 class NativeEngine:

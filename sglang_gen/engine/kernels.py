@@ -79,10 +79,12 @@ def choose(attention: Attention, device: str, dtype: torch.dtype, grids: Iterabl
         )
     if name in PACKAGES and importlib.util.find_spec(PACKAGES[name].module) is None:
         package = PACKAGES[name]
-        raise UserError(f"attention.backend: '{name}' needs the package {package.module} ({package.origin})")
+        wanting = f"'{name}' needs the package {package.module} ({package.origin})"
+        raise UserError(f"attention.backend: {wanting}; legal here: {', '.join(legal(device, dtype))}")
     if name not in SDPA_KERNELS and name not in PACKAGES:
         names = legal(device, dtype)
-        raise UserError(f"attention.backend: unknown kernel '{name}'{nearest(name, names)} (legal: {', '.join(names)})")
+        unknown = f"the native engine has no kernel '{name}'{nearest(name, names)}"
+        raise UserError(f"attention.backend: {unknown} (legal here: {', '.join(names)})")
     if not (_usable if name in PACKAGES else runs)(name, device, dtype):
         raise UserError(f"attention.backend: '{name}' does not run here; legal: {', '.join(legal(device, dtype))}")
     return named(name)

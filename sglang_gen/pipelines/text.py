@@ -10,16 +10,17 @@ from torch import Tensor
 from sglang_gen import log
 
 
-def tokens(tokenizer: Any, texts: list[str], length: int) -> Tensor:
-    """Ids `[B, length]`, padded and cut; what is cut is a warning."""
+def tokens(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> Tensor:
+    """Ids `[B, length]` on the encoder's device, padded and cut; what is cut is a warning."""
     ids: Tensor = tokenizer(
         texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
-    whole = tokenizer(texts, padding="longest", return_tensors="pt").input_ids
+    whole = tokenizer(texts, padding="longest", return_tensors="pt", verbose=False).input_ids
     if whole.shape[-1] > length:
         cut = [text for text in tokenizer.batch_decode(whole[:, length - 1 : -1], skip_special_tokens=True) if text]
-        log.warning(f'The text encoder takes {length} tokens and does not see: "{log.shorten(" | ".join(cut))}"')
-    return ids
+        unseen = log.shorten(" | ".join(cut))
+        log.warn_once(f'{type(encoder).__name__} takes {length} tokens and does not see: "{unseen}"')
+    return ids.to(encoder.device)
 
 
 def expanded(tokenizer: Any, texts: list[str]) -> list[str]:
@@ -49,27 +50,27 @@ def learned(parts: Mapping[str, Any], which: str, texts: list[str]) -> tuple[Any
 
 def clip(encoder: Any, tokenizer: Any, texts: list[str], layer: int = -2) -> tuple[Tensor, Tensor]:
     """Hidden states `[B, T, C]` of a layer counted from the end, and the pooled (projected) text `[B, P]`."""
-    ids = tokens(tokenizer, texts, tokenizer.model_max_length)
-    output = encoder(ids.to(encoder.device), output_hidden_states=True)
+    ids = tokens(encoder, tokenizer, texts, tokenizer.model_max_length)
+    output = encoder(ids, output_hidden_states=True)
     return output.hidden_states[layer], output[0]
 
 
 def clip_last(encoder: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     """Hidden states `[B, T, C]` behind the last layer and the final norm."""
-    ids = tokens(tokenizer, texts, tokenizer.model_max_length)
-    states: Tensor = encoder(ids.to(encoder.device)).last_hidden_state
+    ids = tokens(encoder, tokenizer, texts, tokenizer.model_max_length)
+    states: Tensor = encoder(ids).last_hidden_state
     return states
 
 
 def clip_pooled(encoder: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     """The state of the end token `[B, P]`, of an encoder without projection."""
-    pooled: Tensor = encoder(tokens(tokenizer, texts, tokenizer.model_max_length).to(encoder.device)).pooler_output
+    pooled: Tensor = encoder(tokens(encoder, tokenizer, texts, tokenizer.model_max_length)).pooler_output
     return pooled
 
 
 def t5(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> Tensor:
     """Hidden states `[B, length, C]`."""
-    states: Tensor = encoder(tokens(tokenizer, texts, length).to(encoder.device))[0]
+    states: Tensor = encoder(tokens(encoder, tokenizer, texts, length))[0]
     return states
 
 

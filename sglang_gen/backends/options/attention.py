@@ -68,10 +68,10 @@ def _with_any(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def legal(device: str, dtype: torch.dtype) -> list[str]:
-    """Names that `attention.backend` can take here: sdpa, its kernels that run on this device, diffusers' others."""
+    """Names that `attention.backend` can take: sdpa, its kernels that run here, those that diffusers finds."""
     others = [name for name in _processor_kernels() if not name.startswith("_") and not name.endswith("_hub")]
     kernels = [name for name in SDPA_KERNELS if runs(name, device, dtype)]
-    return ["auto", "sdpa", *kernels, *(name for name in others if name not in SDPA_KERNELS)]
+    return ["auto", "sdpa", *kernels, *(name for name in others if name not in SDPA_KERNELS and not _refusal(name))]
 
 
 def apply(pipeline: Any, attention: Attention, device: str, dtype: torch.dtype) -> Kernel:
@@ -124,9 +124,17 @@ def _dispatched(pipeline: Any, name: str) -> Kernel:
             f"attention.backend: '{name}' takes no effect on {kinds}, whose attention processors do not dispatch; "
             f"use sdpa, {', '.join(SDPA_KERNELS)}"
         )
+    if reason := _refusal(name):
+        raise UserError(f"attention.backend: '{name}' cannot be used here: {reason}")
+    return Kernel(name, lambda: attention_backend(name))
+
+
+def _refusal(name: str) -> str | None:
+    """Why diffusers' dispatcher refuses a kernel on this machine; None where it takes it."""
+    from diffusers.models.attention_dispatch import attention_backend
+
     try:
         with attention_backend(name):
-            pass
+            return None
     except (ValueError, RuntimeError, ImportError, AttributeError) as error:
-        raise UserError(f"attention.backend: '{name}' cannot be used here: {first_line(error)}") from error
-    return Kernel(name, lambda: attention_backend(name))
+        return first_line(error)

@@ -6,7 +6,7 @@ import torch
 
 from sglang_gen import log
 from sglang_gen.backends.options import quantized
-from sglang_gen.backends.options.lora_file import LoraFile, read
+from sglang_gen.backends.options.lora_file import LoraFile, find, read
 from sglang_gen.backends.options.lora_layout import Target, targets
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.schema import Adapter, Lora
@@ -36,6 +36,12 @@ def adapters(lora: Lora) -> list[Adapter]:
         if adapter.path is None:
             raise UserError(f"lora: the adapter '{adapter.nickname}' has no path")
     return found
+
+
+def check(lora: Lora) -> None:
+    """Raises UserError for adapters that are not there, before anything is loaded."""
+    for adapter in adapters(lora):
+        find(str(adapter.path))
 
 
 def apply(pipeline: Any, lora: Lora) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ class LoraFile:
 
 def read(name: str) -> LoraFile:
     """The adapter that a file, folder or hub id names. Raises UserError with what is wrong with it."""
-    path, config = _find(name)
+    path, config = find(name) or _download(name)
     header(path)
     from safetensors.torch import load_file
 
@@ -61,8 +61,11 @@ def read(name: str) -> LoraFile:
     return LoraFile(path, modules, settings)
 
 
-def _find(name: str) -> tuple[Path, Path | None]:
-    """The weight file and, where there is one, adapter_config.json."""
+def find(name: str) -> tuple[Path, Path | None] | None:
+    """The local weight file and, where there is one, adapter_config.json; None where the hub is to be asked.
+
+    Raises UserError for a name that is neither a file nor a folder and cannot be a hub's.
+    """
     path = Path(name).expanduser()
     if path.is_file():
         refuse_other_formats(path, "lora")
@@ -70,9 +73,14 @@ def _find(name: str) -> tuple[Path, Path | None]:
     if path.is_dir():
         chosen = _choose(name, [file.name for file in path.iterdir()])
         return path / chosen, _beside(path / SETTINGS)
-    if name.startswith(("/", ".", "~")) or name.count("/") == 0:
+    inside = Path(*path.parts[2:])
+    if name.startswith(("/", ".", "~")) or len(path.parts) == 1:
         raise UserError(f"lora: {name} does not exist")
-    return _download(name)
+    if not inside.suffix if inside.parts else path.suffix == ".safetensors":
+        raise UserError(
+            f"lora: {name} does not exist, nor is it an adapter of the hub (owner/name, or owner/name/file.safetensors)"
+        )
+    return None
 
 
 def _beside(path: Path) -> Path | None:
