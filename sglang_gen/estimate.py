@@ -5,6 +5,7 @@ collectives of its layout. Nothing is measured but what that twin does.
 """
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from sglang_gen.engine.guidance import Encoded, Guidance, guided
 from sglang_gen.engine.shapes import rehearse
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis, Traffic, counted
+from sglang_gen.parallel.door import Sharding, cut
 from sglang_gen.parallel.mesh import AXES, SEQUENCE, Mesh, coordinates
 from sglang_gen.parallel.split import Split
 from sglang_gen.perf.flops import stored_bytes
@@ -145,13 +147,14 @@ def encoding(glue: Any, card: ModelCard, request: Request, dtype: torch.dtype) -
     return int(alive.most)
 
 
-def busiest(layout: Layout) -> tuple[int, ...]:
-    """Ranks of which one does as much as any.
+def busiest(layout: Layout, lengths: Sequence[int]) -> tuple[int, ...]:
+    """Ranks of which one does as much as any; `lengths` are the parts of those that share a picture.
 
-    The first of those that share a picture, whose part is the largest where parts differ; of three and more also the
-    second, which has neighbours on both sides.
+    The first, which has the longest part of the text, the one with the largest part of the picture, and the one with
+    the largest among those that have neighbours on both sides.
     """
-    shares = range(2 if layout.ring * layout.ulysses > 2 else 1)
+    whole, inner = range(len(lengths)), range(1, len(lengths) - 1)
+    shares = {0} | {max(numbers, key=lambda number: lengths[number]) for numbers in (whole, inner) if numbers}
     places = [
         dict.fromkeys(AXES, 0) | dict(zip(("ring", "ulysses"), divmod(n, layout.ulysses), strict=True)) for n in shares
     ]
@@ -196,7 +199,8 @@ def estimate(plan: Plan) -> dict[str, Any]:
     negative = any(sample.negative_prompt is not None for each in plan.batches for sample in each)
     together = plan.run.sampling.guidance_batching is not GuidanceBatching.sequential
     guidance = guiding.guidance(plan, glue, request, negative, together)
-    meshes, dtype = [Mesh(plan.layout, rank) for rank in busiest(plan.layout)], getattr(torch, plan.dtype)
+    ranks = busiest(plan.layout, _parts(asked, request))
+    meshes, dtype = [Mesh(plan.layout, rank) for rank in ranks], getattr(torch, plan.dtype)
     splits = [Split(mesh, glue.TENSOR, glue.SHARDING) for mesh in meshes]
     fused = plan.run.compile.enable_torch_compile
     all_found = [rehearsal(glue, split, plan.card, request, len(batch), guidance, dtype, fused) for split in splits]
@@ -219,6 +223,15 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "decoding": {"collectives": _listed(sent)},
         "prediction": predicted(plan.run.machine, plan.dtype, found.kernels, sum(found.step.bytes.values())),
     }
+
+
+def _parts(asked: Asked, request: Request) -> tuple[int, ...]:
+    """How the ranks that share a picture divide it."""
+    sharding: Sharding = asked.glue.SHARDING
+    size = asked.glue.latents_shape(asked.config, request)[sharding.dim - 1]
+    with torch.device("meta"):
+        unit = sharding.unit(asked.glue.build(asked.config).config)
+    return cut(size, unit, asked.plan.layout.ring * asked.plan.layout.ulysses)
 
 
 def _there(plan: Plan) -> int | None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sglang_gen.backends.inputs import read_image
 from sglang_gen.engine import kernels
 
+BLACK = Image.new("RGB", (8, 8))
 SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--dtype", "float32")
 
 
@@ -284,7 +285,7 @@ def test_an_input_picture_is_what_a_viewer_shows_of_it():
     ("save", "sentence"),
     [
         (lambda path: Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(path), "is transparent in places"),
-        (lambda path: Image.new("P", (8, 8)).save(path, save_all=True, append_images=[Image.new("P", (8, 8), 1)]),
+        (lambda path: BLACK.save(path, save_all=True, append_images=[BLACK.point(lambda _: 255)]),
          "has 2 frames; the first is taken"),
     ],
 )  # fmt: skip

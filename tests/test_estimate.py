@@ -18,6 +18,7 @@ from sglang_gen.backends import decoding as decoders
 from sglang_gen.config import Choices, compose
 from sglang_gen.estimate import Alive, busiest, decoding, estimate, predicted
 from sglang_gen.parallel.collectives import Axis
+from sglang_gen.parallel.door import cut
 from sglang_gen.perf import parameters
 from sglang_gen.perf.kernels import Kernels
 from sglang_gen.pipelines import autoencoder, sdxl
@@ -266,13 +267,18 @@ def test_a_picture_of_fewer_rows_than_ranks_is_refused_by_the_dry_run_too(sglang
     assert sglang(*words, "parallel=sp2").code == 0
 
 
-UNEVEN = [(Layout(ring=4), 9), (Layout(ring=4), 10), (Layout(ring=2, ulysses=2), 11), (Layout(ulysses=4), 5)]
+UNEVEN = [
+    (Layout(ring=4), 9, 0), (Layout(ring=4), 10, 0), (Layout(ring=2, ulysses=2), 11, 0), (Layout(ulysses=4), 5, 0),
+    (Layout(ring=2), 2, 1), (Layout(ring=4), 8, 3), (Layout(ring=3), 4, 1),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("layout", "bands"), UNEVEN)
-def test_no_rank_has_more_to_do_than_those_that_are_estimated(layout, bands):
+@pytest.mark.parametrize(("layout", "bands", "more"), UNEVEN)
+def test_no_rank_has_more_to_do_than_those_that_are_estimated(layout, bands, more):
     config = test_native_unet.SDXL | {"attention_head_dim": 4}
-    height = bands * rehearsed.FACTOR * 2 ** (len(config["block_out_channels"]) - 1)
+    unit = 2 ** (len(config["block_out_channels"]) - 1)
+    height = (bands * unit + more) * rehearsed.FACTOR  # rows of latents beside those of whole bands: `more`
+    lengths = cut(bands * unit + more, unit, layout.ranks)
     card = rehearsed.card_of(
         "sdxl", config, {"text_encoder": {"max_position_embeddings": 9}, "text_encoder_2": {"projection_dim": 20}}
     )
@@ -281,7 +287,7 @@ def test_no_rank_has_more_to_do_than_those_that_are_estimated(layout, bands):
         for rank in range(layout.ranks)
     }
     assert len({each.alive for each in found.values()}) > 1
-    seen = [found[rank] for rank in busiest(layout)]
+    seen = [found[rank] for rank in busiest(layout, lengths)]
     for most in (lambda each: each.alive, lambda each: sum(each.step.bytes.values()), lambda each: each.flops):
         assert max(map(most, seen)) == max(map(most, found.values()))
 

@@ -43,9 +43,8 @@ def card(name: str):
 
 def sent(name: str, layout: Layout, scale: float = 1.0) -> Counter[str]:
     """Bytes by collective and, as "calls of ...", calls of the rank that sends most, in a step."""
-    found = rehearsed.rank(
-        name, card(name), layout, busiest(layout)[-1], HEIGHT, WIDTH, scale, rows=ROWS, text_length=TEXT
-    ).step
+    number = busiest(layout, [1] * layout.ring * layout.ulysses)[-1]
+    found = rehearsed.rank(name, card(name), layout, number, HEIGHT, WIDTH, scale, rows=ROWS, text_length=TEXT).step
     return Counter(found.bytes) + Counter({f"calls of {key}": count for key, count in found.calls.items()})
 
 
