@@ -30,15 +30,14 @@ class Torchrun:
     ranks: int
     local: int  # rank on this machine
     here: int  # ranks on this machine
-    node: int  # of the machines
+    node: int  # one number for all ranks of a machine, 0 for that of rank 0
     attempt: int = 0  # how often torchrun has started anew
     keeps_store: bool = False  # rank 0 keeps the store in which the ranks meet; else torchrun does
 
 
 def torchrun() -> Torchrun | None:
-    """None where this process is nobody's rank. Raises UserError for numbers that are none."""
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if not all(os.environ.get(name) for name in needed):
+    """None where this process is nobody's rank. Raises UserError for numbers that are none, or are not all there."""
+    if not all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return None
 
     def number(name: str, default: int = 0) -> int:
@@ -47,12 +46,19 @@ def torchrun() -> Torchrun | None:
             raise UserError(f"The environment variable {name} is '{text}'; torchrun sets it to a number")
         return int(text)
 
+    rank, ranks = number("RANK"), number("WORLD_SIZE")
+    if ranks > 1 and not os.environ.get("LOCAL_RANK"):
+        raise UserError(
+            f"RANK is {rank} and WORLD_SIZE {ranks}, so a launcher has started this process, but not LOCAL_RANK, its "
+            "number on this machine; set it too, or unset RANK for a run of its own"
+        )
+    local = number("LOCAL_RANK")
     return Torchrun(
-        rank=number("RANK"),
-        ranks=number("WORLD_SIZE"),
-        local=number("LOCAL_RANK"),
+        rank=rank,
+        ranks=ranks,
+        local=local,
         here=number("LOCAL_WORLD_SIZE", 1),
-        node=number("GROUP_RANK"),
+        node=number("GROUP_RANK", rank - local),  # ranks of a machine are consecutive
         attempt=number("TORCHELASTIC_RESTART_COUNT"),
         keeps_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
     )

@@ -83,7 +83,7 @@ def _split_sequence(sp: int, ring: int | None, ulysses: int | None, heads: int |
     if ulysses is not None:
         return max(sp // ulysses, 1), ulysses
     per_rank = (heads or sp * tp) // tp
-    best = max(degree for degree in range(1, sp + 1) if sp % degree == 0 and per_rank % degree == 0)
+    best = math.gcd(sp, per_rank)
     return sp // best, best
 
 

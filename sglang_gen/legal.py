@@ -105,18 +105,23 @@ def nearest(found: Limits, layout: Layout) -> list[Layout]:
     def distance(other: Layout) -> float:
         return sum(abs(math.log2(getattr(other, axis) / getattr(layout, axis))) for axis in ("ring", "ulysses", "tp"))
 
-    for ranks in range(layout.ring * layout.ulysses * layout.tp, 0, -1):
-        legal = [each for each in _products(layout, ranks) if obstacle(found, each) is None]
-        if legal:
-            return sorted(legal, key=distance)
-    return []
+    legal = list(_longest(found, layout))
+    most = max((each.ranks for each in legal), default=0)
+    return sorted(
+        (each for each in legal if each.ranks == most), key=lambda each: (distance(each), each.ring, each.ulysses)
+    )
 
 
-def _products(layout: Layout, ranks: int) -> Iterator[Layout]:
-    """The layouts of `ranks` ranks for each branch of each data parallel group."""
-    for ring in (degree for degree in range(1, ranks + 1) if ranks % degree == 0):
-        for ulysses in (degree for degree in range(1, ranks // ring + 1) if ranks // ring % degree == 0):
-            yield replace(layout, ring=ring, ulysses=ulysses, tp=ranks // ring // ulysses)
+def _longest(found: Limits, layout: Layout) -> Iterator[Layout]:
+    """For each legal degree of tensor parallelism and Ulysses the longest ring within the ranks of `layout`."""
+    asked = layout.ring * layout.ulysses * layout.tp
+    divided = math.gcd(*found.heads, *(count for count, _ in found.channels)) or 1
+    for tp in (degree for degree in range(1, divided + 1) if divided % degree == 0):
+        for ulysses in range(1, min(asked // tp, max(found.units, 1)) + 1):
+            ring = min(asked // tp, max(found.units, 1)) // ulysses
+            each = replace(layout, ring=ring, ulysses=ulysses, tp=tp)
+            if obstacle(found, each) is None:
+                yield each
 
 
 def words(layout: Layout, asked: Layout, stated: Set[str]) -> str:

@@ -1,5 +1,6 @@
 """Degrees of parallelism: one equation, and what follows from what was stated."""
 
+import time
 from itertools import product
 
 import pytest
@@ -132,3 +133,14 @@ def test_the_error_says_which_number_to_change(stated, proposed):
 def test_where_no_single_number_mends_the_equation_the_error_says_so():
     with pytest.raises(UserError, match="num_gpus is 2; more than one of them has to change"):
         infer(num_gpus=2, sp_degree=2, ring_degree=2, ulysses_degree=2, dp_size=3)
+
+
+def test_a_slip_of_the_pen_is_refused_at_once():
+    """Degrees of a hundred thousand are answered as those of eight are."""
+    started = time.monotonic()
+    with pytest.raises(UserError, match="num_gpus is 4; take parallel.sp_degree=4"):
+        infer(10, sp_degree=100_000, num_gpus=4)
+    found = legal.Limits((10, 20), ((32, "group norms of {} groups"),), 32, "bands")
+    with pytest.raises(UserError, match="take sp_degree 32"):
+        legal.check_network(found, Layout(ring=20_480), {"ring_degree"})
+    assert time.monotonic() - started < 2
