@@ -203,6 +203,14 @@ def test_each_group_warns_of_its_own_pictures_and_what_all_say_is_said_once(run,
     assert len(warnings) == len(set(warnings))
 
 
+def test_what_gloo_does_not_find_here_is_not_taken_for_another_ranks_end():
+    text = "[enforce fail at /a/gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address for: nope0"
+    with pytest.raises(RunError) as error, explained("Rank 0", 1.0):
+        raise RuntimeError(text)
+    assert type(error.value) is RunError
+    assert str(error.value).startswith("Rank 0 cannot open connections to other ranks: ifa != nullptr. Unable to find")
+
+
 def test_what_fails_in_nccl_is_not_taken_for_another_ranks_end():
     near = "NCCL error in: x.cpp:1, unhandled system error\nLast error:\nError while creating shared memory segment"
     far = "NCCL error in: x.cpp:1, remote process exited or there was a network error"

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sglang_gen.errors import LostError, RunError
+from sglang_gen.errors import LostError, RunError, first_line
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.types import Layout
 
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")
 SEQUENCE = "sp"  # ring and ulysses as one axis
 REMOTE = ("emote", "onnection", "closed")  # words of NCCL where another rank is gone
+LOCAL = ("Unable to find", "Unable to resolve", "unsupported gloo device")  # words of gloo where no other rank is asked
 SHARED = "Duplicate GPU"  # words of NCCL where two ranks are to compute on one
 TIMEOUT = 30.0  # minutes after which a collective that waits for a rank fails
 
@@ -172,11 +173,18 @@ def explained(who: str, minutes: float) -> Iterator[None]:
                     raise RunError(
                         f"{who} has the same GPU as another rank, which NCCL refuses; start one process for each GPU"
                     ) from error
+                if any(word in text for word in LOCAL):
+                    raise RunError(f"{who} cannot open connections to other ranks: {_plain(text)}") from error
                 if "NCCL" in text and not any(word in text for word in REMOTE):
                     raise RunError(f"{who} failed in NCCL: {text.rpartition('Last error:')[2].strip()}") from error
                 raise LostError(f"{who} lost the connection to another rank") from error
             found = found.__cause__ or found.__context__
         raise
+
+
+def _plain(text: str) -> str:
+    """A message of gloo without the place in its source."""
+    return first_line(ValueError(text)).rpartition("] ")[2]
 
 
 def leave() -> None:
