@@ -169,7 +169,7 @@ def test_no_rank_outlives_its_launcher(pipelines, tmp_path, number, code, layout
         os.killpg(process.pid, number)
     _, rest = process.communicate(timeout=120)
     assert process.returncode == code
-    assert gone(ranks, within=30)
+    assert gone(ranks, within=5)
     if number != signal.SIGKILL:
         word = "Interrupted" if number == signal.SIGINT else "Terminated"
         assert said(rest) == [f"ERROR: {word}"]

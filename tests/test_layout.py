@@ -138,7 +138,7 @@ def test_where_no_single_number_mends_the_equation_the_error_says_so():
 def test_a_slip_of_the_pen_is_refused_at_once():
     """Degrees of a hundred thousand are answered as those of eight are."""
     started = time.monotonic()
-    with pytest.raises(UserError, match="num_gpus is 4; take parallel.sp_degree=4"):
+    with pytest.raises(UserError, match=r"num_gpus is 4; take parallel\.sp_degree=4"):
         infer(10, sp_degree=100_000, num_gpus=4)
     found = legal.Limits((10, 20), ((32, "group norms of {} groups"),), 32, "bands")
     with pytest.raises(UserError, match="take sp_degree 32"):

@@ -128,6 +128,26 @@ def test_a_killed_rank_or_torchrun_leaves_nobody(pipelines):
             path.unlink()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for children in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_ends_all_ranks(pipelines, number):
+    run = words(pipelines["sd15"], "parallel=ring2", "--output-path", "two", "--num-samples", 99999)
+    agent = start([*TORCHRUN, "--nproc-per-node", 2, *COMMAND, *run])
+    while not list(Path("two").glob("*.png")):
+        time.sleep(0.1)
+    ranks = children(agent.pid)
+    assert len(ranks) == 2
+    agent.send_signal(number)
+    assert gone(ranks, within=5)
+    codes, lines = finish(agent)
+    assert codes[0] != 0
+    assert [line for line in lines if line.startswith("ERROR: ")] in (
+        [], ["ERROR: Interrupted"], ["ERROR: Terminated"]
+    )  # fmt: skip
+    assert not [path for path in Path("two").iterdir() if path.name.startswith(".tmp")]
+
+
 @pytest.fixture
 def only_rank(monkeypatch):
     """This process is the one rank of a launcher that sets torchrun's variables."""
