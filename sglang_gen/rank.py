@@ -85,8 +85,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
     try:
         if plan.run.compile.warmup:
             phases.warmup = Clock(wait, memory)
-            for batch in _kinds(plan, mesh):
-                engine.sample(batch, plan.run.compile.warmup_steps, phases.warmup)
+            _warm_up(plan, mesh, engine, phases.warmup)
         mesh.meet()
         phases.calls.on = True
         saved = _generate(plan, mesh, engine, phases.generate)
@@ -105,6 +104,16 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
     report = dump.build(plan, phases, saved.effective, saved.samples)
     report |= {"cache": decisions, "ranks": ranks, "comm": sent}
     return _finish(plan, phases, saved, report, rate, reference)
+
+
+def _warm_up(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> None:
+    """Generate a batch of each kind in few steps. Raises UserError for a scheduler that cannot do so few."""
+    steps = plan.run.compile.warmup_steps
+    try:
+        for batch in _kinds(plan, mesh):
+            engine.sample(batch, steps, clock)
+    except UserError as error:
+        raise UserError(f"The warmup of compile.warmup_steps={steps} cannot be made: {error}") from error
 
 
 def _link(plan: Plan, mesh: Mesh) -> float | None:

@@ -9,6 +9,7 @@ import torch
 from native import assert_both_make_the_same, assert_same, edited, picture, record, runner
 
 from sglang_gen.backends import native
+from sglang_gen.models.flux import Flux
 from sglang_gen.models.sd3 import SD3
 from sglang_gen.models.unet import UNet
 
@@ -156,8 +157,17 @@ def test_auto_says_why_it_takes_diffusers_and_sglang_refuses(run, name, words, r
     assert f"ERROR: The native engine cannot run this: {reason}" in refused.err
 
 
-@pytest.mark.parametrize(("name", "network"), [("sd3", SD3), ("sdxl", UNet)])
-def test_what_is_the_same_for_all_steps_is_computed_once(run, monkeypatch, name, network):
+@pytest.mark.parametrize(
+    ("name", "network", "words", "times"),
+    [
+        ("sd3", SD3, (), 1),
+        ("flux", Flux, (), 1),
+        ("sdxl", UNet, (), 1),
+        ("sdxl", UNet, ("sampling.guidance_batching=sequential",), 2),  # branches that take turns
+        ("sd15", UNet, ("sampling.guidance_interval=[0,0.5]",), 2),  # with and without guidance the rows are others
+    ],
+)
+def test_what_is_the_same_for_all_steps_is_computed_once(run, monkeypatch, name, network, words, times):
     calls = []
     condition = network.condition
 
@@ -167,8 +177,8 @@ def test_what_is_the_same_for_all_steps_is_computed_once(run, monkeypatch, name,
         return condition(*args, **kwargs)
 
     monkeypatch.setattr(network, "condition", counted)
-    assert run(name, steps=5).code == 0
-    assert len(calls) == 1
+    assert run(name, *words, steps=5).code == 0
+    assert len(calls) == times
 
 
 @pytest.mark.parametrize("name", ["sd3", "sd15", "sdxl", "flux"])

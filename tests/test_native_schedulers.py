@@ -72,6 +72,14 @@ def test_every_scheduler_of_diffusion_makes_the_same_picture(pipelines, run, sch
     assert_both_make_the_same(run, str(model), "--num-samples", "2", "sampling.batch_size=2", steps=6)
 
 
+def test_a_scheduler_that_cannot_do_so_few_steps_is_refused_for_the_warmup(pipelines, run):
+    model = with_scheduler(pipelines["sd15"], "PNDMScheduler", skip_prk_steps=False)
+    done = run(model, "--warmup", steps=4)
+    assert done.code == 2
+    assert "The warmup of compile.warmup_steps=1 cannot be made: PNDMScheduler refuses 1 step" in done.lines[-1]
+    assert run(model, "--warmup", "--warmup-steps", "4", steps=4).code == 0
+
+
 @pytest.mark.parametrize(("scheduler", "steps"), [("PNDMScheduler", 4), ("HeunDiscreteScheduler", 3)])
 def test_a_step_may_evaluate_the_network_more_than_once(pipelines, run, scheduler, steps):
     model = with_scheduler(pipelines["sdxl"], scheduler)

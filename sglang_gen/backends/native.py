@@ -27,6 +27,9 @@ from sglang_gen.pipelines import picture
 from sglang_gen.pipelines.request import Request
 from sglang_gen.types import Decoded, Plan, Sample
 
+OFFLOAD = (
+    "; the GPU has to hold network and text encoders at once; --text-encoder-cpu-offload (on diffusers) spares it these"
+)
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
 
 
@@ -43,7 +46,8 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
         raise
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
-            raise RunError(f"Out of memory while loading {plan.card.name}") from error
+            hint = OFFLOAD if plan.device == "cuda" else ""
+            raise RunError(f"Out of memory while loading {plan.card.name}{hint}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     warn_ineffective(plan, glue)
     return NativeEngine(asked, Execution(plan, split, glue, network), components, calls)
