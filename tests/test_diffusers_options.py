@@ -143,6 +143,16 @@ def test_an_sdpa_kernel_is_the_one_that_runs_in_the_network_and_any_elsewhere(ru
         (("--attention-backend", "flex"), "'flex' takes no effect on UNet2DConditionModel"),
         (("--attention-backend", "math", "--attention-backend-config", '{"a": 1}'), "'math' takes no settings"),
         (("--attention-backend-config", '{"prioritty": []}'), "did you mean 'priority'?"),
+        (("--cache-dit-config", '{"Fn_compute_blocks": "x"}'), "'Fn_compute_blocks' is 'x'; it must be a whole number"),
+        (("--cache-dit-config", '{"residual_diff_threshold": true}'), "is True; it must be a number"),
+        (
+            ("--diffusers-kwargs", '{"timesteps": [900, 500, 100]}'),
+            "'timesteps' has 3 values, and --num",
+        ),
+        (
+            ("--diffusers-kwargs", '{"num_train_timesteps": "x"}'),
+            "EulerDiscreteScheduler refuses {'num_train",
+        ),
         (("--attention-backend-config", '{"priority": ["cudnn"]}'), "a list of kernels that run here: flash, math"),
     ],
 )
@@ -269,6 +279,15 @@ def test_a_mask_makes_inpainting(run):
     done = run("sdxl", "--image-path", "red.png", "--diffusers-kwargs", '{"mask_image": "mask.png", "strength": 0.9}')
     assert done.code == 0, done.err
     assert record()["effective"]["pipeline"] == "StableDiffusionXLInpaintPipeline"
+
+
+def test_a_second_prompt_is_that_of_every_sample_of_a_batch(run):
+    words = ("--diffusers-kwargs", '{"prompt_2": "a forest"}', "--num-samples", "2")
+    assert run("sdxl", *words, "sampling.batch_size=2").code == 0
+    both = [picture(f"outputs/generated_image_{number}.png") for number in range(2)]
+    assert run("sdxl", *words, "--output-path", "apart").code == 0
+    for number in range(2):
+        assert np.abs(both[number] - picture(f"apart/generated_image_{number}.png")).max() <= 1
 
 
 def test_an_input_picture_is_what_a_viewer_shows_of_it():

@@ -4,6 +4,7 @@ The pipeline's call is one piece; its stages are seen from outside (`observe`): 
 progress bar that every pipeline keeps spans denoising and counts its steps, and what follows is decoding.
 """
 
+import re
 from typing import Any
 
 import diffusers
@@ -38,6 +39,8 @@ from sglang_gen.perf.record import Clock
 from sglang_gen.requirements import NEEDS
 from sglang_gen.schema import Run
 from sglang_gen.types import Decoded, Plan, Sample
+
+TEXTS = re.compile("(negative_)?prompt_[0-9]")  # arguments for further text encoders
 
 
 def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
@@ -98,7 +101,11 @@ def _read(plan: Plan, kind: kinds.Kind, scheduler: dict[str, Any]) -> Any:
     replaced = components.load(plan, dtype) | weights.load(plan, dtype)
     pipeline = original.read(plan, kind.pipeline_class, dtype, replaced)
     if scheduler:
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **scheduler)
+        kept = type(pipeline.scheduler)
+        try:
+            pipeline.scheduler = kept.from_config(pipeline.scheduler.config, **scheduler)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"--diffusers-kwargs: {kept.__name__} refuses {scheduler}: {first_line(error)}") from error
     return pipeline
 
 
@@ -250,15 +257,18 @@ class DiffusersEngine:
         return sizes.chosen(sampling, sizes.DEFAULT[name], config, factor)
 
     def _for_each(self, count: int, given: dict[str, Any]) -> dict[str, Any]:
-        """The input picture and its mask once for each sample of a batch, where the pipeline transforms the picture.
+        """Further prompts once for each sample of a batch; so, where the pipeline transforms it, the input picture.
 
         Of a single one some pipelines draw the latents once, from the first generator, so that a sample would depend on
         its batch. Elsewhere several pictures may be several references for one prompt.
         """
-        if count == 1 or not arguments.transforms(self.kind):
+        if count == 1:
             return given
+        texts = {name: [text] * count for name, text in given.items() if TEXTS.match(name) and isinstance(text, str)}
+        if not arguments.transforms(self.kind):
+            return given | texts
         pictures = {name: given[name] for name in ("image", "mask_image") if name in given}
-        return given | {name: [picture] * count for name, picture in pictures.items()}
+        return given | texts | {name: [picture] * count for name, picture in pictures.items()}
 
     def traffic(self) -> dict[str, Any]:
         return self.sent.report()

@@ -65,6 +65,7 @@ def check_complete(kind: Kind, plan: Plan, call: dict[str, Any]) -> None:
     if "strength" in kind.accepted and "mask_image" not in kind.accepted:
         check_start(plan.run)
     _check_strength(kind, plan.run.sampling.num_inference_steps, call)
+    _check_steps(plan.run.sampling.num_inference_steps, call)
     missing = sorted(kind.required - set(OWNED) - set(call))
     if missing:
         raise UserError(f"{name} needs {', '.join(missing)}: give it with --diffusers-kwargs")
@@ -78,6 +79,16 @@ def _check_strength(kind: Kind, steps: int, call: dict[str, Any]) -> None:
     strength = call.get("strength", default)
     if isinstance(strength, (int, float)) and 0 <= strength <= 1 and int(steps * strength) < 1:
         raise none_left(strength, steps)
+
+
+def _check_steps(steps: int, call: dict[str, Any]) -> None:
+    """A schedule of one's own decides how many steps are run, whatever the number of them says."""
+    for name in ("sigmas", "timesteps"):
+        given = call.get(name)
+        if isinstance(given, list) and len(given) != steps:
+            raise UserError(
+                f"--diffusers-kwargs: '{name}' has {len(given)} values, and --num-inference-steps is {steps}"
+            )
 
 
 def _needs_image(kind: Kind) -> bool:

@@ -15,6 +15,9 @@ ELSEWHERE = {
     "quantize_config": "the group quant",
     "attention_backend": "the group attention",
 }
+KINDS: Mapping[type, tuple[Any, str]] = {  # what a key may be whose default is of this type
+    bool: ((bool,), "true or false"), int: ((int,), "a whole number"), float: ((int, float), "a number"),
+}  # fmt: skip
 CALIBRATOR_KEYS = ("calibrator", "enable_calibrator", "enable_taylorseer", "taylorseer_order")
 
 
@@ -32,9 +35,12 @@ def settings(cache: Cache) -> dict[str, Any]:
             raise UserError(f"--cache-dit-config: '{section}' is set by {group}, not here")
     given |= given.pop("cache_config", {})
     legal = [*typed, *CALIBRATOR_KEYS]
-    for key in given:
+    for key, value in given.items():
         if key not in legal:
             raise UserError(f"--cache-dit-config: unknown key '{key}'{nearest(key, legal)}")
+        kinds, named = KINDS.get(type(getattr(Cache(), key, None)), ((object, bool), ""))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise UserError(f"--cache-dit-config: '{key}' is {value!r}; it must be {named}")
     if given.pop("enable_taylorseer", False) or given.pop("enable_calibrator", False):
         given.setdefault("calibrator", "taylorseer")
     return {**typed, **given}
