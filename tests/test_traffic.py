@@ -16,12 +16,16 @@ import test_native_unet
 import torch
 from torch import nn
 
+from sglang_gen.backends import decoding
 from sglang_gen.estimate import busiest
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.unet import SelfAttention
+from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel import tensor
+from sglang_gen.parallel.collectives import Axis, counted
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.split import Split
+from sglang_gen.pipelines import autoencoder
 from sglang_gen.pipelines.request import Request
 from sglang_gen.types import Layout
 
@@ -33,6 +37,10 @@ CONFIGS = {
     "sdxl": test_native_unet.SDXL | {"attention_head_dim": 4},
     "sd": test_native_unet.SD15 | {"attention_head_dim": 4},
 }
+DECODER = {
+    "block_out_channels": (8, 16), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+}  # fmt: skip
 UNETS, TRANSFORMERS = ("sdxl", "sd"), ("sd3", "flux")
 
 
@@ -53,11 +61,26 @@ def total(collective: str, *sizes: float) -> Counter[str]:
     return Counter({collective: sum(map(ceil, sizes)), f"calls of {collective}": len(sizes)})
 
 
-class Met:
-    """The shapes that an undivided network meets: of what its layers take and give, and of its queries and keys."""
+class Layers:
+    """The shapes of what the layers of an undivided network take and give."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...]]] = {}
+
+    def note(self, key: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if args and isinstance(args[0], torch.Tensor) and isinstance(out, torch.Tensor):
+            self.layers[key] = (module, tuple(args[0].shape), tuple(out.shape))
+
+    def inputs(self, kind: type) -> list[tuple[Any, tuple[int, ...]]]:
+        return [(module, shape) for module, shape, _ in self.layers.values() if isinstance(module, kind)]
+
+
+class Met(Layers):
+    """Those of a denoising network in one evaluation, and of its queries and keys."""
 
     def __init__(self, name: str) -> None:
-        self.glue, self.layers = rehearsed.GLUE[name], {}
+        super().__init__()
+        self.glue = rehearsed.GLUE[name]
         placed = Split(Mesh(Layout()), {}, self.glue.SHARDING).twin(
             lambda: self.glue.build(CONFIGS[name]), torch.float32
         )
@@ -74,10 +97,6 @@ class Met:
                 module.register_forward_hook(partial(self.note, key))
             predict(latents, 0)
 
-    def note(self, key: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        if args and isinstance(args[0], torch.Tensor) and isinstance(out, torch.Tensor):
-            self.layers[key] = (module, tuple(args[0].shape), tuple(out.shape))
-
     def outputs(self, kind: Any) -> list[tuple[int, ...]]:
         """Outputs of the layers that a rule of the table names, in an evaluation."""
         named = [name for name, _, rule in tensor.matched(self.network, self.glue.TENSOR) if isinstance(rule, kind)]
@@ -87,9 +106,6 @@ class Met:
         """Keys `[B, H, L, D]` of attentions to the whole sequence."""
         return [shape for module, shape, _ in self.layers.values()
                 if isinstance(module, Attend) and id(module) in self.sharded]  # fmt: skip
-
-    def inputs(self, kind: type) -> list[tuple[Any, tuple[int, ...]]]:
-        return [(module, shape) for module, shape, _ in self.layers.values() if isinstance(module, kind)]
 
     def door(self, ranks: int) -> Counter[str]:
         """The network's output, gathered once."""
@@ -138,7 +154,7 @@ def test_ring_passes_keys_and_values_to_every_other_rank(met, name, ranks):
     assert sent(name, Layout(ring=ranks)) == expected
 
 
-def halos(found: Met, ranks: int) -> Counter[str]:
+def halos(found: Layers, ranks: int) -> Counter[str]:
     """Rows of maps: both neighbours' for a convolution of stride one, the one below's for a stride of two."""
     rows = [
         (2 if module.stride[0] == 1 and ranks > 2 else 1) * prod(shape) / shape[2] * ITEM
@@ -148,7 +164,7 @@ def halos(found: Met, ranks: int) -> Counter[str]:
     return total("all_to_all sp", *rows)
 
 
-def moments(found: Met, ranks: int) -> Counter[str]:
+def moments(found: Layers, ranks: int) -> Counter[str]:
     """Mean, deviation and count of every group of every group norm."""
     sizes = [(ranks - 1) * 3 * shape[0] * module.num_groups * 4 for module, shape in found.inputs(nn.GroupNorm)]
     return total("all_gather sp", *sizes)
@@ -186,3 +202,37 @@ def test_a_product_of_axes_sends_what_its_axes_send_of_their_part(met, name):
 def test_guidance_branches_exchange_the_prediction_once(met, name):
     prediction = prod(list(met(name).layers.values())[-1][2]) * ITEM
     assert sent(name, Layout(cfg=2), scale=3.0) == total("all_gather cfg", prediction)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_rows_of_a_unet_on_two_axes_send_what_each_axis_sends_of_its_part(met, name):
+    """Ring 2 x Ulysses 2: four ranks share the rows, two the tokens behind Ulysses and two the heads."""
+    found = met(name)
+    shapes = found.attentions()
+    attended = exchanges(shapes, 2, shared=2) + passes(shapes, 2, shared=2)
+    assert sent(name, Layout(ring=2, ulysses=2)) == halos(found, 4) + moments(found, 4) + attended + found.door(4)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("attention", [True, False])
+def test_rows_of_a_decoder_meet_at_halos_norms_keys_and_values_and_the_picture(ranks, attention):
+    config = autoencoder.config(DECODER | {"mid_block_add_attention": attention})
+    with torch.device("meta"), torch.no_grad():
+        vae, latents = Autoencoder(config), torch.empty(ROWS, config.channels, 16, 16)
+        found = Layers()
+        for key, module in vae.decoder.named_modules():
+            module.register_forward_hook(partial(found.note, key))
+        picture = vae.decode(latents)
+    keys = [shape for module, shape in found.inputs(Attend)]
+    assert len(keys) == attention
+    whole = total("all_gather sp", (ranks - 1) / ranks * picture.numel() * ITEM)
+    gathered = total("all_gather sp", *((ranks - 1) * 2 * prod(shape) / ranks * ITEM for shape in keys))
+    expected = halos(found, ranks) + moments(found, ranks) + gathered + whole
+    for index in range(ranks):  # inner ranks send the most; here only those, or one of two
+        with torch.device("meta"):
+            split = decoding.split(Autoencoder(config), Axis("sp", ranks, index))
+        with torch.no_grad(), counted() as traffic:
+            split.decode(latents)
+        if index == ranks // 2:
+            assert Counter(traffic.bytes) + Counter({f"calls of {k}": n for k, n in traffic.calls.items()}) == expected
+        assert sum(traffic.bytes.values()) <= sum(size for key, size in expected.items() if "calls" not in key)
