@@ -81,10 +81,11 @@ def _read_record(record: Mapping[str, Any], path: str | Path) -> FileValues:
     if not parts["run"]:
         raise UserError(f"{path} has a schema_version but no 'run': it is not the record of a run")
     found = _collect(parts["run"], path)
-    # Nobody stated these: a degree follows from the others, and a job's perf dump is its sweep's.
-    for target in [target for target in found.values if target.startswith(("parallel.", "output.perf_dump_path"))]:
+    # Nobody stated these: a degree follows from the others, and the folder may be that of a sweep's job.
+    for target in [target for target in found.values if target.startswith(("parallel.", "output.path"))]:
         if parts["sources"].get(target) == "default":
             del found.values[target]
+    found.values.pop("output.perf_dump_path", None)  # it is the other run's measurement
     if found.values.get("sampling.prompts_file"):
         found.values["sampling.prompts_file"] = kept_prompts.beside(path, found.values["sampling.prompts_file"])
     for name, target in PINNED.items():

@@ -165,14 +165,28 @@ def test_a_flag_that_the_sweep_file_sets_is_refused(sglang, sweep_file):
     assert (done.code, "sampling.seed is given twice, by --seed and by the sweep seeds" in done.err) == (2, True)
 
 
-def test_the_record_of_a_job_repeats_its_picture_and_leaves_the_sweeps_dump_alone(pipelines, sglang):
+@pytest.mark.parametrize("name", [None, "mine.json"])
+def test_the_record_of_a_job_repeats_its_picture_and_leaves_the_sweeps_dump_alone(pipelines, sglang, name):
     words = ("-m", "--model-path", pipelines["sd15"], "--prompt", "x", *SMALL, "--output-path", "sweep")
-    assert sglang("generate", *words, "sampling.guidance_scale=2").code == 0
-    dump = Path("sweep/0/perf.json").read_bytes()
+    own = () if name is None else ("--perf-dump-path", name)
+    assert sglang("generate", *words, *own, "sampling.guidance_scale=2").code == 0
+    kept = Path("sweep/0", name or "perf.json")
+    dump = kept.read_bytes()
     done = sglang("generate", "--config", "sweep/0/generated_image_0.json", "--output-path", "again")
     assert done.code == 0, done.err
     assert Path("again/generated_image_0.png").exists()
-    assert Path("sweep/0/perf.json").read_bytes() == dump
+    assert kept.read_bytes() == dump
+
+
+def test_sweeps_of_one_record_have_a_folder_each_where_the_run_named_none(composed, tmp_path):
+    sources = {"output.path": "default", "output.perf_dump_path": "flag"}
+    run = {"output": {"path": "outputs/", "perf_dump_path": "p.json"}, "sampling": {"prompt": "x", "seed": 1}}
+    Path("record.json").write_text(json.dumps({"schema_version": 1, "run": run, "sources": sources}))
+    jobs = composed("-m", "--config", "record.json", "sampling.guidance_scale=2,4")
+    folders = [Path(job.run.output.path) for job in jobs]
+    assert folders[0].parent.parent == Path("outputs/multirun").absolute()
+    assert [path.name for path in folders] == ["0", "1"]
+    assert [Path(job.run.output.perf_dump_path).name for job in jobs] == ["perf.json", "perf.json"]
 
 
 def test_a_full_disk_is_a_failure_of_the_sweep_and_no_wrong_request(sglang, monkeypatch):
