@@ -28,40 +28,47 @@ def run_job(job: Job) -> int:
     from sglang_gen.generate import execute
 
     log.info(f"Job {job.number}: {' '.join(job.overrides)}")
-    started, error, files, dump = time.perf_counter(), None, [], DUMP
+    note = _Note(job)
     try:
         composed = compose(job.choices)
         _place(composed.run, job)
-        dump = Path(str(composed.run.output.perf_dump_path)).name
-        result = execute(composed)
-        files = [path.name for path in result.paths] if result else []
+        note.dump = Path(str(composed.run.output.perf_dump_path)).name
+        status, error = "completed" if execute(composed) else "planned", None
     except (UserError, RunError) as failure:
-        error = str(failure)
+        status, error = "failed", str(failure)
     except (KeyboardInterrupt, Terminated) as stop:
         word = "terminated" if isinstance(stop, Terminated) else "interrupted"
-        _note(job, word, f"The sweep was {word} in this job", started, files, dump)
+        note.leave(word, f"The sweep was {word} in this job")
         raise
     except Exception as failure:  # noqa: BLE001 - a defect in one cell must not cost the sweep
-        error = f"{type(failure).__name__}: {first_line(failure)}"
+        status, error = "failed", f"{type(failure).__name__}: {first_line(failure)}"
         log.debug(traceback.format_exc())
     if error:
         log.error(f"Job {job.number} failed: {error}")
-    _note(job, "failed" if error else "completed", error, started, files, dump)
+    note.leave(status, error)
     return 1 if error else 0
 
 
-def _note(job: Job, status: str, error: str | None, started: float, files: list[str], dump: str) -> None:
-    """Leave word in the job's folder of how it ended. `started` is a time of time.perf_counter."""
-    note = {
-        "schema_version": SCHEMA_VERSION,
-        "overrides": list(job.overrides),
-        "status": status,
-        "error": error,
-        "seconds": round(time.perf_counter() - started, 3),
-        "files": files,
-        "dump": dump,
-    }
-    output.save_json(job.folder / NOTE, note)
+class _Note:
+    """Word in the job's folder of how it ended, there from its start: what an earlier job left is none of its own."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.dump, self.started = job, DUMP, time.perf_counter()
+        self.before = set(output.results(job.folder))
+        self.leave("unfinished", None)
+
+    def leave(self, status: str, error: str | None) -> None:
+        """Raises RunError where the note cannot be written."""
+        note = {
+            "schema_version": SCHEMA_VERSION,
+            "overrides": list(self.job.overrides),
+            "status": status,
+            "error": error,
+            "seconds": None if status == "unfinished" else round(time.perf_counter() - self.started, 3),
+            "files": [name for name in output.results(self.job.folder) if name not in self.before],
+            "dump": self.dump,
+        }
+        output.save_json(self.job.folder / NOTE, note)
 
 
 def _place(run: Run, job: Job) -> None:
