@@ -35,6 +35,7 @@ from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.flags import BY_PATH
 from sglang_gen.output import FULL
 from sglang_gen.overrides import Word, check, check_option, covers, dict_leaf
+from sglang_gen.perf import place
 from sglang_gen.schema import Run, get, leaves, plain, put
 
 
@@ -363,6 +364,8 @@ def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
     hydra = Hydra(task_name="generate", config_loader=_loader(choices.config_dir))
     words = _parse(hydra.config_loader, choices.overrides)
     check(words, choices.flags, _options(hydra.config_loader, choices), multirun=True)
+    for name in _stated(choices, words, place.KEY):
+        place.check_in_sweep(str(name))
     lines = [*map(_line, words), *_sweep_dir(choices, words)]
     with _as_user_error():
         cfg = hydra.compose_config(choices.config_name, lines, RunMode.MULTIRUN, with_log_configuration=False)
@@ -373,14 +376,23 @@ def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
     return [job.return_value for batch in batches for job in batch]
 
 
-def _sweep_dir(choices: Choices, words: Iterable[Word]) -> list[str]:
-    """--output-path is the sweep's folder; each job works in a folder below it."""
+def _stated(choices: Choices, words: Sequence[Word], path: str) -> list[Any]:
+    """The values that flag, override (all of a sweep) or file give to a config path; none where it is left alone."""
+    if path in choices.flags:
+        return [choices.flags[path]]
+    group = path.partition(".")[0]
+    if typed := [word for word in words if word.key in (path, group)]:
+        return [value for word in typed if word.key == path for value in word.values if value is not None]
     file = read_config_file(choices.file).values if choices.file is not None else {}
-    stated = {word.key: word.values[0] for word in words if word.values}
-    folder = {**file, **stated, **choices.flags}.get("output.path")
-    if folder is None:
+    return [file[path]] if file.get(path) is not None else []
+
+
+def _sweep_dir(choices: Choices, words: Sequence[Word]) -> list[str]:
+    """--output-path is the sweep's folder; each job works in a folder below it."""
+    stated = _stated(choices, words, "output.path")
+    if not stated:
         return []
-    if "hydra.sweep.dir" in stated:
+    if any(word.key == "hydra.sweep.dir" for word in words):
         raise UserError("output.path and hydra.sweep.dir both name the folder of the sweep; give one")
-    quoted = str(folder).replace("\\", "\\\\").replace('"', '\\"')
+    quoted = str(stated[0]).replace("\\", "\\\\").replace('"', '\\"')
     return [f'hydra.sweep.dir="{quoted}"']

@@ -4,7 +4,6 @@ In: the composed `Run`, the model's card, the machine. Out: a frozen `Plan` that
 """
 
 import json
-import os.path
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from sglang_gen import (
 )
 from sglang_gen.errors import UserError
 from sglang_gen.flags import BY_PATH
+from sglang_gen.perf import place
 from sglang_gen.schema import (
     BOUNDS,
     DEGREES,
@@ -173,8 +173,8 @@ def _check_name(path: str, value: str) -> None:
         raise UserError(f"{path} holds a zero byte")
     if any(len(part.encode()) > 255 for part in value.split("/")):
         raise UserError(f"{path} is too long to name anything: '{value[:40]}...'")
-    if path == "output.perf_dump_path" and os.path.isdir(value):
-        raise UserError(f"{path} is the folder {value}; it must name a JSON file")
+    if path == place.KEY:
+        place.check(value)
 
 
 def choose_device(wanted: Device) -> str:

@@ -121,11 +121,22 @@ def test_globs_ranges_and_nothing_to_sweep(composed):
     assert len(composed("-m", "model=sdxl", "--output-path", "c")) == 1
 
 
-@pytest.mark.parametrize("name", ["/tmp/perf.json", "a/perf.json", "..", "job.json"])
-def test_a_perf_dump_stays_in_the_jobs_folder(sglang, name):
+DUMPS = ["/tmp/perf.json", "a/perf.json", "..", "p/", "job.json", "table.md", "runs.csv", "generated_image_0.json"]
+
+
+@pytest.mark.parametrize("name", DUMPS)
+def test_a_perf_dump_stays_in_the_jobs_folder_beside_its_results(sglang, name):
     done = sglang("generate", "-m", "model=sdxl", "--perf-dump-path", name, "--output-path", "sweep")
-    assert done.code == 1
-    assert f"give it a name of its own, not '{name}'" in read("sweep/0/job.json")["error"]
+    assert done.code == 2
+    assert done.lines[-1].endswith(f"give it a name of its own, not '{name}'")
+    assert not Path("sweep").exists()
+
+
+def test_a_perf_dump_that_a_file_or_a_sweep_names_is_refused_as_early(sglang):
+    Path("file.json").write_text('{"model": "sdxl", "perf_dump_path": "a/b.json"}')
+    for words in (("--config", "file.json"), ("model=sdxl", "output.perf_dump_path=a.json,a/b.json")):
+        done = sglang("generate", "-m", *words, "--output-path", "sweep")
+        assert (done.code, "give it a name of its own, not 'a/b.json'" in done.lines[-1]) == (2, True)
 
 
 def test_a_perf_dump_may_have_its_own_name(composed):

@@ -9,6 +9,7 @@ from pathlib import Path
 from sglang_gen import log, output
 from sglang_gen.config import Choices, Job, compose, multirun
 from sglang_gen.errors import RunError, Terminated, UserError, first_line
+from sglang_gen.perf import place
 from sglang_gen.schema import SCHEMA_VERSION, Run
 from sglang_gen.sweep.report import DUMP, NOTE
 
@@ -74,7 +75,6 @@ class _Note:
 def _place(run: Run, job: Job) -> None:
     """Everything that the job writes goes into its folder, the perf dump under its own name or `perf.json`."""
     run.output.path = str(job.folder)
-    dump = Path(run.output.perf_dump_path or DUMP)
-    if dump.is_absolute() or len(dump.parts) != 1 or dump.name in (NOTE, "", ".."):
-        raise UserError(f"In a multirun each job writes its own perf dump: give it a name of its own, not '{dump}'")
-    run.output.perf_dump_path = str(job.folder / dump)
+    name = run.output.perf_dump_path or DUMP
+    place.check_in_sweep(name)
+    run.output.perf_dump_path = str(job.folder / name)
