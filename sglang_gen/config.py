@@ -36,7 +36,7 @@ from sglang_gen.flags import BY_PATH
 from sglang_gen.output import FULL
 from sglang_gen.overrides import Word, check, check_option, covers, dict_leaf
 from sglang_gen.perf import place
-from sglang_gen.schema import Run, get, leaves, plain, put
+from sglang_gen.schema import LOCAL, Run, get, leaves, plain, put
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,9 @@ def _compose(choices: Choices) -> tuple[Composed, bool]:
         for path, value in stated_values.items():
             put(run, path, _merged(get(run, path), value, path, typed))
             sources[path] = source
+    for path in LOCAL:
+        if isinstance(name := get(run, path), str):
+            put(run, path, os.path.expanduser(name))
     notices = []
     if implied not in (None, "custom"):
         notices.append(f"The settings of the preset '{implied}' apply to {run.model.path}")
@@ -394,5 +397,5 @@ def _sweep_dir(choices: Choices, words: Sequence[Word]) -> list[str]:
         return []
     if any(word.key == "hydra.sweep.dir" for word in words):
         raise UserError("output.path and hydra.sweep.dir both name the folder of the sweep; give one")
-    quoted = str(stated[0]).replace("\\", "\\\\").replace('"', '\\"')
+    quoted = os.path.expanduser(stated[0]).replace("\\", "\\\\").replace('"', '\\"')
     return [f'hydra.sweep.dir="{quoted}"']

@@ -1,5 +1,6 @@
 """Reading `--config FILE`: flag names with underscores, nested group keys, or the record of an earlier run."""
 
+import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ class FileValues:
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """The mapping in a .json, .yaml or .yml file. Raises UserError with one sentence when there is none."""
-    given, path = path, Path(path)
+    given, path = path, Path(os.path.expanduser(path))
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise UserError(f"'{given}' is not a .json, .yaml or .yml file")
     try:
@@ -64,6 +65,7 @@ def typed(target: str, value: Any) -> Any:
 
 def read_config_file(path: str | Path) -> FileValues:
     """Values and group options of a configuration file. Raises UserError; unknown keys name the nearest legal one."""
+    path = os.path.expanduser(path)
     content = read_mapping(path)
     if "schema_version" in content:
         return _read_record(content, path)

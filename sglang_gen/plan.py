@@ -116,7 +116,7 @@ NEEDS: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
     ),
     ("compile.regional", lambda run: run.compile.enable_torch_compile, "--enable-torch-compile"),
     ("compile.warmup_steps", lambda run: run.compile.warmup, "--warmup"),
-    ("model.configs", lambda run: Path(run.model.path or "").expanduser().is_file(), "a single file as --model-path"),
+    ("model.configs", lambda run: Path(run.model.path or "").is_file(), "a single file as --model-path"),
     (
         "parallel.timeout_minutes",
         lambda run: any(getattr(run.parallel, name) not in (None, False, 1) for name in DEGREES),
@@ -262,7 +262,7 @@ def _warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str |
             if path.startswith("perf." if run.dry_run else ("perf.", "machine.name")) and _differs(run, sources, path)
         ]
         found += [f"{path} has no effect without --perf-dump-path" for path in idle]
-    if run.model.revision and (run.model.path is None or Path(run.model.path).expanduser().exists()):
+    if run.model.revision and (run.model.path is None or Path(run.model.path).exists()):
         found.append("--revision has no effect: the model is a local folder or file")
     here = env.versions()
     other = [f"{name} {then} (here {here.get(name)})" for name, then in versions.items() if here.get(name) != then]

@@ -352,6 +352,16 @@ def test_no_report_replaces_a_dump_of_a_folder_that_is_compared():
     assert Path("base/0.json").read_bytes() == kept
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.json", "b/0.json"):
+        save(f"{tmp_path}/{name}", ours())
+    words = ["~/a.json", "~/b", "--json=~/r.json", "--markdown=~/r.md"]
+    assert command.main(["compare", *words]) == 0
+    assert (tmp_path / "r.json").exists()
+    assert (tmp_path / "r.md").exists()
+
+
 def test_a_whole_comparison_of_equal_programs_is_rarely_a_regression():
     generator, trials, regressions = random.Random(3), 40, 0
 

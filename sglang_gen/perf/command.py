@@ -83,21 +83,26 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("sglang perf compare needs a BASE and at least one NEW, each a perf dump or a folder of dumps")
     for path in given.paths:
         _check_name("BASE and NEW", path)
-    reports = {option: path for option in ("--json", "--markdown") if (path := getattr(given, option[2:])) is not None}
+    paths = [os.path.expanduser(path) for path in given.paths]
+    reports = {
+        option: os.path.expanduser(path)
+        for option, path in (("--json", given.json), ("--markdown", given.markdown))
+        if path is not None
+    }
     for option, path in reports.items():
         _check_name(option, path)
         if path.endswith("/"):
             raise UserError(f"sglang perf compare: {option} must name a file, and {path} ends in a slash")
         output.prepare_file(Path(path))  # before the verdict, whose exit codes a failed write would imitate
     tolerances, confidence = _tolerances(given.tolerance), _confidence(given.confidence)
-    base, new = collect(given.paths[:1]), collect(given.paths[1:])
+    base, new = collect(paths[:1]), collect(paths[1:])
     _check_reports(reports, [dump.path for dump in (*base, *new)])
     report = compare(base, new, tolerances, confidence)
     text = markdown(report)
-    if given.json:
-        output.save_json(Path(given.json), as_json(report))
-    if given.markdown:
-        _save_text(Path(given.markdown), text + "\n")
+    if "--json" in reports:
+        output.save_json(Path(reports["--json"]), as_json(report))
+    if "--markdown" in reports:
+        _save_text(Path(reports["--markdown"]), text + "\n")
     print(text)
     return EXIT_CODES[report.verdict]
 
