@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.hydra import Hydra
@@ -24,14 +25,15 @@ from hydra.core.default_element import ResultDefault
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.types import RunMode
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from sglang_gen import env, presets
 from sglang_gen.config_file import FileValues, read_config_file
-from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.errors import RunError, Terminated, UserError, first_line
 from sglang_gen.flags import BY_PATH
 from sglang_gen.output import FULL
 from sglang_gen.overrides import Word, check, check_option, covers, dict_leaf
@@ -102,7 +104,7 @@ def _compose(choices: Choices) -> tuple[Composed, bool]:
         if isinstance(name := get(run, path), str):
             put(run, path, os.path.expanduser(name))
     notices = []
-    if implied not in (None, "custom"):
+    if implied not in (None, "custom") and run.model.path is not None:  # the embedded model brings its own
         notices.append(f"The settings of the preset '{implied}' apply to {run.model.path}")
     yielded = [path for path in file.values if not covered & {path} and path not in values]
     if yielded:
@@ -255,8 +257,9 @@ def _complete(run: Run, sources: dict[str, str], named: bool, seed: int | None) 
         run.sampling.prompt = run.model.example_prompt
         sources["sampling.prompt"] = "preset"
         notices.append(f"No prompt given: using the example prompt of the preset '{run.model.preset}'")
-    if run.sampling.seed is None:
+    if run.sampling.seed is None and seed is not None:
         run.sampling.seed = seed
+        notices.append(f"Multirun: jobs without a seed use seed {seed}")
     return notices
 
 
@@ -375,8 +378,26 @@ def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
         for key in OmegaConf.select(cfg, "hydra.sweeper.params") or {}:
             if (flag := BY_PATH.get(str(key).lstrip("+"))) and flag.path in choices.flags:
                 raise UserError(f"{flag.path} is given twice, by {flag.option} and by the sweep {choices.config_name}")
-        batches = hydra.multirun(choices.config_name, _Task(choices, work), lines, with_log_configuration=False)
+        batches = _sweep(hydra, cfg, choices, work)
     return [job.return_value for batch in batches for job in batch]
+
+
+def _sweep(hydra: Hydra, cfg: DictConfig, choices: Choices, work: Callable[[Job], Any]) -> Any:
+    """`Hydra.multirun`, but that a sweep which a signal cuts short has ended too: its callbacks hear of it."""
+    callbacks = Callbacks(cfg)
+    callbacks.on_multirun_start(config=cfg, config_name=choices.config_name)
+    context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
+    sweeper = Plugins.instance().instantiate_sweeper(
+        config=cfg, hydra_context=context, task_function=_Task(choices, work)
+    )
+    words = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
+    try:
+        batches = sweeper.sweep(arguments=words)
+    except (KeyboardInterrupt, Terminated):
+        callbacks.on_multirun_end(config=cfg, config_name=choices.config_name)
+        raise
+    callbacks.on_multirun_end(config=cfg, config_name=choices.config_name)
+    return batches
 
 
 def _stated(choices: Choices, words: Sequence[Word], path: str) -> list[Any]:

@@ -1,6 +1,6 @@
 """Reading `--config FILE`: flag names with underscores, nested group keys, or the record of an earlier run."""
 
-import os.path
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +58,8 @@ def typed(target: str, value: Any) -> Any:
     Raises UserError when such a file cannot be read, ValueError with half a sentence when the value does not fit.
     """
     kind = leaves()[target]
+    if target in FILE_OR_INLINE and isinstance(value, os.PathLike):
+        return coerce(read_mapping(os.fspath(value)), kind)
     if target in FILE_OR_INLINE and isinstance(value, str) and not value.lstrip().startswith("{"):
         return coerce(read_mapping(value), kind)
     return coerce(value, kind)

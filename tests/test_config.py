@@ -160,6 +160,8 @@ def test_settings_of_an_implied_preset_apply_and_are_announced(composed):
     composition = composed("--model-path", "/data/FLUX.1-dev", "--prompt", "x")
     assert (composition.run.model.path, composition.run.sampling.guidance_scale) == ("/data/FLUX.1-dev", 3.5)
     assert composition.notices == ("The settings of the preset 'flux_dev' apply to /data/FLUX.1-dev",)
+    composition = composed("--model-id", "landscape", "--prompt", "x")
+    assert composition.notices == ("No model given: using the embedded model 'landscape'",)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """-m: every job in its own folder; one that fails does not stop the others, and the exit code tells."""
 
+import csv
 import errno
+import importlib
 import json
 from pathlib import Path
 
 import pytest
+
+from sglang_gen.errors import Terminated
 
 SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "1")
 
@@ -108,6 +112,31 @@ def test_an_unset_seed_is_one_seed_and_a_set_one_is_kept(composed):
     assert [job.run.sampling.seed for job in kept] == [3, 3]
 
 
+def test_the_seed_of_a_sweep_is_told_where_a_job_uses_it(composed, sglang):
+    told = [
+        [any("jobs without a seed" in notice for notice in job.notices) for job in composed("-m", "model=sdxl", *words)]
+        for words in (("sampling.seed=null,3", "--output-path", "a"), ("--seed", "3", "--output-path", "b"))
+    ]
+    assert told == [[True, False], [False]]
+    assert "seed" not in sglang("generate", "-m", "model=sdxl", "output.path=a,b").err
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_sweep_that_is_cut_short_has_a_table_of_what_is_there(sglang, monkeypatch, stop, code):
+    def execute(composed):
+        if composed.run.sampling.seed == 2:
+            Path(composed.run.output.path, "generated_image_0.png").write_bytes(b"")
+            raise stop
+
+    monkeypatch.setattr(importlib.import_module("sglang_gen.generate"), "execute", execute)
+    done = sglang("generate", "-m", "model=sdxl", "sampling.seed=1,2,3", "--output-path", "sweep")
+    assert done.code == code
+    rows = list(csv.DictReader(Path("sweep/table.csv").read_text().splitlines()))
+    word = "interrupted" if stop is KeyboardInterrupt else "terminated"
+    assert [row["status"] for row in rows] == ["planned", word]
+    assert rows[1]["pictures"] == "1/generated_image_0.png"
+
+
 def test_globs_ranges_and_nothing_to_sweep(composed):
     jobs = composed("-m", "model=glob(sd3*)", "--prompt", "x", "--output-path", "a")
     assert [job.run.model.preset for job in jobs] == ["sd35_large", "sd35_medium", "sd3_medium"]
@@ -204,7 +233,7 @@ def test_a_full_disk_is_a_failure_of_the_sweep_and_no_wrong_request(sglang, monk
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hydra._internal.hydra.Hydra.multirun", full)
+    monkeypatch.setattr("hydra.core.plugins.Plugins.instantiate_sweeper", full)
     done = sglang("generate", "-m", "--prompt", "x", "sampling.seed=1,2", "--output-path", "sweep")
     assert done.code == 1
     assert done.lines[-1] == "ERROR: The folder of the sweep cannot be written: No space left on device"

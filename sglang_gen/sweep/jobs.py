@@ -16,9 +16,7 @@ from sglang_gen.sweep.report import DUMP, NOTE
 
 def run_sweep(choices: Choices) -> int:
     """Run all jobs; 0 when all succeeded, 1 when one failed. A failed job does not stop the others."""
-    sweep = dataclasses.replace(choices, seed=secrets.randbelow(2**32))
-    log.info(f"Multirun: jobs without a seed use seed {sweep.seed}")
-    codes = multirun(sweep, run_job)
+    codes = multirun(dataclasses.replace(choices, seed=secrets.randbelow(2**32)), run_job)
     failed = sum(code != 0 for code in codes)
     log.info(f"Multirun: {len(codes) - failed} of {len(codes)} jobs succeeded")
     return 1 if failed else 0
