@@ -181,11 +181,12 @@ def _choices(given: dict[str, Any], overrides: Sequence[str]) -> "Choices":
     """What the options and overrides of a command line choose. Raises UserError for a value that does not fit."""
     from sglang_gen.config import Choices
 
+    folder = given.get("config_dir")
     return Choices(
         overrides=tuple(overrides),
         flags=flag_values(given),
         file=given.get("config"),
-        config_dir=given.get("config_dir"),
+        config_dir=None if folder is None else os.path.expanduser(folder),
         config_name=given.get("config_name", "config"),
     )
 

@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.hydra import Hydra
@@ -24,18 +25,20 @@ from hydra.core.default_element import ResultDefault
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.types import RunMode
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from sglang_gen import env, presets
 from sglang_gen.config_file import FileValues, read_config_file
-from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.errors import RunError, Terminated, UserError, first_line
 from sglang_gen.flags import BY_PATH
 from sglang_gen.output import FULL
 from sglang_gen.overrides import Word, check, check_option, covers, dict_leaf
-from sglang_gen.schema import Run, get, leaves, plain, put
+from sglang_gen.perf import place
+from sglang_gen.schema import LOCAL, Run, get, leaves, plain, put
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,11 @@ def _compose(choices: Choices) -> tuple[Composed, bool]:
         for path, value in stated_values.items():
             put(run, path, _merged(get(run, path), value, path, typed))
             sources[path] = source
+    for path in LOCAL:
+        if isinstance(name := get(run, path), str):
+            put(run, path, os.path.expanduser(name))
     notices = []
-    if implied not in (None, "custom"):
+    if implied not in (None, "custom") and run.model.path is not None:  # the embedded model brings its own
         notices.append(f"The settings of the preset '{implied}' apply to {run.model.path}")
     yielded = [path for path in file.values if not covered & {path} and path not in values]
     if yielded:
@@ -251,8 +257,9 @@ def _complete(run: Run, sources: dict[str, str], named: bool, seed: int | None) 
         run.sampling.prompt = run.model.example_prompt
         sources["sampling.prompt"] = "preset"
         notices.append(f"No prompt given: using the example prompt of the preset '{run.model.preset}'")
-    if run.sampling.seed is None:
+    if run.sampling.seed is None and seed is not None:
         run.sampling.seed = seed
+        notices.append(f"Multirun: jobs without a seed use seed {seed}")
     return notices
 
 
@@ -363,24 +370,53 @@ def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
     hydra = Hydra(task_name="generate", config_loader=_loader(choices.config_dir))
     words = _parse(hydra.config_loader, choices.overrides)
     check(words, choices.flags, _options(hydra.config_loader, choices), multirun=True)
+    for name in _stated(choices, words, place.KEY):
+        place.check_in_sweep(str(name))
     lines = [*map(_line, words), *_sweep_dir(choices, words)]
     with _as_user_error():
         cfg = hydra.compose_config(choices.config_name, lines, RunMode.MULTIRUN, with_log_configuration=False)
         for key in OmegaConf.select(cfg, "hydra.sweeper.params") or {}:
             if (flag := BY_PATH.get(str(key).lstrip("+"))) and flag.path in choices.flags:
                 raise UserError(f"{flag.path} is given twice, by {flag.option} and by the sweep {choices.config_name}")
-        batches = hydra.multirun(choices.config_name, _Task(choices, work), lines, with_log_configuration=False)
+        batches = _sweep(hydra, cfg, choices, work)
     return [job.return_value for batch in batches for job in batch]
 
 
-def _sweep_dir(choices: Choices, words: Iterable[Word]) -> list[str]:
-    """--output-path is the sweep's folder; each job works in a folder below it."""
+def _sweep(hydra: Hydra, cfg: DictConfig, choices: Choices, work: Callable[[Job], Any]) -> Any:
+    """`Hydra.multirun`, but that a sweep which a signal cuts short has ended too: its callbacks hear of it."""
+    callbacks = Callbacks(cfg)
+    callbacks.on_multirun_start(config=cfg, config_name=choices.config_name)
+    context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
+    sweeper = Plugins.instance().instantiate_sweeper(
+        config=cfg, hydra_context=context, task_function=_Task(choices, work)
+    )
+    words = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
+    try:
+        batches = sweeper.sweep(arguments=words)
+    except (KeyboardInterrupt, Terminated):
+        callbacks.on_multirun_end(config=cfg, config_name=choices.config_name)
+        raise
+    callbacks.on_multirun_end(config=cfg, config_name=choices.config_name)
+    return batches
+
+
+def _stated(choices: Choices, words: Sequence[Word], path: str) -> list[Any]:
+    """The values that flag, override (all of a sweep) or file give to a config path; none where it is left alone."""
+    if path in choices.flags:
+        return [choices.flags[path]]
+    group = path.partition(".")[0]
+    if typed := [word for word in words if word.key in (path, group)]:
+        return [value for word in typed if word.key == path for value in word.values if value is not None]
     file = read_config_file(choices.file).values if choices.file is not None else {}
-    stated = {word.key: word.values[0] for word in words if word.values}
-    folder = {**file, **stated, **choices.flags}.get("output.path")
-    if folder is None:
+    return [file[path]] if file.get(path) is not None else []
+
+
+def _sweep_dir(choices: Choices, words: Sequence[Word]) -> list[str]:
+    """--output-path is the sweep's folder; each job works in a folder below it."""
+    stated = _stated(choices, words, "output.path")
+    if not stated:
         return []
-    if "hydra.sweep.dir" in stated:
+    if any(word.key == "hydra.sweep.dir" for word in words):
         raise UserError("output.path and hydra.sweep.dir both name the folder of the sweep; give one")
-    quoted = str(folder).replace("\\", "\\\\").replace('"', '\\"')
+    quoted = os.path.expanduser(stated[0]).replace("\\", "\\\\").replace('"', '\\"')
     return [f'hydra.sweep.dir="{quoted}"']

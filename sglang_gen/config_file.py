@@ -1,5 +1,6 @@
 """Reading `--config FILE`: flag names with underscores, nested group keys, or the record of an earlier run."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ class FileValues:
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """The mapping in a .json, .yaml or .yml file. Raises UserError with one sentence when there is none."""
-    given, path = path, Path(path)
+    given, path = path, Path(os.path.expanduser(path))
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise UserError(f"'{given}' is not a .json, .yaml or .yml file")
     try:
@@ -57,6 +58,8 @@ def typed(target: str, value: Any) -> Any:
     Raises UserError when such a file cannot be read, ValueError with half a sentence when the value does not fit.
     """
     kind = leaves()[target]
+    if target in FILE_OR_INLINE and isinstance(value, os.PathLike):
+        return coerce(read_mapping(os.fspath(value)), kind)
     if target in FILE_OR_INLINE and isinstance(value, str) and not value.lstrip().startswith("{"):
         return coerce(read_mapping(value), kind)
     return coerce(value, kind)
@@ -64,6 +67,7 @@ def typed(target: str, value: Any) -> Any:
 
 def read_config_file(path: str | Path) -> FileValues:
     """Values and group options of a configuration file. Raises UserError; unknown keys name the nearest legal one."""
+    path = os.path.expanduser(path)
     content = read_mapping(path)
     if "schema_version" in content:
         return _read_record(content, path)
@@ -81,10 +85,11 @@ def _read_record(record: Mapping[str, Any], path: str | Path) -> FileValues:
     if not parts["run"]:
         raise UserError(f"{path} has a schema_version but no 'run': it is not the record of a run")
     found = _collect(parts["run"], path)
-    # Nobody stated these: a degree follows from the others, and a job's perf dump is its sweep's.
-    for target in [target for target in found.values if target.startswith(("parallel.", "output.perf_dump_path"))]:
+    # Nobody stated these: a degree follows from the others, and the folder may be that of a sweep's job.
+    for target in [target for target in found.values if target.startswith(("parallel.", "output.path"))]:
         if parts["sources"].get(target) == "default":
             del found.values[target]
+    found.values.pop("output.perf_dump_path", None)  # it is the other run's measurement
     if found.values.get("sampling.prompts_file"):
         found.values["sampling.prompts_file"] = kept_prompts.beside(path, found.values["sampling.prompts_file"])
     for name, target in PINNED.items():

@@ -64,11 +64,17 @@ def _find(model: Model, weights: bool, replaced: Collection[str]) -> ModelCard:
     if is_file:
         return _allowed(_read_single_file(folder, model, weights), model)
     if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1 or "\\" in model.path:
-        raise UserError(f"The model folder {model.path} does not exist")
+        raise UserError(f"The model folder {model.path} does not exist{_preset_instead(model.path)}")
     if not weights and (packaged := _packaged(model)) is not None:
         return read_card(packaged, model.path, weights=False)
     folder = _download(model, model.path, weights)
     return _allowed(read_card(folder, model.path, weights, elsewhere), model)
+
+
+def _preset_instead(path: str) -> str:
+    """Half a sentence that names the preset of that name; nothing where there is none."""
+    preset = presets.by_id(path, presets.load()) if "/" not in path else None
+    return f"; did you mean the preset model={preset}?" if preset else ""
 
 
 def _packaged(model: Model) -> Path | None:

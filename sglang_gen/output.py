@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 from sglang_gen.errors import RunError, UserError
 
 PNG_KEY = "sglang_gen"  # name of the PNG text chunk that holds the run record
+RESULT = re.compile(r"generated_[a-z]+_(\d+)(\..+)")  # names that `save_numbered` gives
+BESIDE = (".json", ".safetensors")  # suffixes of what lies beside a result
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
@@ -111,6 +113,12 @@ def save_numbered(folder: Path, stem: str, files: Callable[[str], Mapping[str, W
             number = max(number + 1, _next_number(folder, stem))
     except OSError as error:
         raise _write_error(error, path) from error
+
+
+def results(folder: Path) -> list[str]:
+    """Names of the pictures, videos and sounds in a folder, in the order of their numbers."""
+    found = [match for name in os.listdir(folder) if (match := RESULT.fullmatch(name)) and match[2] not in BESIDE]
+    return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), match[0]))]
 
 
 def _next_number(folder: Path, stem: str) -> int:

@@ -4,7 +4,6 @@ In: the composed `Run`, the model's card, the machine. Out: a frozen `Plan` that
 """
 
 import json
-import os.path
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from sglang_gen import (
 )
 from sglang_gen.errors import UserError
 from sglang_gen.flags import BY_PATH
+from sglang_gen.perf import place
 from sglang_gen.schema import (
     BOUNDS,
     DEGREES,
@@ -117,7 +117,7 @@ NEEDS: tuple[tuple[str | tuple[str, ...], Callable[[Run], bool], str], ...] = (
     ),
     ("compile.regional", lambda run: run.compile.enable_torch_compile, "--enable-torch-compile"),
     ("compile.warmup_steps", lambda run: run.compile.warmup, "--warmup"),
-    ("model.configs", lambda run: Path(run.model.path or "").expanduser().is_file(), "a single file as --model-path"),
+    ("model.configs", lambda run: Path(run.model.path or "").is_file(), "a single file as --model-path"),
     (
         "parallel.timeout_minutes",
         lambda run: any(getattr(run.parallel, name) not in (None, False, 1) for name in DEGREES),
@@ -174,8 +174,8 @@ def _check_name(path: str, value: str) -> None:
         raise UserError(f"{path} holds a zero byte")
     if any(len(part.encode()) > 255 for part in value.split("/")):
         raise UserError(f"{path} is too long to name anything: '{value[:40]}...'")
-    if path == "output.perf_dump_path" and os.path.isdir(value):
-        raise UserError(f"{path} is the folder {value}; it must name a JSON file")
+    if path == place.KEY:
+        place.check(value)
 
 
 def choose_device(wanted: Device) -> str:
@@ -275,7 +275,7 @@ def _warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str |
             if path != "perf.repeat"  # compares what it generates again
         ]
         found += [f"{path} has no effect without --perf-dump-path" for path in idle]
-    if run.model.revision and (run.model.path is None or Path(run.model.path).expanduser().exists()):
+    if run.model.revision and (run.model.path is None or Path(run.model.path).exists()):
         found.append("--revision has no effect: the model is a local folder or file")
     here = env.versions()
     other = [f"{name} {then} (here {here.get(name)})" for name, then in versions.items() if here.get(name) != then]

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from sglang_gen import arithmetic, env, log, output
-from sglang_gen.errors import UserError
+from sglang_gen import arithmetic, env, log, output, sizes
+from sglang_gen.errors import RunError, UserError
 from sglang_gen.parallel import link
 from sglang_gen.parallel.batch import rounds
 from sglang_gen.parallel.mesh import Mesh
@@ -136,15 +136,21 @@ def _finish(
     rate: float | None,
     reference: list[Path] | None,
 ) -> Result:
-    """Quality, the perf dump and trackers: all that comes after the last picture."""
+    """Quality, the perf dump and trackers: all that comes after the last picture. What was measured is kept first."""
+    failure = None
     if reference is not None:
-        report["quality"] = quality.compare(str(plan.run.quality.reference), saved.samples, saved.frames, reference)
-        log.info(f"Quality against {plan.run.quality.reference}: {quality.sentence(report['quality'])}")
+        try:
+            report["quality"] = quality.compare(str(plan.run.quality.reference), saved.samples, saved.frames, reference)
+            log.info(f"Quality against {plan.run.quality.reference}: {quality.sentence(report['quality'])}")
+        except UserError as error:
+            failure = RunError(f"The pictures are saved, but not compared: {error}")
     if plan.run.output.perf_dump_path:
         dump.add_measurements(report, plan, phases, rate)
         output.save_json(Path(plan.run.output.perf_dump_path), report)
         log.info(f"Performance metrics saved to: {plan.run.output.perf_dump_path}")
     tracking.track(plan.run, report, saved.paths, env.wandb_mode())
+    if failure is not None:
+        raise failure
     return Result(tuple(saved.paths), tuple(saved.frames), tuple(saved.seeds), report)
 
 
@@ -152,9 +158,8 @@ def _reference(plan: Plan) -> list[Path] | None:
     """The pictures of quality.reference that belong to the samples, found before any work is done."""
     if plan.run.quality.reference is None:
         return None
-    return quality.counterparts(
-        plan.run.quality.reference, [plain(sample) for batch in plan.batches for sample in batch]
-    )
+    samples = [plain(sample) for batch in plan.batches for sample in batch]
+    return quality.counterparts(plan.run.quality.reference, samples, sizes.expected(plan))
 
 
 def _generate(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Saved:

@@ -302,6 +302,13 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+# Settings that may name a file or a folder of this machine, in which a leading ~ stands for a home folder.
+LOCAL = (
+    "model.path", "model.configs", "lora.path", "quant.transformer_weights_path", "offload.disk_path",
+    "sampling.image_path", "sampling.latents", "sampling.prompts_file", "quality.reference", "output.path",
+    "output.perf_dump_path",
+)  # fmt: skip
+
 # The least and the most that a number may be; above, arithmetic or memory ends before the run does.
 BOUNDS: dict[str, tuple[float, float]] = {
     "sampling.num_inference_steps": (1, 100_000),

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sglang_gen.choice import NATIVE
 from sglang_gen.errors import UserError
+from sglang_gen.requirements import NEEDS
 from sglang_gen.schema import Run, Sampling
-from sglang_gen.types import DENOISERS, ModelCard
+from sglang_gen.types import DENOISERS, ModelCard, Plan
 
 Default = Callable[[Mapping[str, Any], int], tuple[int, int]]
 FLUX_SIDE = 128  # latents a side, of which its configuration says nothing
@@ -89,3 +91,17 @@ def _most(card: ModelCard) -> int | None:
     if step is None or network is None or network.class_name != "SD3Transformer2DModel":
         return None
     return int(network.config.get("pos_embed_max_size", 96)) * step
+
+
+def expected(plan: Plan) -> tuple[int, int] | None:
+    """Height and width of the pictures of a run; None where only its pipeline or its input picture says them."""
+    sampling, card = plan.run.sampling, plan.card
+    if sampling.image_path:
+        return None
+    if plan.backend == "sglang":
+        pipeline = NATIVE[plan.pipeline_class]
+        config = card.components[NEEDS[pipeline].network].config
+        return chosen(sampling, DEFAULT[pipeline], config, latent_factor(card) or 1)
+    if sampling.height and sampling.width and multiple(card):
+        return sampling.height, sampling.width
+    return None

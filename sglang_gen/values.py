@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import numbers
+import os
 import types
 import typing
 from enum import Enum
@@ -117,7 +119,8 @@ def _check_scalar(where: str, value: Any) -> None:
 
 
 def coerce(value: Any, kind: Any) -> Any:
-    """`value` as the schema's type `kind`; text from a command line and parsed JSON or YAML are both taken.
+    """`value` as the schema's type `kind`; text from a command line, parsed JSON or YAML, and a program's paths and
+    numbers (numpy's too) are all taken.
 
     Raises ValueError with half a sentence ("is not an integer") when the value does not fit.
     """
@@ -192,9 +195,9 @@ def _coerce_scalar(value: Any, kind: type) -> Any:
             raise ValueError("is not true or false")
         return value
     noun = "an integer" if kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):  # numpy's numbers are real ones
         raise ValueError(f"is not {noun}")
-    if kind is int and isinstance(value, float) and not value.is_integer():
+    if kind is int and not isinstance(value, (numbers.Integral, str)) and not float(value).is_integer():
         raise ValueError(f"is not {noun}")
     try:
         return kind(value)
@@ -203,6 +206,8 @@ def _coerce_scalar(value: Any, kind: type) -> Any:
 
 
 def _coerce_text(value: Any) -> str:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if not isinstance(value, str):
         raise ValueError("is not text (quotes make it text)")
     try:

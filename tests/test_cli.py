@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sglang_gen import cli
@@ -150,6 +151,24 @@ def test_generate_from_python_takes_the_flags_as_keywords():
         generate(prompt="x", height=1.5)
     with pytest.raises(ValueError, match="no keyword 'config_dir'"):
         generate(config_dir="x")
+    with pytest.raises(ValueError, match=r"--seed: '3\.5' is not an integer"):
+        generate(prompt="x", seed=np.float32(3.5))
+
+
+def test_generate_from_python_takes_paths_and_the_numbers_of_numpy(monkeypatch):
+    module = importlib.import_module("sglang_gen.generate")
+    monkeypatch.setattr(module, "execute", lambda composed: composed.run)
+    Path("c.json").write_text('{"Fn_compute_blocks": 4}')
+    run = module.generate(
+        "model=sdxl", prompt="a", output_path=Path("q"), image_path=Path("fox.png"), cache_dit_config=Path("c.json"),
+        seed=np.int64(3), num_inference_steps=np.float32(2), guidance_scale=np.float32(0.5), height=np.int32(64),
+    )  # fmt: skip
+    assert (run.output.path, run.sampling.image_path) == ("q", "fox.png")
+    assert run.cache.cache_dit_config == {"Fn_compute_blocks": 4}
+    values = [getattr(run.sampling, name) for name in ("seed", "num_inference_steps", "guidance_scale", "height")]
+    assert values == [3, 2, 0.5, 64]
+    assert [type(value) for value in values] == [int, int, float, int]
+    assert module.generate(model_path=Path("~/m"), prompt="a").model.path == str(Path("~/m").expanduser())
 
 
 @pytest.mark.parametrize(

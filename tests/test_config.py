@@ -160,6 +160,8 @@ def test_settings_of_an_implied_preset_apply_and_are_announced(composed):
     composition = composed("--model-path", "/data/FLUX.1-dev", "--prompt", "x")
     assert (composition.run.model.path, composition.run.sampling.guidance_scale) == ("/data/FLUX.1-dev", 3.5)
     assert composition.notices == ("The settings of the preset 'flux_dev' apply to /data/FLUX.1-dev",)
+    composition = composed("--model-id", "landscape", "--prompt", "x")
+    assert composition.notices == ("No model given: using the embedded model 'landscape'",)
 
 
 @pytest.mark.parametrize(
@@ -219,3 +221,20 @@ def test_a_folder_of_hydras_search_path(composed):
     assert get(composed(folder, "model=sdxl", "sampling=tiny").run, STEPS) == 2
     jobs = composed("-m", folder, "model=sdxl", "sampling=tiny,draft", "--output-path", "sweep")
     assert [get(job.run, STEPS) for job in jobs] == [2, 8]
+
+
+def test_a_tilde_is_the_home_folder_in_every_setting_that_names_a_file(composed, sglang, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.json").write_text('{"perf_dump_path": "~/perf.json", "seed": 1, "cache_dit_config": "~/c.yaml"}')
+    (tmp_path / "c.yaml").write_text("Fn_compute_blocks: 4")
+    words = ["--config=~/x.json", "--prompt", "~/a", "--output-path=~/o", "sampling.latents='~/n.safetensors'"]
+    run = composed(*words, "quality.reference='~/r'").run
+    named = (run.output.path, run.output.perf_dump_path, run.sampling.latents, run.quality.reference)
+    assert named == tuple(f"{tmp_path}/{name}" for name in ("o", "perf.json", "n.safetensors", "r"))
+    assert (run.sampling.prompt, run.cache.cache_dit_config) == ("~/a", {"Fn_compute_blocks": 4})
+    (job,) = composed("--prompt", "a", "--output-path=~/sweep", "-m", "sampling.seed=1")
+    assert job.run.output.path == f"{tmp_path}/sweep/0"
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/mine.yaml").write_text("# @package _global_\nmodel: {preset: mine, path: ~/mine}\n")
+    assert composed("--config-dir=~/conf", "model=mine", "--prompt", "a").run.model.path == f"{tmp_path}/mine"
+    assert not any("~" in path.name for path in Path().iterdir())

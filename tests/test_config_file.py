@@ -70,6 +70,15 @@ def test_a_record_pins_what_the_run_decided():
     assert found.versions == {"torch": "1.0"}
 
 
+@pytest.mark.parametrize(("source", "folder"), [("default", None), ("flag", "mine"), ("file", "mine")])
+def test_a_record_names_the_folder_that_was_stated_and_no_perf_dump(source, folder):
+    where = {"path": "mine", "perf_dump_path": "mine/p.json", "latents": True}
+    sources = {"output.path": source, "output.perf_dump_path": "flag"}
+    found = read_config_file(write({**RECORD, "run": {"output": where}, "sources": sources})).values
+    assert (found.get("output.path"), found["output.latents"]) == (folder, True)
+    assert "output.perf_dump_path" not in found
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -55,6 +55,9 @@ def spoil(path: Path, name: str, tensor: torch.Tensor | None = None) -> None:
 def test_a_missing_folder(fails):
     for path in ("/nowhere/model", "./model", "nowhere"):
         assert fails(path, 2) == f"ERROR: The model folder {path} does not exist"
+    for name, preset in (("sdxl", "sdxl"), ("Landscape", "landscape"), ("FLUX.1-dev", "flux_dev")):
+        expected = f"ERROR: The model folder {name} does not exist; did you mean the preset model={preset}?"
+        assert fails(name, 2) == expected
     assert fails("x" * 300, 2).startswith("ERROR: model.path is too long to name anything: ")
 
 

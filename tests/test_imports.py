@@ -31,7 +31,7 @@ LAYERS = (
     ),
     ("config_file", "kept_prompts", "prompts"),
     ("media", "perf.observations", "perf.compare", "perf.quality", "sweep.report"),
-    ("config", "hub", "perf.machine", "sweep.table", "perf.command", "weight_files", "help_page"),
+    ("config", "hub", "perf.machine", "perf.place", "sweep.table", "perf.command", "weight_files", "help_page"),
     ("quantization", "stored", "requirements", "choice", "guidance", "sizes"),
     ("legal",),
     ("plan",),

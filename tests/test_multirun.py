@@ -1,10 +1,14 @@
 """-m: every job in its own folder; one that fails does not stop the others, and the exit code tells."""
 
+import csv
 import errno
+import importlib
 import json
 from pathlib import Path
 
 import pytest
+
+from sglang_gen.errors import Terminated
 
 SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "1")
 
@@ -108,6 +112,31 @@ def test_an_unset_seed_is_one_seed_and_a_set_one_is_kept(composed):
     assert [job.run.sampling.seed for job in kept] == [3, 3]
 
 
+def test_the_seed_of_a_sweep_is_told_where_a_job_uses_it(composed, sglang):
+    told = [
+        [any("jobs without a seed" in notice for notice in job.notices) for job in composed("-m", "model=sdxl", *words)]
+        for words in (("sampling.seed=null,3", "--output-path", "a"), ("--seed", "3", "--output-path", "b"))
+    ]
+    assert told == [[True, False], [False]]
+    assert "seed" not in sglang("generate", "-m", "model=sdxl", "output.path=a,b").err
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_sweep_that_is_cut_short_has_a_table_of_what_is_there(sglang, monkeypatch, stop, code):
+    def execute(composed):
+        if composed.run.sampling.seed == 2:
+            Path(composed.run.output.path, "generated_image_0.png").write_bytes(b"")
+            raise stop
+
+    monkeypatch.setattr(importlib.import_module("sglang_gen.generate"), "execute", execute)
+    done = sglang("generate", "-m", "model=sdxl", "sampling.seed=1,2,3", "--output-path", "sweep")
+    assert done.code == code
+    rows = list(csv.DictReader(Path("sweep/table.csv").read_text().splitlines()))
+    word = "interrupted" if stop is KeyboardInterrupt else "terminated"
+    assert [row["status"] for row in rows] == ["planned", word]
+    assert rows[1]["pictures"] == "1/generated_image_0.png"
+
+
 def test_globs_ranges_and_nothing_to_sweep(composed):
     jobs = composed("-m", "model=glob(sd3*)", "--prompt", "x", "--output-path", "a")
     assert [job.run.model.preset for job in jobs] == ["sd35_large", "sd35_medium", "sd3_medium"]
@@ -121,11 +150,22 @@ def test_globs_ranges_and_nothing_to_sweep(composed):
     assert len(composed("-m", "model=sdxl", "--output-path", "c")) == 1
 
 
-@pytest.mark.parametrize("name", ["/tmp/perf.json", "a/perf.json", "..", "job.json"])
-def test_a_perf_dump_stays_in_the_jobs_folder(sglang, name):
+DUMPS = ["/tmp/perf.json", "a/perf.json", "..", "p/", "job.json", "table.md", "runs.csv", "generated_image_0.json"]
+
+
+@pytest.mark.parametrize("name", DUMPS)
+def test_a_perf_dump_stays_in_the_jobs_folder_beside_its_results(sglang, name):
     done = sglang("generate", "-m", "model=sdxl", "--perf-dump-path", name, "--output-path", "sweep")
-    assert done.code == 1
-    assert f"give it a name of its own, not '{name}'" in read("sweep/0/job.json")["error"]
+    assert done.code == 2
+    assert done.lines[-1].endswith(f"give it a name of its own, not '{name}'")
+    assert not Path("sweep").exists()
+
+
+def test_a_perf_dump_that_a_file_or_a_sweep_names_is_refused_as_early(sglang):
+    Path("file.json").write_text('{"model": "sdxl", "perf_dump_path": "a/b.json"}')
+    for words in (("--config", "file.json"), ("model=sdxl", "output.perf_dump_path=a.json,a/b.json")):
+        done = sglang("generate", "-m", *words, "--output-path", "sweep")
+        assert (done.code, "give it a name of its own, not 'a/b.json'" in done.lines[-1]) == (2, True)
 
 
 def test_a_perf_dump_may_have_its_own_name(composed):
@@ -165,21 +205,35 @@ def test_a_flag_that_the_sweep_file_sets_is_refused(sglang, sweep_file):
     assert (done.code, "sampling.seed is given twice, by --seed and by the sweep seeds" in done.err) == (2, True)
 
 
-def test_the_record_of_a_job_repeats_its_picture_and_leaves_the_sweeps_dump_alone(pipelines, sglang):
+@pytest.mark.parametrize("name", [None, "mine.json"])
+def test_the_record_of_a_job_repeats_its_picture_and_leaves_the_sweeps_dump_alone(pipelines, sglang, name):
     words = ("-m", "--model-path", pipelines["sd15"], "--prompt", "x", *SMALL, "--output-path", "sweep")
-    assert sglang("generate", *words, "sampling.guidance_scale=2").code == 0
-    dump = Path("sweep/0/perf.json").read_bytes()
+    own = () if name is None else ("--perf-dump-path", name)
+    assert sglang("generate", *words, *own, "sampling.guidance_scale=2").code == 0
+    kept = Path("sweep/0", name or "perf.json")
+    dump = kept.read_bytes()
     done = sglang("generate", "--config", "sweep/0/generated_image_0.json", "--output-path", "again")
     assert done.code == 0, done.err
     assert Path("again/generated_image_0.png").exists()
-    assert Path("sweep/0/perf.json").read_bytes() == dump
+    assert kept.read_bytes() == dump
+
+
+def test_sweeps_of_one_record_have_a_folder_each_where_the_run_named_none(composed, tmp_path):
+    sources = {"output.path": "default", "output.perf_dump_path": "flag"}
+    run = {"output": {"path": "outputs/", "perf_dump_path": "p.json"}, "sampling": {"prompt": "x", "seed": 1}}
+    Path("record.json").write_text(json.dumps({"schema_version": 1, "run": run, "sources": sources}))
+    jobs = composed("-m", "--config", "record.json", "sampling.guidance_scale=2,4")
+    folders = [Path(job.run.output.path) for job in jobs]
+    assert folders[0].parent.parent == Path("outputs/multirun").absolute()
+    assert [path.name for path in folders] == ["0", "1"]
+    assert [Path(job.run.output.perf_dump_path).name for job in jobs] == ["perf.json", "perf.json"]
 
 
 def test_a_full_disk_is_a_failure_of_the_sweep_and_no_wrong_request(sglang, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hydra._internal.hydra.Hydra.multirun", full)
+    monkeypatch.setattr("hydra.core.plugins.Plugins.instantiate_sweeper", full)
     done = sglang("generate", "-m", "--prompt", "x", "sampling.seed=1,2", "--output-path", "sweep")
     assert done.code == 1
     assert done.lines[-1] == "ERROR: The folder of the sweep cannot be written: No space left on device"

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from sglang_gen import output
+from sglang_gen import plan as planning
 from sglang_gen.errors import RunError, UserError
 
 SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "1", "--seed", "7")
@@ -123,6 +124,7 @@ def test_processes_in_one_folder_get_numbers_of_their_own(tmp_path):
         import numpy as np
         import PIL.PngImagePlugin
         from sglang_gen import output
+from sglang_gen import plan as planning
         folder = pathlib.Path(sys.argv[1])
         frame = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
         print("ready", flush=True)
@@ -240,6 +242,33 @@ def test_a_name_that_is_too_long_is_refused_before_loading(pipelines, sglang):
     done = sglang("generate", "--model-path", pipelines["sd15"], "--prompt", "a", *SMALL, "--output-path", "x" * 300)
     assert (done.code, len(done.lines)) == (2, 1)
     assert done.lines[0].startswith("ERROR: output.path is too long to name anything: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("generated_image_7.json", "a run gives names such as generated_image_7.json to other results"),
+        ("new/generated_video_0.mp4", "a run gives names such as generated_video_0.mp4 to other results"),
+        ("o/runs.csv", "a run gives names such as runs.csv to other results"),
+        ("p5/", "is p5/, which ends in a slash; it must name a JSON file"),
+        ("notes.txt", "is notes.txt, a file that is no perf dump and would be lost; give another name"),
+        ("table.csv", "is table.csv, a file that is no perf dump"),
+        ("/dev/null", "is /dev/null, a file that is no perf dump"),
+    ],
+)
+def test_a_perf_dump_takes_the_place_of_no_other_result(sglang, name, sentence):
+    Path("notes.txt").write_text("mine")
+    Path("table.csv").write_text("job,overrides\n")
+    done = sglang("generate", "--prompt", "a", *SMALL, "--perf-dump-path", name)
+    assert (done.code, sentence in done.lines[-1]) == (2, True), done.err
+    assert names(Path()) == ["notes.txt", "table.csv"]
+    assert Path("notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["", '{"total_duration_ms": 1, "steps": []}'])
+def test_a_perf_dump_of_any_name_replaces_an_older_one_and_an_empty_file(composed, content):
+    Path("speed").write_text(content)
+    planning.check(composed("--prompt", "a", "--perf-dump-path", "speed"))
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):

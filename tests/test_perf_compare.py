@@ -330,6 +330,10 @@ def test_the_markdown_file_is_what_is_printed_and_a_prompt_cannot_break_the_tabl
         (("--markdown", "file/report.md"), "file cannot be written: File exists"),
         (("--json", "folder"), "folder cannot be written: Is a directory"),
         (("--json", ""), "--json must name a file, not ''"),
+        (("--json", "new/"), "--json must name a file, and new/ ends in a slash"),
+        (("--json", "./a.json"), r"--json \./a\.json would replace a\.json, which is compared; give another name"),
+        (("--markdown", "b.json"), r"--markdown b\.json would replace b\.json, which is compared"),
+        (("--json", "out/r", "--markdown", "out/r"), "--markdown out/r would replace the report of --json"),
         (("--markdown", "a\0b"), "--markdown must name a file, not"),
         ((" ",), "BASE and NEW must name a file, not ' '"),
     ],
@@ -339,6 +343,23 @@ def test_a_report_that_cannot_be_written_is_refused_before_a_verdict_whose_exit_
     Path("folder").mkdir()
     with pytest.raises(UserError, match=sentence):
         command.main(["compare", save("a.json", ours()), save("b.json", ours()), *words])
+
+
+def test_no_report_replaces_a_dump_of_a_folder_that_is_compared():
+    kept = Path(save("base/0.json", ours())).read_bytes()
+    with pytest.raises(UserError, match=r"--json base/0\.json would replace base/0\.json, which is compared"):
+        command.main(["compare", "base", save("new.json", ours()), "--json", "base/0.json"])
+    assert Path("base/0.json").read_bytes() == kept
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.json", "b/0.json"):
+        save(f"{tmp_path}/{name}", ours())
+    words = ["~/a.json", "~/b", "--json=~/r.json", "--markdown=~/r.md"]
+    assert command.main(["compare", *words]) == 0
+    assert (tmp_path / "r.json").exists()
+    assert (tmp_path / "r.md").exists()
 
 
 def test_a_whole_comparison_of_equal_programs_is_rarely_a_regression():

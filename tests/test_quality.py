@@ -221,3 +221,51 @@ def test_the_samples_of_a_real_run_find_their_records(pipelines, sglang):
     found = quality.compare("outputs", samples, pictures)
     assert (found["pairs"], found["identical"]) == (2, True)
     assert not quality.compare("outputs", samples, pictures[::-1])["identical"]
+
+
+SMALL = ("--prompt", "a lake", "--seed", "7", "--num-inference-steps", "1", "perf=light")
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """No engine may be loaded."""
+
+    def load(*_: object) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr("sglang_gen.backends.native.load", load)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "sentence"),
+    [
+        (lambda path: None, "is 32 x 64, but its reference reference/generated_image_0.png is 19 x 16"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "reference/generated_image_0.png cannot be read"),
+        (lambda path: path.unlink(), "reference/generated_image_0.png is missing beside its record"),
+    ],
+)
+def test_a_reference_that_cannot_be_compared_is_refused_before_loading(pipelines, sglang, unloaded, break_it, sentence):
+    keep(0, noise(), sample(7))
+    break_it(Path("reference/generated_image_0.png"))
+    done = sglang("generate", "--model-path", pipelines["sd3"], *SMALL, "--height", "64", "--width", "32",
+                  "quality.reference=reference")  # fmt: skip
+    assert (done.code, sentence in done.lines[-1]) == (2, True), done.err
+
+
+def test_the_models_own_size_is_known_before_loading(pipelines, sglang, unloaded):
+    keep(0, noise(), sample(7))
+    done = sglang("generate", "--model-path", pipelines["sd3"], *SMALL, "quality.reference=reference")
+    assert (done.code, "but its reference reference/generated_image_0.png is 19 x 16" in done.lines[-1]) == (2, True)
+
+
+def test_a_comparison_that_fails_after_the_run_costs_neither_the_dump_nor_the_jobs_pictures(pipelines, sglang):
+    keep(0, noise(), sample(7))
+    done = sglang("generate", "--model-path", pipelines["sd15"], *SMALL, "--backend", "diffusers", "tracking=csv",
+                  "quality.reference=reference", "--output-path", "sweep", "-m")  # fmt: skip
+    assert done.code == 1
+    note, dump = (json.loads(Path("sweep/0", name).read_text()) for name in ("job.json", "perf.json"))
+    assert (note["status"], note["files"]) == ("failed", ["generated_image_0.png"])
+    assert note["error"].startswith("The pictures are saved, but not compared: The picture of seed 7 and prompt")
+    assert (dump["quality"], dump["total_duration_ms"] > 0) == (None, True)
+    assert Path("sweep/0/runs.csv").exists()
+    assert "![0/generated_image_0.png](0/generated_image_0.png)" in Path("sweep/table.md").read_text()

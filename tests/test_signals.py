@@ -54,8 +54,10 @@ def test_a_signal_ends_a_whole_sweep_and_the_job_says_so(pipelines, tmp_path, nu
     words = ["--model-path", str(pipelines["sd15"]), *MANY, "--output-path", str(tmp_path), "-m",
              "sampling.guidance_scale=2,3"]  # fmt: skip
     assert interrupt(number, words) == (code, "", [sentence])
-    assert {path.name for path in tmp_path.iterdir()} == {"multirun.yaml", "0"}
+    assert {path.name for path in tmp_path.iterdir()} == {"multirun.yaml", "0", "table.csv", "table.md"}
     check_pictures(tmp_path / "0", "job.json")
     note = json.loads((tmp_path / "0" / "job.json").read_text())
     word = "interrupted" if number == signal.SIGINT else "terminated"
     assert (note["status"], note["error"]) == (word, f"The sweep was {word} in this job")
+    assert "generated_image_0.png" in note["files"]
+    assert f"| {word}: The sweep was {word} in this job |" in (tmp_path / "table.md").read_text()

@@ -155,6 +155,15 @@ def test_a_job_without_a_dump_is_a_row_with_its_reason(tmp_path):
     assert "failed: 2 ranks \\| not here" in to_markdown(report.read_jobs(tmp_path))
 
 
+def test_a_job_that_did_not_complete_has_no_times_from_a_dump_that_an_earlier_job_left(tmp_path):
+    for name, status in enumerate(("failed", "interrupted", "unfinished", "planned")):
+        job(tmp_path, str(name), dump(), status=status, files=[])
+    for row in table(tmp_path):
+        told = {name: value for name, value in row.items() if value}
+        assert set(told) <= {"job", "status", "seconds"}
+    assert "\n0 of 4 jobs completed, 1 planned without running.\n" in to_markdown(report.read_jobs(tmp_path))
+
+
 def test_the_markdown_shows_pictures_and_says_shared_overrides_once(tmp_path):
     for name, layout in enumerate(["single", "tp2"]):
         job(tmp_path, str(name), dump(), "model.path=a|b", f"parallel={layout}")
@@ -185,6 +194,22 @@ def test_a_sweep_leaves_its_table_and_a_failed_cell_does_not_stop_it(pipelines, 
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
     assert len(pictures) == 3
     assert all((Path("sweep") / picture).exists() for picture in pictures)
+
+
+def test_a_failed_job_has_nothing_of_the_job_that_had_its_folder_before(pipelines, sglang):
+    words = ("--model-path", pipelines["sd3"], *TINY, "--output-path", "sweep", "-m")
+    assert sglang("generate", *words, "sampling.num_samples=1,2").code == 0
+    assert sglang("generate", *words, "sampling.num_samples=1,0").code == 1
+    first, second = read(Path("sweep/table.csv"))
+    assert (first["status"], first["pictures"], first["step_s"] > "0") == ("completed", "0/generated_image_1.png", True)
+    assert second["error"] == "sampling.num_samples is 0; it must be at least 1"
+    assert {name for name, value in second.items() if value} == {"job", "overrides", "status", "error", "seconds"}
+
+
+def test_a_dry_run_in_a_sweep_is_planned(sglang):
+    done = sglang("generate", "--prompt", "a", "--output-path", "sweep", "-m", "dry_run=true", "sampling.seed=1,2")
+    assert done.code == 0, done.err
+    assert [row["status"] for row in read(Path("sweep/table.csv"))] == ["planned", "planned"]
 
 
 def test_a_table_that_cannot_be_written_is_one_line_and_changes_no_exit_code(pipelines, sglang):

@@ -3,7 +3,7 @@
 import argparse
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,17 +83,26 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("sglang perf compare needs a BASE and at least one NEW, each a perf dump or a folder of dumps")
     for path in given.paths:
         _check_name("BASE and NEW", path)
-    for option, path in (("--json", given.json), ("--markdown", given.markdown)):
-        if path is not None:
-            _check_name(option, path)
-            output.prepare_file(Path(path))  # before the verdict, whose exit codes a failed write would imitate
+    paths = [os.path.expanduser(path) for path in given.paths]
+    reports = {
+        option: os.path.expanduser(path)
+        for option, path in (("--json", given.json), ("--markdown", given.markdown))
+        if path is not None
+    }
+    for option, path in reports.items():
+        _check_name(option, path)
+        if path.endswith("/"):
+            raise UserError(f"sglang perf compare: {option} must name a file, and {path} ends in a slash")
+        output.prepare_file(Path(path))  # before the verdict, whose exit codes a failed write would imitate
     tolerances, confidence = _tolerances(given.tolerance), _confidence(given.confidence)
-    report = compare(collect(given.paths[:1]), collect(given.paths[1:]), tolerances, confidence)
+    base, new = collect(paths[:1]), collect(paths[1:])
+    _check_reports(reports, [dump.path for dump in (*base, *new)])
+    report = compare(base, new, tolerances, confidence)
     text = markdown(report)
-    if given.json:
-        output.save_json(Path(given.json), as_json(report))
-    if given.markdown:
-        _save_text(Path(given.markdown), text + "\n")
+    if "--json" in reports:
+        output.save_json(Path(reports["--json"]), as_json(report))
+    if "--markdown" in reports:
+        _save_text(Path(reports["--markdown"]), text + "\n")
     print(text)
     return EXIT_CODES[report.verdict]
 
@@ -101,6 +110,16 @@ def main(argv: Sequence[str]) -> int:
 def _check_name(what: str, path: str) -> None:
     if not path.strip() or "\0" in path:
         raise UserError(f"sglang perf compare: {what} must name a file, not {path!r}")
+
+
+def _check_reports(reports: Mapping[str, str], inputs: Iterable[Path]) -> None:
+    """Raises UserError where a report would take the place of a dump that is compared, or of the other report."""
+    taken = {path.resolve(): f"{path}, which is compared" for path in inputs}
+    for option, path in reports.items():
+        place = Path(path).resolve()
+        if place in taken:
+            raise UserError(f"sglang perf compare: {option} {path} would replace {taken[place]}; give another name")
+        taken[place] = f"the report of {option}"
 
 
 class _Parser(argparse.ArgumentParser):

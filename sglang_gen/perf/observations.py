@@ -68,7 +68,7 @@ def read(path: Path, strict: bool = False) -> Dump | None:
         raise UserError(f"{path} is nested too deeply") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if not isinstance(content, dict) or not {"total_duration_ms", "steps"} <= content.keys():
+    if not is_dump(content):
         if strict:
             raise UserError(f"{path} is no perf dump: it has no total_duration_ms and steps")
         return None
@@ -76,6 +76,11 @@ def read(path: Path, strict: bool = False) -> Dump | None:
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise UserError(f"{path} has schema version {version}, this program reads versions up to {SCHEMA_VERSION}")
     return _dump(path, content)
+
+
+def is_dump(content: Any) -> bool:
+    """Whether this is what the JSON of a perf dump holds, ours or upstream's."""
+    return isinstance(content, dict) and {"total_duration_ms", "steps"} <= content.keys()
 
 
 def _refuse(constant: str) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from sglang_gen.log import shorten
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
     Frame = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -90,16 +92,24 @@ def _decibels(error: float) -> float:
     return 10 * math.log10(PEAK**2 / error) if error else math.inf
 
 
-def counterparts(reference: str | Path, samples: Sequence[Mapping[str, Any]]) -> list[Path]:
+def counterparts(
+    reference: str | Path, samples: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = None
+) -> list[Path]:
     """The picture in the folder `reference` that belongs to each sample: the one of the same prompt and seed.
 
-    A sample has `prompt`, `seed` and possibly `negative_prompt`, which chooses where several pictures fit. To be called
-    before a run: it then fails before work is done, and cannot find the run's own pictures. Raises UserError where one
-    is missing or ambiguous.
+    A sample has `prompt`, `seed` and possibly `negative_prompt`, which chooses where several pictures fit; `size` is
+    the height and width that all will have, where that is known. To be called before a run: it then fails before work
+    is done, and cannot find the run's own pictures. Raises UserError where one is missing, ambiguous, broken or of
+    another size.
     """
     folder = Path(reference)
     records = _records(folder)
-    return [_counterpart(folder, records, sample) for sample in samples]
+    found = [_counterpart(folder, records, sample) for sample in samples]
+    for sample, path in zip(samples, found, strict=True):
+        own = _size_of(path)
+        if size is not None:
+            _check_sizes(sample, size, path, own)
+    return found
 
 
 def compare(
@@ -135,10 +145,7 @@ def compare(
 def _pair(sample: Mapping[str, Any], frame: "Frame", path: Path) -> tuple[float, dict[str, Any]]:
     """The squared error of one pair, and what is reported of it."""
     other = _picture(path)
-    if other.shape != frame.shape:
-        raise UserError(f"{_name(sample)} is {_size(frame)}, but its reference {path} is {_size(other)}")
-    if min(frame.shape[:2]) < WINDOW:
-        raise UserError(f"{_name(sample)} is {_size(frame)}, too small for SSIM (at least {WINDOW} x {WINDOW})")
+    _check_sizes(sample, frame.shape[:2], path, other.shape[:2])
     error = squared_error(frame, other)
     return error, {
         **{key: sample.get(key) for key in ("index", "prompt", "seed", "file")},
@@ -148,6 +155,17 @@ def _pair(sample: Mapping[str, Any], frame: "Frame", path: Path) -> tuple[float,
         "ssim": round(ssim(frame, other), 6),
         "max_error": max_error(frame, other),
     }
+
+
+def _check_sizes(sample: Mapping[str, Any], size: Sequence[int], path: Path, other: Sequence[int]) -> None:
+    """Raises UserError where a picture of height and width `size` cannot be compared with that of `path`."""
+    (height, width), (other_height, other_width) = size, other
+    if (height, width) != (other_height, other_width):
+        raise UserError(
+            f"{_name(sample)} is {width} x {height}, but its reference {path} is {other_width} x {other_height}"
+        )
+    if min(height, width) < WINDOW:
+        raise UserError(f"{_name(sample)} is {width} x {height}, too small for SSIM (at least {WINDOW} x {WINDOW})")
 
 
 def _finite(decibels: float) -> float | None:
@@ -201,11 +219,26 @@ def _counterpart(
 
 def _picture(path: Path) -> "Frame":
     import numpy as np
+
+    with _opened(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _size_of(path: Path) -> tuple[int, int]:
+    """Height and width of a picture whose file is whole."""
+    with _opened(path) as image:
+        width, height = image.size
+        image.verify()  # its checksums; nothing is decoded
+    return height, width
+
+
+@contextmanager
+def _opened(path: Path) -> "Iterator[Image.Image]":
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            yield image
     except FileNotFoundError:
         raise UserError(f"The reference picture {path} is missing beside its record") from None
     except (UnidentifiedImageError, OSError, SyntaxError):  # PIL calls a broken PNG a SyntaxError

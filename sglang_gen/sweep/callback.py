@@ -18,7 +18,7 @@ from sglang_gen.sweep import table
 
 
 class SweepTable(Callback):  # type: ignore[misc]  # Hydra has no types
-    """Writes `table.csv` and `table.md` into the sweep's folder when all jobs have ended."""
+    """Writes `table.csv` and `table.md` into the sweep's folder when all jobs have ended, or a signal has ended it."""
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         try:

@@ -61,18 +61,19 @@ def read_jobs(folder: Path) -> list[Row]:
 
 def _read_job(place: Path) -> Row:
     note, problem = _read(place / NOTE)
-    dump, missing = _read(place / note.get("dump", DUMP))
-    if not problem and note.get("files"):
-        problem = missing  # pictures without a dump; a failed job and a dry run have neither
+    status: str = note.get("status", "unfinished")
+    dump: dict[str, Any] = {}
+    if status == "completed":  # what lies in the folder of any other job is an earlier one's
+        dump, missing = _read(place / note.get("dump", DUMP))
+        problem = missing if note.get("files") else problem
     samples = dump.get("samples", [])
-    files = note.get("files") or dict.fromkeys(sample["file"] for sample in samples if "file" in sample)
     return Row(
         job=place.name,
-        status=note.get("status", "unfinished"),
+        status=status,
         overrides=tuple(note.get("overrides", ())),
         error=note.get("error") or problem,
         seconds=note.get("seconds"),
-        pictures=tuple(f"{place.name}/{name}" for name in files if (place / name).exists()),
+        pictures=tuple(f"{place.name}/{name}" for name in note.get("files", ()) if (place / name).exists()),
         times=times(dump),
         images_per_second=_rate(dump, len(samples)),
         memory=peak_memory(dump),

@@ -65,8 +65,9 @@ def _rounded(value: float | None) -> float | None:
 def to_markdown(rows: Sequence[Row], title: str = "Sweep") -> str:
     """The table for readers. What all jobs share is said once above it; empty columns are left out."""
     shared = [word for word in rows[0].overrides if all(word in row.overrides for row in rows)] if len(rows) > 1 else []
-    done = sum(row.status == "completed" for row in rows)
-    lines = [f"# {title}", "", f"{done} of {len(rows)} jobs completed."]
+    done, planned = (sum(row.status == status for row in rows) for status in ("completed", "planned"))
+    dry = f", {planned} planned without running" if planned else ""
+    lines = [f"# {title}", "", f"{done} of {len(rows)} jobs completed{dry}."]
     if shared:
         lines += [f"All jobs: {_code(shlex.join(shared))}."]
     settings = _telling(rows)

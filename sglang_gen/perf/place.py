@@ -1,0 +1,45 @@
+"""Where a perf dump may go: to a name of its own, and never in place of a file that is none."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from sglang_gen.errors import UserError
+from sglang_gen.output import RESULT
+from sglang_gen.perf.observations import is_dump
+
+KEY = "output.perf_dump_path"
+RUNS = "runs.csv"  # what tracking=csv adds to
+OF_A_SWEEP = re.compile(r"job\.json|table\..*|multirun\.yaml")
+
+
+def check(path: str) -> None:
+    """Raises UserError where a dump at `path` would have the name of another result, or replace another file."""
+    name = os.path.basename(path)
+    if os.path.isdir(path):
+        raise UserError(f"{KEY} is the folder {path}; it must name a JSON file")
+    if not name:
+        raise UserError(f"{KEY} is {path}, which ends in a slash; it must name a JSON file")
+    if RESULT.fullmatch(name) or name == RUNS:
+        raise UserError(f"{KEY} is {path}: a run gives names such as {name} to other results; give the dump its own")
+    if os.path.exists(path) and not _may_be_replaced(Path(path)):
+        raise UserError(f"{KEY} is {path}, a file that is no perf dump and would be lost; give another name")
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether it is a perf dump, of ours or of upstream, or an empty file."""
+    try:
+        content = path.read_bytes() if path.is_file() else b"?"
+        return not content or is_dump(json.loads(content))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def check_in_sweep(path: str) -> None:
+    """Raises UserError for a name that is none of a file beside the results of a job."""
+    whole, name = Path(path), os.path.basename(path)
+    if whole.is_absolute() or len(whole.parts) != 1 or name in ("", "..") or name == RUNS or (
+        RESULT.fullmatch(name) or OF_A_SWEEP.fullmatch(name)
+    ):  # fmt: skip
+        raise UserError(f"In a multirun each job writes its own perf dump: give it a name of its own, not '{path}'")
