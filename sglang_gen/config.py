@@ -61,6 +61,7 @@ class Composed:
     sources: dict[str, str]
     notices: tuple[str, ...] = ()
     versions: dict[str, str | None] = field(default_factory=dict)  # of the record being repeated
+    inputs: dict[str, str] = field(default_factory=dict)  # digests of its files
     place: env.Torchrun | None = None  # which rank this process is already, where torchrun started it
 
 
@@ -109,7 +110,8 @@ def _compose(choices: Choices) -> tuple[Composed, bool]:
     yielded = [path for path in file.values if not covered & {path} and path not in values]
     if yielded:
         notices.append(f"Group options given beside {choices.file} replace its {', '.join(yielded)}")
-    return Composed(run, sources, tuple(notices), file.versions), "model" in typed or "model" in file.options
+    composed = Composed(run, sources, tuple(notices), file.versions, file.inputs)
+    return composed, "model" in typed or "model" in file.options
 
 
 def _merged(composed: Any, value: Any, path: str, typed: Iterable[str]) -> Any:

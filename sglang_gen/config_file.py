@@ -26,6 +26,7 @@ class FileValues:
     values: dict[str, Any] = field(default_factory=dict)
     options: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str | None] = field(default_factory=dict)  # of the run that a record describes
+    inputs: dict[str, str] = field(default_factory=dict)  # digests of its files, see `inputs`
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def _read_record(record: Mapping[str, Any], path: str | Path) -> FileValues:
     version = record["schema_version"]
     if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise UserError(f"{path} is a record of schema version {version}; this sglang-gen reads up to {SCHEMA_VERSION}")
-    parts = {name: record.get(name) or {} for name in ("run", "effective", "sources", "versions")}
+    parts = {name: record.get(name) or {} for name in ("run", "effective", "sources", "versions", "inputs")}
     for name, part in parts.items():
         if not isinstance(part, dict):
             raise UserError(f"{path}: '{name}' of the record is not a mapping")
@@ -95,7 +96,7 @@ def _read_record(record: Mapping[str, Any], path: str | Path) -> FileValues:
     for name, target in PINNED.items():
         if parts["effective"].get(name) is not None and name not in _settled(found.values):
             found.values[target] = _typed(f"effective.{name}", target, parts["effective"][name], path)
-    return FileValues(found.values, found.options, parts["versions"])
+    return FileValues(found.values, found.options, parts["versions"], parts["inputs"])
 
 
 def _settled(values: Mapping[str, Any]) -> set[str]:

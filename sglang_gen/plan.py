@@ -12,6 +12,7 @@ from sglang_gen import (
     choice,
     env,
     guidance,
+    inputs,
     layout,
     legal,
     offloading,
@@ -96,6 +97,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         warnings=(
             *_warnings(run, sources, composed.versions),
             *_same_noise(run, batches),
+            *inputs.changed(run, sources, composed.inputs),
             *remote_code.warnings(run.model, card),
             *offloading.warnings(run, device),
             *guidance.warnings(run, user_gave(run, sources, "sampling.guidance_scale"), card),

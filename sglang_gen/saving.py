@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sglang_gen import env, kept_prompts, log, output
+from sglang_gen import env, inputs, kept_prompts, log, output
 from sglang_gen.errors import RunError
 from sglang_gen.schema import SCHEMA_VERSION, plain
 from sglang_gen.types import Decoded, Plan, Sample
@@ -16,6 +16,7 @@ class Saved:
     def __init__(self, plan: Plan, effective: dict[str, Any]) -> None:
         self.plan = plan
         self.effective = effective
+        self.inputs = inputs.digests(plan.run)
         self.paths: list[Path] = []
         self.frames: list[Any] = []
         self.latents: list[Any] = []  # where the run generates again and compares, and the pipeline shows them
@@ -26,13 +27,44 @@ class Saved:
         """Save the pictures, videos or sounds of batch `number`."""
         self.effective |= _size(self.plan, decoded)
         for row, sample in enumerate(self.plan.batches[number]):
-            path = _save(self.plan, self.effective, sample, decoded, row)
+            path = self._save(sample, decoded, row)
             log.info(f"Generated {decoded.kind} saved to: {path}")
             self.paths.append(path)
             self.frames.append(decoded.frames[row])
             self.latents.append(kept_latents(self.plan, decoded, row))
             self.seeds.append(sample.seed)
             self.samples.append({**plain(sample), "batch": number, "file": path.name})
+
+    def _save(self, sample: Sample, decoded: Decoded, row: int) -> Path:
+        plan, effective = self.plan, self.effective
+
+        def record(name: str) -> dict[str, Any]:
+            return {
+                "schema_version": SCHEMA_VERSION,
+                "file": name,
+                "sample": plain(sample),
+                "run": kept_prompts.recorded(plan.run),
+                "sources": dict(plan.sources),
+                "requested": dict(plan.requested),
+                "effective": {**effective, **decoded.effective},
+                "inputs": self.inputs,
+                "versions": dict(env.versions()),
+                "commit_hash": env.commit_hash(),
+            }
+
+        latents = None
+        if plan.run.output.latents:
+            if decoded.noise is None or decoded.latents is None:
+                raise RunError(f"{plan.card.pipeline_class} does not show its latents, so output.latents cannot be met")
+            latents = {"noise": decoded.noise[row], "latents": decoded.latents[row]}
+        folder, data = Path(plan.run.output.path), decoded.frames[row]
+        if decoded.kind == "image":
+            return output.save_picture(folder, data, record, latents)
+        from sglang_gen import media
+
+        if decoded.kind == "video":
+            return media.save_video(folder, data, effective["fps"], record, latents)
+        return media.save_sound(folder, data, effective["sampling_rate"], record, latents)
 
 
 def kept_latents(plan: Plan, decoded: Decoded, row: int) -> Any:
@@ -46,35 +78,6 @@ def on_host(plan: Plan, decoded: Decoded) -> Decoded:
     noise = decoded.noise.cpu() if saved and decoded.noise is not None else None
     latents = decoded.latents.cpu() if (saved or compared) and decoded.latents is not None else None
     return replace(decoded, noise=noise, latents=latents)
-
-
-def _save(plan: Plan, effective: dict[str, Any], sample: Sample, decoded: Decoded, row: int) -> Path:
-    def record(name: str) -> dict[str, Any]:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "file": name,
-            "sample": plain(sample),
-            "run": kept_prompts.recorded(plan.run),
-            "sources": dict(plan.sources),
-            "requested": dict(plan.requested),
-            "effective": {**effective, **decoded.effective},
-            "versions": dict(env.versions()),
-            "commit_hash": env.commit_hash(),
-        }
-
-    latents = None
-    if plan.run.output.latents:
-        if decoded.noise is None or decoded.latents is None:
-            raise RunError(f"{plan.card.pipeline_class} does not show its latents, so output.latents cannot be met")
-        latents = {"noise": decoded.noise[row], "latents": decoded.latents[row]}
-    folder, data = Path(plan.run.output.path), decoded.frames[row]
-    if decoded.kind == "image":
-        return output.save_picture(folder, data, record, latents)
-    from sglang_gen import media
-
-    if decoded.kind == "video":
-        return media.save_video(folder, data, effective["fps"], record, latents)
-    return media.save_sound(folder, data, effective["sampling_rate"], record, latents)
 
 
 def _size(plan: Plan, decoded: Decoded) -> dict[str, Any]:

@@ -29,7 +29,7 @@ LAYERS = (
         "perf.kernels",
         "perf.parameters",
     ),
-    ("config_file", "kept_prompts", "prompts"),
+    ("config_file", "inputs", "kept_prompts", "prompts"),
     ("media", "perf.observations", "perf.compare", "perf.quality", "sweep.report"),
     ("config", "hub", "perf.machine", "perf.place", "sweep.table", "perf.command", "weight_files", "help_page"),
     ("quantization", "stored", "requirements", "choice", "guidance", "sizes"),

@@ -101,6 +101,21 @@ def test_the_record_inside_a_picture_is_enough(pipelines, sglang):
     assert np.array_equal(picture("outputs/generated_image_0.png"), picture("outputs/generated_image_1.png"))
 
 
+def test_a_repeat_from_another_picture_than_the_records_is_a_warning(pipelines, sglang):
+    for color in ("red", "blue"):
+        Image.new("RGB", (32, 32), color).save("in.png")
+        words = ("--model-path", pipelines["sd15"], *SIZE, "--prompt", "a", "--image-path", "in.png")
+        again = ("--config", "outputs/generated_image_0.json")
+        done = sglang("generate", *(words if color == "red" else again))
+        assert done.code == 0, done.err
+        changed = [line for line in done.lines if "is not the file that the record was made with" in line]
+        assert changed == (["WARNING: --image-path: in.png is not the file that the record was made with"]
+                           if color == "blue" else [])  # fmt: skip
+    Image.new("RGB", (32, 32), "red").save("in.png")
+    for words in (("outputs/generated_image_0.json",), ("outputs/generated_image_1.json", "--image-path", "in.png")):
+        assert "is not the file" not in sglang("generate", "--config", *words).err
+
+
 def test_other_versions_are_named_in_a_warning(pipelines, sglang):
     assert sglang("generate", "--model-path", pipelines["sd15"], *SIZE, "--prompt", "a").code == 0
     kept = record()
@@ -121,8 +136,8 @@ def test_the_record_says_what_was_asked_what_took_effect_and_why(pipelines, sgla
                   "--seed", "3")  # fmt: skip
     assert done.code == 0, done.err
     kept = record()
-    assert set(kept) == {"schema_version", "file", "sample", "run", "sources", "requested", "effective", "versions",
-                         "commit_hash"}  # fmt: skip
+    assert set(kept) == {"schema_version", "file", "sample", "run", "sources", "requested", "effective", "inputs",
+                         "versions", "commit_hash"}  # fmt: skip
     assert kept["schema_version"] == 1
     assert kept["sample"] == {"index": 0, "prompt": "a", "negative_prompt": None, "seed": 3}
     same = {"backend", "attention", "dtype", "device", "parallel", "cache", "quantization", "offload", "compile",
