@@ -12,6 +12,7 @@ from test_ranks import assert_same, pool  # noqa: F401 - the ranks that those te
 from test_split_runs import assert_as_predicted, run  # noqa: F401
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_gen.engine import compile as compiling
@@ -57,20 +58,35 @@ def test_every_rank_keeps_the_exchange_of_rows(stride, rank):
         assert kept(conv, torch.zeros(1, 2, 4, 6))[:2] == ["exchange", "arrived"]
 
 
+class Generated(RuntimeError):
+    """Inductor has generated its code, which is not compiled."""
+
+
 @pytest.fixture
-def generated():
+def generated(monkeypatch):
     """What inductor generates for a function of one of several ranks: its calls, as result, name and arguments."""
+    from torch._inductor.graph import GraphLowering
+
+    codes = []
+
+    def stop(graph: GraphLowering):
+        codes.append(graph.codegen()[0].value)
+        raise Generated
+
+    monkeypatch.setattr(GraphLowering, "compile_to_module", stop)
 
     def of(function: Callable, *args: torch.Tensor) -> list[tuple[str, str, str]]:
-        with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False), \
-             torch._functorch.config.patch(enable_autograd_cache=False):  # fmt: skip
-            (code,) = get_code(compiling._compiled(function, 2), *args)  # nothing is built or run
-        found = [match.groups() for match in map(CALL.match, map(str.strip, code.splitlines())) if match]
+        torch._dynamo.reset()
+        with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="Generated"):
+            compiling._compiled(function, 2)(*args)
+        found = [match.groups() for match in map(CALL.match, map(str.strip, codes.pop().splitlines())) if match]
         return [(result, NAMES.get(name, name), words) for result, name, words in found]
 
-    from torch._inductor.utils import get_code
-
-    yield of
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield of
     torch._dynamo.reset()
 
 
