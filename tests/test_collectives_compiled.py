@@ -58,7 +58,7 @@ def test_every_rank_keeps_the_exchange_of_rows(stride, rank):
         assert kept(conv, torch.zeros(1, 2, 4, 6))[:2] == ["exchange", "arrived"]
 
 
-class Generated(RuntimeError):
+class GeneratedError(RuntimeError):
     """Inductor has generated its code, which is not compiled."""
 
 
@@ -71,13 +71,13 @@ def generated(monkeypatch):
 
     def stop(graph: GraphLowering):
         codes.append(graph.codegen()[0].value)
-        raise Generated
+        raise GeneratedError
 
     monkeypatch.setattr(GraphLowering, "compile_to_module", stop)
 
     def of(function: Callable, *args: torch.Tensor) -> list[tuple[str, str, str]]:
         torch._dynamo.reset()
-        with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="Generated"):
+        with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="GeneratedError"):
             compiling._compiled(function, 2)(*args)
         found = [match.groups() for match in map(CALL.match, map(str.strip, codes.pop().splitlines())) if match]
         return [(result, NAMES.get(name, name), words) for result, name, words in found]
