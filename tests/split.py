@@ -174,8 +174,12 @@ def read_text(mesh: Mesh, folder: Path, dtype: torch.dtype, tokens: torch.Tensor
     return hidden, traffic, predicted
 
 
-def by_rows(mesh: Mesh, layer: nn.Module, x: torch.Tensor, rows: tuple[int, ...]):
-    """What this rank makes of its rows of `[B, C, h, w]` with a convolution or a group norm that is split."""
+def by_rows(mesh: Mesh, layer: nn.Module, x: torch.Tensor, rows: tuple[int, ...], last: tuple[int, ...] = ()):
+    """What this rank makes of its rows of `[B, C, h, w]` with a convolution or a group norm that is split.
+
+    On the ranks `last` channels are last in memory.
+    """
     axis = mesh.axis(SEQUENCE)
     split = RowConv(layer, axis) if isinstance(layer, nn.Conv2d) else RowNorm(layer, axis)
-    return split(part(x, 2, rows, axis.index))
+    mine = part(x, 2, rows, axis.index)
+    return split(mine.contiguous(memory_format=torch.channels_last) if axis.index in last else mine)

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_gen import choice
 from sglang_gen.engine import fastest, kernels, patterns
-from sglang_gen.errors import UserError
+from sglang_gen.errors import RunError, UserError
 from sglang_gen.schema import Attention
 
 FLOAT = torch.float32
@@ -249,3 +249,27 @@ def test_flex_equals_attention_with_the_patterns_mask(config):
     assert torch.allclose(kernel(q, k, v), scaled_dot_product_attention(q, k, v, attn_mask=mask), atol=1e-5)
     q, k, v = qkv(grid.tokens, 7)
     assert torch.equal(kernel(q, k, v), scaled_dot_product_attention(q, k, v))  # to the text: dense
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
+def test_flex_is_compiled_for_each_shape_of_a_run_and_one_graph_more_is_an_error(monkeypatch):
+    """Past eight graphs torch would go on with an implementation that is not fused. No code is generated here."""
+    graphs, compiled = [], torch.compile
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return lambda q, *rest: [q]
+
+    monkeypatch.setattr(torch, "compile", lambda function, **words: compiled(function, backend=backend, **words))
+    torch._dynamo.reset()
+    try:
+        with torch._dynamo.config.patch(recompile_limit=2):
+            kernel = chosen("flex").kernel
+            for length in (4, 5, 6, 4):
+                kernel(*qkv(length, length))
+            assert len(graphs) == 3
+            with pytest.raises(RunError, match="flex was compiled for more than the 3 shapes of this run"):
+                kernel(*(x.requires_grad_() for x in qkv(4, 4)))
+            assert len(graphs) == 3
+    finally:
+        torch._dynamo.reset()

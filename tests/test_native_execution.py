@@ -138,7 +138,9 @@ def traced(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(
-        compiling, "_compiled", lambda function: torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+        compiling,
+        "_compiled",
+        lambda function, _: torch.compile(function, backend=backend, fullgraph=True, dynamic=False),
     )
     torch._dynamo.reset()
     yield graphs
@@ -160,6 +162,26 @@ def test_repeats_of_a_block_share_a_graph_and_an_unexpected_shape_is_an_error(tr
     assert len(traced) == 2
     with pytest.raises(RunError, match="a block was compiled for more than the 2 expected shapes"), compiled.limited():
         network(torch.ones(5))
+
+
+class Tripling(nn.Module):
+    def forward(self, x):
+        return 3 * x
+
+
+def test_each_class_of_blocks_has_its_own_limit(traced):
+    network = nn.Sequential(Doubling(), Tripling())
+    compiled = compiling.Compiled(network, (Doubling, Tripling), "cpu")
+    compiled.expect(Shapes(blocks={Doubling: {"one", "two", "three"}, Tripling: {"one"}}))
+    before = torch._dynamo.config.recompile_limit
+    with compiled.limited():
+        for size in (3, 4, 5):
+            network[0](torch.ones(size))
+        network[1](torch.ones(3))
+    with pytest.raises(RunError, match="a block was compiled for more than the 1 expected shapes"), compiled.limited():
+        network[1](torch.ones(4))
+    assert len(traced) == 4
+    assert torch._dynamo.config.recompile_limit == before
 
 
 def test_compilation_without_a_compiler_is_refused(run, monkeypatch):

@@ -11,7 +11,7 @@ from test_native_autoencoder import PLAIN, VARIANTS, draw, latents, reference
 from torch import nn
 
 from sglang_gen.parallel.collectives import Axis
-from sglang_gen.parallel.spatial import RowDecoder
+from sglang_gen.parallel.spatial import RowConv, RowDecoder, RowNorm
 from sglang_gen.pipelines import autoencoder
 from sglang_gen.types import Layout
 
@@ -73,16 +73,39 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("rows", [(4, 4, 5), (2, 6, 1), (8, 2, 3)])
-def test_a_layer_over_uneven_rows_computes_what_it_computes_over_all(ranks, layer, rows):
+@pytest.mark.parametrize(
+    ("rows", "last"), [((4, 4, 5), ()), ((2, 6, 1), ()), ((8, 2, 3), ()), ((4, 4, 5), (0, 1, 2)), ((2, 6, 1), (1,))]
+)
+def test_a_layer_over_uneven_rows_computes_what_it_computes_over_all(ranks, layer, rows, last):
     torch.manual_seed(0)
     whole, x = LAYERS[layer]().double(), 3 + draw(2, 8, sum(rows), 5)
     for parameter in whole.parameters():
         nn.init.normal_(parameter)
     with torch.no_grad():
         expected = whole(x)
-    answers = ranks.run(Layout(ring=3), by_rows, whole, x, rows)
+    answers = ranks.run(Layout(ring=3), by_rows, whole, x, rows, last)
     assert error(torch.cat(answers, dim=2), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("rank", range(3))
+def test_a_split_layer_keeps_channels_where_they_are_in_memory(layer, rank, last):
+    """Otherwise each convolution would convert its input, a crop of a map's rows too."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    axis, whole = Axis("ring", 3, rank), LAYERS[layer]().to("meta", torch.bfloat16, memory_format=layout)
+    split = RowConv(whole, axis) if isinstance(whole, nn.Conv2d) else RowNorm(whole, axis)
+    kept = []  # what the convolution is given, and what the norm gives
+    if isinstance(whole, nn.Conv2d):
+        whole.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    else:
+        split.register_forward_hook(lambda *args: kept.append(args[2]))
+    x = torch.empty(2, 8, 6, 5, device="meta", dtype=torch.bfloat16, memory_format=layout)
+    for mine in (x, x[:, :, :4]):
+        split(mine)
+        assert kept[-1].is_contiguous(memory_format=layout)
+        assert not kept[-1].is_contiguous(memory_format=torch.contiguous_format if last else torch.channels_last)
+    assert len(kept) == 2
 
 
 def test_a_norm_of_numbers_far_from_zero_keeps_their_variance_in_float32(ranks):

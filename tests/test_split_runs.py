@@ -175,6 +175,8 @@ def test_every_axis_with_a_stochastic_scheduler_gives_the_pictures_of_one_proces
         ("sd3", "parallel=ring2"),
         ("flux", "parallel=ring2"),
         ("flux", "parallel=tp2"),
+        ("sd3", "parallel=usp4"),
+        ("flux", "parallel=sp2_tp2"),
     ],
 )
 def test_collectives_inside_compiled_blocks_give_the_same_and_are_counted(run, name, layout):
@@ -185,6 +187,6 @@ def test_collectives_inside_compiled_blocks_give_the_same_and_are_counted(run, n
     assert_same("compiled", "eager", 1)
     dump = json.loads(Path("compiled.json").read_text())
     assert dump["effective"]["compile"] == "regional"
-    assert_every_rank_as_predicted(dump, 2)
-    if "ring2" in layout and name != "sdxl":  # keys and values come by and are merged: none is gathered
+    assert_every_rank_as_predicted(dump, 4 if layout in ("parallel=usp4", "parallel=sp2_tp2") else 2)
+    if layout == "parallel=ring2" and name != "sdxl":  # keys and values come by and are merged: none is gathered
         assert "all_to_all ring" in dump["comm"]["denoising"]["collectives"]

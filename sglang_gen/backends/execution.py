@@ -45,10 +45,10 @@ def laid_out(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return network
 
 
-def _compile(network: nn.Module, regions: tuple[type, ...], device: str) -> "Compiled":
+def _compile(network: nn.Module, regions: tuple[type, ...], device: str, ranks: int) -> "Compiled":
     from sglang_gen.engine.compile import Compiled  # imports dynamo, which takes seconds
 
-    return Compiled(network, regions, device)
+    return Compiled(network, regions, device, ranks)
 
 
 class Execution:
@@ -66,7 +66,8 @@ class Execution:
         self.expected: dict[Any, Expected] = {}  # by the shapes of a batch
         settings = plan.run.compile
         self.regions = glue.REGIONS if settings.regional else ()
-        self.compiled = _compile(network, self.regions, plan.device) if settings.enable_torch_compile else None
+        compiles, ranks = settings.enable_torch_compile, self.mesh.layout.ranks
+        self.compiled = _compile(network, self.regions, plan.device, ranks) if compiles else None
         self.graphs = Graphs(network) if settings.cuda_graphs else None
         # Chosen here so that it is refused before anything is computed; what waits is chosen again for the shapes.
         self.kernel = kernels.choose(self.attention, plan.device, self.dtype, ())

@@ -17,17 +17,23 @@ from sglang_gen.engine.shapes import Shapes
 from sglang_gen.errors import RunError, UserError, first_line
 
 
-def _compiled(function: Any) -> Any:
-    return torch.compile(function, fullgraph=True, dynamic=False)
+def _compiled(function: Any, ranks: int) -> Any:
+    if ranks == 1:
+        return torch.compile(function, fullgraph=True, dynamic=False)
+    from sglang_gen.parallel import lowering  # imports inductor, which takes seconds
+
+    lowering.register()
+    return torch.compile(function, fullgraph=True, dynamic=False, options=lowering.OPTIONS)
 
 
 class Compiled:
     """The compiled parts of a network, and how many graphs each class of them may need."""
 
-    def __init__(self, network: Any, regions: tuple[type, ...], device: str) -> None:
+    def __init__(self, network: Any, regions: tuple[type, ...], device: str, ranks: int = 1) -> None:
         """Compile `forward` of every module of the classes `regions`; without any `evaluate` of the whole network.
 
-        Functions are compiled, not modules, so that hooks stay outside. Raises UserError without a C++ compiler.
+        Functions are compiled, not modules, so that hooks stay outside. Collectives of several ranks keep their order.
+        Raises UserError without a C++ compiler.
         """
         if not env.can_compile(device):
             raise UserError(
@@ -36,27 +42,41 @@ class Compiled:
         env.keep_compiled()
         self.mode = "regional" if regions else "full"
         self.expected: dict[type, set[Any]] = {}
+        self.limiting = False
         modules: list[Any] = [module for module in network.modules() if isinstance(module, regions)]
         for module in modules:
-            module.forward = _compiled(module.forward)
+            module.forward = self._counted(type(module), _compiled(module.forward, ranks))
         if not regions:
-            network.evaluate = _compiled(network.evaluate)
+            network.evaluate = self._counted(type(network), _compiled(network.evaluate, ranks))
 
     def expect(self, shapes: Shapes) -> None:
         """Allow the graphs that calls of these shapes need."""
         for kind, calls in shapes.blocks.items():
             self.expected.setdefault(kind, set()).update(calls)
 
+    def _counted(self, kind: type, compiled: Any) -> Any:
+        """torch has one limit for everything; in a call of a block it is that of the block's class."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.limiting:
+                dynamo.recompile_limit = len(self.expected.get(kind, ()))
+            return compiled(*args, **kwargs)
+
+        return call
+
     @contextlib.contextmanager
     def limited(self) -> Iterator[None]:
-        """Inside, more graphs of a block than were expected are a RunError, and so is a failed compilation."""
-        limit = max((len(calls) for calls in self.expected.values()), default=1)
-        with dynamo.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
+        """Inside, more graphs of a class of blocks than expected are a RunError, and so is a failed compilation."""
+        with dynamo.patch(recompile_limit=dynamo.recompile_limit, fail_on_recompile_limit_hit=True):
+            self.limiting = True
             try:
                 yield
             except FailOnRecompileLimitHit as error:
+                limit = dynamo.recompile_limit
                 raise RunError(f"compile: a block was compiled for more than the {limit} expected shapes") from error
             except BackendCompilerFailed as error:
                 raise RunError(f"compile: torch.compile failed: {first_line(error.inner_exception)}") from error
             except Unsupported as error:
                 raise RunError(f"compile: torch.compile cannot trace this network: {first_line(error)}") from error
+            finally:
+                self.limiting = False

@@ -4,6 +4,7 @@ A pattern says which tokens of a picture see which; text tokens see everything a
 the result, unless it is dense.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_gen import env
-from sglang_gen.errors import UserError, nearest
+from sglang_gen.errors import RunError, UserError, nearest
 from sglang_gen.models.attention import Kernel
 
 KEYS = ("window", "tile", "reach")
@@ -87,11 +88,13 @@ def mask(pattern: Pattern, grid: Grid) -> Mask:
 def kernel(pattern: Pattern, grids: Iterable[Grid], device: str) -> Kernel:
     """FlexAttention for sequences of these grids; attention to anything else, such as text alone, stays dense.
 
-    Raises UserError where FlexAttention cannot be compiled.
+    Raises UserError where FlexAttention cannot be compiled. The kernel raises RunError where it would no longer be.
     """
     if not env.can_compile(device):
         raise UserError("attention.backend: 'flex' on CPU needs a C++ compiler (g++ or clang++); use sdpa")
-    # dynamo, which it imports, takes seconds
+    # dynamo, which they import, takes seconds
+    from torch._dynamo import config as dynamo
+    from torch._dynamo.exc import FailOnRecompileLimitHit
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     masks = {}
@@ -99,14 +102,32 @@ def kernel(pattern: Pattern, grids: Iterable[Grid], device: str) -> Kernel:
         if not pattern.dense:
             size = grid.tokens
             masks[size] = create_block_mask(mask(pattern, grid), None, None, size, size, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    # Past the limit a whole graph is an error, and other code goes on with the implementation that is not fused.
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    called = set()
+
+    def sparse(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Tensor:
+        if torch.compiler.is_compiling():  # in a block, whose graph it is a part of
+            inside: Tensor = flex_attention(q, k, v, block_mask=block_mask)
+            return inside
+        call = tuple((x.shape, x.stride(), x.dtype) for x in (q, k, v))
+        allowed: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if call not in called:
+            called.add(call)
+            allowed = dynamo.patch(recompile_limit=max(len(called), dynamo.recompile_limit))
+        try:
+            with allowed:
+                out: Tensor = compiled(q, k, v, block_mask=block_mask)
+        except FailOnRecompileLimitHit as error:
+            raise RunError(
+                f"attention.backend: flex was compiled for more than the {len(called)} shapes of this run"
+            ) from error
+        return out
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         inside = q.shape[2] == k.shape[2]
-        if pattern.dense and inside:
-            return compiled(q, k, v)
-        if inside and q.shape[2] in masks:
-            return compiled(q, k, v, block_mask=masks[q.shape[2]])
+        if inside and (pattern.dense or q.shape[2] in masks):
+            return sparse(q, k, v, masks.get(q.shape[2]))
         return scaled_dot_product_attention(q, k, v)
 
     return attend

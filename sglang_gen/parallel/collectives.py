@@ -147,8 +147,9 @@ def gather_along(x: Tensor, dim: int, lengths: Sequence[int], axis: Axis) -> Ten
     return put_along(start_along(x, dim, lengths, axis).wait(), dim, lengths)
 
 
-# The same as operators. They wait only in `_arrived`, which reads the source too, so that it lives that long; each
-# started collective is remembered by the memory that it writes to.
+# The same as operators. They wait only in `_arrived`, which reads the source too, so that it lives that long, and in
+# the order of the program: lowering.py says both to inductor. Each started collective is remembered by the memory
+# that it writes to.
 _started: dict[int, "dist.Work"] = {}
 
 

@@ -37,7 +37,10 @@ class RowConv(nn.Module):
 
 
 def neighbours(x: Tensor, axis: Axis, below: bool) -> tuple[Tensor, Tensor]:
-    """The rows `[B, C, 1, w]` above and below this rank's `[B, C, h, w]`: zeros where the picture ends, or unasked."""
+    """The rows `[B, C, 1, w]` above and below this rank's `[B, C, h, w]`: zeros where the picture ends, or unasked.
+
+    They travel with their channels last, whatever the layout of each rank's map, and have that of this one in the end.
+    """
     index, last = axis.index, axis.size - 1
     first, final = x[:, :, :1], x[:, :, -1:]
     zeros = torch.zeros_like(first)
@@ -47,12 +50,16 @@ def neighbours(x: Tensor, axis: Axis, below: bool) -> tuple[Tensor, Tensor]:
     if index < last:
         sent[index + 1], received[index + 1] = first.numel(), first.numel() if below else 0
     rows = ([first] if index > 0 and below else []) + ([final] if index < last else [])
-    flat = torch.cat([row.reshape(-1) for row in rows]) if rows else x.new_empty(0)
+    flat = torch.cat([row.movedim(1, 3).reshape(-1) for row in rows]) if rows else x.new_empty(0)
     coming = exchange(flat, sent, received, axis)
     if not any(received):
         zeros = coming.wait_before(zeros)
         return zeros, zeros
-    found = [row.view(first.shape) for row in torch.split(coming.wait(), [count for count in received if count])]
+    batch, channels, _, width = first.shape
+    sizes = [count for count in received if count]
+    found = [row.view(batch, 1, width, channels).movedim(3, 1) for row in torch.split(coming.wait(), sizes)]
+    if zeros.is_contiguous():
+        found = [row.contiguous() for row in found]
     return (found[0] if index > 0 else zeros), (found[-1] if index < last and below else zeros)
 
 
@@ -64,17 +71,19 @@ class RowNorm(nn.Module):
         self.norm, self.axis = norm, axis
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = x.reshape(len(x), self.norm.num_groups, -1)  # [B, G, N]
+        groups = torch.unflatten(x, 1, (self.norm.num_groups, -1))  # [B, G, C / G, ...], a view of whatever layout
         wide = groups.to(torch.promote_types(x.dtype, torch.float32))
-        mean = wide.mean(dim=2)
-        squares = (wide - mean[..., None]).square().sum(dim=2)
-        count = torch.full_like(mean, groups.shape[2])
+        inside = tuple(range(2, wide.ndim))
+        alone = (..., *[None] * len(inside))
+        mean = wide.mean(dim=inside)
+        squares = (wide - mean[alone]).square().sum(dim=inside)
+        count = torch.full_like(mean, wide[0, 0].numel())
         means, squares, counts = gather(torch.stack([mean, squares, count]), self.axis).wait().unbind(1)  # [R, B, G]
         total = counts.sum(dim=0)
         mean = (means * counts).sum(dim=0) / total
         squares = squares.sum(dim=0) + (counts * (means - mean).square()).sum(dim=0)
         scale = torch.rsqrt(squares / total + self.norm.eps)
-        normed = ((wide - mean[..., None]) * scale[..., None]).view(x.shape)
+        normed = ((wide - mean[alone]) * scale[alone]).flatten(1, 2)
         shape = (1, -1, *[1] * (x.ndim - 2))
         weight, bias = self.norm.weight.view(shape), self.norm.bias.view(shape)
         out: Tensor = (normed * weight + bias).to(x.dtype)
