@@ -1,6 +1,7 @@
 """The environment, read here and nowhere else: variables, folders, versions, CPU flags."""
 
 import gc
+import hashlib
 import importlib.metadata
 import netrc
 import os
@@ -115,8 +116,12 @@ def package_version(name: str) -> str | None:
 
 
 def keep_compiled() -> None:
-    """What torch.compile makes stays beside the measured rates, where the next process finds it."""
-    folder = cache_dir() / "compile"
+    """What torch.compile makes stays beside the measured rates, where the next process finds it.
+
+    torch takes it for the same as long as graphs and its own version are; how our collectives are lowered it cannot see.
+    """
+    lowering = (Path(__file__).parent / "parallel" / "lowering.py").read_bytes()
+    folder = cache_dir() / "compile" / hashlib.sha256(lowering).hexdigest()[:8]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # then in torch's own temporary folder

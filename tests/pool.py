@@ -9,7 +9,7 @@ from typing import Any
 from sglang_gen.types import Layout
 
 RANKS = 8
-PATIENCE = 30.0  # seconds
+PATIENCE = 120.0  # seconds: ranks of a loaded machine take long to start
 
 
 class Pool:
