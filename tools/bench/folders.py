@@ -5,6 +5,7 @@ time, so that a GPU's memory holds the largest of them once and the host a shard
 model's, with the length that the preset's encoder takes: its texts are padded to that, whatever a prompt holds.
 """
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +57,7 @@ def write(
             component.save_pretrained(folder / name, max_shard_size=SHARD)
             del component
             if device == "cuda":
+                gc.collect()
                 torch.cuda.empty_cache()
     _write_json(folder / "model_index.json", index)
     return folder
