@@ -167,6 +167,8 @@ def test_competitors_take_turns_by_rounds_and_a_later_call_goes_on(tmp_path):
     assert found["backend=diffusers"][3:] == ["4.200", "1.00", "3.0", "0.5", ""]
     assert found["backend=sglang"][7] == "identical"
     assert "ours in the ratio: `backend=sglang compile=regional`" in table
+    again, _ = pictures.measured(picture, [*names, "diffusers-compile"], (), 0, tmp_path, "cpu", script)
+    assert cells(again) == found | {"backend=diffusers compile=full": ["not run", *[""] * 7]}
     later = Script(commit="hijklmn")
     table, _ = pictures.measured(picture, names, (), 1, tmp_path, "cpu", later)
     assert "rounds of each: 1, of 3 pictures (intervals of pictures of one process)" in table  # not of other code

@@ -9,13 +9,13 @@ native engine eager, compiled, on a GPU also as CUDA graphs, and diffusers' pipe
 torch.compile. Every number is from the perf dump that the run writes; denoising is synchronised after every step, for
 everybody alike.
 
-Five pipelines of FLUX dev have 34 GB each, which no GPU holds at once. So competitors do not take turns picture by
+Six pipelines of FLUX dev have 34 GB each, which no GPU holds at once. So competitors do not take turns picture by
 picture: a round is one process of each, one after the other, another one first every time, and a process loads, warms
 up untimed and makes `--pictures` pictures. Those of one process are alike, so that a round is one observation, the
 median of its pictures. With a single round the pictures themselves are the observations, and the interval does not know
 how processes differ. With `--folder` models and dumps stay, a later call adds its rounds to those of the same code and
-machine, and so `--work` and `--rounds` divide the job among calls. FLUX dev takes 34 GB there, SDXL 7; without
-`--folder` a work's model is gone when its table is printed.
+machine, and so `--work` and `--rounds` divide the job among calls; `--rounds 0` prints the table of what is there. FLUX
+dev takes 34 GB there, SDXL 7; without `--folder` a work's model is gone when its table is printed.
 
 Exit code 1 where one of ours failed. A peer that fails is named in the table.
 """
@@ -223,13 +223,14 @@ def table(dumps: Mapping[str, Sequence[Dump]], failed: Mapping[str, str], target
     for name in dumps:
         what = f"`{' '.join(ENTRIES[name])}`"
         lines.append(
-            f"| {what} | {_row(ran[name], ours, ran.get(REFERENCE)) if name in ran else _failure(failed[name])}"
+            f"| {what} | {_row(ran[name], ours, ran.get(REFERENCE)) if name in ran else _absent(failed.get(name))}"
         )
     return "\n".join([*lines, "", _said(ran, ours), *_target(ran, target)])
 
 
-def _failure(sentence: str) -> str:
-    return f"failed: {sentence.replace('|', '/')} |" + " |" * 7
+def _absent(failure: str | None) -> str:
+    said = "not run" if failure is None else f"failed: {failure.replace('|', '/')}"
+    return f"{said} |" + " |" * 7
 
 
 def _row(found: Sequence[Dump], ours: Sequence[Dump] | None, reference: Sequence[Dump] | None) -> str:
