@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROMPT ?= A serene landscape with mountains and a lake at sunset
 
-.PHONY: help setup generate test test-networks test-others test-slow test-lowest lint types bench wheel-smoke docs clean
+.PHONY: help setup generate test test-networks test-others test-slow test-lowest lint types bench bench-gpu wheel-smoke docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -54,6 +54,9 @@ bench: $(STAMP)  ## benchmarks: start, composition, a picture (pytest-benchmark)
 	$(BIN)/python -m pytest -m bench tests/bench
 	$(BIN)/python -m tools.bench.networks
 	$(BIN)/python -m tools.bench.start
+
+bench-gpu: $(STAMP)  ## on a GPU: whole pictures of SDXL and FLUX.1 dev with random weights, beside diffusers
+	$(BIN)/python -m tools.bench.pictures --device cuda --work sdxl,flux_dev
 
 wheel-smoke: $(STAMP)  ## build the wheel, install it in a clean environment, generate outside of the checkout
 	PYTHON=$(BIN)/python tools/wheel_smoke.sh

@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from test_cuda_graphs import Repeated
 
-from sglang_gen.engine import graphs
+from sglang_gen.engine import graphs, kernels
 from tools.bench import networks, works
 from tools.bench.guests import Guest, Room
 
@@ -60,7 +60,7 @@ def crowded(monkeypatch) -> list[torch.nn.Module]:
 
 def test_where_memory_is_short_each_network_is_loaded_once_and_peers_come_in_turn(crowded, tmp_path, monkeypatch):
     folder = works.stored(LITTLE, tmp_path)
-    calls, room = networks.entries(LITTLE, folder, "cpu")
+    calls, room = networks.entries(LITTLE, folder, "cpu", kernels.sdpa())
     assert list(calls) == [*OURS, *PEERS]
     assert len(crowded) == 3  # ours, diffusers' in two dtypes
     came = []
@@ -75,16 +75,47 @@ def test_where_memory_is_short_each_network_is_loaded_once_and_peers_come_in_tur
     seconds = networks.rounds_of(calls | rates, room, 2, "cpu")
     assert came == [single, half, single, half, single, half]
     assert {len(values) for values in seconds.values()} == {2}
-    table = networks.table(first, seconds, flops, networks.rate_name("cpu"))
+    table = networks.table(first, seconds, flops, networks.rate_name("cpu"), "sdpa")
     assert "| matrix product 32^3, bfloat16 |" in table
 
 
 def test_where_there_is_room_everybody_has_a_network_of_its_own_and_nobody_moves(crowded, tmp_path, monkeypatch):
     monkeypatch.setattr(networks, "CROWDED", ())
-    calls, room = networks.entries(LITTLE, works.stored(LITTLE, tmp_path), "cpu")
+    calls, room = networks.entries(LITTLE, works.stored(LITTLE, tmp_path), "cpu", kernels.sdpa())
     assert list(networks.first_calls(calls, room, "cpu")) == [*OURS, *PEERS]
     assert len({next(network.parameters()).data_ptr() for network in crowded}) == len(crowded) == 7
     assert room.guests == {}
+
+
+def test_ours_attends_with_the_kernel_that_a_run_with_auto_takes(crowded, tmp_path, monkeypatch, sglang, pipelines):
+    offered = []
+
+    def fastest(timed, shapes, device, dtype) -> str:
+        offered.append((list(timed), set(shapes), device, dtype))
+        return "math"
+
+    called = []
+    named = kernels.named
+
+    def counting(name: str) -> kernels.Choice:
+        choice = named(name)
+        return kernels.Choice(name, lambda *qkv: called.append(name) or choice.kernel(*qkv))
+
+    monkeypatch.setattr(networks.fastest, "fastest", fastest)
+    monkeypatch.setattr(kernels, "named", counting)
+    kernel = networks.kernel_of_auto(LITTLE, "cpu")
+    calls, _ = networks.entries(LITTLE, works.stored(LITTLE, tmp_path / "model"), "cpu", kernel)
+    for name in OURS:
+        called.clear()
+        with torch.no_grad():
+            calls[name]()
+        assert set(called) == {"math"}, name
+    words = ("sampling.height=32", "sampling.width=32", "sampling.num_inference_steps=1", "dtype=bfloat16")
+    done = sglang("generate", "--model-path", pipelines["flux"], "--prompt", "a lake", "--backend", "sglang", *words)
+    assert done.code == 0, done.err
+    (_, shapes, *_), _ = offered
+    assert [each[0::2] for each in offered] == [(["sdpa", "math"], "cpu")] * 2  # the same candidates
+    assert {shape[1:] for shape in shapes} == {(2, 21, 21, 32)}  # 4 x 4 tokens and 5 of text
 
 
 def test_a_compiled_guest_is_not_compiled_anew_when_it_comes_back():

@@ -4,7 +4,8 @@
     python -m tools.bench.networks --device cuda --work sdxl,flux_dev
 
 Peers: diffusers in its default dtype (float32), in bfloat16, in bfloat16 under torch.compile, and OpenVINO with its
-bfloat16 hint where it is installed. On a GPU ours also runs as CUDA graphs. Every round calls each of them once,
+bfloat16 hint where it is installed. Ours attends with the kernel that attention=auto, the default of a run, takes for
+these shapes, and the table names it. On a GPU ours also runs as CUDA graphs. Every round calls each of them once,
 another one first every time. The table gives the median time, the ratio of geometric means to ours (compiled) with its
 95 % interval, and the share of the machine's own matrix rate, which is measured in the same rounds. Nothing here fails
 because a machine is slow.
@@ -12,6 +13,8 @@ because a machine is slow.
 On a GPU all of ours have one copy of the weights, which stays. Those of the peers wait on the host, and one peer's are
 on the GPU at a time: they come before its call in every round, and it is called once untimed first, since the GPU has
 rested. So FLUX dev needs some 71 GiB of the GPU (22 for ours, 44 for float32, graphs, activations), 67 of the host.
+
+One evaluation is not a picture: `tools.bench.pictures` times whole generations.
 """
 
 import argparse
@@ -32,6 +35,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from sglang_gen.backends.execution import laid_out
+from sglang_gen.engine import fastest, kernels
 from sglang_gen.engine.compile import Compiled
 from sglang_gen.engine.graphs import Graphs
 from sglang_gen.nested import to_meta
@@ -51,14 +55,28 @@ def rate_name(device: str) -> str:
     return f"matrix product {SIDES[device]}^3, bfloat16"
 
 
-def entries(work: works.Work, folder: Path, device: str) -> tuple[dict[str, Call], Room]:
-    """What is timed, by the name that the table shows; and what each has to have on the device before it is called."""
-    load = _our_networks(work, folder, device)
-    found: dict[str, Call] = {"sglang-gen, eager": _ours(work, load, device, compiled=False)}
-    found[OURS] = _ours(work, load, device, compiled=True)
+def kernel_of_auto(work: works.Work, device: str) -> kernels.Choice:
+    """The kernel that attention=auto takes for this work in bfloat16, as `Execution` chooses it."""
+    latents, text, pooled = (each.to("meta") for each in work.inputs(torch.bfloat16, "cpu"))
+    shapes = works.rehearsed(
+        work, (), works.outline(work, torch.bfloat16),
+        lambda twin: twin(latents, works.conditioning(work, text, pooled, twin, meta=True), 0),
+    ).attention  # fmt: skip
+    names = kernels.candidates(shapes, device, torch.bfloat16)
+    timed = {name: kernels.named(name).kernel for name in names}
+    return kernels.named(fastest.fastest(timed, shapes, device, torch.bfloat16))
+
+
+def entries(work: works.Work, folder: Path, device: str, kernel: kernels.Choice) -> tuple[dict[str, Call], Room]:
+    """What is timed, by the name that the table shows; and what each has to have on the device before it is called.
+
+    `kernel` is that of our attentions.
+    """
+    ours = partial(_ours, work, _our_networks(work, folder, device), device, kernel)
+    found: dict[str, Call] = {"sglang-gen, eager": ours(compiled=False), OURS: ours(compiled=True)}
     if device in CAPTURING:
-        found["sglang-gen, eager, graphs"] = _ours(work, load, device, compiled=False, graphs=True)
-        found["sglang-gen, compiled, graphs"] = _ours(work, load, device, compiled=True, graphs=True)
+        found["sglang-gen, eager, graphs"] = ours(compiled=False, graphs=True)
+        found["sglang-gen, compiled, graphs"] = ours(compiled=True, graphs=True)
     peers, room = _peers(work, folder, device)
     found |= peers
     if device == "cpu" and importlib.util.find_spec("openvino"):
@@ -107,11 +125,14 @@ def _ours(
     work: works.Work,
     load: Callable[[], tuple[Any, Any, Tensor]],
     device: str,
+    kernel: kernels.Choice,
     compiled: bool,
     graphs: bool = False,
 ) -> Call:
     network, condition, latents = load()
     network = laid_out(network, torch.bfloat16)
+    summing = kernels.summing(kernel.name, device, torch.bfloat16)
+    works.whole(work).place(network).set_kernel(kernel.kernel, summing)
     conditioning = condition(network)
     if not compiled:
         if graphs:
@@ -225,8 +246,10 @@ def rounds_of(calls: dict[str, Call], room: Room, rounds: int, device: str) -> d
     return seconds
 
 
-def table(first: dict[str, float], seconds: dict[str, list[float]], flops: dict[str, int], product: str) -> str:
-    """Markdown: a line for each entry. `product` is that of the matrix rate."""
+def table(
+    first: dict[str, float], seconds: dict[str, list[float]], flops: dict[str, int], product: str, kernel: str
+) -> str:
+    """Markdown: a line for each entry. `product` is that of the matrix rate, `kernel` attends in ours."""
     rate = flops[product] / statistics.median(seconds[product])
     lines = [
         "| what | ms (least to most) | time / ours (95 %) | share of the matrix rate | first call, s |",
@@ -242,7 +265,8 @@ def table(first: dict[str, float], seconds: dict[str, list[float]], flops: dict[
             f"{work / median / rate:.0%} | {f'{first[name]:.1f}' if name in first else ''} |"
         )
     total, share = flops["network"] / 1e9, flops[ATTENTION] / flops["network"]
-    said = f"{total:.0f} GFLOP, {share:.0%} of them attention; matrix rate {rate / 1e9:.0f} GFLOP/s."
+    said = f"{total:.0f} GFLOP, {share:.0%} of them attention; matrix rate {rate / 1e9:.0f} GFLOP/s. "
+    said += f"Attention of ours: {kernel} (auto); of diffusers: sdpa."
     return "\n".join([*lines, "", said])
 
 
@@ -250,13 +274,14 @@ def measured(work: works.Work, rounds: int, device: str) -> str:
     """The table of one work."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = works.stored(work, Path(temporary))
-        works.check_activations(work, folder, device)
+        works.check_activations(work, *works.theirs(work, folder, torch.bfloat16, device))
         clear(device)
-        calls, room = entries(work, folder, device)
+        kernel = kernel_of_auto(work, device)
+        calls, room = entries(work, folder, device, kernel)
         first = first_calls(calls, room, device)
         rates, flops = ceilings(work, device)
         seconds = rounds_of(calls | rates, room, rounds, device)
-    return table(first, seconds, flops, rate_name(device))
+    return table(first, seconds, flops, rate_name(device), kernel.name)
 
 
 def clear(device: str) -> None:

@@ -142,9 +142,11 @@ def their_arguments(work: Work, dtype: torch.dtype, device: str) -> dict[str, An
 
 
 @torch.no_grad()
-def check_activations(work: Work, folder: Path, device: str) -> None:
-    """Assert that what every block gives is finite and of order one, as that of a trained network is."""
-    network, arguments = theirs(work, folder, torch.bfloat16, device)
+def check_activations(work: Work, network: Any, arguments: Mapping[str, Any]) -> None:
+    """Assert that what every block gives is finite and of order one, as that of a trained network is.
+
+    `network` is diffusers', `arguments` are those of its call.
+    """
     found: dict[str, float] = {}
 
     def note(name: str, output: Any) -> None:
@@ -152,11 +154,14 @@ def check_activations(work: Work, folder: Path, device: str) -> None:
             if isinstance(tensor, Tensor):
                 found[f"{name}[{number}]"] = tensor.float().square().mean().sqrt().item()
 
+    hooks = []
     lists = [(name, module) for name, module in network.named_modules() if isinstance(module, torch.nn.ModuleList)]
     for name, blocks in lists:
         for number, block in enumerate(blocks):
-            block.register_forward_hook(lambda _module, _given, out, at=f"{name}.{number}": note(at, out))
+            hooks.append(block.register_forward_hook(lambda _m, _given, out, at=f"{name}.{number}": note(at, out)))
     network(**arguments, return_dict=False)
+    for hook in hooks:
+        hook.remove()
     assert found, f"{work.title} has no blocks"
     odd = {name: size for name, size in found.items() if not 0.01 < size < 100}  # not a number is neither
     assert not odd, f"{work.title}: root mean squares far from one: {odd}"
@@ -190,9 +195,13 @@ def conditioning(work: Work, text: Tensor, pooled: Tensor, network: Any, meta: b
     return network.condition(times, states, vector, sizes)
 
 
+def whole(work: Work) -> Split:
+    """The one rank that has all of the network."""
+    glue: Any = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
+    return Split(Mesh(), glue.TENSOR, glue.SHARDING)
+
+
 def rehearsed(work: Work, regions: tuple[type, ...], network: Any, evaluate: Callable[[Any], Any]) -> Shapes:
     """What `evaluate` meets in a network like this one, without memory."""
-    glue: Any = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
-    split = Split(Mesh(), glue.TENSOR, glue.SHARDING)
-    twin = split.twin(lambda: type(network)(network.config), next(network.parameters()).dtype)
+    twin = whole(work).twin(lambda: type(network)(network.config), next(network.parameters()).dtype)
     return rehearse(twin, regions, evaluate)

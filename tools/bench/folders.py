@@ -1,0 +1,92 @@
+"""A preset's model as a folder with random weights in bfloat16, by the configs in the package.
+
+Weights are drawn as their classes draw them before a training, on the device that will use them, one component at a
+time, so that a GPU's memory holds the largest of them once and the host a shard of it. Tokenizers are the embedded
+model's, with the length that the preset's encoder takes: its texts are padded to that, whatever a prompt holds.
+"""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from sglang_gen import env
+
+SHARD = "4GB"
+TOKENIZERS = {"CLIPTokenizer": "tokenizer", "T5TokenizerFast": "tokenizer_3"}  # of the embedded model
+Configs = Mapping[str, Mapping[str, Any]]  # by the names of components
+
+
+def configs(preset: str, changes: Configs | None = None) -> Configs:
+    """The configs of a preset's components, with some of their fields changed."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in env.preset_configs(preset).glob("*/*.json")}
+    return {name: config | (changes or {}).get(name, {}) for name, config in found.items()}
+
+
+def write(
+    preset: str, folder: Path, device: str, changes: Configs | None = None, check: Callable[[Any], None] | None = None
+) -> Path:
+    """The folder of that model, which is kept where it is complete. `check` is given the denoising network."""
+    index = json.loads((env.preset_configs(preset) / "model_index.json").read_text())
+    found = configs(preset, changes)
+    if (folder / "model_index.json").exists():  # written last
+        return folder
+    transformers.utils.logging.disable_progress_bar()
+    for name, entry in index.items():
+        if not isinstance(entry, list):
+            continue
+        library, kind = entry
+        if kind in TOKENIZERS:
+            encoder = found[name.replace("tokenizer", "text_encoder")]
+            _write_tokenizer(TOKENIZERS[kind], folder / name, encoder.get("max_position_embeddings", 512))
+        elif name == "scheduler":
+            _write_json(folder / name / "scheduler_config.json", found[name])
+        else:
+            component = _drawn(
+                {"diffusers": diffusers, "transformers": transformers}[library], kind, found[name], device
+            )
+            if check is not None and name in ("transformer", "unet"):
+                check(component)
+            component.save_pretrained(folder / name, max_shard_size=SHARD)
+            del component
+            if device == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+    _write_json(folder / "model_index.json", index)
+    return folder
+
+
+def _drawn(library: Any, kind: str, config: Mapping[str, Any], device: str) -> Any:
+    torch.manual_seed(0)
+    cls = getattr(library, kind)
+    with torch.device(device), _default(torch.bfloat16):
+        made = cls.from_config(config) if library is diffusers else cls(cls.config_class(**config))
+    return made.eval()
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _write_tokenizer(name: str, folder: Path, length: int) -> None:
+    shutil.copytree(env.embedded_model() / name, folder, dirs_exist_ok=True)
+    path = folder / "tokenizer_config.json"
+    _write_json(path, json.loads(path.read_text()) | {"model_max_length": length})
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
