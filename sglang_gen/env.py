@@ -118,7 +118,7 @@ def package_version(name: str) -> str | None:
 def keep_compiled() -> None:
     """What torch.compile makes stays beside the measured rates, where the next process finds it.
 
-    torch takes it for the same as long as graphs and its own version are; how our collectives are lowered it cannot see.
+    torch goes by graphs and its own version alone; how our collectives are lowered is in the name of the folder.
     """
     lowering = (Path(__file__).parent / "parallel" / "lowering.py").read_bytes()
     folder = cache_dir() / "compile" / hashlib.sha256(lowering).hexdigest()[:8]
