@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from sglang_gen.types import Plan
 
 
-def generate(*overrides: str, config: str | None = None, **flags: Any) -> Result | None:
+def generate(*overrides: str, config: str | Path | None = None, **flags: Any) -> Result | None:
     """Generate from Python what `sglang generate` generates from a shell.
 
     `overrides` are Hydra's ("model=sdxl", "parallel=tp2"), keywords are flags with underscores (prompt="a lake",
-    num_inference_steps=28). Returns None for a dry run, which only prints. Raises `errors.UserError` for a request
-    that cannot be carried out and `errors.RunError` when the run fails; nothing half-written stays.
+    num_inference_steps=28), whose values may be paths and numpy's numbers too. Returns None for a dry run, which only
+    prints. Raises `errors.UserError` for a request that cannot be carried out and `errors.RunError` when the run fails;
+    nothing half-written stays.
     """
     from sglang_gen import cli
     from sglang_gen.config import Choices, compose
@@ -32,7 +33,8 @@ def generate(*overrides: str, config: str | None = None, **flags: Any) -> Result
             f"torchrun has started {place.ranks} processes, and generate() starts its ranks itself: leave it out, "
             "or let it start the command (torchrun ... -m sglang_gen generate)"
         )
-    return execute(compose(Choices(overrides=overrides, flags=cli.python_flags(flags), file=config)))
+    file = None if config is None else str(config)
+    return execute(compose(Choices(overrides=overrides, flags=cli.python_flags(flags), file=file)))
 
 
 def execute(composed: "Composed") -> Result | None:
