@@ -67,7 +67,7 @@ def execute(composed: "Composed") -> Result | None:
     if run.sampling.seed is None:
         log.info(f"Seed: {plan.run.sampling.seed} (drawn; --seed gives it again)")
     started = time.perf_counter()
-    if plan.card.folder is None:  # its weights would be downloaded
+    if run.model.path and not Path(run.model.path).expanduser().exists():  # its weights would be downloaded
         from sglang_gen.backends.check import check
 
         check(plan)

@@ -60,7 +60,10 @@ def _find(model: Model, weights: bool, replaced: Collection[str]) -> ModelCard:
         raise UserError(f"--model-path: {log.shorten(model.path)}: {error.strerror}") from None
     elsewhere = [*model.component_paths, *replaced]
     if is_folder:
-        return _allowed(read_card(folder, model.path, weights, elsewhere), model)
+        card = read_card(folder, model.path, weights, elsewhere)
+        for part in card.components.keys() - {*elsewhere}:
+            _check_there(folder, part)
+        return _allowed(card, model)
     if is_file:
         return _allowed(_read_single_file(folder, model, weights), model)
     if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1 or "\\" in model.path:
@@ -156,7 +159,12 @@ def _check_part(folder: Path, part: str, component: Component) -> None:
     """Refuse a component of a model's folder whose files are not whole. Raises UserError."""
     if (folder / part).is_dir():
         check_files(folder / part, component)
-    elif not (folder / "config.json").is_file():  # diffusers reads a component that has no folder from the root
+    _check_there(folder, part)
+
+
+def _check_there(folder: Path, part: str) -> None:
+    """Raises UserError for a component of a model's folder that is not in it."""
+    if not (folder / part).is_dir() and not (folder / "config.json").is_file():  # diffusers reads it from the root
         raise UserError(f"{folder} lacks the folder '{part}' that its model_index.json names")
 
 
