@@ -1,13 +1,13 @@
 """What the native engine cannot do is refused before it reads a weight, and by a dry run in the same words."""
 
 import pytest
-from native import edited, runner, with_scheduler
+from native import runner, with_scheduler
 from PIL import Image
 from safetensors.torch import save_file
 from torch import zeros
 
 from sglang_gen import hub
-from sglang_gen.backends import parts
+from sglang_gen.backends import diffusers, parts
 
 
 @pytest.fixture
@@ -72,10 +72,12 @@ def test_a_model_of_the_hub_is_not_downloaded_for_a_refusal(sglang, monkeypatch)
 
 
 @pytest.mark.parametrize("words", [("--image-path", "nope.png"), ("sampling.latents=nope.safetensors",)])
-def test_the_files_of_a_request_on_diffusers(pipelines, run, words):
-    folder = edited(pipelines["sd15"], "model", "model_index.json")
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+def test_the_files_of_a_request_on_diffusers(run, monkeypatch, words):
+    def read(*_):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(diffusers, "_read", read)
     for more in ((), ("dry_run=true",)):
-        done = run(folder, *words, *more, "--backend", "diffusers")
+        done = run("sd15", *words, *more, "--backend", "diffusers")
         assert done.code == 2
         assert "nope" in done.lines[-1]
