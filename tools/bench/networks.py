@@ -55,16 +55,18 @@ def rate_name(device: str) -> str:
     return f"matrix product {SIDES[device]}^3, bfloat16"
 
 
-def kernel_of_auto(work: works.Work, device: str) -> kernels.Choice:
-    """The kernel that attention=auto takes for this work in bfloat16, as `Execution` chooses it."""
-    latents, text, pooled = (each.to("meta") for each in work.inputs(torch.bfloat16, "cpu"))
+def kernel_of_auto(work: works.Work, device: str, dtype: torch.dtype = torch.bfloat16) -> kernels.Choice:
+    """The kernel that attention=auto takes for this work, as `Execution` chooses it: in float32 torch's own choice."""
+    if dtype is torch.float32:
+        return kernels.sdpa()
+    latents, text, pooled = (each.to("meta") for each in work.inputs(dtype, "cpu"))
     shapes = works.rehearsed(
-        work, (), works.outline(work, torch.bfloat16),
+        work, (), works.outline(work, dtype),
         lambda twin: twin(latents, works.conditioning(work, text, pooled, twin, meta=True), 0),
     ).attention  # fmt: skip
-    names = kernels.candidates(shapes, device, torch.bfloat16)
+    names = kernels.candidates(shapes, device, dtype)
     timed = {name: kernels.named(name).kernel for name in names}
-    return kernels.named(fastest.fastest(timed, shapes, device, torch.bfloat16))
+    return kernels.named(fastest.fastest(timed, shapes, device, dtype))
 
 
 def entries(work: works.Work, folder: Path, device: str, kernel: kernels.Choice) -> tuple[dict[str, Call], Room]:
@@ -72,7 +74,7 @@ def entries(work: works.Work, folder: Path, device: str, kernel: kernels.Choice)
 
     `kernel` is that of our attentions.
     """
-    ours = partial(_ours, work, _our_networks(work, folder, device), device, kernel)
+    ours = partial(our_call, work, _our_networks(work, folder, device), device, kernel)
     found: dict[str, Call] = {"sglang-gen, eager": ours(compiled=False), OURS: ours(compiled=True)}
     if device in CAPTURING:
         found["sglang-gen, eager, graphs"] = ours(compiled=False, graphs=True)
@@ -121,7 +123,7 @@ def sharing(network: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(network, {id(each): each for each in (*network.parameters(), *network.buffers())})
 
 
-def _ours(
+def our_call(
     work: works.Work,
     load: Callable[[], tuple[Any, Any, Tensor]],
     device: str,
@@ -129,9 +131,10 @@ def _ours(
     compiled: bool,
     graphs: bool = False,
 ) -> Call:
+    """One evaluation of the network that `load` gives, with its conditioning and latents."""
     network, condition, latents = load()
-    network = laid_out(network, torch.bfloat16)
-    summing = kernels.summing(kernel.name, device, torch.bfloat16)
+    network = laid_out(network, latents.dtype)
+    summing = kernels.summing(kernel.name, device, latents.dtype)
     works.whole(work).place(network).set_kernel(kernel.kernel, summing)
     conditioning = condition(network)
     if not compiled:
