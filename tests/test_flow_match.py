@@ -5,7 +5,7 @@ import pytest
 import torch
 from native import assert_both_make_the_same, edited, runner
 
-from sglang_gen.backends import parts
+from sglang_gen.backends import classes
 from sglang_gen.engine import flow_match
 from sglang_gen.engine.flow_match import FlowMatchEuler
 
@@ -78,14 +78,14 @@ def test_the_defaults_are_those_of_diffusers():
 @pytest.mark.filterwarnings("ignore:The config attributes")
 def test_what_ours_does_not_know_is_diffusers(pipelines, run, monkeypatch, changes, own):
     made = []
-    read = parts._read
+    build = classes.scheduler
 
-    def noted(component, *args):
-        found = read(component, *args)
+    def noted(component):
+        found = build(component)
         made.append(type(found))
         return found
 
-    monkeypatch.setattr(parts, "_read", noted)
+    monkeypatch.setattr(classes, "scheduler", noted)
     model = edited(pipelines["sd3"], "model", "scheduler/scheduler_config.json", **changes)
     assert_both_make_the_same(run, model)
     assert (FlowMatchEuler in made, Theirs in made) == (own, not own)

@@ -124,7 +124,6 @@ def test_processes_in_one_folder_get_numbers_of_their_own(tmp_path):
         import numpy as np
         import PIL.PngImagePlugin
         from sglang_gen import output
-from sglang_gen import plan as planning
         folder = pathlib.Path(sys.argv[1])
         frame = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
         print("ready", flush=True)

@@ -48,8 +48,7 @@ def read(monkeypatch) -> set[str]:
     return seen
 
 
-def test_every_key_is_read_during_a_generation_or_refused(pipelines, sglang, read, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")  # the last command ends where it would compile
+def test_every_key_is_read_during_a_generation_or_refused(pipelines, sglang, read):
     degrees = ("num_gpus", "tp_size", "sp_degree", "ulysses_degree", "ring_degree", "dp_size", "dp_degree")
     done = sglang(
         "generate", "--model-path", pipelines["sdxl"], "--prompt", "a", "--height", "32", "--width", "32",
@@ -65,10 +64,9 @@ def test_every_key_is_read_during_a_generation_or_refused(pipelines, sglang, rea
     assert "./missing.safetensors does not exist" in cached.err
     again = sglang(
         "generate", "--model-path", pipelines["sd3"], "--prompt", "a", "--height", "32", "--width", "32",
-        "--num-inference-steps", "1", "cache=dbcache", "cache.Fn_compute_blocks=1", "--enable-torch-compile",
-        "compile.regional=false", "attention=math",
+        "--num-inference-steps", "1", "cache=dbcache", "cache.Fn_compute_blocks=1", "attention=math",
     )  # fmt: skip
-    assert again.code == 2
+    assert again.code == 0, again.err
     refused = tuple(prefix for prefixes, _ in MISSING for prefix in prefixes)
     ignored = {path for path in schema.leaves() if not path.startswith(refused)} - read
     assert ignored - set(ELSEWHERE) == set()
