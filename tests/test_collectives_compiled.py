@@ -145,6 +145,7 @@ def dual_block(layout: Layout, rank: int) -> tuple[nn.Module, list[torch.Tensor]
     return network.blocks[0], [torch.randn(2, *size, 64) for size in ((picture,), (texts[rank],), (9,), (6,))]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("layout", [Layout(ring=2), Layout(ulysses=2)])
 def test_every_rank_starts_the_collectives_of_two_attentions_in_the_order_of_the_program(generated, layout):

@@ -175,7 +175,7 @@ def test_every_axis_with_a_stochastic_scheduler_gives_the_pictures_of_one_proces
         ("sd3", "parallel=ring2"),
         ("flux", "parallel=ring2"),
         ("flux", "parallel=tp2"),
-        ("sd3", "parallel=usp4"),
+        ("flux", "parallel=usp4"),
         ("flux", "parallel=sp2_tp2"),
     ],
 )
