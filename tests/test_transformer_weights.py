@@ -199,8 +199,10 @@ def write_gguf(path: str, weights: dict[str, torch.Tensor], kind: gguf.GGMLQuant
     return back
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3"])
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16"])
+GGUF = [(kind, name) for kind in ("Q8_0", "Q4_0", "F16") for name in ("flux", "sd3")]
+
+
+@pytest.mark.parametrize(("kind", "name"), mostly_slow(GGUF, ("Q8_0", "flux"), ("Q4_0", "sd3"), ("F16", "flux")))
 def test_a_gguf_file_computes_with_the_numbers_that_the_gguf_package_reads(pipelines, others, run, kind, name):
     back = write_gguf("a.gguf", stored(others, name), gguf.GGMLQuantizationType[kind])
     done = run(name, "--transformer-weights-path", "a.gguf", "--perf-dump-path", "perf.json")

@@ -16,7 +16,6 @@ from sglang_gen.pipelines.request import Request
 from sglang_gen.requirements import NEEDS
 from sglang_gen.types import Plan
 
-
 # Schedulers that sample every diffusion model in any number of steps: a dry run does not import diffusers for these.
 SURE = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
