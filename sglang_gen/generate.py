@@ -67,7 +67,7 @@ def execute(composed: "Composed") -> Result | None:
     if run.sampling.seed is None:
         log.info(f"Seed: {plan.run.sampling.seed} (drawn; --seed gives it again)")
     started = time.perf_counter()
-    if run.model.path and not Path(run.model.path).expanduser().exists():  # its weights would be downloaded
+    if _may_be_downloaded(plan):
         from sglang_gen.backends.check import check
 
         check(plan)
@@ -77,6 +77,15 @@ def execute(composed: "Composed") -> Result | None:
 
         return torchrun.lead(plan, started, composed.place)
     return launch.launch(plan, started)
+
+
+def _may_be_downloaded(plan: "Plan") -> bool:
+    """Whether this process should look at what the backend refuses before the model comes from a hub.
+
+    On GPUs a launcher of several ranks leaves that to them: it would take memory of a GPU for as long as they run.
+    """
+    path = plan.run.model.path
+    return bool(path and not Path(path).expanduser().exists()) and (plan.device == "cpu" or plan.layout.ranks == 1)
 
 
 def _from_weights(composed: "Composed", expected: "Plan") -> "Plan":
