@@ -21,9 +21,9 @@ setup: $(STAMP)  ## virtual environment with everything installed
 generate: $(STAMP)  ## a picture from the embedded model, outputs/generated_image_0.png on a fresh clone
 	$(BIN)/sglang generate --prompt "$(PROMPT)" --seed 42
 
-# Tests of networks, loading, plans and pages, which take as long as all the others together.
+# Tests of networks, loading, plans, pages and sweeps, which take as long as all the others together.
 HALF := $(foreach name,native parity kernels transformer_weights lora load component page_commands legal plan \
-	diffusers_picture single_file quantization cuda_graphs estimate traffic,tests/test_$(name)*.py)
+	diffusers_picture single_file quantization cuda_graphs estimate traffic shipped_sweeps,tests/test_$(name)*.py)
 
 test: $(STAMP)  ## the test suite, in two processes of one thread (at most 15 minutes on two cores)
 	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 --output-sync=line test-networks test-others
