@@ -14,7 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Un
 
 from sglang_gen import env
 from sglang_gen.engine.shapes import Shapes
-from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.errors import RunError, first_line
 
 
 def _compiled(function: Any, ranks: int) -> Any:
@@ -35,10 +35,7 @@ class Compiled:
         Functions are compiled, not modules, so that hooks stay outside. Collectives of several ranks keep their order.
         Raises UserError without a C++ compiler.
         """
-        if not env.can_compile(device):
-            raise UserError(
-                "compile: torch.compile on CPU needs a C++ compiler (g++ or clang++); run with compile=none"
-            )
+        env.require_compiler(device)
         env.keep_compiled()
         self.mode = "regional" if regions else "full"
         self.expected: dict[type, set[Any]] = {}
