@@ -13,7 +13,7 @@ PACKAGE = Path(sglang_gen.__file__).parent
 LAYERS = (
     ("errors", "schema", "perf.statistics"),
     ("env", "flags", "types", "values", "perf.memory"),
-    ("safetensors_file", "component_folder", "nested"),
+    ("safetensors_file", "plain_numbers", "component_folder", "nested"),
     (
         "arithmetic",
         "log",
@@ -24,6 +24,7 @@ LAYERS = (
         "remote_code",
         "offloading",
         "single_file",
+        "prediction_markers",
         "perf.record",
         "perf.flops",
         "perf.kernels",

@@ -19,7 +19,8 @@ from tiny import fill
 from sglang_gen import env, hub
 from sglang_gen.backends.options import weights
 from sglang_gen.errors import UserError
-from sglang_gen.weight_files import Tensor, WeightFiles
+from sglang_gen.safetensors_file import Tensor
+from sglang_gen.weight_files import WeightFiles
 
 SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--num-inference-steps", "2")
 STEM = "diffusion_pytorch_model"

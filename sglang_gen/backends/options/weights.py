@@ -19,9 +19,10 @@ from sglang_gen import log, quantization, weight_files
 from sglang_gen.backends import classes
 from sglang_gen.backends.options import components, gguf_file, nunchaku
 from sglang_gen.errors import UserError, first_line
+from sglang_gen.safetensors_file import Tensor
 from sglang_gen.schema import QuantMethod
 from sglang_gen.types import Component, Plan
-from sglang_gen.weight_files import FLAG, Tensor, WeightFiles, few
+from sglang_gen.weight_files import FLAG, WeightFiles, few
 from sglang_gen.weights.original import CONVERSION_ERRORS, INSIDE
 
 # Packages of the methods that diffusers reads from a folder that declares them.
