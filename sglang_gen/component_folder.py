@@ -43,13 +43,13 @@ def in_folder(folder: Path) -> list[Path]:
     is_diffusers = "_class_name" in config
     named = None if is_diffusers else config.get("transformers_weights")
     if named is not None:
-        return _opened(folder, folder / str(named), f"{folder / 'config.json'} (transformers_weights)")
+        return indexed(folder, folder / str(named), f"{folder / 'config.json'} (transformers_weights)")
     stem = "diffusion_pytorch_model" if is_diffusers else "model"
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     usual = [index, single] if is_diffusers else [single, index]
     found = [path for path in usual if path.is_file()] or [*_plainest(folder, "*.safetensors.index.json")]
     found = found or [*_plainest(folder, "*.safetensors")]
-    return _opened(folder, found[0], str(folder)) if found else []
+    return indexed(folder, found[0], str(folder)) if found else []
 
 
 def _plainest(folder: Path, pattern: str) -> list[Path]:
@@ -57,7 +57,7 @@ def _plainest(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern), key=lambda path: (path.name.count("."), path.name))[:1]
 
 
-def _opened(folder: Path, path: Path, named_by: str) -> list[Path]:
+def indexed(folder: Path, path: Path, named_by: str) -> list[Path]:
     """The safetensors file `path`, or those of the index `path`. Raises UserError for any other file."""
     if path.name.endswith(INDEX):
         weight_map = read_json(path).get("weight_map")

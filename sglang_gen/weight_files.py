@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_gen.component_folder import read_json
+from sglang_gen.component_folder import indexed, read_json
 from sglang_gen.errors import UserError
 from sglang_gen.safetensors_file import PICKLES, Header, Tensor, read_header
 
@@ -57,10 +57,7 @@ def _in_folder(given: str, folder: Path) -> WeightFiles:
     if len(indices) > 1:
         raise UserError(f"{FLAG}: {given} has {len(indices)} indices ({_few(indices)}); keep one")
     if indices:
-        weight_map = read_json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{FLAG}: {indices[0]} has no weight_map")
-        shards = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
+        shards = indexed(folder, indices[0], str(indices[0]))
         absent = [shard for shard in shards if not shard.is_file()]
         if absent:
             raise UserError(f"{FLAG}: {given} lacks {len(absent)} of its {len(shards)} weight files ({_few(absent)})")

@@ -62,7 +62,7 @@ def test_a_file_with_the_markers_gives_the_latents_of_a_folder_whose_scheduler_s
     theirs = scheduler_of(sglang, "--model-path", folder, "--backend", backend, folder="folder")
     assert {key: ours[key] for key in settings} == settings
     assert {key: theirs[key] for key in settings} == settings
-    # weights begin elsewhere in a file, by which a product's rounding differs; two steps from a sigma of 4096 amplify it
+    # weights begin elsewhere in a file, by which a product rounds otherwise; two steps from a sigma of 4096 amplify it
     assert_same("file", "folder", 1, tolerance=1e-3)
     scheduler_of(sglang, "--model-path", pipelines["sdxl"], "--backend", backend, folder="epsilon")
     assert error(tensors("file")["latents"], tensors("epsilon")["latents"]) > 0.1
