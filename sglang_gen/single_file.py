@@ -91,6 +91,20 @@ def of_component(names: Collection[str], part: str) -> set[str]:
     return inside or {name for name in names if not name.startswith((*OTHERS, *TRAINING))}
 
 
+def of_text_encoder(names: Collection[str], part: str, component: Component) -> dict[str, str]:
+    """The tensors of a text encoder in a checkpoint, by the names that transformers gives them.
+
+    Empty where the checkpoint has it in OpenCLIP's layout, whose last layer Stable Diffusion 2 leaves out on purpose.
+    """
+    found: dict[str, str] = {}
+    for prefix in _prefixes(part, component) or ():
+        inside = f"{prefix.removesuffix('transformer.')}transformer."
+        theirs = {name.removeprefix(inside): name for name in names if name.startswith(inside)}
+        if not any(name.startswith("resblocks.") for name in theirs):
+            found |= theirs
+    return {name.removeprefix("text_model."): full for name, full in found.items()}
+
+
 def unclaimed(names: Collection[str], parts: Mapping[str, Component]) -> list[str]:
     """Tensors that stand under the prefix of no component, and that are no remains of a training."""
     if not any(name.startswith(INSIDE) for name in names):

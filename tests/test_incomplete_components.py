@@ -151,11 +151,17 @@ def test_a_single_file_never_takes_weights_from_the_folder_of_its_configs(single
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tensors_of_a_single_file_that_nothing_takes_are_reported(single, generate, backend):
     more = {"model_ema.decay": torch.ones(()), "alphas_cumprod": torch.ones(3), "control_model.x": torch.ones(2),
-            "first_stage_model.extra.weight": torch.ones(2)}  # fmt: skip
+            "first_stage_model.extra.weight": torch.ones(2),
+            "cond_stage_model.transformer.text_model.encoder.layers.9.mlp.fc1.weight": torch.ones(2),
+            "cond_stage_model.logit_scale": torch.ones(()),
+            "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}  # fmt: skip
     done = generate(*single("sd15", lambda tensors: tensors | more), "--backend", backend)
     assert done.code == 0, done.err
     warnings = [line for line in done.lines if line.startswith("WARNING")]
-    assert len(warnings) == 2, done.err
+    assert len(warnings) == 3, done.err
+    assert (
+        "CLIPTextModel has no place for 1 tensors (cond_stage_model.transformer.text_model.encoder.layers.9" in done.err
+    )
     assert "AutoencoderKL has no place for 1 tensors (first_stage_model.extra.weight)" in done.err
     assert "holds 1 tensors of no component of StableDiffusionPipeline (control_model.x)" in done.err
 

@@ -19,7 +19,7 @@ from sglang_gen.weight_files import few
 # often saved with its vision model, a T5 encoder with its decoder.
 WITHOUT_EFFECT = re.compile(
     r"(^|\.)(position_ids|num_batches_tracked|num_updates)$"
-    r"|^(text_projection\.|logit_scale$|vision_model\.|visual_projection\.|decoder\.|lm_head\.)"
+    r"|(^|\.)(text_projection\.weight|logit_scale)$|(^|\.)(vision_model|visual_projection|lm_head)\.|^decoder\."
 )
 
 

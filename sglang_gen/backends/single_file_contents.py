@@ -45,6 +45,10 @@ def check(plan: Plan) -> None:
                 _check_component(file, name, component, shapes)
             except UserError as error:
                 raise UserError(misfit(plan, str(error))) from error
+    for name in single_file.CLIP.keys() | {"text_encoder_3"}:
+        component = plan.card.components.get(name)
+        if component is not None and name not in replaced:
+            _check_text_encoder(file, name, component, shapes)
     left = single_file.unclaimed(shapes, plan.card.components)
     if left:
         log.warn_once(
@@ -78,6 +82,18 @@ def _check_component(file: Path, name: str, component: Component, shapes: Mappin
     warn_unused(
         (key for number, key in enumerate(names) if key in mine and number not in arrived), kind.__name__, str(file)
     )
+
+
+def _check_text_encoder(file: Path, name: str, component: Component, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Warn of tensors that a text encoder in transformers' layout has no place for; its loader finds missing ones."""
+    mine = single_file.of_text_encoder(shapes, name, component)
+    kind = classes.named(component)
+    if not mine or component.folder is None or not hasattr(kind, "config_class"):
+        return
+    with init_empty_weights():
+        encoder = kind(kind.config_class.from_pretrained(component.folder))
+    expected = {key.removeprefix("text_model.") for key in encoder.state_dict()}
+    warn_unused((mine[key] for key in mine if key not in expected), kind.__name__, str(file))
 
 
 def _conversion(kind: Any) -> Callable[..., dict[str, Any]] | None:
