@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -195,9 +195,15 @@ def cpu() -> tuple[str, frozenset[str]]:
     return fields.get("model name", platform.machine()), frozenset(fields.get("flags", "").split())
 
 
-def cpu_has_bf16() -> bool:
-    """True where bf16 matrix products run in hardware (avx512_bf16 or AMX)."""
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu()[1])
+CPU_DTYPE = "SGLANG_GEN_CPU_DTYPE"
+
+
+def cpu_dtype(legal: Sequence[str]) -> str | None:
+    """What dtype=auto is on a CPU, where SGLANG_GEN_CPU_DTYPE says it. Raises UserError for none of the legal names."""
+    given = os.environ.get(CPU_DTYPE) or None
+    if given is not None and given not in legal:
+        raise UserError(f"The environment variable {CPU_DTYPE} is '{given}'; it must be {' or '.join(legal)}")
+    return given
 
 
 def wandb_mode() -> str | None:

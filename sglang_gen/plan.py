@@ -24,7 +24,7 @@ from sglang_gen import (
 )
 from sglang_gen.errors import UserError
 from sglang_gen.flags import BY_PATH
-from sglang_gen.perf import place
+from sglang_gen.perf import cpu_dtype, place
 from sglang_gen.schema import (
     BOUNDS,
     DEGREES,
@@ -81,7 +81,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
             "compile.cuda_graphs captures no network that is split over ranks; leave it out, or run with "
             "parallel.dp_size or parallel.enable_cfg_parallel alone"
         )
-    dtype = choose_dtype(run.dtype, device)
+    dtype, chosen_by = choose_dtype(run.dtype, device)
     quantization.check_model(run, card, quantization.facts_of(device))
     plan = Plan(
         run=run,
@@ -93,7 +93,11 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         dtype=dtype,
         batches=batches,
         requested=requested(run),
-        effective=_effective(run, backend, degrees, device, dtype) | {"quantization": quantization.expected(run, card)},
+        effective={
+            **_effective(run, backend, degrees, device, dtype),
+            **({} if run.compile.disable_autocast else chosen_by),
+            "quantization": quantization.expected(run, card),
+        },
         warnings=(
             *_warnings(run, sources, composed.versions),
             *_same_noise(run, batches),
@@ -191,15 +195,19 @@ def choose_device(wanted: Device) -> str:
     return wanted.name
 
 
-def choose_dtype(wanted: DType, device: str) -> str:
-    """The compute dtype; auto is bfloat16 where the hardware multiplies it (capability flags alone), else float32."""
+def choose_dtype(wanted: DType, device: str) -> tuple[str, dict[str, Any]]:
+    """The compute dtype, and for `effective` the rates that decided.
+
+    auto is bfloat16 on a GPU that multiplies it, and on a CPU where it is not slower than float32; else float32.
+    """
     if wanted is not DType.auto:
-        return wanted.name
+        return wanted.name, {}
     if device == "cuda":
         import torch
 
-        return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"
-    return "bfloat16" if env.cpu_has_bf16() else "float32"
+        return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32", {}
+    found = cpu_dtype.choose()
+    return found.dtype, {"dtype_choice": found.recorded()}
 
 
 def requested(run: Run) -> dict[str, Any]:
