@@ -93,8 +93,14 @@ def preset_configs(preset: str) -> Path:
     return Path(__file__).parent / "assets" / "configs" / preset
 
 
-def quiet_libraries() -> None:
-    """Telemetry of libraries, and the remarks that they make while being imported: off, before the import."""
+def prepare_libraries() -> None:
+    """Variables that libraries read once: set at the door of a process, before they are imported or compute anything.
+
+    Telemetry, and the remarks that are made at an import, are off. cuBLAS is deterministic only with a fixed workspace,
+    which torch reads at the first product of the process. It is fixed for every run, since a later one of the process
+    may want it, and has torch's own size on a Hopper.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
@@ -137,14 +143,6 @@ def has_nunchaku() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return any(str(file) == "nunchaku/models/transformers/transformer_flux.py" for file in files)
-
-
-def fix_cublas_workspace() -> None:
-    """cuBLAS is deterministic only with a fixed workspace, and torch looks once, at the first product of the process.
-
-    Set for every run on a GPU, since a later one of the process may want it. It is torch's own size on a Hopper.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def of_rank(threads: int | None) -> dict[str, str]:
