@@ -20,6 +20,7 @@ from sglang_gen import (
     quantization,
     remote_code,
     sizes,
+    step_cache,
     stored,
 )
 from sglang_gen.errors import UserError
@@ -57,6 +58,7 @@ def check(composed: "Composed") -> None:
     quantization.check(composed.run)
     stored.check(composed.run)
     offloading.check(composed.run)
+    step_cache.check(composed.run)
 
 
 def make_plan(composed: "Composed", card: ModelCard) -> Plan:
@@ -104,6 +106,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
             *inputs.changed(run, sources, composed.inputs),
             *remote_code.warnings(run.model, card),
             *offloading.warnings(run, device),
+            *step_cache.warnings(run),
             *guidance.warnings(run, user_gave(run, sources, "sampling.guidance_scale"), card),
         ),
         notices=(f"Backend: diffusers ({reason})",) if reason else (),
@@ -118,7 +121,7 @@ NEEDS: tuple[tuple[str | tuple[str, ...], Callable[[Run], bool], str], ...] = (
     (("lora.nickname", "lora.scale", "lora.target_modules"), lambda run: bool(run.lora.path), "lora.path"),
     (
         "cache.",
-        lambda run: run.cache.method is not CacheMethod.none or bool(run.cache.cache_dit_config),
+        lambda run: step_cache.wanted(run.cache),
         "a step cache",
     ),
     ("compile.regional", lambda run: run.compile.enable_torch_compile, "--enable-torch-compile"),

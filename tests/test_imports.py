@@ -42,7 +42,7 @@ LAYERS = (
         "weight_files",
         "help_page",
     ),
-    ("quantization", "stored", "requirements", "choice", "guidance", "sizes"),
+    ("quantization", "step_cache", "stored", "requirements", "choice", "guidance", "sizes"),
     ("legal",),
     ("plan",),
     ("parallel", "models", "weights", "engine"),
