@@ -161,7 +161,7 @@ def test_a_cache_that_can_reuse_a_step_is_taken(sglang, pipelines, settings, ste
 
 
 @pytest.mark.parametrize(
-    ("steps", "strength", "code"), [(8, 0.25, 2), (8, 0.375, 0), (10, 0.25, 0), (8, 1.0, 0)]
+    ("steps", "strength", "code"), [(8, 0.25, 2), (8, 0.375, 0), (10, 0.25, 0), (8, 1.0, 0), (8, 1e308, 0)]
 )  # of 10 steps a quarter is two or three, by pipeline
 def test_steps_that_an_input_picture_spares_do_not_count(sglang, pipelines, steps, strength, code):
     Image.new("RGB", (32, 32)).save("picture.png")
@@ -236,6 +236,19 @@ def test_a_run_that_reused_nothing_says_so(sglang, pipelines, name):
     assert [record(number)["effective"]["cache"]["reused_steps"] for number in range(2)] == [0, 0]
     dump = json.loads(Path("perf.json").read_text())
     assert (dump["cache"]["reused"], dump["effective"]["cache"]["reused_steps"]) == (0, 0)
+
+
+def test_runs_with_the_same_settings_compare_whatever_they_reused(sglang, pipelines, monkeypatch):
+    fingerprints = []
+    for reused in (0, 5):
+        monkeypatch.setattr(options.StepCache, "reused", lambda _, reused=reused: reused)
+        done = sglang(*asked(pipelines, "sd3", SMALL, 4, "--perf-dump-path", f"{reused}.json", "perf=light"))
+        assert done.code == 0, done.err
+        dump = json.loads(Path(f"{reused}.json").read_text())
+        assert dump["effective"]["cache"]["reused_steps"] == reused
+        fingerprints.append(dump["fingerprint"])
+    assert fingerprints[0] == fingerprints[1]
+    assert fingerprints[0]["fields"]["cache"]["max_warmup_steps"] == 2
 
 
 def test_the_record_says_how_many_steps_were_reused(sglang, pipelines):

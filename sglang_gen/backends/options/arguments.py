@@ -94,7 +94,7 @@ def network_calls(plan: Plan, kind: Kind, call: dict[str, Any]) -> tuple[int, in
     if plan.run.sampling.image_path is not None and "strength" in kind.accepted:
         default = inspect.signature(kind.pipeline_class.__call__).parameters["strength"].default
         strength = call.get("strength", default)
-        steps *= strength if isinstance(strength, (int, float)) else 1.0
+        steps *= min(max(strength, 0.0), 1.0) if isinstance(strength, (int, float)) else 1.0
     return 1 + order * (math.floor(steps) - 1), 1 + order * (math.ceil(steps) - 1)
 
 
