@@ -5,14 +5,10 @@ from contextlib import contextmanager
 
 import torch
 
-from sglang_gen import env
-
 
 @contextmanager
-def settled(device: str, dtype: str, deterministic: bool) -> Iterator[None]:
+def settled(dtype: str, deterministic: bool) -> Iterator[None]:
     """Inside, torch's switches are as a run in this dtype wants them; afterwards as they were."""
-    if device == "cuda":
-        env.fix_cublas_workspace()
     before = torch.are_deterministic_algorithms_enabled()
     if before is not deterministic:  # the call imports all of torch's compiler
         torch.use_deterministic_algorithms(deterministic)

@@ -51,6 +51,8 @@ def _as_table(plan: Plan) -> str:
         ("steps, guidance, seed", f"{sampling.num_inference_steps}, {sampling.guidance_scale}, {sampling.seed}"),
     ]
     rows += [(name, f"{_short(value)}  ->  {_short(plan.effective[name])}") for name, value in plan.requested.items()]
+    if rates := plan.effective.get("dtype_choice"):
+        rows.append(("dtype=auto went by", _short(rates)))
     rows += _estimated(content["estimate"])
     rows += [
         (path, f"{_short(_at(content['run'], path))}  (from {source})")

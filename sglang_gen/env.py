@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -93,8 +93,14 @@ def preset_configs(preset: str) -> Path:
     return Path(__file__).parent / "assets" / "configs" / preset
 
 
-def quiet_libraries() -> None:
-    """Telemetry of libraries, and the remarks that they make while being imported: off, before the import."""
+def prepare_libraries() -> None:
+    """Variables that libraries read once: set at the door of a process, before they are imported or compute anything.
+
+    Telemetry, and the remarks that are made at an import, are off. cuBLAS is deterministic only with a fixed workspace,
+    which torch reads at the first product of the process. It is fixed for every run, since a later one of the process
+    may want it, and has torch's own size on a Hopper.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
@@ -137,14 +143,6 @@ def has_nunchaku() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return any(str(file) == "nunchaku/models/transformers/transformer_flux.py" for file in files)
-
-
-def fix_cublas_workspace() -> None:
-    """cuBLAS is deterministic only with a fixed workspace, and torch looks once, at the first product of the process.
-
-    Set for every run on a GPU, since a later one of the process may want it. It is torch's own size on a Hopper.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def of_rank(threads: int | None) -> dict[str, str]:
@@ -195,9 +193,15 @@ def cpu() -> tuple[str, frozenset[str]]:
     return fields.get("model name", platform.machine()), frozenset(fields.get("flags", "").split())
 
 
-def cpu_has_bf16() -> bool:
-    """True where bf16 matrix products run in hardware (avx512_bf16 or AMX)."""
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu()[1])
+CPU_DTYPE = "SGLANG_GEN_CPU_DTYPE"
+
+
+def cpu_dtype(legal: Sequence[str]) -> str | None:
+    """What dtype=auto is on a CPU, where SGLANG_GEN_CPU_DTYPE says it. Raises UserError for none of the legal names."""
+    given = os.environ.get(CPU_DTYPE) or None
+    if given is not None and given not in legal:
+        raise UserError(f"The environment variable {CPU_DTYPE} is '{given}'; it must be {' or '.join(legal)}")
+    return given
 
 
 def wandb_mode() -> str | None:

@@ -46,7 +46,7 @@ def execute(composed: "Composed") -> Result | None:
     log.setup(run.log_level.name)
     for notice in composed.notices:
         log.info(notice)
-    env.quiet_libraries()
+    env.prepare_libraries()
     planning.check(composed)
     plan = planning.make_plan(composed, hub.find(run.model, weights=False))
     for warning in plan.warnings:

@@ -20,11 +20,12 @@ from sglang_gen import (
     quantization,
     remote_code,
     sizes,
+    step_cache,
     stored,
 )
 from sglang_gen.errors import UserError
 from sglang_gen.flags import BY_PATH
-from sglang_gen.perf import place
+from sglang_gen.perf import cpu_dtype, place
 from sglang_gen.schema import (
     BOUNDS,
     DEGREES,
@@ -57,6 +58,7 @@ def check(composed: "Composed") -> None:
     quantization.check(composed.run)
     stored.check(composed.run)
     offloading.check(composed.run)
+    step_cache.check(composed.run)
 
 
 def make_plan(composed: "Composed", card: ModelCard) -> Plan:
@@ -81,7 +83,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
             "compile.cuda_graphs captures no network that is split over ranks; leave it out, or run with "
             "parallel.dp_size or parallel.enable_cfg_parallel alone"
         )
-    dtype = choose_dtype(run.dtype, device)
+    dtype, chosen_by = choose_dtype(run.dtype, device)
     quantization.check_model(run, card, quantization.facts_of(device))
     plan = Plan(
         run=run,
@@ -93,13 +95,18 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         dtype=dtype,
         batches=batches,
         requested=requested(run),
-        effective=_effective(run, backend, degrees, device, dtype) | {"quantization": quantization.expected(run, card)},
+        effective={
+            **_effective(run, backend, degrees, device, dtype),
+            **({} if run.compile.disable_autocast else chosen_by),
+            "quantization": quantization.expected(run, card),
+        },
         warnings=(
             *_warnings(run, sources, composed.versions),
             *_same_noise(run, batches),
             *inputs.changed(run, sources, composed.inputs),
             *remote_code.warnings(run.model, card),
             *offloading.warnings(run, device),
+            *step_cache.warnings(run),
             *guidance.warnings(run, user_gave(run, sources, "sampling.guidance_scale"), card),
         ),
         notices=(f"Backend: diffusers ({reason})",) if reason else (),
@@ -114,7 +121,7 @@ NEEDS: tuple[tuple[str | tuple[str, ...], Callable[[Run], bool], str], ...] = (
     (("lora.nickname", "lora.scale", "lora.target_modules"), lambda run: bool(run.lora.path), "lora.path"),
     (
         "cache.",
-        lambda run: run.cache.method is not CacheMethod.none or bool(run.cache.cache_dit_config),
+        lambda run: step_cache.wanted(run.cache),
         "a step cache",
     ),
     ("compile.regional", lambda run: run.compile.enable_torch_compile, "--enable-torch-compile"),
@@ -191,15 +198,19 @@ def choose_device(wanted: Device) -> str:
     return wanted.name
 
 
-def choose_dtype(wanted: DType, device: str) -> str:
-    """The compute dtype; auto is bfloat16 where the hardware multiplies it (capability flags alone), else float32."""
+def choose_dtype(wanted: DType, device: str) -> tuple[str, dict[str, Any]]:
+    """The compute dtype, and for `effective` the rates that decided.
+
+    auto is bfloat16 on a GPU that multiplies it, and on a CPU where it is not slower than float32; else float32.
+    """
     if wanted is not DType.auto:
-        return wanted.name
+        return wanted.name, {}
     if device == "cuda":
         import torch
 
-        return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"
-    return "bfloat16" if env.cpu_has_bf16() else "float32"
+        return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32", {}
+    found = cpu_dtype.choose()
+    return found.dtype, {"dtype_choice": found.recorded()}
 
 
 def requested(run: Run) -> dict[str, Any]:

@@ -31,7 +31,7 @@ BACKENDS = {"sglang": "sglang_gen.backends.native", "diffusers": "sglang_gen.bac
 
 def run(plan: Plan, mesh: Mesh, started: float) -> Result | None:
     """Carry out the plan; the result on rank 0, None elsewhere. `started` is when the command turned to the model."""
-    switches = arithmetic.settled(plan.device, plan.dtype, plan.run.deterministic)
+    switches = arithmetic.settled(plan.dtype, plan.run.deterministic)
     compiles = plan.run.compile.enable_torch_compile or plan.run.attention.backend == "flex"
     with switches, _given_back(plan.device, compiles), Memory(plan.device) as memory:
         return _run(plan, mesh, memory, started)

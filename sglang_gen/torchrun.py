@@ -59,7 +59,7 @@ def run(place: env.Torchrun, command: Callable[[], int], say: Callable[[BaseExce
     """
     if place.rank > 0:
         log.setup("error")
-    env.quiet_libraries()
+    env.prepare_libraries()
     with _signals_kill():
         meeting, over = Meeting.join(place), threading.Event()
     watch = threading.Thread(target=_watch, args=(meeting.again(), over), name="torchrun", daemon=True)

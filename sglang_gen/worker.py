@@ -78,7 +78,7 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the launcher held it back
     signal.signal(signal.SIGTERM, terminate)
     env.collect_rarely()
-    env.quiet_libraries()
+    env.prepare_libraries()
     log.capture_warnings()
     pipe = Connection(int(sys.argv[1]))
     jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()

@@ -9,6 +9,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks only lose by threads
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, on a machine with GPUs too
+os.environ["SGLANG_GEN_CPU_DTYPE"] = "float32"  # dtype=auto, whatever this processor multiplies faster
 os.environ["HF_HUB_OFFLINE"] = "0"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 

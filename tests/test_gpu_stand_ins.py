@@ -113,8 +113,6 @@ def ends(monkeypatch):
     """A run whose work is `work`, on a GPU that is not there; how often its memory was given back."""
     given_back: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append("memory"))
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # what a run sets is unset after the test
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     monkeypatch.setattr(rank, "Memory", lambda _: nullcontext())
 
     def go(work, device: str, dtype: str, deterministic: bool = False) -> int:
@@ -193,16 +191,10 @@ def test_a_real_engine_is_let_go_of_by_the_error_that_ends_it(pipelines, monkeyp
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_run_on_a_gpu_fixes_the_workspace_of_cublas_for_those_that_come_after(ends, deterministic):
-    """torch looks at the variable once a process, so the first run sets it though only the second asks for it."""
+def test_torch_is_deterministic_inside_of_a_run_that_asks_for_it(ends, deterministic):
     seen = []
-
-    def look(*_):
-        seen.append((os.environ.get("CUBLAS_WORKSPACE_CONFIG"), torch.are_deterministic_algorithms_enabled()))
-
-    ends(look, "cpu", "float32")
-    ends(look, "cuda", "float32", deterministic)
-    assert seen == [(None, False), (":4096:8", deterministic)]
+    ends(lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()), "cuda", "float32", deterministic)
+    assert seen == [deterministic]
     assert not torch.are_deterministic_algorithms_enabled()
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_gen import choice
+from sglang_gen.backends.options import attention
 from sglang_gen.engine import fastest, kernels, patterns
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.schema import Attention
@@ -90,6 +91,58 @@ def test_only_the_named_kernel_of_torch_runs(monkeypatch):
     for order in (["math"], ["flash"], ["flash", "math"]):
         kernels.inside_sdpa(order)(*qkv())
     assert allowed == [(True, False), (False, True), (True, True)]
+
+
+CUDNN_FIRST = [3, 1, 2, 0, 4]  # numbers of `SDPBackend`
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """torch's kernels as on a Hopper, where the first call of the process puts cuDNN first; gives the calls' orders."""
+    before, orders = torch._C._get_sdp_priority_order(), []
+
+    def attend(q, k, v):
+        if not orders:
+            torch._C._set_sdp_priority_order(CUDNN_FIRST)
+        orders.append(torch._C._get_sdp_priority_order())
+        return scaled_dot_product_attention(q, k, v)
+
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", attend)
+    yield orders
+    torch._C._set_sdp_priority_order(before)
+
+
+@pytest.mark.parametrize("engine", ["sglang", "diffusers"])
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("auto", []), ("sdpa", []), ("flash", []), ("math", []), ("sdpa", ["math"]), ("sdpa", ["math", "flash"])],
+)
+def test_choosing_a_kernel_leaves_torchs_order_of_kernels_as_it_is(hopper, engine, name, order):
+    wanted = Attention(backend=name, backend_config={"priority": order} if order else {})
+    if engine == "sglang":
+        kernels.choose(wanted, "cpu", FLOAT, ()).kernel(*qkv())
+    else:
+        with attention.own(wanted, "cpu", FLOAT).context():
+            kernels.scaled_dot_product_attention(*qkv())
+    assert torch._C._get_sdp_priority_order() == CUDNN_FIRST
+    assert hopper[-1] == ([0, 1, 3, 2, 4] if len(order) > 1 else CUDNN_FIRST)
+
+
+@pytest.mark.parametrize("engine", ["sglang", "diffusers"])
+def test_the_refusal_of_a_kernel_leaves_torchs_order_of_kernels_as_it_is(hopper, engine):
+    choose = chosen if engine == "sglang" else lambda name: attention.own(Attention(backend=name), "cpu", FLOAT)
+    with pytest.raises(UserError, match="'cudnn' does not run here"):
+        choose("cudnn")
+    assert torch._C._get_sdp_priority_order() == CUDNN_FIRST
+
+
+def test_timing_kernels_leaves_torchs_order_of_kernels_as_it_is(hopper, monkeypatch, tmp_path):
+    monkeypatch.setenv("SGLANG_GEN_CACHE", str(tmp_path / "cache"))
+    shapes = Counter({(1, 2, 8, 8, 16): 3})
+    names = kernels.candidates(shapes, "cpu", FLOAT)
+    timed = {name: kernels.named(name).kernel for name in names}
+    assert fastest.fastest(timed, shapes, "cpu", FLOAT) in names == ["sdpa", "math"]
+    assert torch._C._get_sdp_priority_order() == CUDNN_FIRST
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ def shrunk(words: list[str]) -> list[str]:
     if "-m" in words and "perf." not in text and "perf=" not in text:
         words.append("perf=light")
     if "sweeps" not in words and "steps=" not in text and "num-inference-steps" not in text:
-        words.append(f"sampling.num_inference_steps={2 if is_large(words) else 4}")
+        few = 10 if "cache" in text else 2 if is_large(words) else 4  # a step cache computes eight before it reuses
+        words.append(f"sampling.num_inference_steps={few}")
     for name in ("height", "width") if is_large(words) else ():
         if f"--{name}" in words:
             words[words.index(f"--{name}") + 1] = "32"

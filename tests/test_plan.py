@@ -188,19 +188,10 @@ def test_more_pictures_than_memory_holds_are_refused():
         from_file("a\nb\n", "sampling.num_samples=1000000")
 
 
-@pytest.mark.parametrize(
-    ("flags", "dtype"), [({"avx512_bf16"}, "bfloat16"), ({"amx_bf16"}, "bfloat16"), ({"avx2"}, "float32")]
-)
-def test_dtype_auto_follows_the_cpus_flags(monkeypatch, flags, dtype):
-    monkeypatch.setattr(env, "cpu", lambda: ("a processor", frozenset(flags)))
-    assert plan.choose_dtype(DType.auto, "cpu") == dtype
-    assert plan.choose_dtype(DType.float16, "cpu") == "float16"
-
-
 @pytest.mark.parametrize(("capability", "dtype"), [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32")])
 def test_dtype_auto_follows_the_gpus_capability(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert plan.choose_dtype(DType.auto, "cuda") == dtype
+    assert plan.choose_dtype(DType.auto, "cuda") == (dtype, {})
 
 
 def test_device_auto_is_a_gpu_where_there_is_one(monkeypatch):

@@ -65,9 +65,7 @@ def test_samples_in_batches_repeat(repeats, pipelines):
 
 
 def test_a_run_in_the_automatic_dtype_is_pinned_to_the_dtype_it_took(repeats, pipelines, monkeypatch):
-    from sglang_gen import env
-
-    monkeypatch.setattr(env, "cpu_has_bf16", lambda: True)
+    monkeypatch.setenv("SGLANG_GEN_CPU_DTYPE", "bfloat16")
     again = repeats(pipelines["flux"], "--prompt", "a", "--seed", "3")
     assert again["effective"]["dtype"] == "bfloat16"
     assert again["run"]["dtype"] == "bfloat16"  # the first run's `auto`, which another machine would read differently

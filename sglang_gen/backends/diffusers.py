@@ -5,6 +5,7 @@ progress bar that every pipeline keeps spans denoising and counts its steps, and
 """
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -38,6 +39,7 @@ from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.record import Clock
 from sglang_gen.requirements import NEEDS
 from sglang_gen.schema import Run
+from sglang_gen.step_cache import wanted
 from sglang_gen.types import Decoded, Plan, Sample
 
 TEXTS = re.compile("(negative_)?prompt_[0-9]")  # arguments for further text encoders
@@ -90,7 +92,7 @@ def check(plan: Plan, own: Any = None) -> tuple[kinds.Kind, dict[str, Any], dict
         env.require_compiler(plan.device)
     attention.own(run.attention, plan.device, getattr(torch, plan.dtype))
     lora.check(run.lora)
-    cache.check(run.cache, plan.card)
+    cache.check(run.cache, plan.card, kind.pipeline_class, arguments.network_calls(plan, kind, call))
     return kind, call, scheduler
 
 
@@ -125,8 +127,7 @@ def _transform(plan: Plan, pipeline: Any) -> tuple[dict[str, Any], attention.Ker
     quantization = quantized.apply(pipeline, run.quant.method, plan.device)
     kernel = attention.apply(pipeline, run.attention, plan.device, getattr(torch, plan.dtype))
     placed = offload.apply(pipeline, run, plan.device)
-    steps = run.sampling.num_inference_steps
-    step_cache = cache.StepCache(pipeline, run.cache, steps) if cache.wanted(run.cache) else None
+    step_cache = cache.StepCache(pipeline, run.cache) if wanted(run.cache) else None
     compiled = compilation.apply(pipeline, run.compile, plan.device)
     effective = {
         **dtype_of(pipeline),
@@ -134,7 +135,6 @@ def _transform(plan: Plan, pipeline: Any) -> tuple[dict[str, Any], attention.Ker
         "lora": adapters,
         "attention": kernel.name,
         "offload": placed,
-        "cache": step_cache.effective() if step_cache else "none",
         "compile": compiled,
     }
     return effective, kernel, step_cache
@@ -156,7 +156,7 @@ class DiffusersEngine:
         step_cache: "cache.StepCache | None",
     ) -> None:
         self.plan, self.kind, self.pipeline, self.call = plan, kind, pipeline, call
-        self.kernel, self.step_cache = kernel, step_cache
+        self.kernel, self.step_cache, self.generated = kernel, step_cache, False
         self.noise = read_noise(plan.run.sampling.latents)
         self.image = _image(plan.run)
         self._effective = effective
@@ -174,11 +174,16 @@ class DiffusersEngine:
         parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
         return {
             **self._effective,
+            "cache": self._cache(),
             "pipeline": type(self.pipeline).__name__,
             "makes": self.kind.makes,
             "components": {name: type(part).__name__ for name, part in parts.items()},
             "scheduler_config": plain_config(self.pipeline.scheduler) if "scheduler" in parts else None,
         }
+
+    def _cache(self) -> Any:
+        """The step cache's settings, and what the last generation reused."""
+        return self.step_cache.effective(self.generated) if self.step_cache else "none"
 
     def sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded | None:
         """One call of the pipeline; None on ranks that do not decode.
@@ -208,10 +213,13 @@ class DiffusersEngine:
         finally:
             clock.leave()
         _check_finite(latents.last, "the latents", batch)
+        self.generated = True
+        if self.step_cache and self.calls.on:  # a warmup has too few steps, a repeat does the same again
+            self.step_cache.warn_idle()
         if not self.leads:
             return None
         _warn_blanked(result, batch)
-        return self._decoded(result, latents, batch)
+        return replace(self._decoded(result, latents, batch), effective={"cache": self._cache()})
 
     def _decoded(self, result: Any, latents: Latents, batch: tuple[Sample, ...]) -> Decoded:
         """Frames or sound out of the pipeline's result, checked."""

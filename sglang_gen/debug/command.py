@@ -91,7 +91,7 @@ def parity(composed: "Composed", given: Mapping[str, Any]) -> int:
     log.setup(composed.run.log_level.name)
     for notice in composed.notices:
         log.info(notice)
-    env.quiet_libraries()
+    env.prepare_libraries()
     ours, theirs = plans(composed)
     tolerance = _tolerance(given)
     from sglang_gen.debug.parity import run

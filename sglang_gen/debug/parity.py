@@ -48,7 +48,7 @@ def run(ours: Plan, theirs: Plan, tolerance: Tolerance) -> Report:
 
     Raises what a generation raises where the model cannot be loaded or diffusers cannot run it.
     """
-    with arithmetic.settled(ours.device, ours.dtype, ours.run.deterministic):
+    with arithmetic.settled(ours.dtype, ours.run.deterministic):
         log.info(f"Loading model: {ours.card.name}")
         our_engine = native.load(ours, Mesh(), CallLog())
         their_engine = diffusers.load(theirs, Mesh(), CallLog())

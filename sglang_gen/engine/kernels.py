@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +169,9 @@ def runs(name: str, device: str, dtype: torch.dtype) -> bool:
     """True where this kernel of scaled_dot_product_attention takes a small problem of this device and dtype."""
     tensor = torch.zeros(1, 1, 16, 32, device=device, dtype=dtype)
     with warnings.catch_warnings(action="ignore"):  # torch gives the reason why a kernel refuses as a warning
+        # The first call on a GPU settles torch's order of kernels for the process (cuDNN first on a Hopper). Inside of
+        # `only` the order before that call would be put back at the end, and torch would never take cuDNN again.
+        scaled_dot_product_attention(tensor, tensor, tensor)
         try:
             inside_sdpa([name])(tensor, tensor, tensor)
         except RuntimeError:
@@ -177,13 +181,18 @@ def runs(name: str, device: str, dtype: torch.dtype) -> bool:
 
 def inside_sdpa(order: list[str]) -> Kernel:
     """scaled_dot_product_attention with these of its kernels alone, the first preferred."""
-    kernels = [SDPA_KERNELS[name] for name in order]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(kernels, set_priority=True):
+        with only(order):
             return scaled_dot_product_attention(q, k, v)
 
     return attend
+
+
+def only(order: list[str]) -> AbstractContextManager[Any]:
+    """Inside, scaled_dot_product_attention takes these of its kernels alone, the first preferred."""
+    kernels = [SDPA_KERNELS[name] for name in order]
+    return sdpa_kernel(kernels, set_priority=len(kernels) > 1)
 
 
 def _usable(name: str, device: str, dtype: torch.dtype) -> bool:

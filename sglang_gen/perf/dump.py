@@ -151,13 +151,18 @@ def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
         "deterministic": plan.run.deterministic,
         **{
             name: effective[name]
-            for name in ("backend", "attention", "dtype", "device", "parallel", "cache", "quantization", "offload",
-                         "compile")
+            for name in ("backend", "attention", "dtype", "device", "parallel", "quantization", "offload", "compile")
         },
+        "cache": _settings(effective["cache"]),
         "hardware": [facts["gpus"] or facts["cpu"], facts["cpu_count"], facts["threads"]],
         "versions": {name: facts["versions"][name] for name in ("python", "torch", "diffusers", "transformers")},
     }  # fmt: skip
     return {"hash": _hash(fields), "fields": fields}
+
+
+def _settings(cache: Any) -> Any:
+    """A step cache's settings without what it made of them, which seed and prompt decide."""
+    return {key: value for key, value in cache.items() if key != "reused_steps"} if isinstance(cache, dict) else cache
 
 
 def _hash(value: Any) -> str:

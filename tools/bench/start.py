@@ -18,10 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from sglang_gen import env
+from sglang_gen.perf import cpu_dtype
 from sglang_gen.perf.statistics import judge
 
 PROMPT, STEPS, GUIDANCE, TOKENS = "A serene landscape with mountains and a lake at sunset", 28, 4.0, 32
-DTYPE = "bfloat16" if env.cpu_has_bf16() else "float32"
+DTYPE = cpu_dtype.choose().dtype
 
 OURS = f"""
 import json, sys, time

@@ -1,6 +1,7 @@
 """The arguments of a pipeline's call: which setting owns which, and where --diffusers-kwargs go."""
 
 import inspect
+import math
 from typing import Any
 
 import diffusers
@@ -79,6 +80,22 @@ def _check_strength(kind: Kind, steps: int, call: dict[str, Any]) -> None:
     strength = call.get("strength", default)
     if isinstance(strength, (int, float)) and 0 <= strength <= 1 and int(steps * strength) < 1:
         raise none_left(strength, steps)
+
+
+def network_calls(plan: Plan, kind: Kind, call: dict[str, Any]) -> tuple[int, int]:
+    """How often one sample calls the network at least and at most, a guidance branch of its own aside.
+
+    A scheduler of second order calls it twice in each step but the last. A strength leaves out steps at the start,
+    of which some pipelines round the number up and some down.
+    """
+    scheduler = plan.card.components.get("scheduler")
+    order = getattr(getattr(diffusers, scheduler.class_name, None), "order", 1) if scheduler else 1
+    steps = float(plan.run.sampling.num_inference_steps)
+    if plan.run.sampling.image_path is not None and "strength" in kind.accepted:
+        default = inspect.signature(kind.pipeline_class.__call__).parameters["strength"].default
+        strength = call.get("strength", default)
+        steps *= min(max(strength, 0.0), 1.0) if isinstance(strength, (int, float)) else 1.0
+    return 1 + order * (math.floor(steps) - 1), 1 + order * (math.ceil(steps) - 1)
 
 
 def _check_steps(steps: int, call: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention import sdpa_kernel
 
 from sglang_gen.backends.options.networks import denoisers
-from sglang_gen.engine.kernels import SDPA_KERNELS, priority, runs
+from sglang_gen.engine.kernels import SDPA_KERNELS, only, priority, runs
 from sglang_gen.errors import UserError, first_line, nearest
 from sglang_gen.schema import Attention
 
@@ -94,14 +94,13 @@ def own(attention: Attention, device: str, dtype: torch.dtype) -> Kernel | None:
         order = priority(attention.backend_config, device, dtype)
         if not order:
             return Kernel("sdpa")
-        kernels = [SDPA_KERNELS[item] for item in order]
-        return Kernel(f"sdpa({', '.join(order)})", lambda: sdpa_kernel(kernels, set_priority=True))
+        return Kernel(f"sdpa({', '.join(order)})", lambda: only(order))
     if attention.backend_config:
         raise UserError(f"attention.backend_config: the kernel '{name}' takes no settings; sdpa takes 'priority'")
     if name in SDPA_KERNELS:
         if not runs(name, device, dtype):
             raise UserError(f"attention.backend: '{name}' does not run here; legal: {', '.join(legal(device, dtype))}")
-        return Kernel(name, lambda: sdpa_kernel(SDPA_KERNELS[name]))
+        return Kernel(name, lambda: only([name]))
     check_name(attention, device, dtype)
     return None
 

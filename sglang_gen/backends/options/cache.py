@@ -1,73 +1,42 @@
 """DBCache on a diffusers pipeline through the cache-dit library, in that library's own configuration schema."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from sglang_gen import log
 from sglang_gen.backends.options.networks import denoisers
-from sglang_gen.errors import UserError, first_line, nearest
+from sglang_gen.errors import UserError, first_line
 from sglang_gen.schema import Cache, CacheMethod
+from sglang_gen.step_cache import check_blocks, check_steps, refuse_covered, settings, wanted
 from sglang_gen.types import ModelCard
 
-ELSEWHERE = {
-    "parallelism_config": "the group parallel",
-    "quantize_config": "the group quant",
-    "attention_backend": "the group attention",
-}
-KINDS: Mapping[type, tuple[Any, str]] = {  # what a key may be whose default is of this type
-    bool: ((bool,), "true or false"), int: ((int,), "a whole number"), float: ((int, float), "a number"),
-}  # fmt: skip
-CALIBRATOR_KEYS = ("calibrator", "enable_calibrator", "enable_taylorseer", "taylorseer_order")
 
+def check(cache: Cache, card: ModelCard, pipeline_class: Any, calls: tuple[int, int]) -> None:
+    """Refuse a cache that this model cannot have, or that cannot act in so many calls of its network (least, most).
 
-def settings(cache: Cache) -> dict[str, Any]:
-    """DBCache's settings by cache-dit's names: the typed keys of the group, over them `cache_dit_config`.
-
-    Raises UserError for an unknown key, and for a section that belongs to another group.
+    Raises UserError.
     """
-    typed = {
-        name: value for name, value in vars(cache).items() if name not in ("method", "cache_dit_config", "interval")
-    }
-    given = dict(cache.cache_dit_config)
-    for section, group in ELSEWHERE.items():
-        if section in given:
-            raise UserError(f"--cache-dit-config: '{section}' is set by {group}, not here")
-    given |= given.pop("cache_config", {})
-    legal = [*typed, *CALIBRATOR_KEYS]
-    for key, value in given.items():
-        if key not in legal:
-            raise UserError(f"--cache-dit-config: unknown key '{key}'{nearest(key, legal)}")
-        kinds, named = KINDS.get(type(getattr(Cache(), key, None)), ((object, bool), ""))
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise UserError(f"--cache-dit-config: '{key}' is {value!r}; it must be {named}")
-    if given.pop("enable_taylorseer", False) or given.pop("enable_calibrator", False):
-        given.setdefault("calibrator", "taylorseer")
-    return {**typed, **given}
-
-
-def wanted(cache: Cache) -> bool:
-    """True where a step cache is asked for, by the group or by the flag."""
-    return cache.method is not CacheMethod.none or bool(cache.cache_dit_config)
-
-
-def check(cache: Cache, card: ModelCard) -> None:
-    """Refuse a cache that this model cannot have. Raises UserError."""
     if not wanted(cache):
         return
     if cache.method is CacheMethod.deepcache:
         raise UserError("cache=deepcache: the diffusers backend has no step cache for UNets")
-    settings(cache)
     if "transformer" not in card.components:
         raise UserError(f"cache: cache-dit works on transformers; {card.pipeline_class} has a UNet")
+    import cache_dit
+
+    if not cache_dit.BlockAdapterRegister.is_supported(object.__new__(pipeline_class)):
+        raise UserError(f"cache: cache-dit cannot cache {pipeline_class.__name__}; run with cache=none")
+    check_blocks(cache, card)
+    check_steps(cache, *calls)
 
 
 class StepCache:
     """cache-dit on one pipeline. It patches the pipeline's class, so `close` must follow."""
 
-    def __init__(self, pipeline: Any, cache: Cache, steps: int) -> None:
-        self.pipeline, self.settings = pipeline, settings(cache)
-        _check(self.settings, pipeline, steps)
+    def __init__(self, pipeline: Any, cache: Cache) -> None:
+        """Raises UserError for a pipeline that the library cannot cache, and for more blocks than it has."""
+        self.pipeline, self.settings, self.warned = pipeline, settings(cache), False
         self._enable()
 
     def _enable(self) -> None:
@@ -75,14 +44,13 @@ class StepCache:
 
         values = dict(self.settings)
         kind, order = values.pop("calibrator"), values.pop("taylorseer_order")
-        if kind not in (None, "taylorseer"):
-            raise UserError(f"cache.calibrator is '{kind}'; it must be null or taylorseer")
         calibrator = None
         if kind:
             calibrator = cache_dit.TaylorSeerCalibratorConfig(
                 taylorseer_order=order, enable_encoder_calibrator=_text_leaves(self.pipeline.transformer)
             )
         try:
+            refuse_covered(self.settings, _lists(self.pipeline))
             cache_dit.enable_cache(
                 self.pipeline, cache_config=cache_dit.DBCacheConfig(**values), calibrator_config=calibrator
             )
@@ -93,9 +61,7 @@ class StepCache:
 
     def decisions(self, steps: int) -> dict[str, Any]:
         """What the last generation did: per step compute or reuse, and the residual differences that decided."""
-        import cache_dit
-
-        stats = cache_dit.summary(self.pipeline.transformer, logging=False)[0]
+        stats = self._statistics()[0]
         reused = {int(step) for step in stats.cached_steps}
         return {
             "steps": ["reuse" if step in reused else "compute" for step in range(steps)],
@@ -103,8 +69,33 @@ class StepCache:
             "residual_diffs": {str(step): float(value) for step, value in stats.residual_diffs.items()},
         }
 
-    def effective(self) -> dict[str, Any]:
-        return {name: value for name, value in self.settings.items() if value is not None}
+    def reused(self) -> int:
+        """Steps that the last generation reused, in whichever network and branch of guidance it reused most."""
+        return max(len(steps) for each in self._statistics() for steps in (each.cached_steps, each.cfg_cached_steps))
+
+    def warn_idle(self) -> None:
+        """Say once that the last generation reused nothing, and what would have to change."""
+        if self.warned or self.reused() > 0:
+            return
+        self.warned = True
+        each = [float(value) for stats in self._statistics() for value in stats.residual_diffs.values()]
+        near, why = [value for value in each if value > 0], ""
+        if near:
+            threshold = self.settings["residual_diff_threshold"]
+            why = f"; the residual changed by at least {min(near):.3g}, and residual_diff_threshold is {threshold}"
+        log.warning(f"cache: no step was reused, so that the cache saved nothing{why}")
+
+    def _statistics(self) -> list[Any]:
+        """cache-dit's own, of every list of blocks of every network that it caches."""
+        import cache_dit
+
+        networks = denoisers(self.pipeline).values()
+        return [stats for network in networks for stats in cache_dit.summary(network, logging=False)]
+
+    def effective(self, generated: bool = False) -> dict[str, Any]:
+        """The settings that DBCache was given, and the steps that were reused once it has `generated`."""
+        found = {name: value for name, value in self.settings.items() if value is not None}
+        return found | ({"reused_steps": self.reused()} if generated else {})
 
     def close(self) -> None:
         import cache_dit
@@ -112,27 +103,22 @@ class StepCache:
         cache_dit.disable_cache(self.pipeline)
 
 
-def _check(values: Mapping[str, Any], pipeline: Any, steps: int) -> None:
-    """Refuse settings under which nothing would be reused."""
-    blocks = sum(_longest(network) for network in denoisers(pipeline).values())
-    computed = values["Fn_compute_blocks"] + values["Bn_compute_blocks"]
-    if computed >= blocks:
-        raise UserError(
-            f"cache: Fn_compute_blocks + Bn_compute_blocks = {computed} covers all {blocks} blocks, "
-            "so nothing would be reused; lower them"
-        )
-    mask = values["steps_computation_mask"]
-    if mask is not None and len(mask) != steps:
-        raise UserError(f"cache: steps_computation_mask has {len(mask)} entries, the run has {steps} steps")
+def _lists(pipeline: Any) -> list[int]:
+    """Lengths of the lists of blocks that the library caches, each list for itself."""
+    import cache_dit
+
+    adapter = cache_dit.BlockAdapterRegister.get_adapter(pipeline, skip_post_init=True)
+    pending, found = [adapter.blocks], []
+    while pending:
+        blocks = pending.pop()
+        if isinstance(blocks, nn.ModuleList):
+            found.append(len(blocks))
+        elif isinstance(blocks, list):
+            pending += blocks
+    return found
 
 
 def _text_leaves(network: nn.Module) -> bool:
     """False where the last block drops its text stream (SD3's): there is nothing to extrapolate for it then."""
     blocks = getattr(network, "transformer_blocks", None)
     return not (blocks and getattr(blocks[-1], "context_pre_only", False))
-
-
-def _longest(network: nn.Module) -> int:
-    """Blocks that the cache sees: all repeated blocks at the top of the network."""
-    lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
-    return sum(len(blocks) for blocks in lists if blocks and type(blocks[0]).__name__.endswith("Block"))
