@@ -29,6 +29,7 @@ from sglang_gen.backends.options import (
     weights,
 )
 from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, dtype_of, modules
+from sglang_gen.backends.seeding import argument, seeded
 from sglang_gen.backends.sent import Sent
 from sglang_gen.choice import NATIVE
 from sglang_gen.errors import RunError, UserError, first_line, is_out_of_memory
@@ -184,14 +185,15 @@ class DiffusersEngine:
         latents = Latents(self.noise, len(batch))
         if self.guidance:
             self.guidance.start(len(batch))
-        given = self._arguments(batch, steps, latents)
+        generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
+        given = self._arguments(batch, steps, latents, generators)
         name = type(self.pipeline).__name__
         self.sent.on = self.calls.on
-        watched = observed(self.pipeline, clock, latents)
+        watched, draws = observed(self.pipeline, clock, latents), seeded(self.pipeline, generators, self.plan.device)
         clock.enter("text_encoding")
         try:
             kernel = attention.chosen(self.pipeline, self.kernel)
-            with torch.no_grad(), kernel, watched, self.sent.during("denoising", None):
+            with torch.no_grad(), kernel, watched, draws, self.sent.during("denoising", None):
                 result = self.pipeline(**given)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -223,7 +225,9 @@ class DiffusersEngine:
             return Decoded(sound, latents.noise, latents.last, "audio", _sampling_rate(self.pipeline))
         return Decoded(np.rint(values * 255).astype(np.uint8), latents.noise, latents.last, self.kind.makes)
 
-    def _arguments(self, batch: tuple[Sample, ...], steps: int, latents: Latents) -> dict[str, Any]:
+    def _arguments(
+        self, batch: tuple[Sample, ...], steps: int, latents: Latents, generators: list[torch.Generator]
+    ) -> dict[str, Any]:
         """What the pipeline's call is given: only what it takes, and of the optional only what is set."""
         sampling = self.plan.run.sampling
         negatives = [sample.negative_prompt for sample in batch]
@@ -238,7 +242,7 @@ class DiffusersEngine:
             "width": width,
             "max_sequence_length": sampling.max_sequence_length,
             "num_frames": sampling.num_frames,
-            "generator": [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch],
+            "generator": argument(generators),
             "output_type": "np" if self.leads else "latent",
             "callback_on_step_end": latents.after_step,
         }

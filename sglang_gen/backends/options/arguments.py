@@ -18,7 +18,7 @@ OWNED: dict[str, str | None] = {
     "prompt": "--prompt", "negative_prompt": "--negative-prompt", "num_inference_steps": "--num-inference-steps",
     "guidance_scale": "--guidance-scale", "height": "--height", "width": "--width", "generator": "--seed",
     "num_images_per_prompt": "--num-samples", "num_videos_per_prompt": "--num-samples", "image": "--image-path",
-    "num_frames": "--num-frames", "max_sequence_length": "sampling.max_sequence_length",
+    "noise_sampler_seed": "--seed", "num_frames": "--num-frames", "max_sequence_length": "sampling.max_sequence_length",
     "latents": "sampling.latents", "output_type": None, "return_dict": None, "callback_on_step_end": None,
     "callback_on_step_end_tensor_inputs": None, "callback": None, "callback_steps": None,
 }  # fmt: skip
