@@ -31,6 +31,7 @@ LAYERS = (
     ),
     ("config_file", "inputs", "kept_prompts", "prompts"),
     ("media", "perf.observations", "perf.compare", "perf.quality", "sweep.report"),
+    ("perf.objective", "sweep.recorded"),
     ("config", "hub", "perf.machine", "perf.place", "sweep.table", "perf.command", "weight_files", "help_page"),
     ("quantization", "stored", "requirements", "choice", "guidance", "sizes"),
     ("legal",),
