@@ -21,6 +21,7 @@ from sglang_gen.backends.options import (
     cache,
     compilation,
     components,
+    ineffective,
     kinds,
     lora,
     offload,
@@ -50,7 +51,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
     Arguments are checked against the pipeline's class before a weight is read. Raises UserError for a request that the
     pipeline cannot take, RunError if loading fails.
     """
-    kind, call, scheduler = check(plan, own=original.own_class(plan))
+    kind, call, scheduler = check(plan, own=original.own_class(plan), warn=True)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()
@@ -63,14 +64,14 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
         if is_out_of_memory(error):
             raise RunError(f"Out of memory while loading {plan.card.name}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
-    arguments.warn_ineffective(plan, kind, pipeline, call)
     return DiffusersEngine(plan, mesh, kind, pipeline, call, calls, effective, kernel, step_cache)
 
 
-def check(plan: Plan, own: Any = None) -> tuple[kinds.Kind, dict[str, Any], dict[str, Any]]:
+def check(plan: Plan, own: Any = None, warn: bool = False) -> tuple[kinds.Kind, dict[str, Any], dict[str, Any]]:
     """What the pipeline is, the arguments of its call, and settings of its scheduler, before a weight is read.
 
-    `own` is the class that the model's own code defines. Raises UserError for a request that the pipeline cannot take.
+    `own` is the class that the model's own code defines; with `warn` what has no effect is said too. Raises UserError
+    for a request that the pipeline cannot take.
     """
     run = plan.run
     kind = kinds.find(
@@ -81,6 +82,7 @@ def check(plan: Plan, own: Any = None) -> tuple[kinds.Kind, dict[str, Any], dict
     )
     call, scheduler = arguments.split(plan, kind)
     arguments.check_complete(kind, plan, call)
+    arguments.check_scheduler(plan, scheduler)
     read_noise(run.sampling.latents)
     _image(run)
     if run.compile.enable_torch_compile:
@@ -88,6 +90,8 @@ def check(plan: Plan, own: Any = None) -> tuple[kinds.Kind, dict[str, Any], dict
     attention.own(run.attention, plan.device, getattr(torch, plan.dtype))
     lora.check(run.lora)
     cache.check(run.cache, plan.card)
+    if warn:
+        ineffective.warn(plan, kind, call, scheduler)
     return kind, call, scheduler
 
 
@@ -102,11 +106,7 @@ def _read(plan: Plan, kind: kinds.Kind, scheduler: dict[str, Any]) -> Any:
     replaced = components.load(plan, dtype) | weights.load(plan, dtype)
     pipeline = original.read(plan, kind.pipeline_class, dtype, replaced)
     if scheduler:
-        kept = type(pipeline.scheduler)
-        try:
-            pipeline.scheduler = kept.from_config(pipeline.scheduler.config, **scheduler)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"--diffusers-kwargs: {kept.__name__} refuses {scheduler}: {first_line(error)}") from error
+        pipeline.scheduler = arguments.configured(type(pipeline.scheduler), pipeline.scheduler.config, scheduler)
     return pipeline
 
 
