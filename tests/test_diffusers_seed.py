@@ -89,7 +89,7 @@ def test_the_same_command_and_its_record_give_the_same_bits(run, noisy, sglang, 
 
 
 @pytest.mark.parametrize(("name", "scheduler", "settings"), mostly_slow(NOISY, *FEW))
-def test_a_sample_of_a_batch_is_that_of_its_seed_alone(run, noisy, name, scheduler, settings):
+def test_a_sample_of_a_batch_is_that_of_its_seed_alone(run, noisy, sglang, name, scheduler, settings):
     model = noisy(name, scheduler, settings)
     words = ("--num-samples", "2", "--backend", "diffusers")
     once(run, "batch", model, *words, "sampling.batch_size=2", unrelated=1)
@@ -97,6 +97,11 @@ def test_a_sample_of_a_batch_is_that_of_its_seed_alone(run, noisy, name, schedul
     for number in range(2):
         assert error(tensors("batch", number)["latents"], tensors("each", number)["latents"]) <= 1e-5
     assert error(tensors("batch", 0)["latents"], tensors("batch", 1)["latents"]) > 1e-3
+    done = sglang("generate", "--model-path", model, "--prompt", "a cat", "--seed", "8", "--guidance-scale", "3",
+                  "--num-inference-steps", "3", "--height", "32", "--width", "48", "--dtype", "float32",
+                  "--backend", "diffusers", "output.latents=true", "--output-path", "alone")  # fmt: skip
+    assert done.code == 0, done.err
+    assert np.array_equal(tensors("each", 1)["latents"], tensors("alone")["latents"])
 
 
 @pytest.mark.parametrize(("name", "scheduler", "settings"), mostly_slow(NOISY, *FEW))

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 
+import sglang_gen
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.perf import objective
 from sglang_gen.perf.memory import Checkpoint
@@ -50,7 +52,10 @@ class Idle(Minimiser):
 
 
 class OptunaSweeper(Minimiser):
-    """Has the module of Hydra's plugin."""
+    """Has the name and the module of Hydra's plugin, and takes its settings."""
+
+    def __init__(self, direction: str = "", n_trials: int = 0, params: object = None, **others: object) -> None:
+        super().__init__(**others)
 
 
 SWEEPERS = {
@@ -95,10 +100,19 @@ def dumps(monkeypatch):
             raise RunError("It broke")
         if composed.run.dry_run:
             return None
-        each = {"total_duration_ms": 20.0 * steps, "denoise_steps_ms": [{"duration_ms": 10.0 * steps}], "tag": "a"}
+        each = {"total_duration_ms": 20.0 * steps, "denoise_steps_ms": [{"duration_ms": 10.0 * steps}], "tag": "a",
+                "images_per_second": 1 / steps}  # fmt: skip
         return SimpleNamespace(report={**each, "steps": [{"name": "denoising", "duration_ms": 5}], "quality": None})
 
     monkeypatch.setattr(importlib.import_module("sglang_gen.generate"), "execute", execute)
+
+
+@pytest.fixture
+def optuna() -> None:
+    """The option hydra/sweeper=optuna of the plugin."""
+    target = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+    node = {"_target_": target, "direction": "minimize", "n_trials": 20, "params": {}}
+    ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=node)
 
 
 def best() -> list:
@@ -131,6 +145,16 @@ def test_the_objective_may_stand_in_a_sweep_file(dumps, sglang):
     done = sglang("generate", "--config-dir", "sweeps", "--config-name", "best", *SMALL, "--output-path", "sweep")
     assert done.code == 0, done.err
     assert best() == [10.0, "1"]
+
+
+def test_the_file_that_the_page_shows_is_such_a_sweep(dumps, optuna, sglang):
+    page = Path(sglang_gen.__file__).parents[1] / "docs" / "sweeps.md"
+    Path("sweeps").mkdir()
+    (shown,) = re.findall(r"```yaml\n(# sweeps/fastest.yaml\n.*?)```", page.read_text(), re.DOTALL)
+    Path("sweeps/fastest.yaml").write_text(shown)
+    done = sglang("generate", "--config-dir", "sweeps", "--config-name", "fastest", "--output-path", "sweep")
+    assert done.code == 0, done.err
+    assert best() == [1 / 3, "3"]
 
 
 @pytest.mark.parametrize("sweeper", ["idle", "basic"])
@@ -236,7 +260,5 @@ def test_every_number_of_a_dump_has_a_key(pipelines, sglang):
 
 
 def test_a_wrong_key_of_python_is_a_user_error():
-    import sglang_gen
-
     with pytest.raises(UserError, match=r"perf\.objective"):
         sglang_gen.generate("perf.objective=nothing", prompt="x")
