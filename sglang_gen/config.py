@@ -8,6 +8,8 @@ import copy
 import dataclasses
 import logging
 import os.path
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -33,12 +36,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sglang_gen import env, presets
 from sglang_gen.config_file import FileValues, read_config_file
-from sglang_gen.errors import RunError, Terminated, UserError, first_line
+from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.flags import BY_PATH
 from sglang_gen.output import FULL
 from sglang_gen.overrides import Word, check, check_option, covers, dict_leaf
 from sglang_gen.perf import place
 from sglang_gen.schema import LOCAL, Run, get, leaves, plain, put
+from sglang_gen.sweep.recorded import recorded
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Composed:
     notices: tuple[str, ...] = ()
     versions: dict[str, str | None] = field(default_factory=dict)  # of the record being repeated
     inputs: dict[str, str] = field(default_factory=dict)  # digests of its files
+    in_sweep: bool = False  # whether it is a job of a multirun
     place: env.Torchrun | None = None  # which rank this process is already, where torchrun started it
 
 
@@ -368,7 +373,11 @@ class _Task:
 
 
 def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
-    """Call `work` for every job that Hydra's sweeper makes of the choices; the results in order of the jobs."""
+    """Call `work` for every job that Hydra's sweeper makes of the choices; the results in order of the jobs.
+
+    What `work` returns is what the sweeper gets, for one that optimises the objective. A job whose `work` raises has
+    failed; its result is the error, which reaches the sweeper only where there is an objective.
+    """
     hydra = Hydra(task_name="generate", config_loader=_loader(choices.config_dir))
     words = _parse(hydra.config_loader, choices.overrides)
     check(words, choices.flags, _options(hydra.config_loader, choices), multirun=True)
@@ -380,26 +389,47 @@ def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
         for key in OmegaConf.select(cfg, "hydra.sweeper.params") or {}:
             if (flag := BY_PATH.get(str(key).lstrip("+"))) and flag.path in choices.flags:
                 raise UserError(f"{flag.path} is given twice, by {flag.option} and by the sweep {choices.config_name}")
-        batches = _sweep(hydra, cfg, choices, work)
-    return [job.return_value for batch in batches for job in batch]
+        stated = _stated(choices, words, "perf.objective") or [OmegaConf.select(cfg, "perf.objective")]
+        ended = _sweep(hydra, cfg, _Task(choices, work), any(stated))
+    return [job._return_value for job in ended]
 
 
-def _sweep(hydra: Hydra, cfg: DictConfig, choices: Choices, work: Callable[[Job], Any]) -> Any:
-    """`Hydra.multirun`, but that a sweep which a signal cuts short has ended too: its callbacks hear of it."""
+OPTIMISING = re.compile(r"hydra_plugins\.hydra_(optuna|ax|nevergrad)_sweeper\.")
+
+
+def _sweep(hydra: Hydra, cfg: DictConfig, task: "_Task", objective: bool) -> list[JobReturn]:
+    """`Hydra.multirun`, but that a sweep which a signal or a job cuts short has ended too: its callbacks hear of it.
+
+    The jobs that have ended, in order: what a sweeper returns is its own affair.
+    """
+    name = str(OmegaConf.select(cfg, "hydra.sweeper._target_"))
+    if OPTIMISING.match(name) and not objective:
+        raise UserError(_unaimed(name, "perf.objective is not set"))
+    basic, ended, plugins = name.startswith("hydra._internal."), list[JobReturn](), Plugins.instance()
     callbacks = Callbacks(cfg)
-    callbacks.on_multirun_start(config=cfg, config_name=choices.config_name)
+    callbacks.on_multirun_start(config=cfg, config_name=cfg.hydra.job.config_name)
     context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
-    sweeper = Plugins.instance().instantiate_sweeper(
-        config=cfg, hydra_context=context, task_function=_Task(choices, work)
-    )
     words = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
     try:
-        batches = sweeper.sweep(arguments=words)
-    except (KeyboardInterrupt, Terminated):
-        callbacks.on_multirun_end(config=cfg, config_name=choices.config_name)
-        raise
-    callbacks.on_multirun_end(config=cfg, config_name=choices.config_name)
-    return batches
+        with recorded(plugins, ended, failures=objective and not basic):
+            sweeper = plugins.instantiate_sweeper(config=cfg, hydra_context=context, task_function=task)
+            sweeper.sweep(arguments=words)
+    except (TypeError, ValueError, AssertionError) as error:
+        measured = any(job._return_value is not None for job in ended)
+        if basic or measured or not ended or isinstance(error, UserError):
+            raise
+        raise UserError(_unaimed(name, first_line(error))) from error
+    finally:
+        if ended or not isinstance(sys.exception(), Exception):  # else it was no sweep
+            callbacks.on_multirun_end(config=cfg, config_name=cfg.hydra.job.config_name)
+    return ended
+
+
+def _unaimed(name: str, reason: str) -> str:
+    return (
+        f"{name.rpartition('.')[2]} optimises a number that each job returns, and these return none ({reason}): name "
+        "one of the perf dump, such as perf.objective=step_ms, and run without dry_run"
+    )
 
 
 def _stated(choices: Choices, words: Sequence[Word], path: str) -> list[Any]:

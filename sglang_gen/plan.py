@@ -25,7 +25,7 @@ from sglang_gen import (
 )
 from sglang_gen.errors import UserError
 from sglang_gen.flags import BY_PATH
-from sglang_gen.perf import cpu_dtype, place
+from sglang_gen.perf import cpu_dtype, objective, place
 from sglang_gen.schema import (
     BOUNDS,
     DEGREES,
@@ -59,6 +59,7 @@ def check(composed: "Composed") -> None:
     stored.check(composed.run)
     offloading.check(composed.run)
     step_cache.check(composed.run)
+    objective.check(composed.run)
 
 
 def make_plan(composed: "Composed", card: ModelCard) -> Plan:
@@ -102,6 +103,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         },
         warnings=(
             *_warnings(run, sources, composed.versions),
+            *_objective(run, sources, composed.in_sweep),
             *_same_noise(run, batches),
             *inputs.changed(run, sources, composed.inputs),
             *remote_code.warnings(run.model, card),
@@ -271,6 +273,12 @@ def _differs(run: Run, sources: Mapping[str, str], path: str) -> bool:
     return sources.get(path, "default") not in ("default", "preset") and get(run, path) != get(Run(), path)
 
 
+def _objective(run: Run, sources: Mapping[str, str], in_sweep: bool) -> list[str]:
+    if in_sweep or not user_gave(run, sources, "perf.objective"):
+        return []
+    return ["perf.objective has no effect outside a multirun: it is what a job returns to the sweeper"]
+
+
 def _warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str | None]) -> list[str]:
     """Settings that the user gave and that change nothing, and a record that was made elsewhere."""
     found = []
@@ -285,7 +293,7 @@ def _warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str |
             path
             for path in leaves()
             if path.startswith("perf." if run.dry_run else ("perf.", "machine.name")) and _differs(run, sources, path)
-            if path != "perf.repeat"  # compares what it generates again
+            if path not in ("perf.repeat", "perf.objective")  # the one compares what it generates again
         ]
         found += [f"{path} has no effect without --perf-dump-path" for path in idle]
     if run.model.revision and (run.model.path is None or Path(run.model.path).exists()):

@@ -215,6 +215,7 @@ class Perf:
     machine_rates: bool = True  # measure this machine's matmul and memory rates once and keep them
     work: bool = True  # count FLOPs and bytes of each stage
     repeat: int = 1  # generate so many times in one process: more observations, and a proof that nothing leaks
+    objective: str | None = None  # key of a number of the dump: what a job of a multirun returns to its sweeper
 
 
 @dataclass

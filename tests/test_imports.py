@@ -32,6 +32,7 @@ LAYERS = (
     ),
     ("config_file", "inputs", "kept_prompts", "prompts"),
     ("media", "perf.observations", "perf.compare", "perf.quality", "sweep.report"),
+    ("perf.objective", "sweep.recorded"),
     (
         "config",
         "hub",

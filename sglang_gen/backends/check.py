@@ -4,7 +4,7 @@ from sglang_gen.types import Plan
 
 
 def check(plan: Plan, warn: bool = False) -> None:
-    """With `warn` the native engine also says what has no effect, as it does when it loads.
+    """With `warn` the backend also says what has no effect, as it does when it loads.
 
     Raises UserError. What a repository's own code takes, it alone knows: that is refused while it loads.
     """
@@ -17,4 +17,4 @@ def check(plan: Plan, warn: bool = False) -> None:
     elif not plan.card.code:
         from sglang_gen.backends import diffusers
 
-        diffusers.check(plan)
+        diffusers.check(plan, warn=warn)

@@ -22,6 +22,7 @@ from sglang_gen.backends.options import (
     cache,
     compilation,
     components,
+    ineffective,
     kinds,
     lora,
     offload,
@@ -30,6 +31,7 @@ from sglang_gen.backends.options import (
     weights,
 )
 from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, dtype_of, modules
+from sglang_gen.backends.seeding import argument, seeded
 from sglang_gen.backends.sent import Sent
 from sglang_gen.choice import NATIVE
 from sglang_gen.errors import RunError, UserError, first_line, is_out_of_memory
@@ -51,7 +53,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
     Arguments are checked against the pipeline's class before a weight is read. Raises UserError for a request that the
     pipeline cannot take, RunError if loading fails.
     """
-    kind, call, scheduler = check(plan, own=original.own_class(plan))
+    kind, call, scheduler = check(plan, own=original.own_class(plan), warn=True)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()
@@ -64,14 +66,14 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
         if is_out_of_memory(error):
             raise RunError(f"Out of memory while loading {plan.card.name}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
-    arguments.warn_ineffective(plan, kind, pipeline, call)
     return DiffusersEngine(plan, mesh, kind, pipeline, call, calls, effective, kernel, step_cache)
 
 
-def check(plan: Plan, own: Any = None) -> tuple[kinds.Kind, dict[str, Any], dict[str, Any]]:
+def check(plan: Plan, own: Any = None, warn: bool = False) -> tuple[kinds.Kind, dict[str, Any], dict[str, Any]]:
     """What the pipeline is, the arguments of its call, and settings of its scheduler, before a weight is read.
 
-    `own` is the class that the model's own code defines. Raises UserError for a request that the pipeline cannot take.
+    `own` is the class that the model's own code defines; with `warn` what has no effect is said too. Raises UserError
+    for a request that the pipeline cannot take.
     """
     run = plan.run
     if plan.card.file is not None:
@@ -86,6 +88,7 @@ def check(plan: Plan, own: Any = None) -> tuple[kinds.Kind, dict[str, Any], dict
     )
     call, scheduler = arguments.split(plan, kind)
     arguments.check_complete(kind, plan, call)
+    arguments.check_scheduler(plan, scheduler)
     read_noise(run.sampling.latents)
     _image(run)
     if run.compile.enable_torch_compile:
@@ -93,6 +96,8 @@ def check(plan: Plan, own: Any = None) -> tuple[kinds.Kind, dict[str, Any], dict
     attention.own(run.attention, plan.device, getattr(torch, plan.dtype))
     lora.check(run.lora)
     cache.check(run.cache, plan.card, kind.pipeline_class, arguments.network_calls(plan, kind, call))
+    if warn:
+        ineffective.warn(plan, kind, call, scheduler)
     return kind, call, scheduler
 
 
@@ -107,11 +112,7 @@ def _read(plan: Plan, kind: kinds.Kind, scheduler: dict[str, Any]) -> Any:
     replaced = components.load(plan, dtype) | weights.load(plan, dtype)
     pipeline = original.read(plan, kind.pipeline_class, dtype, replaced)
     if scheduler:
-        kept = type(pipeline.scheduler)
-        try:
-            pipeline.scheduler = kept.from_config(pipeline.scheduler.config, **scheduler)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"--diffusers-kwargs: {kept.__name__} refuses {scheduler}: {first_line(error)}") from error
+        pipeline.scheduler = arguments.configured(type(pipeline.scheduler), pipeline.scheduler.config, scheduler)
     return pipeline
 
 
@@ -193,14 +194,15 @@ class DiffusersEngine:
         latents = Latents(self.noise, len(batch))
         if self.guidance:
             self.guidance.start(len(batch))
-        given = self._arguments(batch, steps, latents)
+        generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
+        given = self._arguments(batch, steps, latents, generators)
         name = type(self.pipeline).__name__
         self.sent.on = self.calls.on
-        watched = observed(self.pipeline, clock, latents)
+        watched, draws = observed(self.pipeline, clock, latents), seeded(self.pipeline, generators, self.plan.device)
         clock.enter("text_encoding")
         try:
             kernel = attention.chosen(self.pipeline, self.kernel)
-            with torch.no_grad(), kernel, watched, self.sent.during("denoising", None):
+            with torch.no_grad(), kernel, watched, draws, self.sent.during("denoising", None):
                 result = self.pipeline(**given)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -235,7 +237,9 @@ class DiffusersEngine:
             return Decoded(sound, latents.noise, latents.last, "audio", _sampling_rate(self.pipeline))
         return Decoded(np.rint(values * 255).astype(np.uint8), latents.noise, latents.last, self.kind.makes)
 
-    def _arguments(self, batch: tuple[Sample, ...], steps: int, latents: Latents) -> dict[str, Any]:
+    def _arguments(
+        self, batch: tuple[Sample, ...], steps: int, latents: Latents, generators: list[torch.Generator]
+    ) -> dict[str, Any]:
         """What the pipeline's call is given: only what it takes, and of the optional only what is set."""
         sampling = self.plan.run.sampling
         negatives = [sample.negative_prompt for sample in batch]
@@ -250,7 +254,7 @@ class DiffusersEngine:
             "width": width,
             "max_sequence_length": sampling.max_sequence_length,
             "num_frames": sampling.num_frames,
-            "generator": [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch],
+            "generator": argument(generators),
             "output_type": "np" if self.leads else "latent",
             "callback_on_step_end": latents.after_step,
         }

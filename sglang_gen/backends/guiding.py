@@ -95,7 +95,7 @@ def warn_ineffective(plan: Plan, glue: Any) -> None:
     for path in ("sampling.guidance_interval", "sampling.guidance_batching"):
         if plan.user_gave(path):
             log.warning(f"{path} has no effect: {glue.UNGUIDED.format(scale=scale)}")
-    for name in ("true_cfg_scale", "guidance_rescale"):
+    for name in ("guidance_rescale",) if negative else ("guidance_rescale", "true_cfg_scale"):
         if _number(plan, name, 0.0) > 0 and name in plan.run.backend.diffusers_kwargs:
             log.warning(f"--diffusers-kwargs: {name} has no effect: {glue.UNGUIDED.format(scale=scale)}")
 

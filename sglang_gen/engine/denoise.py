@@ -49,15 +49,24 @@ def denoise(
 
 
 def _arguments(scheduler: Any, latents: Tensor, generators: Sequence[torch.Generator]) -> dict[str, Any]:
-    """Arguments of `step`: no noise of `eta`, and the samples' generators for a scheduler that draws some all the same.
-
-    One that takes no generator draws from Brownian motions, which are made here: one a sample, from its seed.
-    """
+    """Arguments of `step`: no noise of `eta`, the samples' generators for a scheduler that draws some all the same."""
+    set_noise_sampler(scheduler, latents, generators)
     taken = inspect.signature(scheduler.step).parameters
-    if "generator" not in taken and hasattr(scheduler, "noise_sampler"):
-        scheduler.noise_sampler = _brownian(scheduler.sigmas, latents, [each.initial_seed() for each in generators])
     known = {"eta": 0.0, "generator": list(generators)}  # what diffusers' pipelines give, where their caller does not
     return {name: value for name, value in known.items() if name in taken}
+
+
+def set_noise_sampler(scheduler: Any, latents: Tensor, generators: Sequence[torch.Generator]) -> None:
+    """Give a scheduler that draws from Brownian motions one for each sample of a new batch, from the sample's seed.
+
+    Where `step` takes generators the scheduler makes them from those, but it would keep the ones of an earlier batch.
+    """
+    if not hasattr(scheduler, "noise_sampler"):
+        return
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        scheduler.noise_sampler = None
+    else:
+        scheduler.noise_sampler = _brownian(scheduler.sigmas, latents, [each.initial_seed() for each in generators])
 
 
 def _brownian(sigmas: Tensor, latents: Tensor, seeds: list[int]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -7,32 +7,38 @@ import traceback
 from pathlib import Path
 
 from sglang_gen import log, output
-from sglang_gen.config import Choices, Job, compose, multirun
+from sglang_gen.config import Choices, Composed, Job, compose, multirun
 from sglang_gen.errors import RunError, Terminated, UserError, first_line
-from sglang_gen.perf import place
+from sglang_gen.perf import objective, place
 from sglang_gen.schema import SCHEMA_VERSION, Run
 from sglang_gen.sweep.report import DUMP, NOTE
 
 
 def run_sweep(choices: Choices) -> int:
-    """Run all jobs; 0 when all succeeded, 1 when one failed. A failed job does not stop the others."""
-    codes = multirun(dataclasses.replace(choices, seed=secrets.randbelow(2**32)), run_job)
-    failed = sum(code != 0 for code in codes)
-    log.info(f"Multirun: {len(codes) - failed} of {len(codes)} jobs succeeded")
+    """Run all jobs; 0 when all succeeded, 1 when one failed. A failed job does not stop the others.
+
+    A sweeper that optimises decides that itself, see `run_job`.
+    """
+    results = multirun(dataclasses.replace(choices, seed=secrets.randbelow(2**32)), run_job)
+    failed = sum(isinstance(result, Exception) for result in results)
+    log.info(f"Multirun: {len(results) - failed} of {len(results)} jobs succeeded")
     return 1 if failed else 0
 
 
-def run_job(job: Job) -> int:
-    """One job; its exit code. The sentence of a failure goes to the log and into the job's note."""
-    from sglang_gen.generate import execute
+def run_job(job: Job) -> float | None:
+    """One job; the number of its perf dump that perf.objective names, for a sweeper that optimises.
 
+    Raises RunError where the job failed, so that a sweeper's trial fails. The sentence of a failure goes to the log and
+    into the job's note.
+    """
     log.info(f"Job {job.number}: {' '.join(job.overrides)}")
-    note = _Note(job)
+    note, found = _Note(job), None
     try:
-        composed = compose(job.choices)
+        composed = dataclasses.replace(compose(job.choices), in_sweep=True)
         _place(composed.run, job)
         note.dump = Path(str(composed.run.output.perf_dump_path)).name
-        status, error = "completed" if execute(composed) else "planned", None
+        status, found = _carried_out(composed)
+        error = None
     except (UserError, RunError) as failure:
         status, error = "failed", str(failure)
     except (KeyboardInterrupt, Terminated) as stop:
@@ -45,7 +51,23 @@ def run_job(job: Job) -> int:
     if error:
         log.error(f"Job {job.number} failed: {error}")
     note.leave(status, error)
-    return 1 if error else 0
+    if error:
+        raise RunError(f"Job {job.number} failed: {error}")
+    return found
+
+
+def _carried_out(composed: Composed) -> tuple[str, float | None]:
+    """How a job ended, and its objective where it has one."""
+    from sglang_gen.generate import execute
+
+    result, key = execute(composed), composed.run.perf.objective
+    if result is None:
+        return "planned", None
+    if key is None:
+        return "completed", None
+    found = objective.value(result.report, key)
+    log.info(f"Objective {key}: {found}")
+    return "completed", found
 
 
 class _Note:

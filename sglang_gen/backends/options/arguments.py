@@ -2,15 +2,15 @@
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
 
-from sglang_gen import log
 from sglang_gen.backends.inputs import read_image
 from sglang_gen.backends.options.kinds import Kind
 from sglang_gen.choice import check_start
-from sglang_gen.errors import UserError, nearest
+from sglang_gen.errors import UserError, first_line, nearest
 from sglang_gen.pipelines.picture import none_left
 from sglang_gen.types import Plan
 
@@ -19,12 +19,10 @@ OWNED: dict[str, str | None] = {
     "prompt": "--prompt", "negative_prompt": "--negative-prompt", "num_inference_steps": "--num-inference-steps",
     "guidance_scale": "--guidance-scale", "height": "--height", "width": "--width", "generator": "--seed",
     "num_images_per_prompt": "--num-samples", "num_videos_per_prompt": "--num-samples", "image": "--image-path",
-    "num_frames": "--num-frames", "max_sequence_length": "sampling.max_sequence_length",
+    "noise_sampler_seed": "--seed", "num_frames": "--num-frames", "max_sequence_length": "sampling.max_sequence_length",
     "latents": "sampling.latents", "output_type": None, "return_dict": None, "callback_on_step_end": None,
     "callback_on_step_end_tensor_inputs": None, "callback": None, "callback_steps": None,
 }  # fmt: skip
-FROM_FLAGS = ("negative_prompt", "guidance_scale", "num_inference_steps", "height", "width", "max_sequence_length",
-              "num_frames")  # fmt: skip
 IMAGES = ("mask_image", "control_image", "ip_adapter_image", "last_image", "padding_mask_crop_image")
 
 
@@ -52,6 +50,21 @@ def split(plan: Plan, kind: Kind) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"{nearest(name, kind.accepted - set(OWNED) | settings)}"
             )
     return call, configure
+
+
+def configured(kind: Any, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """A scheduler of this class with the model's configuration but for the settings. Raises UserError."""
+    try:
+        return kind.from_config(config, **settings)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"--diffusers-kwargs: {kind.__name__} refuses {dict(settings)}: {first_line(error)}") from error
+
+
+def check_scheduler(plan: Plan, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that the model's scheduler does not take. Raises UserError."""
+    component = plan.card.components.get("scheduler")
+    if component is not None and settings:
+        configured(getattr(diffusers, component.class_name), component.config, settings)
 
 
 def check_complete(kind: Kind, plan: Plan, call: dict[str, Any]) -> None:
@@ -118,29 +131,3 @@ def _needs_image(kind: Kind) -> bool:
 def transforms(kind: Kind) -> bool:
     """Whether the pipeline makes one picture of another, by arguments that say how."""
     return bool(kind.accepted & {"strength", "mask_image", "image_guidance_scale"})
-
-
-def warn_ineffective(plan: Plan, kind: Kind, pipeline: Any, call: dict[str, Any]) -> None:
-    """One warning for each setting that the user gave and that this pipeline cannot use."""
-    name, sampling = type(pipeline).__name__, plan.run.sampling
-    for argument in FROM_FLAGS:
-        if plan.user_gave(f"sampling.{argument}") and argument not in kind.accepted:
-            log.warning(f"sampling.{argument} has no effect: {name} does not take it")
-    if plan.user_gave("output.fps") and kind.makes != "video":
-        log.warning(f"output.fps has no effect: {name} makes no video")
-    step = inspect.signature(pipeline.scheduler.step).parameters if hasattr(pipeline, "scheduler") else {}
-    if call.get("eta") and "eta" not in step:
-        log.warning(f"eta has no effect with {type(pipeline.scheduler).__name__}")
-    negative = any(sample.negative_prompt for batch in plan.batches for sample in batch)
-    scale = sampling.guidance_scale
-    if "true_cfg_scale" in kind.accepted:
-        scale = call.get(
-            "true_cfg_scale", inspect.signature(type(pipeline).__call__).parameters["true_cfg_scale"].default
-        )
-    if negative and "negative_prompt" in kind.accepted and scale <= 1:
-        which = "true_cfg_scale" if "true_cfg_scale" in kind.accepted else "guidance scale"
-        log.warning(f"The negative prompt has no effect at a {which} of {scale}{_raise_it(which)}")
-
-
-def _raise_it(which: str) -> str:
-    return """; raise it with --diffusers-kwargs '{"true_cfg_scale": 4.0}'""" if which == "true_cfg_scale" else ""

@@ -1,0 +1,96 @@
+"""All noise of a diffusers pipeline from the generators of its samples.
+
+Some pipelines hand their scheduler no generator (Stable Diffusion 3, FLUX, Wan), some schedulers take none
+(DPMSolverSDEScheduler), and both then draw from torch's global generator.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from sglang_gen.engine.denoise import set_noise_sampler
+from sglang_gen.errors import UserError
+
+OFFSET = 0x9E3779B97F4A7C15  # keeps the global generator's numbers apart from those of a sample's own
+
+
+def argument(generators: Sequence[torch.Generator]) -> torch.Generator | list[torch.Generator]:
+    """What a pipeline or a scheduler is given as `generator`: not all take a list, and one draws the same alone."""
+    return generators[0] if len(generators) == 1 else list(generators)
+
+
+@contextmanager
+def seeded(pipeline: Any, generators: Sequence[torch.Generator], device: str) -> Iterator[None]:
+    """Inside, the steps of the pipeline's schedulers draw from the samples' CPU generators, one a sample.
+
+    What is drawn from the global generator all the same depends on the first sample's seed alone; outside, its state
+    is as before. Raises UserError for such a draw in a batch of several samples, which would depend on one another.
+    """
+    cuda = [torch.cuda.current_device()] if device == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), ExitStack() as stack:
+        seed = (generators[0].initial_seed() + OFFSET) % 2**63
+        torch.default_generator.manual_seed(seed)
+        for _ in cuda:
+            torch.cuda.manual_seed(seed)
+        shared = _Shared(type(pipeline).__name__, cuda, len(generators))
+        for kind in {type(part) for part in vars(pipeline).values() if isinstance(part, SchedulerMixin)}:
+            if hasattr(kind, "step"):
+                stack.enter_context(_bound(kind, generators, shared.check))
+        yield
+        shared.check()
+
+
+class _Shared:
+    """Watches whether a batch of several samples draws from the generators that they share."""
+
+    def __init__(self, name: str, cuda: list[int], samples: int) -> None:
+        self.name, self.cuda, self.samples = name, cuda, samples
+        self.before = self._states()
+
+    def _states(self) -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in self.cuda)]
+
+    def check(self) -> None:
+        """Raises UserError after a draw that no single sample's seed decides."""
+        if self.samples == 1 or all(map(torch.equal, self.before, self._states())):
+            return
+        raise UserError(
+            f"sampling.batch_size: {self.name} draws noise that it takes no generators for, so that the samples of a "
+            "batch would depend on each other; run with sampling.batch_size=1"
+        )
+
+
+@contextmanager
+def _bound(kind: Any, generators: Sequence[torch.Generator], check: Callable[[], None]) -> Iterator[None]:
+    """Replaces `step` of a scheduler's class, not of an instance: some pipelines step copies of their scheduler."""
+    original, own = kind.step, "step" in vars(kind)
+    signature = inspect.signature(original)
+    prepared: list[Any] = []  # schedulers that have made a step of this batch
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        scheduler, sample = args[0], given.get("sample")
+        if isinstance(sample, torch.Tensor) and len(generators) in (1, len(sample)):  # else a draw is refused
+            if not any(scheduler is each for each in prepared):
+                prepared.append(scheduler)
+                set_noise_sampler(scheduler, sample, generators)
+            if "generator" in signature.parameters and given.get("generator") is None:
+                kwargs["generator"] = argument(generators)
+        result = original(*args, **kwargs)
+        check()
+        return result
+
+    kind.step = step
+    try:
+        yield
+    finally:
+        if own:
+            kind.step = original
+        else:
+            del kind.step
