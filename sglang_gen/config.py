@@ -35,7 +35,7 @@ from sglang_gen import env, presets
 from sglang_gen.config_file import FileValues, read_config_file
 from sglang_gen.errors import RunError, Terminated, UserError, first_line
 from sglang_gen.flags import BY_PATH
-from sglang_gen.output import FULL
+from sglang_gen.output import FULL, check_file, check_folder
 from sglang_gen.overrides import Word, check, check_option, covers, dict_leaf
 from sglang_gen.perf import place
 from sglang_gen.schema import LOCAL, Run, get, leaves, plain, put
@@ -380,8 +380,15 @@ def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
         for key in OmegaConf.select(cfg, "hydra.sweeper.params") or {}:
             if (flag := BY_PATH.get(str(key).lstrip("+"))) and flag.path in choices.flags:
                 raise UserError(f"{flag.path} is given twice, by {flag.option} and by the sweep {choices.config_name}")
+        _check_sweep_dir(Path(cfg.hydra.sweep.dir))
         batches = _sweep(hydra, cfg, choices, work)
     return [job.return_value for batch in batches for job in batch]
+
+
+def _check_sweep_dir(folder: Path) -> None:
+    """Raises UserError where Hydra would write its multirun.yaml into something that is no file, or wait for a FIFO."""
+    check_folder(folder)
+    check_file(folder / "multirun.yaml")
 
 
 def _sweep(hydra: Hydra, cfg: DictConfig, choices: Choices, work: Callable[[Job], Any]) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen import output
-from sglang_gen.errors import RunError, UserError
+from sglang_gen.errors import UserError
 from sglang_gen.schema import Run, plain
 
 MOST = 16_384  # bytes of prompts that a record holds itself
@@ -26,8 +26,8 @@ def recorded(run: Run) -> dict[str, Any]:
     data = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in content["sampling"]["prompts"]).encode()
     if len(data) > MOST:
         path = Path(run.output.path) / _name(data)
-        if not path.exists():
-            _write(path, data)
+        if not path.is_file():
+            output.save_bytes(path, data)
         content["sampling"] |= {"prompts": [], "prompts_file": path.name}
     return content
 
@@ -46,10 +46,3 @@ def beside(record: str | Path, name: str) -> str:
 
 def _name(data: bytes) -> str:
     return f"prompts_{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        output.write_bytes(path, data)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -13,7 +13,7 @@ PACKAGE = Path(sglang_gen.__file__).parent
 LAYERS = (
     ("errors", "schema", "perf.statistics"),
     ("env", "flags", "types", "values", "perf.memory"),
-    ("safetensors_file", "component_folder", "nested"),
+    ("safetensors_file", "component_folder", "nested", "destination"),
     (
         "arithmetic",
         "log",
