@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import logging
 import os.path
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -31,7 +31,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from sglang_gen import env, presets
+from sglang_gen import env, presets, record_limits
 from sglang_gen.config_file import FileValues, read_config_file
 from sglang_gen.errors import RunError, Terminated, UserError, first_line
 from sglang_gen.flags import BY_PATH
@@ -60,6 +60,7 @@ class Composed:
     run: Run
     sources: dict[str, str]
     notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     versions: dict[str, str | None] = field(default_factory=dict)  # of the record being repeated
     inputs: dict[str, str] = field(default_factory=dict)  # digests of its files
     place: env.Torchrun | None = None  # which rank this process is already, where torchrun started it
@@ -84,6 +85,7 @@ def _compose(choices: Choices) -> tuple[Composed, bool]:
     covered = {*typed, *choices.flags}
     values = {path: value for path, value in file.values.items() if not covered & {path, path.partition(".")[0]}}
     options = {group: option for group, option in file.options.items() if group not in typed}
+    withheld = _withheld(choices, file, covered)
     for group, option in options.items():
         check_option(group, option, options_of(group))
     implied = None
@@ -110,8 +112,16 @@ def _compose(choices: Choices) -> tuple[Composed, bool]:
     yielded = [path for path in file.values if not covered & {path} and path not in values]
     if yielded:
         notices.append(f"Group options given beside {choices.file} replace its {', '.join(yielded)}")
-    composed = Composed(run, sources, tuple(notices), file.versions, file.inputs)
+    warnings = record_limits.warnings(withheld, str(choices.file))
+    composed = Composed(run, sources, tuple(notices), tuple(warnings), file.versions, file.inputs)
     return composed, "model" in typed or "model" in file.options
+
+
+def _withheld(choices: Choices, file: FileValues, covered: Collection[str]) -> dict[str, Any]:
+    """What a record cannot decide and the command line does not. Raises UserError where the run cannot do without."""
+    found = {path: value for path, value in file.withheld.items() if not {path, path.partition(".")[0]} & {*covered}}
+    record_limits.check(found, str(choices.file), choices.flags.get("model.path", file.values.get("model.path")))
+    return found
 
 
 def _merged(composed: Any, value: Any, path: str, typed: Iterable[str]) -> Any:
@@ -372,6 +382,8 @@ def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
     hydra = Hydra(task_name="generate", config_loader=_loader(choices.config_dir))
     words = _parse(hydra.config_loader, choices.overrides)
     check(words, choices.flags, _options(hydra.config_loader, choices), multirun=True)
+    if choices.file is not None:
+        _withheld(choices, read_config_file(choices.file), {*choices.flags, *(word.key for word in words)})
     for name in _stated(choices, words, place.KEY):
         place.check_in_sweep(str(name))
     lines = [*map(_line, words), *_sweep_dir(choices, words)]
@@ -427,5 +439,7 @@ def _sweep_dir(choices: Choices, words: Sequence[Word]) -> list[str]:
         return []
     if any(word.key == "hydra.sweep.dir" for word in words):
         raise UserError("output.path and hydra.sweep.dir both name the folder of the sweep; give one")
+    if "${" in str(stated[0]) and not any(word.key == "output.path" for word in words):  # which Hydra would read
+        raise UserError(f"output.path is {stated[0]}: the folder of a sweep cannot have ${{ in its name")
     quoted = os.path.expanduser(stated[0]).replace("\\", "\\\\").replace('"', '\\"')
     return [f'hydra.sweep.dir="{quoted}"']

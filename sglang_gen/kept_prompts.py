@@ -7,6 +7,7 @@ content, so that a record cannot repeat a run with other prompts than its own.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sglang_gen import output
 from sglang_gen.errors import UserError
 from sglang_gen.schema import Run, plain
 
+NAME = re.compile(r"prompts_[0-9a-f]{16}\.jsonl")
 MOST = 16_384  # bytes of prompts that a record holds itself
 
 
@@ -35,6 +37,10 @@ def recorded(run: Run) -> dict[str, Any]:
 def beside(record: str | Path, name: str) -> str:
     """Path of the prompts that a record names. Raises UserError where they are gone or are not those of the record."""
     path = Path(record).parent / name
+    if not NAME.fullmatch(name):
+        raise UserError(f"{record} names {name} for its prompts, and a record's are in prompts_<hash>.jsonl beside it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"The prompts of {record} cannot be read from {path}: it is no file")
     try:
         data = path.read_bytes()
     except OSError as error:

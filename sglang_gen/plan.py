@@ -98,14 +98,18 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         requested=requested(run),
         effective=_effective(run, backend, degrees, device, dtype) | {"quantization": quantization.expected(run, card)},
         warnings=(
+            *composed.warnings,
             *_warnings(run, sources, composed.versions),
             *_same_noise(run, batches),
             *inputs.changed(run, sources, composed.inputs),
-            *remote_code.warnings(run.model, card),
+            *remote_code.warnings(run.model, card, sources),
             *offloading.warnings(run, device),
             *guidance.warnings(run, user_gave(run, sources, "sampling.guidance_scale"), card),
         ),
-        notices=(f"Backend: diffusers ({reason})",) if reason else (),
+        notices=(
+            *((f"Backend: diffusers ({reason})",) if reason else ()),
+            *remote_code.notices(run.model, card, sources),
+        ),
         here=here,
     )
     return stored.settle(plan)

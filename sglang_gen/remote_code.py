@@ -10,6 +10,7 @@ from sglang_gen.errors import UserError
 from sglang_gen.schema import Model
 from sglang_gen.types import Component, ModelCard
 
+FILES = {"file": "configuration file", "group": "group option"}  # source of a value -> what it is called here
 LIBRARIES = ("diffusers", "transformers", "onnxruntime")
 
 
@@ -52,11 +53,28 @@ def refusal(name: str, what: str) -> str:
     return f"{name} runs code from its repository ({what}): read it, then allow it with --trust-remote-code"
 
 
-def warnings(model: Model, card: ModelCard) -> list[str]:
-    """The trust that nothing asks for."""
+def warnings(model: Model, card: ModelCard, sources: Mapping[str, str]) -> list[str]:
+    """The trust that nothing asks for, and the code that runs because a file allows it."""
     if model.trust_remote_code and not card.code:
         return [f"--trust-remote-code has no effect: {card.name} carries no code of its own"]
-    return []
+    return _running(card, f"model.trust_remote_code of the {where}") if (where := _file(model, sources)) else []
+
+
+def notices(model: Model, card: ModelCard, sources: Mapping[str, str]) -> list[str]:
+    """The code that runs because the command line allows it."""
+    return _running(card, "--trust-remote-code") if model.trust_remote_code and not _file(model, sources) else []
+
+
+def _running(card: ModelCard, allowed: str) -> list[str]:
+    return [f"{card.name} runs code from its repository ({', '.join(card.code)}), allowed by {allowed}"] * bool(
+        card.code
+    )
+
+
+def _file(model: Model, sources: Mapping[str, str]) -> str | None:
+    """The kind of file that trusts the repository; None where the command line does, or nobody."""
+    source = sources.get("model.trust_remote_code", "default")
+    return FILES.get(source, source) if model.trust_remote_code and source not in ("flag", "override") else None
 
 
 def pipeline_class(card: ModelCard) -> Any:

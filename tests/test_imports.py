@@ -22,6 +22,7 @@ LAYERS = (
         "overrides",
         "layout",
         "remote_code",
+        "record_limits",
         "offloading",
         "single_file",
         "perf.record",
