@@ -8,10 +8,12 @@ import copy
 import dataclasses
 import logging
 import os.path
+import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.default_element import ResultDefault
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -31,7 +33,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from sglang_gen import env, presets, record_limits
+from sglang_gen import env, hydra_code, presets, record_limits
 from sglang_gen.config_file import FileValues, read_config_file
 from sglang_gen.errors import RunError, Terminated, UserError, first_line
 from sglang_gen.flags import BY_PATH
@@ -159,6 +161,49 @@ class _Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
         self.defaults, self.read = defaults, repo
         composed: DictConfig = super()._compose_config_from_defaults_list(defaults, repo)
         return composed
+
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        """Hydra's; every configuration comes from here, that of each job too. Raises UserError for code of others."""
+        cfg: DictConfig = super().load_configuration(*args, **kwargs)
+        hydra_code.check(typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False)), _installed())
+        return cfg
+
+    def _process_config_searchpath(
+        self, config_name: str | None, parsed_overrides: list[Override], repo: IConfigRepository
+    ) -> None:
+        given = [word.value() for word in parsed_overrides if word.get_key_element() == "hydra.searchpath"]
+        primary = repo.load_config(config_name) if config_name is not None else None
+        if not given and primary is not None and OmegaConf.is_dict(primary.config):
+            given = [OmegaConf.select(primary.config, "hydra.searchpath")]
+        for entries in given:
+            hydra_code.check_search_path(list(entries) if OmegaConf.is_list(entries) else entries)
+        super()._process_config_searchpath(config_name, parsed_overrides, repo)
+
+
+@cache
+def _installed() -> frozenset[str]:
+    """Classes that Hydra may instantiate: its plugins, what they and it registered, callbacks, and ours."""
+    from hydra.experimental import callbacks
+
+    found = {hydra_code.OURS, *Plugins.instance().class_name_to_class}
+    pending = [callbacks.Callback]
+    while pending:
+        classes = pending.pop().__subclasses__()
+        pending += classes
+        names = [f"{each.__module__}.{each.__qualname__}" for each in classes]
+        found.update(name for name in names if name.partition(".")[0] in hydra_code.PACKAGES)
+    return frozenset(found | set(_targets(ConfigStore.instance().repo.get("hydra", {}))))
+
+
+def _targets(stored: Any) -> Iterator[str]:
+    """Every `_target_` of the nodes that packages have put into Hydra's store."""
+    if isinstance(stored, ConfigNode):
+        stored = OmegaConf.to_container(OmegaConf.create(stored.node), resolve=False)
+    for name, item in stored.items() if isinstance(stored, dict) else ():
+        if name == "_target_":
+            yield str(item)
+        else:
+            yield from _targets(item)
 
 
 def _loader(config_dir: str | None) -> _Loader:

@@ -23,6 +23,7 @@ LAYERS = (
         "layout",
         "remote_code",
         "record_limits",
+        "hydra_code",
         "offloading",
         "single_file",
         "perf.record",
