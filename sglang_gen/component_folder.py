@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen.errors import UserError, first_line
-from sglang_gen.safetensors_file import PICKLED, header
+from sglang_gen.safetensors_file import PICKLED, PICKLES, header
 from sglang_gen.types import Component
 
 
@@ -45,8 +45,10 @@ def check_files(folder: Path, component: Component) -> None:
             f"{folder} holds variants of its weights alone ({files[0].name}): rename those to take, to "
             f"{files[0].name.partition('.')[0]}.safetensors and the like"
         )
+    if not files and any(path.suffix.lower() in PICKLES for path in folder.iterdir()):  # whatever its config says
+        raise UserError(f"{folder} {PICKLED}")
     if is_network and not files:
-        raise UserError(f"{folder} {PICKLED if any(folder.glob('*.bin')) else 'holds no weights (*.safetensors)'}")
+        raise UserError(f"{folder} holds no weights (*.safetensors)")
     check_vocabulary(folder, component)
     for path in files:
         header(path)

@@ -6,11 +6,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sglang_gen.component_folder import read_json
 from sglang_gen.errors import UserError
 from sglang_gen.schema import Model
 from sglang_gen.types import Component, ModelCard
 
 FILES = {"file": "configuration file", "group": "group option"}  # source of a value -> what it is called here
+CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 LIBRARIES = ("diffusers", "transformers", "onnxruntime")
 
 
@@ -26,7 +28,34 @@ def files(folder: Path, pipeline: Any, components: Mapping[str, Component]) -> t
         beside = folder / part / f"{component.library}.py"
         if beside.is_file() or not _is_library(component.library):
             found.append(f"{part}/{component.library}.py")
+        found += in_component(part, component)
     return tuple(found)
+
+
+def in_component(part: str, component: Component) -> list[str]:
+    """Code that the configuration of a component names: a kernel of the hub, classes of its own, a pipeline's file."""
+    found = [f"{part}/config.json, the kernel {name}" for name in _kernels(component.config)]
+    if component.class_name.startswith("Auto"):  # which read `auto_map`; a class of a name does not
+        for name in CONFIGS:
+            path = component.folder / name if component.folder else None
+            if path and path.is_file() and "auto_map" in read_json(path):
+                found.append(f"{part}/{name}, auto_map")
+    index = component.folder / "model_index.json" if component.folder else None
+    if index and index.is_file() and isinstance(read_json(index).get("_class_name"), list):
+        found.append(f"{part}/model_index.json")
+    return found
+
+
+def _kernels(config: Mapping[str, Any]) -> list[str]:
+    """Attention that transformers would fetch from a repository of the hub and import, at any depth."""
+    found = []
+    for key, value in config.items():
+        if key.strip("_").startswith("attn_implementation"):
+            names = value.values() if isinstance(value, dict) else [value]
+            found += [name for name in names if isinstance(name, str) and "/" in name]
+        elif isinstance(value, dict):
+            found += _kernels(value)
+    return found
 
 
 def _is_library(name: str) -> bool:
@@ -47,6 +76,13 @@ def check(card: ModelCard, trusted: bool) -> None:
     """Raises UserError for a model that runs code of its own while nobody trusts it."""
     if card.code and not trusted:
         raise UserError(refusal(card.name, ", ".join(card.code)))
+
+
+def check_component(path: str, part: str, component: Component, trusted: bool) -> None:
+    """`check` for a component that --component-paths names."""
+    code = in_component(part, component)
+    if code and not trusted:
+        raise UserError(f"--component-paths: {refusal(path, ', '.join(code))}")
 
 
 def refusal(name: str, what: str) -> str:
