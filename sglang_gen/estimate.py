@@ -165,7 +165,7 @@ def weights_of(plan: Plan, needs: Any, network: int) -> dict[str, int]:
     """Bytes of each component on one rank; the network's are given. T5 is spread over tensor parallel ranks."""
     size = getattr(torch, plan.dtype).itemsize
     found = {}
-    for name in needs.present(plan.card):
+    for name in needs.required(plan.card):
         part = plan.card.components[name]
         if name == needs.network:
             found[name] = network

@@ -9,9 +9,10 @@ from collections.abc import Collection, Container
 from dataclasses import replace
 from pathlib import Path
 
-from sglang_gen import env, log, presets, remote_code, single_file
+from sglang_gen import env, log, prediction_markers, presets, remote_code, single_file
 from sglang_gen.component_folder import check_files, check_vocabulary, read_config, read_json
 from sglang_gen.errors import RunError, UserError, first_line, nearest
+from sglang_gen.safetensors_file import Header
 from sglang_gen.schema import Model, Run
 from sglang_gen.types import DENOISERS, Component, ModelCard
 
@@ -99,7 +100,8 @@ def _read_single_file(path: Path, model: Model, weights: bool) -> ModelCard:
     """The card of a whole model in one file. Its component configs, and with `weights` its tokenizers, come from
     model.configs, else from the preset, else from the repository that fits what the file holds.
     """
-    shapes = single_file.read(path)
+    header = single_file.read(path)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     name = str(model.path)
     folder, preset = Path(model.configs).expanduser() if model.configs else None, None
     if folder is None or not folder.is_dir():
@@ -119,6 +121,8 @@ def _read_single_file(path: Path, model: Model, weights: bool) -> ModelCard:
     card = read_card(folder, name, weights=False)
     if "safety_checker" not in model.component_paths:  # diffusers takes none out of a file
         card = replace(card, components={k: part for k, part in card.components.items() if k != "safety_checker"})
+    if "scheduler" not in model.component_paths:
+        card = _with_marked_scheduler(card, path, header, tell=not weights)
     single_file.check_whole(path, shapes, card.components, model.component_paths)
     if not weights:
         return card
@@ -126,6 +130,16 @@ def _read_single_file(path: Path, model: Model, weights: bool) -> ModelCard:
         if part not in model.component_paths and (folder / part).is_dir():
             check_vocabulary(folder / part, component)
     return replace(card, folder=folder, file=path)
+
+
+def _with_marked_scheduler(card: ModelCard, path: Path, header: Header, tell: bool) -> ModelCard:
+    """The card with the scheduler that markers in the file ask for; `tell` logs what they changed."""
+    if "scheduler" not in card.components:
+        return card
+    scheduler, notice = prediction_markers.scheduler(card.components["scheduler"], path, header)
+    if notice and tell:
+        log.info(notice)
+    return replace(card, components={**card.components, "scheduler": scheduler})
 
 
 def read_card(folder: Path, name: str, weights: bool, replaced: Container[str] = ()) -> ModelCard:
@@ -154,7 +168,8 @@ def read_card(folder: Path, name: str, weights: bool, replaced: Container[str] =
     settings = {
         key: value for key, value in content.items() if not (key.startswith("_") or isinstance(value, (list, dict)))
     }
-    return ModelCard(name, folder if weights else None, pipeline_class, components, settings, code=code)
+    absent = tuple(part for part, entry in content.items() if isinstance(entry, list) and entry == [None, None])
+    return ModelCard(name, folder if weights else None, pipeline_class, components, settings, code=code, absent=absent)
 
 
 def _check_part(folder: Path, part: str, component: Component) -> None:

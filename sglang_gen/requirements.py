@@ -54,18 +54,18 @@ class Needs:
     components: Mapping[str, tuple[str, ...]]
     network: str
     settings: Mapping[str, Accepts]
-    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # used where a model has all of them
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # all of them, where a model has the first
 
-    def present(self, card: ModelCard) -> list[str]:
-        """The components that a run of this model uses."""
-        more = self.optional if all(name in card.components for name in self.optional) else ()
-        return [*self.components, *more]
+    def required(self, card: ModelCard) -> dict[str, tuple[str, ...]]:
+        """The components that a run of this model uses, with the classes that they may have."""
+        more = self.optional if any(name in card.components for name in [*self.optional][:1]) else {}
+        return {**self.components, **more}
 
 
 def unsupported(needs: Needs, card: ModelCard) -> str | None:
     """Why the native engine cannot run this model, in a clause; None where it can."""
     checker = "safety_checker" in card.components
-    for name, classes in {**needs.components, **(needs.optional if checker else {})}.items():
+    for name, classes in needs.required(card).items():
         if name not in card.components:
             return f"this model has no {name}"
         found = card.components[name].class_name
@@ -99,8 +99,7 @@ ANY: tuple[str, ...] = ()
 SD3 = Needs(
     {
         "transformer": ("SD3Transformer2DModel",), "vae": VAE, "scheduler": ANY,
-        "text_encoder": CLIP_PROJECTED, "text_encoder_2": CLIP_PROJECTED, "text_encoder_3": T5,
-        "tokenizer": ANY, "tokenizer_2": ANY, "tokenizer_3": ANY,
+        "text_encoder": CLIP_PROJECTED, "text_encoder_2": CLIP_PROJECTED, "tokenizer": ANY, "tokenizer_2": ANY,
     },
     "transformer",
     {
@@ -109,6 +108,7 @@ SD3 = Needs(
         "joint_attention_dim": number, "caption_projection_dim": number, "pooled_projection_dim": number,
         "pos_embed_max_size": number, "dual_attention_layers": anything, "qk_norm": one_of(None, "rms_norm"),
     },
+    optional={"text_encoder_3": T5, "tokenizer_3": ANY},
 )  # fmt: skip
 
 FLUX = Needs(

@@ -5,10 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from sglang_gen.errors import UserError
-from sglang_gen.safetensors_file import header, refuse_other_formats
+from sglang_gen.plain_numbers import require_plain
+from sglang_gen.safetensors_file import Header, read_header, refuse_other_formats
 from sglang_gen.types import Component
 
 NETWORKS = ("unet", "transformer")
+INSIDE = "model.diffusion_model."
 VAE = ("first_stage_model.", "vae.")
 T5 = ("text_encoders.t5xxl.",)
 CLIP = {  # prefixes under which the layouts of SD 1.5 and 2, SDXL, its refiner, SD3 and FLUX keep a text encoder
@@ -17,14 +19,21 @@ CLIP = {  # prefixes under which the layouts of SD 1.5 and 2, SDXL, its refiner,
 }
 OTHERS = (*VAE, *T5, *CLIP["text_encoder"], *CLIP["text_encoder_2"])
 BARE = ("double_blocks.", "joint_blocks.", "blocks.", "transformer_blocks.", "down_blocks.", "input_blocks.")
+# Remains of a training: averaged weights, tables of the noise schedule (which the scheduler computes), the loss.
+TRAINING = (
+    "model_ema.", "betas", "alphas_", "sqrt_", "log_one_minus_", "posterior_", "logvar", "lvlb_weights", "denoiser.",
+    "loss.", "callbacks.", "optimizer",
+)  # fmt: skip
+MARKERS = ("v_pred", "ztsnr", "edm_")  # what the network predicts; `prediction_type` reads them
 
 
-def read(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by name of a checkpoint that can be a whole model. Raises UserError for any other file."""
+def read(path: Path) -> Header:
+    """The header of a checkpoint that can be a whole model. Raises UserError for any other file."""
     if path.suffix.lower() == ".gguf":
         raise UserError(f"--model-path: {path} holds a quantized network alone; {_whole_model(path)}")
     refuse_other_formats(path, "--model-path")
-    shapes = header(path)
+    found = read_header(path)
+    shapes = found.tensors
     if any(".lora" in name or name.startswith("lora_") for name in shapes):
         raise UserError(
             f"--model-path: {path} is a LoRA adapter; name it with --lora-path and the model with --model-path"
@@ -33,7 +42,8 @@ def read(path: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"--model-path: {path} holds no denoising network, so it is not a whole model")
     if not _any(shapes, OTHERS):
         raise UserError(f"--model-path: {path} holds a denoising network alone; {_whole_model(path)}")
-    return shapes
+    require_plain(path, found)
+    return found
 
 
 def _whole_model(path: Path) -> str:
@@ -45,7 +55,7 @@ def _any(names: Collection[str], prefixes: tuple[str, ...]) -> bool:
 
 
 def _network(names: Collection[str]) -> bool:
-    return _any(names, ("model.diffusion_model.", *BARE))
+    return _any(names, (INSIDE, *BARE))
 
 
 def check_whole(path: Path, names: Collection[str], parts: Mapping[str, Component], replaced: Collection[str]) -> None:
@@ -63,7 +73,7 @@ def check_whole(path: Path, names: Collection[str], parts: Mapping[str, Componen
 def _prefixes(part: str, component: Component) -> tuple[str, ...] | None:
     """Under which names a component would stand in the file; None for one that is never in it, as a tokenizer."""
     if part in NETWORKS:
-        return ("model.diffusion_model.", *BARE)
+        return (INSIDE, *BARE)
     if part == "vae":
         return VAE
     if component.class_name == "T5EncoderModel":
@@ -71,6 +81,37 @@ def _prefixes(part: str, component: Component) -> tuple[str, ...] | None:
     if part.startswith("text_encoder"):
         return CLIP.get(part, ("text_encoders.",))
     return None
+
+
+def of_component(names: Collection[str], part: str) -> set[str]:
+    """Those of a checkpoint's tensors that belong to its denoising network or its autoencoder."""
+    if part == "vae":
+        return {name for name in names if name.startswith(VAE)}
+    inside = {name for name in names if name.startswith(INSIDE)}
+    return inside or {name for name in names if not name.startswith((*OTHERS, *TRAINING))}
+
+
+def of_text_encoder(names: Collection[str], part: str, component: Component) -> dict[str, str]:
+    """The tensors of a text encoder in a checkpoint, by the names that transformers gives them.
+
+    Empty where the checkpoint has it in OpenCLIP's layout, whose last layer Stable Diffusion 2 leaves out on purpose.
+    """
+    found: dict[str, str] = {}
+    for prefix in _prefixes(part, component) or ():
+        inside = f"{prefix.removesuffix('transformer.')}transformer."
+        theirs = {name.removeprefix(inside): name for name in names if name.startswith(inside)}
+        if not any(name.startswith("resblocks.") for name in theirs):
+            found |= theirs
+    return {name.removeprefix("text_model."): full for name, full in found.items()}
+
+
+def unclaimed(names: Collection[str], parts: Mapping[str, Component]) -> list[str]:
+    """Tensors that stand under the prefix of no component, and that are no remains of a training."""
+    if not any(name.startswith(INSIDE) for name in names):
+        return []
+    known = [_prefixes(part, component) or () for part, component in parts.items()]
+    prefixes = (*(prefix for each in known for prefix in each), *TRAINING, *MARKERS)
+    return sorted(name for name in names if not name.startswith(prefixes))
 
 
 def source_of_configs(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from sglang_gen import weight_files
+from sglang_gen import component_folder, weight_files
 from sglang_gen.errors import UserError
 from sglang_gen.quantization import denoisers
 from sglang_gen.schema import DType, Run
@@ -62,5 +62,5 @@ def _files(run: Run, card: ModelCard) -> tuple[Path, ...]:
         return weight_files.locate(run.quant.transformer_weights_path).paths
     for name in denoisers(card):
         folder = card.components[name].folder
-        return tuple(weight_files.in_folder(folder)) if folder else ()
+        return tuple(component_folder.in_folder(folder)) if folder else ()
     return ()

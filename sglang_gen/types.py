@@ -38,6 +38,7 @@ class ModelCard:
     settings: Mapping[str, Any] = field(default_factory=dict)  # the other entries of model_index.json
     file: Path | None = None  # a whole model in one file; `folder` then holds configs and tokenizers
     code: tuple[str, ...] = ()  # files of the repository that its pipeline wants to run
+    absent: tuple[str, ...] = ()  # components that model_index.json names as [null, null]
 
 
 @dataclass(frozen=True)

@@ -10,28 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_gen.component_folder import read_json
+from sglang_gen.component_folder import indexed, read_json
 from sglang_gen.errors import UserError
-from sglang_gen.safetensors_file import PICKLES, header
+from sglang_gen.safetensors_file import PICKLES, Header, Tensor, read_header
 
 FLAG = "--transformer-weights-path"
 FORMATS = (".safetensors", ".gguf")
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names, torch's names
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """What a header says of one tensor; `dtype` in the words of its format."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def numbers(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
 
 
 @dataclass(frozen=True)
@@ -72,10 +57,7 @@ def _in_folder(given: str, folder: Path) -> WeightFiles:
     if len(indices) > 1:
         raise UserError(f"{FLAG}: {given} has {len(indices)} indices ({_few(indices)}); keep one")
     if indices:
-        weight_map = read_json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{FLAG}: {indices[0]} has no weight_map")
-        shards = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
+        shards = indexed(folder, indices[0], str(indices[0]))
         absent = [shard for shard in shards if not shard.is_file()]
         if absent:
             raise UserError(f"{FLAG}: {given} lacks {len(absent)} of its {len(shards)} weight files ({_few(absent)})")
@@ -103,41 +85,20 @@ def few(names: Iterable[str], most: int = 3) -> str:
     return ", ".join([*listed[:most], *(["..."] if len(listed) > most else [])])
 
 
-def in_folder(folder: Path) -> list[Path]:
-    """The safetensors files of a component: those of its index, else its only one, of variants the plainest."""
+def read_headers(paths: Iterable[Path]) -> Header:
+    """The headers of several safetensors files as one.
 
-    def plainest(pattern: str) -> list[Path]:
-        return sorted(folder.glob(pattern), key=lambda path: (path.name.count("."), path.name))[:1]
-
-    for index in plainest("*.safetensors.index.json"):
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return plainest("*.safetensors")
-
-
-@dataclass(frozen=True)
-class Headers:
-    """What the headers of safetensors files say, together."""
-
-    tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str]
-
-
-def read_headers(paths: Iterable[Path]) -> Headers:
-    """The headers of safetensors files. Raises UserError for a file that is corrupt, or a tensor that stands twice."""
-    from safetensors import safe_open
-
+    Raises UserError for a file that is corrupt, or a tensor that two of them hold.
+    """
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        header(path)
-        with safe_open(path, framework="np") as file:
-            metadata |= file.metadata() or {}
-            for name in file.keys():  # noqa: SIM118 - the file is no mapping
-                if name in tensors:
-                    raise UserError(f"{path} holds the tensor {name}, which another of the files holds too")
-                part = file.get_slice(name)
-                tensors[name] = Tensor(part.get_dtype(), tuple(part.get_shape()))
-    return Headers(tensors, metadata)
+        header = read_header(path)
+        if twice := tensors.keys() & header.tensors.keys():
+            raise UserError(f"{path} holds the tensor {min(twice)}, which another of the files holds too")
+        tensors |= header.tensors
+        metadata |= header.metadata
+    return Header(tensors, metadata)
 
 
 def declared(config: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -32,12 +32,12 @@ def error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def assert_same(ours: str, theirs: str, count: int) -> None:
+def assert_same(ours: str, theirs: str, count: int, tolerance: float = 1e-5) -> None:
     """Noise exactly, latents to 1e-5 relative, pictures to one level."""
     for number in range(count):
         a, b = tensors(ours, number), tensors(theirs, number)
         assert np.array_equal(a["noise"], b["noise"])
-        assert error(a["latents"], b["latents"]) <= 1e-5
+        assert error(a["latents"], b["latents"]) <= tolerance, error(a["latents"], b["latents"])
         a, b = (picture(f"{folder}/generated_image_{number}.png") for folder in (ours, theirs))
         assert np.abs(a - b).max() <= 1
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_gen.backends import decoding, large_text
+from sglang_gen.component_folder import in_folder
 from sglang_gen.engine import kernels
 from sglang_gen.engine.guidance import Guidance, guided
 from sglang_gen.models.attention import Attend
@@ -20,7 +21,6 @@ from sglang_gen.parallel.spatial import RowAttention, RowConv, RowDecoder, RowNo
 from sglang_gen.parallel.split import Split
 from sglang_gen.parallel.tensor import Summed
 from sglang_gen.pipelines import autoencoder, flux, prediction, sd3, unet
-from sglang_gen.weight_files import in_folder
 from sglang_gen.weights.load import load
 
 GLUE = {"sd3": sd3, "flux": flux, "unet": unet}

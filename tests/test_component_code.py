@@ -120,6 +120,17 @@ def test_pickled_weights_are_refused_whatever_the_configuration_says(sglang, pip
     assert not Path("trace").exists()
 
 
+def test_an_adapter_leads_to_no_other_weights_even_without_a_configuration_beside_it(sglang, pipelines, tmp_path):
+    folder = shutil.copytree(pipelines["sd15"], tmp_path / "model")
+    elsewhere = shutil.copytree(folder / "text_encoder", tmp_path / "elsewhere")
+    (folder / "text_encoder" / "config.json").unlink()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(elsewhere)}
+    (folder / "text_encoder" / "adapter_config.json").write_text(json.dumps(settings))
+    done = sglang("generate", "--model-path", folder, *SMALL)
+    assert done.code == 2, done.err
+    assert "holds an adapter (adapter_config.json)" in done.lines[-1]
+
+
 @pytest.mark.parametrize("setting", ["sampling.latents={}", "--image-path={}", "lora.path={}"])
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x.npy", "x.png"])
 def test_no_input_file_is_read_as_a_pickle(sglang, pipelines, setting, name):

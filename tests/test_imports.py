@@ -13,7 +13,7 @@ PACKAGE = Path(sglang_gen.__file__).parent
 LAYERS = (
     ("errors", "schema", "perf.statistics"),
     ("env", "flags", "types", "values", "perf.memory"),
-    ("safetensors_file", "component_folder", "nested", "destination"),
+    ("safetensors_file", "plain_numbers", "component_folder", "nested", "destination"),
     (
         "arithmetic",
         "log",
@@ -26,6 +26,7 @@ LAYERS = (
         "hydra_code",
         "offloading",
         "single_file",
+        "prediction_markers",
         "perf.record",
         "perf.flops",
         "perf.kernels",

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from sglang_gen import env
 from sglang_gen.backends import parts
+from sglang_gen.component_folder import in_folder
 from sglang_gen.errors import UserError
 from sglang_gen.models.vae import posterior
 from sglang_gen.pipelines import autoencoder, sdxl
 from sglang_gen.pipelines.request import Request
 from sglang_gen.types import Component
-from sglang_gen.weight_files import in_folder
 from sglang_gen.weights.load import load
 
 

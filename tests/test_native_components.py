@@ -112,7 +112,7 @@ def test_weights_that_lack_a_tensor_are_refused_by_its_name(pipelines, run):
               metadata={"format": "pt"})  # fmt: skip
     done = run("sd15", "--backend", "sglang", *given(text_encoder="encoder"))
     assert done.code == 2
-    assert "encoder is no checkpoint of a CLIPTextModel: it lacks 1 of its tensors" in done.lines[-1]
+    assert "encoder is not a checkpoint of CLIPTextModel: it lacks 1 of its tensors" in done.lines[-1]
     assert "layers.1.mlp.fc1.weight" in done.lines[-1]
 
 

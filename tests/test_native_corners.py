@@ -17,11 +17,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_gen import env
 from sglang_gen.backends.execution import laid_out
+from sglang_gen.component_folder import in_folder
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.split import Split
 from sglang_gen.pipelines import flux, sd3, text, unet
 from sglang_gen.types import Layout
-from sglang_gen.weight_files import in_folder
 
 
 @pytest.fixture

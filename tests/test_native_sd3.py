@@ -11,9 +11,9 @@ from diffusers import SD3Transformer2DModel
 from parity import compare, error, pair
 from safetensors.torch import load_file, save_file
 
+from sglang_gen.component_folder import in_folder
 from sglang_gen.errors import UserError
 from sglang_gen.pipelines import sd3
-from sglang_gen.weight_files import in_folder
 from sglang_gen.weights.load import load
 
 TIMESTEPS = torch.tensor([987.6, 500.0, 7.5])

@@ -13,9 +13,9 @@ from parity import compare, error, pair
 from safetensors.torch import load_file, save_file
 
 from sglang_gen import env
+from sglang_gen.component_folder import in_folder
 from sglang_gen.errors import UserError
 from sglang_gen.pipelines import unet
-from sglang_gen.weight_files import in_folder
 from sglang_gen.weights.load import load
 
 TIMESTEPS = torch.tensor([981, 500, 7])

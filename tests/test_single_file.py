@@ -74,7 +74,7 @@ def test_a_single_file_gives_the_picture_of_its_folder(pipelines, files, sglang,
     assert alike(0, 1)
 
 
-def both_make_the_same(sglang, *words: object, folder: str = "") -> None:
+def both_make_the_same(sglang, *words: object, folder: str = "", tolerance: float = 1e-5) -> None:
     """A picture on either backend: noise exactly, latents to 1e-5.
 
     Without guidance, which makes more than that (1.4e-5 at a scale of 3) of the rounding of this tiny SDXL, out of a
@@ -85,7 +85,7 @@ def both_make_the_same(sglang, *words: object, folder: str = "") -> None:
                       f"{folder}{backend}", "--guidance-scale", "1", "output.latents=true")  # fmt: skip
         assert done.code == 0, done.err
         assert record(f"{folder}{backend}")["effective"]["backend"] == backend
-    assert_same(f"{folder}sglang", f"{folder}diffusers", 1)
+    assert_same(f"{folder}sglang", f"{folder}diffusers", 1, tolerance)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
@@ -117,7 +117,8 @@ def test_components_and_weights_from_elsewhere_replace_those_of_the_file(pipelin
     unet.save_pretrained("unet")
     common = ("--model-path", file, f"model.configs={pipelines['sdxl']}", "--component-paths", '{"vae": "vae"}')
     both_make_the_same(sglang, *common)
-    both_make_the_same(sglang, *common, "--transformer-weights-path", "unet", folder="weights-")
+    # these weights make up to 1.2e-5 of the rounding, by the processor
+    both_make_the_same(sglang, *common, "--transformer-weights-path", "unet", folder="weights-", tolerance=3e-5)
 
 
 def test_flux_comes_out_of_a_file_beside_its_network(pipelines, sglang, tmp_path):
@@ -129,11 +130,11 @@ def test_flux_comes_out_of_a_file_beside_its_network(pipelines, sglang, tmp_path
 
 def test_a_file_of_flux_with_a_tensor_too_many_or_another_width_is_refused_by_name(pipelines, files, sglang):
     words = (f"model.configs={pipelines['flux']}", *SMALL[:-2], "--backend", "sglang")
-    name = "model.diffusion_model.double_blocks.0.img_mod.lin.scale_weight"
+    name = "model.diffusion_model.double_blocks.0.img_mod.lin.surplus"
     file = changed(files["flux"], lambda all_: {**all_, name: torch.ones(())})
     done = sglang("generate", "--model-path", file, *words)
     assert done.code == 2
-    assert "it holds double_blocks.0.img_mod.lin.scale_weight, which Flux does not have" in done.lines[-1]
+    assert "it holds double_blocks.0.img_mod.lin.surplus, which Flux does not have" in done.lines[-1]
     name = "model.diffusion_model.single_blocks.1.linear1.weight"
     file = changed(files["flux"], lambda all_: {**all_, name: all_[name][1:]})
     done = sglang("generate", "--model-path", file, *words)
@@ -221,7 +222,8 @@ def test_a_file_that_lacks_weights_or_is_another_model_does_not_fit(pipelines, f
     done = sglang("generate", "--model-path", file, f"model.configs={pipelines['sdxl']}", *SMALL)
     assert done.code == 2
     assert "does not fit the component configs of" in done.lines[-1]
-    assert "it lacks weights that those name; name the right preset with --model-id" in done.lines[-1]
+    place = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    assert f"it lacks 1 of its tensors, such as {place}; name the right preset with --model-id" in done.lines[-1]
     native = sglang("generate", "--model-path", file, f"model.configs={pipelines['sdxl']}", *SMALL[:-1], "sglang")
     assert native.code == 2
     assert "does not fit the component configs of" in native.lines[-1]

@@ -19,7 +19,8 @@ from tiny import fill
 from sglang_gen import env, hub
 from sglang_gen.backends.options import weights
 from sglang_gen.errors import UserError
-from sglang_gen.weight_files import Tensor, WeightFiles
+from sglang_gen.safetensors_file import Tensor
+from sglang_gen.weight_files import WeightFiles
 
 SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--num-inference-steps", "2")
 STEM = "diffusion_pytorch_model"
@@ -294,6 +295,16 @@ def _pickled(folder: Path, others) -> str:
     return "weights.pt"
 
 
+def _pickled_index(folder, others):
+    where = Path("indexed")
+    where.mkdir()
+    torch.save({}, where / "weights.bin")
+    torch.save({}, where / "decoy.safetensors")
+    content = json.dumps({"weight_map": {"proj_out.bias": "weights.bin"}})
+    (where / "diffusion_pytorch_model.safetensors.index.json").write_text(content)
+    return where
+
+
 def _pickled_folder(folder: Path, others) -> str:
     Path("pickles").mkdir()
     torch.save({}, "pickles/diffusion_pytorch_model.bin")
@@ -369,6 +380,11 @@ BAD = {
     "shard": (_missing_shard, "cut lacks 1 of its "),
     "pickled": (_pickled, "weights.pt is pickled"),
     "pickled folder": (_pickled_folder, "pickles holds pickled weights alone (diffusion_pytorch_model.bin)"),
+    "pickled index": (_pickled_index, "names the weight file weights.bin, and only safetensors files are read"),
+    "scales": (
+        _changed(lambda w: w.update({"x_embedder.scale_weight": torch.ones(())})),
+        "holds quantized weights (scaled fp8: x_embedder.scale_weight)",
+    ),
     "int8": (_undeclared_int8, "stores 1 tensors as I8 (x_embedder.weight) and declares no quantization"),
     "fp8": (_undeclared_fp8, "tensors as F8_E4M3 ("),
     "class": (_other_class, "holds a SD3Transformer2DModel, and the model has a FluxTransformer2DModel"),

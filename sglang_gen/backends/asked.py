@@ -66,6 +66,10 @@ class Asked:
 
 def check(plan: Plan) -> Asked:
     """What is asked. Raises UserError for what the engine cannot do with this model on this machine."""
+    if plan.card.file is not None:
+        from sglang_gen.backends import single_file_contents
+
+        single_file_contents.check(plan)
     asked, run = Asked(plan), plan.run
     glue, length, dtype = asked.glue, run.sampling.max_sequence_length, getattr(torch, plan.dtype)
     if length is not None and glue.MOST_TOKENS is not None and length > glue.MOST_TOKENS:

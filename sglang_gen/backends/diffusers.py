@@ -72,6 +72,10 @@ def check(plan: Plan, own: Any = None) -> tuple[kinds.Kind, dict[str, Any], dict
     `own` is the class that the model's own code defines. Raises UserError for a request that the pipeline cannot take.
     """
     run = plan.run
+    if plan.card.file is not None:
+        from sglang_gen.backends import single_file_contents
+
+        single_file_contents.check(plan)
     kind = kinds.find(
         plan.pipeline_class,
         image=run.sampling.image_path is not None,

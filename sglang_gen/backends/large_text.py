@@ -10,11 +10,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
+from sglang_gen.component_folder import in_folder
 from sglang_gen.parallel import tensor
 from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.tensor import Biases, Columns, Heads, Rows
 from sglang_gen.types import Component
-from sglang_gen.weight_files import in_folder
 from sglang_gen.weights import load
 
 TENSOR: tensor.Table = {

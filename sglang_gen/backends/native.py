@@ -64,10 +64,11 @@ class NativeEngine:
         self.text_sends: dict[int, Traffic] = {}  # by the number of texts
         self.network: Any = execution.network
         self.entrance: Any = execution.placed.entrance
-        encoders = sum(stored_bytes(each) for name in glue.TEXT_PARTS for each in parts[name].parameters())
+        self.text_parts = [name for name in glue.TEXT_PARTS if name in parts]
+        encoders = sum(stored_bytes(each) for name in self.text_parts for each in parts[name].parameters())
         self.room = guiding.room(plan, glue, asked.config, asked.whole, encoders, self.mesh)
         self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", glue.ZERO_WITHOUT_NEGATIVE)
-        for name in glue.TEXT_PARTS:
+        for name in self.text_parts:
             calls.watch("text_encoding", name, parts[name], twin=self._encoder_twin(parts[name]))
         for method in ("forward", "condition"):
             calls.watch("denoising", glue.NETWORK, self.entrance, method, self.network, execution.countable)
@@ -101,7 +102,7 @@ class NativeEngine:
             "lora": [],
             "cache": "none",
             **guiding.of_run(self.plan, self.glue, self.asked.whole, self.room.batched),
-            "released": list(self.glue.TEXT_PARTS) if self.room.released else [],
+            "released": list(self.text_parts) if self.room.released else [],
             "pipeline": self.plan.pipeline_class,
             "makes": "image",
             "components": {self.glue.NETWORK: type(self.network).__name__, **classes},
@@ -171,7 +172,7 @@ class NativeEngine:
 
     def _place_encoders(self, device: str) -> None:
         """Where the device has no room for them beside the denoising, text encoders are on it only while they work."""
-        for name in self.glue.TEXT_PARTS if self.room.released else ():
+        for name in self.text_parts if self.room.released else ():
             self.parts[name].to(device)
 
     def _text_sends(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[Traffic]:
@@ -179,7 +180,7 @@ class NativeEngine:
         rows, tp = len(batch), self.mesh.axis("tp")
         if rows not in self.text_sends:
             self.text_sends[rows] = Traffic()
-            for name in self.glue.TEXT_PARTS if tp.size > 1 else ():
+            for name in self.text_parts if tp.size > 1 else ():
                 from sglang_gen.backends import large_text
 
                 if large_text.is_part(self.parts[name]):
@@ -194,13 +195,14 @@ class NativeEngine:
 
     def _encode(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[tuple[Tensor, ...]]:
         """Encoded texts: of the negative prompts, where there is guidance, and of the prompts."""
-        prompts = self.glue.encode(self.parts, [sample.prompt for sample in batch], request.text_length)
+        encode = partial(self.glue.encode, self.parts, self.asked.config, length=request.text_length)
+        prompts = encode([sample.prompt for sample in batch])
         if not guidance.on:
             return [prompts]
         if self._zeros(batch):
             return [tuple(torch.zeros_like(part) for part in prompts), prompts]
         negatives = [sample.negative_prompt or "" for sample in batch]
-        return [self.glue.encode(self.parts, negatives, request.text_length), prompts]
+        return [encode(negatives), prompts]
 
     def _noise(self, request: Request, timesteps: Tensor, generators: list[torch.Generator]) -> Tensor:
         """What the first step starts from `[B, ...]`, in the pipeline's own layout: drawn per sample, or loaded."""

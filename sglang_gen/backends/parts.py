@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglang_gen.backends import classes
+from sglang_gen.backends import classes, loading_report
+from sglang_gen.component_folder import in_folder
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.split import Split
@@ -16,7 +17,7 @@ from sglang_gen.pipelines import autoencoder
 from sglang_gen.requirements import Needs
 from sglang_gen.safetensors_file import header
 from sglang_gen.types import Component, Plan
-from sglang_gen.weight_files import in_folder, locate
+from sglang_gen.weight_files import locate
 from sglang_gen.weights import original
 from sglang_gen.weights.load import Held, Shrink, fill, load, where
 
@@ -30,7 +31,7 @@ def read(plan: Plan, needs: Needs, glue: Any, split: Split) -> tuple[nn.Module, 
     """
     dtype = getattr(torch, plan.dtype)
     network = _network(plan, needs.network, glue, dtype, split.shrink)
-    others = [name for name in needs.present(plan.card) if name != needs.network]
+    others = [name for name in needs.required(plan.card) if name != needs.network]
     given = [name for name in others if plan.card.file is None or name in plan.run.model.component_paths]
     tp = split.mesh.axis("tp")
     parts = {name: _part(name, plan.card.components[name], dtype, plan.device, tp) for name in given}
@@ -127,12 +128,9 @@ def _read(component: Component, dtype: torch.dtype, device: str) -> Any:
     kind = classes.named(component)
     if not issubclass(kind, nn.Module):
         return kind.from_pretrained(folder)
-    part, told = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if missing := sorted(told["missing_keys"]):
-        raise UserError(
-            f"{folder} is no checkpoint of a {component.class_name}: it lacks {len(missing)} of its tensors, such as "
-            f"{missing[0]}"
-        )
+    if not loading_report.is_reported(kind):
+        return _placed(kind.from_pretrained(folder, dtype=dtype, use_safetensors=True), device)
+    part = loading_report.read(kind, _folder(component), component.config, dtype)
     return _placed(part, device)
 
 

@@ -138,7 +138,9 @@ def guidance_scale(guidance: float, true_cfg: float, negative: bool) -> float:
     return true_cfg if negative else 1.0
 
 
-def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tuple[Tensor, Tensor]:
+def encode(
+    parts: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
+) -> tuple[Tensor, Tensor]:
     """T5's text `[B, T, C]` and CLIP's pooled text `[B, P]`."""
     pooled = text.clip_pooled(*text.learned(parts, "", texts))
     return text.t5(*text.learned(parts, "_2", texts), length or T5_LENGTH), pooled

@@ -29,7 +29,9 @@ SCHEDULER = {"steps_offset": 1, "clip_sample": False}  # whatever an old configu
 STRENGTH = 0.8  # of the noise on an input picture, unless the request says otherwise
 
 
-def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tuple[Tensor]:
+def encode(
+    parts: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
+) -> tuple[Tensor]:
     """Text `[B, T, C]`."""
     return (text.clip_last(*text.learned(parts, "", texts)),)
 

@@ -127,13 +127,22 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
     return SD3(config(diffusers_config))
 
 
-def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tuple[Tensor, Tensor]:
-    """Text `[B, T, C]` and pooled text `[B, P]`: both CLIP encoders side by side, T5 behind them."""
+def encode(
+    parts: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
+) -> tuple[Tensor, Tensor]:
+    """Text `[B, T, C]` and pooled text `[B, P]`: both CLIP encoders side by side, T5 behind them.
+
+    Where the model has no T5, zeros stand for its tokens, as in diffusers.
+    """
     first, pooled = text.clip(parts["text_encoder"], parts["tokenizer"], texts)
     second, pooled_2 = text.clip(parts["text_encoder_2"], parts["tokenizer_2"], texts)
     both = torch.cat([first, second], dim=-1)
-    t5 = text.t5(parts["text_encoder_3"], parts["tokenizer_3"], texts, length or T5_LENGTH)
-    return torch.cat([text.pad_channels(both, t5.shape[-1]), t5], dim=1), torch.cat([pooled, pooled_2], dim=-1)
+    width, length = diffusers_config["joint_attention_dim"], length or T5_LENGTH
+    if "text_encoder_3" in parts:
+        t5 = text.t5(parts["text_encoder_3"], parts["tokenizer_3"], texts, length)
+    else:
+        t5 = both.new_zeros(len(texts), length, width)
+    return torch.cat([text.pad_channels(both, width), t5], dim=1), torch.cat([pooled, pooled_2], dim=-1)
 
 
 def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:

@@ -31,7 +31,9 @@ POOLED = 512  # channels of pooled text where the configuration says nothing, as
 STRENGTH = 0.3  # of the noise on an input picture, unless the request says otherwise
 
 
-def encode(parts: Mapping[str, Any], texts: list[str], length: int | None) -> tuple[Tensor, Tensor]:
+def encode(
+    parts: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
+) -> tuple[Tensor, Tensor]:
     """Text `[B, T, C]`: the last layer but one of both encoders side by side; pooled text `[B, P]` of the second."""
     first, _ = text.clip(*text.learned(parts, "", texts))
     second, pooled = text.clip(*text.learned(parts, "_2", texts))

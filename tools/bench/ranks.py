@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from sglang_gen.component_folder import in_folder
 from sglang_gen.engine import kernels
 from sglang_gen.parallel import mesh
 from sglang_gen.parallel.collectives import gather
@@ -29,7 +30,6 @@ from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.split import Split
 from sglang_gen.perf.statistics import judge
 from sglang_gen.types import Layout
-from sglang_gen.weight_files import in_folder
 from sglang_gen.weights.load import load
 from tools.bench import works
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from sglang_gen.backends import classes
+from sglang_gen.backends import classes, loading_report
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.types import Plan
 
@@ -20,8 +20,13 @@ def _load(plan: Plan, name: str, dtype: torch.dtype) -> Any:
     component = plan.card.components[name]
     try:
         kind = classes.named(component)
+        if loading_report.is_reported(kind):
+            assert component.folder is not None  # the plan's card was read from a folder with weights
+            return loading_report.read(kind, component.folder, component.config, dtype)
         settings = {"dtype": dtype, "use_safetensors": True} if issubclass(kind, torch.nn.Module) else {}
         return kind.from_pretrained(str(component.folder), **settings)
+    except UserError as error:
+        raise UserError(f"--component-paths: {error}") from error
     except LOADING_ERRORS as error:
         path = plan.run.model.component_paths[name]
         raise UserError(f"--component-paths: '{name}' cannot be loaded from {path}: {first_line(error)}") from error

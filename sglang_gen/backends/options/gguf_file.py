@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen.errors import UserError, first_line
-from sglang_gen.weight_files import FLAG, Tensor, few
+from sglang_gen.safetensors_file import Tensor
+from sglang_gen.weight_files import FLAG, few
 
 # What the reader of the gguf package raises for bytes that are no GGUF.
 CORRUPT = (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError, OSError, MemoryError)

@@ -19,9 +19,11 @@ from sglang_gen import log, quantization, weight_files
 from sglang_gen.backends import classes
 from sglang_gen.backends.options import components, gguf_file, nunchaku
 from sglang_gen.errors import UserError, first_line
+from sglang_gen.plain_numbers import quantized
+from sglang_gen.safetensors_file import Header, Tensor
 from sglang_gen.schema import QuantMethod
 from sglang_gen.types import Component, Plan
-from sglang_gen.weight_files import FLAG, Tensor, WeightFiles, few
+from sglang_gen.weight_files import FLAG, WeightFiles, few
 from sglang_gen.weights.original import CONVERSION_ERRORS, INSIDE
 
 # Packages of the methods that diffusers reads from a folder that declares them.
@@ -103,6 +105,11 @@ def _check_plain(tensors: Mapping[str, Tensor], files: WeightFiles) -> None:
         raise UserError(
             f"{FLAG}: {files.given} stores {len(odd)} tensors as {kinds} ({few(odd)}) and declares no quantization, so "
             "they cannot be read; give diffusers' folder with its config.json, a GGUF file, or plain weights"
+        )
+    if found := quantized(Header(tensors, {})):
+        raise UserError(
+            f"{FLAG}: {files.given} holds quantized weights ({found}) and declares no quantization, so they cannot be "
+            "read; give diffusers' folder with its config.json, a GGUF file, or plain weights"
         )
 
 
