@@ -8,18 +8,22 @@ interpolations as text.
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from sglang_gen.errors import UserError
 
 INSTANTIATED = ("launcher", "sweeper", "callbacks")
+NAMES = ("_target_", "class", "()")  # keys whose values are called
 LOGGING = ("hydra_logging", "job_logging")
 LOGGING_CLASSES = (
     "logging.Formatter", "logging.StreamHandler", "logging.FileHandler", "logging.NullHandler",
     "logging.handlers.RotatingFileHandler", "logging.handlers.TimedRotatingFileHandler",
 )  # fmt: skip
+JOB_FOLDER = "${hydra.runtime.output_dir}/"  # an absolute path, whatever the configuration says, once a job runs
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 PACKAGES = ("hydra", "hydra_plugins", "sglang_gen")
+PACKAGE = re.compile(rf"({'|'.join(PACKAGES)})([./][A-Za-z0-9]\w*)*/?")  # not __main__, whose import is a run
 OURS = "sglang_gen.sweep.callback.SweepTable"
 TEXT = re.compile(r"\$\{(oc\.env|now):[^{}]*\}|(\$\{[^{}]*\}[^${}]*){2,}")  # interpolations that are never a mapping
 REFERENCE = re.compile(r"\$\{(\w+(?:\.\w+)*)\}")
@@ -28,26 +32,41 @@ REFERENCE = re.compile(r"\$\{(\w+(?:\.\w+)*)\}")
 def check(config: Mapping[str, Any], installed: Collection[str]) -> None:
     """Raises UserError for a name of code that is neither in `installed` nor allowed in a logging configuration."""
     hydra = config["hydra"]
+    _check_folder(hydra.get("output_subdir"))
     for name in INSTANTIATED:
         for where, key, value in _walk(hydra.get(name), f"hydra.{name}"):
-            if key == "_target_" and value not in installed:
+            if key == "_target_" and str(value) not in installed:
                 raise UserError(
                     f"{where} is {value}: only classes of installed Hydra plugins and of sglang_gen are taken"
                 )
             _check_reference(where, value, config)
     for name in LOGGING:
         for where, key, value in _walk(hydra.get(name), f"hydra.{name}"):
-            if key in ("class", "()", "_target_") and value not in (*LOGGING_CLASSES, *installed):
+            if key in NAMES and str(value) not in (*LOGGING_CLASSES, *installed):
                 raise UserError(f"{where} is {value}: logging takes {', '.join(LOGGING_CLASSES)} and no other class")
-            if isinstance(value, str) and value.startswith(("ext://", "cfg://")) and value not in STREAMS:
-                raise UserError(f"{where} is {value}: logging takes {' and '.join(STREAMS)} and no other object")
-            _check_reference(where, value, config)
+            _check_text(where, str(value))
+
+
+def _check_folder(name: Any) -> None:
+    """Raises UserError for a folder of Hydra's own files outside of the job's: they replace others of their names."""
+    if name is not None and (Path(str(name)).is_absolute() or ".." in Path(str(name)).parts or "${" in str(name)):
+        raise UserError(f"hydra.output_subdir is {name}; it must be the name of a folder in the job's own")
+
+
+def _check_text(where: str, text: str) -> None:
+    """Raises UserError for a text of a logging configuration that names an object, or may do so once it is resolved."""
+    if text.startswith(("ext://", "cfg://")) and text not in STREAMS:
+        raise UserError(f"{where} is {text}: logging takes {' and '.join(STREAMS)} and no other object")
+    if "${" in text and not (where.startswith("hydra.job_logging.") and text.startswith(JOB_FOLDER)):
+        raise UserError(f"{where} is {text}: logging of jobs takes {JOB_FOLDER}... and no other interpolation")
 
 
 def _walk(value: Any, where: str, key: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Every value inside, mappings and lists themselves aside: its path, its own key, and itself."""
+    """Every value inside: its path, its own key, and itself. Mappings and lists only where they stand for a name."""
     if isinstance(value, Mapping):
         for name, item in value.items():
+            if name in NAMES and isinstance(item, (Mapping, list)):
+                yield f"{where}.{name}", name, item
             yield from _walk(item, f"{where}.{name}", str(name))
     elif isinstance(value, list):
         for index, item in enumerate(value):
@@ -81,7 +100,7 @@ def check_search_path(entries: Any) -> None:
     """Raises UserError for a package in hydra.searchpath that would be imported for it."""
     for entry in entries if isinstance(entries, (list, tuple)) else ():
         scheme, separator, name = str(entry).partition("://")
-        if separator and scheme == "pkg" and re.split(r"[./]", name)[0] not in PACKAGES:
+        if separator and scheme == "pkg" and not PACKAGE.fullmatch(name):
             raise UserError(
                 f"hydra.searchpath: {entry} would import {name or 'a package'}; name its folder, as file://..."
             )

@@ -1,6 +1,7 @@
 """What a configuration folder may make Hydra instantiate: classes of installed plugins and ours, whoever wrote it."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from sglang_gen.errors import UserError
 EVIL = "stranger.Callback"
 ALLOWED = "only classes of installed Hydra plugins and of sglang_gen are taken"
 LOGS = "and no other class"
+OTHER = "and no other interpolation"
 MAPPING = "which may be a mapping: write out here what it stands for"
 
 
@@ -24,7 +26,9 @@ def trace(monkeypatch) -> Path:
     for name in ("stranger", "stranger_conf/__init__"):
         path = Path("modules", f"{name}.py")
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f"from pathlib import Path\nPath({str(Path('trace').absolute())!r}).touch()\nCallback = dict\n")
+        touch = f"Path({str(Path('trace').absolute())!r}).touch()"
+        path.write_text(f"from pathlib import Path\n{touch}\ndef Callback(*_, **__):\n    {touch}\n")
+        monkeypatch.delitem(sys.modules, name.partition("/")[0], raising=False)
     monkeypatch.syspath_prepend(str(Path("modules").absolute()))
     return Path("trace")
 
@@ -66,7 +70,29 @@ NODES: dict[str, tuple[dict, str, str]] = {
     "a class of the library": ({"job_logging": handler("subprocess.Popen", args=["true"])}, "subprocess.Popen", LOGS),
     "a factory": ({"hydra_logging": handler(STREAM, stream={"()": EVIL})}, "handlers.x.stream.() is", LOGS),
     "an object": ({"job_logging": handler(STREAM, stream=f"ext://{EVIL}")}, "is ext://stranger", "no other object"),
-    "handlers elsewhere": ({"job_logging": {"version": 1, "root": {}, "handlers": KWARGS}}, "handlers is", MAPPING),
+    "handlers elsewhere": ({"job_logging": {"version": 1, "root": {}, "handlers": KWARGS}}, "handlers is", OTHER),
+    "an object of a variable": ({"job_logging": handler(STREAM, stream="${oc.env:OBJECT}")}, "stream is ${oc", OTHER),
+    "an object in two halves": ({"job_logging": handler(STREAM, stream="e${oc.env:HALF}")}, "stream is e${oc", OTHER),
+    "a folder that is none": (
+        {
+            "hydra_logging": handler(STREAM, stream="${hydra.runtime.output_dir}//stranger.Callback"),
+            "runtime": {"output_dir": "ext:"},
+        },
+        "stream is ${hydra.runtime.output_dir}//stranger",
+        OTHER,
+    ),
+    "a list of names": (
+        {"callbacks": {"x": {"_target_": [EVIL]}}},
+        "hydra.callbacks.x._target_ is ['stranger",
+        ALLOWED,
+    ),
+    "our own main": ({"searchpath": ["pkg://sglang_gen.__main__"]}, "would import sglang_gen.__main__", "file://"),
+    "a folder outside": (
+        {"output_subdir": "../../out"},
+        "hydra.output_subdir is ../../out; it must be",
+        "in the job's own",
+    ),
+    "a way out": ({"searchpath": ["pkg://hydra/../stranger_conf"]}, "would import hydra/../stranger_conf", "file://"),
     "a package": ({"searchpath": ["pkg://stranger_conf"]}, "pkg://stranger_conf would import stranger_conf", "file://"),
     "an interpolated package": ({"searchpath": ["pkg://${oc.env:PACKAGE}"]}, "would import stranger_conf", "file://"),
 }
@@ -78,6 +104,8 @@ MODES = {"single": (), "sweep": ("-m",), "shown": ("--cfg", "hydra")}
 def test_other_peoples_code_is_refused_before_it_is_imported(sglang, monkeypatch, trace, name, mode):
     monkeypatch.setenv("EVIL", EVIL)
     monkeypatch.setenv("PACKAGE", "stranger_conf")
+    monkeypatch.setenv("OBJECT", f"ext://{EVIL}")
+    monkeypatch.setenv("HALF", f"xt://{EVIL}")
     monkeypatch.setenv("NODE", json.dumps(TARGET))
     hydra, *sentences = NODES[name]
     words = sweep(hydra, backend={"diffusers_kwargs": {"x": TARGET, "z": TARGET}})
@@ -137,6 +165,7 @@ def test_a_configuration_file_has_no_keys_of_hydra(trace):
         {"callbacks": {"log": {"_target_": "hydra.experimental.callbacks.LogJobReturnCallback"}}},
         {"callbacks": {"again": {"_target_": "sglang_gen.sweep.callback.SweepTable"}}},
         {"launcher": {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}},
+        {"output_subdir": ".hydra"},
         {"sweeper": {"params": {"sampling.seed": "${oc.env:SEEDS}"}}},
         {"searchpath": ["pkg://hydra.conf", "file://more", "more"]},
         {"job_logging": {"version": 1, "root": {"handlers": ["x"], "level": "INFO"}, "handlers": {

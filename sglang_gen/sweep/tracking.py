@@ -70,7 +70,10 @@ def append_row(path: Path, values: Mapping[str, Any]) -> None:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS)
+    locked = path.with_name(f".{path.name}.lock")
+    if locked.is_symlink():  # older versions of filelock empty what it leads to
+        raise RunError(f"{path} cannot be written: {locked.name} beside it is a link")
+    lock = FileLock(locked, timeout=LOCK_SECONDS)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock:
