@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.plain_numbers import require_plain
-from sglang_gen.safetensors_file import PICKLED, read_header
+from sglang_gen.safetensors_file import PICKLED, PICKLES, read_header
 from sglang_gen.types import Component
 
 INDEX = ".safetensors.index.json"
@@ -81,23 +81,24 @@ def check_files(folder: Path, component: Component) -> None:
 
     Of weights only headers are read. Raises UserError.
     """
+    if (folder / ADAPTER).is_file():  # its library would follow that to other weights, config.json or none
+        raise UserError(
+            f"{folder} holds an adapter ({ADAPTER}), which its library would load by itself; remove it from the "
+            "model's folder and name it with --lora-path"
+        )
+    weights = any(path.suffix.lower() in (".safetensors", *PICKLES) for path in folder.iterdir())
     names = {"_class_name", "architectures"}
-    is_network = (folder / "config.json").is_file() and not names.isdisjoint(component.config)
-    if is_network:
+    if (folder / "config.json").is_file() and (weights or not names.isdisjoint(component.config)):
         check_weights(folder, component)
     check_vocabulary(folder, component)
 
 
 def check_weights(folder: Path, component: Component) -> None:
     """Refuse weights that no loader could read as they are meant. Only headers are read. Raises UserError."""
-    if (folder / ADAPTER).is_file():
-        raise UserError(
-            f"{folder} holds an adapter ({ADAPTER}), which its library would load by itself; remove it from the "
-            "model's folder and name it with --lora-path"
-        )
     files = in_folder(folder)
     if not files:
-        raise UserError(f"{folder} {PICKLED if any(folder.glob('*.bin')) else 'holds no weights (*.safetensors)'}")
+        pickled = any(path.suffix.lower() in PICKLES for path in folder.iterdir())
+        raise UserError(f"{folder} {PICKLED if pickled else 'holds no weights (*.safetensors)'}")
     if all("." in path.stem for path in files):
         raise UserError(
             f"{folder} holds variants of its weights alone ({files[0].name}): rename those to take, to "

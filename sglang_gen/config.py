@@ -10,10 +10,12 @@ import logging
 import os.path
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.default_element import ResultDefault
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -34,11 +36,11 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from sglang_gen import env, presets
+from sglang_gen import env, hydra_code, presets, record_limits
 from sglang_gen.config_file import FileValues, read_config_file
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.flags import BY_PATH
-from sglang_gen.output import FULL
+from sglang_gen.output import FULL, check_file, check_folder
 from sglang_gen.overrides import Word, check, check_option, covers, dict_leaf
 from sglang_gen.perf import place
 from sglang_gen.schema import LOCAL, Run, get, leaves, plain, put
@@ -64,6 +66,7 @@ class Composed:
     run: Run
     sources: dict[str, str]
     notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     versions: dict[str, str | None] = field(default_factory=dict)  # of the record being repeated
     inputs: dict[str, str] = field(default_factory=dict)  # digests of its files
     in_sweep: bool = False  # whether it is a job of a multirun
@@ -89,6 +92,7 @@ def _compose(choices: Choices) -> tuple[Composed, bool]:
     covered = {*typed, *choices.flags}
     values = {path: value for path, value in file.values.items() if not covered & {path, path.partition(".")[0]}}
     options = {group: option for group, option in file.options.items() if group not in typed}
+    withheld = _withheld(choices, file, covered)
     for group, option in options.items():
         check_option(group, option, options_of(group))
     implied = None
@@ -115,8 +119,16 @@ def _compose(choices: Choices) -> tuple[Composed, bool]:
     yielded = [path for path in file.values if not covered & {path} and path not in values]
     if yielded:
         notices.append(f"Group options given beside {choices.file} replace its {', '.join(yielded)}")
-    composed = Composed(run, sources, tuple(notices), file.versions, file.inputs)
+    warnings = record_limits.warnings(withheld, str(choices.file))
+    composed = Composed(run, sources, tuple(notices), tuple(warnings), file.versions, file.inputs)
     return composed, "model" in typed or "model" in file.options
+
+
+def _withheld(choices: Choices, file: FileValues, covered: Collection[str]) -> dict[str, Any]:
+    """What a record cannot decide and the command line does not. Raises UserError where the run cannot do without."""
+    found = {path: value for path, value in file.withheld.items() if not {path, path.partition(".")[0]} & {*covered}}
+    record_limits.check(found, str(choices.file), choices.flags.get("model.path", file.values.get("model.path")))
+    return found
 
 
 def _merged(composed: Any, value: Any, path: str, typed: Iterable[str]) -> Any:
@@ -154,6 +166,49 @@ class _Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
         self.defaults, self.read = defaults, repo
         composed: DictConfig = super()._compose_config_from_defaults_list(defaults, repo)
         return composed
+
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        """Hydra's; every configuration comes from here, that of each job too. Raises UserError for code of others."""
+        cfg: DictConfig = super().load_configuration(*args, **kwargs)
+        hydra_code.check(typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False)), _installed())
+        return cfg
+
+    def _process_config_searchpath(
+        self, config_name: str | None, parsed_overrides: list[Override], repo: IConfigRepository
+    ) -> None:
+        given = [word.value() for word in parsed_overrides if word.get_key_element() == "hydra.searchpath"]
+        primary = repo.load_config(config_name) if config_name is not None else None
+        if not given and primary is not None and OmegaConf.is_dict(primary.config):
+            given = [OmegaConf.select(primary.config, "hydra.searchpath")]
+        for entries in given:
+            hydra_code.check_search_path(list(entries) if OmegaConf.is_list(entries) else entries)
+        super()._process_config_searchpath(config_name, parsed_overrides, repo)
+
+
+@cache
+def _installed() -> frozenset[str]:
+    """Classes that Hydra may instantiate: its plugins, what they and it registered, callbacks, and ours."""
+    from hydra.experimental import callbacks
+
+    found = {hydra_code.OURS, *Plugins.instance().class_name_to_class}
+    pending = [callbacks.Callback]
+    while pending:
+        classes = pending.pop().__subclasses__()
+        pending += classes
+        names = [f"{each.__module__}.{each.__qualname__}" for each in classes]
+        found.update(name for name in names if name.partition(".")[0] in hydra_code.PACKAGES)
+    return frozenset(found | set(_targets(ConfigStore.instance().repo.get("hydra", {}))))
+
+
+def _targets(stored: Any) -> Iterator[str]:
+    """Every `_target_` of the nodes that packages have put into Hydra's store."""
+    if isinstance(stored, ConfigNode):
+        stored = OmegaConf.to_container(OmegaConf.create(stored.node), resolve=False)
+    for name, item in stored.items() if isinstance(stored, dict) else ():
+        if name == "_target_":
+            yield str(item)
+        else:
+            yield from _targets(item)
 
 
 def _loader(config_dir: str | None) -> _Loader:
@@ -381,6 +436,8 @@ def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
     hydra = Hydra(task_name="generate", config_loader=_loader(choices.config_dir))
     words = _parse(hydra.config_loader, choices.overrides)
     check(words, choices.flags, _options(hydra.config_loader, choices), multirun=True)
+    if choices.file is not None:
+        _withheld(choices, read_config_file(choices.file), {*choices.flags, *(word.key for word in words)})
     for name in _stated(choices, words, place.KEY):
         place.check_in_sweep(str(name))
     lines = [*map(_line, words), *_sweep_dir(choices, words)]
@@ -389,9 +446,16 @@ def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
         for key in OmegaConf.select(cfg, "hydra.sweeper.params") or {}:
             if (flag := BY_PATH.get(str(key).lstrip("+"))) and flag.path in choices.flags:
                 raise UserError(f"{flag.path} is given twice, by {flag.option} and by the sweep {choices.config_name}")
+        _check_sweep_dir(Path(cfg.hydra.sweep.dir))
         stated = _stated(choices, words, "perf.objective") or [OmegaConf.select(cfg, "perf.objective")]
         ended = _sweep(hydra, cfg, _Task(choices, work), any(stated))
     return [job._return_value for job in ended]
+
+
+def _check_sweep_dir(folder: Path) -> None:
+    """Raises UserError where Hydra would write its multirun.yaml into something that is no file, or wait for a FIFO."""
+    check_folder(folder)
+    check_file(folder / "multirun.yaml")
 
 
 OPTIMISING = re.compile(r"hydra_plugins\.hydra_(optuna|ax|nevergrad)_sweeper\.")
@@ -450,5 +514,7 @@ def _sweep_dir(choices: Choices, words: Sequence[Word]) -> list[str]:
         return []
     if any(word.key == "hydra.sweep.dir" for word in words):
         raise UserError("output.path and hydra.sweep.dir both name the folder of the sweep; give one")
+    if "${" in str(stated[0]) and not any(word.key == "output.path" for word in words):  # which Hydra would read
+        raise UserError(f"output.path is {stated[0]}: the folder of a sweep cannot have ${{ in its name")
     quoted = os.path.expanduser(stated[0]).replace("\\", "\\\\").replace('"', '\\"')
     return [f'hydra.sweep.dir="{quoted}"']

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_gen import kept_prompts
+from sglang_gen import kept_prompts, record_limits
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.flags import BY_KEY, FILE_OR_INLINE
 from sglang_gen.schema import SCHEMA_VERSION, leaves
@@ -27,6 +27,7 @@ class FileValues:
     options: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str | None] = field(default_factory=dict)  # of the run that a record describes
     inputs: dict[str, str] = field(default_factory=dict)  # digests of its files, see `inputs`
+    withheld: dict[str, Any] = field(default_factory=dict)  # what a record says and cannot decide, see `record_limits`
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
@@ -86,17 +87,21 @@ def _read_record(record: Mapping[str, Any], path: str | Path) -> FileValues:
     if not parts["run"]:
         raise UserError(f"{path} has a schema_version but no 'run': it is not the record of a run")
     found = _collect(parts["run"], path)
-    # Nobody stated these: a degree follows from the others, and the folder may be that of a sweep's job.
-    for target in [target for target in found.values if target.startswith(("parallel.", "output.path"))]:
-        if parts["sources"].get(target) == "default":
-            del found.values[target]
-    found.values.pop("output.perf_dump_path", None)  # it is the other run's measurement
+    record_limits.check_options(found.options, path)
+    for target in [target for target in found.values if _is_nobodys(target, parts["sources"])]:
+        del found.values[target]
+    withheld = record_limits.withhold(found.values, path)
     if found.values.get("sampling.prompts_file"):
         found.values["sampling.prompts_file"] = kept_prompts.beside(path, found.values["sampling.prompts_file"])
     for name, target in PINNED.items():
         if parts["effective"].get(name) is not None and name not in _settled(found.values):
             found.values[target] = _typed(f"effective.{name}", target, parts["effective"][name], path)
-    return FileValues(found.values, found.options, parts["versions"], parts["inputs"])
+    return FileValues(found.values, found.options, parts["versions"], parts["inputs"], withheld)
+
+
+def _is_nobodys(target: str, sources: Mapping[str, Any]) -> bool:
+    """Nobody stated these: a degree follows from the others, and the folder may be that of a sweep's job."""
+    return target.startswith(("parallel.", "output.path")) and sources.get(target) == "default"
 
 
 def _settled(values: Mapping[str, Any]) -> set[str]:

@@ -61,7 +61,7 @@ def execute(composed: "Composed") -> Result | None:
 
     output.prepare_folder(Path(run.output.path))
     if run.output.perf_dump_path:
-        output.prepare_file(Path(run.output.perf_dump_path))
+        output.prepare_file(Path(run.output.perf_dump_path), stream=True)
     log.info(f"Loading model: {plan.card.name}")
     _tell(plan.notices)
     if run.sampling.seed is None:

@@ -40,6 +40,8 @@ def find(model: Model, weights: bool, replaced: Collection[str] = ()) -> ModelCa
     """
     card = _find(model, weights, replaced)
     others = {name: _replacement(card, name, path, weights) for name, path in model.component_paths.items()}
+    for name, component in others.items():
+        remote_code.check_component(model.component_paths[name], name, component, model.trust_remote_code)
     return replace(card, components={**card.components, **others})
 
 

@@ -7,13 +7,15 @@ content, so that a record cannot repeat a run with other prompts than its own.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from sglang_gen import output
-from sglang_gen.errors import RunError, UserError
+from sglang_gen.errors import UserError
 from sglang_gen.schema import Run, plain
 
+NAME = re.compile(r"prompts_[0-9a-f]{16}\.jsonl")
 MOST = 16_384  # bytes of prompts that a record holds itself
 
 
@@ -26,8 +28,8 @@ def recorded(run: Run) -> dict[str, Any]:
     data = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in content["sampling"]["prompts"]).encode()
     if len(data) > MOST:
         path = Path(run.output.path) / _name(data)
-        if not path.exists():
-            _write(path, data)
+        if not path.is_file():
+            output.save_bytes(path, data)
         content["sampling"] |= {"prompts": [], "prompts_file": path.name}
     return content
 
@@ -35,6 +37,10 @@ def recorded(run: Run) -> dict[str, Any]:
 def beside(record: str | Path, name: str) -> str:
     """Path of the prompts that a record names. Raises UserError where they are gone or are not those of the record."""
     path = Path(record).parent / name
+    if not NAME.fullmatch(name):
+        raise UserError(f"{record} names {name} for its prompts, and a record's are in prompts_<hash>.jsonl beside it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"The prompts of {record} cannot be read from {path}: it is no file")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -46,10 +52,3 @@ def beside(record: str | Path, name: str) -> str:
 
 def _name(data: bytes) -> str:
     return f"prompts_{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        output.write_bytes(path, data)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error

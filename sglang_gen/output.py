@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sglang_gen import destination
 from sglang_gen.errors import RunError, UserError
 
 PNG_KEY = "sglang_gen"  # name of the PNG text chunk that holds the run record
@@ -35,11 +36,41 @@ def prepare_folder(folder: Path) -> None:
         raise _write_error(error, folder, RunError if error.errno in FULL else UserError) from None
 
 
-def prepare_file(path: Path) -> None:
-    """`prepare_folder` for a single file that a run will write or replace."""
-    if path.is_dir():
-        raise UserError(f"{path} cannot be written: Is a directory")
-    prepare_folder(path.parent)
+def prepare_file(path: Path, stream: bool = False) -> None:
+    """Prove that a file can be written: replaced, or with `stream` also written to as a device or a FIFO is.
+
+    Its folder is made. Raises UserError, or RunError on a full disk.
+    """
+    check_file(path, stream)
+    to = destination.find(path)
+    if to.is_stream:
+        return
+    if path.is_symlink() and not to.path.parent.is_dir():
+        raise UserError(
+            f"{path} cannot be written: It is a link into the folder {to.path.parent}, which does not exist"
+        )
+    prepare_folder(to.path.parent)
+
+
+def check_file(path: Path, stream: bool = False) -> None:
+    """Raises UserError for a name that is neither free nor a regular file's nor, with `stream`, a stream's."""
+    try:
+        to = destination.find(path)
+        if stream:
+            to.check_stream()
+        else:
+            to.check_file()
+    except OSError as error:
+        raise _write_error(error, path, UserError) from None
+
+
+def check_folder(path: Path) -> None:
+    """Raises UserError where a folder is neither there nor can be made, since another thing has its name."""
+    for place in (path, *path.parents):
+        if place.is_dir():
+            return
+        if os.path.lexists(place):
+            raise UserError(f"{path} cannot be written: {'It' if place == path else place} is not a folder")
 
 
 def _write_error(error: OSError, path: Path, kind: type[Exception] = RunError) -> Exception:
@@ -57,7 +88,7 @@ def _temporary(folder: Path, suffix: str) -> Iterator[Path]:
 
 
 def _fill(path: Path, write: Write) -> None:
-    with open(path, "wb") as file:
+    with open(path, "xb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
@@ -73,18 +104,33 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, record_bytes(content))
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically; an existing one is replaced whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(path.parent, path.suffix) as temporary:
+def write_bytes(path: Path, data: bytes, stream: bool = False) -> None:
+    """Write a file atomically; an existing one is replaced whole or not at all. A link stays: its target is replaced.
+
+    With `stream` a device, a FIFO or a descriptor takes the bytes and stays what it is; without, it is refused. Raises
+    OSError.
+    """
+    to = destination.find(path)
+    if stream and to.is_stream:
+        to.stream(data)
+        return
+    to.check_file()
+    if not path.is_symlink():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(to.path.parent, to.path.suffix) as temporary:
         _fill(temporary, lambda file: file.write(data))
-        os.replace(temporary, path)
+        destination.replace(temporary, to.path)
 
 
-def save_json(path: Path, content: Any) -> None:
+def save_json(path: Path, content: Any, stream: bool = False) -> None:
     """`write_json` for the user's eyes. Raises RunError with one sentence when the file cannot be written."""
+    save_bytes(path, record_bytes(content), stream)
+
+
+def save_bytes(path: Path, data: bytes, stream: bool = False) -> None:
+    """`write_bytes` for the user's eyes. Raises RunError with one sentence when the file cannot be written."""
     try:
-        write_json(path, content)
+        write_bytes(path, data, stream)
     except OSError as error:
         raise _write_error(error, path) from error
 
@@ -108,7 +154,7 @@ def save_numbered(folder: Path, stem: str, files: Callable[[str], Mapping[str, W
                 first, *others = finished
                 if _claim(finished[first], first):
                     for path in others:
-                        os.replace(finished[path], path)
+                        destination.replace(finished[path], path)
                     return first
             number = max(number + 1, _next_number(folder, stem))
     except OSError as error:

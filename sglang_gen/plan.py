@@ -16,6 +16,7 @@ from sglang_gen import (
     layout,
     legal,
     offloading,
+    output,
     prompts,
     quantization,
     remote_code,
@@ -53,6 +54,7 @@ MISSING: tuple[tuple[tuple[str, ...], str], ...] = (
 def check(composed: "Composed") -> None:
     """Refuse what needs no look at the model to be refused. Raises UserError."""
     _check_values(composed.run)
+    _check_files(composed.run)
     refuse_missing(composed.run, composed.sources)
     guidance.check(composed.run)
     quantization.check(composed.run)
@@ -77,6 +79,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     legal.check(run, card, backend, reason, degrees, stated, batches)
     here = degrees.ranks if composed.place is None else composed.place.here
     legal.check_machine(here, device)
+    place.check_ranks(run.output.perf_dump_path, degrees.ranks)
     if run.compile.cuda_graphs and device not in CAPTURING:
         raise UserError("compile.cuda_graphs needs a GPU, and this run computes on the CPU; leave it out")
     if run.compile.cuda_graphs and degrees.ring * degrees.ulysses * degrees.tp > 1:
@@ -102,16 +105,20 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
             "quantization": quantization.expected(run, card),
         },
         warnings=(
+            *composed.warnings,
             *_warnings(run, sources, composed.versions),
             *_objective(run, sources, composed.in_sweep),
             *_same_noise(run, batches),
             *inputs.changed(run, sources, composed.inputs),
-            *remote_code.warnings(run.model, card),
+            *remote_code.warnings(run.model, card, sources),
             *offloading.warnings(run, device),
             *step_cache.warnings(run),
             *guidance.warnings(run, user_gave(run, sources, "sampling.guidance_scale"), card),
         ),
-        notices=(f"Backend: diffusers ({reason})",) if reason else (),
+        notices=(
+            *((f"Backend: diffusers ({reason})",) if reason else ()),
+            *remote_code.notices(run.model, card, sources),
+        ),
         here=here,
     )
     return stored.settle(plan)
@@ -187,6 +194,14 @@ def _check_name(path: str, value: str) -> None:
         raise UserError(f"{path} is too long to name anything: '{value[:40]}...'")
     if path == place.KEY:
         place.check(value)
+
+
+def _check_files(run: Run) -> None:
+    """Refuse names of files and folders that are taken by something else."""
+    folder = Path(run.output.path)
+    output.check_folder(folder)
+    if run.tracking.name is Tracker.csv:
+        output.check_file(folder / place.RUNS)
 
 
 def choose_device(wanted: Device) -> str:

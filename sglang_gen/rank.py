@@ -146,7 +146,7 @@ def _finish(
             failure = RunError(f"The pictures are saved, but not compared: {error}")
     if plan.run.output.perf_dump_path:
         dump.add_measurements(report, plan, phases, rate)
-        output.save_json(Path(plan.run.output.perf_dump_path), report)
+        output.save_json(Path(plan.run.output.perf_dump_path), report, stream=True)
         log.info(f"Performance metrics saved to: {plan.run.output.perf_dump_path}")
     tracking.track(plan.run, report, saved.paths, env.wandb_mode())
     if failure is not None:

@@ -13,7 +13,7 @@ PACKAGE = Path(sglang_gen.__file__).parent
 LAYERS = (
     ("errors", "schema", "perf.statistics"),
     ("env", "flags", "types", "values", "perf.memory"),
-    ("safetensors_file", "plain_numbers", "component_folder", "nested"),
+    ("safetensors_file", "plain_numbers", "component_folder", "nested", "destination"),
     (
         "arithmetic",
         "log",
@@ -22,6 +22,8 @@ LAYERS = (
         "overrides",
         "layout",
         "remote_code",
+        "record_limits",
+        "hydra_code",
         "offloading",
         "single_file",
         "prediction_markers",

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -14,6 +15,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 
 import sglang_gen
+from sglang_gen import config
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.perf import objective
 from sglang_gen.perf.memory import Checkpoint
@@ -66,7 +68,8 @@ SWEEPERS = {
 
 
 @pytest.fixture(autouse=True)
-def _plugins(monkeypatch) -> None:
+def _plugins(monkeypatch) -> Iterator[None]:
+    config._installed.cache_clear()  # what Hydra may instantiate is looked at once a process
     for name, kind in SWEEPERS.items():
         packages = name.split(".")
         for depth in range(1, len(packages) + 1):
@@ -80,6 +83,8 @@ def _plugins(monkeypatch) -> None:
         Plugins.instance().register(kind)
         node = {"_target_": f"{name}.{kind.__name__}", "values": "3,1,2", "forgiving": False}
         ConfigStore.instance().store(group="hydra/sweeper", name=kind.__name__.lower(), node=node)
+    yield
+    config._installed.cache_clear()
 
 
 @pytest.fixture

@@ -327,7 +327,7 @@ def test_the_markdown_file_is_what_is_printed_and_a_prompt_cannot_break_the_tabl
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--markdown", "file/report.md"), "file cannot be written: File exists"),
+        (("--markdown", "file/report.md"), r"file/report\.md cannot be written: Not a directory"),
         (("--json", "folder"), "folder cannot be written: Is a directory"),
         (("--json", ""), "--json must name a file, not ''"),
         (("--json", "new/"), "--json must name a file, and new/ ends in a slash"),

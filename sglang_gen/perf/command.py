@@ -2,13 +2,12 @@
 
 import argparse
 import os
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sglang_gen import output
-from sglang_gen.errors import RunError, UserError, nearest
+from sglang_gen import destination, output
+from sglang_gen.errors import UserError, nearest
 from sglang_gen.perf.compare import KINDS, TOLERANCES, Comparison, Report, Row, Tolerance, compare
 from sglang_gen.perf.observations import collect
 from sglang_gen.perf.statistics import MOST, Verdict
@@ -93,16 +92,18 @@ def main(argv: Sequence[str]) -> int:
         _check_name(option, path)
         if path.endswith("/"):
             raise UserError(f"sglang perf compare: {option} must name a file, and {path} ends in a slash")
-        output.prepare_file(Path(path))  # before the verdict, whose exit codes a failed write would imitate
+        output.prepare_file(
+            Path(path), stream=True
+        )  # before the verdict, whose exit codes a failed write would imitate
     tolerances, confidence = _tolerances(given.tolerance), _confidence(given.confidence)
     base, new = collect(paths[:1]), collect(paths[1:])
     _check_reports(reports, [dump.path for dump in (*base, *new)])
     report = compare(base, new, tolerances, confidence)
     text = markdown(report)
     if "--json" in reports:
-        output.save_json(Path(reports["--json"]), as_json(report))
+        output.save_json(Path(reports["--json"]), as_json(report), stream=True)
     if "--markdown" in reports:
-        _save_text(Path(reports["--markdown"]), text + "\n")
+        output.save_bytes(Path(reports["--markdown"]), f"{text}\n".encode(), stream=True)
     print(text)
     return EXIT_CODES[report.verdict]
 
@@ -117,6 +118,8 @@ def _check_reports(reports: Mapping[str, str], inputs: Iterable[Path]) -> None:
     taken = {path.resolve(): f"{path}, which is compared" for path in inputs}
     for option, path in reports.items():
         place = Path(path).resolve()
+        if destination.find(Path(path)).is_stream:
+            continue
         if place in taken:
             raise UserError(f"sglang perf compare: {option} {path} would replace {taken[place]}; give another name")
         taken[place] = f"the report of {option}"
@@ -256,16 +259,3 @@ def _cell(value: Any, length: int = 100) -> str:
     """A value on one line of a Markdown table, cut to `length` characters."""
     text = " ".join(str(value).split()).replace("|", "\\|")
     return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def _save_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(6)}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error

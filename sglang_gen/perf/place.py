@@ -1,10 +1,11 @@
-"""Where a perf dump may go: to a name of its own, and never in place of a file that is none."""
+"""Where a perf dump may go: to a name of its own or a stream, and never in place of a file that is none."""
 
 import json
 import os
 import re
 from pathlib import Path
 
+from sglang_gen import destination
 from sglang_gen.errors import UserError
 from sglang_gen.output import RESULT
 from sglang_gen.perf.observations import is_dump
@@ -23,7 +24,12 @@ def check(path: str) -> None:
         raise UserError(f"{KEY} is {path}, which ends in a slash; it must name a JSON file")
     if RESULT.fullmatch(name) or name == RUNS:
         raise UserError(f"{KEY} is {path}: a run gives names such as {name} to other results; give the dump its own")
-    if os.path.exists(path) and not _may_be_replaced(Path(path)):
+    try:
+        to = destination.find(Path(path))
+        to.check_stream()
+    except OSError as error:
+        raise UserError(f"{KEY}: {path} cannot be written: {error.strerror}") from None
+    if not to.is_stream and os.path.exists(path) and not _may_be_replaced(to.path):
         raise UserError(f"{KEY} is {path}, a file that is no perf dump and would be lost; give another name")
 
 
@@ -34,6 +40,13 @@ def _may_be_replaced(path: Path) -> bool:
         return not content or is_dump(json.loads(content))
     except (OSError, ValueError, RecursionError):
         return False
+
+
+def check_ranks(path: str | None, ranks: int) -> None:
+    """Raises UserError for a descriptor that the process of rank 0 lacks: it inherits the standard ones alone."""
+    number = destination.find(Path(path)).descriptor if path else None
+    if ranks > 1 and number is not None and number > 2:
+        raise UserError(f"{KEY}: {path} belongs to this process, and one of {ranks} ranks writes the dump; name a file")
 
 
 def check_in_sweep(path: str) -> None:

@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_gen import output
-from sglang_gen.errors import RunError, first_line
+from sglang_gen.errors import first_line
 from sglang_gen.perf.record import STAGES
 
 NOTE, DUMP = "job.json", "perf.json"  # what a job leaves beside its pictures
@@ -85,6 +83,8 @@ def _read_job(place: Path) -> Row:
 
 def _read(path: Path) -> tuple[dict[str, Any], str | None]:
     """The JSON object in a file, or an empty one and the sentence that says why."""
+    if path.exists() and not path.is_file():  # a FIFO would be waited for
+        return {}, f"{path.name} is no regular file"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -144,13 +144,3 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(value, Mapping):
         return {path: text for name, item in value.items() for path, text in _leaves(item, f"{prefix}.{name}").items()}
     return {prefix.lstrip("."): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
-
-
-def save_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically. Raises RunError with one sentence when the file cannot be written."""
-    try:
-        with output._temporary(path.parent, path.suffix) as temporary:
-            output._fill(temporary, lambda file: file.write(text.encode()))
-            os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_gen import log
+from sglang_gen import log, output
 from sglang_gen.errors import RunError, first_line
+from sglang_gen.perf.place import RUNS
 from sglang_gen.schema import Run, Tracker, plain
-from sglang_gen.sweep.report import QUALITY, TIMES, peak_memory, save_text, times
+from sglang_gen.sweep.report import QUALITY, TIMES, peak_memory, times
 
-RUNS = "runs.csv"
 LOCK_SECONDS = 60.0  # to wait for another run that adds its row
 SETTINGS = ("num_inference_steps", "guidance_scale", "seed", "num_samples", "batch_size")
 # Parts of a dump that are no measurement: they are in the tracker's config, or are told in another form.
@@ -70,7 +70,10 @@ def append_row(path: Path, values: Mapping[str, Any]) -> None:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS)
+    locked = path.with_name(f".{path.name}.lock")
+    if locked.is_symlink():  # older versions of filelock empty what it leads to
+        raise RunError(f"{path} cannot be written: {locked.name} beside it is a link")
+    lock = FileLock(locked, timeout=LOCK_SECONDS)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock:
@@ -80,7 +83,7 @@ def append_row(path: Path, values: Mapping[str, Any]) -> None:
             writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows([*rows, values])
-            save_text(path, text.getvalue())
+            output.save_bytes(path, text.getvalue().encode())
     except Timeout:
         raise RunError(f"{path} has been locked by another run for {LOCK_SECONDS:.0f} s") from None
     except OSError as error:

@@ -1,0 +1,112 @@
+"""What a name stands for before it is written: a file that can be replaced whole, a stream, or something else.
+
+Only a regular file, or a free name, is ever replaced. Devices, FIFOs and descriptors of this process (/dev/stdout,
+/dev/fd/3) are streams: they are opened, written to, and stay what they are.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+DESCRIPTOR = re.compile(r"(?:/proc/(\d+)(?:/task/\d+)?|/dev)/fd/(\d+)")
+LINKS = 40  # that the kernel follows too
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFLNK: "a link",
+}
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a name leads. `path` has the links behind its last part followed."""
+
+    path: Path
+    kind: str | None  # "a FIFO"; None for a regular file or a free name, which can be replaced
+    is_stream: bool = False
+    descriptor: int | None = None  # of this process
+
+    def check_file(self) -> None:
+        """Raises OSError for anything but a regular file or a free name."""
+        if self.kind is not None:
+            raise _refusal(self.kind)
+
+    def check_stream(self) -> None:
+        """Raises OSError for what is no regular file, no free name, and no stream that this process may write to."""
+        if not self.is_stream:
+            self.check_file()
+        elif self.descriptor is not None:
+            if fcntl.fcntl(self.descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                raise OSError(errno.EBADF, "It is open for reading only")
+        elif not os.access(self.path, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def stream(self, data: bytes) -> None:
+        """Write to the stream from where it stands. Raises OSError."""
+        if self.descriptor is None:
+            opened = os.open(self.path, os.O_WRONLY | os.O_NOCTTY)  # neither made nor emptied
+        else:
+            for text in (sys.stdout, sys.stderr):  # what was printed before comes before
+                if text is not None:
+                    text.flush()
+            opened = os.dup(self.descriptor)
+        with open(opened, "wb") as file:
+            file.write(data)
+
+
+def find(name: Path) -> Destination:
+    """Where `name` leads, links followed. Raises OSError where that cannot be told."""
+    path = name
+    for _ in range(LINKS):
+        path = Path(os.path.realpath(path.parent), path.name)
+        if found := DESCRIPTOR.fullmatch(str(path)):
+            return _descriptor(path, found[1], int(found[2]))
+        if not path.is_symlink():
+            return _described(path)
+        path = path.parent / os.readlink(path)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
+def _descriptor(path: Path, process: str | None, number: int) -> Destination:
+    """A descriptor of this process is used as it is: opened anew, a file would be written from its start."""
+    if process not in (None, str(os.getpid())):
+        return Destination(path, "a descriptor of another process")
+    kind = stat.S_IFMT(os.fstat(number).st_mode)
+    if kind in (stat.S_IFDIR, stat.S_IFBLK):
+        return Destination(path, KINDS[kind])
+    return Destination(path, f"the descriptor {number}", True, number)
+
+
+def _described(path: Path) -> Destination:
+    try:
+        kind = stat.S_IFMT(path.lstat().st_mode)
+    except FileNotFoundError:
+        return Destination(path, None)
+    if kind == stat.S_IFREG:
+        return Destination(path, None)
+    return Destination(path, KINDS.get(kind, "no file"), kind in (stat.S_IFCHR, stat.S_IFIFO))
+
+
+def replace(finished: Path, path: Path) -> None:
+    """Give a finished file a name that is free or a regular file's. Raises OSError; links are not followed here."""
+    try:
+        kind = stat.S_IFMT(path.lstat().st_mode)
+    except FileNotFoundError:
+        kind = stat.S_IFREG
+    if kind != stat.S_IFREG:
+        raise _refusal(KINDS.get(kind, "no file"))
+    os.replace(finished, path)
+
+
+def _refusal(kind: str) -> OSError:
+    if kind == KINDS[stat.S_IFDIR]:
+        return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    return OSError(errno.EINVAL, f"It is {kind}, and only a regular file can be replaced")
