@@ -81,14 +81,12 @@ def adapter(monkeypatch, tmp_path):
         {"r": 4, "lora_alpha": 6, "rank_pattern": {"to_k": 9}, "use_rslora": True},
         {"r": 4, "lora_alpha": 6, "alpha_pattern": {"o_q": 100, "attn1.to": 100, "down.1.conv": 3}},
         {"r": 4, "lora_alpha": 6, "init_lora_weights": "gaussian", "fan_in_fan_out": False, "lora_dropout": 0.5},
-        {"r": 4, "lora_alpha": 6, "layers_to_transform": [0], "layers_pattern": "down"},
         {"r": 4, "lora_alpha": 6, "exclude_modules": ["to_k"]},
     ],
 )
 def test_a_file_of_peft_changes_weights_as_peft_does(monkeypatch, tmp_path, config):
     monkeypatch.chdir(tmp_path)
-    targets = ["to_q", "to_k", "to_v"] if "layers_pattern" in config else ["to_q", "to_k", "to_v", "conv"]
-    trained(Network(), "peft", target_modules=targets, **config)
+    trained(Network(), "peft", target_modules=["to_q", "to_k", "to_v", "conv"], **config)
     expected = merged("peft")
     torch.manual_seed(0)
     plain = Network().state_dict()
@@ -274,18 +272,13 @@ def test_settings_of_a_part_without_modules_are_named(tmp_path, caplog):
     assert "has settings for text_encoder, of which the file holds no module" in line
 
 
-def test_trained_biases_and_whole_modules_are_refused_by_their_tensors(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    trained(Network(), "peft", r=4, target_modules=["to_q"], bias="lora_only")
-    with pytest.raises(
-        UserError, match=r"attn1.to_q.base_layer.bias, a bias, and only factors are merged; merge it into its"
-    ):
-        lora_file.check("peft")
-    weights = {"unet.a.lora_A.weight": torch.ones(2, 3), "unet.a.lora_B.weight": torch.ones(3, 2)}
-    weights |= {"unet.a.lora_B.bias": torch.ones(3)}  # of PEFT's lora_bias
-    save_file(weights, "plain.safetensors")
-    with pytest.raises(UserError, match=r"lora_B.bias, a bias, and only factors are merged"):
-        lora_file.check("plain.safetensors")
+@pytest.mark.parametrize("bias", ["lora_B.bias", "base_layer.bias", "bias"])
+def test_trained_biases_are_refused_by_their_tensors(tmp_path, bias):
+    """As PEFT saves them for lora_bias=true, and for bias=all or lora_only."""
+    pair = {"unet.a.lora_A.weight": torch.ones(2, 3), "unet.a.lora_B.weight": torch.ones(3, 2)}
+    save_file(pair | {f"unet.a.{bias}": torch.ones(3)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=rf"holds unet.a.{bias}, a bias, and only factors are merged; merge it into"):
+        lora_file.check(str(tmp_path / "a.safetensors"))
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
