@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sglang_gen import log
-from sglang_gen.pipelines.text import tokens
+from sglang_gen.pipelines.text import expanded, tokens
 
 # In letters, of which each is a token; CLIP has room for 75 beside its start and end.
 LETTERS = {"short": 5, "one less than full": 74, "full": 75, "one too many": 76, "long": 200, "longer than T5": 700}
@@ -72,3 +72,13 @@ def test_the_end_token_stays_and_what_is_cut_is_named(load, caplog, monkeypatch,
     unseen = text(letters)[length - 2 :]
     sentence = f'{type(encoder).__name__} takes {length} tokens and does not see: "{unseen}"'
     assert [record.getMessage() for record in caplog.records] == ([sentence] if unseen else [])
+
+
+def test_learned_words_stand_as_all_of_their_vectors_as_in_diffusers(pipelines):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(pipelines["sd15"], dtype=torch.float32)
+    for count, word in enumerate(("<one>", "<two>", "<three>"), start=1):
+        pipeline.load_textual_inversion(torch.ones(count, pipeline.text_encoder.config.hidden_size), token=word)
+    texts = ["a <one>, red", "<two> and <three>", "<three> <three> <one>", "no such word: three", ""]
+    found = expanded(pipeline.tokenizer, texts)
+    assert found == pipeline.maybe_convert_prompt(texts, pipeline.tokenizer)
+    assert found[:2] == ["a <one>, red", "<two> <two>_1 and <three> <three>_1 <three>_2"]
