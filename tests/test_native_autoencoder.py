@@ -258,7 +258,10 @@ def test_an_autoencoder_of_another_architecture_runs_on_diffusers_with_the_reaso
     assert record("outputs")["effective"]["components"]["vae"] == "AutoencoderKL"
 
 
-@pytest.mark.parametrize("part", [{}, {"latents_mean": [-1.6, 1.1, 0.2, -0.4], "latents_std": [8.4, 5.1, 5.2, 5.9]}])
+MEAN, DEVIATION = {"latents_mean": [-1.6, 1.1, 0.2, -0.4]}, {"latents_std": [8.4, 5.1, 5.2, 5.9]}
+
+
+@pytest.mark.parametrize("part", [{}, MEAN | DEVIATION, MEAN, DEVIATION], ids=["none", "both", "mean", "deviation"])
 def test_latents_are_scaled_as_in_diffusers(pipelines, run, part):
     model = edited(pipelines["sdxl"], "model", "vae/config.json", **part)
     for backend in ("sglang", "diffusers"):

@@ -148,6 +148,8 @@ def test_an_interval_is_of_the_schedule_whatever_a_picture_spares(run, rows):
     assert run("sd3", *words, "sampling.guidance_interval=[0.3,0.7]", steps=10).code == 0
     assert rows == [2, 2, 1, 1, 1]
     assert record("outputs")["effective"]["guided_steps"] == [0, 2]
+    assert run("sd3", *words, steps=10, folder="all").code == 0
+    assert record("all")["effective"]["guided_steps"] == [0, 5]
     done = run("sd3", *words, "sampling.guidance_interval=[0.1,0.4]", steps=10)
     assert (done.code, "[0.1, 0.4] lies before the last 5 of 10 steps" in done.lines[-1]) == (2, True)
 
