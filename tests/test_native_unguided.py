@@ -6,6 +6,8 @@ import pytest
 from native import assert_both_make_the_same, record, runner
 from test_native_guidance import rows  # noqa: F401 - a fixture
 
+from sglang_gen.engine import guidance
+
 NEGATIVE = ("--negative-prompt", "a dog")
 SCALES = [0, 0.5, 1]
 
@@ -52,3 +54,8 @@ def test_ranks_for_branches_that_there_are_not_are_refused(run, scale):
     done = run("sd3", *scaled("sd3", scale), "parallel.num_gpus=2", "parallel.enable_cfg_parallel=true", "device=cpu")
     sentence = f"parallel.enable_cfg_parallel: without guidance (--guidance-scale {float(scale)}) there is one branch"
     assert (done.code, sentence in done.lines[-1]) == (2, True), done.err
+
+
+@pytest.mark.parametrize(("scale", "kinds"), [(0.5, [0, 0, 0, 0]), (1.0, [0, 0, 0, 0]), (3.0, [0, 1, 1, 0])])
+def test_evaluations_are_of_one_kind_where_nothing_is_guided(scale, kinds):
+    assert guidance.kinds(guidance.Guidance(scale, steps=range(1, 3)), [0, 1, 2, 3]) == kinds
