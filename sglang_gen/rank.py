@@ -79,10 +79,10 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
     phases.load.enter("load")
     engine: Engine = backend.load(plan, mesh, phases.calls)
     phases.load.leave()
-    if reference is not None and engine.effective()["makes"] != "image":
-        raise UserError("quality.reference compares pictures; this pipeline makes none")
-    log.info("Model loaded successfully")
     try:
+        if reference is not None and engine.effective()["makes"] != "image":
+            raise UserError("quality.reference compares pictures; this pipeline makes none")
+        log.info("Model loaded successfully")
         if plan.run.compile.warmup:
             phases.warmup = Clock(wait, memory)
             _warm_up(plan, mesh, engine, phases.warmup)

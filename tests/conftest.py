@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks only lose by threads
@@ -32,6 +33,11 @@ class Finished:
     @property
     def lines(self) -> list[str]:
         return self.err.splitlines()
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Functions by their names: two processes of one run must collect the same ids."""
+    return val.__name__ if isinstance(val, FunctionType) else None
 
 
 @pytest.fixture(scope="session")

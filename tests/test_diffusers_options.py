@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sglang_gen.backends.inputs import read_image
 from sglang_gen.engine import kernels
+from sglang_gen.errors import RunError
 
 BLACK = Image.new("RGB", (8, 8))
 SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--dtype", "float32")
@@ -204,6 +205,20 @@ def test_taylorseer_extrapolates_what_is_reused(run, name):
         assert done.code == 0, done.err
     assert record(1)["effective"]["cache"]["calibrator"] == "taylorseer"
     assert not np.array_equal(picture("outputs/generated_image_0.png"), picture("outputs/generated_image_1.png"))
+
+
+def test_a_step_cache_is_undone_when_loading_fails_after_it(run, monkeypatch):
+    """It patches the pipeline's class, which a later run of the process would find."""
+
+    def fail(*args: object) -> None:
+        raise RunError("it failed")
+
+    call = diffusers.StableDiffusion3Pipeline.__call__
+    with monkeypatch.context() as patched:
+        patched.setattr("sglang_gen.backends.diffusers.compilation.apply", fail)
+        done = run("sd3", "--cache-dit-config", '{"Fn_compute_blocks": 1}', steps=2)
+    assert (done.code, done.lines[-1]) == (1, "ERROR: it failed")
+    assert diffusers.StableDiffusion3Pipeline.__call__ is call
 
 
 def test_a_cache_file_in_the_librarys_layout_is_taken(run):

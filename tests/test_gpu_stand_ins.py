@@ -5,107 +5,20 @@ import os
 import warnings
 import weakref
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
-import diffusers.hooks
 import pytest
-import tiny
 import torch
-from diffusers import AutoencoderKL
-from diffusers.hooks.group_offloading import ModuleGroup
-from PIL import Image
 from test_diffusers_options import picture, record, run  # noqa: F401 - a fixture
 
 from sglang_gen import env, generate, legal, rank
 from sglang_gen.backends import native
-from sglang_gen.backends.options import offload
 from sglang_gen.debug import parity
 from sglang_gen.engine import kernels
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.parallel import mesh
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.schema import Run
-
-FLAGS = ("--dit-cpu-offload", "--vae-cpu-offload", "--text-encoder-cpu-offload")
-
-
-@pytest.fixture
-def moves(monkeypatch) -> list[tuple[str, str]]:
-    """Offloading from a GPU that is this CPU; every way that a group of modules goes, by the class of its first."""
-    found: list[tuple[str, str]] = []
-    apply = offload.apply
-    monkeypatch.setattr(offload, "apply", lambda pipeline, options, _: apply(pipeline, options, "cpu:0"))
-    for way in ("onload_", "offload_"):
-        move = getattr(ModuleGroup, way)
-
-        def noted(group, move=move, way=way) -> None:
-            found.append((way, type(group.onload_leader).__name__))
-            move(group)
-
-        monkeypatch.setattr(ModuleGroup, way, noted)
-    return found
-
-
-@pytest.mark.parametrize("declared", [True, False])
-def test_offloaded_components_come_for_their_call_and_draw_the_same_picture(
-    run,  # noqa: F811
-    moves,
-    monkeypatch,
-    declared,
-):
-    """An autoencoder is called by its halves; not every class declares them to diffusers."""
-    if not declared:
-        monkeypatch.setattr(AutoencoderKL, "_group_offload_block_modules", None, raising=False)
-    assert run("sdxl", "--backend", "diffusers", "--output-path", "outputs").code == 0
-    moves.clear()
-    done = run("sdxl", "--backend", "diffusers", *FLAGS)
-    assert done.code == 0, done.err
-    assert (picture("outputs/generated_image_0.png") == picture("outputs/generated_image_1.png")).all()
-    assert record(1)["effective"]["offload"] == ["dit_cpu_offload", "text_encoder_cpu_offload", "vae_cpu_offload"]
-    came = {module for way, module in moves if way == "onload_"}
-    assert {"UNet2DConditionModel", "CLIPTextModel", "CLIPTextModelWithProjection", "Decoder"} <= came
-    assert {module for way, module in moves if way == "offload_"} >= came
-
-
-@pytest.mark.parametrize("disk", [False, True])
-@pytest.mark.parametrize(
-    ("name", "blocks"),
-    [("sdxl", {"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"}), ("sd3", {"JointTransformerBlock"})],
-)
-def test_a_network_streams_block_by_block_from_memory_or_disk(run, moves, monkeypatch, name, blocks, disk):  # noqa: F811
-    streamed = []
-
-    def without_streams(part, use_stream, **options) -> None:
-        streamed.append(use_stream)
-        group_offloading(part, **options)
-
-    group_offloading = diffusers.hooks.apply_group_offloading
-    monkeypatch.setattr(diffusers.hooks, "apply_group_offloading", without_streams)
-    assert run(name, "--backend", "diffusers").code == 0
-    moves.clear()
-    streamed.clear()
-    words = ("offload.disk_path=disk",) if disk else ()
-    done = run(name, "--backend", "diffusers", "--dit-layerwise-offload", *words)
-    assert done.code == 0, done.err
-    assert (picture("outputs/generated_image_0.png") == picture("outputs/generated_image_1.png")).all()
-    assert record(1)["effective"]["offload"] == ["dit_layerwise_offload"]
-    assert streamed == [True]
-    assert {module for way, module in moves if way == "onload_"} >= blocks
-    assert any(Path("disk").rglob("*.safetensors")) is disk
-
-
-def test_an_image_encoder_comes_for_its_call(sglang, moves):
-    Image.new("RGB", (32, 32), (200, 90, 30)).save("photo.png")
-    folder = tiny.wan_i2v(Path("wan"))
-    words = ("--num-frames", 5, "--height", 32, "--width", 32, "--num-inference-steps", 1, "--seed", 7)
-    done = sglang("generate", "--model-path", folder, "--prompt", "a cat", "--image-path", "photo.png", *words,
-                  "--dtype", "float32", "--image-encoder-cpu-offload")  # fmt: skip
-    assert done.code == 0, done.err
-    assert [(way, module) for way, module in moves if module == "CLIPVisionModel"][-2:] == [
-        ("onload_", "CLIPVisionModel"),
-        ("offload_", "CLIPVisionModel"),
-    ]
 
 
 @pytest.fixture

@@ -258,7 +258,10 @@ def test_an_autoencoder_of_another_architecture_runs_on_diffusers_with_the_reaso
     assert record("outputs")["effective"]["components"]["vae"] == "AutoencoderKL"
 
 
-@pytest.mark.parametrize("part", [{}, {"latents_mean": [-1.6, 1.1, 0.2, -0.4], "latents_std": [8.4, 5.1, 5.2, 5.9]}])
+MEAN, DEVIATION = {"latents_mean": [-1.6, 1.1, 0.2, -0.4]}, {"latents_std": [8.4, 5.1, 5.2, 5.9]}
+
+
+@pytest.mark.parametrize("part", [{}, MEAN | DEVIATION, MEAN, DEVIATION], ids=["none", "both", "mean", "deviation"])
 def test_latents_are_scaled_as_in_diffusers(pipelines, run, part):
     model = edited(pipelines["sdxl"], "model", "vae/config.json", **part)
     for backend in ("sglang", "diffusers"):
@@ -268,20 +271,29 @@ def test_latents_are_scaled_as_in_diffusers(pipelines, run, part):
     assert record("sglang")["effective"]["components"]["vae"] == "Autoencoder"
 
 
-@pytest.mark.parametrize("force", [True, False])
-def test_an_autoencoder_in_float16_decodes_in_float32_where_its_config_says_so(pipelines, force, monkeypatch):
+@pytest.mark.parametrize(
+    ("half", "force", "dtype"),
+    [
+        (torch.float16, True, torch.float32),
+        (torch.float16, False, torch.float16),
+        (torch.bfloat16, True, torch.bfloat16),  # has the range of float32
+        (torch.bfloat16, False, torch.bfloat16),
+    ],
+)
+def test_an_autoencoder_in_float16_decodes_in_float32_where_its_config_says_so(
+    pipelines, half, force, dtype, monkeypatch
+):
     """Numbers as diffusers' class gives them in the dtype that its pipeline would choose."""
     folder = edited(pipelines["sdxl"], "model", "vae/config.json", force_upcast=force) / "vae"
     config = json.loads((folder / "config.json").read_text())
-    our = load(partial(autoencoder.build, config), in_folder(folder), autoencoder.sources, torch.float16, "cpu")
-    seen, given = [], latents(config, torch.float16, 1, 4, 6)
+    our = load(partial(autoencoder.build, config), in_folder(folder), autoencoder.sources, half, "cpu")
+    seen, given = [], latents(config, half, 1, 4, 6)
     forward = type(our.decoder).forward
     monkeypatch.setattr(type(our.decoder), "forward", lambda self, x: (seen.append(x.dtype), forward(self, x))[1])
     with torch.no_grad():
         found = sdxl.decode(our, given, Request(48, 32, 8, steps=1, guidance=1.0))
-    dtype = torch.float32 if force else torch.float16
-    their = AutoencoderKL.from_pretrained(folder, dtype=torch.float16).to(dtype)
+    their = AutoencoderKL.from_pretrained(folder, dtype=half).to(dtype)
     with torch.no_grad():
         wanted = their.decode(given.to(dtype) / config["scaling_factor"], return_dict=False)[0]
-    assert (seen, found.dtype, autoencoder.dtype(our)) == ([dtype], dtype, torch.float16)
-    assert error(found.float(), wanted.float()) <= (1e-5 if force else 1e-2)
+    assert (seen, found.dtype, autoencoder.dtype(our)) == ([dtype], dtype, half)
+    assert error(found.float(), wanted.float()) <= (1e-5 if dtype is torch.float32 else 1e-2)

@@ -20,6 +20,7 @@ from transformers import CLIPPreTrainedModel
 from sglang_gen import env
 from sglang_gen.engine import guidance
 from sglang_gen.engine.denoise import step_numbers
+from sglang_gen.guidance import guided_steps
 from sglang_gen.models.flux import Flux
 from sglang_gen.models.sd3 import SD3
 from sglang_gen.models.unet import UNet
@@ -70,7 +71,9 @@ def expected(folder, guided: range, steps: int, evaluations: int = 1, **given: o
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
-@pytest.mark.parametrize(("interval", "guided"), [([0.2, 0.6], range(1, 3)), ([0.4, 1], range(2, 5))])
+@pytest.mark.parametrize(
+    ("interval", "guided"), [([0.2, 0.6], range(1, 3)), ([0.4, 1], range(2, 5)), ([0.32, 0.64], range(2, 3))]
+)
 def test_guidance_starts_and_stops_at_a_step(pipelines, run, rows, name, interval, guided):
     done = run(name, *WORDS[name], f"sampling.guidance_interval={interval}", steps=5)
     assert done.code == 0, done.err
@@ -81,6 +84,22 @@ def test_guidance_starts_and_stops_at_a_step(pipelines, run, rows, name, interva
     if name == "sd15":
         guided = range(guided.start + 1, guided.stop + 1)  # by evaluation
     assert error(tensors("outputs")["latents"][None], expected(pipelines[name], guided, 5)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps", "skipped", "guided"),
+    [
+        ([0.29, 0.57], 100, 0, range(29, 57)),  # 28.999999999999996 and 56.99999999999999 in floating point
+        ([0.3, 0.8], 3, 0, range(1, 2)),
+        ([0.1, 0.9], 4, 0, range(4)),
+        ([0.16, 0.18], 3, 0, range(1)),
+        ([0.35, 0.66], 10, 3, range(1, 4)),
+        ([0.26, 0.34], 10, 3, range(0)),
+        (None, 10, 3, range(7)),
+    ],
+)
+def test_the_ends_of_an_interval_are_the_nearest_steps(interval, steps, skipped, guided):
+    assert guided_steps(interval, steps, skipped) == guided
 
 
 def test_true_guidance_of_flux_starts_and_stops_at_a_step(pipelines, run, rows):
@@ -129,6 +148,8 @@ def test_an_interval_is_of_the_schedule_whatever_a_picture_spares(run, rows):
     assert run("sd3", *words, "sampling.guidance_interval=[0.3,0.7]", steps=10).code == 0
     assert rows == [2, 2, 1, 1, 1]
     assert record("outputs")["effective"]["guided_steps"] == [0, 2]
+    assert run("sd3", *words, steps=10, folder="all").code == 0
+    assert record("all")["effective"]["guided_steps"] == [0, 5]
     done = run("sd3", *words, "sampling.guidance_interval=[0.1,0.4]", steps=10)
     assert (done.code, "[0.1, 0.4] lies before the last 5 of 10 steps" in done.lines[-1]) == (2, True)
 

@@ -175,6 +175,7 @@ def test_a_warmup_does_all_of_its_steps(run, photo, backend):
     ("name", "words", "sentence"),
     [
         ("sdxl", strength(1.5), "--diffusers-kwargs: 'strength' is 1.5; it must lie between 0 and 1"),
+        ("sd15", strength(True), "--diffusers-kwargs: 'strength' is True; it must lie between 0 and 1"),
         ("flux", strength("much"), "--diffusers-kwargs: 'strength' is 'much'; it must lie between 0 and 1"),
         ("sd15", strength(0.2), "A strength of 0.2 leaves none of 4 steps; raise --num-inference-steps, or the"),
         ("sd3", strength(0), "A strength of 0 leaves none of 4 steps"),

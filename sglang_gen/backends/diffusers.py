@@ -5,6 +5,7 @@ progress bar that every pipeline keeps spans denoising and counts its steps, and
 """
 
 import re
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -57,16 +58,19 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()
-    try:
-        pipeline = _read(plan, kind, scheduler)
-        effective, kernel, step_cache = _transform(plan, pipeline)
-    except UserError:
-        raise
-    except components.LOADING_ERRORS as error:
-        if is_out_of_memory(error):
-            raise RunError(f"Out of memory while loading {plan.card.name}") from error
-        raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
-    return DiffusersEngine(plan, mesh, kind, pipeline, call, calls, effective, kernel, step_cache)
+    with ExitStack() as ending:
+        try:
+            pipeline = _read(plan, kind, scheduler)
+            effective, kernel, step_cache = _transform(plan, pipeline, ending)
+        except (UserError, RunError):
+            raise
+        except components.LOADING_ERRORS as error:
+            if is_out_of_memory(error):
+                raise RunError(f"Out of memory while loading {plan.card.name}") from error
+            raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
+        engine = DiffusersEngine(plan, mesh, kind, pipeline, call, calls, effective, kernel, step_cache)
+        engine.ending = ending.pop_all()
+    return engine
 
 
 def check(plan: Plan, own: Any = None, warn: bool = False) -> tuple[kinds.Kind, dict[str, Any], dict[str, Any]]:
@@ -116,7 +120,9 @@ def _read(plan: Plan, kind: kinds.Kind, scheduler: dict[str, Any]) -> Any:
     return pipeline
 
 
-def _transform(plan: Plan, pipeline: Any) -> tuple[dict[str, Any], attention.Kernel, "cache.StepCache | None"]:
+def _transform(
+    plan: Plan, pipeline: Any, ending: ExitStack
+) -> tuple[dict[str, Any], attention.Kernel, "cache.StepCache | None"]:
     """Everything that changes how the pipeline computes, in the one order in which it can be done.
 
     Adapters first, because they change weights, which must still be whole and on the CPU; then quantization, into which
@@ -127,8 +133,10 @@ def _transform(plan: Plan, pipeline: Any) -> tuple[dict[str, Any], attention.Ker
     adapters = lora.apply(pipeline, run.lora)
     quantization = quantized.apply(pipeline, run.quant.method, plan.device)
     kernel = attention.apply(pipeline, run.attention, plan.device, getattr(torch, plan.dtype))
-    placed = offload.apply(pipeline, run, plan.device)
+    placed = offload.apply(pipeline, run, plan.device, ending)
     step_cache = cache.StepCache(pipeline, run.cache) if wanted(run.cache) else None
+    if step_cache:
+        ending.callback(step_cache.close)
     compiled = compilation.apply(pipeline, run.compile, plan.device)
     effective = {
         **dtype_of(pipeline),
@@ -161,6 +169,7 @@ class DiffusersEngine:
         self.noise = read_noise(plan.run.sampling.latents)
         self.image = _image(plan.run)
         self._effective = effective
+        self.ending = ExitStack()
         self.leads, self.calls, self.sent = mesh.leads, calls, Sent()
         self.guidance = GuidanceSplit(denoisers(pipeline), mesh) if mesh.size("cfg") > 1 else None
         for name, network in modules(pipeline, TEXT_ENCODERS).items():
@@ -294,9 +303,8 @@ class DiffusersEngine:
         return self.step_cache.decisions(self.plan.run.sampling.num_inference_steps) if self.step_cache else None
 
     def close(self) -> None:
-        """Undo what reaches beyond this pipeline: a step cache patches the pipeline's class."""
-        if self.step_cache:
-            self.step_cache.close()
+        """Undo what reaches beyond this pipeline: a step cache patches its class, an offloaded network has files."""
+        self.ending.close()
 
 
 def _sampling_rate(pipeline: Any) -> int:

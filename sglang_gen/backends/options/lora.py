@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from sglang_gen import log
-from sglang_gen.backends.options import quantized
-from sglang_gen.backends.options.lora_file import LoraFile, find, read
+from sglang_gen.backends.options import lora_file, quantized
+from sglang_gen.backends.options.lora_file import LoraFile, read
 from sglang_gen.backends.options.lora_layout import Target, targets
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.schema import Adapter, Lora
@@ -39,9 +39,9 @@ def adapters(lora: Lora) -> list[Adapter]:
 
 
 def check(lora: Lora) -> None:
-    """Raises UserError for adapters that are not there, before anything is loaded."""
+    """Raises UserError for adapters that are not there or cannot be merged, before anything is loaded."""
     for adapter in adapters(lora):
-        find(str(adapter.path))
+        lora_file.check(str(adapter.path))
 
 
 def apply(pipeline: Any, lora: Lora) -> list[dict[str, Any]]:

@@ -1,16 +1,17 @@
 """LoRA files: found in a file, a folder or on the hub, read, and refused by name where they hold something else."""
 
-import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sglang_gen import env, hub, log
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.backends.options import lora_settings
+from sglang_gen.backends.options.lora_settings import ADVICE
+from sglang_gen.errors import UserError
 from sglang_gen.safetensors_file import PICKLED, PICKLES, header, refuse_other_formats
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers and PEFT
@@ -38,27 +39,54 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class Keys:
+    """The tensors of one module by their names in the file."""
+
+    down: str
+    up: str
+    alpha: str | None
+    rank: int
+
+
+@dataclass(frozen=True)
 class LoraFile:
     """An adapter by the names of its own modules."""
 
     path: Path
     modules: Mapping[str, Factors]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check(name: str) -> None:
+    """What names, shapes and settings of a local adapter show to be wrong, before any weight is read."""
+    if found := find(name):
+        _inspect(name, *found)
 
 
 def read(name: str) -> LoraFile:
     """The adapter that a file, folder or hub id names. Raises UserError with what is wrong with it."""
     path, config = find(name) or _download(name)
-    header(path)
+    modules, scales = _inspect(name, path, config)
     from safetensors.torch import load_file
 
     weights = load_file(path)
-    settings = _settings(path, config)
-    _refuse_other_kinds(name, weights, settings)
-    modules, alphas = _pairs(name, weights)
-    for module, factors in modules.items():
-        factors.scale = _scale(name, module, factors.down.shape[0], alphas.get(module), settings)
-    return LoraFile(path, modules, settings)
+    factors = {}
+    for module, keys in modules.items():
+        down, up = weights[keys.down].float(), weights[keys.up].float()
+        scale = scales[module]
+        if keys.alpha:
+            scale = _own_alpha(name, keys.alpha, weights[keys.alpha]) / keys.rank
+        factors[module] = Factors(down, up, keys.down, keys.up, scale)
+    return LoraFile(path, factors)
+
+
+def _inspect(name: str, path: Path, config: Path | None) -> tuple[dict[str, Keys], dict[str, float]]:
+    """The file's modules, and the scale that the settings give each; one with an alpha of its own does not need it."""
+    shapes = header(path)
+    settings = lora_settings.load(name, path, config)
+    _refuse_other_kinds(name, shapes)
+    modules = _pairs(name, shapes)
+    lora_settings.warn_of_unused(settings, modules)
+    return modules, {module: settings.scale(module, keys.rank) for module, keys in modules.items()}
 
 
 def find(name: str) -> tuple[Path, Path | None] | None:
@@ -142,39 +170,23 @@ def _repository(repo: str) -> tuple[list[str], Callable[[str], Path]]:
     return files, lambda file: Path(hf_hub_download(repo, file))
 
 
-def _settings(path: Path, config: Path | None) -> dict[str, Any]:
-    """adapter_config.json, else what diffusers keeps of it in the file's metadata, by part: `unet.lora_alpha`."""
-    from safetensors import safe_open
-
-    try:
-        if config is not None:
-            return dict(json.loads(config.read_text(encoding="utf-8")))
-        with safe_open(path, framework="pt") as file:
-            return dict(json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"lora: the settings of {config or path} cannot be read: {first_line(error)}") from None
-
-
-def _refuse_other_kinds(name: str, weights: Iterable[str], settings: Mapping[str, Any]) -> None:
-    kind = str(settings.get("peft_type", "LORA")).upper()
-    if kind != "LORA":
-        raise UserError(f"lora: {name} is a {kind} adapter, and only LoRA is applied")
-    if any(key.rpartition(".")[2] == "use_dora" and value for key, value in settings.items()):
-        raise UserError(f"lora: {name} is a DoRA adapter, and only LoRA is applied")
-    for key in weights:
+def _refuse_other_kinds(name: str, tensors: Iterable[str]) -> None:
+    for key in tensors:
         for mark, kind in OTHER_KINDS.items():
             if mark in key:
                 raise UserError(f"lora: {name} is a {kind} adapter ({key}), and only LoRA is applied")
+        if key.endswith(".bias"):
+            raise UserError(f"lora: {name} holds {key}, a bias, and only factors are merged; {ADVICE}")
 
 
-def _pairs(name: str, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, Factors], dict[str, float]]:
-    """Both factors of every module, and the alphas; every tensor of the file must be one of these."""
+def _pairs(name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Keys]:
+    """Both factors of every module, and its alpha; every tensor of the file must be one of these."""
     sides: dict[str, dict[bool, str]] = {}
     alphas = {}
-    for key, tensor in weights.items():
+    for key, shape in shapes.items():
         found = FACTOR.match(key)
-        if key.endswith(".alpha") and tensor.numel() == 1:
-            alphas[key.removesuffix(".alpha")] = float(tensor)
+        if key.endswith(".alpha") and math.prod(shape) == 1:
+            alphas[key.removesuffix(".alpha")] = key
         elif found and (found["side"].startswith("lora") or "lora" in found["module"]):
             sides.setdefault(found["module"], {})[found["side"] in DOWN] = key
         else:
@@ -185,40 +197,22 @@ def _pairs(name: str, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, Fa
     for module, keys in sides.items():
         if len(keys) < 2:
             raise UserError(f"lora: {name} holds only one factor of {module}")
-        down, up = weights[keys[True]].float(), weights[keys[False]].float()
-        if down.dim() < 2 or up.dim() < 2 or down.shape[0] != up.shape[1]:
-            raise UserError(f"lora: the factors of {module} in {name} do not match: {[*up.shape]} and {[*down.shape]}")
-        modules[module] = Factors(down, up, keys[True], keys[False])
+        down, up = shapes[keys[True]], shapes[keys[False]]
+        if len(down) < 2 or len(up) < 2 or down[0] != up[1] or down[0] == 0:
+            raise UserError(f"lora: the factors of {module} in {name} do not match: {[*up]} and {[*down]}")
+        alpha = alphas.get(_alpha_name(module), alphas.get(module))
+        modules[module] = Keys(keys[True], keys[False], alpha, down[0])
     if orphans := set(alphas) - {_alpha_name(module) for module in modules} - set(modules):
         raise UserError(f"lora: {name} holds an alpha of {sorted(orphans)[0]} without its factors")
-    return modules, {
-        module: alphas[key] for module in modules for key in (module, _alpha_name(module)) if key in alphas
-    }
+    return modules
 
 
 def _alpha_name(module: str) -> str:
     return module.removesuffix(".lora").removesuffix("_lora")
 
 
-def _scale(name: str, module: str, rank: int, alpha: float | None, settings: Mapping[str, Any]) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for rsLoRA; alpha is the module's own, else that of the settings, else rank.
-
-    Settings are PEFT's (lora_alpha, alpha_pattern by ends of module names, use_rslora), in diffusers' metadata with
-    the part in front (`unet.lora_alpha`).
-    """
-    if alpha is not None:
-        return alpha / rank
-    part = module.removeprefix("base_model.model.").partition(".")[0]
-
-    def get(key: str) -> Any:
-        return settings.get(f"{part}.{key}", settings.get(key))
-
-    alpha = get("lora_alpha")
-    for pattern, value in dict(get("alpha_pattern") or {}).items():
-        if f".{module}".endswith(f".{pattern}") or re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
-    if alpha is None:
-        return 1.0
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise UserError(f"lora: the settings of {name} give the alpha {alpha!r} for {module}; it must be a number")
-    return float(alpha / rank**0.5 if get("use_rslora") else alpha / rank)
+def _own_alpha(name: str, key: str, alpha: torch.Tensor) -> float:
+    value = float(alpha)
+    if not math.isfinite(value):
+        raise UserError(f"lora: {name} holds the alpha {value} as {key}; it must be a finite number")
+    return value

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from sglang_gen.backends.options.lora_file import DOWN, FACTOR, Factors
+from sglang_gen.backends.options.lora_settings import PREFIX
 from sglang_gen.backends.options.networks import TEXT_ENCODERS, denoisers, modules
 
 PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # of text encoders
-PREFIX = "base_model.model."  # of PEFT's own files
 
 
 @dataclass

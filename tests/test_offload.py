@@ -1,0 +1,185 @@
+"""Components of a diffusers pipeline that wait elsewhere; the GPU that they come to is this CPU under another name."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import diffusers.hooks
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL
+from diffusers.hooks.group_offloading import ModuleGroup
+from PIL import Image
+from test_diffusers_options import picture, record, run  # noqa: F401 - a fixture
+
+from sglang_gen.backends.options import offload
+from sglang_gen.errors import RunError
+from sglang_gen.schema import Run
+
+FLAGS = ("--dit-cpu-offload", "--vae-cpu-offload", "--text-encoder-cpu-offload")
+
+
+@pytest.fixture
+def moves(monkeypatch) -> list[tuple[str, str]]:
+    """Offloading from a GPU that is this CPU; every way that a group of modules goes, by the class of its first."""
+    found: list[tuple[str, str]] = []
+    apply = offload.apply
+    monkeypatch.setattr(
+        offload, "apply", lambda pipeline, options, _, ending: apply(pipeline, options, "cpu:0", ending)
+    )
+    for way in ("onload_", "offload_"):
+        move = getattr(ModuleGroup, way)
+
+        def noted(group, move=move, way=way) -> None:
+            found.append((way, type(group.onload_leader).__name__))
+            move(group)
+
+        monkeypatch.setattr(ModuleGroup, way, noted)
+    return found
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_offloaded_components_come_for_their_call_and_draw_the_same_picture(
+    run,  # noqa: F811
+    moves,
+    monkeypatch,
+    declared,
+):
+    """An autoencoder is called by its halves; not every class declares them to diffusers."""
+    if not declared:
+        monkeypatch.setattr(AutoencoderKL, "_group_offload_block_modules", None, raising=False)
+    assert run("sdxl", "--backend", "diffusers", "--output-path", "outputs").code == 0
+    moves.clear()
+    done = run("sdxl", "--backend", "diffusers", *FLAGS)
+    assert done.code == 0, done.err
+    assert (picture("outputs/generated_image_0.png") == picture("outputs/generated_image_1.png")).all()
+    assert record(1)["effective"]["offload"] == ["dit_cpu_offload", "text_encoder_cpu_offload", "vae_cpu_offload"]
+    came = {module for way, module in moves if way == "onload_"}
+    assert {"UNet2DConditionModel", "CLIPTextModel", "CLIPTextModelWithProjection", "Decoder"} <= came
+    assert {module for way, module in moves if way == "offload_"} >= came
+
+
+@pytest.fixture
+def streamed(monkeypatch) -> list[bool]:
+    """Whether each network that is offloaded asked for streams, which a CPU has not."""
+    asked: list[bool] = []
+
+    def without_streams(part, use_stream, **options) -> None:
+        asked.append(use_stream)
+        group_offloading(part, **options)
+
+    group_offloading = diffusers.hooks.apply_group_offloading
+    monkeypatch.setattr(diffusers.hooks, "apply_group_offloading", without_streams)
+    return asked
+
+
+DISK = ("--backend", "diffusers", "--dit-layerwise-offload", "offload.disk_path=disk")
+
+
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("sdxl", {"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"}), ("sd3", {"JointTransformerBlock"})],
+)
+def test_a_network_streams_block_by_block_from_memory_or_disk(run, moves, streamed, name, blocks, disk):  # noqa: F811
+    assert run(name, "--backend", "diffusers").code == 0
+    moves.clear()
+    streamed.clear()
+    done = run(name, *(DISK if disk else DISK[:-1]))
+    assert done.code == 0, done.err
+    assert (picture("outputs/generated_image_0.png") == picture("outputs/generated_image_1.png")).all()
+    assert record(1)["effective"]["offload"] == ["dit_layerwise_offload"]
+    assert streamed == [True]
+    assert {module for way, module in moves if way == "onload_"} >= blocks
+    assert Path("disk").exists() is disk
+
+
+def test_a_second_model_of_a_class_does_not_stream_the_first_ones_weights(sglang, moves, streamed, tmp_path):
+    """diffusers names files after modules alone, and reads those that it finds."""
+    first, second = tiny.sd3(tmp_path / "first"), tiny.sd3(tmp_path / "second")
+    transformer = diffusers.SD3Transformer2DModel.from_pretrained(second / "transformer")
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.mul_(-1.5)
+    transformer.save_pretrained(second / "transformer")
+    words = ("--prompt", "a cat", "--height", 32, "--width", 32, "--num-inference-steps", 2, "--seed", 7,
+             "--dtype", "float32")  # fmt: skip
+    for folder in (first, second):
+        for extra in (DISK[:2], DISK):
+            done = sglang("generate", "--model-path", folder, *words, *extra)
+            assert done.code == 0, done.err
+    pictures = [picture(f"outputs/generated_image_{number}.png") for number in range(4)]
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[2] == pictures[3]).all()
+    assert (pictures[0] != pictures[2]).any()
+
+
+def test_every_network_of_a_run_has_a_folder_of_its_own_which_the_end_removes(tmp_path, streamed):
+    def network() -> torch.nn.Module:
+        return diffusers.SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
+            pos_embed_max_size=8,
+        )  # fmt: skip
+
+    parts = {"transformer": network(), "transformer_2": network()}
+    weights = {name: [p.detach().clone() for p in part.parameters()] for name, part in parts.items()}
+    options = Run()
+    options.offload.dit_layerwise_offload, options.offload.disk_path = True, str(tmp_path / "new" / "disk")
+    with ExitStack() as ending:
+        assert offload.apply(SimpleNamespace(components=parts, **parts), options, "cpu:0", ending) == [
+            "dit_layerwise_offload"
+        ]
+        assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "new" / "disk").iterdir()} == set(parts)
+        for name, part in parts.items():
+            for module in part.modules():
+                hook = getattr(module, "_diffusers_hook", None) and module._diffusers_hook.get_hook("group_offloading")
+                if hook:
+                    hook.group.onload_()
+            assert all(torch.equal(*pair) for pair in zip(part.parameters(), weights[name], strict=True))
+    assert not any((tmp_path / "new" / "disk").iterdir())
+
+
+@pytest.mark.parametrize("failing", ["compilation.apply", "DiffusersEngine", "DiffusersEngine.sample"])
+@pytest.mark.parametrize("error", [RunError("it failed"), KeyboardInterrupt()])
+def test_files_of_an_offloaded_network_go_when_the_run_fails(run, moves, streamed, monkeypatch, failing, error):  # noqa: F811
+    def fail(*args: object, **options: object) -> None:
+        assert len(list(Path("disk").rglob("*.safetensors"))) > 1
+        raise error
+
+    monkeypatch.setattr(f"sglang_gen.backends.diffusers.{failing}", fail)
+    done = run("sd3", *DISK)
+    assert done.code == (1 if isinstance(error, RunError) else 130), done.err
+    assert [*Path("disk").iterdir()] == []
+
+
+def test_a_disk_that_cannot_hold_a_network_is_one_sentence(run, moves, streamed, monkeypatch):  # noqa: F811
+    Path("file").touch()
+    done = run("sd3", *DISK[:-1], "offload.disk_path=file")
+    assert done.code == 2
+    assert "ERROR: offload.disk_path: nothing can be made in " in done.lines[-1]
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    done = run("sd3", *DISK)
+    assert done.code == 1
+    assert "ERROR: offload.disk_path: " in done.lines[-1]
+    assert "cannot hold the network: [Errno 28] No space left on device" in done.lines[-1]
+    assert [*Path("disk").iterdir()] == []
+
+
+def test_an_image_encoder_comes_for_its_call(sglang, moves):
+    Image.new("RGB", (32, 32), (200, 90, 30)).save("photo.png")
+    folder = tiny.wan_i2v(Path("wan"))
+    words = ("--num-frames", 5, "--height", 32, "--width", 32, "--num-inference-steps", 1, "--seed", 7)
+    done = sglang("generate", "--model-path", folder, "--prompt", "a cat", "--image-path", "photo.png", *words,
+                  "--dtype", "float32", "--image-encoder-cpu-offload")  # fmt: skip
+    assert done.code == 0, done.err
+    assert [(way, module) for way, module in moves if module == "CLIPVisionModel"][-2:] == [
+        ("onload_", "CLIPVisionModel"),
+        ("offload_", "CLIPVisionModel"),
+    ]
