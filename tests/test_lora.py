@@ -287,6 +287,7 @@ def test_what_is_no_whole_pair_is_refused_by_its_own_name(pipelines, run):
         f"the factors of {module}": weights | {first: torch.zeros(3, 32)},
         "holds an alpha of transformer.b without its factors": weights | {"transformer.b.alpha": torch.tensor(1.0)},
         "holds no LoRA factors": {"a.alpha": torch.tensor(1.0)},
+        f"holds quantized factors ({first} is stored as I8)": weights | {first: weights[first].to(torch.int8)},
     }
     for sentence, broken in sentences.items():
         done = run("sd3", broken)

@@ -12,7 +12,8 @@ from sglang_gen import env, hub, log
 from sglang_gen.backends.options import lora_settings
 from sglang_gen.backends.options.lora_settings import ADVICE
 from sglang_gen.errors import UserError
-from sglang_gen.safetensors_file import PICKLED, PICKLES, header, refuse_other_formats
+from sglang_gen.plain_numbers import quantized
+from sglang_gen.safetensors_file import PICKLED, PICKLES, read_header, refuse_other_formats
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers and PEFT
 SETTINGS = "adapter_config.json"
@@ -81,7 +82,10 @@ def read(name: str) -> LoraFile:
 
 def _inspect(name: str, path: Path, config: Path | None) -> tuple[dict[str, Keys], dict[str, float]]:
     """The file's modules, and the scale that the settings give each; one with an alpha of its own does not need it."""
-    shapes = header(path)
+    found = read_header(path)
+    shapes = {key: tensor.shape for key, tensor in found.tensors.items()}
+    if kind := quantized(found):
+        raise UserError(f"lora: {name} holds quantized factors ({kind}), which are not read in this version")
     settings = lora_settings.load(name, path, config)
     _refuse_other_kinds(name, shapes)
     modules = _pairs(name, shapes)
