@@ -15,13 +15,14 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sglang_gen import env, help_page, log
+from sglang_gen import env, log
+from sglang_gen.config import help as help_page
+from sglang_gen.config.flags import FLAGS
+from sglang_gen.config.schema import LogLevel, leaves
 from sglang_gen.errors import Terminated, UserError, ending, nearest
-from sglang_gen.flags import BY_KEY, FLAGS, Flag
-from sglang_gen.schema import LogLevel, leaves
 
 if TYPE_CHECKING:
-    from sglang_gen.config import Choices
+    from sglang_gen.config.choices import Choices
 
 TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # of --info
 
@@ -106,34 +107,6 @@ def _instead(name: str, legal: Iterable[str]) -> str:
     return f"; write {paths[0]}=..." if len(paths) == 1 else nearest(name, legal)
 
 
-def flag_values(options: dict[str, Any]) -> dict[str, Any]:
-    """Config path -> typed value for every flag that was given.
-
-    Raises UserError in the flag's own name when a value does not fit the schema.
-    """
-    return {flag.path: _typed(flag, options[flag.path]) for flag in FLAGS if flag.path and flag.path in options}
-
-
-def python_flags(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of `sglang_gen.generate` (flag names with underscores) as config path -> typed value."""
-    for name in keywords:
-        if name not in BY_KEY or BY_KEY[name].path is None:
-            raise UserError(f"generate() takes no keyword '{name}'{nearest(name, BY_KEY)}")
-    return flag_values({str(BY_KEY[name].path): value for name, value in keywords.items()})
-
-
-def _typed(flag: Flag, text: Any) -> Any:
-    from sglang_gen.config_file import typed
-
-    try:
-        return typed(str(flag.path), text)
-    except UserError:
-        raise
-    except ValueError as error:
-        shown = text if len(str(text)) <= 60 else f"{str(text)[:57]}..."
-        raise UserError(f"{flag.option}: '{shown}' {error}") from None
-
-
 def command_generate(argv: Sequence[str]) -> int:
     """`sglang generate`: parse, compose, run; the result's exit code."""
     parser = build_parser()
@@ -142,22 +115,24 @@ def command_generate(argv: Sequence[str]) -> int:
     if given.get("help"):
         print(help_page.generate(parser))
         return 0
-    from sglang_gen import config
-
     choices, place = _choices(given, overrides), env.torchrun()
     if "cfg" not in given and (unused := {"package", "resolve"} & given.keys()):
         raise UserError(f"--{min(unused)} says what --cfg prints; add --cfg job, hydra or all")
     if given.get("multirun") and given.get("cfg") in ("job", "all"):
         raise UserError("--cfg job shows one job; leave out --multirun and every sweep")
     if given.get("hydra_help") or given.get("info") or given.get("cfg"):
-        print(config.show(choices, given))
+        from sglang_gen.config.show import show
+
+        print(show(choices, given))
         return 0
     if given.get("version"):
         print(help_page.version())
         return 0
     if given.get("run") and given.get("multirun"):
         raise UserError("--run and --multirun exclude each other")
-    if not given.get("run") and config.is_multirun(choices, bool(given.get("multirun"))):
+    from sglang_gen.sweep.multirun import is_multirun
+
+    if not given.get("run") and is_multirun(choices, bool(given.get("multirun"))):
         if place is not None:
             raise UserError(
                 "torchrun has started the ranks of one run, and each job of a multirun starts its own: "
@@ -166,11 +141,12 @@ def command_generate(argv: Sequence[str]) -> int:
         from sglang_gen.sweep import jobs
 
         return jobs.run_sweep(choices)
+    from sglang_gen.config.compose import compose
     from sglang_gen.generate import execute
 
-    composed = config.compose(choices)
+    composed = compose(choices)
     if place is not None:
-        from sglang_gen import torchrun
+        from sglang_gen.launch import torchrun
 
         composed = torchrun.fit(composed, place, "parallel=single" in overrides)
     execute(composed)
@@ -179,7 +155,8 @@ def command_generate(argv: Sequence[str]) -> int:
 
 def _choices(given: dict[str, Any], overrides: Sequence[str]) -> "Choices":
     """What the options and overrides of a command line choose. Raises UserError for a value that does not fit."""
-    from sglang_gen.config import Choices
+    from sglang_gen.config.choices import Choices
+    from sglang_gen.config.flag_values import flag_values
 
     folder = given.get("config_dir")
     return Choices(
@@ -223,7 +200,7 @@ def command_debug(argv: Sequence[str]) -> int:
         print(command.PARITY_HELP)
         return 0
     command.check(given)
-    from sglang_gen.config import compose
+    from sglang_gen.config.compose import compose
 
     return command.parity(compose(_choices(given, overrides)), given)
 
@@ -275,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = env.torchrun()
         if place is None:
             return _dispatch(argv)
-        from sglang_gen import torchrun
+        from sglang_gen.launch import torchrun
 
         return torchrun.run(place, partial(_dispatch, argv), partial(_report, debug=debug))
     except (Exception, KeyboardInterrupt, Terminated) as error:  # noqa: BLE001 - the door

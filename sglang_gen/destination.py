@@ -15,7 +15,7 @@ from pathlib import Path
 
 DESCRIPTOR = re.compile(r"(?:/proc/(\d+)(?:/task/\d+)?|/dev)/fd/(\d+)")
 LINKS = 40  # that the kernel follows too
-KINDS = {
+FILE_KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFSOCK: "a socket",
     stat.S_IFBLK: "a block device",
@@ -81,7 +81,7 @@ def _descriptor(path: Path, process: str | None, number: int) -> Destination:
         return Destination(path, "a descriptor of another process")
     kind = stat.S_IFMT(os.fstat(number).st_mode)
     if kind in (stat.S_IFDIR, stat.S_IFBLK):
-        return Destination(path, KINDS[kind])
+        return Destination(path, FILE_KINDS[kind])
     return Destination(path, f"the descriptor {number}", True, number)
 
 
@@ -92,7 +92,7 @@ def _described(path: Path) -> Destination:
         return Destination(path, None)
     if kind == stat.S_IFREG:
         return Destination(path, None)
-    return Destination(path, KINDS.get(kind, "no file"), kind in (stat.S_IFCHR, stat.S_IFIFO))
+    return Destination(path, FILE_KINDS.get(kind, "no file"), kind in (stat.S_IFCHR, stat.S_IFIFO))
 
 
 def replace(finished: Path, path: Path) -> None:
@@ -102,11 +102,11 @@ def replace(finished: Path, path: Path) -> None:
     except FileNotFoundError:
         kind = stat.S_IFREG
     if kind != stat.S_IFREG:
-        raise _refusal(KINDS.get(kind, "no file"))
+        raise _refusal(FILE_KINDS.get(kind, "no file"))
     os.replace(finished, path)
 
 
 def _refusal(kind: str) -> OSError:
-    if kind == KINDS[stat.S_IFDIR]:
+    if kind == FILE_KINDS[stat.S_IFDIR]:
         return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     return OSError(errno.EINVAL, f"It is {kind}, and only a regular file can be replaced")

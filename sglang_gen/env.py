@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from sglang_gen.errors import UserError
 
+VERSION = "0.1.0"
 PACKAGES = (
     "sglang-gen", "torch", "diffusers", "transformers", "tokenizers", "safetensors", "accelerate", "huggingface-hub",
     "hydra-core", "omegaconf", "numpy", "pillow",

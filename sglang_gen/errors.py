@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+# What libraries raise for files that are not what they expect; each becomes one sentence that names the component.
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
+
 
 class UserError(ValueError):
     """The request cannot be carried out as stated: one sentence, exit code 2."""

@@ -12,7 +12,7 @@ from sglang_gen.types import Result
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sglang_gen.config import Composed
+    from sglang_gen.config.compose import Composed
     from sglang_gen.types import Plan
 
 
@@ -24,8 +24,9 @@ def generate(*overrides: str, config: str | Path | None = None, **flags: Any) ->
     prints. Raises `errors.UserError` for a request that cannot be carried out and `errors.RunError` when the run fails;
     nothing half-written stays.
     """
-    from sglang_gen import cli
-    from sglang_gen.config import Choices, compose
+    from sglang_gen.config.choices import Choices
+    from sglang_gen.config.compose import compose
+    from sglang_gen.config.flag_values import python_flags
 
     place = env.torchrun()
     if place is not None and place.ranks > 1:
@@ -34,13 +35,13 @@ def generate(*overrides: str, config: str | Path | None = None, **flags: Any) ->
             "or let it start the command (torchrun ... -m sglang_gen generate)"
         )
     file = None if config is None else str(config)
-    return execute(compose(Choices(overrides=overrides, flags=cli.python_flags(flags), file=file)))
+    return execute(compose(Choices(overrides=overrides, flags=python_flags(flags), file=file)))
 
 
 def execute(composed: "Composed") -> Result | None:
     """Carry out a composed run; None for a dry run."""
-    from sglang_gen import hub
-    from sglang_gen import plan as planning
+    from sglang_gen.hub import resolve
+    from sglang_gen.plan import make as planning
 
     run = composed.run
     log.setup(run.log_level.name)
@@ -48,35 +49,36 @@ def execute(composed: "Composed") -> Result | None:
         log.info(notice)
     env.prepare_libraries()
     planning.check(composed)
-    plan = planning.make_plan(composed, hub.find(run.model, weights=False))
+    plan = planning.make_plan(composed, resolve.find(run.model, weights=False))
     for warning in plan.warnings:
         log.warning(warning)
     if run.dry_run:
         _tell(plan.notices)
-        from sglang_gen import dry_run
+        from sglang_gen.dry_run import report
 
-        print(dry_run.describe(plan))
+        print(report.describe(plan))
         return None
-    from sglang_gen import launch, output
+    from sglang_gen import files
+    from sglang_gen.launch import launcher
 
-    output.prepare_folder(Path(run.output.path))
+    files.prepare_folder(Path(run.output.path))
     if run.output.perf_dump_path:
-        output.prepare_file(Path(run.output.perf_dump_path), stream=True)
+        files.prepare_file(Path(run.output.perf_dump_path), stream=True)
     log.info(f"Loading model: {plan.card.name}")
     _tell(plan.notices)
     if run.sampling.seed is None:
         log.info(f"Seed: {plan.run.sampling.seed} (drawn; --seed gives it again)")
     started = time.perf_counter()
     if _may_be_downloaded(plan):
-        from sglang_gen.backends.check import check
+        from sglang_gen.backends.preflight import check
 
         check(plan)
     plan = _from_weights(composed, plan)
     if composed.place is not None:
-        from sglang_gen import torchrun
+        from sglang_gen.launch import torchrun
 
         return torchrun.lead(plan, started, composed.place)
-    return launch.launch(plan, started)
+    return launcher.launch(plan, started)
 
 
 def _may_be_downloaded(plan: "Plan") -> bool:
@@ -93,15 +95,16 @@ def _from_weights(composed: "Composed", expected: "Plan") -> "Plan":
 
     Says what only they show. Raises UserError where they do not allow what was expected.
     """
-    from sglang_gen import hub, stored
-    from sglang_gen import plan as planning
+    from sglang_gen.hub import resolve
+    from sglang_gen.plan import make as planning
+    from sglang_gen.plan import stored_dtype
 
-    plan = planning.make_plan(replace(composed, run=expected.run), hub.find_weights(expected.run))
+    plan = planning.make_plan(replace(composed, run=expected.run), resolve.find_weights(expected.run))
     for warning in plan.warnings:
         if warning not in expected.warnings:
             log.warning(warning)
     _tell(notice for notice in plan.notices if notice not in expected.notices)
-    return stored.require(plan)
+    return stored_dtype.require(plan)
 
 
 def _tell(notices: "Iterable[str]") -> None:

@@ -5,16 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sglang_gen.schema import Run, get
-
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from sglang_gen.perf.record import Clock
+    from sglang_gen.config.schema import Run
+    from sglang_gen.perf.clock import Clock
 
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # components that denoise, by name
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,11 @@ class Sample:
     seed: int
 
 
-def user_gave(run: Run, sources: Mapping[str, str], path: str) -> bool:
-    """True where a flag, an override or a configuration file says something else than the schema."""
-    return sources.get(path) in ("flag", "override", "file") and get(run, path) != get(Run(), path)
-
-
 @dataclass(frozen=True)
 class Plan:
     """Everything that was decided before a weight is loaded. Nothing below the plan reads a source or a flag."""
 
-    run: Run
+    run: "Run"
     sources: Mapping[str, str]
     card: ModelCard
     layout: Layout
@@ -88,15 +83,13 @@ class Plan:
     warnings: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
     here: int = 1  # ranks on this machine
+    given: frozenset[str] = frozenset()  # config paths where the user asked for something else than the default
+    stated_degrees: frozenset[str] = frozenset()  # of the group `parallel`, by the user or the file of an option
 
     @property
     def pipeline_class(self) -> str:
         """Name of the pipeline's class: what the run asks for, otherwise what the model says."""
         return self.run.model.pipeline_class_name or self.card.pipeline_class
-
-    def user_gave(self, path: str) -> bool:
-        """True where a flag, an override or a configuration file says something else than the schema."""
-        return user_gave(self.run, self.sources, path)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import typing
 from collections.abc import Mapping
 from enum import Enum
 
-from sglang_gen.flags import BY_PATH
-from sglang_gen.schema import Run, get, leaves, plain
+from sglang_gen.config.flags import BY_PATH
+from sglang_gen.config.schema import Run, get, leaves, plain
 
 WORDS = {bool: "bool", int: "int", float: "float", str: "text", dict: "mapping", list: "list", type(None): "null"}
 

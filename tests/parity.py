@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sglang_gen.component_folder import in_folder
+from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.weights.load import load
 
 

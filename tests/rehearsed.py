@@ -5,12 +5,15 @@ from typing import Any
 
 import torch
 
-from sglang_gen.engine.guidance import Guidance
-from sglang_gen.estimate import Rehearsal, rehearsal
+from sglang_gen.dry_run.estimate import Rehearsal, rehearsal
+from sglang_gen.engine.cfg import Guidance
+from sglang_gen.families.contract import Request
+from sglang_gen.families.flux import pipeline as flux
+from sglang_gen.families.sd import pipeline as sd
+from sglang_gen.families.sd3 import pipeline as sd3
+from sglang_gen.families.sdxl import pipeline as sdxl
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.parallel.split import Split
-from sglang_gen.pipelines import flux, sd, sd3, sdxl
-from sglang_gen.pipelines.request import Request
+from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.types import Component, Layout, ModelCard
 
 GLUE = {"sd3": sd3, "flux": flux, "sdxl": sdxl, "sd": sd}

@@ -8,22 +8,25 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sglang_gen.backends import decoding, large_text
-from sglang_gen.component_folder import in_folder
-from sglang_gen.engine import kernels
-from sglang_gen.engine.guidance import Guidance, guided
+from sglang_gen.backends.native import vae_parallel
+from sglang_gen.engine import attention_kernels
+from sglang_gen.engine.cfg import Guidance, guided
+from sglang_gen.families import autoencoder as autoencoder
+from sglang_gen.families import prediction, text_encoder_parallel, unet_shared
+from sglang_gen.families.flux import pipeline
+from sglang_gen.families.sd3 import pipeline as sd3
+from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.models.attention import Attend
 from sglang_gen.parallel.collectives import counted
-from sglang_gen.parallel.door import part
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.sequence import Ring, Summing
+from sglang_gen.parallel.sequence_boundary import part
+from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.parallel.spatial import RowAttention, RowConv, RowDecoder, RowNorm
-from sglang_gen.parallel.split import Split
 from sglang_gen.parallel.tensor import Summed
-from sglang_gen.pipelines import autoencoder, flux, prediction, sd3, unet
 from sglang_gen.weights.load import load
 
-GLUE = {"sd3": sd3, "flux": flux, "unet": unet}
+GLUE = {"sd3": sd3, "flux": pipeline, "unet": unet_shared}
 
 
 def placed(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype, summing: bool = True):
@@ -32,7 +35,7 @@ def placed(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype
     split = Split(mesh, glue.TENSOR, glue.SHARDING)
     network = load(partial(glue.build, config), in_folder(folder), glue.sources, dtype, "cpu", split.shrink)
     whole = split.place(network)
-    whole.set_kernel(scaled_dot_product_attention, kernels.summing("sdpa", "cpu", dtype) if summing else None)
+    whole.set_kernel(scaled_dot_product_attention, attention_kernels.summing("sdpa", "cpu", dtype) if summing else None)
     return whole
 
 
@@ -152,21 +155,21 @@ def decode(mesh: Mesh, folder: Path, config: dict, latents: torch.Tensor, mutati
     """(pictures, what was sent for them, what a rehearsal says is sent) of an autoencoder whose decoder is split."""
     axis, dtype = mesh.axis(SEQUENCE), latents.dtype
     vae = load(partial(autoencoder.build, config), in_folder(folder), autoencoder.sources, dtype, "cpu")
-    vae = decoding.split(vae, axis)
+    vae = vae_parallel.split(vae, axis)
     assert isinstance(vae.decoder, RowDecoder)
     if mutation is not None:
         MUTATIONS[mutation](vae.decoder, mesh)
     with counted() as traffic:
         pictures = vae.decode(latents)
-    return pictures, traffic, decoding.expected(vae, axis, dtype, len(latents), latents.shape[2:])
+    return pictures, traffic, vae_parallel.expected(vae, axis, dtype, len(latents), latents.shape[2:])
 
 
 def read_text(mesh: Mesh, folder: Path, dtype: torch.dtype, tokens: torch.Tensor, mutation: str | None = None):
     """(what T5 makes of the tokens, what was sent for it, what a rehearsal says is sent)."""
     axis = mesh.axis("tp")
-    encoder: Any = large_text.read(folder, dtype, "cpu", axis)
-    assert large_text.is_part(encoder)
-    predicted = large_text.expected(encoder, dtype, axis, *tokens.shape)
+    encoder: Any = text_encoder_parallel.read(folder, dtype, "cpu", axis)
+    assert text_encoder_parallel.is_part(encoder)
+    predicted = text_encoder_parallel.expected(encoder, dtype, axis, *tokens.shape)
     if mutation is not None:
         MUTATIONS[mutation](encoder, mesh)
     with counted() as traffic:

@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from test_cuda_graphs import Repeated
 
-from sglang_gen.engine import graphs, kernels
+from sglang_gen.engine import attention_kernels, cuda_graphs
 from tools.bench import networks, works
 from tools.bench.guests import Guest, Room
 
@@ -51,7 +51,7 @@ def crowded(monkeypatch) -> list[torch.nn.Module]:
     monkeypatch.setattr(networks.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(networks, "SIDES", {"cpu": 32})
     monkeypatch.setattr(Repeated, "made", [], raising=False)
-    monkeypatch.setattr(graphs, "Recorder", Repeated)
+    monkeypatch.setattr(cuda_graphs, "Recorder", Repeated)
     monkeypatch.setattr(torch, "compile", lambda network: network)
     for name in ("ours", "their_network"):
         monkeypatch.setattr(works, name, partial(noted, getattr(works, name)))
@@ -60,7 +60,7 @@ def crowded(monkeypatch) -> list[torch.nn.Module]:
 
 def test_where_memory_is_short_each_network_is_loaded_once_and_peers_come_in_turn(crowded, tmp_path, monkeypatch):
     folder = works.stored(LITTLE, tmp_path)
-    calls, room = networks.entries(LITTLE, folder, "cpu", kernels.sdpa())
+    calls, room = networks.entries(LITTLE, folder, "cpu", attention_kernels.sdpa())
     assert list(calls) == [*OURS, *PEERS]
     assert len(crowded) == 3  # ours, diffusers' in two dtypes
     came = []
@@ -81,7 +81,7 @@ def test_where_memory_is_short_each_network_is_loaded_once_and_peers_come_in_tur
 
 def test_where_there_is_room_everybody_has_a_network_of_its_own_and_nobody_moves(crowded, tmp_path, monkeypatch):
     monkeypatch.setattr(networks, "CROWDED", ())
-    calls, room = networks.entries(LITTLE, works.stored(LITTLE, tmp_path), "cpu", kernels.sdpa())
+    calls, room = networks.entries(LITTLE, works.stored(LITTLE, tmp_path), "cpu", attention_kernels.sdpa())
     assert list(networks.first_calls(calls, room, "cpu")) == [*OURS, *PEERS]
     assert len({next(network.parameters()).data_ptr() for network in crowded}) == len(crowded) == 7
     assert room.guests == {}
@@ -95,14 +95,14 @@ def test_ours_attends_with_the_kernel_that_a_run_with_auto_takes(crowded, tmp_pa
         return "math"
 
     called = []
-    named = kernels.named
+    named = attention_kernels.named
 
-    def counting(name: str) -> kernels.Choice:
+    def counting(name: str) -> attention_kernels.Choice:
         choice = named(name)
-        return kernels.Choice(name, lambda *qkv: called.append(name) or choice.kernel(*qkv))
+        return attention_kernels.Choice(name, lambda *qkv: called.append(name) or choice.kernel(*qkv))
 
     monkeypatch.setattr(networks.fastest, "fastest", fastest)
-    monkeypatch.setattr(kernels, "named", counting)
+    monkeypatch.setattr(attention_kernels, "named", counting)
     kernel = networks.kernel_of_auto(LITTLE, "cpu")
     calls, _ = networks.entries(LITTLE, works.stored(LITTLE, tmp_path / "model"), "cpu", kernel)
     for name in OURS:

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sglang_gen import env, hub, plan
-from sglang_gen.config import Choices, compose
+from sglang_gen import env
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import compose
+from sglang_gen.config.schema import leaves
 from sglang_gen.errors import UserError
-from sglang_gen.schema import leaves
+from sglang_gen.hub import resolve
+from sglang_gen.plan import make
 
 FILES = sorted(env.conf_dir().rglob("*.yaml"))
 OPTIONS = [path for path in FILES if path.name != "config.yaml"]
@@ -46,8 +49,8 @@ def test_every_option_plans_or_is_refused_in_one_sentence(path):
     preset = composed.run.model.preset or "sdxl"
     folder = env.preset_configs("sd3_medium" if preset == "landscape" else preset)
     try:
-        plan.check(composed)
-        planned = plan.make_plan(composed, hub.read_card(folder, preset, weights=False))
+        make.check(composed)
+        planned = make.make_plan(composed, resolve.read_card(folder, preset, weights=False))
     except UserError as error:
         sentence = str(error)
         assert any(words in sentence for words in (*REFUSALS, f"quant={path.stem}")), sentence

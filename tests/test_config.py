@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sglang_gen.schema import Run, get, leaves, plain
+from sglang_gen.config.schema import Run, get, leaves, plain
 
 STEPS = "sampling.num_inference_steps"
 

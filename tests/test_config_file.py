@@ -9,10 +9,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sglang_gen.config_file import FileValues, read_config_file, read_mapping
+from sglang_gen.config.config_file import FileValues, read_config_file, read_mapping
+from sglang_gen.config.flags import BY_KEY
+from sglang_gen.config.schema import SCHEMA_VERSION, BackendName, DType, leaves
 from sglang_gen.errors import UserError
-from sglang_gen.flags import BY_KEY
-from sglang_gen.schema import SCHEMA_VERSION, BackendName, DType, leaves
 
 RECORD = {
     "schema_version": SCHEMA_VERSION,

@@ -10,10 +10,12 @@ import torch
 from test_ranks import SIZE, picture, pool, record  # noqa: F401
 from test_torchrun import COMMAND, finish, free_port, start, words
 
-from sglang_gen import env, launch, plan
+from sglang_gen import env
+from sglang_gen.config.schema import DType
 from sglang_gen.errors import UserError
+from sglang_gen.launch import launcher
 from sglang_gen.perf import cpu_dtype
-from sglang_gen.schema import DType
+from sglang_gen.plan import make
 
 XEON = {"float32": 332.0, "bfloat16": 189.0}  # avx512_bf16 without AMX
 AMX = {"float32": 100.0, "bfloat16": 470.0}
@@ -56,7 +58,7 @@ def processor(monkeypatch, tmp_path):
 )
 def test_bfloat16_is_taken_from_nine_tenths_of_float32s_rate_on(processor, rates, dtype):
     processor.rates = rates
-    chosen, recorded = plan.choose_dtype(DType.auto, "cpu")
+    chosen, recorded = make.choose_dtype(DType.auto, "cpu")
     assert chosen == dtype
     assert recorded == {
         "dtype_choice": {
@@ -65,7 +67,7 @@ def test_bfloat16_is_taken_from_nine_tenths_of_float32s_rate_on(processor, rates
             "source": "measured",
         }
     }
-    assert plan.choose_dtype(DType.float16, "cpu") == ("float16", {})
+    assert make.choose_dtype(DType.float16, "cpu") == ("float16", {})
     assert processor.asked == 1
 
 
@@ -191,7 +193,7 @@ def test_a_record_gives_its_dtype_on_a_machine_with_other_rates(processor, sglan
 
 def test_the_ranks_compute_in_the_dtype_of_their_launcher(monkeypatch, sglang, pipelines, pool):  # noqa: F811
     """The ranks' own environment says float32."""
-    monkeypatch.setattr(launch, "open_ranks", pool.open)
+    monkeypatch.setattr(launcher, "open_ranks", pool.open)
     with pool.open(2, "cpu"):
         pass
     monkeypatch.setenv("SGLANG_GEN_CPU_DTYPE", "bfloat16")
@@ -239,7 +241,7 @@ def test_products_grow_only_as_far_as_time_allows(monkeypatch, gflops, largest):
     def seconds(size: int) -> dict[str, float]:
         sizes.append(size)
         found = {name: 2 * size**3 / rate / 1e9 for name, rate in gflops.items()}
-        clock[0] += (1 + cpu_dtype.ROUNDS) * sum(found.values())
+        clock[0] += (1 + cpu_dtype.DTYPE_ROUNDS) * sum(found.values())
         return found
 
     monkeypatch.setattr(cpu_dtype, "_seconds", seconds)

@@ -10,11 +10,12 @@ import torch
 from native import COMMON, assert_same, record, runner
 from torch import Tensor
 
-from sglang_gen import plan, rank
 from sglang_gen.engine import compile as compiling
-from sglang_gen.engine import graphs
+from sglang_gen.engine import cuda_graphs
 from sglang_gen.errors import RunError
+from sglang_gen.launch import rank
 from sglang_gen.perf.memory import Checkpoint, Memory
+from sglang_gen.plan import make
 
 NETWORKS = ("sd3", "flux", "sdxl", "sd15")
 
@@ -44,8 +45,8 @@ def recorders(monkeypatch) -> list[Repeated]:
     """CUDA graphs on this CPU; the recorders that were asked for."""
     made: list[Repeated] = []
     monkeypatch.setattr(Repeated, "made", made, raising=False)
-    monkeypatch.setattr(graphs, "Recorder", Repeated)
-    monkeypatch.setattr(plan, "CAPTURING", ("cuda", "cpu"))
+    monkeypatch.setattr(cuda_graphs, "Recorder", Repeated)
+    monkeypatch.setattr(make, "CAPTURING", ("cuda", "cpu"))
     return made
 
 
@@ -210,7 +211,7 @@ def copied(monkeypatch) -> list[int]:
 
 def test_only_tensors_that_are_others_than_last_time_or_were_changed_are_copied(recorders, copied):
     network, plain, first = Little(), Little(), conditioning(1)
-    graphs.Graphs(network)
+    cuda_graphs.Graphs(network)
     latents = torch.ones(3)
 
     def check(latents: Tensor, c: Conditioning, count: int) -> None:
@@ -236,7 +237,7 @@ def test_only_tensors_that_are_others_than_last_time_or_were_changed_are_copied(
 
 def test_the_numbers_of_a_tensor_that_is_gone_are_not_taken_for_those_of_its_successor(recorders):
     network, plain, c = Little(), Little(), conditioning(1)
-    graphs.Graphs(network)
+    cuda_graphs.Graphs(network)
     for value in range(20):  # the allocator gives most of them the same address
         latents = torch.full((3,), float(value))
         assert torch.equal(network.evaluate(latents, c), plain.evaluate(latents, c))
@@ -245,7 +246,7 @@ def test_the_numbers_of_a_tensor_that_is_gone_are_not_taken_for_those_of_its_suc
 
 def test_a_result_stays_when_the_next_evaluation_is_replayed(recorders):
     network, c = Little(), conditioning(1)
-    graphs.Graphs(network)
+    cuda_graphs.Graphs(network)
     first = network.evaluate(torch.zeros(3), c)
     kept = first.clone()
     network.evaluate(torch.ones(3), c)
@@ -287,7 +288,7 @@ def failing(monkeypatch):
 
 
 def test_an_evaluation_that_cannot_be_captured_is_an_error_in_one_sentence(failing, pipelines, sglang, monkeypatch):
-    monkeypatch.setattr(plan, "CAPTURING", ("cuda", "cpu"))
+    monkeypatch.setattr(make, "CAPTURING", ("cuda", "cpu"))
     failing(RuntimeError("operation not permitted when stream is capturing\nSearch for it"))
     done = runner(pipelines, sglang)("sd3", "compile.cuda_graphs=true", "--backend", "sglang")
     assert done.code == 1
@@ -298,7 +299,7 @@ def test_an_evaluation_that_cannot_be_captured_is_an_error_in_one_sentence(faili
 
 
 def test_memory_that_runs_out_during_a_capture_is_said_as_ever(failing, pipelines, sglang, monkeypatch):
-    monkeypatch.setattr(plan, "CAPTURING", ("cuda", "cpu"))
+    monkeypatch.setattr(make, "CAPTURING", ("cuda", "cpu"))
     failing(torch.OutOfMemoryError("CUDA out of memory"))
     done = runner(pipelines, sglang)("sd3", "compile.cuda_graphs=true", "--backend", "sglang")
     assert (done.code, "Out of memory while generating" in done.lines[-1]) == (1, True), done.err
@@ -308,5 +309,5 @@ def test_an_evaluation_is_tried_before_it_is_captured(failing):
     failing(RuntimeError("no"))
     calls = []
     with pytest.raises(RunError, match=r"cannot be captured into a CUDA graph \(no\)"):
-        graphs.Recorder().record(lambda: calls.append(1))
-    assert len(calls) == graphs.WARMUP + 1
+        cuda_graphs.Recorder().record(lambda: calls.append(1))
+    assert len(calls) == cuda_graphs.WARMUP + 1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_gen import destination, output
+from sglang_gen import destination, files
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.sweep.report import read_jobs
 
@@ -73,9 +73,9 @@ def test_a_fifo_takes_the_bytes_and_stays(tmp_path, links):
     for number in range(links):
         Path(tmp_path / f"link{number}").symlink_to(os.path.relpath(name, tmp_path))
         name = tmp_path / f"link{number}"
-    output.prepare_file(name, stream=True)
+    files.prepare_file(name, stream=True)
     content = {"text": "x" * 100_000}  # more than a pipe holds
-    assert json.loads(read_by(path, lambda: output.save_json(name, content, stream=True))) == content
+    assert json.loads(read_by(path, lambda: files.save_json(name, content, stream=True))) == content
     assert kind(path) == stat.S_IFIFO
     assert links == 0 or kind(name) == stat.S_IFLNK
     assert len(list(tmp_path.iterdir())) == 1 + links
@@ -85,8 +85,8 @@ def test_a_device_takes_the_bytes_and_stays(tmp_path):
     path = null(tmp_path / "null")
     (tmp_path / "link").symlink_to("null")
     for name in (path, tmp_path / "link"):
-        output.prepare_file(name, stream=True)
-        output.save_json(name, DUMP, stream=True)
+        files.prepare_file(name, stream=True)
+        files.save_json(name, DUMP, stream=True)
     assert kind(path) == stat.S_IFCHR
     assert kind(tmp_path / "link") == stat.S_IFLNK
     assert sorted(os.listdir(tmp_path)) == ["link", "null"]
@@ -110,9 +110,9 @@ def test_what_is_neither_file_nor_stream_is_refused_and_stays(tmp_path, make, st
         name = tmp_path / "link"
         name.symlink_to(path)
     with pytest.raises(UserError, match=f"{name} cannot be written: {sentence}"):
-        output.prepare_file(name, stream)
+        files.prepare_file(name, stream)
     with pytest.raises(RunError, match=sentence):
-        output.save_json(name, DUMP, stream)
+        files.save_json(name, DUMP, stream)
     (tmp_path / "finished").write_text("new")
     with pytest.raises(OSError, match=sentence if not linked else "It is a link"):
         destination.replace(tmp_path / "finished", name)
@@ -126,8 +126,8 @@ def test_a_link_to_a_file_stays_and_its_target_is_replaced(tmp_path):
     inode = target.stat().st_ino
     link = tmp_path / "link.json"
     link.symlink_to("there/perf.json")
-    output.prepare_file(link, stream=True)
-    output.save_json(link, DUMP, stream=True)
+    files.prepare_file(link, stream=True)
+    files.save_json(link, DUMP, stream=True)
     assert os.readlink(link) == "there/perf.json"
     assert json.loads(target.read_text()) == DUMP
     assert target.stat().st_ino != inode  # replaced whole, not written over
@@ -137,14 +137,14 @@ def test_a_link_to_a_file_stays_and_its_target_is_replaced(tmp_path):
 def test_a_link_that_dangles_makes_its_target_but_no_folder(tmp_path):
     link = tmp_path / "link.json"
     link.symlink_to("perf.json")
-    output.save_json(link, DUMP)
+    files.save_json(link, DUMP)
     assert (os.readlink(link), json.loads((tmp_path / "perf.json").read_text())) == ("perf.json", DUMP)
     lost = tmp_path / "lost.json"
     lost.symlink_to("gone/perf.json")
     with pytest.raises(UserError, match=r"lost\.json cannot be written: It is a link into .*gone, which does"):
-        output.prepare_file(lost)
+        files.prepare_file(lost)
     with pytest.raises(RunError, match="No such file or directory"):
-        output.save_json(lost, DUMP)
+        files.save_json(lost, DUMP)
     assert not (tmp_path / "gone").exists()
 
 
@@ -152,7 +152,7 @@ def test_links_in_a_circle_are_one_sentence(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(UserError, match="a cannot be written: Too many levels of symbolic links"):
-        output.prepare_file(tmp_path / "a", stream=True)
+        files.prepare_file(tmp_path / "a", stream=True)
 
 
 @pytest.mark.parametrize("name", ["/dev/fd/{}", "/proc/self/fd/{}", "/proc/thread-self/fd/{}", "link"])
@@ -164,8 +164,8 @@ def test_a_descriptor_of_a_file_is_written_from_where_it_stands(tmp_path, name):
             (tmp_path / name).symlink_to(f"/dev/fd/{shared.fileno()}")
             name = str(tmp_path / name)
         path = Path(name.format(shared.fileno()))
-        output.prepare_file(path, stream=True)
-        output.write_bytes(path, b"dump", stream=True)
+        files.prepare_file(path, stream=True)
+        files.write_bytes(path, b"dump", stream=True)
         os.write(shared.fileno(), b" after")
     assert (tmp_path / "shared").read_bytes() == b"before dump after"
 
@@ -174,20 +174,20 @@ def test_descriptors_that_cannot_be_written_are_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with open(tmp_path / "file", "rb") as reading:
         with pytest.raises(UserError, match="It is open for reading only"):
-            output.prepare_file(Path(f"/dev/fd/{reading.fileno()}"), stream=True)
+            files.prepare_file(Path(f"/dev/fd/{reading.fileno()}"), stream=True)
         closed = os.dup(reading.fileno())
     os.close(closed)
     with pytest.raises(UserError, match="Bad file descriptor"):
-        output.prepare_file(Path(f"/dev/fd/{closed}"), stream=True)
+        files.prepare_file(Path(f"/dev/fd/{closed}"), stream=True)
     with pytest.raises(UserError, match="a descriptor of another process"):
-        output.prepare_file(Path(f"/proc/{os.getppid()}/fd/1"), stream=True)
+        files.prepare_file(Path(f"/proc/{os.getppid()}/fd/1"), stream=True)
 
 
 def started(*words: object, **streams: object) -> subprocess.CompletedProcess:
     assert os.readlink("/dev/stdout") == "/proc/self/fd/1"
     return subprocess.run(
         [sys.executable, "-m", "sglang_gen", *map(str, words)], stderr=subprocess.PIPE, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(Path(output.__file__).parent.parent)}, check=False, **streams,
+        env={**os.environ, "PYTHONPATH": str(Path(files.__file__).parent.parent)}, check=False, **streams,
     )  # fmt: skip
 
 
@@ -287,5 +287,5 @@ def test_nothing_but_a_file_gets_the_name_of_a_numbered_result(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "link", planting)
     with pytest.raises(RunError, match=r"_0\.json cannot be written: It is a FIFO"):
-        output.save_picture(tmp_path, np.zeros((8, 8, 3), np.uint8), lambda name: {})
+        files.save_picture(tmp_path, np.zeros((8, 8, 3), np.uint8), lambda name: {})
     assert kind(tmp_path / "generated_image_0.json") == stat.S_IFIFO

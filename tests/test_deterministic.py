@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_gen import torchrun, worker
 from sglang_gen.debug import command
-from sglang_gen.engine import kernels
+from sglang_gen.engine import attention_kernels
 from sglang_gen.env import Torchrun
 from sglang_gen.errors import RunError
+from sglang_gen.launch import torchrun, worker
 from sglang_gen.perf import cpu_dtype
 
 NAME = "CUBLAS_WORKSPACE_CONFIG"
@@ -37,7 +37,7 @@ def computed(monkeypatch):
 
     functional = torch.nn.functional
     for owner, name in (
-        (kernels, "scaled_dot_product_attention"),
+        (attention_kernels, "scaled_dot_product_attention"),
         (functional, "scaled_dot_product_attention"),
         (functional, "linear"),
         (functional, "conv2d"),

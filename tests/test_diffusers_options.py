@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sglang_gen.backends.inputs import read_image
-from sglang_gen.engine import kernels
+from sglang_gen.backends.input_files import read_image
+from sglang_gen.engine import attention_kernels
 from sglang_gen.errors import RunError
 
 BLACK = Image.new("RGB", (8, 8))
@@ -109,7 +109,7 @@ def test_a_lora_that_fits_nothing_is_refused(run, adapter):
 @pytest.mark.parametrize("name", ["math", "flash"])
 def test_an_sdpa_kernel_is_the_one_that_runs_in_the_network_and_any_elsewhere(run, monkeypatch, name):
     """On a GPU flash takes neither the single wide head of an autoencoder nor a text encoder's mask."""
-    assert kernels.runs(name, "cpu", torch.float32)
+    assert attention_kernels.runs(name, "cpu", torch.float32)
     seen, inside = {True: set(), False: set()}, []
     attend, forward = torch.nn.functional.scaled_dot_product_attention, diffusers.UNet2DConditionModel.forward
 
@@ -215,7 +215,7 @@ def test_a_step_cache_is_undone_when_loading_fails_after_it(run, monkeypatch):
 
     call = diffusers.StableDiffusion3Pipeline.__call__
     with monkeypatch.context() as patched:
-        patched.setattr("sglang_gen.backends.diffusers.compilation.apply", fail)
+        patched.setattr("sglang_gen.backends.diffusers.engine.compilation.apply", fail)
         done = run("sd3", "--cache-dit-config", '{"Fn_compute_blocks": 1}', steps=2)
     assert (done.code, done.lines[-1]) == (1, "ERROR: it failed")
     assert diffusers.StableDiffusion3Pipeline.__call__ is call

@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_ranks import assert_same, pool  # noqa: F401 - the ranks that those tests share
 
-from sglang_gen import launch
-from sglang_gen.backends.seeding import seeded
+from sglang_gen.backends.diffusers.seeding import seeded
 from sglang_gen.errors import UserError
+from sglang_gen.launch import launcher
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Should have t[ab][<>]=t[01]:UserWarning"
@@ -115,7 +115,7 @@ BOTH_BRANCHES = [case for case in NOISY if case[0] != "flux"]  # in one batch of
 
 @pytest.mark.parametrize(("name", "scheduler", "settings"), mostly_slow(BOTH_BRANCHES, NOISY[0], NOISY[7]))
 def test_two_guidance_ranks_draw_the_noise_of_one_process(run, noisy, pool, monkeypatch, name, scheduler, settings):  # noqa: F811
-    monkeypatch.setattr(launch, "open_ranks", pool.open)
+    monkeypatch.setattr(launcher, "open_ranks", pool.open)
     model = noisy(name, scheduler, settings)
     words = ("--num-samples", "2", "sampling.batch_size=2", "--backend", "diffusers")
     once(run, "one", model, *words)

@@ -7,7 +7,7 @@ import group_pages
 import pages
 import pytest
 
-from sglang_gen.schema import leaves
+from sglang_gen.config.schema import leaves
 
 GROUPS = {folder.name: folder for folder in (pages.ROOT / "conf").iterdir() if folder.is_dir()}
 

@@ -14,18 +14,22 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from sglang_gen import env, hub, presets
-from sglang_gen.backends import decoding as decoders
-from sglang_gen.config import Choices, compose
-from sglang_gen.estimate import Alive, busiest, decoding, estimate, predicted
+from sglang_gen import env
+from sglang_gen.backends.native import vae_parallel as decoders
+from sglang_gen.config import presets
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import compose
+from sglang_gen.config.schema import Machine
+from sglang_gen.dry_run import encoder_sizes
+from sglang_gen.dry_run.estimate import Alive, busiest, decoding, estimate, predicted
+from sglang_gen.dry_run.roofline import Kernels
+from sglang_gen.families import autoencoder
+from sglang_gen.families.contract import Request
+from sglang_gen.families.sdxl import pipeline
+from sglang_gen.hub import resolve
 from sglang_gen.parallel.collectives import Axis
-from sglang_gen.parallel.door import cut
-from sglang_gen.perf import parameters
-from sglang_gen.perf.kernels import Kernels
-from sglang_gen.pipelines import autoencoder, sdxl
-from sglang_gen.pipelines.request import Request
-from sglang_gen.plan import make_plan
-from sglang_gen.schema import Machine
+from sglang_gen.parallel.sequence_boundary import cut
+from sglang_gen.plan.make import make_plan
 from sglang_gen.types import Layout
 
 NAMES = [preset.name for preset in presets.load() if preset.path]
@@ -38,37 +42,39 @@ def encoder(kind: str, config: dict) -> torch.nn.Module:
 
 @pytest.mark.parametrize("model", NAMES)
 def test_parameters_are_those_of_the_libraries(model):
-    card = hub.read_card(env.preset_configs(model), model, weights=False)
+    card = resolve.read_card(env.preset_configs(model), model, weights=False)
     counted = 0
     for part in card.components.values():
-        if part.class_name not in parameters.COUNT:
+        if part.class_name not in encoder_sizes.COUNT:
             continue
         with torch.device("meta"):
             own = part.class_name == "AutoencoderKL"
             network = AutoencoderKL.from_config(part.config) if own else encoder(part.class_name, part.config)
-        assert parameters.COUNT[part.class_name](part.config, 1) == sum(each.numel() for each in network.parameters())
+        assert encoder_sizes.COUNT[part.class_name](part.config, 1) == sum(
+            each.numel() for each in network.parameters()
+        )
         counted += 1
     assert counted >= 2 or not model.startswith(("sd", "flux"))
 
 
 def test_t5_on_two_ranks_is_the_part_that_each_reads():
-    from sglang_gen.backends.large_text import TENSOR
+    from sglang_gen.families.text_encoder_parallel import TENSOR
     from sglang_gen.parallel import tensor
     from sglang_gen.parallel.collectives import Axis
 
-    card = hub.read_card(env.preset_configs("sd3_medium"), "sd3_medium", weights=False)
+    card = resolve.read_card(env.preset_configs("sd3_medium"), "sd3_medium", weights=False)
     config = card.components["text_encoder_3"].config
     with torch.device("meta"):
         network = encoder("T5EncoderModel", config)
     tensor.shrink(network, TENSOR, Axis("tp", 2, 0))
-    assert parameters.t5(config, 2) == sum(each.numel() for each in network.parameters())
+    assert encoder_sizes.t5(config, 2) == sum(each.numel() for each in network.parameters())
 
 
 @pytest.mark.parametrize("there", [("shared.weight",), ("encoder.embed_tokens.weight",), ()])
 def test_the_words_of_t5_have_one_name_or_another(tmp_path, there):
     from safetensors.torch import load_file, save_file
 
-    from sglang_gen.backends import large_text
+    from sglang_gen.families import text_encoder_parallel
 
     config = {"d_model": 8, "d_ff": 16, "num_heads": 2, "d_kv": 4, "num_layers": 1, "vocab_size": 12}
     encoder("T5EncoderModel", config).save_pretrained(tmp_path)
@@ -76,7 +82,7 @@ def test_the_words_of_t5_have_one_name_or_another(tmp_path, there):
     words = tensors.pop("shared.weight")
     named = {name: words.clone() for name in there or ("shared.weight", "encoder.embed_tokens.weight")}
     save_file(tensors | named, tmp_path / "model.safetensors")
-    part = large_text.read(tmp_path, torch.float32, "cpu", Axis("tp", 2, 1))
+    part = text_encoder_parallel.read(tmp_path, torch.float32, "cpu", Axis("tp", 2, 1))
     assert torch.equal(part.shared.weight, words)
     assert part.encoder.embed_tokens is part.shared
 
@@ -119,10 +125,10 @@ def test_products_are_those_that_torch_counts_and_two_ranks_have_half():
 
 
 def test_decoding_by_rows_needs_less_memory_and_sends_what_its_ranks_send():
-    card = hub.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
+    card = resolve.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
     request = Request(1024, 768, rehearsed.FACTOR, steps=1, guidance=1.0, text_length=None)
-    alone, nothing = decoding(sdxl, Axis("sp", 1, 0), card, request, 2, torch.float16)
-    half, sent = decoding(sdxl, Axis("sp", 2, 0), card, request, 2, torch.float16)
+    alone, nothing = decoding(pipeline, Axis("sp", 1, 0), card, request, 2, torch.float16)
+    half, sent = decoding(pipeline, Axis("sp", 2, 0), card, request, 2, torch.float16)
     widest = 2 * 256 * 1024 * 768 * 4  # bytes of a batch of maps after the last upsampling, in float32
     assert alone == pytest.approx(3 * widest, rel=0.01)  # what a residual adds to, what it convolves, what that gives
     assert half == pytest.approx(4 * widest / 2, rel=0.01)  # and the same with its neighbours' rows beside it
@@ -207,7 +213,7 @@ def test_attention_has_two_products_and_reads_what_fused_kernels_wrote():
 
 def test_the_prediction_for_flux_is_what_its_arithmetic_says():
     """59.5 TFLOP of products and 14.9 of attention; about 8 ms at 4.3 TB/s of what is fused, by hand."""
-    card = hub.read_card(env.preset_configs("flux_dev"), "flux_dev", weights=False)
+    card = resolve.read_card(env.preset_configs("flux_dev"), "flux_dev", weights=False)
     alone, pair = (
         rehearsed.rank("flux", card, layout, 0, 1024, 1024, 1.0, text_length=512, dtype=torch.bfloat16, fused=True)
         for layout in (Layout(), Layout(ulysses=2))
@@ -296,7 +302,7 @@ def test_no_rank_has_more_to_do_than_those_that_are_estimated(layout, bands, mor
 def test_memory_is_shared_by_the_ranks_of_one_machine(sglang, monkeypatch):
     monkeypatch.setattr(env, "memory_bytes", lambda device: 8 * 10**9)
     choices = Choices(("model=sd15", "parallel=tp2", "device=cpu"))
-    composed, card = compose(choices), hub.read_card(env.preset_configs("sd15"), "sd15", weights=False)
+    composed, card = compose(choices), resolve.read_card(env.preset_configs("sd15"), "sd15", weights=False)
     for place, each in ((None, 4), (env.Torchrun(0, 2, 0, 1, 0), 8)):
         found = estimate(make_plan(replace(composed, place=place), card))
         assert found["memory"]["there"] == each * 10**9

@@ -15,8 +15,8 @@ import pytest
 from started import children, generating, gone, said
 from test_ranks import SIZE, pool, run  # noqa: F401 - the ranks that those tests share
 
-from sglang_gen import launch, worker
 from sglang_gen.errors import RunError
+from sglang_gen.launch import launcher, worker
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def test_the_timeout_of_a_run_on_one_rank_changes_nothing_and_says_so(sglang):
 def test_ranks_start_deaf_to_ctrl_c_and_blind_to_files_of_the_working_directory(capfd):
     """A terminal sends Ctrl-C to all its processes; the launcher answers. A user's queue.py is not the library's."""
     Path("queue.py").write_text("raise SystemExit(7)")
-    ranks = launch.Ranks(1, "cpu")
+    ranks = launcher.Ranks(1, "cpu")
     (process,) = ranks.processes
     for _ in range(20):
         process.send_signal(signal.SIGINT)
@@ -105,7 +105,7 @@ def failure(rank: int, when: float, follows: bool = False) -> worker.Failure:
     return worker.Failure(rank, False, f"rank {rank}", "", when, follows)
 
 
-class Said(launch.Ranks):
+class Said(launcher.Ranks):
     """Ranks of which another one is heard after the first failure; those that say nothing ended by signal `number`."""
 
     def __init__(self, later: tuple[int, worker.Failure | None], device: str = "cpu", number: int = 0) -> None:

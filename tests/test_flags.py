@@ -1,7 +1,7 @@
 """The table of flags, frozen: the command's page, in its order, and five named extensions."""
 
-from sglang_gen.flags import BY_KEY, BY_PATH, FILE_OR_INLINE, FLAGS
-from sglang_gen.schema import Run, get, leaves, plain
+from sglang_gen.config.flags import BY_KEY, BY_PATH, FILE_OR_INLINE, FLAGS
+from sglang_gen.config.schema import Run, get, leaves, plain
 
 PAGE = {
     "model-path": "model.path",

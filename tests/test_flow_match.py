@@ -5,9 +5,10 @@ import pytest
 import torch
 from native import assert_both_make_the_same, edited, runner
 
-from sglang_gen.backends import classes
-from sglang_gen.engine import flow_match
-from sglang_gen.engine.flow_match import FlowMatchEuler
+from sglang_gen.backends.native.scheduler import build_scheduler
+from sglang_gen.engine import flow_match_euler
+from sglang_gen.engine.flow_match_euler import FlowMatchEuler
+from sglang_gen.hub import component_classes
 
 Theirs = diffusers.FlowMatchEulerDiscreteScheduler
 DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
@@ -67,7 +68,7 @@ def test_a_dynamic_shift_needs_its_mu():
 
 def test_the_defaults_are_those_of_diffusers():
     theirs = {key: value for key, value in Theirs().config.items() if not key.startswith("_")}
-    assert theirs == flow_match.DEFAULTS
+    assert theirs == flow_match_euler.CONFIG_DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -78,14 +79,14 @@ def test_the_defaults_are_those_of_diffusers():
 @pytest.mark.filterwarnings("ignore:The config attributes")
 def test_what_ours_does_not_know_is_diffusers(pipelines, run, monkeypatch, changes, own):
     made = []
-    build = classes.scheduler
+    build = build_scheduler
 
     def noted(component):
         found = build(component)
         made.append(type(found))
         return found
 
-    monkeypatch.setattr(classes, "scheduler", noted)
+    monkeypatch.setattr(component_classes, "scheduler", noted)
     model = edited(pipelines["sd3"], "model", "scheduler/scheduler_config.json", **changes)
     assert_both_make_the_same(run, model)
     assert (FlowMatchEuler in made, Theirs in made) == (own, not own)

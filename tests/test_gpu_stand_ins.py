@@ -11,14 +11,16 @@ import pytest
 import torch
 from test_diffusers_options import picture, record, run  # noqa: F401 - a fixture
 
-from sglang_gen import env, generate, legal, rank
-from sglang_gen.backends import native
+from sglang_gen import env, generate
+from sglang_gen.backends.native import engine as native
+from sglang_gen.config.schema import Run
 from sglang_gen.debug import parity
-from sglang_gen.engine import kernels
+from sglang_gen.engine import attention_kernels
 from sglang_gen.errors import RunError, UserError
+from sglang_gen.launch import rank
 from sglang_gen.parallel import mesh
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.schema import Run
+from sglang_gen.plan import layout_limits
 
 
 @pytest.fixture
@@ -158,8 +160,8 @@ def test_a_kernel_that_warns_why_it_refuses_is_one_that_does_not_run(monkeypatch
         warnings.warn("Flash attention kernel not used because: the head is too large", stacklevel=1)
         raise RuntimeError("No available kernel. Aborting execution.")
 
-    monkeypatch.setattr(kernels, "inside_sdpa", lambda _: refuse)
-    assert kernels.runs("flash", "cpu", torch.float32) is False
+    monkeypatch.setattr(attention_kernels, "inside_sdpa", lambda _: refuse)
+    assert attention_kernels.runs("flash", "cpu", torch.float32) is False
 
 
 @pytest.fixture
@@ -180,10 +182,10 @@ def gpus(monkeypatch):
 def test_a_process_that_is_given_a_gpu_of_its_own_computes_on_that(gpus):
     """As SLURM gives each process its CUDA_VISIBLE_DEVICES."""
     used = gpus(1, here=4)
-    legal.check_machine(4, "cuda")
+    layout_limits.check_machine(4, "cuda")
     mesh.use_gpu(3)
     gpus(4, here=4)
-    legal.check_machine(4, "cuda")
+    layout_limits.check_machine(4, "cuda")
     mesh.use_gpu(3)
     assert used == [0, 3]
 
@@ -192,7 +194,7 @@ def test_a_process_that_is_given_a_gpu_of_its_own_computes_on_that(gpus):
 def test_more_ranks_than_gpus_are_refused_where_they_would_share_them(gpus, count, here):
     gpus(count, here)
     with pytest.raises(UserError, match=f"4 ranks need 4 GPUs and torch sees {count}"):
-        legal.check_machine(4, "cuda")
+        layout_limits.check_machine(4, "cuda")
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from hydra.core.config_store import ConfigStore
 
-from sglang_gen import config, hydra_code
-from sglang_gen.config import Choices, compose
+from sglang_gen.config import hydra_code, hydra_loader
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import compose
 from sglang_gen.errors import UserError
 
 EVIL = "stranger.Callback"
@@ -189,7 +190,7 @@ def test_what_a_plugin_registers_may_be_instantiated(monkeypatch):
         store.repo, "hydra", {k: dict(v) if isinstance(v, dict) else v for k, v in store.repo["hydra"].items()}
     )
     store.store(group="hydra/sweeper", name="tpe", node={"sampler": {"_target_": "optuna.samplers.TPESampler"}})
-    installed = config._installed.__wrapped__()
+    installed = hydra_loader.instantiable.__wrapped__()
     assert "optuna.samplers.TPESampler" in installed
     hydra_code.check({"hydra": {"sweeper": {"sampler": {"_target_": "optuna.samplers.TPESampler"}}}}, installed)
-    assert "optuna.samplers.TPESampler" not in config._installed()
+    assert "optuna.samplers.TPESampler" not in hydra_loader.instantiable()

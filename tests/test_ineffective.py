@@ -7,7 +7,7 @@ import diffusers
 import pytest
 from native import with_scheduler
 
-from sglang_gen.backends.options.schedules import Trial
+from sglang_gen.backends.diffusers.scheduler_settings import Trial
 
 UNGUIDED = "there is no guidance without a negative prompt and a true_cfg_scale above 1.0"
 EULER = {"beta_schedule": "scaled_linear", "steps_offset": 1}

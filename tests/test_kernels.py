@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sglang_gen import choice
-from sglang_gen.backends.options import attention
-from sglang_gen.engine import fastest, kernels, patterns
+from sglang_gen.backends.diffusers import attention_backend
+from sglang_gen.config.schema import Attention
+from sglang_gen.engine import attention_autotune, attention_kernels, sparse_attention
 from sglang_gen.errors import RunError, UserError
-from sglang_gen.schema import Attention
+from sglang_gen.plan import backend_choice
 
 FLOAT = torch.float32
 
@@ -25,11 +25,17 @@ def qkv(length=24, keys=24):
 
 
 def chosen(name, grids=(), **config):
-    return kernels.choose(Attention(backend=name, backend_config=config), "cpu", FLOAT, grids)
+    return attention_kernels.choose(Attention(backend=name, backend_config=config), "cpu", FLOAT, grids)
 
 
 def test_the_plan_knows_the_names_of_all_kernels():
-    assert set(choice.ATTENTION) == {"auto", "sdpa", "flex", *kernels.SDPA_KERNELS, *kernels.PACKAGES}
+    assert set(backend_choice.ATTENTION) == {
+        "auto",
+        "sdpa",
+        "flex",
+        *attention_kernels.SDPA_KERNELS,
+        *attention_kernels.KERNEL_PACKAGES,
+    }
 
 
 @pytest.mark.parametrize("name", ["auto", "sdpa", "flash", "math"])
@@ -45,7 +51,7 @@ def test_kernels_that_tell_the_sum_are_as_exact_as_those_that_do_not(name, dtype
     q, k, v = (4 * x for x in qkv())
     scores = q.double() @ k.double().mT * q.shape[-1] ** -0.5
     expected = scores.softmax(-1) @ v.double()
-    out, lse = kernels.summing(name, "cpu", dtype)(q.to(dtype), k.to(dtype), v.to(dtype))
+    out, lse = attention_kernels.summing(name, "cpu", dtype)(q.to(dtype), k.to(dtype), v.to(dtype))
     plain = chosen(name).kernel(q.to(dtype), k.to(dtype), v.to(dtype))
     assert out.dtype == dtype
     assert (out - expected).abs().max() <= 1.5 * (plain - expected).abs().max() + 1e-6
@@ -60,23 +66,23 @@ def test_a_kernel_that_does_not_take_a_shape_is_not_the_fastest_and_the_first_fa
 
     taken = {"sdpa": scaled_dot_product_attention, "narrow": narrow}
     shapes = {(1, 2, 8, 8, 8): 1, (1, 2, 8, 8, 16): 1}
-    seconds = fastest.measure(taken, shapes, "cpu", FLOAT)
+    seconds = attention_autotune.measure(taken, shapes, "cpu", FLOAT)
     assert (seconds["narrow"], seconds["sdpa"] < 1) == (float("inf"), True)
     with pytest.raises(RuntimeError, match="No available kernel"):
-        fastest.measure({"narrow": narrow, "sdpa": taken["sdpa"]}, shapes, "cpu", FLOAT)
+        attention_autotune.measure({"narrow": narrow, "sdpa": taken["sdpa"]}, shapes, "cpu", FLOAT)
 
 
 def test_an_installed_package_that_does_not_import_is_no_candidate(monkeypatch):
-    monkeypatch.setattr(kernels, "_usable", lambda name, device, dtype: True)
-    monkeypatch.setattr(kernels, "runs", lambda name, device, dtype: False)
+    monkeypatch.setattr(attention_kernels, "_usable", lambda name, device, dtype: True)
+    monkeypatch.setattr(attention_kernels, "runs", lambda name, device, dtype: False)
     broken = types.SimpleNamespace(module="no_such_package", function="attend", exact=True)
-    monkeypatch.setattr(kernels, "PACKAGES", {"broken": broken})
-    assert kernels.candidates([(1, 1, 8, 8, 8)], "cuda", torch.float16) == ["sdpa"]
+    monkeypatch.setattr(attention_kernels, "PACKAGES", {"broken": broken})
+    assert attention_kernels.candidates([(1, 1, 8, 8, 8)], "cuda", torch.float16) == ["sdpa"]
 
 
 def test_products_beyond_float16_stay_finite():
     q = torch.full((1, 1, 3, 64), 40, dtype=torch.float16)
-    out, lse = kernels.summing("math", "cpu", torch.float16)(q, q, q)
+    out, lse = attention_kernels.summing("math", "cpu", torch.float16)(q, q, q)
     assert bool(torch.isfinite(out).all() and torch.isfinite(lse).all())
 
 
@@ -87,9 +93,9 @@ def test_only_the_named_kernel_of_torch_runs(monkeypatch):
     def attend(q, k, v):
         allowed.append((enabled.math_sdp_enabled(), enabled.flash_sdp_enabled()))
 
-    monkeypatch.setattr(kernels, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(attention_kernels, "scaled_dot_product_attention", attend)
     for order in (["math"], ["flash"], ["flash", "math"]):
-        kernels.inside_sdpa(order)(*qkv())
+        attention_kernels.inside_sdpa(order)(*qkv())
     assert allowed == [(True, False), (False, True), (True, True)]
 
 
@@ -107,7 +113,7 @@ def hopper(monkeypatch):
         orders.append(torch._C._get_sdp_priority_order())
         return scaled_dot_product_attention(q, k, v)
 
-    monkeypatch.setattr(kernels, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(attention_kernels, "scaled_dot_product_attention", attend)
     yield orders
     torch._C._set_sdp_priority_order(before)
 
@@ -120,17 +126,17 @@ def hopper(monkeypatch):
 def test_choosing_a_kernel_leaves_torchs_order_of_kernels_as_it_is(hopper, engine, name, order):
     wanted = Attention(backend=name, backend_config={"priority": order} if order else {})
     if engine == "sglang":
-        kernels.choose(wanted, "cpu", FLOAT, ()).kernel(*qkv())
+        attention_kernels.choose(wanted, "cpu", FLOAT, ()).kernel(*qkv())
     else:
-        with attention.own(wanted, "cpu", FLOAT).context():
-            kernels.scaled_dot_product_attention(*qkv())
+        with attention_backend.own(wanted, "cpu", FLOAT).context():
+            attention_kernels.scaled_dot_product_attention(*qkv())
     assert torch._C._get_sdp_priority_order() == CUDNN_FIRST
     assert hopper[-1] == ([0, 1, 3, 2, 4] if len(order) > 1 else CUDNN_FIRST)
 
 
 @pytest.mark.parametrize("engine", ["sglang", "diffusers"])
 def test_the_refusal_of_a_kernel_leaves_torchs_order_of_kernels_as_it_is(hopper, engine):
-    choose = chosen if engine == "sglang" else lambda name: attention.own(Attention(backend=name), "cpu", FLOAT)
+    choose = chosen if engine == "sglang" else lambda name: attention_backend.own(Attention(backend=name), "cpu", FLOAT)
     with pytest.raises(UserError, match="'cudnn' does not run here"):
         choose("cudnn")
     assert torch._C._get_sdp_priority_order() == CUDNN_FIRST
@@ -139,9 +145,9 @@ def test_the_refusal_of_a_kernel_leaves_torchs_order_of_kernels_as_it_is(hopper,
 def test_timing_kernels_leaves_torchs_order_of_kernels_as_it_is(hopper, monkeypatch, tmp_path):
     monkeypatch.setenv("SGLANG_GEN_CACHE", str(tmp_path / "cache"))
     shapes = Counter({(1, 2, 8, 8, 16): 3})
-    names = kernels.candidates(shapes, "cpu", FLOAT)
-    timed = {name: kernels.named(name).kernel for name in names}
-    assert fastest.fastest(timed, shapes, "cpu", FLOAT) in names == ["sdpa", "math"]
+    names = attention_kernels.candidates(shapes, "cpu", FLOAT)
+    timed = {name: attention_kernels.named(name).kernel for name in names}
+    assert attention_autotune.fastest(timed, shapes, "cpu", FLOAT) in names == ["sdpa", "math"]
     assert torch._C._get_sdp_priority_order() == CUDNN_FIRST
 
 
@@ -169,14 +175,14 @@ def test_a_kernel_that_cannot_be_is_refused_in_one_sentence(name, config, senten
 
 
 def test_a_package_for_gpus_is_refused_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention_kernels.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(UserError, match="'sage' does not run here"):
         chosen("sage")
 
 
-@pytest.mark.parametrize("name", sorted(kernels.PACKAGES))
+@pytest.mark.parametrize("name", sorted(attention_kernels.KERNEL_PACKAGES))
 def test_a_package_gets_its_own_layout_and_gives_back_ours(monkeypatch, name):
-    package, seen = kernels.PACKAGES[name], []
+    package, seen = attention_kernels.KERNEL_PACKAGES[name], []
 
     def function(q, k, v):
         seen.append(tuple(q.shape))
@@ -189,13 +195,13 @@ def test_a_package_gets_its_own_layout_and_gives_back_ours(monkeypatch, name):
     setattr(module, package.function, function)
     monkeypatch.setitem(sys.modules, package.module, module)
     q, k, v = qkv()
-    assert torch.equal(kernels.named(name).kernel(q, k, v), scaled_dot_product_attention(q, k, v))
+    assert torch.equal(attention_kernels.named(name).kernel(q, k, v), scaled_dot_product_attention(q, k, v))
     assert seen == [(2, 3, 24, 16) if package.heads_first else (2, 24, 3, 16)]
 
 
 def test_auto_leaves_out_the_kernel_whose_scores_are_too_large():
-    assert kernels.candidates([(2, 4, 256, 256, 64)], "cpu", FLOAT) == ["sdpa", "math"]
-    assert kernels.candidates([(2, 10, 16384, 16384, 64)], "cpu", FLOAT) == ["sdpa"]
+    assert attention_kernels.candidates([(2, 4, 256, 256, 64)], "cpu", FLOAT) == ["sdpa", "math"]
+    assert attention_kernels.candidates([(2, 10, 16384, 16384, 64)], "cpu", FLOAT) == ["sdpa"]
 
 
 @pytest.fixture
@@ -224,35 +230,35 @@ SHAPES = Counter({(1, 1, 4, 4, 8): 3})
 
 def test_auto_takes_the_fastest_and_asks_only_once(kept):
     found, calls = timed(sdpa=12, math=2)
-    assert fastest.fastest(found, SHAPES, "cpu", FLOAT) == "math"
+    assert attention_autotune.fastest(found, SHAPES, "cpu", FLOAT) == "math"
     (file,) = kept.iterdir()
     assert json.loads(file.read_text())["kernel"] == "math"
-    assert calls["sdpa"] == calls["math"] == fastest.ROUNDS
-    assert fastest.fastest(found, SHAPES, "cpu", FLOAT) == "math"
-    assert sum(calls.values()) == 2 * fastest.ROUNDS
-    fastest.fastest(found, SHAPES, "cpu", torch.bfloat16)
-    assert sum(calls.values()) == 4 * fastest.ROUNDS
+    assert calls["sdpa"] == calls["math"] == attention_autotune.ROUNDS
+    assert attention_autotune.fastest(found, SHAPES, "cpu", FLOAT) == "math"
+    assert sum(calls.values()) == 2 * attention_autotune.ROUNDS
+    attention_autotune.fastest(found, SHAPES, "cpu", torch.bfloat16)
+    assert sum(calls.values()) == 4 * attention_autotune.ROUNDS
 
 
 def test_auto_keeps_torchs_choice_unless_another_is_clearly_faster(kept, monkeypatch):
     found, _ = timed(sdpa=1, math=1)
-    monkeypatch.setattr(fastest, "measure", lambda *_: {"sdpa": 1.0, "math": 0.96})
-    assert fastest.fastest(found, SHAPES, "cpu", FLOAT) == "sdpa"
+    monkeypatch.setattr(attention_autotune, "measure", lambda *_: {"sdpa": 1.0, "math": 0.96})
+    assert attention_autotune.fastest(found, SHAPES, "cpu", FLOAT) == "sdpa"
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"kernel": "gone"}', "{"])
 def test_an_answer_that_is_damaged_is_timed_again(kept, content):
     found, calls = timed(sdpa=12, math=2)
-    fastest.fastest(found, SHAPES, "cpu", FLOAT)
+    attention_autotune.fastest(found, SHAPES, "cpu", FLOAT)
     (file,) = kept.iterdir()
     file.write_text(content)
-    assert fastest.fastest(found, SHAPES, "cpu", FLOAT) == "math"
-    assert calls["math"] == 2 * fastest.ROUNDS
+    assert attention_autotune.fastest(found, SHAPES, "cpu", FLOAT) == "math"
+    assert calls["math"] == 2 * attention_autotune.ROUNDS
 
 
 def test_a_single_candidate_is_not_timed(kept):
     found, calls = timed(sdpa=1)
-    assert fastest.fastest(found, SHAPES, "cpu", FLOAT) == "sdpa"
+    assert attention_autotune.fastest(found, SHAPES, "cpu", FLOAT) == "sdpa"
     assert not calls
     assert not kept.exists()
 
@@ -261,17 +267,19 @@ def seen(pattern, grid):
     """Which query sees which key, `[tokens, tokens]`."""
     number = torch.arange(grid.tokens)
     zero = torch.zeros(())
-    return patterns.mask(pattern, grid)(zero, zero, number[:, None], number[None, :])
+    return sparse_attention.mask(pattern, grid)(zero, zero, number[:, None], number[None, :])
 
 
-@pytest.mark.parametrize("grid", [patterns.Grid(5, 7), patterns.Grid(4, 6, before=3), patterns.Grid(3, 5, after=2)])
+@pytest.mark.parametrize(
+    "grid", [sparse_attention.Grid(5, 7), sparse_attention.Grid(4, 6, before=3), sparse_attention.Grid(3, 5, after=2)]
+)
 @pytest.mark.parametrize(
     "pattern",
     [
-        patterns.Pattern(window=0),
-        patterns.Pattern(window=2),
-        patterns.Pattern(tile=2),
-        patterns.Pattern(tile=3, reach=0),
+        sparse_attention.Pattern(window=0),
+        sparse_attention.Pattern(window=2),
+        sparse_attention.Pattern(tile=2),
+        sparse_attention.Pattern(tile=3, reach=0),
     ],
 )
 def test_a_pattern_lets_text_see_everything_and_pictures_their_neighbours(pattern, grid):
@@ -295,10 +303,10 @@ def test_a_pattern_lets_text_see_everything_and_pictures_their_neighbours(patter
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
 @pytest.mark.parametrize("config", [{}, {"window": 2}, {"tile": 2, "reach": 1}])
 def test_flex_equals_attention_with_the_patterns_mask(config):
-    grid = patterns.Grid(8, 12, before=5)
+    grid = sparse_attention.Grid(8, 12, before=5)
     q, k, v = qkv(grid.tokens, grid.tokens)
     kernel = chosen("flex", [grid], **config).kernel
-    mask = seen(patterns.parse(config), grid) if config else None
+    mask = seen(sparse_attention.parse(config), grid) if config else None
     assert torch.allclose(kernel(q, k, v), scaled_dot_product_attention(q, k, v, attn_mask=mask), atol=1e-5)
     q, k, v = qkv(grid.tokens, 7)
     assert torch.equal(kernel(q, k, v), scaled_dot_product_attention(q, k, v))  # to the text: dense

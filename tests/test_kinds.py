@@ -13,7 +13,7 @@ import tiny
 import torch
 from PIL import Image
 
-from sglang_gen.backends.options import kinds
+from sglang_gen.backends.diffusers import pipeline_signature
 
 COMMON = ("--seed", "7", "--dtype", "float32", "--num-inference-steps", "3")
 
@@ -87,7 +87,7 @@ def test_a_text_to_video_model_takes_no_picture_unless_its_weights_do(tmp_path, 
     assert done.code == 2
     assert "WanPipeline takes no input image, and diffusers has no image to video pipeline" in done.lines[-1]
     if hasattr(diffusers.pipelines.auto_pipeline, "AUTO_IMAGE2VIDEO_PIPELINES_MAPPING"):
-        found = kinds.find("LTXPipeline", image=True, mask=False)
+        found = pipeline_signature.find("LTXPipeline", image=True, mask=False)
         assert (found.pipeline_class.__name__, found.makes) == ("LTXImageToVideoPipeline", "video")
 
 
@@ -115,7 +115,7 @@ def test_a_sound_is_what_the_pipeline_returned(tmp_path, sglang):
 @pytest.mark.parametrize("name", ["StableAudioPipeline", "AudioLDM2Pipeline", "AceStepPipeline"])
 def test_pipelines_of_sound_are_known_as_such(name):
     if hasattr(diffusers, name):
-        assert kinds.find(name, image=False, mask=False).makes == "audio"
+        assert pipeline_signature.find(name, image=False, mask=False).makes == "audio"
 
 
 SPARE = """

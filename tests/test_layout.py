@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_gen import env, hub, layout, legal
-from sglang_gen.config import Choices, compose
+from sglang_gen import env
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import compose
+from sglang_gen.config.schema import Parallel
 from sglang_gen.errors import UserError
-from sglang_gen.schema import Parallel
+from sglang_gen.hub import resolve
+from sglang_gen.plan import degrees, layout_limits
 from sglang_gen.types import Layout
 
 DEGREES = ("num_gpus", "tp_size", "sp_degree", "ulysses_degree", "ring_degree", "dp_size", "dp_degree")
@@ -18,7 +21,7 @@ SMALL = range(1, 17)  # no degree can be larger than the largest stated one
 
 
 def infer(heads: int | None = None, **stated: int) -> Layout:
-    return layout.infer(Parallel(**stated), set(stated), heads)
+    return degrees.infer(Parallel(**stated), set(stated), heads)
 
 
 def possible(stated: dict[str, int]) -> bool:
@@ -88,10 +91,10 @@ def test_ulysses_goes_as_far_as_the_heads_divide(heads, tp, expected):
 
 
 def test_sdxl_on_sp2_tp2_is_ring_2_by_tp_2():
-    card = hub.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
+    card = resolve.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
     composed = compose(Choices(("model=sdxl", "parallel=sp2_tp2")))
     given_degrees = {"num_gpus", "sp_degree", "tp_size"}
-    assert layout.infer(composed.run.parallel, given_degrees, legal.common_heads(card)) == Layout(ring=2, tp=2)
+    assert degrees.infer(composed.run.parallel, given_degrees, layout_limits.common_heads(card)) == Layout(ring=2, tp=2)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +102,7 @@ def test_sdxl_on_sp2_tp2_is_ring_2_by_tp_2():
     [
         ({"num_gpus": 0}, "parallel.num_gpus is 0; a degree is at least 1"),
         ({"tp_size": -2}, "parallel.tp_size is -2; a degree is at least 1"),
-        ({"num_gpus": 3, "tp_size": 2}, f"{layout.EQUATION} does not hold: "
+        ({"num_gpus": 3, "tp_size": 2}, f"{degrees.EQUATION} does not hold: "
          "dp_size 1, cfg 1, ring_degree 1, ulysses_degree 1, tp_size 2 make 2, num_gpus is 3"),
         ({"sp_degree": 4, "ring_degree": 3}, "sp_degree is 4, ring_degree 3"),
         ({"num_gpus": 4, "dp_size": 2, "dp_degree": 3}, "dp_degree = num_gpus / dp_size does not hold: dp_degree is 3"),
@@ -140,7 +143,7 @@ def test_a_slip_of_the_pen_is_refused_at_once():
     started = time.monotonic()
     with pytest.raises(UserError, match=r"num_gpus is 4; take parallel\.sp_degree=4"):
         infer(10, sp_degree=100_000, num_gpus=4)
-    found = legal.Limits((10, 20), ((32, "group norms of {} groups"),), 32, "bands")
+    found = layout_limits.Limits((10, 20), ((32, "group norms of {} groups"),), 32, "bands")
     with pytest.raises(UserError, match="take sp_degree 32"):
-        legal.check_network(found, Layout(ring=20_480), {"ring_degree"})
+        layout_limits.check_network(found, Layout(ring=20_480), {"ring_degree"})
     assert time.monotonic() - started < 2

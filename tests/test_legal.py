@@ -10,12 +10,17 @@ from cases import mostly_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_gen import env, hub, layout, legal, plan, presets
-from sglang_gen.choice import NATIVE
-from sglang_gen.config import Choices, Composed, compose
+from sglang_gen import env
+from sglang_gen.config import presets
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import Composed, compose
+from sglang_gen.config.schema import Parallel
 from sglang_gen.errors import UserError
-from sglang_gen.requirements import NEEDS
-from sglang_gen.schema import Parallel
+from sglang_gen.hub import resolve
+from sglang_gen.plan import degrees as layout
+from sglang_gen.plan import layout_limits, make
+from sglang_gen.plan.backend_choice import NATIVE
+from sglang_gen.plan.supported_configs import NEEDS
 from sglang_gen.types import Layout, ModelCard, Plan
 
 LAYOUTS = sorted(path.stem for path in (env.conf_dir() / "parallel").glob("*.yaml"))
@@ -24,8 +29,8 @@ TRUE_CFG = "backend.diffusers_kwargs={true_cfg_scale:4}"
 
 def card_of(model: str) -> ModelCard:
     if model == "landscape":
-        return hub.read_card(env.embedded_model(), model, weights=False)
-    return hub.read_card(env.preset_configs(model), model, weights=False)
+        return resolve.read_card(env.embedded_model(), model, weights=False)
+    return resolve.read_card(env.preset_configs(model), model, weights=False)
 
 
 NAMES = [preset.name for preset in presets.load() if preset.name != "custom"]
@@ -39,8 +44,8 @@ def composed(*words: str, **flags: object) -> Composed:
 
 def planned(model: str, *words: str, **flags: object) -> Plan:
     found = composed(f"model={model}", *words, **flags)
-    plan.check(found)
-    return plan.make_plan(found, card_of(model))
+    make.check(found)
+    return make.make_plan(found, card_of(model))
 
 
 def alternatives(sentence: str) -> list[list[str]]:
@@ -56,7 +61,7 @@ def test_every_preset_and_layout_is_seen():
 def refusal(run: Composed, card: ModelCard) -> str | None:
     """The sentence of a run that is refused."""
     try:
-        plan.make_plan(run, card)
+        make.make_plan(run, card)
     except UserError as error:
         return str(error)
     return None
@@ -85,7 +90,7 @@ def test_every_layout_of_a_preset_plans_and_runs_or_neither(options, model):
     for name, option in options.items():
         degrees = {key: source for key, source in option.sources.items() if key.startswith("parallel.")}
         run = replace(one, run=replace(one.run, parallel=option.run.parallel), sources={**one.sources, **degrees})
-        whole = layout.infer(run.run.parallel, layout.stated(run.sources), legal.common_heads(card))
+        whole = layout.infer(run.run.parallel, layout.stated(run.sources), layout_limits.common_heads(card))
         split = Layout(ring=whole.ring, ulysses=whole.ulysses, tp=whole.tp)
         if split not in ran:
             ran[split] = rehearsed.runs(pipeline, thin, split, side, side)
@@ -94,8 +99,8 @@ def test_every_layout_of_a_preset_plans_and_runs_or_neither(options, model):
         assert sentence is None or re.search(": take .*, such as parallel[.]", sentence), sentence
 
 
-def limits(pipeline: str, config: dict, height: int, width: int | None = None) -> legal.Limits:
-    return legal.limits(pipeline, config, height, width or height, rehearsed.FACTOR)
+def limits(pipeline: str, config: dict, height: int, width: int | None = None) -> layout_limits.Limits:
+    return layout_limits.limits(pipeline, config, height, width or height, rehearsed.FACTOR)
 
 
 DEGREES = st.sampled_from([1, 1, 2, 3, 4])
@@ -130,7 +135,7 @@ def test_a_layout_is_legal_exactly_where_its_ranks_can_run(network, split, rows)
     pipeline, config = network
     found = limits(pipeline, config, rows * 16, 16)
     runs = rehearsed.runs(pipeline, rehearsed.card_of(pipeline, config), split, rows * 16, 16)
-    assert (legal.obstacle(found, split) is None) == runs
+    assert (layout_limits.obstacle(found, split) is None) == runs
 
 
 FIELDS = ("num_gpus", "tp_size", "sp_degree", "ulysses_degree", "ring_degree", "dp_size")
@@ -143,21 +148,21 @@ FIELDS = ("num_gpus", "tp_size", "sp_degree", "ulysses_degree", "ring_degree", "
     units=st.integers(1, 9),
 )
 def test_what_a_refusal_suggests_is_legal_and_is_what_comes_out(stated, heads, units):
-    found = legal.Limits(heads, ((32, "group norms of {} groups"),), units, "rows")
+    found = layout_limits.Limits(heads, ((32, "group norms of {} groups"),), units, "rows")
     common = {(10, 20): 10}.get(heads, heads[0])
     try:
         asked = layout.infer(Parallel(**stated), set(stated), common)
     except UserError:
         return
     try:
-        legal.check_network(found, asked, stated.keys())
+        layout_limits.check_network(found, asked, stated.keys())
     except UserError as error:
         for words in alternatives(str(error)):
             values = stated | {
                 key.removeprefix("parallel."): int(value) for key, value in (w.split("=") for w in words)
             }
             other = layout.infer(Parallel(**values), set(values), common)
-            assert legal.obstacle(found, other) is None
+            assert layout_limits.obstacle(found, other) is None
             assert other.ranks <= asked.ranks
             assert (other.dp, other.cfg) == (asked.dp, asked.cfg)
 
@@ -215,9 +220,9 @@ def test_the_size_of_an_input_picture_is_checked_where_it_is_read():
     words = ("parallel=ring4", "sampling.height=96", "sampling.image_path=fox.png")
     found = planned("sdxl", *words)
     stated = layout.stated(found.sources)
-    legal.check_size(found.run, found.card, found.layout, stated, 128, 128)
+    layout_limits.check_size(found.run, found.card, found.layout, stated, 128, 128)
     with pytest.raises(UserError, match=re.escape("this picture has 3 bands")):
-        legal.check_size(found.run, found.card, found.layout, stated, 96, 128)
+        layout_limits.check_size(found.run, found.card, found.layout, stated, 96, 128)
 
 
 def test_a_picture_of_less_than_a_band_is_made_whole_on_every_rank_and_shared_by_none():
@@ -229,10 +234,10 @@ def test_a_picture_of_less_than_a_band_is_made_whole_on_every_rank_and_shared_by
 
 def test_more_ranks_than_gpus_are_told_of_the_cpu(monkeypatch):
     monkeypatch.setattr(env, "gpu_count", lambda: 2)
-    legal.check_machine(2, "cuda")
-    legal.check_machine(3, "cpu")
+    layout_limits.check_machine(2, "cuda")
+    layout_limits.check_machine(3, "cpu")
     with pytest.raises(UserError, match="3 ranks need 3 GPUs and torch sees 2; device=cpu runs them as processes"):
-        legal.check_machine(3, "cuda")
+        layout_limits.check_machine(3, "cuda")
 
 
 def test_the_twin_refuses_what_would_be_computed_wrongly():

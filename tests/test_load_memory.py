@@ -20,14 +20,15 @@ from pathlib import Path
 import torch
 from sglang_gen import hub, log
 from sglang_gen.backends import native, parts
-from sglang_gen.choice import NATIVE
-from sglang_gen.config import Choices, compose
+from sglang_gen.plan.backend_choice import NATIVE
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import compose
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.parallel.split import Split
+from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory, host_anon_mb
-from sglang_gen.plan import make_plan
-from sglang_gen.requirements import NEEDS
+from sglang_gen.plan.make import make_plan
+from sglang_gen.plan.supported_configs import NEEDS
 from sglang_gen.types import Layout
 
 PLACES = {"whole": None, "rank 0 of 2": 0, "rank 1 of 2": 1}

@@ -237,8 +237,8 @@ def test_a_scale_of_zero_leaves_every_bit_of_the_picture(pipelines, run, sglang,
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scale=st.floats(-4, 4, width=32), power=st.integers(-20, 20), kind=st.sampled_from(["bfloat16", "float32"]))
 def test_a_merge_adds_its_scale_in_float32_and_nothing_at_zero(scale, power, kind):
-    from sglang_gen.backends.options.lora import _merge
-    from sglang_gen.backends.options.lora_layout import Target
+    from sglang_gen.backends.diffusers.lora import _merge
+    from sglang_gen.backends.diffusers.lora_layout import Target
 
     generator = torch.Generator().manual_seed(1)
     layer = torch.nn.Linear(6, 5, dtype=getattr(torch, kind))

@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from sglang_gen.backends.options import lora_file, lora_settings
 from sglang_gen.errors import UserError
+from sglang_gen.weights.lora import file as lora_file
+from sglang_gen.weights.lora import settings as lora_settings
 
 SIZE = ("--prompt", "a cat", "--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7",
         "--dtype", "float32")  # fmt: skip
@@ -249,7 +250,7 @@ def test_initialisations_that_leave_the_base_weights_alone_are_plain(adapter, st
 
 
 def test_every_setting_of_peft_is_known_and_its_defaults_are_accepted(adapter):
-    known = {*lora_settings.HONOURED, *lora_settings.WITHOUT_EFFECT, *lora_settings.OTHER_KINDS,
+    known = {*lora_settings.HONOURED, *lora_settings.NEUTRAL_SETTINGS, *lora_settings.OTHER_PEFT_KINDS,
              *lora_settings.MORE_THAN_FACTORS}  # fmt: skip
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known
     lora_file.check("peft")

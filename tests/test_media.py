@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sglang_gen import media
+from sglang_gen.outputs import video_audio
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def frames_of(path: Path) -> tuple[np.ndarray, float]:
 def test_a_video_has_its_frames_its_rate_and_its_record(tmp_path, size):
     grey = np.linspace(10, 240, 6).astype(np.uint8)
     frames = np.broadcast_to(grey[:, None, None, None], (6, *size, 3))
-    path = media.save_video(tmp_path, frames, 8, lambda name: {"file": name, "prompt": "é🐱; a=b"})
+    path = video_audio.save_video(tmp_path, frames, 8, lambda name: {"file": name, "prompt": "é🐱; a=b"})
     read, fps = frames_of(path)
     assert (path.name, fps) == ("generated_video_0.mp4", 8)
     assert read.shape == frames.shape
@@ -56,7 +56,7 @@ def test_video_settings_without_a_video_are_a_warning(pipelines, sglang):
 
 def test_a_sound_has_its_samples_and_its_rate(tmp_path):
     samples = np.stack([np.sin(np.linspace(0, 50, 800)), np.linspace(-1, 1, 800)])
-    path = media.save_sound(tmp_path, samples, 16000, lambda name: {"file": name})
+    path = video_audio.save_sound(tmp_path, samples, 16000, lambda name: {"file": name})
     with wave.open(str(path)) as sound:
         assert (sound.getnchannels(), sound.getframerate(), sound.getnframes()) == (2, 16000, 800)
         read = np.frombuffer(sound.readframes(800), "<i2").reshape(-1, 2).T / 32767

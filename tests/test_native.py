@@ -8,7 +8,7 @@ import pytest
 import torch
 from native import assert_both_make_the_same, assert_same, edited, picture, record, runner
 
-from sglang_gen.backends import native
+from sglang_gen.backends.native import engine
 from sglang_gen.models.flux import Flux
 from sglang_gen.models.sd3 import SD3
 from sglang_gen.models.unet import UNet
@@ -194,7 +194,7 @@ def test_a_second_generation_in_the_process_is_bit_identical(run, name):
 
 @pytest.mark.parametrize("what", ["frames", "latents"])
 def test_a_second_generation_that_differs_by_a_bit_is_a_warning(run, monkeypatch, what):
-    decode, sample, times = native.NativeEngine._decode, native.NativeEngine._sample, []
+    decode, sample, times = engine.NativeEngine._decode, engine.NativeEngine._sample, []
 
     def decoded(self, latents, request, batch):
         frames = decode(self, latents, request, batch)
@@ -208,8 +208,8 @@ def test_a_second_generation_that_differs_by_a_bit_is_a_warning(run, monkeypatch
             found.latents.view(-1)[0].nextafter_(torch.tensor(9.0))
         return found
 
-    monkeypatch.setattr(native.NativeEngine, "_decode", decoded)
-    monkeypatch.setattr(native.NativeEngine, "_sample", sampled)
+    monkeypatch.setattr(engine.NativeEngine, "_decode", decoded)
+    monkeypatch.setattr(engine.NativeEngine, "_sample", sampled)
     done = run("sd3", "perf.repeat=2", "--num-samples", "2")
     assert done.code == 0, done.err
     assert [line for line in done.lines if "WARNING" in line] == [

@@ -14,12 +14,13 @@ from parity import error, pair
 from safetensors.torch import load_file, save_file
 
 from sglang_gen import env
-from sglang_gen.backends import parts
-from sglang_gen.component_folder import in_folder
+from sglang_gen.backends.native import components
 from sglang_gen.errors import UserError
+from sglang_gen.families import autoencoder
+from sglang_gen.families.contract import Request
+from sglang_gen.families.sdxl import pipeline
+from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.models.vae import posterior
-from sglang_gen.pipelines import autoencoder, sdxl
-from sglang_gen.pipelines.request import Request
 from sglang_gen.types import Component
 from sglang_gen.weights.load import load
 
@@ -132,7 +133,7 @@ def test_attention_under_the_names_of_old_checkpoints_is_the_same(pixels):
     assert sum("proj_attn" in name for name in weights) == 4
     save_file(weights, file)
     component = Component("diffusers", "AutoencoderKL", Path("vae"), dict(their.config))
-    our = parts._autoencoder(component, torch.float64, "cpu")
+    our = components._autoencoder(component, torch.float64, "cpu")
     assert error(*moments(our, their, pictures(PLAIN, torch.float64, 1, 16, 24))) <= 1e-10
     assert error(*decoded(our, their, latents(PLAIN, torch.float64, 1, 4, 6))) <= 1e-10
 
@@ -291,7 +292,7 @@ def test_an_autoencoder_in_float16_decodes_in_float32_where_its_config_says_so(
     forward = type(our.decoder).forward
     monkeypatch.setattr(type(our.decoder), "forward", lambda self, x: (seen.append(x.dtype), forward(self, x))[1])
     with torch.no_grad():
-        found = sdxl.decode(our, given, Request(48, 32, 8, steps=1, guidance=1.0))
+        found = pipeline.decode(our, given, Request(48, 32, 8, steps=1, guidance=1.0))
     their = AutoencoderKL.from_pretrained(folder, dtype=half).to(dtype)
     with torch.no_grad():
         wanted = their.decode(given.to(dtype) / config["scaling_factor"], return_dict=False)[0]

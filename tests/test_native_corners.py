@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_gen import env
-from sglang_gen.backends.execution import laid_out
-from sglang_gen.component_folder import in_folder
+from sglang_gen.backends.native.execution import laid_out
+from sglang_gen.families import text_encoding, unet_shared
+from sglang_gen.families.flux import pipeline as flux
+from sglang_gen.families.sd3 import pipeline as sd3
+from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.parallel.split import Split
-from sglang_gen.pipelines import flux, sd3, text, unet
+from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.types import Layout
 
 
@@ -59,7 +61,10 @@ def test_a_learned_word_of_several_vectors_is_all_of_them(pipelines, sglang, nam
         encoder, tokenizer = (getattr(pipeline, f"{part}{which}") for part in ("text_encoder", "tokenizer"))
         vectors = torch.randn(3, encoder.config.hidden_size, generator=numbers)
         pipeline.load_textual_inversion(vectors, token="<toy>", text_encoder=encoder, tokenizer=tokenizer)
-    assert text.expanded(pipeline.tokenizer, ["a <toy>, red", "a toy"]) == ["a <toy> <toy>_1 <toy>_2, red", "a toy"]
+    assert text_encoding.expanded(pipeline.tokenizer, ["a <toy>, red", "a toy"]) == [
+        "a <toy> <toy>_1 <toy>_2, red",
+        "a toy",
+    ]
     pipeline.save_pretrained("model")
     for backend in ("sglang", "diffusers"):
         done = sglang("generate", "--model-path", "./model", "--prompt", "a <toy>", *COMMON, "--height", 32,
@@ -153,7 +158,7 @@ def test_the_published_transformer_has_the_published_tensors(preset):
 
 @pytest.mark.parametrize(("dtype", "last"), [(torch.bfloat16, True), (torch.float32, False)])
 def test_convolutions_of_half_precision_have_their_channels_last(dtype, last):
-    network = laid_out(unet.build(test_native_unet.SD15).to(dtype), dtype)
+    network = laid_out(unet_shared.build(test_native_unet.SD15).to(dtype), dtype)
     weights = [module.weight for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
     wide = [weight for weight in weights if weight.shape[1] > 1 and weight.shape[2] > 1]
     assert wide
@@ -162,7 +167,9 @@ def test_convolutions_of_half_precision_have_their_channels_last(dtype, last):
 
 def test_a_sparse_kernel_is_for_the_picture_and_not_for_its_text():
     """Where a picture has as many tokens as its text, their number does not tell them apart."""
-    placed = Split(Mesh(Layout()), {}, unet.SHARDING).twin(partial(unet.build, test_native_unet.SDXL), torch.float32)
+    placed = Split(Mesh(Layout()), {}, unet_shared.SHARDING).twin(
+        partial(unet_shared.build, test_native_unet.SDXL), torch.float32
+    )
 
     def sparse(q, k, v):
         return scaled_dot_product_attention(q, k, v)

@@ -11,14 +11,14 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch import nn
 
+from sglang_gen.engine import attention_autotune
 from sglang_gen.engine import compile as compiling
-from sglang_gen.engine import fastest
-from sglang_gen.engine.shapes import Shapes, rehearse
+from sglang_gen.engine.meta_trace import Shapes, rehearse
 from sglang_gen.errors import RunError
 from sglang_gen.models.attention import Attend
-from sglang_gen.parallel.door import Sharding
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.parallel.split import Split
+from sglang_gen.parallel.sequence_boundary import Sharding
+from sglang_gen.parallel.sharded_network import Split
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_named_kernel_takes_the_place_of_sdpa(run, monkeypatch, name):
         return nn.functional.scaled_dot_product_attention(q, k, v)
 
     assert run(name, folder="sdpa").code == 0
-    monkeypatch.setattr("sglang_gen.engine.kernels.scaled_dot_product_attention", noted)
+    monkeypatch.setattr("sglang_gen.engine.attention_kernels.scaled_dot_product_attention", noted)
     done = run(name, "--attention-backend", "math", "--guidance-scale", "3", folder="math")
     assert done.code == 0, done.err
     assert effective("math", "attention") == "math"
@@ -65,7 +65,7 @@ def test_auto_times_the_kernels_on_the_shapes_of_the_run_and_its_record_pins_the
         asked.append((list(kernels), shapes))
         return "math"
 
-    monkeypatch.setattr(fastest, "fastest", answer)
+    monkeypatch.setattr(attention_autotune, "fastest", answer)
     assert run("sd3", folder="float32").code == 0
     assert asked == []  # there torch's choice stays
     words = ("--guidance-scale", "3", "sampling.max_sequence_length=16")

@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers import transformer_flux
 from parity import error, pair
 
-from sglang_gen.pipelines import flux
+from sglang_gen.families.flux import pipeline
 
 TIMESTEPS = torch.tensor([987.6, 500.0, 7.5])
 ROWS, COLUMNS = 5, 7
@@ -74,7 +74,7 @@ def ours(network, latents, text, pooled, step: int, guidance: float = 3.5) -> to
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_network_computes_what_diffusers_computes(variant):
-    their, our = pair(reference(**VARIANTS[variant]), flux, Path("network"), torch.float32)
+    their, our = pair(reference(**VARIANTS[variant]), pipeline, Path("network"), torch.float32)
     given = inputs(VARIANTS[variant], torch.float32)
     for step in range(len(TIMESTEPS)):
         assert error(ours(our, *given, step), theirs(their, *given, step)) <= 1e-5
@@ -83,7 +83,7 @@ def test_the_network_computes_what_diffusers_computes(variant):
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_in_double_precision_nothing_but_rounding_is_left(variant):
-    their, our = pair(reference(**VARIANTS[variant]), flux, Path("network"), torch.float64)
+    their, our = pair(reference(**VARIANTS[variant]), pipeline, Path("network"), torch.float64)
     given = inputs(VARIANTS[variant], torch.float64)
     for step in range(len(TIMESTEPS)):
         assert error(ours(our, *given, step), theirs(their, *given, step)) <= 1e-10
@@ -105,7 +105,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_planted_defect_breaks_the_parity(mutation):
-    their, our = pair(reference(**DEV), flux, Path("network"), torch.float32)
+    their, our = pair(reference(**DEV), pipeline, Path("network"), torch.float32)
     given = inputs(DEV, torch.float32)
     broken = copy.deepcopy(our)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_a_planted_defect_breaks_the_parity(mutation):
 
 
 def test_prompt_guidance_and_position_matter():
-    _, our = pair(reference(**DEV), flux, Path("network"), torch.float32)
+    _, our = pair(reference(**DEV), pipeline, Path("network"), torch.float32)
     latents, text, pooled = inputs(DEV, torch.float32)
     first = ours(our, latents, text, pooled, 0)
     assert error(ours(our, latents, text.flip(0), pooled, 0), first) > 1e-3

@@ -18,13 +18,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPPreTrainedModel
 
 from sglang_gen import env
-from sglang_gen.engine import guidance
+from sglang_gen.engine import cfg
 from sglang_gen.engine.denoise import step_numbers
-from sglang_gen.guidance import guided_steps
+from sglang_gen.families.contract import Request
 from sglang_gen.models.flux import Flux
 from sglang_gen.models.sd3 import SD3
 from sglang_gen.models.unet import UNet
-from sglang_gen.pipelines.request import Request
+from sglang_gen.plan.guidance import guided_steps
 
 NETWORKS = {"sd15": UNet, "sdxl": UNet, "sd3": SD3, "flux": Flux}
 TRUE_CFG = ("--diffusers-kwargs", '{"true_cfg_scale": 3.0}', "--negative-prompt", "a dog")
@@ -255,8 +255,8 @@ def test_branches_in_turn_take_an_interval_too(run, rows):
     [(None, "batched", False), (10**9, "batched", False), (10**5, "sequential", True)],
 )
 def test_auto_takes_both_at_once_and_keeps_the_encoders_where_they_fit(run, rows, monkeypatch, free, how, released):
-    monkeypatch.setattr("sglang_gen.backends.guiding.free_memory", lambda device: free)
-    monkeypatch.setattr("sglang_gen.backends.native.stored_bytes", lambda tensor: 0)
+    monkeypatch.setattr("sglang_gen.backends.native.memory_policy.free_memory", lambda device: free)
+    monkeypatch.setattr("sglang_gen.backends.native.engine.stored_bytes", lambda tensor: 0)
     done = run("sdxl", steps=2)
     assert done.code == 0, done.err
     assert record("outputs")["effective"]["guidance_batching"] == how
@@ -265,8 +265,8 @@ def test_auto_takes_both_at_once_and_keeps_the_encoders_where_they_fit(run, rows
 
 
 def test_encoders_that_leave_make_room_for_both_branches(run, rows, monkeypatch):
-    monkeypatch.setattr("sglang_gen.backends.guiding.free_memory", lambda device: 10**5)
-    monkeypatch.setattr("sglang_gen.backends.native.stored_bytes", lambda tensor: 10**8)
+    monkeypatch.setattr("sglang_gen.backends.native.memory_policy.free_memory", lambda device: 10**5)
+    monkeypatch.setattr("sglang_gen.backends.native.engine.stored_bytes", lambda tensor: 10**8)
     placed, place = [], CLIPPreTrainedModel.to
 
     def noted(encoder, *args, **kwargs):
@@ -332,7 +332,7 @@ def test_the_memory_that_is_reckoned_covers_what_a_network_holds(monkeypatch, pr
         tensors = [leaf for value in kept for leaf in tree_leaves(vars(value)) if isinstance(leaf, torch.Tensor)]
         live = stack.enter_context(Live([*network.parameters(), *network.buffers(), latents, *tensors]))
         predict(latents, 0)
-    reckoned = guidance.MAPS * rows * 2 * glue.widest_map(config, request)
+    reckoned = cfg.MAPS * rows * 2 * glue.widest_map(config, request)
     assert live.peak < reckoned < 4 * live.peak
-    assert guidance.together_fits(live.peak, rows, 2 * glue.widest_map(config, request)) is False
-    assert guidance.together_fits(reckoned, rows, 2 * glue.widest_map(config, request)) is True
+    assert cfg.together_fits(live.peak, rows, 2 * glue.widest_map(config, request)) is False
+    assert cfg.together_fits(reckoned, rows, 2 * glue.widest_map(config, request)) is True

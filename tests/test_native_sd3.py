@@ -11,9 +11,9 @@ from diffusers import SD3Transformer2DModel
 from parity import compare, error, pair
 from safetensors.torch import load_file, save_file
 
-from sglang_gen.component_folder import in_folder
 from sglang_gen.errors import UserError
-from sglang_gen.pipelines import sd3
+from sglang_gen.families.sd3 import pipeline
+from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.weights.load import load
 
 TIMESTEPS = torch.tensor([987.6, 500.0, 7.5])
@@ -62,7 +62,7 @@ def ours(network, latents, text, pooled, step: int) -> torch.Tensor:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_network_computes_what_diffusers_computes(variant):
     config = VARIANTS[variant]
-    compare(reference(**config), sd3, partial(inputs, config), ours, theirs, len(TIMESTEPS))
+    compare(reference(**config), pipeline, partial(inputs, config), ours, theirs, len(TIMESTEPS))
 
 
 MUTATIONS = {
@@ -81,7 +81,7 @@ def swap_heads(qkv: torch.Tensor, width: int = 8) -> None:
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_planted_defect_breaks_the_parity(mutation):
-    their, our = pair(reference(**VARIANTS["sd35-medium"]), sd3, Path("network"), torch.float32)
+    their, our = pair(reference(**VARIANTS["sd35-medium"]), pipeline, Path("network"), torch.float32)
     given = inputs(PLAIN, torch.float32)
     broken = copy.deepcopy(our)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_a_planted_defect_breaks_the_parity(mutation):
 
 
 def test_another_prompt_and_another_timestep_give_another_output():
-    _, our = pair(reference(**PLAIN), sd3, Path("network"), torch.float32)
+    _, our = pair(reference(**PLAIN), pipeline, Path("network"), torch.float32)
     latents, text, pooled = inputs(PLAIN, torch.float32)
     first = ours(our, latents, text, pooled, 0)
     assert error(ours(our, latents, text.flip(0), pooled, 0), first) > 1e-3
@@ -99,7 +99,7 @@ def test_another_prompt_and_another_timestep_give_another_output():
 
 
 def test_rows_of_a_batch_do_not_see_each_other():
-    _, our = pair(reference(**PLAIN), sd3, Path("network"), torch.float64)
+    _, our = pair(reference(**PLAIN), pipeline, Path("network"), torch.float64)
     given = inputs(PLAIN, torch.float64)
     alone = ours(our, *(tensor[1:2] for tensor in given), 0)
     assert error(ours(our, *given, 0)[1:2], alone) <= 1e-10
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_the_name_of_the_tensor(cha
     change(weights)
     save_file(weights, file)
     with pytest.raises(UserError) as failure:
-        load(lambda: sd3.build(PLAIN), [file], sd3.sources, torch.float32, "cpu")
+        load(lambda: pipeline.build(PLAIN), [file], pipeline.sources, torch.float32, "cpu")
     assert sentence in str(failure.value)
 
 
@@ -132,7 +132,7 @@ def test_a_sharded_checkpoint_is_the_same():
     reference(**PLAIN).save_pretrained("shards", max_shard_size="50KB")
     assert len(in_folder(Path("shards"))) > 2
     networks = [
-        load(lambda: sd3.build(PLAIN), in_folder(Path(name)), sd3.sources, torch.float32, "cpu")
+        load(lambda: pipeline.build(PLAIN), in_folder(Path(name)), pipeline.sources, torch.float32, "cpu")
         for name in ("whole", "shards")
     ]
     for (name, whole), shard in zip(networks[0].state_dict().items(), networks[1].state_dict().values(), strict=True):

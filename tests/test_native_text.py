@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sglang_gen import log
-from sglang_gen.pipelines.text import expanded, tokens
+from sglang_gen.families.text_encoding import expanded, tokens
 
 # In letters, of which each is a token; CLIP has room for 75 beside its start and end.
 LETTERS = {"short": 5, "one less than full": 74, "full": 75, "one too many": 76, "long": 200, "longer than T5": 700}

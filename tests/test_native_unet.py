@@ -13,9 +13,9 @@ from parity import compare, error, pair
 from safetensors.torch import load_file, save_file
 
 from sglang_gen import env
-from sglang_gen.component_folder import in_folder
 from sglang_gen.errors import UserError
-from sglang_gen.pipelines import unet
+from sglang_gen.families import unet_shared
+from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.weights.load import load
 
 TIMESTEPS = torch.tensor([981, 500, 7])
@@ -74,20 +74,20 @@ def ours(network, latents, *conditions, step: int) -> torch.Tensor:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_network_computes_what_diffusers_computes(variant):
     config = VARIANTS[variant]
-    compare(reference(**config), unet, partial(inputs, config), ours, theirs, len(TIMESTEPS))
+    compare(reference(**config), unet_shared, partial(inputs, config), ours, theirs, len(TIMESTEPS))
 
 
 @pytest.mark.parametrize("size", [(7, 12), (9, 5), (11, 10), (4, 6)])
 @pytest.mark.parametrize("variant", ["sd15", "sdxl"])
 def test_sizes_that_do_not_halve_evenly_meet_again_on_the_way_up(variant, size):
     config = VARIANTS[variant]
-    their, our = pair(reference(**config), unet, Path("network"), torch.float64)
+    their, our = pair(reference(**config), unet_shared, Path("network"), torch.float64)
     given = inputs(config, torch.float64, 2, *size)
     assert error(ours(our, *given, step=1), theirs(their, *given, step=1)) <= 1e-10
 
 
 def test_fractions_of_timesteps_and_repeated_ones_are_taken():
-    _, our = pair(reference(**SD15), unet, Path("network"), torch.float64)
+    _, our = pair(reference(**SD15), unet_shared, Path("network"), torch.float64)
     latents, text = inputs(SD15, torch.float64)
     with torch.no_grad():
         conditioning = our.condition(torch.tensor([500.0, 500.0, 500.5]), text)
@@ -118,7 +118,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_planted_defect_breaks_the_parity(mutation):
-    their, our = pair(reference(**SDXL), unet, Path("network"), torch.float32)
+    their, our = pair(reference(**SDXL), unet_shared, Path("network"), torch.float32)
     given = inputs(SDXL, torch.float32)
     broken = copy.deepcopy(our)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_a_planted_defect_breaks_the_parity(mutation):
 
 
 def test_another_prompt_size_and_timestep_give_another_output():
-    _, our = pair(reference(**SDXL), unet, Path("network"), torch.float32)
+    _, our = pair(reference(**SDXL), unet_shared, Path("network"), torch.float32)
     latents, text, pooled, sizes = inputs(SDXL, torch.float32)
     first = ours(our, latents, text, pooled, sizes, step=0)
     assert error(ours(our, latents, text.flip(0), pooled, sizes, step=0), first) > 1e-3
@@ -138,7 +138,7 @@ def test_another_prompt_size_and_timestep_give_another_output():
 
 @pytest.mark.parametrize("variant", ["sd15", "sdxl"])
 def test_rows_of_a_batch_do_not_see_each_other(variant):
-    _, our = pair(reference(**VARIANTS[variant]), unet, Path("network"), torch.float64)
+    _, our = pair(reference(**VARIANTS[variant]), unet_shared, Path("network"), torch.float64)
     given = inputs(VARIANTS[variant], torch.float64)
     alone = ours(our, *(tensor[1:2] for tensor in given), step=0)
     assert error(ours(our, *given, step=0)[1:2], alone) <= 1e-10
@@ -165,7 +165,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_the_name_of_the_tensor(cha
     change(weights)
     save_file(weights, file)
     with pytest.raises(UserError) as failure:
-        load(lambda: unet.build(SD15), [file], unet.sources, torch.float32, "cpu")
+        load(lambda: unet_shared.build(SD15), [file], unet_shared.sources, torch.float32, "cpu")
     assert sentence in str(failure.value)
 
 
@@ -173,8 +173,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_the_name_of_the_tensor(cha
 def test_the_published_network_has_the_published_tensors(preset):
     config = json.loads((env.preset_configs(preset) / "unet" / "config.json").read_text())
     with torch.device("meta"):
-        our, their = unet.build(config), UNet2DConditionModel.from_config(config)
+        our, their = unet_shared.build(config), UNet2DConditionModel.from_config(config)
     wanted = their.state_dict()
-    names = [source for name in our.state_dict() for source in unet.sources(name)]
+    names = [source for name in our.state_dict() for source in unet_shared.sources(name)]
     assert sorted(names) == sorted(wanted)
     assert sum(p.numel() for p in our.parameters()) == sum(p.numel() for p in their.parameters())

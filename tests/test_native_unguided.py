@@ -6,7 +6,7 @@ import pytest
 from native import assert_both_make_the_same, record, runner
 from test_native_guidance import rows  # noqa: F401 - a fixture
 
-from sglang_gen.engine import guidance
+from sglang_gen.engine import cfg
 
 NEGATIVE = ("--negative-prompt", "a dog")
 SCALES = [0, 0.5, 1]
@@ -58,4 +58,4 @@ def test_ranks_for_branches_that_there_are_not_are_refused(run, scale):
 
 @pytest.mark.parametrize(("scale", "kinds"), [(0.5, [0, 0, 0, 0]), (1.0, [0, 0, 0, 0]), (3.0, [0, 1, 1, 0])])
 def test_evaluations_are_of_one_kind_where_nothing_is_guided(scale, kinds):
-    assert guidance.kinds(guidance.Guidance(scale, steps=range(1, 3)), [0, 1, 2, 3]) == kinds
+    assert cfg.kinds(cfg.Guidance(scale, steps=range(1, 3)), [0, 1, 2, 3]) == kinds

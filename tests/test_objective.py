@@ -15,7 +15,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 
 import sglang_gen
-from sglang_gen import config
+from sglang_gen.config import hydra_loader
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.perf import objective
 from sglang_gen.perf.memory import Checkpoint
@@ -69,7 +69,7 @@ SWEEPERS = {
 
 @pytest.fixture(autouse=True)
 def _plugins(monkeypatch) -> Iterator[None]:
-    config._installed.cache_clear()  # what Hydra may instantiate is looked at once a process
+    hydra_loader.instantiable.cache_clear()  # what Hydra may instantiate is looked at once a process
     for name, kind in SWEEPERS.items():
         packages = name.split(".")
         for depth in range(1, len(packages) + 1):
@@ -84,7 +84,7 @@ def _plugins(monkeypatch) -> Iterator[None]:
         node = {"_target_": f"{name}.{kind.__name__}", "values": "3,1,2", "forgiving": False}
         ConfigStore.instance().store(group="hydra/sweeper", name=kind.__name__.lower(), node=node)
     yield
-    config._installed.cache_clear()
+    hydra_loader.instantiable.cache_clear()
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_every_number_of_a_dump_has_a_key(pipelines, sglang):
     assert steps[0] <= found["step_ms"] <= steps[-1]
     legal = {*objective.KNOWN, "schema_version"}
     assert [key for key in found if key not in legal and not key.startswith(objective.OPEN)] == []
-    assert set(Checkpoint.__dataclass_fields__) == set(objective.PEAKS)
+    assert set(Checkpoint.__dataclass_fields__) == set(objective.OBJECTIVE_PEAKS)
     with pytest.raises(RunError, match=r"no number 'effective\.dtype'"):
         objective.value(dump, "effective.dtype")
 

@@ -14,9 +14,9 @@ from diffusers.hooks.group_offloading import ModuleGroup
 from PIL import Image
 from test_diffusers_options import picture, record, run  # noqa: F401 - a fixture
 
-from sglang_gen.backends.options import offload
+from sglang_gen.backends.diffusers import offload
+from sglang_gen.config.schema import Run
 from sglang_gen.errors import RunError
-from sglang_gen.schema import Run
 
 FLAGS = ("--dit-cpu-offload", "--vae-cpu-offload", "--text-encoder-cpu-offload")
 
@@ -149,7 +149,7 @@ def test_files_of_an_offloaded_network_go_when_the_run_fails(run, moves, streame
         assert len(list(Path("disk").rglob("*.safetensors"))) > 1
         raise error
 
-    monkeypatch.setattr(f"sglang_gen.backends.diffusers.{failing}", fail)
+    monkeypatch.setattr(f"sglang_gen.backends.diffusers.engine.{failing}", fail)
     done = run("sd3", *DISK)
     assert done.code == (1 if isinstance(error, RunError) else 130), done.err
     assert [*Path("disk").iterdir()] == []

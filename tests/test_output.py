@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sglang_gen import output
-from sglang_gen import plan as planning
+from sglang_gen import files
 from sglang_gen.errors import RunError, UserError
+from sglang_gen.plan import make as planning
 
 SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "1", "--seed", "7")
 NOISE = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
@@ -27,7 +27,7 @@ def record(name: str) -> dict:
 
 def save(folder: Path, latents: dict | None = None) -> Path:
     folder.mkdir(exist_ok=True)
-    return output.save_picture(folder, NOISE, record, latents)
+    return files.save_picture(folder, NOISE, record, latents)
 
 
 def names(folder: Path) -> list[str]:
@@ -69,13 +69,13 @@ def test_a_folder_with_the_name_of_a_picture_counts_as_taken(tmp_path):
 
 
 def test_a_number_taken_while_writing_is_left_alone(tmp_path, monkeypatch):
-    fill = output._fill
+    fill = files._fill
 
     def overtaken(path, write):
         (tmp_path / "generated_image_0.png").write_bytes(b"the other run")
         fill(path, write)
 
-    monkeypatch.setattr(output, "_fill", overtaken)
+    monkeypatch.setattr(files, "_fill", overtaken)
     assert save(tmp_path).name == "generated_image_1.png"
     assert (tmp_path / "generated_image_0.png").read_bytes() == b"the other run"
     assert names(tmp_path) == ["generated_image_0.png", "generated_image_1.json", "generated_image_1.png"]
@@ -88,7 +88,7 @@ def check_whole(folder: Path, count: int) -> None:
     for path in pictures:
         with Image.open(path) as picture:
             assert np.array_equal(np.asarray(picture), NOISE)
-            inside = json.loads(picture.text[output.PNG_KEY])
+            inside = json.loads(picture.text[files.PNG_KEY])
         assert inside == json.loads(path.with_suffix(".json").read_text()) == record(path.name)
 
 
@@ -201,10 +201,10 @@ def test_a_full_disk_ends_the_command_with_one_sentence(pipelines, sglang, monke
 
 def test_a_replaced_json_is_the_old_or_the_new_one(tmp_path, monkeypatch):
     path = tmp_path / "perf.json"
-    output.save_json(path, {"old": 1})
+    files.save_json(path, {"old": 1})
     monkeypatch.setattr(os, "fsync", refuse(errno.ENOSPC))
     with pytest.raises(RunError, match="No space left on device"):
-        output.save_json(path, {"new": 2})
+        files.save_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}
     assert names(tmp_path) == ["perf.json"]
 
@@ -271,8 +271,8 @@ def test_a_perf_dump_of_any_name_replaces_an_older_one_and_an_empty_file(compose
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be written: Is a directory"):
-        output.prepare_file(tmp_path)
-    output.prepare_file(tmp_path / "new" / "perf.json")
+        files.prepare_file(tmp_path)
+    files.prepare_file(tmp_path / "new" / "perf.json")
     assert names(tmp_path / "new") == []
 
 
@@ -280,12 +280,12 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
 def test_the_probe_tells_a_read_only_mount_from_a_full_disk(tmp_path, monkeypatch, code, kind):
     monkeypatch.setattr(Path, "write_bytes", refuse(code))
     with pytest.raises(kind, match=os.strerror(code)):
-        output.prepare_folder(tmp_path / "new")
+        files.prepare_folder(tmp_path / "new")
 
 
 def test_the_output_folder_that_vanishes_is_one_sentence(tmp_path):
     with pytest.raises(RunError, match="gone cannot be written: No such file or directory"):
-        output.save_picture(tmp_path / "gone", NOISE, record)
+        files.save_picture(tmp_path / "gone", NOISE, record)
 
 
 def test_a_dot_is_the_working_directory_and_nothing_is_refused(pipelines, sglang):
@@ -312,8 +312,8 @@ def test_the_png_carries_the_record_that_lies_beside_it(pipelines, sglang):
     done = sglang("generate", "--model-path", pipelines["sd3"], "--prompt", prompt, *SMALL)
     assert done.code == 0, done.err
     with Image.open("outputs/generated_image_0.png") as picture:
-        inside = json.loads(picture.text[output.PNG_KEY])
-        assert type(picture.text[output.PNG_KEY]).__name__ == "iTXt"
+        inside = json.loads(picture.text[files.PNG_KEY])
+        assert type(picture.text[files.PNG_KEY]).__name__ == "iTXt"
     raw = Path("outputs/generated_image_0.json").read_bytes()
     assert inside == json.loads(raw)
     assert "🐈\u200d⬛".encode() in raw

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from test_ranks import pool  # noqa: F401 - the ranks that those tests share
 
-from sglang_gen import launch
+from sglang_gen.launch import launcher
 
 BASIC = '--prompt "A serene landscape with mountains and a lake at sunset"'
 HIGH_QUALITY = """--prompt "A futuristic city with flying cars" --negative-prompt "blurry, low quality, distorted"
@@ -118,7 +118,7 @@ def test_cpu_offloading_for_large_models(example):
 
 
 def test_multi_gpu_inference_runs_natively_on_four_ranks(example, pool, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(launch, "open_ranks", pool.open)
+    monkeypatch.setattr(launcher, "open_ranks", pool.open)
     done = example(f"{MULTI_GPU} --num-inference-steps 2")
     assert done.code == 0, done.err
     record = json.loads(Path("outputs/generated_image_0.json").read_text())

@@ -15,18 +15,22 @@ import tiny
 import torch
 
 from sglang_gen import log
-from sglang_gen.backends import diffusers, guiding, native
-from sglang_gen.config import Choices, compose
-from sglang_gen.debug import command, layouts, report
+from sglang_gen.backends.diffusers import engine as diffusers
+from sglang_gen.backends.native import engine as native
+from sglang_gen.backends.native import memory_policy
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import compose
+from sglang_gen.debug import command, report, tensor_match
 from sglang_gen.debug import parity as parity_of_engines
 from sglang_gen.debug.correspondence import correspond
-from sglang_gen.debug.verdict import TOLERANCES, Report, Row, Tolerance, Verdict
-from sglang_gen.engine.guidance import Guidance
+from sglang_gen.debug.verdict import PARITY_TOLERANCES, Report, Row, Tolerance, Verdict
+from sglang_gen.engine.cfg import Guidance
+from sglang_gen.families.sd import pipeline
+from sglang_gen.families.sd3 import pipeline as sd3
 from sglang_gen.models import flux as flux_model
 from sglang_gen.models import sd3 as sd3_model
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.flops import CallLog
-from sglang_gen.pipelines import sd, sd3
 
 MODULES = {"sd15": 134, "sdxl": 283, "sd3": 66, "flux": 60}  # with weights and an output like that of a partner
 DECODER = {"sd15": 44, "sdxl": 44, "sd3": 43, "flux": 43}  # the same of the autoencoder while it decodes
@@ -69,7 +73,7 @@ def found(loaded):
 
     def compare(name, change=lambda engine: None) -> Report:
         plan, theirs = loaded(name)
-        ours, tolerance = native.load(plan, Mesh(), CallLog()), TOLERANCES["float32"]
+        ours, tolerance = native.load(plan, Mesh(), CallLog()), PARITY_TOLERANCES["float32"]
         with torch.no_grad():
             change(ours)
         return parity_of_engines.compare(parity_of_engines.beside(plan, ours, theirs, tolerance), tolerance)
@@ -342,20 +346,20 @@ def test_a_defect_outside_of_the_network_is_named_by_its_stage(found, stage, cha
 
 
 def test_a_wrong_scale_of_guidance_shows_in_the_prediction_and_not_in_a_module(found, monkeypatch):
-    monkeypatch.setattr(guiding, "guidance", lambda *args, **kwargs: Guidance(3.5))
+    monkeypatch.setattr(memory_policy, "guidance", lambda *args, **kwargs: Guidance(3.5))
     sentence = report.sentence(found("sd3"))
     assert sentence.startswith("different: step 1, prediction, guided prediction (theirs: noise_pred) by ")
 
 
 def test_generators_that_have_gone_on_show_in_the_noise_that_a_scheduler_draws(found, pipelines):
     def draw(config, request, generators, dtype):
-        noise = sd.draw(config, request, generators, dtype)
+        noise = pipeline.draw(config, request, generators, dtype)
         torch.randn(1, generator=generators[0])
         return noise
 
     differs = found(
         str(with_scheduler(pipelines["sd15"], "EulerAncestralDiscreteScheduler")),
-        lambda engine: setattr(engine, "glue", SimpleNamespace(**{**vars(sd), "draw": draw})),
+        lambda engine: setattr(engine, "glue", SimpleNamespace(**{**vars(pipeline), "draw": draw})),
     )
     assert report.sentence(differs).startswith("different: step 1, scheduler, next latents (theirs: latents) by ")
 
@@ -442,7 +446,7 @@ def test_help_imports_no_heavy_library():
 def test_modules_correspond_by_the_weights_that_they_hold():
     from diffusers import UNet2DConditionModel
 
-    from sglang_gen.pipelines import unet
+    from sglang_gen.families import unet_shared
 
     config = {
         "block_out_channels": (16, 32), "layers_per_block": 1, "cross_attention_dim": 32, "norm_num_groups": 4,
@@ -450,8 +454,8 @@ def test_modules_correspond_by_the_weights_that_they_hold():
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     }  # fmt: skip
     with torch.device("meta"):
-        ours, theirs = unet.build(config), UNet2DConditionModel(**config)
-    pairs = correspond(ours, theirs, unet.sources)
+        ours, theirs = unet_shared.build(config), UNet2DConditionModel(**config)
+    pairs = correspond(ours, theirs, unet_shared.sources)
     assert pairs[""] == ("",)
     assert pairs["down.1.residuals.0"] == ("down_blocks.1.resnets.0",)
     block = "attentions.0.transformer_blocks.0"
@@ -485,21 +489,21 @@ LAYOUTS = {
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_the_same_numbers_in_another_layout_are_the_same(case):
     ours, theirs = LAYOUTS[case]
-    found = layouts.partners(ours, theirs)
+    found = tensor_match.partners(ours, theirs)
     assert set(found) == set(range(len(ours)))
     for place, partner in found.items():
         assert partner.error == 0
         assert torch.equal(partner.theirs, ours[place])  # in our layout, to be handed on
-    other = layouts.partners([1.1 * tensor for tensor in ours], theirs)
-    assert layouts.worst(other) == pytest.approx(0.1, rel=1e-4)
+    other = tensor_match.partners([1.1 * tensor for tensor in ours], theirs)
+    assert tensor_match.worst(other) == pytest.approx(0.1, rel=1e-4)
 
 
 def test_outputs_that_cannot_be_brought_to_one_shape_have_no_error():
-    assert layouts.partners([X], [draw(2, 5, 8)]) == {}
-    assert layouts.partners([X], []) == {}
-    assert layouts.partners([draw(2, 6, 9)], [X, X, X]) == {}
-    assert layouts.relative_error(X, torch.zeros_like(X)) == math.inf
-    assert layouts.relative_error(X * math.nan, X) == math.inf
+    assert tensor_match.partners([X], [draw(2, 5, 8)]) == {}
+    assert tensor_match.partners([X], []) == {}
+    assert tensor_match.partners([draw(2, 6, 9)], [X, X, X]) == {}
+    assert tensor_match.relative_error(X, torch.zeros_like(X)) == math.inf
+    assert tensor_match.relative_error(X * math.nan, X) == math.inf
 
 
 def test_flux_rounds_times_and_guidance_in_half_precision_where_diffusers_does(parity):

@@ -13,7 +13,7 @@ import pytest
 from sglang_gen.errors import UserError
 from sglang_gen.perf import command
 from sglang_gen.perf.compare import TOLERANCES, compare
-from sglang_gen.perf.observations import collect, read
+from sglang_gen.perf.dump_reader import collect, read
 from sglang_gen.perf.statistics import Verdict
 
 FIELDS = {"steps": 4, "dtype": "float32", "parallel": {"tp": 1, "ring": 1}, "versions": {"torch": "2.13.0"}}

@@ -13,13 +13,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from sglang_gen import generate, hub
-from sglang_gen.cli import python_flags
-from sglang_gen.config import Choices, compose
+from sglang_gen import generate
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import compose
+from sglang_gen.config.flag_values import python_flags
+from sglang_gen.config.schema import Machine
+from sglang_gen.hub import resolve
 from sglang_gen.perf import dump as dumping
 from sglang_gen.perf import flops, machine
-from sglang_gen.plan import make_plan
-from sglang_gen.schema import Machine
+from sglang_gen.plan.make import make_plan
 
 SIZE = ("--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7")
 STAGES = ["load", "text_encoding", "latents", "denoising", "decoding", "saving"]
@@ -233,7 +235,7 @@ def test_other_work_has_another_fingerprint(pipelines, tmp_path):
     def fingerprint(model: Path, *overrides: str, **flags: object) -> str:
         words = python_flags({"model_path": str(model)} | SETTINGS | flags)
         composed = compose(Choices(overrides=overrides, flags=words))
-        plan = make_plan(composed, hub.find(composed.run.model, weights=False))
+        plan = make_plan(composed, resolve.find(composed.run.model, weights=False))
         sampling, parts = composed.run.sampling, plan.card.components
         built = {
             "height": sampling.height,

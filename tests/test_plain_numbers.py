@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sglang_gen.plain_numbers import quantized
-from sglang_gen.safetensors_file import read_header
+from sglang_gen.hub.plain_numbers import quantized
+from sglang_gen.hub.safetensors_header import read_header
 
 WEIGHT = "blocks.0.to_q.weight"
 HALF = torch.zeros(4, 4, dtype=torch.float16)

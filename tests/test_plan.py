@@ -8,11 +8,16 @@ import pytest
 import torch
 from cases import mostly_slow
 
-from sglang_gen import choice, env, hub, plan, presets, rank
-from sglang_gen.config import Choices, Composed, compose
+from sglang_gen import env
+from sglang_gen.config import presets
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import Composed, compose
+from sglang_gen.config.schema import Device, DType
 from sglang_gen.errors import UserError
+from sglang_gen.hub import resolve
+from sglang_gen.launch import rank
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.schema import Device, DType
+from sglang_gen.plan import backend_choice, make
 from sglang_gen.types import Layout, Plan
 
 
@@ -22,15 +27,15 @@ def composed(*words: str, model: str = "sdxl", **flags: object) -> Composed:
 
 def planned(*words: str, model: str = "sdxl", **flags: object) -> Plan:
     found = composed(*words, model=model, **flags)
-    plan.check(found)
-    return plan.make_plan(found, hub.read_card(env.preset_configs(model), model, weights=False))
+    make.check(found)
+    return make.make_plan(found, resolve.read_card(env.preset_configs(model), model, weights=False))
 
 
 def from_file(text: str, *words: str) -> Plan:
     Path("p.txt").write_text(text, "utf-8")
     found = compose(Choices(("model=sdxl", "sampling.prompts_file=p.txt", "sampling.seed=7", *words)))
-    plan.check(found)
-    return plan.make_plan(found, hub.read_card(env.preset_configs("sdxl"), "sdxl", weights=False))
+    make.check(found)
+    return make.make_plan(found, resolve.read_card(env.preset_configs("sdxl"), "sdxl", weights=False))
 
 
 @pytest.mark.parametrize(
@@ -151,9 +156,9 @@ def test_a_wrong_prompts_file_is_one_sentence(text, sentence):
 
 def test_offloading_chooses_a_backend_where_it_has_an_effect_alone():
     run = composed("offload.vae_cpu_offload=true").run
-    card = hub.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
-    assert choice.choose(run, card, "cuda") == ("diffusers", "it does not offload yet")
-    assert choice.choose(run, card, "cpu") == ("sglang", None)
+    card = resolve.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
+    assert backend_choice.choose(run, card, "cuda") == ("diffusers", "it does not offload yet")
+    assert backend_choice.choose(run, card, "cpu") == ("sglang", None)
     found = planned("offload.vae_cpu_offload=true", "offload.dit_cpu_offload=true", "device=cpu")
     assert "dit_cpu_offload, vae_cpu_offload: no effect, the run computes on the CPU" in found.warnings
     assert (found.requested["offload"], found.effective["offload"]) == (["dit_cpu_offload", "vae_cpu_offload"], [])
@@ -191,16 +196,16 @@ def test_more_pictures_than_memory_holds_are_refused():
 @pytest.mark.parametrize(("capability", "dtype"), [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32")])
 def test_dtype_auto_follows_the_gpus_capability(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert plan.choose_dtype(DType.auto, "cuda") == (dtype, {})
+    assert make.choose_dtype(DType.auto, "cuda") == (dtype, {})
 
 
 def test_device_auto_is_a_gpu_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [plan.choose_device(wanted) for wanted in Device] == ["cuda", "cpu", "cuda"]
+    assert [make.choose_device(wanted) for wanted in Device] == ["cuda", "cpu", "cuda"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert plan.choose_device(Device.auto) == "cpu"
+    assert make.choose_device(Device.auto) == "cpu"
     with pytest.raises(UserError, match="device=cuda: torch sees no CUDA device; run with device=cpu"):
-        plan.choose_device(Device.cuda)
+        make.choose_device(Device.cuda)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from original_layout import save
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sglang_gen import prediction_markers
-from sglang_gen.safetensors_file import Header, Tensor
+from sglang_gen.hub import prediction_markers
+from sglang_gen.hub.safetensors_header import Header, Tensor
 from sglang_gen.types import Component
 
 SMALL = ("--prompt", "a cat", "--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7",

@@ -8,8 +8,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sglang_gen.cli import build_parser, flag_values, split_argv
-from sglang_gen.config_file import read_config_file
+from sglang_gen.cli import build_parser, split_argv
+from sglang_gen.config.config_file import read_config_file
+from sglang_gen.config.flag_values import flag_values
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
 OPTIONS = set(build_parser()._option_string_actions)

@@ -233,7 +233,7 @@ def unloaded(monkeypatch):
     def load(*_: object) -> None:
         raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr("sglang_gen.backends.native.load", load)
+    monkeypatch.setattr("sglang_gen.backends.native.engine.load", load)
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
-from sglang_gen import env, quantization
-from sglang_gen.backends.options import nunchaku, quantized
+from sglang_gen import env
+from sglang_gen.backends.diffusers import quantize
+from sglang_gen.config.schema import QuantMethod
 from sglang_gen.errors import UserError
-from sglang_gen.quantization import Facts
-from sglang_gen.schema import QuantMethod
+from sglang_gen.plan import quantization
+from sglang_gen.plan.quantization import Facts
+from sglang_gen.weights import nunchaku
 
 SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--num-inference-steps", "2", "--dtype", "float32")
 
@@ -78,7 +80,7 @@ def test_an_int8_network_is_close_to_the_plain_one_and_not_equal(pipelines):
     }  # fmt: skip
     with torch.no_grad():
         expected = plain(**given).sample
-        quantized._quantize("transformer", plain, QuantMethod.int8, "cpu")
+        quantize._quantize("transformer", plain, QuantMethod.int8, "cpu")
         found = plain(**given).sample
     error = float((found - expected).norm() / expected.norm())
     assert 1e-3 < error < 0.2
@@ -206,7 +208,7 @@ def test_a_model_that_only_a_gpu_can_run_is_refused_on_the_cpu_and_a_dry_run_say
 def test_fp8_takes_bfloat16_weights(pipelines):
     network = diffusers.SD3Transformer2DModel.from_pretrained(pipelines["sd3"] / "transformer", dtype=torch.float32)
     with pytest.raises(UserError, match="run with --dtype bfloat16"):
-        quantized._quantize("transformer", network, QuantMethod.fp8, "cuda")
+        quantize._quantize("transformer", network, QuantMethod.fp8, "cuda")
 
 
 def test_missing_torchao_names_the_extra(run, monkeypatch):
@@ -225,16 +227,16 @@ def test_a_network_without_linear_layers_is_refused(pipelines):
             self.conv = nn.Conv2d(4, 4, 1)
 
     with pytest.raises(UserError, match="Plain has no linear layer that can be quantized"):
-        quantized._quantize("unet", Plain(), QuantMethod.int8, "cpu")
+        quantize._quantize("unet", Plain(), QuantMethod.int8, "cpu")
     with pytest.raises(UserError, match="Linear is no network of diffusers"):
-        quantized._quantize("unet", nn.Linear(4, 4), QuantMethod.int8, "cpu")
+        quantize._quantize("unet", nn.Linear(4, 4), QuantMethod.int8, "cpu")
 
 
 def test_a_model_without_a_denoising_network_of_these_names_is_refused(pipelines, composed):
-    from sglang_gen import hub
+    from sglang_gen.hub import resolve
 
     run = composed("--model-path", pipelines["sd3"], "--prompt", "a", "quant=int8").run
-    card = hub.find(run.model, weights=False)
+    card = resolve.find(run.model, weights=False)
     decoder = replace(card, components={"decoder": card.components["transformer"]})
     with pytest.raises(UserError, match="has no transformer or transformer_2 or unet"):
         quantization.check_model(run, decoder, Facts())

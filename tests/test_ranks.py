@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from sglang_gen import launch
 from sglang_gen.errors import LostError, RunError
-from sglang_gen.parallel.batch import rounds
+from sglang_gen.launch import launcher
+from sglang_gen.parallel.guidance_split import rounds
 from sglang_gen.parallel.mesh import AXES, coordinates, explained, members
 from sglang_gen.types import Layout
 
@@ -27,14 +27,14 @@ class Pool:
     """Rank processes that the tests of a session share, made anew after a failure."""
 
     def __init__(self) -> None:
-        self.ranks: launch.Ranks | None = None
+        self.ranks: launcher.Ranks | None = None
 
     @contextmanager
     def open(self, count: int, device: str):
         running = [process.poll() is None for process in self.ranks.processes] if self.ranks else []
         if not all(running) or len(running) < count:
             self.close()
-            self.ranks = launch.Ranks(count, device)
+            self.ranks = launcher.Ranks(count, device)
         try:
             yield self.ranks
         except BaseException:
@@ -57,7 +57,7 @@ def pool():
 @pytest.fixture
 def run(pipelines, sglang, pool, monkeypatch):
     """Generate two steps with a tiny pipeline on the shared ranks, latents saved."""
-    monkeypatch.setattr(launch, "open_ranks", pool.open)
+    monkeypatch.setattr(launcher, "open_ranks", pool.open)
 
     def generate(name: str, *words: object, steps: int = 2, side: int = 32, prompt: str | None = "a cat"):
         given = ("--prompt", prompt) if prompt else ()

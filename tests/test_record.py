@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sglang_gen.output import PNG_KEY
+from sglang_gen.files import PNG_KEY
 
 SIZE = ("--height", "32", "--width", "32", "--num-inference-steps", "2")
 

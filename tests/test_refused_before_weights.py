@@ -6,8 +6,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import zeros
 
-from sglang_gen import hub
-from sglang_gen.backends import diffusers, parts
+from sglang_gen.backends.diffusers import engine
+from sglang_gen.backends.native import components
+from sglang_gen.hub import resolve
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def no_weights(monkeypatch):
     def read(*_):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(parts, "read", read)
+    monkeypatch.setattr(components, "read", read)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_a_model_of_the_hub_is_not_downloaded_for_a_refusal(sglang, monkeypatch)
     def find(*_):
         raise AssertionError("weights were asked for")
 
-    monkeypatch.setattr(hub, "find_weights", find)
+    monkeypatch.setattr(resolve, "find_weights", find)
     done = sglang("generate", "model=sd15", "--prompt", "a cat", "--image-path", "nope.png", "--dtype", "float32")
     assert done.code == 2
     assert "nope.png does not exist" in done.lines[-1]
@@ -76,7 +77,7 @@ def test_the_files_of_a_request_on_diffusers(run, monkeypatch, words):
     def read(*_):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(diffusers, "_read", read)
+    monkeypatch.setattr(engine, "_read", read)
     for more in ((), ("dry_run=true",)):
         done = run("sd15", *words, *more, "--backend", "diffusers")
         assert done.code == 2

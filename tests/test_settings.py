@@ -6,10 +6,15 @@ import typing
 
 import pytest
 
-from sglang_gen import schema
-from sglang_gen.plan import MISSING
+from sglang_gen.config import schema
+from sglang_gen.plan.make import UNAVAILABLE
 
-COPYING = ("dataclasses", "sglang_gen.schema", "copy", "omegaconf")  # modules that read every key without using it
+COPYING = (
+    "dataclasses",
+    "sglang_gen.config.schema",
+    "copy",
+    "omegaconf",
+)  # modules that read every key without using it
 # Read only under conditions that these two commands do not have; the test that has them.
 ELSEWHERE = {
     "model.id": "test_config.py",
@@ -68,6 +73,6 @@ def test_every_key_is_read_during_a_generation_or_refused(pipelines, sglang, rea
         "attention=math",
     )  # fmt: skip
     assert again.code == 0, again.err
-    refused = tuple(prefix for prefixes, _ in MISSING for prefix in prefixes)
+    refused = tuple(prefix for prefixes, _ in UNAVAILABLE for prefix in prefixes)
     ignored = {path for path in schema.leaves() if not path.startswith(refused)} - read
     assert ignored - set(ELSEWHERE) == set()

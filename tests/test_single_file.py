@@ -19,9 +19,9 @@ from test_native import assert_same, edited, record
 from tiny import fill
 from transformers import CLIPTextModelWithProjection
 
-from sglang_gen import single_file
-from sglang_gen.pipelines import flux
-from sglang_gen.weights import original
+from sglang_gen.families.flux import pipeline
+from sglang_gen.hub import single_file
+from sglang_gen.weights import original_layout as original
 
 SMALL = ("--prompt", "a cat", "--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7",
          "--dtype", "float32", "--backend", "diffusers")  # fmt: skip
@@ -159,8 +159,8 @@ def test_the_network_of_flux_comes_out_of_its_original_layout_as_in_diffusers(tm
         assert found.keys() == weights.keys()
         assert all(torch.equal(found[name], weights[name]) for name in weights)
     with torch.device("meta"):
-        network = flux.build(config)
-    assert {source for name in network.state_dict() for source in flux.sources(name)} == found.keys()
+        network = pipeline.build(config)
+    assert {source for name in network.state_dict() for source in pipeline.sources(name)} == found.keys()
 
 
 def test_a_single_file_becomes_image_to_image_and_its_record_repeats_it(pipelines, files, sglang):

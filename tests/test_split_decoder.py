@@ -10,9 +10,9 @@ from split import by_rows, decode
 from test_native_autoencoder import PLAIN, VARIANTS, draw, latents, reference
 from torch import nn
 
+from sglang_gen.families import autoencoder
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.spatial import RowConv, RowDecoder, RowNorm
-from sglang_gen.pipelines import autoencoder
 from sglang_gen.types import Layout
 
 LAYOUTS = {"ring2": Layout(ring=2), "ulysses3": Layout(ulysses=3), "usp4": Layout(ring=2, ulysses=2)}

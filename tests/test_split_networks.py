@@ -12,7 +12,7 @@ from cases import mostly_slow
 from parity import error
 from split import GLUE, MUTATIONS, evaluate, guide
 
-from sglang_gen.component_folder import in_folder
+from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.types import Layout, ModelCard
 from sglang_gen.weights.load import load

@@ -11,7 +11,7 @@ from native import BETAS
 from PIL import Image
 from test_ranks import assert_same, pool, record  # noqa: F401 - the ranks that those tests share
 
-from sglang_gen import launch
+from sglang_gen.launch import launcher
 
 ALWAYS = ("--seed", 7, "--num-inference-steps", 2, "output.latents=true")
 BATCH = ("--num-samples", "3", "sampling.batch_size=3", "--backend", "sglang")
@@ -35,7 +35,7 @@ RUNS = [
 @pytest.fixture
 def run(pipelines, sglang, pool, monkeypatch):  # noqa: F811
     """Generate two steps with a tiny pipeline on the shared ranks, latents saved."""
-    monkeypatch.setattr(launch, "open_ranks", pool.open)
+    monkeypatch.setattr(launcher, "open_ranks", pool.open)
 
     def generate(name: str, *words: object, dtype: str = "float32"):
         size = [word for side in ("--height", "--width") if side not in words for word in (side, 32)]

@@ -9,12 +9,13 @@ import tiny
 from PIL import Image
 from torch import nn
 
-from sglang_gen import plan, step_cache
-from sglang_gen.backends import diffusers as backend
-from sglang_gen.backends.options import cache as options
-from sglang_gen.config import Choices, compose
+from sglang_gen.backends.diffusers import cache as options
+from sglang_gen.backends.diffusers import engine as backend
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import compose
+from sglang_gen.config.schema import Cache, CacheMethod
 from sglang_gen.errors import UserError
-from sglang_gen.schema import Cache, CacheMethod
+from sglang_gen.plan import make, step_cache
 
 SIZE = ("--height", 32, "--width", 32, "--seed", 7, "--dtype", "float32")
 SMALL = {"Fn_compute_blocks": 1, "max_warmup_steps": 2}
@@ -26,7 +27,7 @@ MASK = "null or a list with a 1 for each step that is computed, the first among 
 def refused(*words: str, **given: object) -> str:
     found = compose(Choices(("model=flux_dev", *words), {"sampling.prompt": "x", **given}))
     with pytest.raises(UserError) as error:
-        plan.check(found)
+        make.check(found)
     return str(error.value)
 
 
@@ -58,7 +59,7 @@ def test_a_value_of_another_kind_or_range_is_refused_with_its_key_and_what_is_le
 
 
 def test_every_key_of_the_group_has_a_rule():
-    assert set(step_cache.RULES) == {*vars(Cache()), *step_cache.SWITCHES} - set(step_cache.OUTSIDE)
+    assert set(step_cache.RULES) == {*vars(Cache()), *step_cache.SWITCHES} - set(step_cache.FIELDS_OUTSIDE)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import pytest
 import yaml
 from diffusers.utils import dynamic_modules_utils
 
-from sglang_gen import Result, generate, kept_prompts
-from sglang_gen.config import Choices, compose
+from sglang_gen import Result, generate
+from sglang_gen.config import prompt_archive
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import compose
 from sglang_gen.errors import UserError
 
 SMALL = {"prompt": "a cat", "height": 32, "width": 32, "num_inference_steps": 1, "seed": 7}
@@ -173,9 +175,9 @@ def test_prompts_of_a_record_are_a_file_beside_it_and_nothing_else(tmp_path):
     os.mkfifo(tmp_path / "prompts_0123456789abcdef.jsonl")
     for name in ("/dev/zero", "../prompts_0123456789abcdef.jsonl", str(tmp_path / "prompts_0123456789abcdef.jsonl")):
         with pytest.raises(UserError, match=r"a record's are in prompts_<hash>\.jsonl beside it"):
-            kept_prompts.beside(tmp_path / "record.json", name)
+            prompt_archive.beside(tmp_path / "record.json", name)
     with pytest.raises(UserError, match="it is no file"):  # and not waited for
-        kept_prompts.beside(tmp_path / "record.json", "prompts_0123456789abcdef.jsonl")
+        prompt_archive.beside(tmp_path / "record.json", "prompts_0123456789abcdef.jsonl")
 
 
 TEXT = "${oc.env:SECRET} ${oc.decode:x} ${hydra:runtime.cwd} ${sampling.seed} ???"

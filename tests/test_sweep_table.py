@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sglang_gen import config, env
-from sglang_gen.sweep import report
+from sglang_gen import env
+from sglang_gen.config import compose
+from sglang_gen.config.choices import Choices
+from sglang_gen.sweep import multirun, report
 from sglang_gen.sweep.table import to_csv, to_markdown
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
@@ -231,16 +233,16 @@ def test_a_shipped_sweep_runs_and_a_refused_cell_is_a_row_with_its_reason(pipeli
     assert rows[1]["error"] == "sampling.num_samples is 0; it must be at least 1"
 
 
-def shipped() -> dict[str, config.Choices]:
-    found = {path.stem: config.Choices(config_dir=str(SWEEPS), config_name=path.stem) for path in SWEEPS.glob("*.yaml")}
+def shipped() -> dict[str, Choices]:
+    found = {path.stem: Choices(config_dir=str(SWEEPS), config_name=path.stem) for path in SWEEPS.glob("*.yaml")}
     assert set(found) == set(CELLS)
     return found
 
 
 def test_every_shipped_sweep_names_options_that_exist_and_fixes_prompt_and_seed():
     for name, choices in shipped().items():
-        assert config.is_multirun(choices, asked=False)
-        run = config.compose(choices).run
+        assert multirun.is_multirun(choices, asked=False)
+        run = compose.compose(choices).run
         assert (run.model.preset, run.model.path, run.sampling.seed) == ("landscape", None, 42)
         assert run.sampling.prompt
         assert run.compile.warmup
@@ -255,6 +257,6 @@ def test_every_shipped_sweep_names_options_that_exist_and_fixes_prompt_and_seed(
 @pytest.mark.slow
 def test_every_cell_of_every_shipped_sweep_composes():
     for name, choices in shipped().items():
-        runs = config.multirun(choices, lambda job: config.compose(job.choices).run)
+        runs = multirun.multirun(choices, lambda job: compose.compose(job.choices).run)
         assert len(runs) == CELLS[name]
         assert len({repr(run) for run in runs}) == len(runs), f"{name} has two equal cells"

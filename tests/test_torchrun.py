@@ -12,9 +12,11 @@ import pytest
 from started import children, gone
 from test_ranks import SIZE, assert_same
 
-from sglang_gen import env, generate, torchrun
-from sglang_gen.config import Choices, compose
+from sglang_gen import env, generate
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import compose
 from sglang_gen.errors import UserError
+from sglang_gen.launch import torchrun
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

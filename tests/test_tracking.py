@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from sglang_gen import log
+from sglang_gen.config.schema import Run, Tracker
 from sglang_gen.errors import RunError
-from sglang_gen.schema import Run, Tracker
-from sglang_gen.sweep import tracking
+from sglang_gen.outputs import tracking
 
 REPORT = {
     "schema_version": 1,
@@ -37,7 +37,7 @@ REPORT = {
 APPEND = """
 import sys
 from pathlib import Path
-from sglang_gen.sweep.tracking import append_row
+from sglang_gen.outputs.tracking import append_row
 for row in range(25):
     append_row(Path("runs.csv"), {"who": sys.argv[1], "row": row, f"only_{sys.argv[1]}": row})
 assert not {"torch", "hydra", "wandb"} & set(sys.modules)

@@ -16,17 +16,17 @@ import test_native_unet
 import torch
 from torch import nn
 
-from sglang_gen.backends import decoding
-from sglang_gen.estimate import busiest
+from sglang_gen.backends.native import vae_parallel
+from sglang_gen.dry_run.estimate import busiest
+from sglang_gen.families import autoencoder as autoencoder
+from sglang_gen.families.contract import Request
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.unet import SelfAttention
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel import tensor
 from sglang_gen.parallel.collectives import Axis, counted
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.parallel.split import Split
-from sglang_gen.pipelines import autoencoder
-from sglang_gen.pipelines.request import Request
+from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.types import Layout
 
 HEIGHT = WIDTH = 256  # pixels: 32 latents, which every layout here divides
@@ -230,7 +230,7 @@ def test_rows_of_a_decoder_meet_at_halos_norms_keys_and_values_and_the_picture(r
     expected = halos(found, ranks) + moments(found, ranks) + gathered + whole
     for index in range(ranks):  # inner ranks send the most; here only those, or one of two
         with torch.device("meta"):
-            split = decoding.split(Autoencoder(config), Axis("sp", ranks, index))
+            split = vae_parallel.split(Autoencoder(config), Axis("sp", ranks, index))
         with torch.no_grad(), counted() as traffic:
             split.decode(latents)
         if index == ranks // 2:

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from test_native import assert_same, record
 from tiny import fill
 
-from sglang_gen import env, hub
-from sglang_gen.backends.options import weights
+from sglang_gen import env
 from sglang_gen.errors import UserError
-from sglang_gen.safetensors_file import Tensor
-from sglang_gen.weight_files import WeightFiles
+from sglang_gen.hub import resolve
+from sglang_gen.hub.safetensors_header import Tensor
+from sglang_gen.hub.weight_files import WeightFiles
+from sglang_gen.weights import replacement
 
 SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--num-inference-steps", "2")
 STEM = "diffusion_pytorch_model"
@@ -155,17 +156,17 @@ def test_quantized_files_run_on_diffusers_and_the_native_engine_says_what_it_doe
 
 
 def test_the_names_of_the_original_flux_are_known_before_a_weight_is_read():
-    component = hub.read_card(env.preset_configs("flux_dev"), "flux_dev", weights=False).components["transformer"]
+    component = resolve.read_card(env.preset_configs("flux_dev"), "flux_dev", weights=False).components["transformer"]
     with torch.device("meta"):
         network = diffusers.FluxTransformer2DModel.from_config(component.config)
     theirs = original_flux(network.state_dict(), double=19, single=38)
     assert len(theirs) == 780
     headers = {name: Tensor("BF16", tuple(tensor.shape)) for name, tensor in theirs.items()}
     files = WeightFiles("flux1-dev.safetensors", (Path("flux1-dev.safetensors"),))
-    assert weights.is_own_layout(diffusers.FluxTransformer2DModel, component, headers, files) is False
+    assert replacement.is_own_layout(diffusers.FluxTransformer2DModel, component, headers, files) is False
     del headers["double_blocks.7.img_mod.lin.bias"]
     with pytest.raises(UserError, match="neither in diffusers' layout of FluxTransformer2DModel nor in the original"):
-        weights.is_own_layout(diffusers.FluxTransformer2DModel, component, headers, files)
+        replacement.is_own_layout(diffusers.FluxTransformer2DModel, component, headers, files)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

@@ -9,7 +9,7 @@ import torch
 from native import edited, runner
 
 from sglang_gen.errors import UserError
-from sglang_gen.pipelines import watermark
+from sglang_gen.families import watermark
 
 
 class Negating:

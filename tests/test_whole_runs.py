@@ -6,8 +6,8 @@ import pytest
 from native import assert_same
 from whole import generated, plan_of
 
-from sglang_gen import plan
 from sglang_gen.errors import UserError
+from sglang_gen.plan import make
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_data_parallel_groups_meet_once_a_round_and_send_nothing_while_they_deno
 @pytest.fixture
 def capturing(monkeypatch):
     """Plans with CUDA graphs on this CPU."""
-    monkeypatch.setattr(plan, "CAPTURING", ("cuda", "cpu"))
+    monkeypatch.setattr(make, "CAPTURING", ("cuda", "cpu"))
 
 
 @pytest.mark.parametrize(("layout", "rows"), [("cfg2", 1), ("dp2", 2)])

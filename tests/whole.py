@@ -9,11 +9,15 @@ from unittest.mock import patch
 from test_cuda_graphs import Repeated
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_gen import hub, log, plan, rank
-from sglang_gen.backends.native import NativeEngine
-from sglang_gen.config import Choices, compose
-from sglang_gen.engine import graphs
+from sglang_gen import log
+from sglang_gen.backends.native.engine import NativeEngine
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import compose
+from sglang_gen.engine import cuda_graphs
+from sglang_gen.hub import resolve
+from sglang_gen.launch import rank
 from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.plan import make
 from sglang_gen.types import Plan
 
 
@@ -22,8 +26,8 @@ def plan_of(*words: object) -> Plan:
     small = ("sampling.height=32", "sampling.width=32", "sampling.num_inference_steps=2", "sampling.seed=7")
     given = ("dtype=float32", "backend=sglang", "output.latents=true", *small, *map(str, words))
     composed = compose(Choices(given))
-    plan.check(composed)
-    return plan.make_plan(composed, hub.find(composed.run.model, weights=True))
+    make.check(composed)
+    return make.make_plan(composed, resolve.find(composed.run.model, weights=True))
 
 
 class Operators(TorchDispatchMode):
@@ -67,7 +71,7 @@ def generated(mesh: Mesh, planned: Plan) -> Happened:
     with (
         patch.object(NativeEngine, "sample", sampled),
         patch.object(Mesh, "gather", gathered),
-        patch.object(graphs, "Recorder", Repeated),
+        patch.object(cuda_graphs, "Recorder", Repeated),
         patch.object(Repeated, "made", recorders, create=True),
     ):
         rank.run(planned, mesh, time.perf_counter())

@@ -13,7 +13,7 @@ import torch
 
 from sglang_gen import log
 from sglang_gen.errors import UserError, first_line
-from sglang_gen.weight_files import few
+from sglang_gen.hub.weight_files import few
 
 # Tensors of other networks of the same checkpoint, and buffers that a module computes by itself: a CLIP text model is
 # often saved with its vision model, a T5 encoder with its decoder.

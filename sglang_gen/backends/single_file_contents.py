@@ -13,16 +13,16 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from sglang_gen import log, single_file
-from sglang_gen.backends import classes
+from sglang_gen import log
+from sglang_gen.backends.diffusers.pipeline_loading import misfit
 from sglang_gen.backends.loading_report import require_complete, warn_unused
-from sglang_gen.backends.options.original import misfit
 from sglang_gen.errors import UserError
-from sglang_gen.quantization import denoisers
-from sglang_gen.safetensors_file import header
+from sglang_gen.hub import component_classes, single_file
+from sglang_gen.hub.safetensors_header import header
+from sglang_gen.hub.weight_files import few
+from sglang_gen.plan.quantization import denoisers
 from sglang_gen.types import Component, Plan
-from sglang_gen.weight_files import few
-from sglang_gen.weights.original import CONVERSION_ERRORS
+from sglang_gen.weights.original_layout import CONVERSION_ERRORS
 
 SAMPLES = 64  # numbers of each dimension of a converted tensor that are looked at
 
@@ -45,7 +45,7 @@ def check(plan: Plan) -> None:
                 _check_component(file, name, component, shapes)
             except UserError as error:
                 raise UserError(misfit(plan, str(error))) from error
-    for name in single_file.CLIP.keys() | {"text_encoder_3"}:
+    for name in single_file.CLIP_PREFIXES.keys() | {"text_encoder_3"}:
         component = plan.card.components.get(name)
         if component is not None and name not in replaced:
             _check_text_encoder(file, name, component, shapes)
@@ -59,7 +59,7 @@ def check(plan: Plan) -> None:
 
 def _check_component(file: Path, name: str, component: Component, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises UserError where the file does not hold the whole component; warns of tensors that it has no place for."""
-    kind = classes.named(component)
+    kind = component_classes.named(component)
     convert = _conversion(kind)
     if convert is None:  # diffusers says that it does not read this class from a file
         return
@@ -87,7 +87,7 @@ def _check_component(file: Path, name: str, component: Component, shapes: Mappin
 def _check_text_encoder(file: Path, name: str, component: Component, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Warn of tensors that a text encoder in transformers' layout has no place for; its loader finds missing ones."""
     mine = single_file.of_text_encoder(shapes, name, component)
-    kind = classes.named(component)
+    kind = component_classes.named(component)
     if not mine or component.folder is None or not hasattr(kind, "config_class"):
         return
     with init_empty_weights():
@@ -101,7 +101,7 @@ def _conversion(kind: Any) -> Callable[..., dict[str, Any]] | None:
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     for name, entry in SINGLE_FILE_LOADABLE_CLASSES.items():
-        if issubclass(kind, classes.named(Component("diffusers", name))):
+        if issubclass(kind, component_classes.named(Component("diffusers", name))):
             return entry["checkpoint_mapping_fn"]  # type: ignore[no-any-return]
     return None
 

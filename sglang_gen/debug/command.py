@@ -8,17 +8,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sglang_gen import log
+from sglang_gen.config.schema import BackendName, leaves, user_gave
 from sglang_gen.debug import report
-from sglang_gen.debug.verdict import TOLERANCES, Tolerance
+from sglang_gen.debug.verdict import PARITY_TOLERANCES, Tolerance
 from sglang_gen.errors import UserError, nearest
-from sglang_gen.schema import BackendName, leaves
-from sglang_gen.types import user_gave
 
 if TYPE_CHECKING:
-    from sglang_gen.config import Composed
+    from sglang_gen.config.compose import Composed
     from sglang_gen.types import ModelCard, Plan
 
-HELP = """\
+DEBUG_HELP = """\
 usage: sglang debug COMMAND ...
 
 commands:
@@ -42,7 +41,9 @@ options:
 
 verdicts: bit-exact, numerically equal, different. The last line names the first module that differs.
 exit codes: 0 bit-exact or numerically equal, 1 different, 2 wrong request""".format(
-    tolerances="\n".join(f"{'':18}{dtype:10}{each.module:g}, {each.whole:g}" for dtype, each in TOLERANCES.items())
+    tolerances="\n".join(
+        f"{'':18}{dtype:10}{each.module:g}, {each.whole:g}" for dtype, each in PARITY_TOLERANCES.items()
+    )
 )
 # Options of `sglang generate` that print something else or run something else.
 FOREIGN = ("multirun", "cfg", "package", "info", "resolve", "hydra_help", "version")
@@ -53,7 +54,7 @@ IDLE = ("backend.name", "output.", "perf.", "quality.", "tracking.", "machine.",
 def main(argv: Sequence[str]) -> int:
     """`sglang debug` without a command that it has: help, or the refusal."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(HELP)
+        print(DEBUG_HELP)
         return 0 if argv else 2
     raise UserError(f"Unknown command 'debug {argv[0]}'{nearest(argv[0], ['parity'])} (commands: parity)")
 
@@ -96,34 +97,36 @@ def parity(composed: "Composed", given: Mapping[str, Any]) -> int:
     tolerance = _tolerance(given)
     from sglang_gen.debug.parity import run
 
-    found = run(ours, theirs, TOLERANCES[ours.dtype] if tolerance is None else tolerance)
+    found = run(ours, theirs, PARITY_TOLERANCES[ours.dtype] if tolerance is None else tolerance)
     print(json.dumps(report.as_json(found), indent=2, ensure_ascii=False) if "json" in given else report.text(found))
-    return report.EXIT_CODES[found.verdict]
+    return report.PARITY_EXIT_CODES[found.verdict]
 
 
 def plans(composed: "Composed") -> tuple["Plan", "Plan"]:
     """The same plan for the native engine and for diffusers, with the weights at hand. Raises UserError."""
-    from sglang_gen import hub, prompts, stored
-    from sglang_gen import plan as planning
+    from sglang_gen.config import prompts
+    from sglang_gen.hub import resolve
+    from sglang_gen.plan import make as planning
+    from sglang_gen.plan import stored_dtype
 
     planning.check(composed)
     composed = replace(composed, run=prompts.pin(composed.run))  # one drawn seed for both
-    _warn(composed, _checked(composed, hub.find(composed.run.model, weights=False)))
-    card = hub.find(composed.run.model, weights=True)
+    _warn(composed, _checked(composed, resolve.find(composed.run.model, weights=False)))
+    card = resolve.find(composed.run.model, weights=True)
     _checked(composed, card)
     ours, theirs = (
         planning.make_plan(_on(composed, name), card) for name in (BackendName.sglang, BackendName.diffusers)
     )
-    return stored.require(ours), stored.require(theirs)
+    return stored_dtype.require(ours), stored_dtype.require(theirs)
 
 
 def _checked(composed: "Composed", card: "ModelCard") -> "Plan":
     """The plan for either backend. Raises UserError where one of them cannot run it."""
-    from sglang_gen import choice
-    from sglang_gen import plan as planning
+    from sglang_gen.plan import backend_choice
+    from sglang_gen.plan import make as planning
 
     either = planning.make_plan(_on(composed, BackendName.auto), card)
-    _, reason = choice.choose(either.run, card, either.device)
+    _, reason = backend_choice.choose(either.run, card, either.device)
     if reason is not None:
         raise UserError(f"sglang debug parity runs both backends, and the native engine cannot run this: {reason}")
     if either.layout.ranks > 1:

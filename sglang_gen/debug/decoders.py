@@ -12,7 +12,7 @@ from sglang_gen.debug import networks
 from sglang_gen.debug.correspondence import correspond
 from sglang_gen.debug.networks import Compared, Networks
 from sglang_gen.debug.verdict import Cause
-from sglang_gen.pipelines import autoencoder
+from sglang_gen.families import autoencoder as autoencoder
 
 
 def beside(ours: nn.Module, theirs: nn.Module, tolerance: float) -> Networks:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sglang_gen.debug.recording import Recording, Step, schedule
 from sglang_gen.debug.watching import copied, replaced
 from sglang_gen.errors import RunError
-from sglang_gen.pipelines.request import Request
+from sglang_gen.families.contract import Request
 from sglang_gen.types import Decoded
 
 Generate = Callable[[], Decoded]

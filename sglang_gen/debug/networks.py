@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sglang_gen.debug import layouts, watching
+from sglang_gen.debug import tensor_match, watching
 from sglang_gen.debug.correspondence import Pairs
-from sglang_gen.debug.layouts import Partner
+from sglang_gen.debug.tensor_match import Partner
 from sglang_gen.debug.verdict import Cause, Row, Verdict, first_difference, judge
 
 Run = Callable[[], object]
@@ -46,8 +46,10 @@ def compare(networks: Networks, run_ours: Run, run_theirs: Run, step: int | None
 
     def led(name: str, output: Any) -> Any:
         before = calls.setdefault(name, [])
-        found = layouts.partners(layouts.tensors(output), _of(theirs, networks.pairs.get(name, ()), len(before)))
-        before.append(layouts.worst(found) if found else None)
+        found = tensor_match.partners(
+            tensor_match.tensors(output), _of(theirs, networks.pairs.get(name, ()), len(before))
+        )
+        before.append(tensor_match.worst(found) if found else None)
         return _handed_on(output, found)
 
     weighted = [name for name, module in networks.ours.named_modules() if module.state_dict()]
@@ -98,8 +100,10 @@ def cause(networks: Networks, run_ours: Run, run_theirs: Run, rows: Sequence[Row
         run_ours()
     for name in around:
         mine, its = _of(ours, [name], 0)[:1], _of(theirs, networks.pairs[name][:1], 0)
-        found = layouts.partners(mine, its[:1]) or layouts.partners(mine, its[::-1])  # text stands before the image
-        if found and judge(layouts.worst(found), networks.tolerance) is not Verdict.different:
+        found = tensor_match.partners(mine, its[:1]) or tensor_match.partners(
+            mine, its[::-1]
+        )  # text stands before the image
+        if found and judge(tensor_match.worst(found), networks.tolerance) is not Verdict.different:
             return None if name == first.ours else Cause(name, networks.pairs[name][0])
     return None
 

@@ -7,18 +7,20 @@ from typing import Any
 
 import torch
 
-from sglang_gen import arithmetic, log
-from sglang_gen.backends import diffusers, native
-from sglang_gen.debug import decoders, networks, stages
+from sglang_gen import log
+from sglang_gen.backends.diffusers import engine as diffusers
+from sglang_gen.backends.native import engine as native
+from sglang_gen.debug import compared_stages, decoders, networks
 from sglang_gen.debug.correspondence import correspond
 from sglang_gen.debug.native_runs import Free, Led, predict_once, run_free, run_led
 from sglang_gen.debug.networks import Networks
 from sglang_gen.debug.recording import Call, Recording, recorded
 from sglang_gen.debug.verdict import Cause, Report, Row, Tolerance, Verdict, first_difference
+from sglang_gen.launch import numerics
 from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.perf.clock import Clock, synchroniser
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory
-from sglang_gen.perf.record import Clock, synchroniser
 from sglang_gen.types import Decoded, Plan
 
 
@@ -48,7 +50,7 @@ def run(ours: Plan, theirs: Plan, tolerance: Tolerance) -> Report:
 
     Raises what a generation raises where the model cannot be loaded or diffusers cannot run it.
     """
-    with arithmetic.settled(ours.dtype, ours.run.deterministic):
+    with numerics.settled(ours.dtype, ours.run.deterministic):
         log.info(f"Loading model: {ours.card.name}")
         our_engine = native.load(ours, Mesh(), CallLog())
         their_engine = diffusers.load(theirs, Mesh(), CallLog())
@@ -72,19 +74,19 @@ def compare(engines: Engines, tolerance: Tolerance) -> Report:
     recording = _record(engines)
     log.info("Generating with the native engine")
     free = run_free(engines.ours, partial(_generate, engines.plan, engines.ours))
-    begin = [*stages.texts(free, recording, tolerance), *stages.starts(free, recording, tolerance)]
+    begin = [*compared_stages.texts(free, recording, tolerance), *compared_stages.starts(free, recording, tolerance)]
     log.info("Comparing the networks on the same inputs")
     led = _lead(engines, free, recording)
     denoising = _denoising(engines, free, led, recording, tolerance)
     decoder, cause = decoders.compare(engines.autoencoders, recording.scaled)
-    end = [*decoder.rows, *([stages.decoding(led.decoded, recording, tolerance)] if led.decoded else [])]
+    end = [*decoder.rows, *([compared_stages.decoding(led.decoded, recording, tolerance)] if led.decoded else [])]
     left_out = denoising.left_out + decoder.left_out
     return Report(
         model=engines.plan.card.name,
         dtype=engines.plan.dtype,
         device=engines.plan.device,
         tolerance=tolerance,
-        rows=(*begin, *denoising.rows, *end, *stages.ends(free, recording, tolerance)),
+        rows=(*begin, *denoising.rows, *end, *compared_stages.ends(free, recording, tolerance)),
         compared=denoising.compared + len(decoder.rows),
         modules=denoising.compared + len(decoder.rows) + len(left_out),
         left_out=left_out,
@@ -113,7 +115,7 @@ def _record(engines: Engines) -> Recording:
 
 def _lead(engines: Engines, free: Free, recording: Recording) -> Led:
     """Nothing where the two do not even have as many steps, or latents of one shape: the rows before say so."""
-    if not stages.fits(free, recording):
+    if not compared_stages.fits(free, recording):
         return Led()
     return run_led(engines.ours, partial(_generate, engines.plan, engines.ours), recording)
 
@@ -134,7 +136,7 @@ def _denoising(engines: Engines, free: Free, led: Led, recording: Recording, tol
                     found.cause = networks.cause(engines.networks, *runs, rows=rows)
                 found.rows += rows if index == 0 else _summary(rows)
             if led.steps:
-                found.rows += stages.step(led.steps[index], recording.steps[index], index + 1, tolerance)
+                found.rows += compared_stages.step(led.steps[index], recording.steps[index], index + 1, tolerance)
     return found
 
 

@@ -13,7 +13,7 @@ from sglang_gen.debug.watching import copied, replaced
 from sglang_gen.types import Decoded
 
 # What the networks of diffusers call the text that our glue's `encode` gives, in its order.
-TEXTS = (("text", ("encoder_hidden_states",)), ("pooled text", ("pooled_projections", "text_embeds")))
+TEXT_STAGES = (("text", ("encoder_hidden_states",)), ("pooled text", ("pooled_projections", "text_embeds")))
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Call:
     def texts(self) -> tuple[Tensor, ...]:
         """The encoded text, as many parts as there are."""
         given = {**self.arguments, **(self.arguments.get("added_cond_kwargs") or {})}
-        found = [next((given[key] for key in keys if given.get(key) is not None), None) for _, keys in TEXTS]
+        found = [next((given[key] for key in keys if given.get(key) is not None), None) for _, keys in TEXT_STAGES]
         return tuple(part for part in found if part is not None)
 
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from sglang_gen.config.schema import plain
 from sglang_gen.debug.verdict import LEVEL, Report, Row, Verdict, worst
-from sglang_gen.schema import plain
 
-REPORT_VERSION = 1
-EXIT_CODES = {Verdict.exact: 0, Verdict.equal: 0, Verdict.different: 1}
+PARITY_REPORT_VERSION = 1
+PARITY_EXIT_CODES = {Verdict.exact: 0, Verdict.equal: 0, Verdict.different: 1}
 HEADER = ("stage", "ours", "theirs", "relative error", "verdict")
 END_TO_END = "from the same latents every step agrees, so rounding has grown over the steps"
 
@@ -19,8 +19,8 @@ def as_json(report: Report) -> dict[str, Any]:
     content: dict[str, Any] = plain(report)
     content["rows"] = [_row_as_json(row) for row in report.rows]
     first = None if report.first is None else _row_as_json(report.first)
-    head = {"report_version": REPORT_VERSION, "verdict": report.verdict.value, "first": first}
-    return {**head, **content, "sentence": sentence(report), "exit_code": EXIT_CODES[report.verdict]}
+    head = {"report_version": PARITY_REPORT_VERSION, "verdict": report.verdict.value, "first": first}
+    return {**head, **content, "sentence": sentence(report), "exit_code": PARITY_EXIT_CODES[report.verdict]}
 
 
 def _row_as_json(row: Row) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Tolerance:
 
 # A module rounds bfloat16 to 2^-8 and float16 to 2^-11, once or twice, in another order here and there. Through a whole
 # network that grows, and guidance at 7.5 multiplies what two predictions differ by up to 14 times.
-TOLERANCES = {
+PARITY_TOLERANCES = {
     "float32": Tolerance(1e-5, 1e-5),
     "bfloat16": Tolerance(2e-2, 2e-1),
     "float16": Tolerance(2.5e-3, 2.5e-2),

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sglang_gen.debug.layouts import tensors
+from sglang_gen.debug.tensor_match import tensors
 
 Seen = dict[str, list[list[Tensor]]]  # a module's name -> for each of its calls the tensors, on the host
 Change = Callable[[str, Any], Any]  # (a module's name, its output) -> the output in its place

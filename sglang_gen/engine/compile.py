@@ -13,17 +13,17 @@ from torch._dynamo import config as dynamo
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
 
 from sglang_gen import env
-from sglang_gen.engine.shapes import Shapes
+from sglang_gen.engine.meta_trace import Shapes
 from sglang_gen.errors import RunError, first_line
 
 
 def _compiled(function: Any, ranks: int) -> Any:
     if ranks == 1:
         return torch.compile(function, fullgraph=True, dynamic=False)
-    from sglang_gen.parallel import lowering  # imports inductor, which takes seconds
+    from sglang_gen.parallel import inductor_lowering  # imports inductor, which takes seconds
 
-    lowering.register()
-    return torch.compile(function, fullgraph=True, dynamic=False, options=lowering.OPTIONS)
+    inductor_lowering.register()
+    return torch.compile(function, fullgraph=True, dynamic=False, options=inductor_lowering.OPTIONS)
 
 
 class Compiled:

@@ -16,7 +16,11 @@ from sglang_gen.types import Layout
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")
 SEQUENCE = "sp"  # ring and ulysses as one axis
 REMOTE = ("emote", "onnection", "closed")  # words of NCCL where another rank is gone
-LOCAL = ("Unable to find", "Unable to resolve", "unsupported gloo device")  # words of gloo where no other rank is asked
+LOCAL_AXES = (
+    "Unable to find",
+    "Unable to resolve",
+    "unsupported gloo device",
+)  # words of gloo where no other rank is asked
 SHARED = "Duplicate GPU"  # words of NCCL where two ranks are to compute on one
 TIMEOUT = 30.0  # minutes after which a collective that waits for a rank fails
 
@@ -173,7 +177,7 @@ def explained(who: str, minutes: float) -> Iterator[None]:
                     raise RunError(
                         f"{who} has the same GPU as another rank, which NCCL refuses; start one process for each GPU"
                     ) from error
-                if any(word in text for word in LOCAL):
+                if any(word in text for word in LOCAL_AXES):
                     raise RunError(f"{who} cannot open connections to other ranks: {_plain(text)}") from error
                 if "NCCL" in text and not any(word in text for word in REMOTE):
                     raise RunError(f"{who} failed in NCCL: {text.rpartition('Last error:')[2].strip()}") from error

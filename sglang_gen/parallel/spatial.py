@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.unet import SelfAttention
 from sglang_gen.parallel.collectives import Axis, exchange, gather, gather_along, put_along, start_along
-from sglang_gen.parallel.door import cut, part
 from sglang_gen.parallel.sequence import Gathering, Lengths
+from sglang_gen.parallel.sequence_boundary import cut, part
 
 
 class RowConv(nn.Module):

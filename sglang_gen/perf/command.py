@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sglang_gen import destination, output
+from sglang_gen import destination
+from sglang_gen import files as output
+from sglang_gen.config.schema import plain
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.perf.compare import KINDS, TOLERANCES, Comparison, Report, Row, Tolerance, compare
-from sglang_gen.perf.observations import collect
-from sglang_gen.perf.statistics import MOST, Verdict
-from sglang_gen.schema import plain
+from sglang_gen.perf.dump_reader import collect
+from sglang_gen.perf.statistics import MOST_REPEATS, Verdict
 
 REPORT_VERSION = 1
 EXIT_CODES = {
@@ -242,7 +243,7 @@ def _line(row: Row) -> str:
     interval = "none" if row.interval is None else "{:.4f} to {:.4f}".format(*row.interval)
     verdict = row.verdict.name
     if row.repeats_needed is not None:
-        verdict += f", {'more than ' if row.repeats_needed >= MOST else ''}{row.repeats_needed} repeats needed"
+        verdict += f", {'more than ' if row.repeats_needed >= MOST_REPEATS else ''}{row.repeats_needed} repeats needed"
     cells = (
         _cell(row.metric),
         side(row.base),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen.errors import UserError
-from sglang_gen.perf.observations import Dump
+from sglang_gen.perf.dump_reader import Dump
 from sglang_gen.perf.statistics import Verdict, geometric_mean, judge, noise
 
 RESOLUTION = {"ms": 0.001, "MB": 0.01}  # what a dump is rounded to; a zero is taken as this

@@ -10,14 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sglang_gen import env, output
+from sglang_gen import env, files
 
 DTYPES = ("float32", "bfloat16")
 NEAR = 0.9  # of float32's rate: from there on bfloat16 is taken, which needs half the memory
 HOPELESS = 0.1  # of float32's rate: a processor that emulates bfloat16 is not asked for larger products
 FIRST = 128  # rows and columns: 5 ms where bfloat16 is emulated at 1 GFLOP/s
 LONG_ENOUGH = 0.002  # seconds of a product that its start no longer decides
-ROUNDS = 5
+DTYPE_ROUNDS = 5
 BUDGET = 0.2  # seconds in all
 
 
@@ -60,7 +60,7 @@ def _rates(path: Path) -> dict[str, float]:
     if (kept := _read(path)) is not None:  # of a run that was measuring at the same time: both decide alike
         return kept
     with contextlib.suppress(OSError):  # an unwritable cache costs the next run a measurement, nothing else
-        output.write_json(path, measured)
+        files.write_json(path, measured)
     return measured
 
 
@@ -99,7 +99,7 @@ def _seconds(size: int) -> dict[str, float]:
     operands = {name: torch.ones(2, size, size, dtype=getattr(torch, name)) for name in DTYPES}  # draws no noise
     least = dict.fromkeys(DTYPES, math.inf)
     with torch.no_grad():
-        for turn in range(1 + ROUNDS):
+        for turn in range(1 + DTYPE_ROUNDS):
             for name, (tokens, weight) in operands.items():
                 start = time.perf_counter()
                 linear(tokens, weight)

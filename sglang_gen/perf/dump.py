@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sglang_gen import env
+from sglang_gen.config.schema import SCHEMA_VERSION
+from sglang_gen.perf.clock import STAGES, Clock
 from sglang_gen.perf.flops import CallLog, work
 from sglang_gen.perf.machine import describe, rates
 from sglang_gen.perf.memory import Checkpoint
-from sglang_gen.perf.record import STAGES, Clock
-from sglang_gen.schema import SCHEMA_VERSION
 from sglang_gen.types import Plan
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from sglang_gen.nested import to_meta
+from sglang_gen.tensor_tree import to_meta
 
 
 @dataclass

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sglang_gen import env, output
+from sglang_gen import env, files
+from sglang_gen.config.schema import Machine
 from sglang_gen.errors import first_line
-from sglang_gen.perf.record import synchroniser
-from sglang_gen.schema import Machine
+from sglang_gen.perf.clock import synchroniser
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def rates(device: str, dtype: str, named: Machine) -> dict[str, Any]:
     except RuntimeError as error:  # the pictures are there, and their times; the network still takes its room
         return {"source": f"not measured: {first_line(error)}"}
     with contextlib.suppress(OSError):  # an unwritable cache costs the next run a second, nothing else
-        output.write_json(path, measured)
+        files.write_json(path, measured)
     return measured
 
 

@@ -5,17 +5,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sglang_gen.config.schema import Run
 from sglang_gen.errors import RunError, UserError
-from sglang_gen.perf.record import STAGES
-from sglang_gen.schema import Run
-from sglang_gen.sweep.report import times
+from sglang_gen.perf.clock import STAGES
+from sglang_gen.perf.dump_numbers import times
 
 STEP = "step_ms"  # not a field of the dump: the median denoising step of all repeats
-PEAKS = ("allocated_mb", "reserved_mb", "peak_allocated_mb", "peak_reserved_mb", "peak_host_anon_mb")
+OBJECTIVE_PEAKS = ("allocated_mb", "reserved_mb", "peak_allocated_mb", "peak_reserved_mb", "peak_host_anon_mb")
 KNOWN = (
     STEP, "total_duration_ms", "images_per_second",
     *(f"steps.{stage}.duration_ms" for stage in STAGES),
-    *(f"memory_checkpoints.{stage}.{peak}" for stage in STAGES for peak in PEAKS),
+    *(f"memory_checkpoints.{stage}.{peak}" for stage in STAGES for peak in OBJECTIVE_PEAKS),
     "load.duration_ms", "load.imports_ms", "warmup.duration_ms", "warmup.steps",
     "quality.psnr", "quality.ssim", "quality.max_error",
 )  # fmt: skip

@@ -27,7 +27,7 @@ from functools import lru_cache
 from statistics import NormalDist, fmean, variance
 
 POWER = 0.9  # probability with which the predicted number of repeats decides
-MOST = 10_000  # repeats; more than this is not a prediction anybody acts on
+MOST_REPEATS = 10_000  # repeats; more than this is not a prediction anybody acts on
 _EXPONENT = 50.0  # ratios beyond exp(50) are all the same
 
 
@@ -128,7 +128,7 @@ def _repeats_needed(
     have = min(len(side) for side in logs)
     limit = math.log1p(tolerance)
     for distance in (limit, abs(shift - limit)):
-        needed = MOST if factor >= MOST * distance**2 else math.ceil(factor / distance**2)
+        needed = MOST_REPEATS if factor >= MOST_REPEATS * distance**2 else math.ceil(factor / distance**2)
         if needed > have:
             return needed
     return have + 1

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from hydra.experimental.callback import Callback  # noqa: TID251 - Hydra instantiates this class
+from hydra.experimental.callback import Callback
 
 from sglang_gen import log
 from sglang_gen.errors import first_line

@@ -6,11 +6,14 @@ import time
 import traceback
 from pathlib import Path
 
-from sglang_gen import log, output
-from sglang_gen.config import Choices, Composed, Job, compose, multirun
+from sglang_gen import files, log
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import Composed, compose
+from sglang_gen.config.schema import SCHEMA_VERSION, Run
 from sglang_gen.errors import RunError, Terminated, UserError, first_line
-from sglang_gen.perf import objective, place
-from sglang_gen.schema import SCHEMA_VERSION, Run
+from sglang_gen.outputs import dump_path
+from sglang_gen.perf import objective
+from sglang_gen.sweep.multirun import Job, multirun
 from sglang_gen.sweep.report import DUMP, NOTE
 
 
@@ -75,7 +78,7 @@ class _Note:
 
     def __init__(self, job: Job) -> None:
         self.job, self.dump, self.started = job, DUMP, time.perf_counter()
-        self.before = set(output.results(job.folder))
+        self.before = set(files.results(job.folder))
         self.leave("unfinished", None)
 
     def leave(self, status: str, error: str | None) -> None:
@@ -86,15 +89,15 @@ class _Note:
             "status": status,
             "error": error,
             "seconds": None if status == "unfinished" else round(time.perf_counter() - self.started, 3),
-            "files": [name for name in output.results(self.job.folder) if name not in self.before],
+            "files": [name for name in files.results(self.job.folder) if name not in self.before],
             "dump": self.dump,
         }
-        output.save_json(self.job.folder / NOTE, note)
+        files.save_json(self.job.folder / NOTE, note)
 
 
 def _place(run: Run, job: Job) -> None:
     """Everything that the job writes goes into its folder, the perf dump under its own name or `perf.json`."""
     run.output.path = str(job.folder)
     name = run.output.perf_dump_path or DUMP
-    place.check_in_sweep(name)
+    dump_path.check_in_sweep(name)
     run.output.perf_dump_path = str(job.folder / name)

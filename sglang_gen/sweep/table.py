@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sglang_gen import output
-from sglang_gen.sweep.report import MEMORY, QUALITY, TIMES, Measure, Row, read_jobs
+from sglang_gen import files
+from sglang_gen.perf.dump_numbers import MEMORY, QUALITY, TIMES, Measure
+from sglang_gen.sweep.report import Row, read_jobs
 
 
 def _telling(rows: Sequence[Row]) -> list[str]:
@@ -159,5 +160,5 @@ def write_table(folder: Path) -> list[Path]:
     rows = read_jobs(folder)
     tables = {"table.csv": to_csv(rows), "table.md": to_markdown(rows, f"Sweep {folder.name}")}
     for name, text in tables.items():
-        output.save_bytes(folder / name, text.encode())
+        files.save_bytes(folder / name, text.encode())
     return [folder / name for name in tables]

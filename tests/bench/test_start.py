@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_gen.config import Choices, compose
+from sglang_gen.config.compose import Choices, compose
 
 pytestmark = pytest.mark.bench
 PROMPT = "A serene landscape with mountains and a lake at sunset"

@@ -34,13 +34,13 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from sglang_gen.backends.execution import laid_out
-from sglang_gen.engine import fastest, kernels
+from sglang_gen.backends.native.execution import laid_out
+from sglang_gen.engine import attention_autotune, attention_kernels
 from sglang_gen.engine.compile import Compiled
-from sglang_gen.engine.graphs import Graphs
-from sglang_gen.nested import to_meta
-from sglang_gen.perf.record import synchroniser
+from sglang_gen.engine.cuda_graphs import Graphs
+from sglang_gen.perf.clock import synchroniser
 from sglang_gen.perf.statistics import judge
+from sglang_gen.tensor_tree import to_meta
 from tools.bench import works
 from tools.bench.guests import Guest, Room
 
@@ -55,21 +55,23 @@ def rate_name(device: str) -> str:
     return f"matrix product {SIDES[device]}^3, bfloat16"
 
 
-def kernel_of_auto(work: works.Work, device: str, dtype: torch.dtype = torch.bfloat16) -> kernels.Choice:
+def kernel_of_auto(work: works.Work, device: str, dtype: torch.dtype = torch.bfloat16) -> attention_kernels.Choice:
     """The kernel that attention=auto takes for this work, as `Execution` chooses it: in float32 torch's own choice."""
     if dtype is torch.float32:
-        return kernels.sdpa()
+        return attention_kernels.sdpa()
     latents, text, pooled = (each.to("meta") for each in work.inputs(dtype, "cpu"))
     shapes = works.rehearsed(
         work, (), works.outline(work, dtype),
         lambda twin: twin(latents, works.conditioning(work, text, pooled, twin, meta=True), 0),
     ).attention  # fmt: skip
-    names = kernels.candidates(shapes, device, dtype)
-    timed = {name: kernels.named(name).kernel for name in names}
-    return kernels.named(fastest.fastest(timed, shapes, device, dtype))
+    names = attention_kernels.candidates(shapes, device, dtype)
+    timed = {name: attention_kernels.named(name).kernel for name in names}
+    return attention_kernels.named(attention_autotune.fastest(timed, shapes, device, dtype))
 
 
-def entries(work: works.Work, folder: Path, device: str, kernel: kernels.Choice) -> tuple[dict[str, Call], Room]:
+def entries(
+    work: works.Work, folder: Path, device: str, kernel: attention_kernels.Choice
+) -> tuple[dict[str, Call], Room]:
     """What is timed, by the name that the table shows; and what each has to have on the device before it is called.
 
     `kernel` is that of our attentions.
@@ -127,14 +129,14 @@ def our_call(
     work: works.Work,
     load: Callable[[], tuple[Any, Any, Tensor]],
     device: str,
-    kernel: kernels.Choice,
+    kernel: attention_kernels.Choice,
     compiled: bool,
     graphs: bool = False,
 ) -> Call:
     """One evaluation of the network that `load` gives, with its conditioning and latents."""
     network, condition, latents = load()
     network = laid_out(network, latents.dtype)
-    summing = kernels.summing(kernel.name, device, latents.dtype)
+    summing = attention_kernels.summing(kernel.name, device, latents.dtype)
     works.whole(work).place(network).set_kernel(kernel.kernel, summing)
     conditioning = condition(network)
     if not compiled:

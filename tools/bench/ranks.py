@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sglang_gen.component_folder import in_folder
-from sglang_gen.engine import kernels
+from sglang_gen.engine import attention_kernels
+from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.parallel import mesh
 from sglang_gen.parallel.collectives import gather
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.parallel.split import Split
+from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.perf.statistics import judge
 from sglang_gen.types import Layout
 from sglang_gen.weights.load import load
@@ -63,7 +63,7 @@ def _split(
     split = Split(ranks, glue.TENSOR, glue.SHARDING)
     network = load(lambda: glue.build(work.config), in_folder(folder), glue.sources, dtype, "cpu", split.shrink)
     placed = split.place(network)
-    placed.set_kernel(scaled_dot_product_attention, kernels.summing("sdpa", "cpu", dtype))
+    placed.set_kernel(scaled_dot_product_attention, attention_kernels.summing("sdpa", "cpu", dtype))
     conditioning = condition(placed.entrance)
     return lambda: placed.entrance(latents, conditioning, 0)
 

@@ -13,10 +13,10 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from torch import Tensor
 
 from sglang_gen import env
-from sglang_gen.component_folder import in_folder
-from sglang_gen.engine.shapes import Shapes, rehearse
+from sglang_gen.engine.meta_trace import Shapes, rehearse
+from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.parallel.split import Split
+from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.weights.load import load
 
 TIME = 500.0  # of a thousand

@@ -1,0 +1,133 @@
+"""The arguments of a pipeline's call: which setting owns which, and where --diffusers-kwargs go."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+
+from sglang_gen.backends.diffusers.pipeline_signature import Kind
+from sglang_gen.backends.input_files import read_image
+from sglang_gen.errors import UserError, first_line, nearest
+from sglang_gen.families.img2img import none_left
+from sglang_gen.plan.backend_choice import check_start
+from sglang_gen.types import Plan
+
+# Arguments that a documented flag or a config key sets; None: sglang-gen itself.
+OWNED: dict[str, str | None] = {
+    "prompt": "--prompt", "negative_prompt": "--negative-prompt", "num_inference_steps": "--num-inference-steps",
+    "guidance_scale": "--guidance-scale", "height": "--height", "width": "--width", "generator": "--seed",
+    "num_images_per_prompt": "--num-samples", "num_videos_per_prompt": "--num-samples", "image": "--image-path",
+    "noise_sampler_seed": "--seed", "num_frames": "--num-frames", "max_sequence_length": "sampling.max_sequence_length",
+    "latents": "sampling.latents", "output_type": None, "return_dict": None, "callback_on_step_end": None,
+    "callback_on_step_end_tensor_inputs": None, "callback": None, "callback_steps": None,
+}  # fmt: skip
+IMAGES = ("mask_image", "control_image", "ip_adapter_image", "last_image", "padding_mask_crop_image")
+
+
+def split(plan: Plan, kind: Kind) -> tuple[dict[str, Any], dict[str, Any]]:
+    """--diffusers-kwargs as (arguments of the call, settings of the scheduler); picture arguments are read from files.
+
+    Raises UserError for a name that neither takes, or that a flag owns.
+    """
+    scheduler = plan.card.components.get("scheduler")
+    scheduler_class = getattr(diffusers, scheduler.class_name, None) if scheduler else None
+    settings = set(inspect.signature(scheduler_class.__init__).parameters) - {"self"} if scheduler_class else set()
+    call, configure = {}, {}
+    for name, value in plan.run.backend.diffusers_kwargs.items():
+        if name in OWNED:
+            raise UserError(f"--diffusers-kwargs: '{name}' is set by {OWNED[name] or 'sglang-gen itself'}")
+        if name in kind.accepted:
+            is_picture = name in IMAGES and isinstance(value, str)
+            call[name] = read_image(value, f"--diffusers-kwargs: '{name}'") if is_picture else value
+        elif name in settings:
+            configure[name] = value
+        else:
+            where = f"{kind.pipeline_class.__name__} nor {scheduler.class_name if scheduler else 'its scheduler'}"
+            raise UserError(
+                f"--diffusers-kwargs: neither {where} takes '{name}'"
+                f"{nearest(name, kind.accepted - set(OWNED) | settings)}"
+            )
+    return call, configure
+
+
+def configured(kind: Any, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """A scheduler of this class with the model's configuration but for the settings. Raises UserError."""
+    try:
+        return kind.from_config(config, **settings)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"--diffusers-kwargs: {kind.__name__} refuses {dict(settings)}: {first_line(error)}") from error
+
+
+def check_scheduler(plan: Plan, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that the model's scheduler does not take. Raises UserError."""
+    component = plan.card.components.get("scheduler")
+    if component is not None and settings:
+        configured(getattr(diffusers, component.class_name), component.config, settings)
+
+
+def check_complete(kind: Kind, plan: Plan, call: dict[str, Any]) -> None:
+    """Refuse a pipeline that needs what the request does not give. Raises UserError."""
+    name = kind.pipeline_class.__name__
+    if "prompt" not in kind.accepted:
+        raise UserError(f"{name} takes no prompt; sglang generate needs a pipeline that does")
+    if plan.run.sampling.image_path is None and _needs_image(kind):
+        raise UserError(f"{name} needs an input image: --image-path FILE")
+    if "mask_image" in kind.accepted and "mask_image" not in call:
+        raise UserError(f"""{name} needs a mask: --diffusers-kwargs '{{"mask_image": "FILE"}}'""")
+    if "strength" in kind.accepted and "mask_image" not in kind.accepted:
+        check_start(plan.run)
+    _check_strength(kind, plan.run.sampling.num_inference_steps, call)
+    _check_steps(plan.run.sampling.num_inference_steps, call)
+    missing = sorted(kind.required - set(OWNED) - set(call))
+    if missing:
+        raise UserError(f"{name} needs {', '.join(missing)}: give it with --diffusers-kwargs")
+
+
+def _check_strength(kind: Kind, steps: int, call: dict[str, Any]) -> None:
+    """A strength keeps that share of the steps; pipelines fail in their own ways where none is left."""
+    if "strength" not in kind.accepted:
+        return
+    default = inspect.signature(kind.pipeline_class.__call__).parameters["strength"].default
+    strength = call.get("strength", default)
+    if isinstance(strength, (int, float)) and 0 <= strength <= 1 and int(steps * strength) < 1:
+        raise none_left(strength, steps)
+
+
+def network_calls(plan: Plan, kind: Kind, call: dict[str, Any]) -> tuple[int, int]:
+    """How often one sample calls the network at least and at most, a guidance branch of its own aside.
+
+    A scheduler of second order calls it twice in each step but the last. A strength leaves out steps at the start,
+    of which some pipelines round the number up and some down.
+    """
+    scheduler = plan.card.components.get("scheduler")
+    order = getattr(getattr(diffusers, scheduler.class_name, None), "order", 1) if scheduler else 1
+    steps = float(plan.run.sampling.num_inference_steps)
+    if plan.run.sampling.image_path is not None and "strength" in kind.accepted:
+        default = inspect.signature(kind.pipeline_class.__call__).parameters["strength"].default
+        strength = call.get("strength", default)
+        steps *= min(max(strength, 0.0), 1.0) if isinstance(strength, (int, float)) else 1.0
+    return 1 + order * (math.floor(steps) - 1), 1 + order * (math.ceil(steps) - 1)
+
+
+def _check_steps(steps: int, call: dict[str, Any]) -> None:
+    """A schedule of one's own decides how many steps are run, whatever the number of them says."""
+    for name in ("sigmas", "timesteps"):
+        given = call.get(name)
+        if isinstance(given, list) and len(given) != steps:
+            raise UserError(
+                f"--diffusers-kwargs: '{name}' has {len(given)} values, and --num-inference-steps is {steps}"
+            )
+
+
+def _needs_image(kind: Kind) -> bool:
+    """Pipelines declare `image=None` where they need one."""
+    if "image" not in kind.accepted:
+        return False
+    return "image" in kind.required or transforms(kind)
+
+
+def transforms(kind: Kind) -> bool:
+    """Whether the pipeline makes one picture of another, by arguments that say how."""
+    return bool(kind.accepted & {"strength", "mask_image", "image_guidance_scale"})

@@ -1,0 +1,327 @@
+"""The model's own diffusers pipeline as an engine: any pipeline that diffusers can load and that takes a prompt.
+
+The pipeline's call is one piece; its stages are seen from outside (`observe`): `encode_prompt` is text encoding, the
+progress bar that every pipeline keeps spans denoising and counts its steps, and what follows is decoding.
+"""
+
+import re
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+from sglang_gen import env, log
+from sglang_gen.backends.diffusers import (
+    attention_backend,
+    cache,
+    call_arguments,
+    ineffective_settings,
+    lora,
+    offload,
+    pipeline_signature,
+    quantize,
+    replaced_components,
+)
+from sglang_gen.backends.diffusers import pipeline_loading as original
+from sglang_gen.backends.diffusers import torch_compile as compilation
+from sglang_gen.backends.diffusers.roles import denoisers, dtype_of, modules
+from sglang_gen.backends.diffusers.seeding import argument, seeded
+from sglang_gen.backends.diffusers.stages import Latents, observed, plain_config
+from sglang_gen.backends.finite import require_finite
+from sglang_gen.backends.input_files import read_image, read_noise
+from sglang_gen.backends.native.comm_log import Sent
+from sglang_gen.config.schema import Run
+from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
+from sglang_gen.parallel.guidance_split import GuidanceSplit
+from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.perf.clock import Clock
+from sglang_gen.perf.flops import CallLog
+from sglang_gen.plan import image_size
+from sglang_gen.plan.backend_choice import NATIVE
+from sglang_gen.plan.step_cache import wanted
+from sglang_gen.plan.supported_configs import NEEDS
+from sglang_gen.types import TEXT_ENCODERS, Decoded, Plan, Sample
+from sglang_gen.weights import replacement
+
+TEXTS = re.compile("(negative_)?prompt_[0-9]")  # arguments for further text encoders
+
+
+def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
+    """The plan's pipeline, transformed and on this rank's device.
+
+    Arguments are checked against the pipeline's class before a weight is read. Raises UserError for a request that the
+    pipeline cannot take, RunError if loading fails.
+    """
+    kind, call, scheduler = check(plan, own=original.own_class(plan), warn=True)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    log.adopt_libraries()
+    with ExitStack() as ending:
+        try:
+            pipeline = _read(plan, kind, scheduler)
+            effective, kernel, step_cache = _transform(plan, pipeline, ending)
+        except (UserError, RunError):
+            raise
+        except LOADING_ERRORS as error:
+            if is_out_of_memory(error):
+                raise RunError(f"Out of memory while loading {plan.card.name}") from error
+            raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
+        engine = DiffusersEngine(plan, mesh, kind, pipeline, call, calls, effective, kernel, step_cache)
+        engine.ending = ending.pop_all()
+    return engine
+
+
+def check(
+    plan: Plan, own: Any = None, warn: bool = False
+) -> tuple[pipeline_signature.Kind, dict[str, Any], dict[str, Any]]:
+    """What the pipeline is, the arguments of its call, and settings of its scheduler, before a weight is read.
+
+    `own` is the class that the model's own code defines; with `warn` what has no effect is said too. Raises UserError
+    for a request that the pipeline cannot take.
+    """
+    run = plan.run
+    if plan.card.file is not None:
+        from sglang_gen.backends import single_file_contents
+
+        single_file_contents.check(plan)
+    kind = pipeline_signature.find(
+        plan.pipeline_class,
+        image=run.sampling.image_path is not None,
+        mask="mask_image" in run.backend.diffusers_kwargs,
+        own=own,
+    )
+    call, scheduler = call_arguments.split(plan, kind)
+    call_arguments.check_complete(kind, plan, call)
+    call_arguments.check_scheduler(plan, scheduler)
+    read_noise(run.sampling.latents)
+    _image(run)
+    if run.compile.enable_torch_compile:
+        env.require_compiler(plan.device)
+    attention_backend.own(run.attention, plan.device, getattr(torch, plan.dtype))
+    lora.check(run.lora)
+    cache.check(run.cache, plan.card, kind.pipeline_class, call_arguments.network_calls(plan, kind, call))
+    if warn:
+        ineffective_settings.warn(plan, kind, call, scheduler)
+    return kind, call, scheduler
+
+
+def _image(run: Run) -> Any:
+    path = run.sampling.image_path
+    return None if path is None else read_image(path, "--image-path")
+
+
+def _read(plan: Plan, kind: pipeline_signature.Kind, scheduler: dict[str, Any]) -> Any:
+    """Weights from the folder, replaced components and the configured scheduler, still on the CPU."""
+    dtype = getattr(torch, plan.dtype)
+    replaced = replaced_components.load(plan, dtype) | replacement.load(plan, dtype)
+    pipeline = original.read(plan, kind.pipeline_class, dtype, replaced)
+    if scheduler:
+        pipeline.scheduler = call_arguments.configured(type(pipeline.scheduler), pipeline.scheduler.config, scheduler)
+    return pipeline
+
+
+def _transform(
+    plan: Plan, pipeline: Any, ending: ExitStack
+) -> tuple[dict[str, Any], attention_backend.Kernel, "cache.StepCache | None"]:
+    """Everything that changes how the pipeline computes, in the one order in which it can be done.
+
+    Adapters first, because they change weights, which must still be whole and on the CPU; then quantization, into which
+    no adapter could be merged; then the kernel, which later steps compile or hook; then placement; then the cache,
+    which wraps blocks where they are; compilation last, of the blocks as they then are.
+    """
+    run = plan.run
+    adapters = lora.apply(pipeline, run.lora)
+    quantization = quantize.apply(pipeline, run.quant.method, plan.device)
+    kernel = attention_backend.apply(pipeline, run.attention, plan.device, getattr(torch, plan.dtype))
+    placed = offload.apply(pipeline, run, plan.device, ending)
+    step_cache = cache.StepCache(pipeline, run.cache) if wanted(run.cache) else None
+    if step_cache:
+        ending.callback(step_cache.close)
+    compiled = compilation.apply(pipeline, run.compile, plan.device)
+    effective = {
+        **dtype_of(pipeline),
+        "quantization": quantization,
+        "lora": adapters,
+        "attention": kernel.name,
+        "offload": placed,
+        "compile": compiled,
+    }
+    return effective, kernel, step_cache
+
+
+class DiffusersEngine:
+    """A loaded pipeline; see `types.Engine`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        mesh: Mesh,
+        kind: pipeline_signature.Kind,
+        pipeline: Any,
+        call: dict[str, Any],
+        calls: CallLog,
+        effective: dict[str, Any],
+        kernel: attention_backend.Kernel,
+        step_cache: "cache.StepCache | None",
+    ) -> None:
+        self.plan, self.kind, self.pipeline, self.call = plan, kind, pipeline, call
+        self.kernel, self.step_cache, self.generated = kernel, step_cache, False
+        self.noise = read_noise(plan.run.sampling.latents)
+        self.image = _image(plan.run)
+        self._effective = effective
+        self.ending = ExitStack()
+        self.leads, self.calls, self.sent = mesh.leads, calls, Sent()
+        self.guidance = GuidanceSplit(denoisers(pipeline), mesh) if mesh.size("cfg") > 1 else None
+        for name, network in modules(pipeline, TEXT_ENCODERS).items():
+            calls.watch("text_encoding", name, network)
+        for name, network in denoisers(pipeline).items():
+            calls.watch("denoising", name, network)
+        if hasattr(getattr(pipeline, "vae", None), "decode"):
+            calls.watch("decoding", "vae", pipeline.vae, "decode")
+
+    def effective(self) -> dict[str, Any]:
+        """What took effect, and the classes that were built."""
+        parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
+        return {
+            **self._effective,
+            "cache": self._cache(),
+            "pipeline": type(self.pipeline).__name__,
+            "makes": self.kind.makes,
+            "components": {name: type(part).__name__ for name, part in parts.items()},
+            "scheduler_config": plain_config(self.pipeline.scheduler) if "scheduler" in parts else None,
+        }
+
+    def _cache(self) -> Any:
+        """The step cache's settings, and what the last generation reused."""
+        return self.step_cache.effective(self.generated) if self.step_cache else "none"
+
+    def sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded | None:
+        """One call of the pipeline; None on ranks that do not decode.
+
+        Raises RunError when it fails or gives numbers that are not finite.
+        """
+        latents = Latents(self.noise, len(batch))
+        if self.guidance:
+            self.guidance.start(len(batch))
+        generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
+        given = self._arguments(batch, steps, latents, generators)
+        name = type(self.pipeline).__name__
+        self.sent.on = self.calls.on
+        watched, draws = observed(self.pipeline, clock, latents), seeded(self.pipeline, generators, self.plan.device)
+        clock.enter("text_encoding")
+        try:
+            kernel = attention_backend.chosen(self.pipeline, self.kernel)
+            with torch.no_grad(), kernel, watched, draws, self.sent.during("denoising", None):
+                result = self.pipeline(**given)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError("Out of memory while generating; try smaller batches or a smaller picture") from error
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{name} refuses the request: {first_line(error)}") from error
+        finally:
+            clock.leave()
+        require_finite(latents.last, "the latents", batch)
+        self.generated = True
+        if self.step_cache and self.calls.on:  # a warmup has too few steps, a repeat does the same again
+            self.step_cache.warn_idle()
+        if not self.leads:
+            return None
+        _warn_blanked(result, batch)
+        return replace(self._decoded(result, latents, batch), effective={"cache": self._cache()})
+
+    def _decoded(self, result: Any, latents: Latents, batch: tuple[Sample, ...]) -> Decoded:
+        """Frames or sound out of the pipeline's result, checked."""
+        field = {"image": "images", "video": "frames", "audio": "audios"}[self.kind.makes]
+        if not hasattr(result, field):
+            raise RunError(f"{type(self.pipeline).__name__} returned no {field}")
+        if self.kind.makes == "video" and getattr(result, "audio", None) is not None:
+            log.warning(f"{type(self.pipeline).__name__} also made a sound, which is not kept: videos are silent")
+        values = np.asarray(getattr(result, field), dtype=np.float32)
+        require_finite(torch.from_numpy(values), f"the decoded {self.kind.makes}", batch)
+        if self.kind.makes == "audio":
+            sound = values.reshape(len(batch), -1, values.shape[-1])  # [B, C, T]
+            return Decoded(sound, latents.noise, latents.last, "audio", _sampling_rate(self.pipeline))
+        return Decoded(np.rint(values * 255).astype(np.uint8), latents.noise, latents.last, self.kind.makes)
+
+    def _arguments(
+        self, batch: tuple[Sample, ...], steps: int, latents: Latents, generators: list[torch.Generator]
+    ) -> dict[str, Any]:
+        """What the pipeline's call is given: only what it takes, and of the optional only what is set."""
+        sampling = self.plan.run.sampling
+        negatives = [sample.negative_prompt for sample in batch]
+        height, width = self._size()
+        wanted: dict[str, Any] = {
+            "prompt": [sample.prompt for sample in batch],
+            "negative_prompt": None if negatives[0] is None else negatives,
+            "image": self.image,
+            "num_inference_steps": steps,
+            "guidance_scale": sampling.guidance_scale,
+            "height": height,
+            "width": width,
+            "max_sequence_length": sampling.max_sequence_length,
+            "num_frames": sampling.num_frames,
+            "generator": argument(generators),
+            "output_type": "np" if self.leads else "latent",
+            "callback_on_step_end": latents.after_step,
+        }
+        given = {name: value for name, value in wanted.items() if name in self.kind.accepted and value is not None}
+        warmup = steps != sampling.num_inference_steps and "strength" in self.kind.accepted
+        whole = {"strength": 1.0} if warmup else {}  # an input picture spares none of its few steps
+        return self._for_each(len(batch), given | self.call | whole)
+
+    def _size(self) -> tuple[int | None, int | None]:
+        """What is asked for. With one side alone some pipelines forget it, so that here they get the other one too."""
+        sampling, card = self.plan.run.sampling, self.plan.card
+        name = NATIVE.get(type(self.pipeline).__name__)
+        if name is None or (sampling.height is None) == (sampling.width is None):
+            return sampling.height, sampling.width
+        config, factor = card.components[NEEDS[name].network].config, image_size.latent_factor(card) or 1
+        return image_size.chosen(sampling, image_size.DEFAULT[name], config, factor)
+
+    def _for_each(self, count: int, given: dict[str, Any]) -> dict[str, Any]:
+        """Further prompts once for each sample of a batch; so, where the pipeline transforms it, the input picture.
+
+        Of a single one some pipelines draw the latents once, from the first generator, so that a sample would depend on
+        its batch. Elsewhere several pictures may be several references for one prompt.
+        """
+        if count == 1:
+            return given
+        texts = {name: [text] * count for name, text in given.items() if TEXTS.match(name) and isinstance(text, str)}
+        if not call_arguments.transforms(self.kind):
+            return given | texts
+        pictures = {name: given[name] for name in ("image", "mask_image") if name in given}
+        return given | texts | {name: [picture] * count for name, picture in pictures.items()}
+
+    def traffic(self) -> dict[str, Any]:
+        return self.sent.report()
+
+    def cache_decisions(self) -> dict[str, Any] | None:
+        """What the step cache did in the last generation; None without one."""
+        return self.step_cache.decisions(self.plan.run.sampling.num_inference_steps) if self.step_cache else None
+
+    def close(self) -> None:
+        """Undo what reaches beyond this pipeline: a step cache patches its class, an offloaded network has files."""
+        self.ending.close()
+
+
+def _sampling_rate(pipeline: Any) -> int:
+    """Samples per second of the sound that a pipeline makes, from the component that makes it."""
+    for name in ("vocoder", "vae"):
+        config = getattr(getattr(pipeline, name, None), "config", None)
+        if rate := getattr(config, "sampling_rate", None):
+            return int(rate)
+    raise RunError(f"{type(pipeline).__name__} does not say how many samples a second of its sound has")
+
+
+def _warn_blanked(result: Any, batch: tuple[Sample, ...]) -> None:
+    flagged = getattr(result, "nsfw_content_detected", None) or []
+    for sample, flag in zip(batch, flagged, strict=False):
+        if flag:
+            log.warning(f"The model's safety checker blanked sample {sample.index} (seed {sample.seed})")

@@ -1,0 +1,31 @@
+"""Components that replace those of the model's own folder."""
+
+from typing import Any
+
+import torch
+
+from sglang_gen.backends import loading_report
+from sglang_gen.errors import LOADING_ERRORS, UserError, first_line
+from sglang_gen.hub import component_classes
+from sglang_gen.types import Plan
+
+
+def load(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+    """What --component-paths names, on the CPU. Raises UserError naming the component that cannot be loaded."""
+    return {name: _load(plan, name, dtype) for name in plan.run.model.component_paths}
+
+
+def _load(plan: Plan, name: str, dtype: torch.dtype) -> Any:
+    component = plan.card.components[name]
+    try:
+        kind = component_classes.named(component)
+        if loading_report.is_reported(kind):
+            assert component.folder is not None  # the plan's card was read from a folder with weights
+            return loading_report.read(kind, component.folder, component.config, dtype)
+        settings = {"dtype": dtype, "use_safetensors": True} if issubclass(kind, torch.nn.Module) else {}
+        return kind.from_pretrained(str(component.folder), **settings)
+    except UserError as error:
+        raise UserError(f"--component-paths: {error}") from error
+    except LOADING_ERRORS as error:
+        path = plan.run.model.component_paths[name]
+        raise UserError(f"--component-paths: '{name}' cannot be loaded from {path}: {first_line(error)}") from error

@@ -1,0 +1,31 @@
+"""torch.compile for a diffusers pipeline: one repeated block for all of its repeats, or the whole network."""
+
+from typing import Any
+
+import torch
+
+from sglang_gen import env, log
+from sglang_gen.backends.diffusers.roles import denoisers, repeated_blocks
+from sglang_gen.config.schema import Compile
+
+
+def apply(pipeline: Any, settings: Compile, device: str) -> bool | str:
+    """Compile the denoising networks; False, "regional" or "full" for the record.
+
+    `forward` is compiled, not the module, so that hooks on the module stay outside of the graph. Raises UserError
+    where this machine has no compiler.
+    """
+    if not settings.enable_torch_compile:
+        return False
+    env.require_compiler(device)
+    kinds = set()
+    for network in denoisers(pipeline).values():
+        blocks = repeated_blocks(network) if settings.regional else []
+        for module in blocks or [network]:
+            module.forward = torch.compile(module.forward)
+        kinds.add("regional" if blocks else "full")
+        if settings.regional and not blocks:
+            log.warning(
+                f"compile.regional has no effect: {type(network).__name__} repeats no block; all of it is compiled"
+            )
+    return " and ".join(sorted(kinds))

@@ -1,0 +1,18 @@
+"""Numbers that are not finite are an error: they would be saved as a black image or as silence."""
+
+import torch
+
+from sglang_gen.errors import RunError
+from sglang_gen.types import Sample
+
+
+def require_finite(values: torch.Tensor | None, what: str, batch: tuple[Sample, ...]) -> None:
+    """Refuse NaN and infinity, which would be saved as a black picture."""
+    if values is None or values.shape[0] != len(batch):
+        return
+    for row, sample in zip(values, batch, strict=True):
+        if not bool(torch.isfinite(row).all()):
+            raise RunError(
+                f"Not every number in {what} of sample {sample.index} (seed {sample.seed}) is finite, so the result "
+                "would be black or silent; try --dtype float32 (or bfloat16 in place of float16)"
+            )

@@ -1,0 +1,166 @@
+"""Composition: YAML of `conf/` against the schema, then file values, then flags; plain dataclasses come out.
+
+Precedence, lowest first: schema < model preset < group options < experiment < --config file < overrides, flags and
+sweep choices. `Composed.sources` says for every config path which of these its value came from.
+"""
+
+import copy
+import dataclasses
+import os.path
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from sglang_gen import env
+from sglang_gen.config import presets, record_limits
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.config_file import FileValues, read_config_file
+from sglang_gen.config.hydra_loader import Loader, group_options, line_of, open_loader, parse, user_errors
+from sglang_gen.config.overrides import check, check_option, covers, dict_leaf
+from sglang_gen.config.schema import LOCAL, Run, get, leaves, put
+from sglang_gen.errors import UserError
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A run, where each of its values came from, and what the user should be told about the composition."""
+
+    run: Run
+    sources: dict[str, str]
+    notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    versions: dict[str, str | None] = field(default_factory=dict)  # of the record being repeated
+    inputs: dict[str, str] = field(default_factory=dict)  # digests of its files
+    in_sweep: bool = False  # whether it is a job of a multirun
+    place: env.Torchrun | None = None  # which rank this process is already, where torchrun started it
+
+
+def compose(choices: Choices) -> Composed:
+    """One `Run` from what the user typed. Raises UserError, with the nearest legal name for an unknown key."""
+    composed, named = compose_partly(choices)
+    notices = _complete(composed.run, composed.sources, named, choices.seed)
+    return dataclasses.replace(composed, notices=(*notices, *composed.notices))
+
+
+def compose_partly(choices: Choices) -> tuple[Composed, bool]:
+    """The composition, and whether an option of the group `model` was named."""
+    loader = open_loader(choices.config_dir)
+    words = parse(loader, choices.overrides)
+    options_of = group_options(loader, choices)
+    check(words, choices.flags, options_of)
+    file = read_config_file(choices.file) if choices.file is not None else FileValues()
+    typed = {word.key: word for word in words if not word.is_hydra}
+    stated = {key: word.values[0] for key, word in typed.items() if word.values}
+    covered = {*typed, *choices.flags}
+    values = {path: value for path, value in file.values.items() if not covered & {path, path.partition(".")[0]}}
+    options = {group: option for group, option in file.options.items() if group not in typed}
+    withheld = withheld_values(choices, file, covered)
+    for group, option in options.items():
+        check_option(group, option, options_of(group))
+    implied = None
+    if "model" in stated or "model" not in typed:  # not ~model
+        given = {**values, **stated, **choices.flags}
+        implied = presets.option(stated.get("model", options.get("model")), given, choices.config_dir)
+    chosen = {**options, **({"model": implied} if implied else {})}
+    lines = [*(f"{group}={option}" for group, option in chosen.items()), *map(line_of, words)]
+    with user_errors():
+        cfg = loader.load_configuration(choices.config_name, lines, run_mode=RunMode.RUN)
+        sources = _sources(loader)
+        run = _to_run(cfg, {**values, **choices.flags})
+    sources |= {path: "override" for path in leaves() if any(covers(path, key) for key in typed)}
+    for stated_values, source in ((values, "file"), (choices.flags, "flag")):
+        for path, value in stated_values.items():
+            put(run, path, _merged(get(run, path), value, path, typed))
+            sources[path] = source
+    for path in LOCAL:
+        if isinstance(name := get(run, path), str):
+            put(run, path, os.path.expanduser(name))
+    notices = []
+    if implied not in (None, "custom") and run.model.path is not None:  # the embedded model brings its own
+        notices.append(f"The settings of the preset '{implied}' apply to {run.model.path}")
+    yielded = [path for path in file.values if not covered & {path} and path not in values]
+    if yielded:
+        notices.append(f"Group options given beside {choices.file} replace its {', '.join(yielded)}")
+    warnings = record_limits.warnings(withheld, str(choices.file))
+    composed = Composed(run, sources, tuple(notices), tuple(warnings), file.versions, file.inputs)
+    return composed, "model" in typed or "model" in file.options
+
+
+def withheld_values(choices: Choices, file: FileValues, covered: Collection[str]) -> dict[str, Any]:
+    """What a record cannot decide and the command line does not. Raises UserError where the run cannot do without."""
+    found = {path: value for path, value in file.withheld.items() if not {path, path.partition(".")[0]} & {*covered}}
+    record_limits.check(found, str(choices.file), choices.flags.get("model.path", file.values.get("model.path")))
+    return found
+
+
+def _merged(composed: Any, value: Any, path: str, typed: Iterable[str]) -> Any:
+    """A mapping keeps the keys that it had from below (a preset) and those that were overridden one by one."""
+    if not isinstance(value, dict) or dict_leaf(path) is None:
+        return value
+    overridden = {key.removeprefix(f"{path}.").partition(".")[0] for key in typed if key.startswith(f"{path}.")}
+    return {**composed, **{name: item for name, item in value.items() if name not in overridden}}
+
+
+def _sources(loader: Loader) -> dict[str, str]:
+    """For every config path the kind of YAML file that set it last: default, preset, group or experiment."""
+    found = dict.fromkeys(leaves(), "default")
+    for item in loader.defaults:
+        if item.config_path is None or item.config_path.startswith("hydra/") or item.config_path == "schema":
+            continue
+        loaded = loader.read.load_config(item.config_path)
+        if loaded is None or not isinstance(loaded.config, DictConfig):
+            continue
+        label = {"model": "preset", "experiment": "experiment"}.get(item.config_path.partition("/")[0], "group")
+        package = item.package or ""
+        content = OmegaConf.to_container(loaded.config, resolve=False)
+        for name in _flatten(content, package) if content else ():
+            for path in found:
+                if covers(name, path) or covers(path, name):
+                    found[path] = label
+    return found
+
+
+def _flatten(content: Any, prefix: str) -> list[str]:
+    if not isinstance(content, dict) or not content:
+        return [prefix] if prefix else []
+    inner = f"{prefix}." if prefix else ""
+    return [path for name, value in content.items() for path in _flatten(value, f"{inner}{name}")]
+
+
+def _to_run(cfg: DictConfig, later: Mapping[str, Any]) -> Run:
+    """The composed job configuration as a `Run`; missing values and interpolations raise OmegaConf's errors.
+
+    `later` holds what flags and files will set. An interpolation (`width: ${sampling.height}`) sees those values, as
+    far as they are plain; the values themselves are set verbatim, after this.
+    """
+    job = copy.deepcopy(cfg)
+    with read_write(job), open_dict(job):
+        del job["hydra"]
+        for path, value in later.items():
+            if isinstance(value, (int, float, Enum)) or (isinstance(value, str) and not {"$", "?"} & set(value)):
+                OmegaConf.update(job, path, value)
+    run = OmegaConf.to_object(job)
+    if not isinstance(run, Run):
+        raise UserError("The primary configuration does not build on 'config': put '- config' first in its defaults")
+    return run
+
+
+def _complete(run: Run, sources: dict[str, str], named: bool, seed: int | None) -> list[str]:
+    """Fill in the example prompt of a named preset and the sweep's seed; the sentences that say so."""
+    notices = []
+    if run.model.path is None and run.model.preset == "landscape" and not named:
+        notices.append("No model given: using the embedded model 'landscape'")
+    if run.sampling.prompt is None and not run.sampling.prompts_file and not run.sampling.prompts:
+        if not (named and run.model.example_prompt) or sources["model.path"] in ("flag", "override", "file"):
+            raise UserError('A prompt is needed: --prompt "a description of the picture"')
+        run.sampling.prompt = run.model.example_prompt
+        sources["sampling.prompt"] = "preset"
+        notices.append(f"No prompt given: using the example prompt of the preset '{run.model.preset}'")
+    if run.sampling.seed is None and seed is not None:
+        run.sampling.seed = seed
+        notices.append(f"Multirun: jobs without a seed use seed {seed}")
+    return notices

@@ -1,0 +1,166 @@
+"""Reading configurations with Hydra: its loader, override words, and its errors as one sentence."""
+
+import os.path
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_store import ConfigNode, ConfigStore
+from hydra.core.default_element import ResultDefault
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sglang_gen import env
+from sglang_gen.config import hydra_code
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.overrides import Word, dict_leaf
+from sglang_gen.config.schema import Run
+from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.files import FULL
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What Hydra and OmegaConf raise while they read a configuration is the user's to mend: one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, AttributeError) as error:
+        raise UserError(_sentence(error)) from error
+    except RecursionError as error:
+        raise UserError("The configuration is nested too deeply") from error
+    except OSError as error:
+        if error.errno in FULL:  # only the folder of a sweep is written here
+            raise RunError(f"The folder of the sweep cannot be written: {error.strerror}") from error
+        raise UserError(f"{error.filename or 'The configuration'} cannot be used: {error.strerror or error}") from error
+
+
+class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
+    """Hydra's, which keeps what it last composed: reading it all once more would double the time of a composition."""
+
+    defaults: Sequence[ResultDefault] = ()
+    read: IConfigRepository
+
+    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+        self.defaults, self.read = defaults, repo
+        composed: DictConfig = super()._compose_config_from_defaults_list(defaults, repo)
+        return composed
+
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        """Hydra's; every configuration comes from here, that of each job too. Raises UserError for code of others."""
+        cfg: DictConfig = super().load_configuration(*args, **kwargs)
+        hydra_code.check(typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False)), instantiable())
+        return cfg
+
+    def _process_config_searchpath(
+        self, config_name: str | None, parsed_overrides: list[Override], repo: IConfigRepository
+    ) -> None:
+        given = [word.value() for word in parsed_overrides if word.get_key_element() == "hydra.searchpath"]
+        primary = repo.load_config(config_name) if config_name is not None else None
+        if not given and primary is not None and OmegaConf.is_dict(primary.config):
+            given = [OmegaConf.select(primary.config, "hydra.searchpath")]
+        for entries in given:
+            hydra_code.check_search_path(list(entries) if OmegaConf.is_list(entries) else entries)
+        super()._process_config_searchpath(config_name, parsed_overrides, repo)
+
+
+@cache
+def instantiable() -> frozenset[str]:
+    """Classes that Hydra may instantiate: its plugins, what they and it registered, callbacks, and ours."""
+    from hydra.experimental import callbacks
+
+    found = {hydra_code.OURS, *Plugins.instance().class_name_to_class}
+    pending = [callbacks.Callback]
+    while pending:
+        classes = pending.pop().__subclasses__()
+        pending += classes
+        names = [f"{each.__module__}.{each.__qualname__}" for each in classes]
+        found.update(name for name in names if name.partition(".")[0] in hydra_code.TRUSTED_PACKAGES)
+    return frozenset(found | set(_targets(ConfigStore.instance().repo.get("hydra", {}))))
+
+
+def _targets(stored: Any) -> Iterator[str]:
+    """Every `_target_` of the nodes that packages have put into Hydra's store."""
+    if isinstance(stored, ConfigNode):
+        stored = OmegaConf.to_container(OmegaConf.create(stored.node), resolve=False)
+    for name, item in stored.items() if isinstance(stored, dict) else ():
+        if name == "_target_":
+            yield str(item)
+        else:
+            yield from _targets(item)
+
+
+def open_loader(config_dir: str | None) -> Loader:
+    search_path = create_config_search_path(str(env.conf_dir()))
+    if config_dir is not None:
+        if not os.path.isdir(config_dir):  # False also for names that no file system takes
+            raise UserError(f"--config-dir: '{config_dir}' is not a folder")
+        search_path.prepend("command-line", f"file://{Path(config_dir).absolute()}")
+    store = ConfigStore.instance()
+    if "schema.yaml" not in store.repo:
+        store.store(name="schema", node=Run, provider="schema")
+    return Loader(config_search_path=search_path)
+
+
+def group_options(loader: ConfigLoaderImpl, choices: Choices) -> Callable[[str], list[str]]:
+    """Gives the options of a group, those in folders of hydra.searchpath included."""
+    search = [word for word in choices.overrides if "hydra.searchpath=" in word]
+
+    def options_of(group: str) -> list[str]:
+        with user_errors():
+            return list(loader.get_group_options(group, config_name=choices.config_name, overrides=search))
+
+    return options_of if search or choices.config_name != "config" else loader.repository.get_group_options
+
+
+def parse(loader: ConfigLoaderImpl, lines: Iterable[str]) -> list[Word]:
+    parser = OverridesParser.create(config_loader=loader)
+    return [_word(parser, line) for line in lines]
+
+
+def _word(parser: OverridesParser, line: str) -> Word:
+    if "=" not in line and not line.startswith("~"):
+        raise UserError(f"'{line}' is neither an option nor an override of the form key=value")
+    try:
+        (override,) = parser.parse_overrides([line])
+    except (HydraException, ValueError) as error:
+        key = line.partition("=")[0]
+        raise UserError(
+            f"The override '{line}' cannot be read: {first_line(error)}"
+            f" (special characters need quotes inside: {key}='\"...\"')"
+        ) from error
+    sign = {OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++", OverrideType.DEL: "~"}.get(override.type, "")
+    values: tuple[Any, ...] = ()
+    if override.is_discrete_sweep():
+        values = tuple(Override._convert_value(value) for value in override.sweep_iterator())
+    elif not override.is_sweep_override() and not override.is_delete():
+        values = (override.value(),)
+    return Word(line, sign, override.key_or_group, override.package, values, override.is_sweep_override())
+
+
+def line_of(word: Word) -> str:
+    """The word as Hydra is to see it: keys of a free mapping are added or changed alike."""
+    return f"++{word.text}" if not word.sign and dict_leaf(word.key) else word.text
+
+
+def _sentence(error: Exception) -> str:
+    """One sentence for an error of Hydra or OmegaConf, its place in the configuration included."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    cause = error.__cause__
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException) and str(cause)[:40] not in text:
+        text = f"{text.rstrip('.')}: {first_line(cause)}"
+    place = next((line for line in lines if line.startswith("full_key:")), "").partition(": ")[2]
+    key = getattr(error, "full_key", None) or place
+    return f"{text} (at {key})" if key and key not in text else text

@@ -1,0 +1,87 @@
+"""The model presets of conf/model: their names, and which of them a path or an id means."""
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sglang_gen import env
+from sglang_gen.config.values import parse_yaml
+from sglang_gen.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Preset:
+    name: str
+    path: str | None
+    description: str
+
+
+def load(config_dir: str | None = None) -> list[Preset]:
+    """All presets, a user's own `--config-dir` first. A broken file is left to the composition to refuse."""
+    found: dict[str, Preset] = {}
+    own = _load_folder(Path(config_dir)) if config_dir else ()
+    for preset in (*own, *_shipped()):
+        found.setdefault(preset.name, preset)
+    return sorted(found.values(), key=lambda preset: preset.name)
+
+
+@cache
+def _shipped() -> tuple[Preset, ...]:
+    return _load_folder(env.conf_dir())
+
+
+def _load_folder(folder: Path) -> tuple[Preset, ...]:
+    return tuple(_read(path) for path in sorted(folder.glob("model/*.yaml")))
+
+
+def _read(path: Path) -> Preset:
+    text, content = "", None
+    with suppress(OSError, ValueError):
+        text = path.read_text(encoding="utf-8")
+        content = parse_yaml(text)
+    model = content.get("model") if isinstance(content, dict) else None
+    hub_id = model.get("path") if isinstance(model, dict) else None
+    comments = [line.lstrip("# ").rstrip() for line in text.splitlines() if re.match(r"# (?!@package)", line)]
+    return Preset(path.stem, hub_id if isinstance(hub_id, str) else None, comments[0] if comments else "")
+
+
+def by_path(path: str, known: list[Preset]) -> str | None:
+    """The preset whose hub id a model path is, or whose repository name a local folder has."""
+    wanted = _normal(Path(path).name)
+    found = [preset.name for preset in known if preset.path and _normal(Path(preset.path).name) == wanted]
+    return found[0] if found else None
+
+
+def by_id(name: str, known: list[Preset]) -> str | None:
+    """The preset that a model id means: its name, or its hub id or repository name; punctuation and case aside."""
+    own = [preset.name for preset in known if _normal(preset.name) == _normal(name)]
+    return own[0] if own else by_path(name, known)
+
+
+def option(explicit: str | None, given: Mapping[str, Any], config_dir: str | None) -> str | None:
+    """The option of the group `model` that a path or an id implies; None where one is chosen or nothing is named.
+
+    `explicit` is the option that was chosen by name, `given` the values that were stated, by config path.
+    """
+    known = load(config_dir)
+    names = [preset.name for preset in known]
+    name, path = given.get("model.id"), given.get("model.path")
+    meant = by_id(str(name), known) if name is not None else None
+    if name is not None and meant is None:
+        raise UserError(f"No preset is named '{name}'{nearest(str(name), names)} (presets: {', '.join(names)})")
+    if explicit is not None:
+        if meant not in (None, explicit):
+            raise UserError(f"model={explicit} and the model id '{name}' name two presets; give one")
+        return None
+    if meant is not None or path is None:
+        return meant
+    recorded = given.get("model.preset")  # a record names the preset that it was made with
+    return recorded if recorded in names else by_path(str(path), known) or "custom"
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -1,0 +1,98 @@
+"""What to draw: prompts from the command line, a file or a record, as samples with seeds, in batches."""
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sglang_gen.config.schema import BOUNDS, Run
+from sglang_gen.config.values import parse_json
+from sglang_gen.errors import UserError, nearest
+from sglang_gen.types import Sample
+
+
+def pin(run: Run) -> Run:
+    """The lines of sampling.prompts_file as sampling.prompts, so that the record repeats without the file."""
+    sampling = run.sampling
+    stated = [sampling.prompt is not None, bool(sampling.prompts_file), bool(sampling.prompts)]
+    if sum(stated) > 1:
+        raise UserError("sampling.prompt, sampling.prompts_file and sampling.prompts exclude each other; give one")
+    seed = sampling.seed if sampling.seed is not None else secrets.randbelow(2**32)
+    entries = _read(sampling.prompts_file) if sampling.prompts_file else sampling.prompts
+    for entry in entries:
+        _check(entry)
+    return replace(run, sampling=replace(sampling, seed=seed, prompts=entries, prompts_file=None))
+
+
+def _read(path: str) -> list[dict[str, Any]]:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"sampling.prompts_file: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"sampling.prompts_file: {path} is not UTF-8 text") from None
+    entries = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        if not line.lstrip().startswith("{"):
+            entries.append({"prompt": line})
+            continue
+        try:
+            entries.append(parse_json(line))
+            _check(entries[-1])
+        except UserError as error:
+            raise UserError(f"sampling.prompts_file: {path}, line {number}: {error}") from None
+        except ValueError as error:
+            raise UserError(f"sampling.prompts_file: {path}, line {number} {error}") from None
+    if not entries:
+        raise UserError(f"sampling.prompts_file: {path} holds no prompt")
+    return entries
+
+
+def _check(entry: Mapping[str, Any]) -> None:
+    kinds = {"prompt": str, "negative_prompt": str, "seed": int}
+    for key, value in entry.items():
+        if key not in kinds:
+            raise UserError(f"A prompt has the unknown key '{key}'{nearest(key, kinds)}")
+        if not isinstance(value, kinds[key]) or isinstance(value, bool):
+            raise UserError(f"A prompt's '{key}' is {value!r}; it must be {'an integer' if key == 'seed' else 'text'}")
+    if "prompt" not in entry:
+        raise UserError(f"A prompt entry has no 'prompt': {json.dumps(dict(entry), ensure_ascii=False)}")
+    least, most = BOUNDS["sampling.seed"]
+    if not least <= entry.get("seed", 0) <= most:
+        raise UserError(f"A prompt's seed is {entry['seed']}; it must lie between {least} and {most}")
+
+
+def samples(run: Run) -> list[Sample]:
+    """Every picture of the run: for each prompt, seeds base, base + 1, ...; each prompt starts at the run's seed."""
+    sampling, seed = run.sampling, run.sampling.seed
+    assert seed is not None  # pinned before
+    entries = sampling.prompts or [{"prompt": sampling.prompt}]
+    found: list[Sample] = []
+    most = BOUNDS["sampling.num_samples"][1]
+    if len(entries) * sampling.num_samples > most:
+        raise UserError(f"{len(entries)} prompts x {sampling.num_samples} samples are more than {most} pictures")
+    for entry in entries:
+        base = int(entry.get("seed", seed))
+        if base + sampling.num_samples - 1 > BOUNDS["sampling.seed"][1]:
+            raise UserError(f"The seeds from {base} on leave the range of seeds with {sampling.num_samples} samples")
+        negative = entry.get("negative_prompt", sampling.negative_prompt)
+        for offset in range(sampling.num_samples):
+            found.append(Sample(len(found), entry["prompt"], negative, base + offset))
+    return found
+
+
+def batches(given: list[Sample], size: int) -> tuple[tuple[Sample, ...], ...]:
+    """Consecutive samples in batches of at most `size`; with and without negative prompt are not mixed."""
+    found: list[list[Sample]] = []
+    for sample in given:
+        last = found[-1] if found else []
+        same = bool(last) and (last[-1].negative_prompt is None) == (sample.negative_prompt is None)
+        if same and len(last) < size:
+            last.append(sample)
+        else:
+            found.append([sample])
+    return tuple(tuple(batch) for batch in found)

@@ -1,0 +1,332 @@
+"""The schema of a run: one root dataclass, one nested dataclass per config group.
+
+Every documented default lives here (or in a YAML file of `conf/`) and nowhere else. Type-checking of YAML files against
+this schema is Hydra's; `leaves` and `values.coerce` do the same for flags and configuration files.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+class BackendName(Enum):
+    auto = "auto"
+    sglang = "sglang"
+    diffusers = "diffusers"
+
+
+class DType(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class LogLevel(Enum):
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+class QuantMethod(Enum):
+    none = "none"
+    prequantized = "prequantized"
+    int8 = "int8"
+    fp8 = "fp8"
+    nunchaku = "nunchaku"
+
+
+class CacheMethod(Enum):
+    none = "none"
+    dbcache = "dbcache"
+    deepcache = "deepcache"
+
+
+class Tracker(Enum):
+    none = "none"
+    csv = "csv"
+    wandb = "wandb"
+
+
+class GuidanceBatching(Enum):
+    auto = "auto"
+    batched = "batched"
+    sequential = "sequential"
+
+
+@dataclass
+class Model:
+    """Which weights, and how a diffusers pipeline is put together from them."""
+
+    preset: str | None = None  # name of the option in conf/model whose settings apply
+    path: str | None = None  # hub id, local folder or whole-model file; null with landscape: the embedded folder
+    id: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    pipeline_class_name: str | None = None
+    component_paths: dict[str, str] = field(default_factory=dict)
+    configs: str | None = None  # folder or hub id that has the component configs and tokenizers of a single file
+    example_prompt: str | None = None
+
+
+@dataclass
+class Backend:
+    name: BackendName = BackendName.auto
+    diffusers_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Parallel:
+    """num_gpus = dp_size * cfg * ring_degree * ulysses_degree * tp_size, where cfg is 2 with enable_cfg_parallel."""
+
+    num_gpus: int = 1
+    tp_size: int | None = None
+    sp_degree: int | None = None
+    ulysses_degree: int | None = None
+    ring_degree: int | None = None
+    dp_size: int = 1
+    dp_degree: int = 1
+    enable_cfg_parallel: bool = False
+    timeout_minutes: float = 30.0  # that a rank waits for another
+
+
+# Of `Parallel`, what makes the layout.
+DEGREES = (
+    "num_gpus", "tp_size", "sp_degree", "ulysses_degree", "ring_degree", "dp_size", "dp_degree", "enable_cfg_parallel",
+)  # fmt: skip
+
+
+@dataclass
+class Offload:
+    dit_cpu_offload: bool = False
+    dit_layerwise_offload: bool = False
+    text_encoder_cpu_offload: bool = False
+    image_encoder_cpu_offload: bool = False
+    vae_cpu_offload: bool = False
+    disk_path: str | None = None  # folder that holds what is offloaded to disk
+
+
+@dataclass
+class Adapter:
+    path: str | None = None
+    nickname: str = "default"
+    scale: float = 1.0
+    target_modules: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Lora:
+    path: str | None = None
+    nickname: str = "default"
+    scale: float = 1.0
+    target_modules: list[str] = field(default_factory=list)
+    adapters: list[Adapter] = field(default_factory=list)
+
+
+@dataclass
+class Quant:
+    method: QuantMethod = QuantMethod.none
+    transformer_weights_path: str | None = None
+    nunchaku_config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Attention:
+    backend: str = "auto"
+    backend_config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Cache:
+    """Step caches; the fields of dbcache carry the names of cache-dit's own configuration."""
+
+    method: CacheMethod = CacheMethod.none
+    cache_dit_config: dict[str, Any] = field(default_factory=dict)
+    Fn_compute_blocks: int = 8
+    Bn_compute_blocks: int = 0
+    residual_diff_threshold: float = 0.08
+    max_warmup_steps: int = 8
+    warmup_interval: int = 1
+    max_cached_steps: int = -1
+    max_continuous_cached_steps: int = -1
+    enable_separate_cfg: bool | None = None
+    steps_computation_mask: list[int] | None = None
+    steps_computation_policy: str = "dynamic"
+    calibrator: str | None = None
+    taylorseer_order: int = 1
+    interval: int = 3  # deepcache: a full forward every `interval` steps
+
+
+@dataclass
+class Compile:
+    enable_torch_compile: bool = False
+    regional: bool = True
+    cuda_graphs: bool = False  # capture an evaluation of the network once for each shape, and replay it
+    warmup: bool = False
+    warmup_steps: int = 1
+    disable_autocast: bool = False
+
+
+@dataclass
+class Sampling:
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    guidance_interval: list[float] | None = None  # guide from and up to these fractions of the steps; null: all
+    guidance_batching: GuidanceBatching = GuidanceBatching.auto  # both branches at once, or one after the other
+    height: int | None = None
+    width: int | None = None
+    seed: int | None = None
+    num_samples: int = 1
+    batch_size: int = 1
+    max_sequence_length: int | None = None
+    prompts_file: str | None = None
+    prompts: list[dict[str, Any]] = field(default_factory=list)
+    image_path: str | None = None
+    num_frames: int | None = None
+    latents: str | None = None  # safetensors file of an earlier run: start from its `noise`
+
+
+@dataclass
+class Output:
+    path: str = "outputs/"
+    perf_dump_path: str | None = None
+    latents: bool = False
+    fps: int | None = None
+
+
+@dataclass
+class Perf:
+    tag: str | None = None
+    machine_rates: bool = True  # measure this machine's matmul and memory rates once and keep them
+    work: bool = True  # count FLOPs and bytes of each stage
+    repeat: int = 1  # generate so many times in one process: more observations, and a proof that nothing leaks
+    objective: str | None = None  # key of a number of the dump: what a job of a multirun returns to its sweeper
+
+
+@dataclass
+class Quality:
+    reference: str | None = None
+
+
+@dataclass
+class Tracking:
+    name: Tracker = Tracker.none
+    project: str = "sglang-gen"
+
+
+@dataclass
+class Machine:
+    """Rates of a named machine, in place of measured ones."""
+
+    name: str = "auto"
+    matmul_tflops: float | None = None  # dense bf16
+    attention_tflops: float | None = None  # null: as products
+    memory_gb_per_s: float | None = None
+    link_gb_per_s: float | None = None  # from one GPU to the others, in one direction
+
+
+@dataclass
+class Run:
+    model: Model = field(default_factory=Model)
+    backend: Backend = field(default_factory=Backend)
+    parallel: Parallel = field(default_factory=Parallel)
+    offload: Offload = field(default_factory=Offload)
+    lora: Lora = field(default_factory=Lora)
+    quant: Quant = field(default_factory=Quant)
+    attention: Attention = field(default_factory=Attention)
+    cache: Cache = field(default_factory=Cache)
+    compile: Compile = field(default_factory=Compile)
+    sampling: Sampling = field(default_factory=Sampling)
+    output: Output = field(default_factory=Output)
+    perf: Perf = field(default_factory=Perf)
+    quality: Quality = field(default_factory=Quality)
+    tracking: Tracking = field(default_factory=Tracking)
+    machine: Machine = field(default_factory=Machine)
+    dry_run: bool | str = False  # false, true (a table) or json
+    device: Device = Device.auto
+    dtype: DType = DType.auto
+    deterministic: bool = False
+    log_level: LogLevel = LogLevel.info
+
+
+def leaves(cls: type = Run, prefix: str = "") -> dict[str, Any]:
+    """Every config path of the schema with its type, in order: `{"sampling.seed": int | None, ...}`."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        path = f"{prefix}{name}"
+        if dataclasses.is_dataclass(kind):
+            found |= leaves(typing.cast(type, kind), f"{path}.")
+        else:
+            found[path] = kind
+    return found
+
+
+def get(run: Run, path: str) -> Any:
+    """The value at a config path."""
+    value: Any = run
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def put(run: Run, path: str, value: Any) -> None:
+    """Set the value at a config path; `value` has passed `values.coerce`."""
+    *parents, name = path.split(".")
+    setattr(get(run, ".".join(parents)) if parents else run, name, value)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, enums and tuples as JSON-ready dicts, names and lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+# Settings that may name a file or a folder of this machine, in which a leading ~ stands for a home folder.
+LOCAL = (
+    "model.path", "model.configs", "lora.path", "quant.transformer_weights_path", "offload.disk_path",
+    "sampling.image_path", "sampling.latents", "sampling.prompts_file", "quality.reference", "output.path",
+    "output.perf_dump_path",
+)  # fmt: skip
+
+# The least and the most that a number may be; above, arithmetic or memory ends before the run does.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "sampling.num_inference_steps": (1, 100_000),
+    "sampling.num_samples": (1, 1_000_000),
+    "sampling.batch_size": (1, 1_000_000),
+    "sampling.height": (1, 65_536),
+    "sampling.width": (1, 65_536),
+    "sampling.max_sequence_length": (1, 1_000_000),
+    "sampling.seed": (0, 2**63 - 1),
+    "compile.warmup_steps": (1, 100_000),
+    "sampling.num_frames": (1, 100_000),
+    "output.fps": (1, 1000),
+    "perf.repeat": (1, 10_000),
+    "parallel.timeout_minutes": (0.01, 100_000),
+}
+
+
+def user_gave(run: Run, sources: Mapping[str, str], path: str) -> bool:
+    """True where a flag, an override or a configuration file says something else than the schema."""
+    return sources.get(path) in ("flag", "override", "file") and get(run, path) != get(Run(), path)

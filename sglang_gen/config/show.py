@@ -1,0 +1,70 @@
+"""What `--cfg`, `--info` and `--hydra-help` print."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from hydra._internal.hydra import Hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf, open_dict, read_write
+
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import compose_partly
+from sglang_gen.config.hydra_loader import open_loader, user_errors
+from sglang_gen.config.schema import plain
+from sglang_gen.errors import UserError
+
+
+def show(choices: Choices, given: Mapping[str, Any]) -> str:
+    """What --cfg, --info and --hydra-help print."""
+    hydra = Hydra(task_name="generate", config_loader=open_loader(choices.config_dir))
+    mode = RunMode.MULTIRUN if given.get("multirun") else RunMode.RUN
+    with user_errors():
+        if given.get("hydra_help"):
+            return _hydra_help(hydra)
+        if given.get("info"):
+            with _root_logger_kept():
+                hydra.show_info(given["info"], choices.config_name, list(choices.overrides), mode)
+            return ""
+        return _show_cfg(hydra, choices, given, mode)
+
+
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """Hydra prints its information by a handler that it leaves on the root logger of the process."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def _hydra_help(hydra: Hydra) -> str:
+    groups = hydra.config_loader.list_groups("hydra")
+    lines = [f"  hydra/{name}: {', '.join(hydra.config_loader.get_group_options(f'hydra/{name}'))}" for name in groups]
+    return "Hydra's own config groups, chosen as overrides (hydra/launcher=basic):\n" + "\n".join(lines)
+
+
+def _show_cfg(hydra: Hydra, choices: Choices, given: Mapping[str, Any], mode: RunMode) -> str:
+    import yaml
+
+    parts: dict[str, Any] = {}
+    if given["cfg"] in ("job", "all"):
+        parts = plain(compose_partly(choices)[0].run)
+    if given["cfg"] in ("hydra", "all"):
+        cfg = hydra.compose_config(choices.config_name, list(choices.overrides), mode, with_log_configuration=False)
+        if given.get("resolve"):
+            with read_write(cfg.hydra), open_dict(cfg.hydra):  # what only a job has
+                cfg.hydra.job.update({"num": 0, "id": "0"})
+                cfg.hydra.runtime.output_dir = cfg.hydra.run.dir
+        HydraConfig.instance().set_config(cfg)
+        parts["hydra"] = OmegaConf.to_container(cfg.hydra, resolve=bool(given.get("resolve")), enum_to_str=True)
+    for name in [] if given.get("package") in (None, "_global_") else given["package"].split("."):
+        if not isinstance(parts, dict) or name not in parts:
+            raise UserError(f"--package: the configuration has no '{given['package']}'")
+        parts = parts[name]
+    return yaml.safe_dump(parts, sort_keys=False, allow_unicode=True).removesuffix("...\n").rstrip("\n")

@@ -1,0 +1,229 @@
+"""Attention kernels by name: those inside torch's scaled_dot_product_attention, other packages, FlexAttention."""
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from sglang_gen.config.schema import Attention
+from sglang_gen.engine import sparse_attention
+from sglang_gen.errors import UserError, nearest
+from sglang_gen.models.attention import Kernel
+from sglang_gen.parallel.sequence import Summing
+
+SDPA_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@dataclass(frozen=True)
+class Package:
+    """A kernel outside of torch: its module, where that comes from, and the name of its function."""
+
+    module: str
+    origin: str
+    function: str
+    heads_first: bool  # q, k, v as [B, H, L, D]; otherwise [B, L, H, D]
+    exact: bool
+
+
+KERNEL_PACKAGES = {
+    "flash_attn": Package("flash_attn", "pip install flash-attn", "flash_attn_func", heads_first=False, exact=True),
+    "flash_attn_3": Package(
+        "flash_attn_interface", "built from flash-attention/hopper", "flash_attn_func", heads_first=False, exact=True
+    ),
+    "sage": Package("sageattention", "pip install sageattention", "sageattn", heads_first=True, exact=False),
+}
+MOST_SCORES = 2**28  # bytes of scores in memory up to which auto tries `math`, which keeps them all
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel under the name that the record shows."""
+
+    name: str
+    kernel: Kernel
+
+
+def legal(device: str, dtype: torch.dtype) -> list[str]:
+    """Names that `attention.backend` can take on this machine."""
+    inside = [name for name in SDPA_KERNELS if runs(name, device, dtype)]
+    return ["auto", "sdpa", *inside, *(name for name in KERNEL_PACKAGES if _usable(name, device, dtype)), "flex"]
+
+
+def choose(attention: Attention, device: str, dtype: torch.dtype, grids: Iterable[sparse_attention.Grid]) -> Choice:
+    """The kernel of that name; of `auto` torch's own choice. `grids` are the tokens that flex can tell apart.
+
+    Raises UserError with the legal names for one that is unknown or does not run here, and for settings it lacks.
+    """
+    name = attention.backend
+    if name in ("auto", "sdpa"):
+        order = priority(attention.backend_config, device, dtype)
+        return Choice(f"sdpa({', '.join(order)})", inside_sdpa(order)) if order else sdpa()
+    if name == "flex":
+        pattern = sparse_attention.parse(attention.backend_config)
+        return Choice(f"flex({pattern.describe()})", sparse_attention.kernel(pattern, grids, device))
+    if attention.backend_config:
+        raise UserError(
+            f"attention.backend_config: the kernel '{name}' takes no settings; sdpa takes 'priority', flex a pattern"
+        )
+    if name in KERNEL_PACKAGES and importlib.util.find_spec(KERNEL_PACKAGES[name].module) is None:
+        package = KERNEL_PACKAGES[name]
+        wanting = f"'{name}' needs the package {package.module} ({package.origin})"
+        raise UserError(f"attention.backend: {wanting}; legal here: {', '.join(legal(device, dtype))}")
+    if name not in SDPA_KERNELS and name not in KERNEL_PACKAGES:
+        names = legal(device, dtype)
+        unknown = f"the native engine has no kernel '{name}'{nearest(name, names)}"
+        raise UserError(f"attention.backend: {unknown} (legal here: {', '.join(names)})")
+    if not (_usable if name in KERNEL_PACKAGES else runs)(name, device, dtype):
+        raise UserError(f"attention.backend: '{name}' does not run here; legal: {', '.join(legal(device, dtype))}")
+    return named(name)
+
+
+def named(name: str) -> Choice:
+    """A kernel that takes no settings and is known to run here."""
+    if name == "sdpa":
+        return sdpa()
+    if name in SDPA_KERNELS:
+        return Choice(name, inside_sdpa([name]))
+    return Choice(name, _packaged(KERNEL_PACKAGES[name]))
+
+
+def summing(name: str, device: str, dtype: torch.dtype) -> Summing | None:
+    """The kernel of that name, if it also gives the log-sum-exp of its scores; None for one that does not."""
+    if name == "math":
+        return _summing_math
+    if device == "cpu":
+        return _summing_flash_on_cpu if name in ("sdpa", "flash") else None
+    half = dtype.itemsize == 2
+    if name == "sdpa":
+        name = "flash" if half and runs("flash", device, dtype) else "efficient"
+    return {"flash": _summing_flash, "efficient": _summing_efficient}.get(name)
+
+
+def _summing_math(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)  # products of half precision round, and overflow in float16
+    scores = (q.to(wide) * q.shape[-1] ** -0.5) @ k.to(wide).mT
+    lse = scores.logsumexp(dim=-1)
+    return ((scores - lse[..., None]).exp() @ v.to(wide)).to(v.dtype), lse
+
+
+def _summing_flash_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return out, lse
+
+
+def _summing_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    return out, lse
+
+
+def _summing_efficient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    return out, lse[..., : q.shape[2]]  # it pads them to a multiple of 32
+
+
+def sdpa() -> Choice:
+    return Choice("sdpa", scaled_dot_product_attention)
+
+
+def candidates(shapes: Iterable[tuple[int, ...]], device: str, dtype: torch.dtype) -> list[str]:
+    """The exact kernels that `auto` may take for calls of these shapes `(B, H, L, S, D)`, torch's own choice first.
+
+    On a CPU that choice is flash wherever flash runs.
+    """
+    scores = max(b * h * length * keys * dtype.itemsize for b, h, length, keys, _ in shapes)
+    without = {"math"} if scores > MOST_SCORES else set()
+    inside = SDPA_KERNELS.keys() - without - ({"flash"} if device == "cpu" else set())
+    found = [name for name in sorted(inside) if runs(name, device, dtype)]
+    packages = [name for name in KERNEL_PACKAGES if KERNEL_PACKAGES[name].exact and _usable(name, device, dtype)]
+    return ["sdpa", *found, *(name for name in packages if _imports(KERNEL_PACKAGES[name]))]
+
+
+def priority(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> list[str]:
+    """`{"priority": ["cudnn", "flash"]}`: the kernels that sdpa may take, in this order. Raises UserError."""
+    for key in config:
+        if key in sparse_attention.KEYS:
+            raise UserError(f"attention.backend_config: '{key}' is a setting of flex; add attention=flex")
+        if key != "priority":
+            raise UserError(f"attention.backend_config: unknown key '{key}'{nearest(key, ['priority'])}")
+    order = config.get("priority", [])
+    usable = [name for name in SDPA_KERNELS if runs(name, device, dtype)]
+    if not isinstance(order, list) or any(name not in usable for name in order):
+        raise UserError(f"attention.backend_config: 'priority' is a list of kernels that run here: {', '.join(usable)}")
+    return order
+
+
+def runs(name: str, device: str, dtype: torch.dtype) -> bool:
+    """True where this kernel of scaled_dot_product_attention takes a small problem of this device and dtype."""
+    tensor = torch.zeros(1, 1, 16, 32, device=device, dtype=dtype)
+    with warnings.catch_warnings(action="ignore"):  # torch gives the reason why a kernel refuses as a warning
+        # The first call on a GPU settles torch's order of kernels for the process (cuDNN first on a Hopper). Inside of
+        # `only` the order before that call would be put back at the end, and torch would never take cuDNN again.
+        scaled_dot_product_attention(tensor, tensor, tensor)
+        try:
+            inside_sdpa([name])(tensor, tensor, tensor)
+        except RuntimeError:
+            return False
+    return True
+
+
+def inside_sdpa(order: list[str]) -> Kernel:
+    """scaled_dot_product_attention with these of its kernels alone, the first preferred."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with only(order):
+            return scaled_dot_product_attention(q, k, v)
+
+    return attend
+
+
+def only(order: list[str]) -> AbstractContextManager[Any]:
+    """Inside, scaled_dot_product_attention takes these of its kernels alone, the first preferred."""
+    kernels = [SDPA_KERNELS[name] for name in order]
+    return sdpa_kernel(kernels, set_priority=len(kernels) > 1)
+
+
+def _usable(name: str, device: str, dtype: torch.dtype) -> bool:
+    """Packages hold CUDA kernels of half precision."""
+    return (
+        device == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and importlib.util.find_spec(KERNEL_PACKAGES[name].module) is not None
+    )
+
+
+def _imports(package: Package) -> bool:
+    """Whether an installed package is of use: one that was built for another torch is not."""
+    try:
+        return hasattr(importlib.import_module(package.module), package.function)
+    except (ImportError, OSError, RuntimeError):
+        return False
+
+
+def _packaged(package: Package) -> Kernel:
+    function = getattr(importlib.import_module(package.module), package.function)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if package.heads_first:
+            return _tensor(function(q, k, v))
+        return _tensor(function(*(each.transpose(1, 2) for each in (q, k, v)))).transpose(1, 2)
+
+    return attend
+
+
+def _tensor(result: Any) -> Tensor:
+    """Some versions also return the log-sum-exp."""
+    found: Tensor = result[0] if isinstance(result, tuple) else result
+    return found

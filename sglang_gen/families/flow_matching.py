@@ -1,0 +1,73 @@
+"""What the pipelines of flow matching share: timesteps, and where a run starts that is given a picture."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sglang_gen.errors import UserError, first_line
+from sglang_gen.families import img2img
+from sglang_gen.models.vae import Autoencoder
+
+SIZED_BY_PICTURE = False  # an input picture is resized to the size of the request
+STRENGTH = 0.6  # of the noise on an input picture, unless the request says otherwise
+
+
+def set_timesteps(scheduler: Any, steps: int, tokens: int, max_shift: float, sigmas: list[float] | None = None) -> None:
+    """With dynamic shifting the shift grows with the number of tokens (Esser et al. 2024, section 5.3.2).
+
+    `max_shift` is what a scheduler takes that does not say. Raises UserError for one that cannot take the sigmas.
+    """
+    extra: dict[str, Any] = {}
+    kind = type(scheduler).__name__
+    config, parameters = scheduler.config, inspect.signature(scheduler.set_timesteps).parameters
+    if config.get("use_dynamic_shifting"):
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+        slope = (high - low) / (many - few)
+        extra["mu"] = tokens * slope + (low - slope * few)
+    if "Flow" not in kind and not config.get("use_flow_sigmas"):
+        raise UserError(f"{kind} does not integrate a flow (it has no use_flow_sigmas), so it cannot sample this model")
+    if sigmas is not None and not config.get("use_flow_sigmas"):
+        if "sigmas" not in parameters:
+            raise UserError(f"{kind} takes no sigmas, so it cannot integrate this model's flow")
+        extra["sigmas"] = sigmas
+    else:
+        extra["num_inference_steps"] = steps
+    try:
+        scheduler.set_timesteps(**extra)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"{kind} refuses {steps} steps: {first_line(error)}") from error
+
+
+def skipped(steps: int, strength: float) -> int:
+    """Steps that a picture spares when noise of this strength, 0 to 1, is put on it; a part of a step is a step."""
+    return int(max(steps - min(steps * strength, steps), 0))
+
+
+def encode_picture(
+    vae: Autoencoder, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
+    """Latents `[B, C, h, w]` of the picture `[1, 3, H, W]`, drawn for each sample."""
+    scaling = vae.config.scaling
+    return (img2img.encode(vae, pixels, generators) - scaling.shift) * scaling.factor
+
+
+def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
+    """Pictures `[B, 3, H, W]` in -1..1 of latents `[B, C, h, w]`."""
+    scaling = vae.config.scaling
+    return vae.decode(latents / scaling.factor + scaling.shift)
+
+
+def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
+    """What the first step starts from `[B, C, h, w]`: noise alone, or on the picture's latents `source`.
+
+    Raises UserError for a scheduler that cannot put noise on a picture.
+    """
+    if source is None:
+        return noise
+    if not hasattr(scheduler, "scale_noise"):
+        raise UserError(f"{type(scheduler).__name__} puts no noise on a picture, so it cannot start from one")
+    return scheduler.scale_noise(source, timesteps[:1].repeat(len(noise)), noise).to(noise.dtype)

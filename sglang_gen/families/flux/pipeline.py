@@ -1,0 +1,213 @@
+"""FLUX.1 dev and schnell: pooled CLIP text, T5 tokens, latents packed two by two, guidance as an input."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from sglang_gen.engine.denoise import Predict, draw_noise
+from sglang_gen.engine.sparse_attention import Grid
+from sglang_gen.families import autoencoder as autoencoder
+from sglang_gen.families import flow_matching, img2img, prediction, text_encoding
+from sglang_gen.families.contract import Request
+from sglang_gen.models.attention import Attend
+from sglang_gen.models.flux import Block, Conditioning, Config, Flux, SingleBlock
+from sglang_gen.models.vae import Autoencoder
+from sglang_gen.parallel.collectives import Axis
+from sglang_gen.parallel.sequence_boundary import Kinds, Sharding, cut, part
+from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows
+from sglang_gen.plan import image_size
+from sglang_gen.weights.load import renamed
+
+NETWORK = "transformer"
+encode_picture, skipped = flow_matching.encode_picture, flow_matching.skipped
+SIZED_BY_PICTURE, STRENGTH = flow_matching.SIZED_BY_PICTURE, flow_matching.STRENGTH
+default_size = image_size.of_flux
+encoding_dtype = decoding_dtype = autoencoder.own_dtype
+TEXT_PARTS = ("text_encoder", "text_encoder_2")
+UNGUIDED = "there is no guidance without a negative prompt and a true_cfg_scale above 1.0"
+INEFFECTIVE_NEGATIVE = (
+    "The negative prompt has no effect at a true_cfg_scale of 1.0; raise it with "
+    """--diffusers-kwargs '{{"true_cfg_scale": 4.0}}'"""
+)
+REGIONS = (Block, SingleBlock)  # compiled once for all repeats
+T5_LENGTH = 512
+MOST_TOKENS = 512
+ZERO_WITHOUT_NEGATIVE = False
+SCHEDULER: Mapping[str, Any] = {}
+
+# Parts of our names of tensors, and what stands there in a diffusers checkpoint.
+NAMES = {
+    "tokens": ("x_embedder",),
+    "timestep_embedder": ("time_text_embed.timestep_embedder",),
+    "guidance_embedder": ("time_text_embed.guidance_embedder",),
+    "pooled_embedder": ("time_text_embed.text_embedder",),
+    "text_embedder": ("context_embedder",),
+    "blocks": ("transformer_blocks",),
+    "single_blocks": ("single_transformer_blocks",),
+    "modulation": ("norm",),
+    "image.modulation": ("norm1",),
+    "text.modulation": ("norm1_context",),
+    "out_modulation": ("norm_out",),
+    "out": ("proj_out",),
+    "image.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "text.to_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "image.norms": ("attn",),
+    "text.norms.norm_q": ("attn.norm_added_q",),
+    "text.norms.norm_k": ("attn.norm_added_k",),
+    "image.to_out": ("attn.to_out.0",),
+    "text.to_out": ("attn.to_add_out",),
+    "image.ff": ("ff",),
+    "text.ff": ("ff_context",),
+    "norms": ("attn",),
+    "to_qkv_ff": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "to_out": ("proj_out",),
+    "up": ("net.0.proj",),
+    "down": ("net.2",),
+}
+
+TENSOR = {
+    "*modulation.linear": Gathered(),
+    "blocks.*.image": Heads(),
+    "blocks.*.text": Heads(),
+    "single_blocks.?": Heads(),
+    "single_blocks.??": Heads(),
+    "*.to_qkv": Columns((1, 1, 1)),
+    "blocks.*.to_out": Rows(),
+    "*.up": Columns(),
+    "*.down": Rows(),
+    "*.to_qkv_ff": Columns((1, 1, 1, 4)),
+    "single_blocks.*.to_out": Rows((1, 4)),
+}
+
+
+def leaves(network: Flux) -> dict[str, list[Attend]]:
+    """All attentions are of text and image together."""
+    return {"joint": [block.attend for block in (*network.blocks, *network.single_blocks)]}
+
+
+def tokens(config: Config, shape: Sequence[int], images: Sequence[int], texts: Sequence[int]) -> Kinds:
+    """Tokens of every rank; the latents `[B, L, C]` are cut along their tokens."""
+    return {"joint": tuple(map(sum, zip(images, texts, strict=True)))}
+
+
+def share(
+    config: Config, whole: Conditioning, arguments: tuple[Any, ...], axis: Axis
+) -> tuple[Conditioning, tuple[int, ...]]:
+    """One rank's text tokens and rotary table, and every rank's number of text tokens."""
+    rows, columns = arguments[-2:]
+    texts, images = cut(whole.text.shape[1], 1, axis.size), cut(rows * columns, 1, axis.size)
+
+    def turned(table: Tensor) -> Tensor:
+        text, image = table.split([sum(texts), sum(images)])
+        return torch.cat([part(text, 0, texts, axis.index), part(image, 0, images, axis.index)])
+
+    cosines, sines = whole.rotary
+    mine = replace(whole, text=part(whole.text, 1, texts, axis.index), rotary=(turned(cosines), turned(sines)))
+    return mine, texts
+
+
+SHARDING = Sharding(dim=1, unit=lambda config: 1, leaves=leaves, tokens=tokens, share=share)
+
+
+def sources(name: str) -> list[str]:
+    """The names in a diffusers checkpoint that make up our tensor `name`."""
+    return renamed(name, NAMES)
+
+
+def config(diffusers_config: Mapping[str, Any]) -> Config:
+    c = diffusers_config
+    return Config(
+        channels_in=c["in_channels"], channels_out=c.get("out_channels") or c["in_channels"],
+        layers=c["num_layers"], single_layers=c["num_single_layers"], heads=c["num_attention_heads"],
+        head_dim=c["attention_head_dim"], text_width=c["joint_attention_dim"],
+        pooled_width=c["pooled_projection_dim"], axes=tuple(c.get("axes_dims_rope") or (16, 56, 56)),
+        guidance=bool(c.get("guidance_embeds")),
+    )  # fmt: skip
+
+
+def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
+    return Flux(config(diffusers_config))
+
+
+def guidance_scale(guidance: float, true_cfg: float, negative: bool) -> float:
+    """The scale of classifier-free guidance: only where it is asked for by name and there is a negative prompt."""
+    return true_cfg if negative else 1.0
+
+
+def encode(
+    parts: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
+) -> tuple[Tensor, Tensor]:
+    """T5's text `[B, T, C]` and CLIP's pooled text `[B, P]`."""
+    pooled = text_encoding.clip_pooled(*text_encoding.learned(parts, "", texts))
+    return text_encoding.t5(*text_encoding.learned(parts, "_2", texts), length or T5_LENGTH), pooled
+
+
+def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what `encode` gives for one text, by the configs of the components."""
+    network = configs[NETWORK]
+    return (length or T5_LENGTH, network["joint_attention_dim"]), (network["pooled_projection_dim"],)
+
+
+def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
+    """Set the timesteps; those that the request runs through, `[S]`."""
+    rows, columns = _grid(request)
+    sigmas = np.linspace(1.0, 1 / request.steps, request.steps).tolist()
+    flow_matching.set_timesteps(scheduler, request.steps, rows * columns, 1.15, sigmas)
+    return img2img.kept(scheduler, request.skipped)
+
+
+def latents_shape(diffusers_config: Mapping[str, Any], request: Request) -> tuple[int, ...]:
+    """Of what the network sees of one sample: packed tokens."""
+    rows, columns = _grid(request)
+    return rows * columns, diffusers_config["in_channels"]
+
+
+def draw(
+    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
+    """Noise as a picture has it, `[B, C, h, w]`."""
+    rows, columns = _grid(request)
+    return draw_noise((diffusers_config["in_channels"] // 4, 2 * rows, 2 * columns), generators, dtype)
+
+
+def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
+    """What the first step starts from, packed two by two: `[B, L, C]`; see `flow.start`."""
+    latents = flow_matching.start(scheduler, timesteps, noise, source)
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+
+
+def _grid(request: Request) -> tuple[int, int]:
+    """Rows and columns of packed tokens."""
+    return request.height // (2 * request.factor), request.width // (2 * request.factor)
+
+
+def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
+    """Where the picture stands in the sequences that attention sees."""
+    return [Grid(*_grid(request), before=encoded[0][0].shape[1])]
+
+
+def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
+    """Numbers in the widest map of one row: all tokens of picture and text."""
+    rows, columns = _grid(request)
+    return (rows * columns + (request.text_length or T5_LENGTH)) * config(diffusers_config).width
+
+
+def prepare(network: Flux, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:
+    """What predicts the velocity of the latents: the network with everything that all steps share."""
+    states, pooled = prediction.joined(encoded)
+    dtype = states.dtype  # in which diffusers rounds both before it multiplies, and with it every picture so far
+    times = timesteps.to(dtype) / 1000 * 1000
+    guidance = (torch.tensor(request.guidance, dtype=dtype, device="cpu") * 1000).item()
+    return prediction.predictor(network, times, states, pooled, guidance, *_grid(request))
+
+
+def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
+    """Pictures `[B, 3, H, W]` in -1..1."""
+    rows, _ = _grid(request)
+    picture = rearrange(latents, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
+    return flow_matching.decode(vae, picture)

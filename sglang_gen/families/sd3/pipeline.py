@@ -1,0 +1,195 @@
+"""Stable Diffusion 3 and 3.5: two CLIP encoders and T5, flow matching, an autoencoder with a shift."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sglang_gen.engine.denoise import Predict, draw_noise
+from sglang_gen.engine.sparse_attention import Grid
+from sglang_gen.families import autoencoder as autoencoder
+from sglang_gen.families import flow_matching, img2img, prediction, text_encoding
+from sglang_gen.families.contract import Request
+from sglang_gen.models.attention import Attend
+from sglang_gen.models.sd3 import SD3, Block, Conditioning, Config
+from sglang_gen.models.vae import Autoencoder
+from sglang_gen.parallel.collectives import Axis
+from sglang_gen.parallel.sequence_boundary import Kinds, Sharding, cut, part
+from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows
+from sglang_gen.plan import image_size
+from sglang_gen.weights.load import renamed
+
+NETWORK = "transformer"
+encode_picture, start, skipped = flow_matching.encode_picture, flow_matching.start, flow_matching.skipped
+SIZED_BY_PICTURE, STRENGTH = flow_matching.SIZED_BY_PICTURE, flow_matching.STRENGTH
+default_size = image_size.configured
+guidance_scale = prediction.guidance_scale
+encoding_dtype = decoding_dtype = autoencoder.own_dtype
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+UNGUIDED = "there is no guidance at a scale of {scale}"
+INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
+REGIONS = (Block,)  # compiled once for all repeats
+CLIP_LENGTH = 77  # tokens
+T5_LENGTH = 256  # tokens, unless sampling.max_sequence_length says otherwise
+MOST_TOKENS = 512
+ZERO_WITHOUT_NEGATIVE = False
+SCHEDULER: Mapping[str, Any] = {}
+
+# Parts of our names of tensors, and what stands there in a diffusers checkpoint.
+NAMES = {
+    "patches": ("pos_embed.proj",),
+    "positions": ("pos_embed.pos_embed",),
+    "timestep_embedder": ("time_text_embed.timestep_embedder",),
+    "pooled_embedder": ("time_text_embed.text_embedder",),
+    "text_embedder": ("context_embedder",),
+    "blocks": ("transformer_blocks",),
+    "modulation": ("norm1",),
+    "text_modulation": ("norm1_context",),
+    "out_modulation": ("norm_out",),
+    "out": ("proj_out",),
+    "attention.image": ("attn",),
+    "attention.image.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attention.text.to_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "attention.text.norm_q": ("attn.norm_added_q",),
+    "attention.text.norm_k": ("attn.norm_added_k",),
+    "attention.to_out": ("attn.to_out.0",),
+    "attention.to_text_out": ("attn.to_add_out",),
+    "attention_2.image": ("attn2",),
+    "attention_2.image.to_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "attention_2.to_out": ("attn2.to_out.0",),
+    "ff_text": ("ff_context",),
+    "up": ("net.0.proj",),
+    "down": ("net.2",),
+}
+
+TENSOR = {
+    "*modulation.linear": Gathered(),
+    "blocks.*.attention*.image": Heads(),
+    "blocks.*.attention.text": Heads(),
+    "blocks.*.to_qkv": Columns((1, 1, 1)),
+    "blocks.*.to_out": Rows(),
+    "blocks.*.to_text_out": Rows(),
+    "blocks.*.up": Columns(),
+    "blocks.*.down": Rows(),
+}
+
+
+def leaves(network: SD3) -> dict[str, list[Attend]]:
+    """The attentions of image and text together, and those of the image alone."""
+    blocks: list[Any] = list(network.blocks)
+    return {
+        "joint": [block.attention.attend for block in blocks],
+        "image": [block.attention_2.attend for block in blocks if block.attention_2 is not None],
+    }
+
+
+def tokens(config: Config, shape: Sequence[int], rows: Sequence[int], texts: Sequence[int]) -> Kinds:
+    """Tokens of every rank in both kinds of attention; its latents `[B, C, h, w]` are cut along their rows."""
+    columns = shape[-1] // config.patch
+    images = [count // config.patch * columns for count in rows]
+    return {"joint": tuple(map(sum, zip(images, texts, strict=True))), "image": tuple(images)}
+
+
+def share(
+    config: Config, whole: Conditioning, arguments: tuple[Any, ...], axis: Axis
+) -> tuple[Conditioning, tuple[int, ...]]:
+    """One rank's text tokens and positions, and every rank's number of text tokens."""
+    height, width = arguments[-2:]
+    texts = cut(whole.text.shape[1], 1, axis.size)
+    images = tokens(config, (height, width), cut(height, config.patch, axis.size), texts)["image"]
+    mine = replace(
+        whole, text=part(whole.text, 1, texts, axis.index), positions=part(whole.positions, 0, images, axis.index)
+    )
+    return mine, texts
+
+
+SHARDING = Sharding(dim=2, unit=lambda config: config.patch, leaves=leaves, tokens=tokens, share=share)
+
+
+def sources(name: str) -> list[str]:
+    """The names in a diffusers checkpoint that make up our tensor `name`."""
+    return renamed(name, NAMES)
+
+
+def config(diffusers_config: Mapping[str, Any]) -> Config:
+    c = diffusers_config
+    return Config(
+        patch=c["patch_size"], channels_in=c["in_channels"], channels_out=c.get("out_channels") or c["in_channels"],
+        layers=c["num_layers"], heads=c["num_attention_heads"], head_dim=c["attention_head_dim"],
+        text_width=c["joint_attention_dim"], pooled_width=c["pooled_projection_dim"],
+        positions=c["pos_embed_max_size"], dual_layers=tuple(c.get("dual_attention_layers") or ()),
+        qk_norm=c.get("qk_norm") == "rms_norm",
+    )  # fmt: skip
+
+
+def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
+    return SD3(config(diffusers_config))
+
+
+def encode(
+    parts: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
+) -> tuple[Tensor, Tensor]:
+    """Text `[B, T, C]` and pooled text `[B, P]`: both CLIP encoders side by side, T5 behind them.
+
+    Where the model has no T5, zeros stand for its tokens, as in diffusers.
+    """
+    first, pooled = text_encoding.clip(parts["text_encoder"], parts["tokenizer"], texts)
+    second, pooled_2 = text_encoding.clip(parts["text_encoder_2"], parts["tokenizer_2"], texts)
+    both = torch.cat([first, second], dim=-1)
+    width, length = diffusers_config["joint_attention_dim"], length or T5_LENGTH
+    if "text_encoder_3" in parts:
+        t5 = text_encoding.t5(parts["text_encoder_3"], parts["tokenizer_3"], texts, length)
+    else:
+        t5 = both.new_zeros(len(texts), length, width)
+    return torch.cat([text_encoding.pad_channels(both, width), t5], dim=1), torch.cat([pooled, pooled_2], dim=-1)
+
+
+def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what `encode` gives for one text, by the configs of the components."""
+    network, clip = configs[NETWORK], configs["text_encoder"].get("max_position_embeddings", CLIP_LENGTH)
+    return (clip + (length or T5_LENGTH), network["joint_attention_dim"]), (network["pooled_projection_dim"],)
+
+
+def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
+    """Set the timesteps; those that the request runs through, `[S]`."""
+    height, width = request.latent_size
+    patch = diffusers_config["patch_size"]
+    flow_matching.set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
+    return img2img.kept(scheduler, request.skipped)
+
+
+def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
+    """Where the picture stands in the sequences that attention sees: before the text, or alone."""
+    rows, columns = (size // config.patch for size in request.latent_size)
+    return [Grid(rows, columns, after=encoded[0][0].shape[1]), Grid(rows, columns)]
+
+
+def latents_shape(diffusers_config: Mapping[str, Any], request: Request) -> tuple[int, ...]:
+    """Of what the network sees of one sample."""
+    return diffusers_config["in_channels"], *request.latent_size
+
+
+def draw(
+    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
+    """Noise `[B, C, h, w]`."""
+    return draw_noise(latents_shape(diffusers_config, request), generators, dtype)
+
+
+def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
+    """Numbers in the widest map of one row: all tokens of picture and text."""
+    height, width = (side // diffusers_config["patch_size"] for side in request.latent_size)
+    tokens = height * width + CLIP_LENGTH + (request.text_length or T5_LENGTH)
+    return tokens * config(diffusers_config).width
+
+
+def prepare(network: SD3, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:
+    """What predicts the velocity of the latents: the network with everything that all steps share."""
+    return prediction.predictor(network, timesteps, *prediction.joined(encoded), *request.latent_size)
+
+
+def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
+    """Pictures `[B, 3, H, W]` in -1..1."""
+    return flow_matching.decode(vae, latents)

@@ -1,0 +1,201 @@
+"""What the pipelines of a UNet share: the names of its weights, its config, its schedule and where it starts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sglang_gen.engine.denoise import draw_noise
+from sglang_gen.engine.sparse_attention import Grid
+from sglang_gen.errors import UserError, first_line
+from sglang_gen.families import img2img
+from sglang_gen.families.contract import Request
+from sglang_gen.models.attention import Attend
+from sglang_gen.models.unet import Block, Conditioning, Config, LevelConfig, Residual, UNet
+from sglang_gen.parallel.collectives import Axis
+from sglang_gen.parallel.sequence_boundary import Kinds, Sharding
+from sglang_gen.parallel.tensor import Columns, Heads, Rows
+from sglang_gen.plan.supported_configs import UNET_DEFAULTS
+from sglang_gen.weights.load import renamed
+
+NETWORK = "unet"
+REGIONS = (Residual, Block)  # compiled once for all repeats
+CLIP_LENGTH = 77  # tokens where the configuration says nothing, as transformers has them
+SIZED_BY_PICTURE = True  # an input picture is not resized to what the request says
+
+# Parts of our names of tensors, and what stands there in a diffusers checkpoint.
+NAMES = {
+    "time_embedder": ("time_embedding",),
+    "added_embedder": ("add_embedding",),
+    "down": ("down_blocks",),
+    "middle": ("mid_block",),
+    "up": ("up_blocks",),
+    "residuals": ("resnets",),
+    "transformers": ("attentions",),
+    "downsample": ("downsamplers.0",),
+    "upsample": ("upsamplers.0",),
+    "norm_1": ("norm1",),
+    "norm_2": ("norm2",),
+    "norm_3": ("norm3",),
+    "conv_1": ("conv1",),
+    "conv_2": ("conv2",),
+    "time": ("time_emb_proj",),
+    "shortcut": ("conv_shortcut",),
+    "project_in": ("proj_in",),
+    "project_out": ("proj_out",),
+    "blocks": ("transformer_blocks",),
+    "self_attention.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "self_attention.to_out": ("attn1.to_out.0",),
+    "cross_attention.to_q": ("attn2.to_q",),
+    "cross_attention.to_kv": ("attn2.to_k", "attn2.to_v"),
+    "cross_attention.to_out": ("attn2.to_out.0",),
+    "ff.up": ("ff.net.0.proj",),
+    "ff.down": ("ff.net.2",),
+    "norm_out": ("conv_norm_out",),
+}
+
+# Residual blocks are cut by channels between their convolutions, which leaves their norms whole groups.
+TENSOR = {
+    "*.residuals.*.conv_1": Columns(),
+    "*.residuals.*.time": Columns(),
+    "*.residuals.*.norm_2": Columns(),
+    "*.residuals.*.conv_2": Rows(),
+    "*.self_attention": Heads(),
+    "*.cross_attention": Heads(),
+    "*.to_qkv": Columns((1, 1, 1)),
+    "*.to_q": Columns(),
+    "*.to_kv": Columns((1, 1)),
+    "*.to_out": Rows(),
+    "*.up": Columns((1, 1)),
+    "*.down": Rows(),
+}
+
+
+def sources(name: str) -> list[str]:
+    """The names in a diffusers checkpoint that make up our tensor `name`."""
+    return renamed(name, NAMES)
+
+
+def config(diffusers_config: Mapping[str, Any]) -> Config:
+    """`attention_head_dim` of a UNet is the number of its heads, a mistake that diffusers keeps for its checkpoints."""
+    c = {**UNET_DEFAULTS, **diffusers_config}
+    levels = len(c["block_out_channels"])
+    columns = [
+        _each(c[key], levels)
+        for key in ("block_out_channels", "attention_head_dim", "layers_per_block", "transformer_layers_per_block")
+    ]
+    rows = list(zip(*columns, strict=True))
+    width, heads, _, depth = rows[-1]
+    return Config(
+        channels_in=c["in_channels"], channels_out=c["out_channels"],
+        down=tuple(
+            LevelConfig(width, heads, blocks, depth if "CrossAttn" in kind else 0)
+            for (width, heads, blocks, depth), kind in zip(rows, c["down_block_types"], strict=True)
+        ),
+        middle=LevelConfig(width, heads, 2, depth),
+        up=tuple(
+            LevelConfig(width, heads, blocks + 1, depth if "CrossAttn" in kind else 0)
+            for (width, heads, blocks, depth), kind in zip(reversed(rows), c["up_block_types"], strict=True)
+        ),
+        text_width=c["cross_attention_dim"], groups=c["norm_num_groups"], eps=c["norm_eps"],
+        size_width=c.get("addition_time_embed_dim") or 0,
+        added_width=c["projection_class_embeddings_input_dim"] if c.get("addition_embed_type") else 0,
+    )  # fmt: skip
+
+
+def _each(value: Any, levels: int) -> list[int]:
+    """A value of all levels, or one for each."""
+    return list(value) if isinstance(value, Sequence) else [value] * levels
+
+
+def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
+    return UNet(config(diffusers_config))
+
+
+def text_shape(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    """Tokens and channels of an encoded text, by the configs of the components."""
+    width = {**UNET_DEFAULTS, **configs[NETWORK]}["cross_attention_dim"]
+    return configs["text_encoder"].get("max_position_embeddings", CLIP_LENGTH), width
+
+
+def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
+    """The picture at every level; each has half the rows and columns of the one before, rounded up."""
+    sizes = [request.latent_size]
+    for _ in config.down[1:]:
+        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+    return [Grid(*size) for size in sizes]
+
+
+def leaves(network: UNet) -> dict[str, list[Attend]]:
+    """The attentions of the picture to itself, by the number of halvings above them."""
+    found: dict[str, list[Attend]] = {}
+    coarsest = len(network.down) - 1
+    depths = [*range(len(network.down)), coarsest, *range(coarsest, -1, -1)]
+    for depth, level in zip(depths, network.levels(), strict=True):
+        blocks = [block for transformer in level.transformers for block in transformer.blocks]
+        found.setdefault(str(depth), []).extend(block.self_attention.attend for block in blocks)
+    return found
+
+
+def tokens(config: Config, shape: Sequence[int], rows: Sequence[int], texts: Sequence[int]) -> Kinds:
+    """Tokens of every rank at each level; the latents `[B, C, h, w]` are cut along their rows."""
+    sides = [(tuple(rows), shape[-1])]
+    for _ in config.down[1:]:
+        above, columns = sides[-1]
+        sides.append((tuple(-(-count // 2) for count in above), -(-columns // 2)))
+    return {str(depth): tuple(count * columns for count in counts) for depth, (counts, columns) in enumerate(sides)}
+
+
+def share(
+    config: Config, whole: Conditioning, arguments: tuple[Any, ...], axis: Axis
+) -> tuple[Conditioning, tuple[int, ...]]:
+    """Every rank needs all of it, and the text is not split."""
+    return whole, ()
+
+
+SHARDING = Sharding(
+    dim=2, unit=lambda config: 2 ** (len(config.down) - 1), leaves=leaves, tokens=tokens, share=share, spatial=True
+)
+
+
+def skipped(steps: int, strength: float) -> int:
+    """Steps that a picture spares when noise of this strength, 0 to 1, is put on it."""
+    return steps - min(int(steps * strength), steps)
+
+
+def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
+    """Set the timesteps; those that the request runs through, `[S]`. Raises UserError for a scheduler that cannot."""
+    kind = type(scheduler).__name__
+    try:
+        scheduler.set_timesteps(request.steps)
+    except ValueError as error:
+        raise UserError(f"{kind} refuses {request.steps} steps: {first_line(error)}") from error
+    if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
+        raise UserError(f"{kind} is no scheduler of a diffusion model, so it cannot sample from this UNet")
+    return img2img.kept(scheduler, request.skipped)
+
+
+def latents_shape(diffusers_config: Mapping[str, Any], request: Request) -> tuple[int, ...]:
+    """Of what the network sees of one sample."""
+    return diffusers_config.get("in_channels", 4), *request.latent_size
+
+
+def draw(
+    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
+    """Noise `[B, C, h, w]`."""
+    return draw_noise(latents_shape(diffusers_config, request), generators, dtype)
+
+
+def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
+    """Numbers in the widest map of one row: the first level's."""
+    height, width = request.latent_size
+    return int({**UNET_DEFAULTS, **diffusers_config}["block_out_channels"][0]) * height * width
+
+
+def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
+    """What the first step starts from `[B, C, h, w]`: noise alone, or on the picture's latents `source`."""
+    if source is None:
+        return noise * scheduler.init_noise_sigma
+    return scheduler.add_noise(source, noise, timesteps[:1].repeat(len(noise)))

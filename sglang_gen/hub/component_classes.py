@@ -1,0 +1,17 @@
+"""The classes that a model_index.json names."""
+
+import importlib
+from typing import Any
+
+from sglang_gen import log
+from sglang_gen.hub import remote_code
+from sglang_gen.types import Component
+
+
+def named(component: Component) -> Any:
+    """The class of a component: of a library, or of a module of diffusers' pipelines."""
+    library = component.library
+    if library.split(".")[0] not in remote_code.LIBRARIES:
+        library = f"diffusers.pipelines.{library}"
+    with log.quieter("transformers"):  # it remarks on packages that its image processors do without
+        return getattr(importlib.import_module(library), component.class_name)

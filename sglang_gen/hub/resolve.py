@@ -1,0 +1,347 @@
+"""Finding a model: the embedded one, a local folder, a Hugging Face or a ModelScope id; and reading its card.
+
+Every way in which that can fail is one sentence: UserError where the request is wrong, RunError where the hub is.
+"""
+
+import errno
+import sys
+from collections.abc import Collection, Container
+from dataclasses import replace
+from pathlib import Path
+
+from sglang_gen import env, log
+from sglang_gen.config import presets
+from sglang_gen.config.schema import Model, Run
+from sglang_gen.errors import RunError, UserError, first_line, nearest
+from sglang_gen.hub import prediction_markers, remote_code, single_file
+from sglang_gen.hub.component_folder import check_files, check_vocabulary, read_config, read_json
+from sglang_gen.hub.safetensors_header import Header
+from sglang_gen.types import DENOISERS, Component, ModelCard
+
+LANGUAGE_MODEL = (
+    "The generate command is currently only supported for diffusion models. "
+    "For language models, use the sglang serve command to start a server and make API requests."
+)
+
+CONFIGS = ["model_index.json", "*/config.json", "*/scheduler_config.json"]
+CONFIGS_AND_TOKENIZERS = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
+ROOT_CONFIGS = ["config.json", "scheduler_config.json", "tokenizer_config.json"]
+STEMS = ("diffusion_pytorch_model", "model")
+COMPONENT = [  # one set of weights, of no variant, and whatever a tokenizer reads
+    *(f"{stem}{end}" for stem in STEMS for end in (".safetensors", "-*-of-*.safetensors")), "*.json", "*.txt", "*.model"
+]  # fmt: skip
+OTHER_FORMATS = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.onnx*", "*openvino*", "*.fp16.*"]
+
+
+def find(model: Model, weights: bool, replaced: Collection[str] = ()) -> ModelCard:
+    """The card of a model; with `weights` its files are on this machine and readable afterwards.
+
+    Without `weights` a preset is described by the component configs in the package and the hub is not asked. The weight
+    files of components in `replaced` come from elsewhere and need not be there. Components that --component-paths names
+    are described as they are there. Raises UserError or RunError.
+    """
+    card = _find(model, weights, replaced)
+    others = {name: _replacement(card, name, path, weights) for name, path in model.component_paths.items()}
+    for name, component in others.items():
+        remote_code.check_component(model.component_paths[name], name, component, model.trust_remote_code)
+    return replace(card, components={**card.components, **others})
+
+
+def find_weights(run: Run) -> ModelCard:
+    """The card of a run's model, whose files are on this machine afterwards. Raises UserError or RunError."""
+    return find(run.model, weights=True, replaced=DENOISERS if run.quant.transformer_weights_path else ())
+
+
+def _find(model: Model, weights: bool, replaced: Collection[str]) -> ModelCard:
+    name = model.path or model.preset
+    if name is None:
+        raise UserError("No model is named: give --model-path, or a preset such as model=sdxl")
+    if model.path is None:
+        return read_card(env.embedded_model(), "landscape", weights)
+    folder = Path(model.path).expanduser()
+    try:
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    except OSError as error:  # a name that is too long, a loop of links
+        raise UserError(f"--model-path: {log.shorten(model.path)}: {error.strerror}") from None
+    elsewhere = [*model.component_paths, *replaced]
+    if is_folder:
+        card = read_card(folder, model.path, weights, elsewhere)
+        for part in card.components.keys() - {*elsewhere}:
+            _check_there(folder, part)
+        return _allowed(card, model)
+    if is_file:
+        return _allowed(_read_single_file(folder, model, weights), model)
+    if model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1 or "\\" in model.path:
+        raise UserError(f"The model folder {model.path} does not exist{_preset_instead(model.path)}")
+    if not weights and (packaged := _packaged(model)) is not None:
+        return read_card(packaged, model.path, weights=False)
+    folder = _download(model, model.path, weights)
+    return _allowed(read_card(folder, model.path, weights, elsewhere), model)
+
+
+def _preset_instead(path: str) -> str:
+    """Half a sentence that names the preset of that name; nothing where there is none."""
+    preset = presets.by_id(path, presets.load()) if "/" not in path else None
+    return f"; did you mean the preset model={preset}?" if preset else ""
+
+
+def _packaged(model: Model) -> Path | None:
+    """The folder of the package that describes a preset's own repository; None for any other one."""
+    own = {preset.name: preset.path for preset in presets.load()}.get(model.preset or "")
+    folder = env.preset_configs(model.preset or "")
+    return folder if own == model.path and folder.is_dir() else None
+
+
+def _allowed(card: ModelCard, model: Model) -> ModelCard:
+    """The card, unless the repository wants to run code that nobody allowed. Raises UserError."""
+    remote_code.check(card, model.trust_remote_code)
+    return card
+
+
+def _read_single_file(path: Path, model: Model, weights: bool) -> ModelCard:
+    """The card of a whole model in one file. Its component configs, and with `weights` its tokenizers, come from
+    model.configs, else from the preset, else from the repository that fits what the file holds.
+    """
+    header = single_file.read(path)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    name = str(model.path)
+    folder, preset = Path(model.configs).expanduser() if model.configs else None, None
+    if folder is None or not folder.is_dir():
+        known = presets.load()
+        paths = {each.name: each.path for each in known}
+        source = model.configs or paths.get(model.preset or "") or single_file.source_of_configs(path, shapes)
+        preset = presets.by_path(source, known)
+        if preset and not model.configs:
+            source = paths[preset] or source  # what the file's own home was called may be gone
+        packaged = env.preset_configs(preset or "")
+        if not weights and preset and packaged.is_dir() and not model.configs:
+            folder = packaged
+        else:
+            folder = _download(replace(model, revision=None), source, False, CONFIGS_AND_TOKENIZERS)
+    if preset and model.preset in (None, "custom") and not weights:
+        log.info(f"{path.name} is of the kind of {preset}: --model-id {preset} applies the settings of that preset")
+    card = read_card(folder, name, weights=False)
+    if "safety_checker" not in model.component_paths:  # diffusers takes none out of a file
+        card = replace(card, components={k: part for k, part in card.components.items() if k != "safety_checker"})
+    if "scheduler" not in model.component_paths:
+        card = _with_marked_scheduler(card, path, header, tell=not weights)
+    single_file.check_whole(path, shapes, card.components, model.component_paths)
+    if not weights:
+        return card
+    for part, component in card.components.items():
+        if part not in model.component_paths and (folder / part).is_dir():
+            check_vocabulary(folder / part, component)
+    return replace(card, folder=folder, file=path)
+
+
+def _with_marked_scheduler(card: ModelCard, path: Path, header: Header, tell: bool) -> ModelCard:
+    """The card with the scheduler that markers in the file ask for; `tell` logs what they changed."""
+    if "scheduler" not in card.components:
+        return card
+    scheduler, notice = prediction_markers.scheduler(card.components["scheduler"], path, header)
+    if notice and tell:
+        log.info(notice)
+    return replace(card, components={**card.components, "scheduler": scheduler})
+
+
+def read_card(folder: Path, name: str, weights: bool, replaced: Container[str] = ()) -> ModelCard:
+    """The card of a diffusers folder. Raises UserError when it is not one, or its weight files are not whole.
+
+    Components in `replaced` come from elsewhere.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(_not_a_pipeline(folder, name))
+    content = read_json(index)
+    components = {
+        part: Component(entry[0], entry[1], folder / part, read_config(folder / part))
+        for part, entry in content.items()
+        if not part.startswith("_") and isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
+    }
+    names = content.get("_class_name")
+    pipeline_class = names[-1] if isinstance(names, list) and names else names  # [file of the repository, class]
+    code = remote_code.files(folder, names, components)
+    if not isinstance(pipeline_class, str) or not components:
+        raise UserError(f"{index} names no pipeline class or no components")
+    if weights:
+        for part, component in components.items():
+            if part not in replaced:
+                _check_part(folder, part, component)
+    settings = {
+        key: value for key, value in content.items() if not (key.startswith("_") or isinstance(value, (list, dict)))
+    }
+    absent = tuple(part for part, entry in content.items() if isinstance(entry, list) and entry == [None, None])
+    return ModelCard(name, folder if weights else None, pipeline_class, components, settings, code=code, absent=absent)
+
+
+def _check_part(folder: Path, part: str, component: Component) -> None:
+    """Refuse a component of a model's folder whose files are not whole. Raises UserError."""
+    if (folder / part).is_dir():
+        check_files(folder / part, component)
+    _check_there(folder, part)
+
+
+def _check_there(folder: Path, part: str) -> None:
+    """Raises UserError for a component of a model's folder that is not in it."""
+    if not (folder / part).is_dir() and not (folder / "config.json").is_file():  # diffusers reads it from the root
+        raise UserError(f"{folder} lacks the folder '{part}' that its model_index.json names")
+
+
+def _replacement(card: ModelCard, name: str, path: str, weights: bool) -> Component:
+    """The component `name` out of --component-paths: a folder that holds it, or a model's folder or hub id.
+
+    One of diffusers is of the class that its own config names. Raises UserError when it is none of this model.
+    """
+    known = card.components
+    if name not in known:
+        raise UserError(f"--component-paths: {card.name} has no component '{name}'{nearest(name, known)}")
+    if f"{name}/{known[name].library}.py" in card.code:
+        raise UserError(f"--component-paths: '{name}' is defined by the model's own code and cannot be replaced")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+            raise UserError(f"--component-paths: the folder {path} of '{name}' does not exist")
+        folder = _download_component(path, name, weights)
+    folder = folder / name if (folder / name).is_dir() else folder
+    own, config = known[name], read_config(folder)
+    if own.config and not config:
+        raise UserError(f"--component-paths: {path} holds no '{name}': it has no configuration of a {own.class_name}")
+    kind = config.get("_class_name", own.class_name) if own.library == "diffusers" else own.class_name
+    component = replace(own, folder=folder, config=config, class_name=kind)
+    if weights:
+        check_files(folder, component)
+    return component
+
+
+def _download_component(path: str, name: str, weights: bool) -> Path:
+    """A local snapshot of one component: in the repository's folder of its name, else at its root."""
+    model = Model(path=path)
+    folder = _download(model, path, False, [f"{name}/*.json", *ROOT_CONFIGS])
+    if not weights:
+        return folder
+    place = f"{name}/" if (folder / name).is_dir() else ""
+    return _download(model, path, False, [f"{place}{pattern}" for pattern in COMPONENT])
+
+
+def _not_a_pipeline(folder: Path, name: str) -> str:
+    config = folder / "config.json"
+    if config.is_file():
+        architectures = read_json(config).get("architectures") or [""]
+        if str(architectures[0]).endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")):
+            return LANGUAGE_MODEL
+    return f"{name} is not a diffusers model: it has no model_index.json"
+
+
+def _download(model: Model, name: str, weights: bool, patterns: list[str] = CONFIGS) -> Path:
+    """A local snapshot of a hub repository: everything that its pipeline needs, or the files of `patterns` alone."""
+    fetch = _download_modelscope if env.use_modelscope() else _download_huggingface
+    return fetch(model, name, weights, patterns)
+
+
+def _download_huggingface(model: Model, name: str, weights: bool, patterns: list[str]) -> Path:
+    """One request shows whether the hub answers, without the library's 23 s of retries; if not, the cache must do."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    failures = (OSError, ValueError, errors.HTTPError)  # type: ignore[attr-defined] # what its HTTP client raises
+    refusal = None
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "model_index.json", revision=model.revision))
+    except errors.EntryNotFoundError:
+        weights, patterns = False, [*patterns, "config.json"]  # no pipeline; its config says what it is
+    except failures as error:
+        refusal = error
+    local = refusal is not None
+    try:
+        if weights:
+            folder = _download_pipeline(model, name, local)
+        else:
+            folder = snapshot_download(name, revision=model.revision, allow_patterns=patterns, local_files_only=local)
+    except failures as error:
+        raise hub_error(refusal or error, name, model.revision) from error
+    if refusal and weights:
+        log.warning(f"{_reason(refusal)}: using the copy of {name} in the local cache")
+    return Path(folder)
+
+
+def _download_pipeline(model: Model, name: str, local: bool) -> str:
+    """diffusers knows which files of a repository its pipeline reads: one variant, no pickles, no other formats."""
+    from diffusers import DiffusionPipeline
+
+    folder: str = DiffusionPipeline.download(
+        name,
+        revision=model.revision,
+        use_safetensors=True,
+        trust_remote_code=model.trust_remote_code,
+        local_files_only=local,
+    )
+    return folder
+
+
+def hub_error(error: Exception, name: str, revision: str | None) -> Exception:
+    """The sentence for a failed download: UserError where another request helps, RunError where it is the hub."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return UserError(
+            f"{name} is gated: accept its licence on its page on the hub, then log in with 'hf auth login'"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UserError(f"{name} has no revision '{revision or 'main'}'")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return UserError(
+            f"{name} is neither a local folder nor a model on the hub (if it is private, log in with 'hf auth login')"
+        )
+    if isinstance(error, errors.HFValidationError):
+        return UserError(f"'{name}' is neither a local folder nor a possible hub id")
+    if "trust_remote_code" in str(error):
+        return UserError(remote_code.refusal(name, "code of its own"))
+    if "necessary `safetensors` weights" in str(error):
+        return UserError(
+            f"{name} offers no safetensors weights without a variant (such as fp16), and pickled weights are refused"
+        )
+    return RunError(f"{name} is not a local folder, not whole in the local cache, and not to be had: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    """Why the hub gave nothing, from the innermost cause."""
+    from huggingface_hub import errors
+
+    while not isinstance(error, errors.HfHubHTTPError) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"the hub answers {error.response.status_code} {error.response.reason_phrase}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return f"the cache cannot be written ({error.strerror})"
+    return f"the hub cannot be reached ({first_line(error)})"
+
+
+def _download_modelscope(model: Model, name: str, weights: bool, patterns: list[str]) -> Path:
+    """Configs first; then only the folders that the pipeline names, without pickles and other formats."""
+    try:
+        from modelscope import snapshot_download
+        from modelscope.hub import errors
+    except ImportError:
+        raise UserError("SGLANG_USE_MODELSCOPE=1 needs ModelScope: pip install 'sglang-gen[modelscope]'") from None
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *kinds)
+    try:
+        folder = snapshot_download(name, revision=model.revision, allow_patterns=["config.json", *patterns])
+        index = Path(folder) / "model_index.json"
+        if weights and index.is_file():
+            parts = [f"{part}/*" for part, entry in read_json(index).items() if isinstance(entry, list)]
+            code = ["*.py"] if model.trust_remote_code else []
+            folder = snapshot_download(
+                name, revision=model.revision, allow_patterns=[*CONFIGS, *parts, *code], ignore_patterns=OTHER_FORMATS
+            )
+    except UserError:
+        raise
+    except errors.NotExistError as error:
+        raise UserError(f"ModelScope has no {name}: {first_line(error)}") from error
+    except failures as error:
+        raise RunError(f"ModelScope cannot provide {name}: {first_line(error)}") from error
+    return Path(folder)

@@ -1,0 +1,210 @@
+"""What one rank does with a plan: build the engine, generate its share; on rank 0 also save and report."""
+
+import gc
+import importlib
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_gen import env, files, log
+from sglang_gen.config.schema import plain
+from sglang_gen.errors import RunError, UserError
+from sglang_gen.launch import numerics
+from sglang_gen.outputs import tracking
+from sglang_gen.outputs.save import Saved, kept_latents, on_host
+from sglang_gen.parallel import bandwidth
+from sglang_gen.parallel.guidance_split import rounds
+from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.perf import dump, quality
+from sglang_gen.perf.clock import Clock, synchroniser
+from sglang_gen.perf.flops import CallLog
+from sglang_gen.perf.memory import Memory
+from sglang_gen.plan import image_size
+from sglang_gen.types import Decoded, Engine, Plan, Result, Sample
+
+BACKENDS = {"sglang": "sglang_gen.backends.native.engine", "diffusers": "sglang_gen.backends.diffusers.engine"}
+
+
+def run(plan: Plan, mesh: Mesh, started: float) -> Result | None:
+    """Carry out the plan; the result on rank 0, None elsewhere. `started` is when the command turned to the model."""
+    switches = numerics.settled(plan.dtype, plan.run.deterministic)
+    compiles = plan.run.compile.enable_torch_compile or plan.run.attention.backend == "flex"
+    with switches, _given_back(plan.device, compiles), Memory(plan.device) as memory:
+        return _run(plan, mesh, memory, started)
+
+
+@contextmanager
+def _given_back(device: str, compiled: bool) -> Iterator[None]:
+    """Afterwards the next run of this process finds what this one found, however it ended: memory, and no graphs.
+
+    torch keeps compiled code by function, not by network, and what is there counts against the next run's limit.
+    """
+    before = sys.exception()  # that a caller is handling is not ours
+    try:
+        yield
+    except BaseException as error:
+        _let_go(error, before)
+        raise
+    finally:
+        if compiled:
+            torch.compiler.reset()
+        if device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _let_go(error: BaseException, before: BaseException | None) -> None:
+    """Empty the frames in which an error arose, and those behind it: whoever keeps the error would keep the engine.
+
+    What is behind the error `before` is left alone.
+    """
+    found = [error]
+    for each in found:
+        traceback.clear_frames(each.__traceback__)
+        found += [one for one in (each.__cause__, each.__context__) if one is not None and one not in (before, *found)]
+
+
+def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | None:
+    wait = synchroniser(plan.device)
+    phases = dump.Phases(
+        load=Clock(wait, memory), generate=Clock(wait, memory), calls=CallLog(), replays=plan.run.compile.cuda_graphs
+    )
+    backend = importlib.import_module(BACKENDS[plan.backend])  # takes seconds and is told apart from loading
+    reference = _reference(plan) if mesh.rank == 0 else None
+    phases.imports_ms = 1000 * (time.perf_counter() - started)
+    phases.load.enter("load")
+    engine: Engine = backend.load(plan, mesh, phases.calls)
+    phases.load.leave()
+    try:
+        if reference is not None and engine.effective()["makes"] != "image":
+            raise UserError("quality.reference compares pictures; this pipeline makes none")
+        log.info("Model loaded successfully")
+        if plan.run.compile.warmup:
+            phases.warmup = Clock(wait, memory)
+            _warm_up(plan, mesh, engine, phases.warmup)
+        mesh.meet()
+        phases.calls.on = True
+        saved = _generate(plan, mesh, engine, phases.generate)
+        phases.calls.on = False
+        decisions = engine.cache_decisions()
+        phases.repeats = [
+            _repeat(plan, mesh, engine, Clock(wait, memory), saved) for _ in range(plan.run.perf.repeat - 1)
+        ]
+    finally:
+        engine.close()
+    sent, rate = engine.traffic(), _link(plan, mesh)
+    ranks = mesh.gather_all(dump.describe_rank(mesh.rank, phases) | {"comm": sent})
+    if ranks is None:
+        return None
+    log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
+    report = dump.build(plan, phases, saved.effective, saved.samples)
+    report |= {"cache": decisions, "ranks": ranks, "comm": sent}
+    return _finish(plan, phases, saved, report, rate, reference)
+
+
+def _warm_up(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> None:
+    """Generate a batch of each kind in few steps. Raises UserError for a scheduler that cannot do so few."""
+    steps = plan.run.compile.warmup_steps
+    try:
+        for batch in _kinds(plan, mesh):
+            engine.sample(batch, steps, clock)
+    except UserError as error:
+        raise UserError(f"The warmup of compile.warmup_steps={steps} cannot be made: {error}") from error
+
+
+def _link(plan: Plan, mesh: Mesh) -> float | None:
+    """The rate between ranks, where the dump wants it of this machine. Collective."""
+    wanted = plan.run.output.perf_dump_path and plan.run.perf.machine_rates and plan.run.machine.name == "auto"
+    return bandwidth.gb_per_s(plan.device) if wanted and mesh.layout.ranks > 1 else None
+
+
+def _kinds(plan: Plan, mesh: Mesh) -> list[tuple[Sample, ...]]:
+    """One batch of each length, with and without a negative prompt, that this data parallel group makes."""
+    group = plan.batches[mesh.index("dp") :: mesh.size("dp")]
+    return list({(len(batch), batch[0].negative_prompt is None): batch for batch in group}.values())
+
+
+def _finish(
+    plan: Plan,
+    phases: dump.Phases,
+    saved: Saved,
+    report: dict[str, Any],
+    rate: float | None,
+    reference: list[Path] | None,
+) -> Result:
+    """Quality, the perf dump and trackers: all that comes after the last picture. What was measured is kept first."""
+    failure = None
+    if reference is not None:
+        try:
+            report["quality"] = quality.compare(str(plan.run.quality.reference), saved.samples, saved.frames, reference)
+            log.info(f"Quality against {plan.run.quality.reference}: {quality.sentence(report['quality'])}")
+        except UserError as error:
+            failure = RunError(f"The pictures are saved, but not compared: {error}")
+    if plan.run.output.perf_dump_path:
+        dump.add_measurements(report, plan, phases, rate)
+        files.save_json(Path(plan.run.output.perf_dump_path), report, stream=True)
+        log.info(f"Performance metrics saved to: {plan.run.output.perf_dump_path}")
+    tracking.track(plan.run, report, saved.paths, env.wandb_mode())
+    if failure is not None:
+        raise failure
+    return Result(tuple(saved.paths), tuple(saved.frames), tuple(saved.seeds), report)
+
+
+def _reference(plan: Plan) -> list[Path] | None:
+    """The pictures of quality.reference that belong to the samples, found before any work is done."""
+    if plan.run.quality.reference is None:
+        return None
+    samples = [plain(sample) for batch in plan.batches for sample in batch]
+    return quality.counterparts(plan.run.quality.reference, samples, image_size.expected(plan))
+
+
+def _generate(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Saved:
+    saved = Saved(plan, {**plan.effective, **engine.effective()})
+    for number, decoded in _made(plan, mesh, engine, clock):
+        clock.enter("saving")
+        saved.effective |= engine.effective()  # the first batch settles what depends on its shapes
+        saved.add(number, decoded)
+        clock.leave()
+    return saved
+
+
+def _repeat(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock, saved: Saved) -> Clock:
+    """Generate everything once more, saving nothing; a sample that is not the same to the bit is a warning."""
+    made = [
+        (decoded.frames[row], kept_latents(plan, decoded, row))
+        for _, decoded in _made(plan, mesh, engine, clock)
+        for row in range(len(decoded.frames))
+    ]
+    first = zip(saved.frames, saved.latents, strict=True)
+    for index, ((frame, latents), (frame_again, latents_again)) in enumerate(zip(first, made, strict=True)):
+        same = latents is None or bool((latents == latents_again).all())
+        if not (same and (frame == frame_again).all()):
+            log.warning(f"Sample {index} is not the same when it is generated again in this process")
+    return clock
+
+
+def _made(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Iterator[tuple[int, Decoded]]:
+    """(number, result) of every batch, in order, on rank 0; on other ranks nothing, they do their share."""
+    group = mesh.index("dp")
+    for turn in rounds(plan.batches, mesh.size("dp")):
+        for prompt in dict.fromkeys(sample.prompt for _, batch in turn for sample in batch):
+            log.info(f'Generating with prompt: "{log.shorten(prompt)}"')
+        decoded = None
+        if group < len(turn):
+            clock.batch, batch = turn[group]
+            decoded = engine.sample(batch, plan.run.sampling.num_inference_steps, clock)
+        if not mesh.leads:
+            continue
+        if mesh.size("dp") > 1:
+            clock.enter("gathering")  # the wait for slower groups is in it
+            decoded = on_host(plan, decoded) if decoded else None
+        gathered = mesh.gather(decoded, "dp")
+        clock.leave()
+        for (number, _), result in zip(turn, gathered or [], strict=False):
+            yield number, result

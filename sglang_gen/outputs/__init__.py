@@ -1,0 +1,1 @@
+"""Everything a run writes: images, videos, sound, run records, prompt archives, trackers."""

@@ -1,0 +1,58 @@
+"""Where a perf dump may go: to a name of its own or a stream, and never in place of a file that is none."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from sglang_gen import destination
+from sglang_gen.errors import UserError
+from sglang_gen.files import RESULT
+from sglang_gen.perf.dump_reader import is_dump
+
+KEY = "output.perf_dump_path"
+RUNS = "runs.csv"  # what tracking=csv adds to
+OF_A_SWEEP = re.compile(r"job\.json|table\..*|multirun\.yaml")
+
+
+def check(path: str) -> None:
+    """Raises UserError where a dump at `path` would have the name of another result, or replace another file."""
+    name = os.path.basename(path)
+    if os.path.isdir(path):
+        raise UserError(f"{KEY} is the folder {path}; it must name a JSON file")
+    if not name:
+        raise UserError(f"{KEY} is {path}, which ends in a slash; it must name a JSON file")
+    if RESULT.fullmatch(name) or name == RUNS:
+        raise UserError(f"{KEY} is {path}: a run gives names such as {name} to other results; give the dump its own")
+    try:
+        to = destination.find(Path(path))
+        to.check_stream()
+    except OSError as error:
+        raise UserError(f"{KEY}: {path} cannot be written: {error.strerror}") from None
+    if not to.is_stream and os.path.exists(path) and not _may_be_replaced(to.path):
+        raise UserError(f"{KEY} is {path}, a file that is no perf dump and would be lost; give another name")
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether it is a perf dump, of ours or of upstream, or an empty file."""
+    try:
+        content = path.read_bytes() if path.is_file() else b"?"
+        return not content or is_dump(json.loads(content))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def check_ranks(path: str | None, ranks: int) -> None:
+    """Raises UserError for a descriptor that the process of rank 0 lacks: it inherits the standard ones alone."""
+    number = destination.find(Path(path)).descriptor if path else None
+    if ranks > 1 and number is not None and number > 2:
+        raise UserError(f"{KEY}: {path} belongs to this process, and one of {ranks} ranks writes the dump; name a file")
+
+
+def check_in_sweep(path: str) -> None:
+    """Raises UserError for a name that is none of a file beside the results of a job."""
+    whole, name = Path(path), os.path.basename(path)
+    if whole.is_absolute() or len(whole.parts) != 1 or name in ("", "..") or name == RUNS or (
+        RESULT.fullmatch(name) or OF_A_SWEEP.fullmatch(name)
+    ):  # fmt: skip
+        raise UserError(f"In a multirun each job writes its own perf dump: give it a name of its own, not '{path}'")

@@ -1,0 +1,168 @@
+"""Trackers: what a run was and how fast it was, told to a CSV file or to Weights & Biases."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sglang_gen import files, log
+from sglang_gen.config.schema import Run, Tracker, plain
+from sglang_gen.errors import RunError, first_line
+from sglang_gen.outputs.dump_path import RUNS
+from sglang_gen.perf.dump_numbers import QUALITY, TIMES, peak_memory, times
+
+LOCK_SECONDS = 60.0  # to wait for another run that adds its row
+SETTINGS = ("num_inference_steps", "guidance_scale", "seed", "num_samples", "batch_size")
+# Parts of a dump that are no measurement: they are in the tracker's config, or are told in another form.
+NO_NUMBERS = ("schema_version", "requested", "effective", "fingerprint", "samples", "denoise_steps_ms", "repeats")
+
+
+def track(run: Run, report: Mapping[str, Any], paths: Sequence[Path], wandb_mode: str | None = "offline") -> None:
+    """Tell the tracker that the run names. `report` is the perf dump, `paths` are the files that were made.
+
+    `wandb_mode` is W&B's own (online, offline, disabled); None leaves the choice to its settings. Raises RunError.
+    """
+    if run.tracking.name is Tracker.csv:
+        path = Path(run.output.path) / RUNS
+        append_row(path, row(run, report, paths))
+        log.info(f"Run added to: {path}")
+    elif run.tracking.name is Tracker.wandb:
+        _tell_wandb(run, report, paths, wandb_mode)
+
+
+def row(run: Run, report: Mapping[str, Any], paths: Sequence[Path]) -> dict[str, Any]:
+    """One line of `runs.csv`. The columns do not depend on the run."""
+    measured, memory = times(report), peak_memory(report)
+    requested, effective = report["requested"], report["effective"]
+    return {
+        "timestamp": report["timestamp"],
+        "request_id": report["request_id"],
+        "commit_hash": report["commit_hash"],
+        "tag": report["tag"],
+        "model": report["meta"]["model"],
+        "prompt": report["meta"]["prompt"],
+        "files": " ".join(path.name for path in paths),
+        **{name: getattr(run.sampling, name) for name in SETTINGS},
+        "height": effective.get("height"),
+        "width": effective.get("width"),
+        **{f"{name}_s": round(measured[name].median, 6) if name in measured else None for name in TIMES},
+        "images_per_second": report["images_per_second"],
+        "peak_host_mb": memory.get("peak_host_mb"),
+        "peak_device_mb": memory.get("peak_device_mb"),
+        **{name: (report.get("quality") or {}).get(name) for name in QUALITY},
+        **{f"requested.{name}": _text(value) for name, value in requested.items()},
+        **{f"effective.{name}": _text(effective.get(name)) for name in requested},
+        "fingerprint": report["fingerprint"]["hash"],
+    }
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def append_row(path: Path, values: Mapping[str, Any]) -> None:
+    """Add one row to a CSV file that other runs may add to at the same time; the file is replaced whole or not at all.
+
+    A column that the file does not have yet is added at its end and is empty in the older rows; a column that only the
+    file has is empty in the new row. Raises RunError.
+    """
+    from filelock import FileLock, Timeout
+
+    locked = path.with_name(f".{path.name}.lock")
+    if locked.is_symlink():  # older versions of filelock empty what it leads to
+        raise RunError(f"{path} cannot be written: {locked.name} beside it is a link")
+    lock = FileLock(locked, timeout=LOCK_SECONDS)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock:
+            header, rows = _read_rows(path)
+            columns = list(dict.fromkeys([*header, *values]))
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([*rows, values])
+            files.save_bytes(path, text.getvalue().encode())
+    except Timeout:
+        raise RunError(f"{path} has been locked by another run for {LOCK_SECONDS:.0f} s") from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Header and rows; both empty where there is no file. A byte order mark of a spreadsheet program is dropped."""
+    if not path.exists():
+        return [], []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restval="", strict=True)
+            rows = list(reader)
+            header = list(reader.fieldnames or ())
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not a CSV file ({first_line(error)}); move it away") from None
+    if any(None in row for row in rows):  # DictReader keeps surplus fields under None
+        raise RunError(f"{path} has a row that is longer than its header; move it away")
+    return header, rows
+
+
+def _tell_wandb(run: Run, report: Mapping[str, Any], paths: Sequence[Path], mode: str | None) -> None:
+    import wandb
+
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)  # the work is over: nothing to sample
+    told = {name: report[name] for name in ("requested", "effective", "fingerprint")}
+    try:
+        with wandb.init(
+            project=run.tracking.project,
+            mode=mode,  # type: ignore[arg-type]  # W&B checks the word and names the legal ones
+            dir=run.output.path,
+            config={**plain(run), **told},
+            tags=[run.perf.tag] if run.perf.tag else None,
+            job_type="generate",
+            settings=settings,
+            reinit="create_new",  # a caller's own W&B run goes on
+        ) as session:
+            for step in report["denoise_steps_ms"]:
+                session.log({"denoise_step_ms": step["duration_ms"]})
+            session.log({**numbers(report), **_media(report, paths)})
+            folder = None if session.disabled else session.settings.sync_dir
+    except (wandb.Error, OSError, ValueError) as error:  # a ValueError is a setting that W&B refuses
+        raise RunError(
+            f"The pictures are saved, but W&B did not take the run: {log.shorten(str(error), 300)}"
+        ) from error
+    if folder is None:
+        log.warning("tracking=wandb has no effect: W&B is disabled by its own settings (WANDB_MODE)")
+    else:
+        log.info(f"Run logged to W&B: {folder}")
+
+
+def numbers(report: Mapping[str, Any]) -> dict[str, float]:
+    """Every measured number of a dump, one level deep: `steps/denoising/duration_ms`, `work/denoising/mfu`."""
+    return {
+        name: number
+        for key, value in report.items()
+        if key not in NO_NUMBERS
+        for name, number in _flat(value, key).items()
+    }
+
+
+def _flat(value: Any, name: str) -> dict[str, float]:
+    if isinstance(value, Mapping):
+        return {path: number for key, item in value.items() for path, number in _flat(item, f"{name}/{key}").items()}
+    if isinstance(value, list):  # stages have names; other lists are no measurement of their own
+        named = [item for item in value if isinstance(item, Mapping) and "name" in item]
+        return {path: number for item in named for path, number in _flat(item, f"{name}/{item['name']}").items()}
+    return {name: value} if isinstance(value, int | float) and not isinstance(value, bool) else {}
+
+
+def _media(report: Mapping[str, Any], paths: Sequence[Path]) -> dict[str, list[Any]]:
+    """The files by kind, each with its prompt below."""
+    import wandb
+
+    kinds = {".png": ("pictures", wandb.Image), ".mp4": ("videos", wandb.Video), ".wav": ("sounds", wandb.Audio)}
+    prompts = {sample["file"]: sample["prompt"] for sample in report["samples"]}
+    found: dict[str, list[Any]] = {}
+    for path in paths:
+        name, kind = kinds[path.suffix]
+        found.setdefault(name, []).append(kind(str(path), caption=prompts.get(path.name)))
+    return found

@@ -1,0 +1,82 @@
+"""Videos and sounds as files, numbered and recorded like pictures."""
+
+import json
+import wave
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from sglang_gen.files import Write, record_bytes, safetensors_bytes, save_numbered
+
+FRAMES_PER_SECOND = 16  # of a video whose request names no rate
+
+
+def save_video(
+    folder: Path,
+    frames: "np.ndarray[Any, Any]",
+    fps: int,
+    record: Callable[[str], dict[str, Any]],
+    latents: Mapping[str, Any] | None = None,
+) -> Path:
+    """uint8 [F, H, W, 3] frames as the next generated_video_N.mp4 (H.264), its record inside and beside it as JSON."""
+
+    def files(name: str) -> dict[str, Write]:
+        content = record(f"{name}.mp4")
+        found: dict[str, Write] = {
+            ".mp4": lambda file: _write_mp4(file, frames, fps, content),
+            ".json": lambda file: file.write(record_bytes(content)),
+        }
+        if latents is not None:
+            found[".safetensors"] = lambda file: file.write(safetensors_bytes(latents))
+        return found
+
+    return save_numbered(folder, "generated_video", files)
+
+
+def _write_mp4(file: BinaryIO, frames: "np.ndarray[Any, Any]", fps: int, record: dict[str, Any]) -> None:
+    """ffmpeg writes into the open file by its name; sizes stay as they are, so odd ones use 4:4:4 colour."""
+    import imageio.v2 as imageio
+
+    height, width = frames.shape[1:3]
+    even = height % 2 == 0 and width % 2 == 0
+    writer = imageio.get_writer(
+        file.name, format="FFMPEG", mode="I", fps=fps, codec="libx264", quality=None, macro_block_size=1,
+        pixelformat="yuv420p" if even else "yuv444p",
+        output_params=["-crf", "12", "-metadata", f"comment={json.dumps(record, ensure_ascii=False)}"],
+    )  # fmt: skip
+    with writer:
+        for frame in frames:
+            writer.append_data(frame)
+
+
+def save_sound(
+    folder: Path,
+    samples: "np.ndarray[Any, Any]",
+    rate: int,
+    record: Callable[[str], dict[str, Any]],
+    latents: Mapping[str, Any] | None = None,
+) -> Path:
+    """Float [C, T] samples in [-1, 1] as the next generated_audio_N.wav (16 bit), its record beside it as JSON."""
+
+    def files(name: str) -> dict[str, Write]:
+        content = record(f"{name}.wav")
+        found: dict[str, Write] = {
+            ".wav": lambda file: _write_wav(file, samples, rate),
+            ".json": lambda file: file.write(record_bytes(content)),
+        }
+        if latents is not None:
+            found[".safetensors"] = lambda file: file.write(safetensors_bytes(latents))
+        return found
+
+    return save_numbered(folder, "generated_audio", files)
+
+
+def _write_wav(file: BinaryIO, samples: "np.ndarray[Any, Any]", rate: int) -> None:
+    data = np.rint(np.clip(samples, -1, 1).T * 32767).astype("<i2")  # [T, C]
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(data.shape[1])
+        sound.setsampwidth(2)
+        sound.setframerate(rate)
+        sound.writeframes(data.tobytes())

@@ -1,0 +1,158 @@
+"""Reads perf dumps: what was run, and the observations of each metric.
+
+A dump is a JSON object with `total_duration_ms` and `steps`: ours (with `schema_version`, a `fingerprint` and possibly
+`repeats`) or upstream's (neither; model, prompt and number of denoising steps say what was run).
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sglang_gen.config.schema import SCHEMA_VERSION
+from sglang_gen.errors import UserError, first_line
+
+PEAKS = ("peak_allocated_mb", "peak_reserved_mb", "peak_host_anon_mb")
+
+
+@dataclass(frozen=True)
+class Dump:
+    """One dump: what was run, and for each metric its observations."""
+
+    path: Path
+    meta: dict[str, Any]  # model, prompt, denoising_steps
+    fingerprint: str | None
+    fields: dict[str, Any]
+    metrics: dict[str, list[float]]
+    pictures: int | None  # None where the dump does not list its samples
+
+    @property
+    def recipe(self) -> str:
+        return self.fingerprint or json.dumps(self.meta, sort_keys=True)
+
+
+def collect(paths: Iterable[str | Path]) -> list[Dump]:
+    """The dumps at `paths`, each a dump file or a folder with dumps below it; a file that is met twice counts once.
+
+    Raises UserError with one sentence for what is missing, broken, or written by a newer version.
+    """
+    found: dict[Path, Dump] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+        dumps = [read(file) for file in _json_files(path)] if path.is_dir() else [read(path, strict=True)]
+        if not any(dumps):
+            raise UserError(f"The folder {path} holds no perf dump")
+        found |= {dump.path.resolve(): dump for dump in dumps if dump is not None}
+    return list(found.values())
+
+
+def _json_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.json") if path.is_file() and not path.name.startswith("."))
+
+
+def read(path: Path, strict: bool = False) -> Dump | None:
+    """The dump in a file; for a JSON file that is something else None, or UserError if `strict`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error.msg} in line {error.lineno}") from None
+    except ValueError as error:  # NaN, or a number of thousands of digits
+        raise UserError(f"{path} is not valid JSON: {first_line(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if not is_dump(content):
+        if strict:
+            raise UserError(f"{path} is no perf dump: it has no total_duration_ms and steps")
+        return None
+    version = content.get("schema_version", 0)
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise UserError(f"{path} has schema version {version}, this program reads versions up to {SCHEMA_VERSION}")
+    return _dump(path, content)
+
+
+def is_dump(content: Any) -> bool:
+    """Whether this is what the JSON of a perf dump holds, ours or upstream's."""
+    return isinstance(content, dict) and {"total_duration_ms", "steps"} <= content.keys()
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _dump(path: Path, content: Mapping[str, Any]) -> Dump:
+    try:
+        metrics = _metrics(content)
+        denoising = content.get("denoise_steps_ms") or next(iter(_repeats(content))).get("denoise_steps_ms") or ()
+        meta, fingerprint = content.get("meta") or {}, content.get("fingerprint") or {}
+        named = {"model": meta.get("model"), "prompt": meta.get("prompt")}
+        samples = content.get("samples")
+        return Dump(
+            path=path,
+            meta={
+                **named,
+                "denoising_steps": len({_step_number(index, entry) for index, entry in enumerate(denoising)}),
+            },
+            fingerprint=fingerprint.get("hash"),
+            fields=fingerprint.get("fields") or {},
+            metrics=metrics,
+            pictures=len(samples) if samples else None,
+        )
+    except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
+        reason = str(error) if type(error) is ValueError else "its entries do not have the layout of a dump"
+        raise UserError(f"{path} cannot be compared: {reason}") from None
+
+
+def _step_number(index: int, entry: Any) -> Any:
+    return entry.get("step", index) if isinstance(entry, dict) else index
+
+
+def _repeats(content: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return content.get("repeats") or [content]
+
+
+def _metrics(content: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Every repeat is one observation; what no repeat holds (loading, memory) is observed once per dump."""
+    found: dict[str, list[float]] = {}
+    for repeat in _repeats(content):
+        for name, value in _times(repeat).items():
+            found.setdefault(name, []).append(value)
+    if not all(found["total"]):
+        raise ValueError("its total_duration_ms is zero")
+    once = {name: value for name, value in _stages(content).items() if name not in found}
+    for checkpoint in (content.get("memory_checkpoints") or {}).values():
+        for peak in PEAKS:
+            if checkpoint.get(peak) is not None:
+                name = f"memory.{peak.removesuffix('_mb')}"
+                once[name] = max(once.get(name, 0.0), _number(checkpoint[peak], peak))
+    return found | {name: [value] for name, value in once.items()}
+
+
+def _times(repeat: Mapping[str, Any]) -> dict[str, float]:
+    steps = [
+        _number(entry["duration_ms"] if isinstance(entry, dict) else entry, "a denoising step")
+        for entry in repeat.get("denoise_steps_ms") or ()
+    ]
+    middle = {"step": median(steps)} if steps else {}
+    return {"total": _number(repeat["total_duration_ms"], "total_duration_ms"), **_stages(repeat), **middle}
+
+
+def _stages(content: Mapping[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for entry in content.get("steps") or ():
+        name = f"stage.{entry['name']}"
+        found[name] = found.get(name, 0.0) + _number(entry["duration_ms"], f"the stage {entry['name']}")
+    return found
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{what} is {json.dumps(value)[:40]}, not a number of at least 0")
+    return float(value)

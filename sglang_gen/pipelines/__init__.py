@@ -1,1 +1,0 @@
-"""What is particular to one pipeline: its text, latents, schedule and the names of its weights."""

@@ -1,0 +1,186 @@
+"""Settings of the group cache in cache-dit's own schema, and those that cannot be or under which nothing is reused."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sglang_gen.config.schema import Cache, CacheMethod, Run
+from sglang_gen.errors import UserError, nearest
+from sglang_gen.plan.quantization import denoisers
+from sglang_gen.types import ModelCard
+
+CACHE_FLAG = "--cache-dit-config"
+FIELDS_SET_ELSEWHERE = {
+    "parallelism_config": "the group parallel",
+    "quantize_config": "the group quant",
+    "attention_backend": "the group attention",
+}
+FIELDS_OUTSIDE = ("method", "cache_dit_config", "interval")  # keys of the group that are not cache-dit's
+SWITCHES = ("enable_taylorseer", "enable_calibrator")  # cache-dit's other way to say calibrator=taylorseer
+# Each key of cache-dit's, what it may be, and this in words.
+RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "Fn_compute_blocks": (lambda value: _whole(value, 1), "a whole number of at least 1"),
+    "Bn_compute_blocks": (lambda value: _whole(value, 0), "a whole number of at least 0"),
+    "residual_diff_threshold": (
+        lambda value: type(value) in (int, float) and 0 < value < math.inf,
+        "a number above 0",
+    ),
+    "max_warmup_steps": (lambda value: _whole(value, 0), "a whole number of at least 0"),
+    "warmup_interval": (lambda value: _whole(value, 1), "a whole number of at least 1"),
+    "max_cached_steps": (lambda value: _limit(value), "a whole number of at least 1, or -1 for no limit"),
+    "max_continuous_cached_steps": (lambda value: _limit(value), "a whole number of at least 1, or -1 for no limit"),
+    "enable_separate_cfg": (lambda value: value is None or type(value) is bool, "true, false or null"),
+    "steps_computation_mask": (
+        lambda value: value is None or _mask(value),
+        "null or a list with a 1 for each step that is computed, the first among them, and a 0 for each that may reuse",
+    ),
+    "steps_computation_policy": (lambda value: value in ("dynamic", "static"), "dynamic or static"),
+    "calibrator": (lambda value: value in (None, "taylorseer"), "taylorseer or null"),
+    "taylorseer_order": (lambda value: _whole(value, 1), "a whole number of at least 1"),
+    **{name: (lambda value: type(value) is bool, "true or false") for name in SWITCHES},
+}
+
+
+def _whole(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least  # True is an int to isinstance
+
+
+def _limit(value: Any) -> bool:
+    return value == -1 or _whole(value, 1)
+
+
+def _mask(value: Any) -> bool:
+    """The first step has nothing to reuse."""
+    return isinstance(value, list) and all(type(each) is int and each in (0, 1) for each in value) and value[:1] == [1]
+
+
+def wanted(cache: Cache) -> bool:
+    """True where a step cache is asked for, by the group or by the flag."""
+    return cache.method is not CacheMethod.none or bool(cache.cache_dit_config)
+
+
+def check(run: Run) -> None:
+    """Raises UserError for settings that no model and no number of steps allows."""
+    if run.cache.method is not CacheMethod.deepcache and wanted(run.cache):
+        settings(run.cache)
+
+
+def settings(cache: Cache) -> dict[str, Any]:
+    """DBCache's settings by cache-dit's names: the typed keys of the group, over them `cache_dit_config`.
+
+    Raises UserError for an unknown key or value, and for a section that belongs to another group.
+    """
+    given = _given(cache.cache_dit_config)
+    typed = {name: value for name, value in vars(cache).items() if name not in FIELDS_OUTSIDE}
+    for key, value in {**typed, **given}.items():
+        if key not in RULES:
+            raise UserError(f"{CACHE_FLAG}: unknown key '{key}'{nearest(key, RULES)}")
+        fits, named = RULES[key]
+        if not fits(value):
+            raise UserError(f"{_named(key, given)} is {_shown(value)}; it must be {named}")
+    found = {**typed, **given, **_calibrator(given)}
+    if found["steps_computation_policy"] == "static" and found["steps_computation_mask"] is None:
+        raise UserError(
+            f"{_named('steps_computation_policy', given)} is static, which reuses the steps that a mask names; "
+            "give steps_computation_mask too, or the policy dynamic"
+        )
+    return {name: value for name, value in found.items() if name not in SWITCHES}
+
+
+def _given(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of --cache-dit-config, of which cache-dit has those of the cache in a section too."""
+    for section, group in FIELDS_SET_ELSEWHERE.items():
+        if section in config:
+            raise UserError(f"{CACHE_FLAG}: '{section}' is set by {group}, not here")
+    outer, inner = dict(config), config.get("cache_config", {})
+    outer.pop("cache_config", None)
+    if not isinstance(inner, Mapping):
+        raise UserError(f"{CACHE_FLAG}: 'cache_config' is {_shown(inner)}; it must be a mapping")
+    for key in outer.keys() & inner.keys():
+        raise UserError(f"{CACHE_FLAG}: '{key}' is given twice, inside of 'cache_config' and beside it; give it once")
+    return {str(key): value for key, value in {**outer, **inner}.items()}
+
+
+def _calibrator(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a switch says of the calibrator, which it may not contradict."""
+    said = [given[name] for name in SWITCHES if name in given]
+    if not said:
+        return {}
+    calibrator = "taylorseer" if any(said) else None
+    if given.get("calibrator", calibrator) != calibrator or len(set(said)) > 1:
+        names = [name for name in (*SWITCHES, "calibrator") if name in given]
+        raise UserError(f"{CACHE_FLAG}: {' and '.join(names)} contradict each other; give one of them")
+    return {"calibrator": calibrator}
+
+
+def _named(key: str, given: Mapping[str, Any]) -> str:
+    return f"{CACHE_FLAG}: '{key}'" if key in given else f"cache.{key}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_steps(cache: Cache, least: int, most: int) -> None:
+    """Raises UserError where none of the run's steps can reuse another, or a mask is of another number of steps.
+
+    There are `least` to `most` calls of the network: a pipeline that starts from a picture rounds in its own way.
+    """
+    found = settings(cache)
+    if most < 2:
+        raise UserError("cache: the run has one step, which has none before it to reuse; run more steps or cache=none")
+    mask, warmup, every = found["steps_computation_mask"], found["max_warmup_steps"], found["warmup_interval"]
+    if mask is not None and not least <= len(mask) <= most:
+        raise UserError(f"cache: steps_computation_mask has {len(mask)} entries, the run has {most} steps")
+    if mask is not None:
+        computed = {step for step, each in enumerate(mask) if each == 1}  # the warm-up is what a mask starts with
+        cause = "steps_computation_mask computes every step"
+    else:
+        computed = {0, *range(0, warmup, every)}
+        cause = f"the warm-up (max_warmup_steps={warmup}) covers all {most} steps"
+    if computed >= set(range(most)):
+        raise UserError(f"cache: {cause}, so nothing would be reused; {'give it a 0' if mask else 'lower it'}")
+    if found["calibrator"] and found["taylorseer_order"] >= most:
+        raise UserError(
+            f"cache: taylorseer_order is {found['taylorseer_order']}; with {most} steps it must be 1 to {most - 1}"
+        )
+
+
+def check_blocks(cache: Cache, card: ModelCard) -> None:
+    """Raises UserError where all blocks are computed, as far as the network's config tells their number."""
+    for name in denoisers(card):
+        config = card.components[name].config
+        if isinstance(config.get("num_layers"), int):
+            refuse_covered(settings(cache), [config["num_layers"] + (config.get("num_single_layers") or 0)])
+
+
+def refuse_covered(found: Mapping[str, Any], lists: list[int]) -> None:
+    """Raises UserError for more blocks than one of the network's lists has, or as many as each has."""
+    computed = found["Fn_compute_blocks"] + found["Bn_compute_blocks"]
+    if computed >= max(lists):
+        raise UserError(
+            f"cache: Fn_compute_blocks + Bn_compute_blocks = {computed} covers all {max(lists)} blocks, "
+            "so nothing would be reused; lower them"
+        )
+    if computed > min(lists):
+        raise UserError(
+            f"cache: Fn_compute_blocks + Bn_compute_blocks = {computed} is more than the {min(lists)} blocks of one of "
+            "the network's lists; lower them"
+        )
+
+
+def warnings(run: Run) -> list[str]:
+    """Settings of a step cache that act only together with another, or not with another."""
+    if run.cache.method is CacheMethod.deepcache or not wanted(run.cache):
+        return []
+    found, usual = settings(run.cache), Cache()
+    idle = {}
+    if found["steps_computation_policy"] == "static":
+        for name in ("residual_diff_threshold", "max_cached_steps", "max_continuous_cached_steps"):
+            idle[name] = "with steps_computation_policy=static, which reuses every step that the mask marks with 0"
+    if found["calibrator"] is None:
+        idle["taylorseer_order"] = "without calibrator=taylorseer"
+    return [
+        f"cache: {name} has no effect {reason}" for name, reason in idle.items() if found[name] != getattr(usual, name)
+    ]

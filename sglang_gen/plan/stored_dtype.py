@@ -1,0 +1,66 @@
+"""--disable-autocast: the pipeline computes in the dtype in which its denoising network is stored."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from sglang_gen.config.schema import DType, Run
+from sglang_gen.errors import UserError
+from sglang_gen.hub import component_folder, weight_files
+from sglang_gen.plan.quantization import denoisers
+from sglang_gen.types import ModelCard, Plan
+
+
+def check(run: Run) -> None:
+    """Raises UserError where two settings name the dtype."""
+    if run.compile.disable_autocast and run.dtype is not DType.auto:
+        raise UserError(
+            f"--disable-autocast takes the dtype of the stored weights, and --dtype {run.dtype.name} names one; "
+            "give one of the two"
+        )
+
+
+def settle(plan: Plan) -> Plan:
+    """The plan with the stored dtype, where --disable-autocast asks for it and the weights are on this machine.
+
+    Raises UserError when the stored dtype is not one that computes.
+    """
+    if not plan.run.compile.disable_autocast:
+        return plan
+    dtype = _stored(plan.run, plan.card)
+    return replace(plan, dtype=dtype or plan.dtype, effective={**plan.effective, "dtype": dtype or "stored"})
+
+
+def require(plan: Plan) -> Plan:
+    """`settle` for a model whose files are here. Raises UserError when they still do not say their dtype."""
+    settled = settle(plan)
+    if settled.effective["dtype"] == "stored":
+        raise UserError("--disable-autocast: the denoising network is in no local safetensors file; use --dtype")
+    return settled
+
+
+def _stored(run: Run, card: ModelCard) -> str | None:
+    """torch's name of the dtype; None where no weights are here yet."""
+    paths = _files(run, card)
+    if not paths:
+        return None
+    if paths[0].suffix.lower() == ".gguf":
+        raise UserError(f"--disable-autocast: {paths[0]} stores GGUF blocks, which do not compute; use --dtype")
+    tensors = weight_files.read_headers(paths).tensors
+    if not tensors:
+        raise UserError(f"--disable-autocast: {paths[0]} holds no tensors")
+    name = weight_files.stored_dtype(tensors)
+    if name not in weight_files.FLOATS:
+        raise UserError(
+            f"--disable-autocast: the weights in {paths[0].parent} are stored in {name}, which does not compute; "
+            "name a dtype with --dtype"
+        )
+    return weight_files.FLOATS[name]
+
+
+def _files(run: Run, card: ModelCard) -> tuple[Path, ...]:
+    if run.quant.transformer_weights_path:
+        return weight_files.locate(run.quant.transformer_weights_path).paths
+    for name in denoisers(card):
+        folder = card.components[name].folder
+        return tuple(component_folder.in_folder(folder)) if folder else ()
+    return ()

@@ -1,0 +1,159 @@
+"""One composition a job: Hydra's sweeper and launcher call a function for every cell of a sweep."""
+
+import dataclasses
+import os.path
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.hydra import Hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import withheld_values
+from sglang_gen.config.config_file import read_config_file
+from sglang_gen.config.flags import BY_PATH
+from sglang_gen.config.hydra_loader import group_options, line_of, open_loader, parse, user_errors
+from sglang_gen.config.overrides import Word, check
+from sglang_gen.errors import UserError, first_line
+from sglang_gen.files import check_file, check_folder
+from sglang_gen.outputs import dump_path
+from sglang_gen.sweep.recorded import recorded
+
+
+def is_multirun(choices: Choices, asked: bool) -> bool:
+    """True where -m was given or the configuration sets hydra.mode to MULTIRUN (a sweep file does)."""
+    mode_typed = any(word.lstrip("+").startswith("hydra.mode=") for word in choices.overrides)
+    if not (mode_typed or choices.config_dir or choices.config_name != "config"):
+        return asked
+    hydra = Hydra(task_name="generate", config_loader=open_loader(choices.config_dir))
+    mode = hydra.get_mode(choices.config_name, list(choices.overrides))  # None for what composition will refuse
+    if asked and mode_typed and mode == RunMode.RUN:
+        raise UserError("--multirun and hydra.mode=RUN exclude each other")
+    return asked or bool(mode == RunMode.MULTIRUN)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell of a sweep: its number, its folder, and the choices from which it composes."""
+
+    number: int
+    folder: Path
+    overrides: tuple[str, ...]
+    choices: Choices
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What Hydra's launcher calls for each job; it recomposes, so that flags and file values are applied."""
+
+    choices: Choices
+    work: Callable[[Job], Any]
+
+    def __call__(self, _cfg: DictConfig) -> Any:
+        hydra = HydraConfig.get()
+        overrides = tuple(hydra.overrides.task)
+        search = tuple(word for word in self.choices.overrides if "hydra.searchpath=" in word)
+        choices = dataclasses.replace(self.choices, overrides=(*overrides, *search))
+        return self.work(Job(int(hydra.job.num), Path(hydra.runtime.output_dir), overrides, choices))
+
+
+def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
+    """Call `work` for every job that Hydra's sweeper makes of the choices; the results in order of the jobs.
+
+    What `work` returns is what the sweeper gets, for one that optimises the objective. A job whose `work` raises has
+    failed; its result is the error, which reaches the sweeper only where there is an objective.
+    """
+    hydra = Hydra(task_name="generate", config_loader=open_loader(choices.config_dir))
+    words = parse(hydra.config_loader, choices.overrides)
+    check(words, choices.flags, group_options(hydra.config_loader, choices), multirun=True)
+    if choices.file is not None:
+        withheld_values(choices, read_config_file(choices.file), {*choices.flags, *(word.key for word in words)})
+    for name in _stated(choices, words, dump_path.KEY):
+        dump_path.check_in_sweep(str(name))
+    lines = [*map(line_of, words), *_sweep_dir(choices, words)]
+    with user_errors():
+        cfg = hydra.compose_config(choices.config_name, lines, RunMode.MULTIRUN, with_log_configuration=False)
+        for key in OmegaConf.select(cfg, "hydra.sweeper.params") or {}:
+            if (flag := BY_PATH.get(str(key).lstrip("+"))) and flag.path in choices.flags:
+                raise UserError(f"{flag.path} is given twice, by {flag.option} and by the sweep {choices.config_name}")
+        _check_sweep_dir(Path(cfg.hydra.sweep.dir))
+        stated = _stated(choices, words, "perf.objective") or [OmegaConf.select(cfg, "perf.objective")]
+        ended = _sweep(hydra, cfg, _Task(choices, work), any(stated))
+    return [job._return_value for job in ended]
+
+
+def _check_sweep_dir(folder: Path) -> None:
+    """Raises UserError where Hydra would write its multirun.yaml into something that is no file, or wait for a FIFO."""
+    check_folder(folder)
+    check_file(folder / "multirun.yaml")
+
+
+OPTIMISING = re.compile(r"hydra_plugins\.hydra_(optuna|ax|nevergrad)_sweeper\.")
+
+
+def _sweep(hydra: Hydra, cfg: DictConfig, task: "_Task", objective: bool) -> list[JobReturn]:
+    """`Hydra.multirun`, but that a sweep which a signal or a job cuts short has ended too: its callbacks hear of it.
+
+    The jobs that have ended, in order: what a sweeper returns is its own affair.
+    """
+    name = str(OmegaConf.select(cfg, "hydra.sweeper._target_"))
+    if OPTIMISING.match(name) and not objective:
+        raise UserError(_unaimed(name, "perf.objective is not set"))
+    basic, ended, plugins = name.startswith("hydra._internal."), list[JobReturn](), Plugins.instance()
+    callbacks = Callbacks(cfg)
+    callbacks.on_multirun_start(config=cfg, config_name=cfg.hydra.job.config_name)
+    context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
+    words = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
+    try:
+        with recorded(plugins, ended, failures=objective and not basic):
+            sweeper = plugins.instantiate_sweeper(config=cfg, hydra_context=context, task_function=task)
+            sweeper.sweep(arguments=words)
+    except (TypeError, ValueError, AssertionError) as error:
+        measured = any(job._return_value is not None for job in ended)
+        if basic or measured or not ended or isinstance(error, UserError):
+            raise
+        raise UserError(_unaimed(name, first_line(error))) from error
+    finally:
+        if ended or not isinstance(sys.exception(), Exception):  # else it was no sweep
+            callbacks.on_multirun_end(config=cfg, config_name=cfg.hydra.job.config_name)
+    return ended
+
+
+def _unaimed(name: str, reason: str) -> str:
+    return (
+        f"{name.rpartition('.')[2]} optimises a number that each job returns, and these return none ({reason}): name "
+        "one of the perf dump, such as perf.objective=step_ms, and run without dry_run"
+    )
+
+
+def _stated(choices: Choices, words: Sequence[Word], path: str) -> list[Any]:
+    """The values that flag, override (all of a sweep) or file give to a config path; none where it is left alone."""
+    if path in choices.flags:
+        return [choices.flags[path]]
+    group = path.partition(".")[0]
+    if typed := [word for word in words if word.key in (path, group)]:
+        return [value for word in typed if word.key == path for value in word.values if value is not None]
+    file = read_config_file(choices.file).values if choices.file is not None else {}
+    return [file[path]] if file.get(path) is not None else []
+
+
+def _sweep_dir(choices: Choices, words: Sequence[Word]) -> list[str]:
+    """--output-path is the sweep's folder; each job works in a folder below it."""
+    stated = _stated(choices, words, "output.path")
+    if not stated:
+        return []
+    if any(word.key == "hydra.sweep.dir" for word in words):
+        raise UserError("output.path and hydra.sweep.dir both name the folder of the sweep; give one")
+    if "${" in str(stated[0]) and not any(word.key == "output.path" for word in words):  # which Hydra would read
+        raise UserError(f"output.path is {stated[0]}: the folder of a sweep cannot have ${{ in its name")
+    quoted = os.path.expanduser(stated[0]).replace("\\", "\\\\").replace('"', '\\"')
+    return [f'hydra.sweep.dir="{quoted}"']

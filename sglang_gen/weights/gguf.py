@@ -1,0 +1,49 @@
+"""GGUF files of a denoising network: the header, and where its quantized blocks may stand."""
+
+from pathlib import Path
+from typing import Any
+
+from sglang_gen.errors import UserError, first_line
+from sglang_gen.hub.safetensors_header import Tensor
+from sglang_gen.hub.weight_files import FLAG, few
+
+# What the reader of the gguf package raises for bytes that are no GGUF.
+CORRUPT = (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError, OSError, MemoryError)
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Names, types and logical shapes. Raises UserError for a corrupt file or a type that diffusers cannot compute."""
+    import gguf
+    from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
+
+    try:
+        tensors = {
+            tensor.name: (tensor.tensor_type, tuple(int(size) for size in reversed(tensor.shape)))
+            for tensor in gguf.GGUFReader(path).tensors
+        }
+    except CORRUPT as error:
+        raise UserError(f"{FLAG}: the GGUF file {path} is corrupt: {first_line(error)}") from error
+    if not tensors:
+        raise UserError(f"{FLAG}: the GGUF file {path} holds no tensors")
+    plain = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+    odd = {kind.name for kind, _ in tensors.values() if kind not in plain and kind not in SUPPORTED_GGUF_QUANT_TYPES}
+    if odd:
+        raise UserError(f"{FLAG}: {path} holds {', '.join(sorted(odd))} tensors, which diffusers cannot compute with")
+    return {name: Tensor(kind.name, shape) for name, (kind, shape) in tensors.items()}
+
+
+def check_places(network: Any, path: Path) -> None:
+    """Blocks are unpacked by linear layers alone; anywhere else they would be read as numbers. Raises UserError."""
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    wrong = [
+        f"{name}.{key}"
+        for name, module in network.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if isinstance(parameter, GGUFParameter) and not (isinstance(module, GGUFLinear) and key == "weight")
+    ]
+    if wrong:
+        raise UserError(
+            f"{FLAG}: {path} quantizes {len(wrong)} tensors that are no weights of linear layers ({few(wrong)}); "
+            "store those as F16 or F32"
+        )

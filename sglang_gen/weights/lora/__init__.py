@@ -1,0 +1,1 @@
+"""LoRA files: their layouts, settings and factors."""

@@ -1,0 +1,223 @@
+"""LoRA files: found in a file, a folder or on the hub, read, and refused by name where they hold something else."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sglang_gen import env, log
+from sglang_gen.errors import UserError
+from sglang_gen.hub import resolve
+from sglang_gen.hub.plain_numbers import quantized
+from sglang_gen.hub.safetensors_header import PICKLED, PICKLES, read_header, refuse_other_formats
+from sglang_gen.weights.lora import settings as lora_settings
+from sglang_gen.weights.lora.settings import ADVICE
+
+USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers and PEFT
+SETTINGS_FILE = "adapter_config.json"
+FACTOR = re.compile(r"^(?P<module>.+)\.(?P<side>lora_A|lora_B|lora_down|lora_up|down|up)(\.default)?\.weight$")
+DOWN = ("lora_A", "lora_down", "down")
+
+# Marks in the names of tensors, and what kind of adapter they belong to.
+OTHER_KINDS = {
+    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT",
+    "on_input": "IA3", "lora_mid": "LoCon with a Tucker core", "lora_embedding": "LoRA of an embedding",
+    "emb_params": "textual inversion",
+}  # fmt: skip
+
+
+@dataclass
+class Factors:
+    """What a file holds for one module: `scale * up @ down` is added to its weight; `scale` is alpha / rank."""
+
+    down: torch.Tensor  # [rank, in], or a convolution's kernel [rank, in, h, w]
+    up: torch.Tensor  # [out, rank]
+    down_key: str
+    up_key: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The tensors of one module by their names in the file."""
+
+    down: str
+    up: str
+    alpha: str | None
+    rank: int
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """An adapter by the names of its own modules."""
+
+    path: Path
+    modules: Mapping[str, Factors]
+
+
+def check(name: str) -> None:
+    """What names, shapes and settings of a local adapter show to be wrong, before any weight is read."""
+    if found := find(name):
+        _inspect(name, *found)
+
+
+def read(name: str) -> LoraFile:
+    """The adapter that a file, folder or hub id names. Raises UserError with what is wrong with it."""
+    path, config = find(name) or _download(name)
+    modules, scales = _inspect(name, path, config)
+    from safetensors.torch import load_file
+
+    weights = load_file(path)
+    factors = {}
+    for module, keys in modules.items():
+        down, up = weights[keys.down].float(), weights[keys.up].float()
+        scale = scales[module]
+        if keys.alpha:
+            scale = _own_alpha(name, keys.alpha, weights[keys.alpha]) / keys.rank
+        factors[module] = Factors(down, up, keys.down, keys.up, scale)
+    return LoraFile(path, factors)
+
+
+def _inspect(name: str, path: Path, config: Path | None) -> tuple[dict[str, Keys], dict[str, float]]:
+    """The file's modules, and the scale that the settings give each; one with an alpha of its own does not need it."""
+    found = read_header(path)
+    shapes = {key: tensor.shape for key, tensor in found.tensors.items()}
+    if kind := quantized(found):
+        raise UserError(f"lora: {name} holds quantized factors ({kind}), which are not read in this version")
+    settings = lora_settings.load(name, path, config)
+    _refuse_other_kinds(name, shapes)
+    modules = _pairs(name, shapes)
+    lora_settings.warn_of_unused(settings, modules)
+    return modules, {module: settings.scale(module, keys.rank) for module, keys in modules.items()}
+
+
+def find(name: str) -> tuple[Path, Path | None] | None:
+    """The local weight file and, where there is one, adapter_config.json; None where the hub is to be asked.
+
+    Raises UserError for a name that is neither a file nor a folder and cannot be a hub's.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        refuse_other_formats(path, "lora")
+        return path, _beside(path.parent / SETTINGS_FILE) if path.name in USUAL else None
+    if path.is_dir():
+        chosen = _choose(name, [file.name for file in path.iterdir()])
+        return path / chosen, _beside(path / SETTINGS_FILE)
+    inside = Path(*path.parts[2:])
+    if name.startswith(("/", ".", "~")) or len(path.parts) == 1:
+        raise UserError(f"lora: {name} does not exist")
+    if not inside.suffix if inside.parts else path.suffix == ".safetensors":
+        raise UserError(
+            f"lora: {name} does not exist, nor is it an adapter of the hub (owner/name, or owner/name/file.safetensors)"
+        )
+    return None
+
+
+def _beside(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def _choose(name: str, files: Iterable[str]) -> str:
+    """The one weight file of a folder: the only one, or the one that has the usual name."""
+    files = sorted(files)
+    found = [file for file in files if file.endswith(".safetensors")]
+    usual = [file for file in found if file in USUAL]
+    if not found:
+        pickled = any(file.endswith(PICKLES) for file in files)
+        raise UserError(f"lora: {name} {PICKLED if pickled else 'holds no weights (*.safetensors)'}")
+    if len(found) > 1 and len(usual) != 1:
+        raise UserError(
+            f"lora: {name} holds {len(found)} weight files ({', '.join(found[:3])}{', ...' if found[3:] else ''}); "
+            f"name one of them: {name.rstrip('/')}/{found[0]}"
+        )
+    return found[0] if len(found) == 1 else usual[0]
+
+
+def _download(name: str) -> tuple[Path, Path | None]:
+    """From the hub: `owner/name`, or `owner/name/file.safetensors` where a repository holds several."""
+    from huggingface_hub import errors
+
+    repo, inside = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    if env.use_modelscope():
+        raise UserError(f"lora: {name} is no file or folder, and adapters are not read from ModelScope; give a file")
+    if inside:
+        refuse_other_formats(Path(inside), "lora")
+    try:
+        files, get = _repository(repo)
+        chosen = inside or _choose(name, files)
+        if chosen not in files:
+            raise UserError(f"lora: {repo} on the hub has no file {chosen}")
+        return get(chosen), get(SETTINGS_FILE) if SETTINGS_FILE in files else None
+    except UserError:
+        raise
+    except (OSError, ValueError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        raise resolve.hub_error(error, repo, None) from error
+
+
+def _repository(repo: str) -> tuple[list[str], Callable[[str], Path]]:
+    """Files of a repository and how to get one; where no hub answers, those that the local cache holds."""
+    from huggingface_hub import errors, hf_hub_download, model_info, snapshot_download
+
+    try:
+        files = [sibling.rfilename for sibling in model_info(repo).siblings or []]
+    except errors.HfHubHTTPError:
+        raise
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        try:
+            folder = Path(snapshot_download(repo, local_files_only=True))
+        except OSError:
+            raise error from None
+        log.warning(f"The hub cannot be reached: using the copy of {repo} in the local cache")
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*")], folder.joinpath
+    return files, lambda file: Path(hf_hub_download(repo, file))
+
+
+def _refuse_other_kinds(name: str, tensors: Iterable[str]) -> None:
+    for key in tensors:
+        for mark, kind in OTHER_KINDS.items():
+            if mark in key:
+                raise UserError(f"lora: {name} is a {kind} adapter ({key}), and only LoRA is applied")
+        if key.endswith(".bias"):
+            raise UserError(f"lora: {name} holds {key}, a bias, and only factors are merged; {ADVICE}")
+
+
+def _pairs(name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Keys]:
+    """Both factors of every module, and its alpha; every tensor of the file must be one of these."""
+    sides: dict[str, dict[bool, str]] = {}
+    alphas = {}
+    for key, shape in shapes.items():
+        found = FACTOR.match(key)
+        if key.endswith(".alpha") and math.prod(shape) == 1:
+            alphas[key.removesuffix(".alpha")] = key
+        elif found and (found["side"].startswith("lora") or "lora" in found["module"]):
+            sides.setdefault(found["module"], {})[found["side"] in DOWN] = key
+        else:
+            raise UserError(f"lora: {name} holds {key}, which is neither a factor of a LoRA nor its alpha")
+    if not sides:
+        raise UserError(f"lora: {name} holds no LoRA factors")
+    modules = {}
+    for module, keys in sides.items():
+        if len(keys) < 2:
+            raise UserError(f"lora: {name} holds only one factor of {module}")
+        down, up = shapes[keys[True]], shapes[keys[False]]
+        if len(down) < 2 or len(up) < 2 or down[0] != up[1] or down[0] == 0:
+            raise UserError(f"lora: the factors of {module} in {name} do not match: {[*up]} and {[*down]}")
+        alpha = alphas.get(_alpha_name(module), alphas.get(module))
+        modules[module] = Keys(keys[True], keys[False], alpha, down[0])
+    if orphans := set(alphas) - {_alpha_name(module) for module in modules} - set(modules):
+        raise UserError(f"lora: {name} holds an alpha of {sorted(orphans)[0]} without its factors")
+    return modules
+
+
+def _alpha_name(module: str) -> str:
+    return module.removesuffix(".lora").removesuffix("_lora")
+
+
+def _own_alpha(name: str, key: str, alpha: torch.Tensor) -> float:
+    value = float(alpha)
+    if not math.isfinite(value):
+        raise UserError(f"lora: {name} holds the alpha {value} as {key}; it must be a finite number")
+    return value

@@ -1,0 +1,66 @@
+"""SVDQuant files through the nunchaku project's own networks, on the GPUs that its kernels are made for.
+
+Never run here: no such GPU was at hand. What can be decided without one is in `quantization.py` and tested.
+"""
+
+import importlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sglang_gen.errors import UserError, first_line
+from sglang_gen.hub.weight_files import FLAG, WeightFiles
+from sglang_gen.plan import quantization
+from sglang_gen.types import Plan
+
+CLASSES = {
+    "FluxTransformer2DModel": "NunchakuFluxTransformer2dModel",
+    "SanaTransformer2DModel": "NunchakuSanaTransformer2DModel",
+    "QwenImageTransformer2DModel": "NunchakuQwenImageTransformer2DModel",
+}
+NUNCHAKU_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, AssertionError)
+
+
+def load(plan: Plan, class_name: str, files: WeightFiles, metadata: Mapping[str, str], dtype: torch.dtype) -> Any:
+    """nunchaku's network in place of diffusers' `class_name`. Raises UserError where machine or file forbid it."""
+    if plan.run.lora.path or plan.run.lora.adapters:
+        raise UserError(f"lora: {files.given} is quantized by svdquant, and {quantization.NO_MERGE}")
+    if plan.run.quant.method in quantization.ON_LOAD:
+        raise UserError(f"quant={plan.run.quant.method.name}: {files.given} is quantized already, by svdquant")
+    precision = check_file(files.given, metadata, plan.run.quant.nunchaku_config)
+    if sentence := quantization.refuse_nunchaku(quantization.facts_of(plan.device), precision):
+        raise UserError(sentence)
+    if class_name not in CLASSES:
+        raise UserError(f"nunchaku has no network for {class_name}; it has {', '.join(sorted(CLASSES))}")
+    if len(files.paths) > 1:
+        raise UserError(f"{FLAG}: {files.given} is the older form in several files; give one svdq-*.safetensors file")
+    try:
+        kind = getattr(importlib.import_module("nunchaku"), CLASSES[class_name])
+        network = kind.from_pretrained(str(files.paths[0]), torch_dtype=dtype, device=plan.device)
+        if implementation := plan.run.quant.nunchaku_config.get("attention"):
+            network.set_attention_impl(implementation)
+    except NUNCHAKU_ERRORS as error:
+        raise UserError(f"nunchaku cannot load {files.given}: {first_line(error)}") from error
+    return network
+
+
+def check_file(given: str, metadata: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """The precision of an SVDQuant file by its own metadata; --nunchaku-config may repeat facts, not change them.
+
+    Raises UserError for a file of another kind, and for a config that says something else than the file.
+    """
+    try:
+        declared = json.loads(metadata.get("quantization_config", "null"))
+    except ValueError:
+        declared = None
+    if not isinstance(declared, dict) or declared.get("method") != "svdquant":
+        raise UserError(f"{FLAG}: {given} is no SVDQuant file: its metadata declares no quantization by svdquant")
+    weight = declared.get("weight")
+    dtype = weight.get("dtype") if isinstance(weight, dict) else None
+    facts = {"precision": "int4" if dtype == "int4" else "nvfp4", "rank": declared.get("rank")}
+    for key in ("precision", "rank"):
+        if key in config and config[key] != facts[key]:
+            raise UserError(f"--nunchaku-config: '{key}' is {config[key]} and {given} has {facts[key]}")
+    return str(facts["precision"])
