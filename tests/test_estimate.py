@@ -269,7 +269,7 @@ def test_the_size_and_the_encoding_of_an_input_picture_are_in_the_estimate(sglan
 def test_a_picture_of_fewer_rows_than_ranks_is_refused_by_the_dry_run_too(sglang):
     Image.new("RGB", (64, 64)).save("small.png")
     words = ("generate", "model=sdxl", "device=cpu", "--image-path", "small.png", "dry_run=true")
-    done = sglang(*words, "parallel=sp4")
+    done = sglang(*words, "parallel.sp_degree=4")
     assert (done.code, "this picture has 2 bands of 32 rows of pixels" in done.err) == (2, True), done.err
     assert sglang(*words, "parallel=sp2").code == 0
 

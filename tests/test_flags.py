@@ -122,7 +122,7 @@ def test_help_shows_defaults_switches_groups_and_keys_without_a_flag(sglang):
     text = " ".join(" ".join(lines).split())
     assert "--num-inference-steps N number of denoising steps, unless the preset has its own (default: 50)" in text
     assert "--warmup, --no-warmup" in text
-    assert "parallel= cfg2, cfg2_ring2, cfg2_sp2" in text
+    assert "parallel= cfg2, cfg2_sp2, cfg2_sp2_tp2" in text
     assert "sampling.batch_size" in text
     assert "--multirun" in text
     assert max(map(len, lines)) <= 120

@@ -55,7 +55,7 @@ def alternatives(sentence: str) -> list[list[str]]:
 
 def test_every_preset_and_layout_is_seen():
     assert len(PRESETS) == 9
-    assert len(LAYOUTS) == 27
+    assert len(LAYOUTS) == 11
 
 
 def refusal(run: Composed, card: ModelCard) -> str | None:
@@ -170,21 +170,22 @@ def test_what_a_refusal_suggests_is_legal_and_is_what_comes_out(stated, heads, u
 @pytest.mark.parametrize(
     ("model", "words", "sentence"),
     [
-        ("sdxl", ("parallel=tp4",), "parallel.tp_size is 4 and this network has layers of 10 heads: take tp_size 1 or "
-         "2, such as parallel.ring_degree=2 parallel.tp_size=2 or "),
-        ("sdxl", ("parallel=ulysses4",), "parallel.ulysses_degree is 4 and this network has layers of 10 heads: take "
-         "ulysses_degree 1 or 2, such as "),
+        ("sdxl", ("parallel.tp_size=4",), "parallel.tp_size is 4 and this network has layers of 10 heads: take "
+         "tp_size 1 or 2, such as parallel.ring_degree=2 parallel.tp_size=2 or "),
+        ("sdxl", ("parallel.ulysses_degree=4",), "parallel.ulysses_degree is 4 and this network has layers of 10 "
+         "heads: take ulysses_degree 1 or 2, such as "),
         ("sdxl", ("parallel.ulysses_degree=2", "parallel.tp_size=2"), "layers of 10 heads, 5 on each of 2 tensor "
          "parallel ranks: take ulysses_degree 1 or 2, such as "),
         ("sdxl", ("parallel.tp_size=5",), "parallel.tp_size is 5 and this network has group norms of 32 groups: take "
          "tp_size 1, such as parallel.ulysses_degree=5 parallel.tp_size=1"),
         ("sd21", ("parallel=tp2",), "parallel.tp_size is 2 and this network has layers of 5 heads: take tp_size 1, "
          "such as "),
-        ("sd35_large", ("parallel=tp4",), "this network has layers of 38 heads: take tp_size 1 or 2, such as "),
-        ("landscape", ("parallel=tp4",), "this network has layers of 6 heads: take tp_size 1 or 2, such as "),
-        ("sdxl", ("parallel=ring4", "sampling.height=96"), "parallel.sp_degree is 4 (ring_degree 4 x ulysses_degree 1) "
-         "and this picture has 3 bands of 32 rows of pixels: take sp_degree 2, such as "),
-        ("sd3_medium", ("parallel=sp4", "sampling.height=32"), "picture has 2 rows of patches: take sp_degree 1 or 2"),
+        ("sd35_large", ("parallel.tp_size=4",), "this network has layers of 38 heads: take tp_size 1 or 2, such as "),
+        ("landscape", ("parallel.tp_size=4",), "this network has layers of 6 heads: take tp_size 1 or 2, such as "),
+        ("sdxl", ("parallel.ring_degree=4", "sampling.height=96"), "parallel.sp_degree is 4 (ring_degree 4 x "
+         "ulysses_degree 1) and this picture has 3 bands of 32 rows of pixels: take sp_degree 2, such as "),
+        ("sd3_medium", ("parallel.sp_degree=4", "sampling.height=32"), "picture has 2 rows of patches: take "
+         "sp_degree 1 or 2"),
         ("flux_dev", ("parallel.sp_degree=8", "sampling.height=32", "sampling.width=16"),
          "this picture has 2 tokens: take sp_degree 1 or 2, such as parallel.sp_degree=2 parallel.ulysses_degree=2 "
          "parallel.tp_size=4 or "),
@@ -217,7 +218,7 @@ def test_four_gpus_alone_are_sequence_parallel_as_far_as_the_heads_divide():
 
 
 def test_the_size_of_an_input_picture_is_checked_where_it_is_read():
-    words = ("parallel=ring4", "sampling.height=96", "sampling.image_path=fox.png")
+    words = ("parallel.ring_degree=4", "sampling.height=96", "sampling.image_path=fox.png")
     found = planned("sdxl", *words)
     stated = layout.stated(found.sources)
     layout_limits.check_size(found.run, found.card, found.layout, stated, 128, 128)

@@ -56,7 +56,7 @@ def from_file(text: str, *words: str) -> Plan:
         ("dry_run=maybe", "dry_run is 'maybe'; it must be false, true or json"),
         ("perf.tag=' '", "perf.tag is blank"),
         (
-            "parallel=tp4",
+            "parallel.tp_size=4",
             "parallel.tp_size is 4 and this network has layers of 10 heads: take tp_size 1 or 2, such as "
             "parallel.ring_degree=2 parallel.tp_size=2 or ",
         ),

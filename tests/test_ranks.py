@@ -131,7 +131,8 @@ def test_data_and_guidance_parallel_compose_with_a_stochastic_scheduler(run, pip
     Path("ancestral/model_index.json").write_text(json.dumps(index))
     words = ("--num-samples", "3", "sampling.batch_size=2")
     assert run("./ancestral", *words, "--output-path", "one").code == 0
-    done = run("./ancestral", *words, "--output-path", "four", "parallel=dp2_cfg2")
+    four = ("parallel.dp_size=2", "parallel.enable_cfg_parallel=true")
+    done = run("./ancestral", *words, "--output-path", "four", *four)
     assert done.code == 0, done.err
     assert_same("four", "one", 3)
 
@@ -159,7 +160,7 @@ def test_an_error_of_every_rank_is_said_once(run):
             "native engine, which cannot run this: 'clip",
         ),
         (("--tp-size", "8"), "parallel.tp_size is 8 and this network has layers of 4 heads: take tp_size 1, 2 or 4"),
-        (("parallel=sp4", "attention=flex"), "attention=flex looks at where tokens stand in the picture"),
+        (("parallel.sp_degree=4", "attention=flex"), "attention=flex looks at where tokens stand in the picture"),
         (("parallel=dp2",), "parallel.dp_size is 2 and the run has 1 batch of pictures"),
         (("parallel=cfg2", "--guidance-scale", "1.0"), "without guidance (--guidance-scale 1.0) there is one branch"),
         (("parallel=cfg2", "cache=dbcache"), "enable_cfg_parallel and a step cache exclude each other"),

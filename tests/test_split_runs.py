@@ -28,7 +28,7 @@ RUNS = [
     ("sd3", "parallel=tp2", ("--guidance-scale", "3", "--negative-prompt", "a dog")),
     ("flux", "parallel=tp2", ()),
     ("flux", "parallel=cfg2_sp2", TRUE_CFG),
-    ("flux", "parallel=ring4", ("--height", "20", "--width", "44")),
+    ("flux", "parallel.ring_degree=4", ("--height", "20", "--width", "44")),
 ]  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def test_ranks_that_have_a_whole_network_capture_it_once_each(run, capturing, la
     assert_same("graphs", "plain", 3)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "ring2", "ulysses2", "cfg2_tp2", "dp2_ring2"])
+@pytest.mark.parametrize("layout", ["tp2", "ring2", "ulysses2", "sp2_tp2", "cfg2_sp2"])
 def test_graphs_of_a_network_that_is_split_are_refused(pipelines, capturing, layout):
     words = (f"model.path={pipelines['sd3']}", "sampling.prompt=a cat", "sampling.num_samples=2")
     with pytest.raises(UserError, match=r"compile\.cuda_graphs captures no network that is split over ranks; leave it"):
