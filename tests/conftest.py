@@ -3,7 +3,6 @@
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -17,22 +16,13 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 import tiny
 import torch
+from finished import Finished
 from pool import Pool
+from rank_runs import Processes
+
+from sglang_gen.launch import launcher
 
 torch.set_num_threads(1)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """How a command ended: exit code, standard output, and the log lines of standard error."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        return self.err.splitlines()
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -49,10 +39,32 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Pool]:
-    """The one pool of gloo ranks, started for the first test that asks for it."""
+    """The one pool of gloo ranks, started for the first test that asks for it: they run any function."""
     made = Pool()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Processes]:
+    """The rank processes of whole runs, started for the first test that asks for them."""
+    shared = Processes()
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def run_on_ranks(pipelines, sglang, pool: Processes, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
+    """Generate two steps with a tiny pipeline on the shared rank processes, latents saved."""
+    monkeypatch.setattr(launcher, "open_ranks", pool.open)
+
+    def generate(name, *words: object, steps=2, side=32, prompt: str | None = "a cat", dtype="float32") -> Finished:
+        given = ("--prompt", prompt) if prompt else ()
+        size = [word for option in ("--height", "--width") if option not in words for word in (option, side)]
+        return sglang("generate", "--model-path", pipelines.get(name, name), *given, "--seed", 7, "--dtype", dtype,
+                      "--num-inference-steps", steps, "output.latents=true", *size, *words)  # fmt: skip
+
+    return generate
 
 
 @pytest.fixture(autouse=True)

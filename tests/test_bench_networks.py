@@ -1,38 +1,18 @@
 """The comparison of a denoising step with its peers, where a GPU has no room for everybody's weights; on this CPU."""
 
-import contextlib
 from functools import partial
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
-from test_cuda_graphs import Repeated
+from little_work import LITTLE, Uncompiled
+from repeated import Repeated
 
 from sglang_gen.engine import attention_kernels, cuda_graphs
 from tools.bench import networks, works
 from tools.bench.guests import Guest, Room
 
-LITTLE = works.Work(
-    "little", FluxTransformer2DModel, "flux",
-    {
-        "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 32,
-        "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32, "guidance_embeds": True,
-        "axes_dims_rope": (8, 12, 12),
-    },
-    batch=1, tokens=5, size=4,
-)  # fmt: skip
 OURS = ["sglang-gen, eager", networks.OURS, "sglang-gen, eager, graphs", "sglang-gen, compiled, graphs"]
 PEERS = [networks.REFERENCE, "diffusers, bfloat16", "diffusers, bfloat16, torch.compile"]
-
-
-class Uncompiled:
-    """Blocks that are left as they are."""
-
-    limited = staticmethod(contextlib.nullcontext)
-
-    def __init__(self, *_: object) -> None: ...
-
-    def expect(self, _: object) -> None: ...
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_bench_networks import LITTLE, Uncompiled
+from little_work import LITTLE, Uncompiled
 
 from tools.bench import networks, profiles
 

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_ranks import assert_same, pool  # noqa: F401 - the ranks that those tests share
-from test_split_runs import assert_as_predicted, run  # noqa: F401
+from rank_runs import assert_as_predicted, assert_same
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
@@ -162,10 +161,12 @@ def test_every_rank_starts_the_collectives_of_two_attentions_in_the_order_of_the
 
 
 @pytest.mark.slow
-def test_a_network_that_is_compiled_as_a_whole_sends_what_it_sends_in_eager_mode(run):  # noqa: F811
+def test_a_network_that_is_compiled_as_a_whole_sends_what_it_sends_in_eager_mode(run_on_ranks):
     words = ("--backend", "sglang", "--guidance-scale", "1", "parallel=ring2", "--height", 48)
-    assert run("sd15", *words, "--output-path", "eager").code == 0
-    done = run("sd15", *words, "compile=full", "--output-path", "compiled", "--perf-dump-path", "compiled.json")
+    assert run_on_ranks("sd15", *words, "--output-path", "eager").code == 0
+    done = run_on_ranks(
+        "sd15", *words, "compile=full", "--output-path", "compiled", "--perf-dump-path", "compiled.json"
+    )
     assert done.code == 0, done.err
     assert_same("compiled", "eager", 1)
     dump = json.loads(Path("compiled.json").read_text())

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ranks import SIZE, picture, pool, record  # noqa: F401
-from test_torchrun import COMMAND, finish, free_port, start, words
+from launched import COMMAND, finish, free_port, start, words
+from rank_runs import SIZE, picture, record
 
 from sglang_gen import env
 from sglang_gen.config.schema import DType
@@ -191,7 +191,7 @@ def test_a_record_gives_its_dtype_on_a_machine_with_other_rates(processor, sglan
     assert record("other")["effective"]["dtype"] == "float32"
 
 
-def test_the_ranks_compute_in_the_dtype_of_their_launcher(monkeypatch, sglang, pipelines, pool):  # noqa: F811
+def test_the_ranks_compute_in_the_dtype_of_their_launcher(monkeypatch, sglang, pipelines, pool):
     """The ranks' own environment says float32."""
     monkeypatch.setattr(launcher, "open_ranks", pool.open)
     with pool.open(2, "cpu"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from native import COMMON, assert_same, record, runner
+from repeated import Repeated
 from torch import Tensor
 
 from sglang_gen.engine import compile as compiling
@@ -18,26 +19,6 @@ from sglang_gen.perf.memory import Checkpoint, Memory
 from sglang_gen.plan import make
 
 NETWORKS = ("sd3", "flux", "sdxl", "sd15")
-
-
-class Repeated:
-    """A recorder for a CPU. As with a real one nothing is computed before the first replay, and a replay overwrites."""
-
-    made: list["Repeated"]
-
-    def __init__(self) -> None:
-        self.shapes, self.replays = [], 0
-        self.made.append(self)
-
-    def record(self, function):
-        output = torch.full_like(function(), torch.nan)
-        self.shapes.append(tuple(output.shape))
-
-        def replay() -> None:
-            self.replays += 1
-            output.copy_(function())
-
-        return output, replay
 
 
 @pytest.fixture

@@ -9,32 +9,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from two_steps import picture, record, two_steps
 
 from sglang_gen.backends.input_files import read_image
 from sglang_gen.engine import attention_kernels
 from sglang_gen.errors import RunError
 
 BLACK = Image.new("RGB", (8, 8))
-SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--dtype", "float32")
-
-
-def picture(path: str | Path) -> np.ndarray:
-    return np.asarray(Image.open(path)).astype(int)
-
-
-def record(number: int = 0) -> dict:
-    return json.loads(Path(f"outputs/generated_image_{number}.json").read_text())
 
 
 @pytest.fixture
 def run(pipelines, sglang):
-    """Generate two steps with a tiny pipeline; the finished command."""
-
-    def generate(name: str, *words: object, steps: int = 2):
-        return sglang("generate", "--model-path", pipelines[name], "--prompt", "a cat", *SIZE,
-                      "--num-inference-steps", steps, *words)  # fmt: skip
-
-    return generate
+    return two_steps(pipelines, sglang)
 
 
 @pytest.fixture(scope="session")

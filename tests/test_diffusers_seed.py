@@ -15,8 +15,8 @@ from cases import mostly_slow
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from native import BETAS, assert_both_make_the_same, error, picture, runner, tensors, with_scheduler
 from PIL import Image
+from rank_runs import assert_same
 from safetensors.torch import load_file
-from test_ranks import assert_same, pool  # noqa: F401 - the ranks that those tests share
 
 from sglang_gen.backends.diffusers.seeding import seeded
 from sglang_gen.errors import UserError
@@ -114,7 +114,7 @@ BOTH_BRANCHES = [case for case in NOISY if case[0] != "flux"]  # in one batch of
 
 
 @pytest.mark.parametrize(("name", "scheduler", "settings"), mostly_slow(BOTH_BRANCHES, NOISY[0], NOISY[7]))
-def test_two_guidance_ranks_draw_the_noise_of_one_process(run, noisy, pool, monkeypatch, name, scheduler, settings):  # noqa: F811
+def test_two_guidance_ranks_draw_the_noise_of_one_process(run, noisy, pool, monkeypatch, name, scheduler, settings):
     monkeypatch.setattr(launcher, "open_ranks", pool.open)
     model = noisy(name, scheduler, settings)
     words = ("--num-samples", "2", "sampling.batch_size=2", "--backend", "diffusers")

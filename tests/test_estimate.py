@@ -3,9 +3,9 @@
 import json
 from dataclasses import replace
 
+import network_unet
 import pytest
 import rehearsed
-import test_native_unet
 import torch
 import transformers
 from cases import mostly_slow
@@ -282,7 +282,7 @@ UNEVEN = [
 
 @pytest.mark.parametrize(("layout", "bands", "more"), mostly_slow(UNEVEN, UNEVEN[2], UNEVEN[4]))
 def test_no_rank_has_more_to_do_than_those_that_are_estimated(layout, bands, more):
-    config = test_native_unet.SDXL | {"attention_head_dim": 4}
+    config = network_unet.SDXL | {"attention_head_dim": 4}
     unit = 2 ** (len(config["block_out_channels"]) - 1)
     height = (bands * unit + more) * rehearsed.FACTOR  # rows of latents beside those of whole bands: `more`
     lengths = cut(bands * unit + more, unit, layout.ranks)

@@ -1,7 +1,5 @@
 """What happens when a rank dies, hangs or runs out of memory, and when the launcher of ranks is told to end."""
 
-# ruff: noqa: F811 - fixtures of another module
-
 import os
 import resource
 import signal
@@ -12,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rank_runs import SIZE
 from started import children, generating, gone, said
-from test_ranks import SIZE, pool, run  # noqa: F401 - the ranks that those tests share
 
 from sglang_gen.errors import RunError
 from sglang_gen.launch import launcher, worker
@@ -40,10 +38,10 @@ def meanwhile(act):
     ("name", "layout"),
     [("sdxl", "parallel=cfg2"), pytest.param("sd15", "parallel=sp2_tp2", marks=pytest.mark.slow)],
 )
-def test_a_rank_that_is_killed_ends_the_run_within_seconds(run, pool, name, layout):
+def test_a_rank_that_is_killed_ends_the_run_within_seconds(run_on_ranks, pool, name, layout):
     """The launcher is this process; rank 1 dies once denoising goes on, and the others lose their connection."""
     with meanwhile(lambda: os.kill(pool.ranks.processes[1].pid, signal.SIGKILL)) as killed:
-        done = run(name, layout, "--num-samples", "99999")
+        done = run_on_ranks(name, layout, "--num-samples", "99999")
     seconds = time.monotonic() - killed[0]
     assert done.code == 1
     assert [line for line in done.lines if not line.startswith("INFO: ")] == [
@@ -55,10 +53,10 @@ def test_a_rank_that_is_killed_ends_the_run_within_seconds(run, pool, name, layo
 
 
 @pytest.mark.slow
-def test_a_rank_that_waits_too_long_for_another_gives_the_run_up(run, pool):
-    assert run("sd15", "parallel=tp2", "--output-path", "warm").code == 0
+def test_a_rank_that_waits_too_long_for_another_gives_the_run_up(run_on_ranks, pool):
+    assert run_on_ranks("sd15", "parallel=tp2", "--output-path", "warm").code == 0
     with meanwhile(lambda: os.kill(pool.ranks.processes[1].pid, signal.SIGSTOP)):
-        done = run("sd15", "parallel=tp2", "--num-samples", "99999", "parallel.timeout_minutes=0.1")
+        done = run_on_ranks("sd15", "parallel=tp2", "--num-samples", "99999", "parallel.timeout_minutes=0.1")
     assert done.code == 1
     assert [line for line in done.lines if not line.startswith("INFO: ")] == [
         "ERROR: Rank 0 waited 0.1 minutes for another rank and gave up; parallel.timeout_minutes=... gives it more time"
@@ -68,13 +66,13 @@ def test_a_rank_that_waits_too_long_for_another_gives_the_run_up(run, pool):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits another process")
-def test_a_rank_that_runs_out_of_memory_is_the_one_that_is_heard(run, pool):
+def test_a_rank_that_runs_out_of_memory_is_the_one_that_is_heard(run_on_ranks, pool):
     """Rank 1 may not allocate what the picture needs; rank 0 may, and then loses its connection to it."""
-    assert run("sd15", "parallel=tp2", "--output-path", "warm").code == 0
+    assert run_on_ranks("sd15", "parallel=tp2", "--output-path", "warm").code == 0
     process = pool.ranks.processes[1].pid
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[0])
     resource.prlimit(process, resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**29,) * 2)
-    done = run("sd15", "parallel=tp2", "--perf-dump-path", "perf.json", side=3072)
+    done = run_on_ranks("sd15", "parallel=tp2", "--perf-dump-path", "perf.json", side=3072)
     assert done.code == 1
     assert [line for line in done.lines if not line.startswith("INFO: ")] == [
         "ERROR: Out of memory while generating; try smaller batches or a smaller picture"

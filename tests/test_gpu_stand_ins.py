@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_diffusers_options import picture, record, run  # noqa: F401 - a fixture
+from two_steps import two_steps
 
 from sglang_gen import env, generate
 from sglang_gen.backends.native import engine as native
@@ -21,6 +21,11 @@ from sglang_gen.launch import rank
 from sglang_gen.parallel import mesh
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.plan import layout_limits
+
+
+@pytest.fixture
+def run(pipelines, sglang):
+    return two_steps(pipelines, sglang)
 
 
 @pytest.fixture

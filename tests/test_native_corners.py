@@ -5,9 +5,9 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import network_unet
 import numpy as np
 import pytest
-import test_native_unet
 import tiny
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel
@@ -158,7 +158,7 @@ def test_the_published_transformer_has_the_published_tensors(preset):
 
 @pytest.mark.parametrize(("dtype", "last"), [(torch.bfloat16, True), (torch.float32, False)])
 def test_convolutions_of_half_precision_have_their_channels_last(dtype, last):
-    network = laid_out(unet_shared.build(test_native_unet.SD15).to(dtype), dtype)
+    network = laid_out(unet_shared.build(network_unet.SD15).to(dtype), dtype)
     weights = [module.weight for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
     wide = [weight for weight in weights if weight.shape[1] > 1 and weight.shape[2] > 1]
     assert wide
@@ -168,7 +168,7 @@ def test_convolutions_of_half_precision_have_their_channels_last(dtype, last):
 def test_a_sparse_kernel_is_for_the_picture_and_not_for_its_text():
     """Where a picture has as many tokens as its text, their number does not tell them apart."""
     placed = Split(Mesh(Layout()), {}, unet_shared.SHARDING).twin(
-        partial(unet_shared.build, test_native_unet.SDXL), torch.float32
+        partial(unet_shared.build, network_unet.SDXL), torch.float32
     )
 
     def sparse(q, k, v):

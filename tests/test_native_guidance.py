@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cases import mostly_slow
-from native import COMMON, error, record, runner, tensors, with_scheduler
+from native import COMMON, counted_rows, error, record, runner, tensors, with_scheduler
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,18 +39,7 @@ def run(pipelines, sglang):
 
 @pytest.fixture
 def rows(monkeypatch):
-    """The number of rows of every call of a network, in order."""
-    seen: list[int] = []
-    for network in {UNet, SD3, Flux}:
-        inner = network.forward
-
-        def forward(self, latents, *args, inner=inner):
-            if latents.device.type != "meta":  # where shapes are found out
-                seen.append(len(latents))
-            return inner(self, latents, *args)
-
-        monkeypatch.setattr(network, "forward", forward)
-    return seen
+    return counted_rows(monkeypatch)
 
 
 def expected(folder, guided: range, steps: int, evaluations: int = 1, **given: object) -> np.ndarray:

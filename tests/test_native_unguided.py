@@ -3,13 +3,17 @@
 import json
 
 import pytest
-from native import assert_both_make_the_same, record, runner
-from test_native_guidance import rows  # noqa: F401 - a fixture
+from native import assert_both_make_the_same, counted_rows, record, runner
 
 from sglang_gen.engine import cfg
 
 NEGATIVE = ("--negative-prompt", "a dog")
 SCALES = [0, 0.5, 1]
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    return counted_rows(monkeypatch)
 
 
 @pytest.fixture
@@ -26,14 +30,14 @@ def scaled(name: str, scale: float) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
-def test_a_scale_of_one_and_below_guides_nothing(run, rows, name, scale):  # noqa: F811
+def test_a_scale_of_one_and_below_guides_nothing(run, rows, name, scale):
     assert_both_make_the_same(run, name, *scaled(name, scale), *NEGATIVE, steps=2)
     assert set(rows) == {1}
     assert record("sglang")["effective"]["guided_steps"] is None
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
-def test_a_scale_just_above_one_guides(run, rows, name):  # noqa: F811
+def test_a_scale_just_above_one_guides(run, rows, name):
     assert_both_make_the_same(run, name, *scaled(name, 1.25), *NEGATIVE, steps=2)
     assert set(rows) == {2}
 

@@ -12,13 +12,18 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.hooks.group_offloading import ModuleGroup
 from PIL import Image
-from test_diffusers_options import picture, record, run  # noqa: F401 - a fixture
+from two_steps import picture, record, two_steps
 
 from sglang_gen.backends.diffusers import offload
 from sglang_gen.config.schema import Run
 from sglang_gen.errors import RunError
 
 FLAGS = ("--dit-cpu-offload", "--vae-cpu-offload", "--text-encoder-cpu-offload")
+
+
+@pytest.fixture
+def run(pipelines, sglang):
+    return two_steps(pipelines, sglang)
 
 
 @pytest.fixture
@@ -42,7 +47,7 @@ def moves(monkeypatch) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("declared", [True, False])
 def test_offloaded_components_come_for_their_call_and_draw_the_same_picture(
-    run,  # noqa: F811
+    run,
     moves,
     monkeypatch,
     declared,
@@ -83,7 +88,7 @@ DISK = ("--backend", "diffusers", "--dit-layerwise-offload", "offload.disk_path=
     ("name", "blocks"),
     [("sdxl", {"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"}), ("sd3", {"JointTransformerBlock"})],
 )
-def test_a_network_streams_block_by_block_from_memory_or_disk(run, moves, streamed, name, blocks, disk):  # noqa: F811
+def test_a_network_streams_block_by_block_from_memory_or_disk(run, moves, streamed, name, blocks, disk):
     assert run(name, "--backend", "diffusers").code == 0
     moves.clear()
     streamed.clear()
@@ -144,7 +149,7 @@ def test_every_network_of_a_run_has_a_folder_of_its_own_which_the_end_removes(tm
 
 @pytest.mark.parametrize("failing", ["compilation.apply", "DiffusersEngine", "DiffusersEngine.sample"])
 @pytest.mark.parametrize("error", [RunError("it failed"), KeyboardInterrupt()])
-def test_files_of_an_offloaded_network_go_when_the_run_fails(run, moves, streamed, monkeypatch, failing, error):  # noqa: F811
+def test_files_of_an_offloaded_network_go_when_the_run_fails(run, moves, streamed, monkeypatch, failing, error):
     def fail(*args: object, **options: object) -> None:
         assert len(list(Path("disk").rglob("*.safetensors"))) > 1
         raise error
@@ -155,7 +160,7 @@ def test_files_of_an_offloaded_network_go_when_the_run_fails(run, moves, streame
     assert [*Path("disk").iterdir()] == []
 
 
-def test_a_disk_that_cannot_hold_a_network_is_one_sentence(run, moves, streamed, monkeypatch):  # noqa: F811
+def test_a_disk_that_cannot_hold_a_network_is_one_sentence(run, moves, streamed, monkeypatch):
     Path("file").touch()
     done = run("sd3", *DISK[:-1], "offload.disk_path=file")
     assert done.code == 2

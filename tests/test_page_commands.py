@@ -16,7 +16,7 @@ import pages
 import pytest
 import tiny
 import torch
-from conftest import Finished
+from finished import Finished
 from PIL import Image
 
 from sglang_gen.hub import resolve

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from test_ranks import pool  # noqa: F401 - the ranks that those tests share
 
 from sglang_gen.launch import launcher
 
@@ -117,7 +116,7 @@ def test_cpu_offloading_for_large_models(example):
     assert record["requested"]["offload"] == ["dit_cpu_offload", "text_encoder_cpu_offload", "vae_cpu_offload"]
 
 
-def test_multi_gpu_inference_runs_natively_on_four_ranks(example, pool, monkeypatch):  # noqa: F811
+def test_multi_gpu_inference_runs_natively_on_four_ranks(example, pool, monkeypatch):
     monkeypatch.setattr(launcher, "open_ranks", pool.open)
     done = example(f"{MULTI_GPU} --num-inference-steps 2")
     assert done.code == 0, done.err

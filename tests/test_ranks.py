@@ -2,101 +2,24 @@
 
 import json
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from safetensors.torch import load_file
+from rank_runs import assert_same, record
 
 from sglang_gen.errors import LostError, RunError
-from sglang_gen.launch import launcher
 from sglang_gen.parallel.guidance_split import rounds
 from sglang_gen.parallel.mesh import AXES, coordinates, explained, members
 from sglang_gen.types import Layout
 
-ALWAYS = ("--seed", "7", "--dtype", "float32")
-SIZE = ("--height", "32", "--width", "32", *ALWAYS)
 
-
-class Pool:
-    """Rank processes that the tests of a session share, made anew after a failure."""
-
-    def __init__(self) -> None:
-        self.ranks: launcher.Ranks | None = None
-
-    @contextmanager
-    def open(self, count: int, device: str):
-        running = [process.poll() is None for process in self.ranks.processes] if self.ranks else []
-        if not all(running) or len(running) < count:
-            self.close()
-            self.ranks = launcher.Ranks(count, device)
-        try:
-            yield self.ranks
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        if self.ranks:
-            self.ranks.stop()
-        self.ranks = None
-
-
-@pytest.fixture(scope="session")
-def pool():
-    shared = Pool()
-    yield shared
-    shared.close()
-
-
-@pytest.fixture
-def run(pipelines, sglang, pool, monkeypatch):
-    """Generate two steps with a tiny pipeline on the shared ranks, latents saved."""
-    monkeypatch.setattr(launcher, "open_ranks", pool.open)
-
-    def generate(name: str, *words: object, steps: int = 2, side: int = 32, prompt: str | None = "a cat"):
-        given = ("--prompt", prompt) if prompt else ()
-        return sglang("generate", "--model-path", pipelines.get(name, name), *given, *ALWAYS,
-                      "--height", side, "--width", side, "--num-inference-steps", steps, "output.latents=true",
-                      *words)  # fmt: skip
-
-    return generate
-
-
-def latents(folder: str, number: int) -> np.ndarray:
-    return load_file(f"{folder}/generated_image_{number}.safetensors")["latents"].double().numpy()
-
-
-def picture(folder: str, number: int) -> np.ndarray:
-    return np.asarray(Image.open(f"{folder}/generated_image_{number}.png")).astype(int)
-
-
-def record(folder: str, number: int = 0) -> dict:
-    return json.loads(Path(f"{folder}/generated_image_{number}.json").read_text())
-
-
-def assert_same(ours: str, reference: str, count: int) -> None:
-    """Latents to 1e-5 relative, pictures to one level, seeds in order."""
-    assert len(list(Path(ours).glob("*.png"))) == count
-    for number in range(count):
-        a, b = latents(ours, number), latents(reference, number)
-        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
-        a, b = (
-            np.asarray(Image.open(f"{where}/generated_image_{number}.png")).astype(int) for where in (ours, reference)
-        )
-        assert np.abs(a - b).max() <= 1
-        assert record(ours, number)["sample"] == record(reference, number)["sample"]
-
-
-def test_data_parallel_groups_share_the_pictures_and_keep_their_order(run):
+def test_data_parallel_groups_share_the_pictures_and_keep_their_order(run_on_ranks):
     words = ("--num-samples", "3")
-    assert run("sdxl", *words, "--output-path", "one").code == 0
-    done = run("sdxl", *words, "--output-path", "two", "parallel=dp2", "--perf-dump-path", "two.json")
+    assert run_on_ranks("sdxl", *words, "--output-path", "one").code == 0
+    done = run_on_ranks("sdxl", *words, "--output-path", "two", "parallel=dp2", "--perf-dump-path", "two.json")
     assert done.code == 0, done.err
     assert_same("two", "one", 3)
     assert [line for line in done.lines if "saved to: two/" in line] == [
@@ -110,11 +33,11 @@ def test_data_parallel_groups_share_the_pictures_and_keep_their_order(run):
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
-def test_guidance_branches_on_two_ranks_give_the_picture_of_one(run, name):
+def test_guidance_branches_on_two_ranks_give_the_picture_of_one(run_on_ranks, name):
     words = ("--num-samples", "2", "sampling.batch_size=2", "--negative-prompt", "a dog", "--backend", "diffusers",
              "--perf-dump-path")  # fmt: skip
-    assert run(name, "--output-path", "one", *words, "one.json").code == 0
-    done = run(name, "--output-path", "two", *words, "two.json", "parallel=cfg2")
+    assert run_on_ranks(name, "--output-path", "one", *words, "one.json").code == 0
+    done = run_on_ranks(name, "--output-path", "two", *words, "two.json", "parallel=cfg2")
     assert done.code == 0, done.err
     assert_same("two", "one", 2)
     one, two = (json.loads(Path(path).read_text())["work"]["denoising"]["flops"] for path in ("one.json", "two.json"))
@@ -124,28 +47,28 @@ def test_guidance_branches_on_two_ranks_give_the_picture_of_one(run, name):
 
 
 @pytest.mark.slow
-def test_data_and_guidance_parallel_compose_with_a_stochastic_scheduler(run, pipelines):
+def test_data_and_guidance_parallel_compose_with_a_stochastic_scheduler(run_on_ranks, pipelines):
     shutil.copytree(pipelines["sdxl"], "ancestral")
     index = json.loads(Path("ancestral/model_index.json").read_text())
     index["scheduler"] = ["diffusers", "EulerAncestralDiscreteScheduler"]
     Path("ancestral/model_index.json").write_text(json.dumps(index))
     words = ("--num-samples", "3", "sampling.batch_size=2")
-    assert run("./ancestral", *words, "--output-path", "one").code == 0
+    assert run_on_ranks("./ancestral", *words, "--output-path", "one").code == 0
     four = ("parallel.dp_size=2", "parallel.enable_cfg_parallel=true")
-    done = run("./ancestral", *words, "--output-path", "four", *four)
+    done = run_on_ranks("./ancestral", *words, "--output-path", "four", *four)
     assert done.code == 0, done.err
     assert_same("four", "one", 3)
 
 
-def test_a_pipeline_that_does_not_batch_its_branches_is_refused(run):
-    done = run("flux", "parallel=cfg2", "--backend", "diffusers")
+def test_a_pipeline_that_does_not_batch_its_branches_is_refused(run_on_ranks):
+    done = run_on_ranks("flux", "parallel=cfg2", "--backend", "diffusers")
     assert done.code == 2
     assert "does not give FluxTransformer2DModel both guidance branches in one batch" in done.err
     assert [line for line in done.lines if line.startswith("ERROR: ")] == done.lines[-1:]
 
 
-def test_an_error_of_every_rank_is_said_once(run):
-    done = run("sdxl", "parallel=cfg2", "--lora-path", "./missing.safetensors")
+def test_an_error_of_every_rank_is_said_once(run_on_ranks):
+    done = run_on_ranks("sdxl", "parallel=cfg2", "--lora-path", "./missing.safetensors")
     assert (done.code, [line for line in done.lines if "missing.safetensors" in line]) == (
         2, ["ERROR: lora: ./missing.safetensors does not exist"],
     )  # fmt: skip
@@ -166,8 +89,8 @@ def test_an_error_of_every_rank_is_said_once(run):
         (("parallel=cfg2", "cache=dbcache"), "enable_cfg_parallel and a step cache exclude each other"),
     ],
 )
-def test_a_layout_that_nothing_can_fill_is_refused_before_loading(run, words, sentence):
-    done = run("sdxl", *words)
+def test_a_layout_that_nothing_can_fill_is_refused_before_loading(run_on_ranks, words, sentence):
+    done = run_on_ranks("sdxl", *words)
     assert (done.code, sentence in done.err) == (2, True), done.err
     assert not Path("outputs").exists()
 
@@ -193,11 +116,11 @@ def test_rounds_deal_every_batch_once_and_in_order(batches, groups):
     assert all(len(turn) == groups for turn in dealt[:-1])
 
 
-def test_each_group_warns_of_its_own_pictures_and_what_all_say_is_said_once(run, pool):
+def test_each_group_warns_of_its_own_pictures_and_what_all_say_is_said_once(run_on_ranks, pool):
     long = " ".join(["lake"] * 90)
     Path("prompts.txt").write_text(f"a lake\n{long} at dawn\n")
     words = ("sampling.prompts_file=prompts.txt", "sampling.batch_size=1", "parallel=dp2", "--fps", "8")
-    done = run("sd15", *words, prompt=None)
+    done = run_on_ranks("sd15", *words, prompt=None)
     assert done.code == 0, done.err
     warnings = [line for line in done.lines if line.startswith("WARNING: ")]
     assert sum("does not see" in line for line in warnings) == 1

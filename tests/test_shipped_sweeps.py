@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_ranks import pool  # noqa: F401 - the ranks that those tests share
 
 from sglang_gen.launch import launcher
 from sglang_gen.parallel.mesh import AXES
@@ -113,7 +112,7 @@ def test_the_compile_sweep_keeps_the_picture(sweep):
 
 
 @pytest.mark.slow
-def test_the_parallelism_sweep_gives_the_same_pictures_on_every_layout(sweep, pool, monkeypatch):  # noqa: F811
+def test_the_parallelism_sweep_gives_the_same_pictures_on_every_layout(sweep, pool, monkeypatch):
     """The jobs share their ranks, which would take most of the time to start."""
     monkeypatch.setattr(launcher, "open_ranks", pool.open)
     words = ("--dtype", "float32", "sampling.num_inference_steps=3")  # bfloat16 rounds to 35 to 45 dB

@@ -12,10 +12,10 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from little_hub import LittleHub
+from native import assert_same, edited, record
 from parity import error
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_native import assert_same, edited, record
 from tiny import fill
 from transformers import CLIPTextModelWithProjection
 

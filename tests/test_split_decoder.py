@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from cases import mostly_slow
+from network_autoencoder import PLAIN, VARIANTS, draw, latents, reference
 from parity import error, pair
 from split import by_rows, decode
-from test_native_autoencoder import PLAIN, VARIANTS, draw, latents, reference
 from torch import nn
 
 from sglang_gen.families import autoencoder

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+import network_flux
+import network_sd3
+import network_unet
 import pytest
 import rehearsed
-import test_native_flux
-import test_native_sd3
-import test_native_unet
 import torch
 from cases import mostly_slow
 from parity import error
@@ -21,20 +21,20 @@ from sglang_gen.weights.load import load
 def given(name: str, dtype: torch.dtype, **size):
     """(config, latents, what `condition` takes) of a network."""
     if name == "sd3":
-        config = test_native_sd3.PLAIN | {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
-        latents, *texts = test_native_sd3.inputs(config, dtype, **size)
-        return config, latents, (test_native_sd3.TIMESTEPS, *texts, *latents.shape[-2:])
+        config = network_sd3.PLAIN | {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
+        latents, *texts = network_sd3.inputs(config, dtype, **size)
+        return config, latents, (network_sd3.TIMESTEPS, *texts, *latents.shape[-2:])
     if name == "flux":
-        config = test_native_flux.DEV | {"num_attention_heads": 4, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4)}
-        latents, *texts = test_native_flux.inputs(config, dtype)
-        grid = (test_native_flux.ROWS, test_native_flux.COLUMNS)
-        return config, latents, (test_native_flux.TIMESTEPS, *texts, 3500.0, *grid)
-    config = getattr(test_native_unet, name.upper()) | {"attention_head_dim": 4}
-    latents, *texts = test_native_unet.inputs(config, dtype, **size)
-    return config, latents, (test_native_unet.TIMESTEPS, *texts)
+        config = network_flux.DEV | {"num_attention_heads": 4, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4)}
+        latents, *texts = network_flux.inputs(config, dtype)
+        grid = (network_flux.ROWS, network_flux.COLUMNS)
+        return config, latents, (network_flux.TIMESTEPS, *texts, 3500.0, *grid)
+    config = getattr(network_unet, name.upper()) | {"attention_head_dim": 4}
+    latents, *texts = network_unet.inputs(config, dtype, **size)
+    return config, latents, (network_unet.TIMESTEPS, *texts)
 
 
-REFERENCES = {"sd3": test_native_sd3, "flux": test_native_flux, "sdxl": test_native_unet, "sd15": test_native_unet}
+REFERENCES = {"sd3": network_sd3, "flux": network_flux, "sdxl": network_unet, "sd15": network_unet}
 KIND = {"sd3": "sd3", "flux": "flux", "sdxl": "unet", "sd15": "unet"}
 
 
@@ -132,7 +132,7 @@ def described(name: str, latents: torch.Tensor, text: torch.Tensor) -> tuple[Mod
     """(a model with texts of that length, height and width in pixels, the length to ask for)."""
     config, rows, columns = given(name, torch.float32)[0], *latents.shape[-2:]
     if name == "flux":
-        rows, columns = 2 * test_native_flux.ROWS, 2 * test_native_flux.COLUMNS
+        rows, columns = 2 * network_flux.ROWS, 2 * network_flux.COLUMNS
     clip = text.shape[1] - 4 if name == "sd3" else text.shape[1]
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"] if (
         name == "sdxl") else 0  # fmt: skip

@@ -9,11 +9,8 @@ import pytest
 from cases import mostly_slow
 from native import BETAS
 from PIL import Image
-from test_ranks import assert_same, pool, record  # noqa: F401 - the ranks that those tests share
+from rank_runs import assert_as_predicted, assert_every_rank_as_predicted, assert_same, record
 
-from sglang_gen.launch import launcher
-
-ALWAYS = ("--seed", 7, "--num-inference-steps", 2, "output.latents=true")
 BATCH = ("--num-samples", "3", "sampling.batch_size=3", "--backend", "sglang")
 TRUE_CFG = ("--negative-prompt", "a dog", "--diffusers-kwargs", '{"true_cfg_scale": 3.0}')
 T5 = ("sd3", "flux")
@@ -32,40 +29,10 @@ RUNS = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def run(pipelines, sglang, pool, monkeypatch):  # noqa: F811
-    """Generate two steps with a tiny pipeline on the shared ranks, latents saved."""
-    monkeypatch.setattr(launcher, "open_ranks", pool.open)
-
-    def generate(name: str, *words: object, dtype: str = "float32"):
-        size = [word for side in ("--height", "--width") if side not in words for word in (side, 32)]
-        path = pipelines.get(name, name)
-        return sglang("generate", "--model-path", path, "--prompt", "a cat", "--dtype", dtype, *ALWAYS, *size, *words)
-
-    return generate
-
-
-def assert_as_predicted(stage: dict) -> None:
-    """In this stage of a dump's `comm` everything that was sent was expected."""
-    for sent in stage["collectives"].values():
-        assert (sent["count"], sent["bytes"]) == (sent["predicted_count"], sent["predicted_bytes"])
-
-
-def assert_every_rank_as_predicted(dump: dict, count: int) -> None:
-    """So it is in every stage of each of so many ranks, all of which evaluate the network equally often."""
-    assert [rank["rank"] for rank in dump["ranks"]] == list(range(count))
-    assert dump["ranks"][0]["comm"] == dump["comm"]
-    for rank in dump["ranks"]:
-        assert rank["comm"]["denoising"]["collectives"]
-        assert rank["comm"]["denoising"]["evaluations"] == dump["comm"]["denoising"]["evaluations"]
-        for stage in rank["comm"].values():
-            assert_as_predicted(stage)
-
-
 @pytest.mark.parametrize(("name", "layout", "words"), RUNS)
-def test_a_split_run_gives_the_pictures_of_one_process(run, name, layout, words):
-    assert run(name, *BATCH, *words, "--output-path", "one").code == 0
-    done = run(name, *BATCH, *words, layout, "--output-path", "many", "--perf-dump-path", "many.json")
+def test_a_split_run_gives_the_pictures_of_one_process(run_on_ranks, name, layout, words):
+    assert run_on_ranks(name, *BATCH, *words, "--output-path", "one").code == 0
+    done = run_on_ranks(name, *BATCH, *words, layout, "--output-path", "many", "--perf-dump-path", "many.json")
     assert done.code == 0, done.err
     assert_same("many", "one", 3)
     dump = json.loads(Path("many.json").read_text())
@@ -76,25 +43,27 @@ def test_a_split_run_gives_the_pictures_of_one_process(run, name, layout, words)
 
 
 @pytest.mark.parametrize(("name", "layout"), [("sd15", "parallel=ring2"), ("sd3", "parallel=ulysses2")])
-def test_a_picture_and_given_noise_are_where_split_runs_start_too(run, name, layout):
+def test_a_picture_and_given_noise_are_where_split_runs_start_too(run_on_ranks, name, layout):
     Image.effect_noise((48, 40), 90).convert("RGB").save("photo.png")
     noise = "sampling.latents=first/generated_image_0.safetensors"
-    assert run(name, "--backend", "sglang", "--output-path", "first").code == 0
+    assert run_on_ranks(name, "--backend", "sglang", "--output-path", "first").code == 0
     for start in (("--image-path", "photo.png"), (noise,)):
         for words, folder in (((), "one"), ((layout,), "many")):
-            done = run(name, "--backend", "sglang", *start, *words, "--output-path", f"{folder}{len(start)}")
+            done = run_on_ranks(name, "--backend", "sglang", *start, *words, "--output-path", f"{folder}{len(start)}")
             assert done.code == 0, done.err
         assert_same(f"many{len(start)}", f"one{len(start)}", 1)
 
 
-def test_a_picture_of_fewer_rows_than_ranks_is_refused_once_it_is_read(run):
+def test_a_picture_of_fewer_rows_than_ranks_is_refused_once_it_is_read(run_on_ranks):
     Image.new("RGB", (48, 4)).save("flat.png")
-    done = run("sd15", "--image-path", "flat.png", "parallel=ring2")
+    done = run_on_ranks("sd15", "--image-path", "flat.png", "parallel=ring2")
     assert (done.code, "this picture has 1 bands of" in done.lines[-1]) == (2, True), done.err
 
 
-def test_an_autoencoder_that_decodes_in_float32_sends_what_was_predicted(run):
-    done = run("sdxl", "--backend", "sglang", "parallel=ring2", "--perf-dump-path", "half.json", dtype="float16")
+def test_an_autoencoder_that_decodes_in_float32_sends_what_was_predicted(run_on_ranks):
+    done = run_on_ranks(
+        "sdxl", "--backend", "sglang", "parallel=ring2", "--perf-dump-path", "half.json", dtype="float16"
+    )
     assert done.code == 0, done.err
     dump = json.loads(Path("half.json").read_text())
     assert dump["work"]["decoding"]["flops"] > 0
@@ -103,20 +72,20 @@ def test_an_autoencoder_that_decodes_in_float32_sends_what_was_predicted(run):
     assert_as_predicted(decoding)
 
 
-def test_the_work_of_t5_is_that_of_this_ranks_part(run):
+def test_the_work_of_t5_is_that_of_this_ranks_part(run_on_ranks):
     work = {}
     for layout in ("parallel=single", "parallel=tp2"):
         words = ("--backend", "sglang", layout, "--perf-dump-path", "perf.json", "perf.machine_rates=false")
-        assert run("flux", *words).code == 0
+        assert run_on_ranks("flux", *words).code == 0
         work[layout] = json.loads(Path("perf.json").read_text())["work"]["text_encoding"]["flops"]
     assert 0.5 < work["parallel=tp2"] / work["parallel=single"] < 0.9  # CLIP is whole on both
 
 
-def test_a_step_that_waits_for_other_ranks_is_bound_by_them_and_repeats_send_nothing_more(run):
+def test_a_step_that_waits_for_other_ranks_is_bound_by_them_and_repeats_send_nothing_more(run_on_ranks):
     words = ("sd15", "--backend", "sglang", "parallel=ring2", "--perf-dump-path", "perf.json")
     found = []
     for more in ((), ("perf.repeat=2",), ("machine=h200", "machine.link_gb_per_s=1e-6")):
-        done = run(*words, *more, dtype="bfloat16")
+        done = run_on_ranks(*words, *more, dtype="bfloat16")
         assert done.code == 0, done.err
         found.append(json.loads(Path("perf.json").read_text()))
     measured, repeated, slow = found
@@ -137,15 +106,15 @@ STOCHASTIC = [
 
 @pytest.mark.filterwarnings("ignore:Should have ta>=t0:UserWarning")  # torchsde, of a bound in single precision
 @pytest.mark.parametrize(("name", "scheduler", "layout"), mostly_slow(STOCHASTIC, *STOCHASTIC[1:3]))
-def test_noise_that_is_drawn_in_every_step_is_the_same_on_all_ranks(run, pipelines, name, scheduler, layout):
+def test_noise_that_is_drawn_in_every_step_is_the_same_on_all_ranks(run_on_ranks, pipelines, name, scheduler, layout):
     shutil.copytree(pipelines[name], "stochastic")
     index = json.loads(Path("stochastic/model_index.json").read_text())
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     Path("stochastic/model_index.json").write_text(json.dumps(index))
     Path("stochastic/scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
     words = ("--num-samples", "2", "sampling.batch_size=2", "--guidance-scale", "3", "--backend", "sglang")
-    assert run("./stochastic", *words, "--output-path", "one").code == 0
-    done = run("./stochastic", *words, f"parallel={layout}", "--output-path", "two")
+    assert run_on_ranks("./stochastic", *words, "--output-path", "one").code == 0
+    done = run_on_ranks("./stochastic", *words, f"parallel={layout}", "--output-path", "two")
     assert done.code == 0, done.err
     assert_same("two", "one", 2)
     kept = record("two")["effective"]["scheduler_config"]
@@ -153,15 +122,15 @@ def test_noise_that_is_drawn_in_every_step_is_the_same_on_all_ranks(run, pipelin
 
 
 @pytest.mark.slow
-def test_every_axis_with_a_stochastic_scheduler_gives_the_pictures_of_one_process(run, pipelines):
+def test_every_axis_with_a_stochastic_scheduler_gives_the_pictures_of_one_process(run_on_ranks, pipelines):
     shutil.copytree(pipelines["sdxl"], "ancestral")
     index = json.loads(Path("ancestral/model_index.json").read_text())
     index["scheduler"] = ["diffusers", "EulerAncestralDiscreteScheduler"]
     Path("ancestral/model_index.json").write_text(json.dumps(index))
     words = ("--num-samples", "3", "sampling.batch_size=2", "--guidance-scale", "3", "--backend", "sglang")
-    assert run("./ancestral", *words, "--output-path", "one").code == 0
+    assert run_on_ranks("./ancestral", *words, "--output-path", "one").code == 0
     layout = ("--num-gpus", "8", "--dp-size", "2", "--tp-size", "2", "--ring-degree", "2")
-    done = run("./ancestral", *words, *layout, "--output-path", "eight")
+    done = run_on_ranks("./ancestral", *words, *layout, "--output-path", "eight")
     assert done.code == 0, done.err
     assert_same("eight", "one", 3)
 
@@ -179,10 +148,12 @@ def test_every_axis_with_a_stochastic_scheduler_gives_the_pictures_of_one_proces
         ("flux", "parallel=sp2_tp2"),
     ],
 )
-def test_collectives_inside_compiled_blocks_give_the_same_and_are_counted(run, name, layout):
+def test_collectives_inside_compiled_blocks_give_the_same_and_are_counted(run_on_ranks, name, layout):
     words = ("--backend", "sglang", "--guidance-scale", "3", layout)
-    assert run(name, *words, "--output-path", "eager").code == 0
-    done = run(name, *words, "compile=regional", "--output-path", "compiled", "--perf-dump-path", "compiled.json")
+    assert run_on_ranks(name, *words, "--output-path", "eager").code == 0
+    done = run_on_ranks(
+        name, *words, "compile=regional", "--output-path", "compiled", "--perf-dump-path", "compiled.json"
+    )
     assert done.code == 0, done.err
     assert_same("compiled", "eager", 1)
     dump = json.loads(Path("compiled.json").read_text())

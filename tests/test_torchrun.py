@@ -3,48 +3,20 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from launched import COMMAND, TORCHRUN, finish, free_port, start, words
+from rank_runs import SIZE, assert_same
 from started import children, gone
-from test_ranks import SIZE, assert_same
 
 from sglang_gen import env, generate
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
 from sglang_gen.errors import UserError
 from sglang_gen.launch import torchrun
-
-ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-COMMAND = ["-m", "sglang_gen", "generate"]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def start(words: list[str], folder: str = ".", **variables: object) -> subprocess.Popen:
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), **{name: str(value) for name, value in variables.items()}}
-    return subprocess.Popen([*map(str, words)], cwd=folder, env=settings, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
-
-
-def finish(*processes: subprocess.Popen) -> tuple[list[int], list[str]]:
-    """Exit codes, and the lines of all that are ours."""
-    said = [process.communicate(timeout=240) for process in processes]
-    lines = [line for out, err in said for line in (out + err).splitlines()]
-    ours = [line for line in lines if line.startswith(("INFO: ", "WARNING: ", "ERROR: "))]
-    return [process.returncode for process in processes], ours
-
-
-def words(model: Path, *more: object) -> list[object]:
-    return ["--model-path", model, "--prompt", "a cat", *SIZE, "--num-inference-steps", 2, "output.latents=true", *more]
 
 
 @pytest.fixture

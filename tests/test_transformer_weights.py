@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from cases import mostly_slow
+from native import assert_same, record
 from networks import CLASSES, effective, picture
 from original_layout import original_flux, original_sd3, unet_name
 from safetensors.torch import load_file, save_file
-from test_native import assert_same, record
 from tiny import fill
 
 from sglang_gen import env

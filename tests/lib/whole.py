@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-from test_cuda_graphs import Repeated
+from repeated import Repeated
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_gen import log

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GROUP_PAGES = sorted((ROOT / "docs" / "groups").glob("*.md"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *GROUP_PAGES]
 SWEEP = ["generate", "--config-dir", "sweeps", "--config-name"]  # and a name: a whole shipped sweep

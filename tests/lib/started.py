@@ -18,7 +18,7 @@ def generating(words: list[str]) -> subprocess.Popen:
     """`sglang generate WORDS...` after its first picture, in a session of its own, which stands for a terminal."""
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, "generate", *words],
-        cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
     lines: list[str] = []
