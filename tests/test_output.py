@@ -15,7 +15,7 @@ from PIL import Image
 
 from sglang_gen import files
 from sglang_gen.errors import RunError, UserError
-from sglang_gen.plan import make as planning
+from sglang_gen.plan import checks
 
 SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "1", "--seed", "7")
 NOISE = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
@@ -266,7 +266,7 @@ def test_a_perf_dump_takes_the_place_of_no_other_result(sglang, name, sentence):
 @pytest.mark.parametrize("content", ["", '{"total_duration_ms": 1, "steps": []}'])
 def test_a_perf_dump_of_any_name_replaces_an_older_one_and_an_empty_file(composed, content):
     Path("speed").write_text(content)
-    planning.check(composed("--prompt", "a", "--perf-dump-path", "speed"))
+    checks.check_request(composed("--prompt", "a", "--perf-dump-path", "speed"))
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
