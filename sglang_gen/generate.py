@@ -1,7 +1,6 @@
 """The spine: configuration -> plan -> engine -> batches of frames -> files, with a clock beside it."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,15 +40,15 @@ def generate(*overrides: str, config: str | Path | None = None, **flags: Any) ->
 def execute(composed: "Composed") -> Result | None:
     """Carry out a composed run; None for a dry run."""
     from sglang_gen.hub import resolve
-    from sglang_gen.plan import make as planning
+    from sglang_gen.plan import checks, make
 
     run = composed.run
     log.setup(run.log_level.name)
     for notice in composed.notices:
         log.info(notice)
     env.prepare_libraries()
-    planning.check(composed)
-    plan = planning.make_plan(composed, resolve.find(run.model, weights=False))
+    checks.check_request(composed)
+    plan = make.make_plan(composed, resolve.find(run.model, weights=False))
     for warning in plan.warnings:
         log.warning(warning)
     if run.dry_run:
@@ -91,20 +90,16 @@ def _may_be_downloaded(plan: "Plan") -> bool:
 
 
 def _from_weights(composed: "Composed", expected: "Plan") -> "Plan":
-    """The plan made again once the model's files are here: a preset was described by the configs in the package.
-
-    Says what only they show. Raises UserError where they do not allow what was expected.
-    """
+    """The plan once the model's files are here; says what only they show. Raises UserError as `make.complete` does."""
     from sglang_gen.hub import resolve
-    from sglang_gen.plan import make as planning
-    from sglang_gen.plan import stored_dtype
+    from sglang_gen.plan import make
 
-    plan = planning.make_plan(replace(composed, run=expected.run), resolve.find_weights(expected.run))
+    plan = make.complete(composed, expected, resolve.find_weights(expected.run))
     for warning in plan.warnings:
         if warning not in expected.warnings:
             log.warning(warning)
     _tell(notice for notice in plan.notices if notice not in expected.notices)
-    return stored_dtype.require(plan)
+    return plan
 
 
 def _tell(notices: "Iterable[str]") -> None:

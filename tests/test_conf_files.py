@@ -12,7 +12,7 @@ from sglang_gen.config.compose import compose
 from sglang_gen.config.schema import leaves
 from sglang_gen.errors import UserError
 from sglang_gen.hub import resolve
-from sglang_gen.plan import make
+from sglang_gen.plan import checks, make
 
 FILES = sorted(env.conf_dir().rglob("*.yaml"))
 OPTIONS = [path for path in FILES if path.name != "config.yaml"]
@@ -49,7 +49,7 @@ def test_every_option_plans_or_is_refused_in_one_sentence(path):
     preset = composed.run.model.preset or "sdxl"
     folder = env.preset_configs("sd3_medium" if preset == "landscape" else preset)
     try:
-        make.check(composed)
+        checks.check_request(composed)
         planned = make.make_plan(composed, resolve.read_card(folder, preset, weights=False))
     except UserError as error:
         sentence = str(error)

@@ -202,7 +202,8 @@ def test_a_step_cache_is_undone_when_loading_fails_after_it(run, monkeypatch):
     call = diffusers.StableDiffusion3Pipeline.__call__
     with monkeypatch.context() as patched:
         patched.setattr("sglang_gen.backends.diffusers.engine.compilation.apply", fail)
-        done = run("sd3", "--cache-dit-config", '{"Fn_compute_blocks": 1}', steps=2)
+        settings = '{"Fn_compute_blocks": 1, "max_warmup_steps": 1}'
+        done = run("sd3", "--cache-dit-config", settings, steps=3)
     assert (done.code, done.lines[-1]) == (1, "ERROR: it failed")
     assert diffusers.StableDiffusion3Pipeline.__call__ is call
 

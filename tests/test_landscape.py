@@ -46,7 +46,8 @@ def test_plain_diffusers_makes_the_same_picture(sglang):
     pipeline = DiffusionPipeline.from_pretrained(env.embedded_model(), dtype=torch.float32)
     expected = pipeline(PROMPT, num_inference_steps=4, guidance_scale=4.0, max_sequence_length=32,
                         generator=torch.Generator("cpu").manual_seed(3)).images[0]  # fmt: skip
-    assert np.array_equal(np.asarray(Image.open("outputs/generated_image_0.png")), np.asarray(expected))
+    ours = np.asarray(Image.open("outputs/generated_image_0.png")).astype(int)
+    assert np.abs(ours - np.asarray(expected)).max() <= 1  # which processors round products alike differs
 
 
 def test_the_time_of_day_is_seen_in_the_sky(sglang):

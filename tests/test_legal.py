@@ -17,8 +17,8 @@ from sglang_gen.config.compose import Composed, compose
 from sglang_gen.config.schema import Parallel
 from sglang_gen.errors import UserError
 from sglang_gen.hub import resolve
+from sglang_gen.plan import checks, layout_limits, make
 from sglang_gen.plan import degrees as layout
-from sglang_gen.plan import layout_limits, make
 from sglang_gen.plan.backend_choice import NATIVE
 from sglang_gen.plan.supported_configs import NEEDS
 from sglang_gen.types import Layout, ModelCard, Plan
@@ -44,7 +44,7 @@ def composed(*words: str, **flags: object) -> Composed:
 
 def planned(model: str, *words: str, **flags: object) -> Plan:
     found = composed(f"model={model}", *words, **flags)
-    make.check(found)
+    checks.check_request(found)
     return make.make_plan(found, card_of(model))
 
 

@@ -93,7 +93,6 @@ def test_a_scale_that_is_no_number_is_refused(run):
         ("sd15", "unet/config.json", {"invented_in": 2030}, "its unet knows no invented_in=2030"),
         ("sd3", "transformer/config.json", {"qk_norm": "layer_norm"}, "its transformer knows no qk_norm=layer_norm"),
         ("flux", "transformer/config.json", {"patch_size": 2}, "its transformer knows no patch_size=2"),
-        ("sd3", "model_index.json", {"text_encoder_3": [None, None]}, "this model has no text_encoder_3"),
         (
             "sd15",
             "model_index.json",

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sglang_gen import files
 from sglang_gen.errors import RunError, UserError
-from sglang_gen.plan import make as planning
+from sglang_gen.plan import checks
 
 SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "1", "--seed", "7")
 NOISE = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
@@ -123,14 +123,14 @@ def test_processes_in_one_folder_get_numbers_of_their_own(tmp_path):
         import pathlib, sys, time
         import numpy as np
         import PIL.PngImagePlugin
-        from sglang_gen import output
+        from sglang_gen import files
         folder = pathlib.Path(sys.argv[1])
         frame = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
         print("ready", flush=True)
         while not (folder.parent / "go").exists():
             time.sleep(0.001)
         for _ in range(10):
-            output.save_picture(folder, frame, lambda name: {"schema_version": 1, "file": name})
+            files.save_picture(folder, frame, lambda name: {"schema_version": 1, "file": name})
     """
     folder = tmp_path / "shared"
     folder.mkdir()
@@ -148,11 +148,11 @@ def test_a_file_that_outgrows_its_limit_leaves_nothing(tmp_path):
     code = """
         import pathlib, resource, sys
         import numpy as np
-        from sglang_gen import errors, output
+        from sglang_gen import errors, files
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
         frame = np.random.default_rng(1).integers(0, 256, (512, 512, 3), np.uint8)
         try:
-            output.save_picture(pathlib.Path(sys.argv[1]), frame, lambda name: {})
+            files.save_picture(pathlib.Path(sys.argv[1]), frame, lambda name: {})
         except errors.RunError as error:
             print(error)
     """
@@ -266,7 +266,7 @@ def test_a_perf_dump_takes_the_place_of_no_other_result(sglang, name, sentence):
 @pytest.mark.parametrize("content", ["", '{"total_duration_ms": 1, "steps": []}'])
 def test_a_perf_dump_of_any_name_replaces_an_older_one_and_an_empty_file(composed, content):
     Path("speed").write_text(content)
-    planning.check(composed("--prompt", "a", "--perf-dump-path", "speed"))
+    checks.check_request(composed("--prompt", "a", "--perf-dump-path", "speed"))
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):

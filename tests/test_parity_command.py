@@ -330,7 +330,7 @@ IN_A_STAGE = [
     ("text encoding, pooled text (theirs: pooled_projections or text_embeds) by 0.",
      wrong_glue(encode=lambda encode: lambda *args: (encode(*args)[0], encode(*args)[1] * 1.5))),
     ("text encoding, text (theirs: encoder_hidden_states) the shapes are [2, 93, 64] and [2, 333, 64]",
-     wrong_glue(encode=lambda encode: lambda parts, texts, length: encode(parts, texts, 16))),
+     wrong_glue(encode=lambda encode: lambda parts, config, texts, length: encode(parts, config, texts, 16))),
     ("schedule, timesteps (theirs: timesteps) by 0.", change_scheduler),
     ("schedule, timesteps (theirs: timesteps) the shapes are [3] and [2]", wrong_glue(schedule=one_more_step)),
     ("latents, initial latents (theirs: latents) by 0.1", wrong_glue(start=scaled(1.1))),

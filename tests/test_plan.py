@@ -17,7 +17,7 @@ from sglang_gen.errors import UserError
 from sglang_gen.hub import resolve
 from sglang_gen.launch import rank
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.plan import backend_choice, make
+from sglang_gen.plan import backend_choice, checks, make
 from sglang_gen.types import Layout, Plan
 
 
@@ -27,14 +27,14 @@ def composed(*words: str, model: str = "sdxl", **flags: object) -> Composed:
 
 def planned(*words: str, model: str = "sdxl", **flags: object) -> Plan:
     found = composed(*words, model=model, **flags)
-    make.check(found)
+    checks.check_request(found)
     return make.make_plan(found, resolve.read_card(env.preset_configs(model), model, weights=False))
 
 
 def from_file(text: str, *words: str) -> Plan:
     Path("p.txt").write_text(text, "utf-8")
     found = compose(Choices(("model=sdxl", "sampling.prompts_file=p.txt", "sampling.seed=7", *words)))
-    make.check(found)
+    checks.check_request(found)
     return make.make_plan(found, resolve.read_card(env.preset_configs("sdxl"), "sdxl", weights=False))
 
 

@@ -15,7 +15,7 @@ from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
 from sglang_gen.config.schema import Cache, CacheMethod
 from sglang_gen.errors import UserError
-from sglang_gen.plan import make, step_cache
+from sglang_gen.plan import checks, step_cache
 
 SIZE = ("--height", 32, "--width", 32, "--seed", 7, "--dtype", "float32")
 SMALL = {"Fn_compute_blocks": 1, "max_warmup_steps": 2}
@@ -27,7 +27,7 @@ MASK = "null or a list with a 1 for each step that is computed, the first among 
 def refused(*words: str, **given: object) -> str:
     found = compose(Choices(("model=flux_dev", *words), {"sampling.prompt": "x", **given}))
     with pytest.raises(UserError) as error:
-        make.check(found)
+        checks.check_request(found)
     return str(error.value)
 
 

@@ -106,10 +106,10 @@ def plans(composed: "Composed") -> tuple["Plan", "Plan"]:
     """The same plan for the native engine and for diffusers, with the weights at hand. Raises UserError."""
     from sglang_gen.config import prompts
     from sglang_gen.hub import resolve
+    from sglang_gen.plan import checks, stored_dtype
     from sglang_gen.plan import make as planning
-    from sglang_gen.plan import stored_dtype
 
-    planning.check(composed)
+    checks.check_request(composed)
     composed = replace(composed, run=prompts.pin(composed.run))  # one drawn seed for both
     _warn(composed, _checked(composed, resolve.find(composed.run.model, weights=False)))
     card = resolve.find(composed.run.model, weights=True)

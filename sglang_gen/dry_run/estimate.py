@@ -178,12 +178,10 @@ def weights_of(plan: Plan, needs: Any, network: int) -> dict[str, int]:
 
 
 def _encoder_ranks(plan: Plan, name: str) -> int:
-    """Ranks that share a text encoder's weights, as `backends.large_text` divides them."""
+    """Ranks that share a text encoder's weights; one out of a single file is not sharded."""
     part, tp = plan.card.components[name], plan.layout.tp
     in_file = plan.card.file is not None and name not in plan.run.model.component_paths
-    if part.class_name != "T5EncoderModel" or in_file or plan.dtype == "float16":
-        return 1
-    return tp if all(part.config[key] % tp == 0 for key in ("num_heads", "d_ff")) else 1
+    return 1 if in_file else layout_limits.encoder_ranks(part, plan.dtype, tp)
 
 
 def estimate(plan: Plan) -> dict[str, Any]:

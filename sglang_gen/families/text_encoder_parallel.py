@@ -14,6 +14,7 @@ from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.parallel import tensor
 from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.tensor import Biases, Columns, Heads, Rows
+from sglang_gen.plan.layout_limits import encoder_ranks
 from sglang_gen.types import Component
 from sglang_gen.weights import load
 
@@ -45,10 +46,8 @@ class Checkpoint(load.Checkpoint):
 
 
 def divides(component: Component, dtype: torch.dtype, axis: Axis) -> bool:
-    """Whether each rank can have a part; in float16 transformers keeps some layers in float32, and T5 stays whole."""
-    if component.class_name != T5EncoderModel.__name__ or axis.size == 1 or dtype is torch.float16:
-        return False
-    return not any(component.config[name] % axis.size for name in ("num_heads", "d_ff"))
+    """Whether each rank of a tensor parallel group holds a shard of this text encoder."""
+    return encoder_ranks(component, str(dtype).removeprefix("torch."), axis.size) > 1
 
 
 def is_part(network: Any) -> bool:

@@ -16,7 +16,7 @@ from sglang_gen.models.unet import Block, Conditioning, Config, LevelConfig, Res
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.sequence_boundary import Kinds, Sharding
 from sglang_gen.parallel.tensor import Columns, Heads, Rows
-from sglang_gen.plan.supported_configs import UNET_DEFAULTS
+from sglang_gen.plan.supported_configs import UNET_DEFAULTS, for_each_level
 from sglang_gen.weights.load import renamed
 
 NETWORK = "unet"
@@ -82,7 +82,7 @@ def config(diffusers_config: Mapping[str, Any]) -> Config:
     c = {**UNET_DEFAULTS, **diffusers_config}
     levels = len(c["block_out_channels"])
     columns = [
-        _each(c[key], levels)
+        for_each_level(c[key], levels)
         for key in ("block_out_channels", "attention_head_dim", "layers_per_block", "transformer_layers_per_block")
     ]
     rows = list(zip(*columns, strict=True))
@@ -102,11 +102,6 @@ def config(diffusers_config: Mapping[str, Any]) -> Config:
         size_width=c.get("addition_time_embed_dim") or 0,
         added_width=c["projection_class_embeddings_input_dim"] if c.get("addition_embed_type") else 0,
     )  # fmt: skip
-
-
-def _each(value: Any, levels: int) -> list[int]:
-    """A value of all levels, or one for each."""
-    return list(value) if isinstance(value, Sequence) else [value] * levels
 
 
 def build(diffusers_config: Mapping[str, Any]) -> nn.Module:

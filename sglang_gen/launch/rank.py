@@ -82,8 +82,6 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
     engine: Engine = backend.load(plan, mesh, phases.calls)
     phases.load.leave()
     try:
-        if reference is not None and engine.effective()["makes"] != "image":
-            raise UserError("quality.reference compares pictures; this pipeline makes none")
         log.info("Model loaded successfully")
         if plan.run.compile.warmup:
             phases.warmup = Clock(wait, memory)

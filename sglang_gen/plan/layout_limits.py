@@ -14,8 +14,8 @@ from sglang_gen.config.schema import CacheMethod, Run
 from sglang_gen.errors import UserError
 from sglang_gen.plan import image_size
 from sglang_gen.plan.backend_choice import NATIVE
-from sglang_gen.plan.supported_configs import NEEDS, UNET_DEFAULTS
-from sglang_gen.types import DENOISERS, Layout, ModelCard, Sample
+from sglang_gen.plan.supported_configs import NEEDS, UNET_DEFAULTS, for_each_level
+from sglang_gen.types import DENOISERS, Component, Layout, ModelCard, Sample
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,20 @@ def attention_heads(config: Mapping[str, Any], is_unet: bool) -> tuple[int, ...]
         found = {config.get("num_attention_heads")}
     else:
         c = {**UNET_DEFAULTS, **config}
-        heads = _each(c.get("num_attention_heads") or c["attention_head_dim"], len(c["block_out_channels"]))
+        heads = for_each_level(c.get("num_attention_heads") or c["attention_head_dim"], len(c["block_out_channels"]))
         levels = [*zip(heads, c["down_block_types"], strict=False), (heads[-1], "CrossAttn")]
         levels += zip(reversed(heads), c["up_block_types"], strict=False)
         found = {count for count, kind in levels if "Attn" in kind}
     return tuple(sorted(count for count in found if isinstance(count, int) and count > 0))
 
 
-def _each(value: Any, levels: int) -> list[Any]:
-    """A value of all levels, or one for each."""
-    return list(value) if isinstance(value, (list, tuple)) else [value] * levels
+def encoder_ranks(component: Component, dtype: str, tp: int) -> int:
+    """Ranks that share the weights of a text encoder: T5 where its layers divide by `tp`, otherwise one.
+
+    In float16 transformers keeps some layers of T5 in float32, and it is not sharded.
+    """
+    divides = component.class_name == "T5EncoderModel" and dtype != "float16"
+    return tp if divides and not any(component.config[key] % tp for key in ("num_heads", "d_ff")) else 1
 
 
 def common_heads(card: ModelCard) -> int | None:

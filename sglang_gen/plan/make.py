@@ -3,34 +3,27 @@
 In: the composed `Run`, the model's card, the machine. Out: a frozen `Plan` that every later step obeys.
 """
 
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen import env, files
 from sglang_gen.config import prompts
-from sglang_gen.config.flags import BY_PATH
 from sglang_gen.config.schema import (
-    BOUNDS,
     DEGREES,
     CacheMethod,
     Device,
     DType,
     Run,
-    Tracker,
-    get,
     leaves,
     plain,
     user_gave,
 )
-from sglang_gen.config.values import check_plain
 from sglang_gen.errors import UserError
 from sglang_gen.hub import remote_code
 from sglang_gen.outputs import dump_path, input_digests
-from sglang_gen.perf import cpu_dtype, objective
+from sglang_gen.perf import cpu_dtype
 from sglang_gen.plan import (
     backend_choice,
+    checks,
     guidance,
     image_size,
     layout_limits,
@@ -40,28 +33,10 @@ from sglang_gen.plan import (
     stored_dtype,
 )
 from sglang_gen.plan import degrees as layout
-from sglang_gen.types import Layout, ModelCard, Plan, Sample
+from sglang_gen.types import Layout, ModelCard, Plan
 
 if TYPE_CHECKING:
     from sglang_gen.config.compose import Composed
-
-# What this version cannot do yet: the config paths, and the sentence for a run that asks for one of them.
-UNAVAILABLE: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("cache.interval",), "DeepCache is not available in this version; run with cache=none"),
-)
-
-
-def check(composed: "Composed") -> None:
-    """Refuse what needs no look at the model to be refused. Raises UserError."""
-    _check_values(composed.run)
-    _check_files(composed.run)
-    refuse_missing(composed.run, composed.sources)
-    guidance.check(composed.run)
-    quantization.check(composed.run)
-    stored_dtype.check(composed.run)
-    offloading.check(composed.run)
-    step_cache.check(composed.run)
-    objective.check(composed.run)
 
 
 def make_plan(composed: "Composed", card: ModelCard) -> Plan:
@@ -106,9 +81,9 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         },
         warnings=(
             *composed.warnings,
-            *_warnings(run, sources, composed.versions),
-            *_objective(run, sources, composed.in_sweep),
-            *_same_noise(run, batches),
+            *checks.request_warnings(run, sources, composed.versions),
+            *checks.objective_warnings(run, sources, composed.in_sweep),
+            *checks.noise_warnings(run, batches),
             *input_digests.changed(run, sources, composed.inputs),
             *remote_code.warnings(run.model, card, sources),
             *offloading.warnings(run, device),
@@ -126,84 +101,33 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     return stored_dtype.settle(plan)
 
 
+def complete(composed: "Composed", expected: Plan, card: ModelCard) -> Plan:
+    """The plan with the card of a model whose files are on this machine.
+
+    Before, a preset was described by the component configs in the package. Where the model's own configs say the same,
+    only the files are filled in; where they differ, everything that depends on them is decided again. Raises UserError
+    where the files do not allow what was planned.
+    """
+    if _described_alike(expected.card, card):
+        return stored_dtype.require(replace(expected, card=card))
+    return stored_dtype.require(make_plan(replace(composed, run=expected.run), card))
+
+
+def _described_alike(expected: ModelCard, card: ModelCard) -> bool:
+    """Whether two cards have the same pipeline and the same components, wherever their files are."""
+    without_files = [
+        replace(
+            each,
+            folder=None,
+            file=None,
+            components={name: replace(part, folder=None) for name, part in each.components.items()},
+        )
+        for each in (expected, card)
+    ]
+    return without_files[0] == without_files[1]
+
+
 CAPTURING = ("cuda",)  # devices whose work can be captured into graphs
-# Settings that act only together with another: the prefixes of the one, whether the other is there, and its name.
-SETTINGS_THAT_NEED_ANOTHER: tuple[tuple[str | tuple[str, ...], Callable[[Run], bool], str], ...] = (
-    (("lora.nickname", "lora.scale", "lora.target_modules"), lambda run: bool(run.lora.path), "lora.path"),
-    (
-        "cache.",
-        lambda run: step_cache.wanted(run.cache),
-        "a step cache",
-    ),
-    ("compile.regional", lambda run: run.compile.enable_torch_compile, "--enable-torch-compile"),
-    ("compile.warmup_steps", lambda run: run.compile.warmup, "--warmup"),
-    ("model.configs", lambda run: Path(run.model.path or "").is_file(), "a single file as --model-path"),
-    (
-        "parallel.timeout_minutes",
-        lambda run: any(getattr(run.parallel, name) not in (None, False, 1) for name in DEGREES),
-        "several ranks",
-    ),
-    ("tracking.project", lambda run: run.tracking.name is Tracker.wandb, "tracking=wandb"),
-)
-
-
-def refuse_missing(run: Run, sources: Mapping[str, str]) -> None:
-    """Refuse, by name, every setting that differs from the schema's and whose engine work does not exist yet."""
-    plainest = Run()
-    for path in leaves():
-        for prefixes, sentence in UNAVAILABLE:
-            if path.startswith(prefixes) and get(run, path) != get(plainest, path):
-                by = sources.get(path, "default")
-                raise UserError(f"{path}={_shown(get(run, path))} (from {by}): {sentence}")
-
-
-def _shown(value: Any) -> str:
-    value = plain(value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-FREE_TEXT = ("sampling.prompt", "sampling.negative_prompt")  # may be empty and hold any character
-
-
-def _check_values(run: Run) -> None:
-    try:
-        check_plain(plain(run))
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if run.model.path is None and run.model.preset != "landscape":
-        raise UserError("No model is named: give --model-path, or a preset such as model=sdxl")
-    for path in leaves():
-        value = get(run, path)
-        if isinstance(value, str) and path not in FREE_TEXT:
-            _check_name(path, value)
-    for path, (least, most) in BOUNDS.items():
-        value = get(run, path)
-        if value is not None and value < least:
-            raise UserError(f"{path} is {value}; it must be at least {least}")
-        if value is not None and value > most:
-            raise UserError(f"{path} is {value}; it must be at most {most}")
-    if run.dry_run not in (False, True, "json"):
-        raise UserError(f"dry_run is '{run.dry_run}'; it must be false, true or json")
-
-
-def _check_name(path: str, value: str) -> None:
-    """Texts that are not prompts name things: files, folders, models."""
-    if not value.strip():
-        raise UserError(f"{path} is blank; leave it out instead")
-    if "\0" in value:
-        raise UserError(f"{path} holds a zero byte")
-    if any(len(part.encode()) > 255 for part in value.split("/")):
-        raise UserError(f"{path} is too long to name anything: '{value[:40]}...'")
-    if path == dump_path.KEY:
-        dump_path.check(value)
-
-
-def _check_files(run: Run) -> None:
-    """Refuse names of files and folders that are taken by something else."""
-    folder = Path(run.output.path)
-    files.check_folder(folder)
-    if run.tracking.name is Tracker.csv:
-        files.check_file(folder / dump_path.RUNS)
 
 
 def choose_device(wanted: Device) -> str:
@@ -273,50 +197,3 @@ def _effective(run: Run, backend: str, degrees: Layout, device: str, dtype: str)
         "cuda_graphs": asked["cuda_graphs"],
         "seed": run.sampling.seed,
     }
-
-
-def _same_noise(run: Run, batches: tuple[tuple[Sample, ...], ...]) -> list[str]:
-    """Samples that one saved noise makes alike, whatever their seeds."""
-    samples = [sample for batch in batches for sample in batch]
-    if run.sampling.latents is None or len({(each.prompt, each.negative_prompt) for each in samples}) == len(samples):
-        return []
-    return [
-        "sampling.latents: all samples start from one noise, so those of one prompt differ only where the scheduler "
-        "draws noise of its own"
-    ]
-
-
-def _differs(run: Run, sources: Mapping[str, str], path: str) -> bool:
-    return sources.get(path, "default") not in ("default", "preset") and get(run, path) != get(Run(), path)
-
-
-def _objective(run: Run, sources: Mapping[str, str], in_sweep: bool) -> list[str]:
-    if in_sweep or not user_gave(run, sources, "perf.objective"):
-        return []
-    return ["perf.objective has no effect outside a multirun: it is what a job returns to the sweeper"]
-
-
-def _warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str | None]) -> list[str]:
-    """Settings that the user gave and that change nothing, and a record that was made elsewhere."""
-    found = []
-    for path in leaves():
-        for prefix, present, name in SETTINGS_THAT_NEED_ANOTHER:
-            if path.startswith(prefix) and user_gave(run, sources, path) and not present(run):
-                found.append(f"{BY_PATH[path].option if path in BY_PATH else path} has no effect without {name}")
-    if user_gave(run, sources, "perf.machine_rates") and run.machine.name != "auto":
-        found.append(f"perf.machine_rates has no effect: the rates are those of machine={run.machine.name}")
-    if not run.output.perf_dump_path:
-        idle = [
-            path
-            for path in leaves()
-            if path.startswith("perf." if run.dry_run else ("perf.", "machine.name")) and _differs(run, sources, path)
-            if path not in ("perf.repeat", "perf.objective")  # the one compares what it generates again
-        ]
-        found += [f"{path} has no effect without --perf-dump-path" for path in idle]
-    if run.model.revision and (run.model.path is None or Path(run.model.path).exists()):
-        found.append("--revision has no effect: the model is a local folder or file")
-    here = env.versions()
-    other = [f"{name} {then} (here {here.get(name)})" for name, then in versions.items() if here.get(name) != then]
-    if other:
-        found.append(f"The record was made with other versions, so the result may differ: {', '.join(other)}")
-    return found

@@ -162,6 +162,12 @@ SDXL = Needs(
 
 NEEDS = {"sd3": SD3, "flux": FLUX, "sdxl": SDXL, "sd": SD}
 
+
+def for_each_level(value: Any, levels: int) -> list[Any]:
+    """A setting of a UNet's levels as a list: one value stands for all levels."""
+    return list(value) if isinstance(value, (list, tuple)) else [value] * levels
+
+
 # What diffusers takes where the config of a UNet, as old ones do, says nothing.
 UNET_DEFAULTS: Mapping[str, Any] = {
     "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,

@@ -17,7 +17,7 @@ from sglang_gen.engine import cuda_graphs
 from sglang_gen.hub import resolve
 from sglang_gen.launch import rank
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.plan import make
+from sglang_gen.plan import checks, make
 from sglang_gen.types import Plan
 
 
@@ -26,7 +26,7 @@ def plan_of(*words: object) -> Plan:
     small = ("sampling.height=32", "sampling.width=32", "sampling.num_inference_steps=2", "sampling.seed=7")
     given = ("dtype=float32", "backend=sglang", "output.latents=true", *small, *map(str, words))
     composed = compose(Choices(given))
-    make.check(composed)
+    checks.check_request(composed)
     return make.make_plan(composed, resolve.find(composed.run.model, weights=True))
 
 

@@ -143,7 +143,7 @@ def our_call(
         if graphs:
             Graphs(network)
         return lambda: network(latents, conditioning, 0)
-    glue = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
+    glue = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
     shapes = works.rehearsed(
         work, glue.REGIONS, network, lambda twin: twin(to_meta(latents), condition(twin, meta=True), 0)
     )

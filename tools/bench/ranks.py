@@ -59,7 +59,7 @@ def _as(pair: Mesh, layout: Layout) -> Mesh:
 def _split(
     work: works.Work, folder: Path, dtype: torch.dtype, ranks: Mesh, condition: Callable[[Any], Any], latents: Tensor
 ) -> Step:
-    glue: Any = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
+    glue: Any = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
     split = Split(ranks, glue.TENSOR, glue.SHARDING)
     network = load(lambda: glue.build(work.config), in_folder(folder), glue.sources, dtype, "cpu", split.shrink)
     placed = split.place(network)

@@ -169,7 +169,7 @@ def check_activations(work: Work, network: Any, arguments: Mapping[str, Any]) ->
 
 def ours(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, Callable[[Any], Any], Tensor]:
     """Our network, what gives its conditioning, and the latents."""
-    glue = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
+    glue = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
     network: Any = load(lambda: glue.build(work.config), in_folder(folder), glue.sources, dtype, device)
     latents, text, pooled = work.inputs(dtype, device)
     return network, partial(conditioning, work, text, pooled), latents
@@ -177,7 +177,7 @@ def ours(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any
 
 def outline(work: Work, dtype: torch.dtype) -> Any:
     """Our network without memory."""
-    glue = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
+    glue = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
     with torch.device("meta"):
         return glue.build(work.config).to(dtype)
 
@@ -197,7 +197,7 @@ def conditioning(work: Work, text: Tensor, pooled: Tensor, network: Any, meta: b
 
 def whole(work: Work) -> Split:
     """The one rank that has all of the network."""
-    glue: Any = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
+    glue: Any = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
     return Split(Mesh(), glue.TENSOR, glue.SHARDING)
 
 

@@ -94,6 +94,8 @@ def check(
         mask="mask_image" in run.backend.diffusers_kwargs,
         own=own,
     )
+    if run.quality.reference is not None and kind.makes != "image":
+        raise UserError(f"quality.reference compares images, and {kind.pipeline_class.__name__} makes {kind.makes}")
     call, scheduler = call_arguments.split(plan, kind)
     call_arguments.check_complete(kind, plan, call)
     call_arguments.check_scheduler(plan, scheduler)

@@ -200,7 +200,11 @@ class NativeEngine:
 
     def _encode(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[tuple[Tensor, ...]]:
         """Encoded texts: of the negative prompts, where there is guidance, and of the prompts."""
-        encode = partial(self.glue.encode, self.parts, self.asked.config, length=request.text_length)
+
+        def encode(texts: list[str]) -> tuple[Tensor, ...]:
+            found: tuple[Tensor, ...] = self.glue.encode(self.parts, self.asked.config, texts, request.text_length)
+            return found
+
         prompts = encode([sample.prompt for sample in batch])
         if not guidance.on:
             return [prompts]

@@ -1,0 +1,178 @@
+"""Checks of a composed request: what is refused before the model is looked at, and what is warned of."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_gen import env, files
+from sglang_gen.config.flags import BY_PATH
+from sglang_gen.config.schema import (
+    BOUNDS,
+    DEGREES,
+    Run,
+    Tracker,
+    get,
+    leaves,
+    plain,
+    user_gave,
+)
+from sglang_gen.config.values import check_plain
+from sglang_gen.errors import UserError
+from sglang_gen.outputs import dump_path
+from sglang_gen.perf import objective
+from sglang_gen.plan import (
+    guidance,
+    offloading,
+    quantization,
+    step_cache,
+    stored_dtype,
+)
+from sglang_gen.types import Sample
+
+if TYPE_CHECKING:
+    from sglang_gen.config.compose import Composed
+
+# What this version cannot do yet: the config paths, and the sentence for a run that asks for one of them.
+UNAVAILABLE: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("cache.interval",), "DeepCache is not available in this version; run with cache=none"),
+)
+
+
+def check_request(composed: "Composed") -> None:
+    """Refuse what needs no look at the model to be refused. Raises UserError."""
+    _check_values(composed.run)
+    _check_files(composed.run)
+    refuse_missing(composed.run, composed.sources)
+    guidance.check(composed.run)
+    quantization.check(composed.run)
+    stored_dtype.check(composed.run)
+    offloading.check(composed.run)
+    step_cache.check(composed.run)
+    objective.check(composed.run)
+
+
+# Settings that act only together with another: the prefixes of the one, whether the other is there, and its name.
+SETTINGS_THAT_NEED_ANOTHER: tuple[tuple[str | tuple[str, ...], Callable[[Run], bool], str], ...] = (
+    (("lora.nickname", "lora.scale", "lora.target_modules"), lambda run: bool(run.lora.path), "lora.path"),
+    (
+        "cache.",
+        lambda run: step_cache.wanted(run.cache),
+        "a step cache",
+    ),
+    ("compile.regional", lambda run: run.compile.enable_torch_compile, "--enable-torch-compile"),
+    ("compile.warmup_steps", lambda run: run.compile.warmup, "--warmup"),
+    ("model.configs", lambda run: Path(run.model.path or "").is_file(), "a single file as --model-path"),
+    (
+        "parallel.timeout_minutes",
+        lambda run: any(getattr(run.parallel, name) not in (None, False, 1) for name in DEGREES),
+        "several ranks",
+    ),
+    ("tracking.project", lambda run: run.tracking.name is Tracker.wandb, "tracking=wandb"),
+)
+
+
+def refuse_missing(run: Run, sources: Mapping[str, str]) -> None:
+    """Refuse, by name, every setting that differs from the schema's and whose engine work does not exist yet."""
+    plainest = Run()
+    for path in leaves():
+        for prefixes, sentence in UNAVAILABLE:
+            if path.startswith(prefixes) and get(run, path) != get(plainest, path):
+                by = sources.get(path, "default")
+                raise UserError(f"{path}={_shown(get(run, path))} (from {by}): {sentence}")
+
+
+def _shown(value: Any) -> str:
+    value = plain(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+FREE_TEXT = ("sampling.prompt", "sampling.negative_prompt")  # may be empty and hold any character
+
+
+def _check_values(run: Run) -> None:
+    try:
+        check_plain(plain(run))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if run.model.path is None and run.model.preset != "landscape":
+        raise UserError("No model is named: give --model-path, or a preset such as model=sdxl")
+    for path in leaves():
+        value = get(run, path)
+        if isinstance(value, str) and path not in FREE_TEXT:
+            _check_name(path, value)
+    for path, (least, most) in BOUNDS.items():
+        value = get(run, path)
+        if value is not None and value < least:
+            raise UserError(f"{path} is {value}; it must be at least {least}")
+        if value is not None and value > most:
+            raise UserError(f"{path} is {value}; it must be at most {most}")
+    if run.dry_run not in (False, True, "json"):
+        raise UserError(f"dry_run is '{run.dry_run}'; it must be false, true or json")
+
+
+def _check_name(path: str, value: str) -> None:
+    """Texts that are not prompts name things: files, folders, models."""
+    if not value.strip():
+        raise UserError(f"{path} is blank; leave it out instead")
+    if "\0" in value:
+        raise UserError(f"{path} holds a zero byte")
+    if any(len(part.encode()) > 255 for part in value.split("/")):
+        raise UserError(f"{path} is too long to name anything: '{value[:40]}...'")
+    if path == dump_path.KEY:
+        dump_path.check(value)
+
+
+def _check_files(run: Run) -> None:
+    """Refuse names of files and folders that are taken by something else."""
+    folder = Path(run.output.path)
+    files.check_folder(folder)
+    if run.tracking.name is Tracker.csv:
+        files.check_file(folder / dump_path.RUNS)
+
+
+def noise_warnings(run: Run, batches: tuple[tuple[Sample, ...], ...]) -> list[str]:
+    """Samples that one saved noise makes alike, whatever their seeds."""
+    samples = [sample for batch in batches for sample in batch]
+    if run.sampling.latents is None or len({(each.prompt, each.negative_prompt) for each in samples}) == len(samples):
+        return []
+    return [
+        "sampling.latents: all samples start from one noise, so those of one prompt differ only where the scheduler "
+        "draws noise of its own"
+    ]
+
+
+def _differs(run: Run, sources: Mapping[str, str], path: str) -> bool:
+    return sources.get(path, "default") not in ("default", "preset") and get(run, path) != get(Run(), path)
+
+
+def objective_warnings(run: Run, sources: Mapping[str, str], in_sweep: bool) -> list[str]:
+    if in_sweep or not user_gave(run, sources, "perf.objective"):
+        return []
+    return ["perf.objective has no effect outside a multirun: it is what a job returns to the sweeper"]
+
+
+def request_warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str | None]) -> list[str]:
+    """Settings that the user gave and that change nothing, and a record that was made elsewhere."""
+    found = []
+    for path in leaves():
+        for prefix, present, name in SETTINGS_THAT_NEED_ANOTHER:
+            if path.startswith(prefix) and user_gave(run, sources, path) and not present(run):
+                found.append(f"{BY_PATH[path].option if path in BY_PATH else path} has no effect without {name}")
+    if user_gave(run, sources, "perf.machine_rates") and run.machine.name != "auto":
+        found.append(f"perf.machine_rates has no effect: the rates are those of machine={run.machine.name}")
+    if not run.output.perf_dump_path:
+        idle = [
+            path
+            for path in leaves()
+            if path.startswith("perf." if run.dry_run else ("perf.", "machine.name")) and _differs(run, sources, path)
+            if path not in ("perf.repeat", "perf.objective")  # the one compares what it generates again
+        ]
+        found += [f"{path} has no effect without --perf-dump-path" for path in idle]
+    if run.model.revision and (run.model.path is None or Path(run.model.path).exists()):
+        found.append("--revision has no effect: the model is a local folder or file")
+    here = env.versions()
+    other = [f"{name} {then} (here {here.get(name)})" for name, then in versions.items() if here.get(name) != then]
+    if other:
+        found.append(f"The record was made with other versions, so the result may differ: {', '.join(other)}")
+    return found
