@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROMPT ?= A serene landscape with mountains and a lake at sunset
 
-.PHONY: help setup generate test test-networks test-others test-slow test-lowest lint types bench bench-gpu wheel-smoke docs clean
+.PHONY: help setup generate check test test-slow test-all test-lowest lint types bench bench-gpu wheel-smoke docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -21,27 +21,25 @@ setup: $(STAMP)  ## virtual environment with everything installed
 generate: $(STAMP)  ## a picture from the embedded model, outputs/generated_image_0.png on a fresh clone
 	$(BIN)/sglang generate --prompt "$(PROMPT)" --seed 42
 
-# Tests of networks, loading, plans, pages and sweeps, which take as long as all the others together.
-HALF := $(foreach name,native parity kernels transformer_weights lora load component page_commands legal plan \
-	diffusers_picture single_file quantization cuda_graphs estimate traffic shipped_sweeps,tests/test_$(name)*.py)
+# Two processes of one thread; a file's tests run in one of them, and so do all that share ranks (tests/lib/tiers.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider --numprocesses 2 --dist loadgroup
 
-test: $(STAMP)  ## the test suite, in two processes of one thread (at most 15 minutes on two cores)
-	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 --output-sync=line test-networks test-others
+check: lint types $(STAMP)  ## lint, types and the tests that start nothing: in under 3 minutes, before every commit
+	$(PYTEST) -m "not whole and not slow and not bench"
 
-test-slow: $(STAMP)  ## the slow tests, likewise (at most 30 minutes more)
-	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 --output-sync=line PICK="-m slow" test-networks test-others
+test: $(STAMP)  ## the test suite: those of make check, and whole runs, ranks, pages (at most 8 minutes on two cores)
+	$(PYTEST)
 
-test-networks: $(STAMP)
-	$(BIN)/python -m pytest -p no:cacheprovider $(PICK) $(wildcard $(HALF))
+test-slow: $(STAMP)  ## what make test leaves out: compilation, training, sweeps, variants of what another test says
+	$(PYTEST) -m slow
 
-test-others: $(STAMP)
-	$(BIN)/python -m pytest -p no:cacheprovider $(PICK) $(filter-out $(wildcard $(HALF)),$(wildcard tests/test_*.py))
+test-all: test test-slow  ## both, as .ci/run does
 
 test-lowest: constraints-lowest.txt  ## the test suite with the lowest versions that pyproject.toml admits
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
-	.venv-lowest/bin/python -m pytest -W default # what old versions warn of is mended in new ones
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadgroup -W default # what old versions warn of is mended in new ones
 
 lint: $(STAMP)  ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "0"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
+import tiers
 import tiny
 import torch
 from finished import Finished
@@ -28,6 +29,17 @@ torch.set_num_threads(1)
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Functions by their names: two processes of one run must collect the same ids."""
     return val.__name__ if isinstance(val, FunctionType) else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        tiers.sort(item)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_beyond_the_tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiers.limit(request.node, monkeypatch)
 
 
 @pytest.fixture(scope="session")

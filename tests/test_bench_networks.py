@@ -98,6 +98,7 @@ def test_ours_attends_with_the_kernel_that_a_run_with_auto_takes(crowded, tmp_pa
     assert {shape[1:] for shape in shapes} == {(2, 21, 21, 32)}  # 4 x 4 tokens and 5 of text
 
 
+@pytest.mark.whole
 def test_a_compiled_guest_is_not_compiled_anew_when_it_comes_back():
     graphs_made = []
 
@@ -139,6 +140,7 @@ def test_a_guest_is_on_the_device_for_its_turn_and_leaves_nothing():
     assert torch.equal(second.tensors[0], second.waiting[0])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("device", "product"), [("cpu", "2048^3"), ("cuda", "8192^3")])
 def test_the_matrix_rate_of_a_gpu_is_that_of_a_product_that_takes_longer_than_its_start(device, product):
     assert networks.rate_name(device) == f"matrix product {product}, bfloat16"

@@ -45,6 +45,7 @@ def cells(table: str) -> dict[str, list[str]]:
     return {row[0].strip("`"): row[1:] for row in rows}
 
 
+@pytest.mark.whole
 def test_the_table_of_a_round_says_what_the_dumps_say_and_names_whoever_failed(in_process, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     told = []
@@ -84,6 +85,7 @@ def test_the_table_of_a_round_says_what_the_dumps_say_and_names_whoever_failed(i
     assert "ours in the ratio: `backend=sglang`;" in table
 
 
+@pytest.mark.whole
 def test_a_model_with_a_t5_is_written_once_and_drawn_by_both_backends(in_process, tmp_path):
     checked = []
     folder = folders.write("flux_dev", tmp_path / "model", "cpu", FLUX, checked.append)

@@ -212,6 +212,7 @@ def test_the_signal_handler_of_the_host_is_restored(sglang):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.whole
 def test_a_primary_configuration_builds_on_the_shipped_one(sglang):
     done = sglang("generate", "--config-name", "sampling/draft", "--prompt", "x")
     assert (done.code, done.lines) == (
@@ -232,6 +233,7 @@ def test_cfg_prints_the_composition_after_the_flags(sglang):
     assert (wrong.code, "the configuration has no 'sampling.nope'" in wrong.err) == (2, True)
 
 
+@pytest.mark.whole
 def test_cfg_prints_hydras_part_too(sglang):
     assert sglang("generate", "-c", "hydra", "-p", "hydra.mode").out == "RUN\n"
     resolved = sglang("generate", "-c=all", "--resolve", "-p", "hydra.sweep.subdir")
@@ -254,6 +256,7 @@ def test_hydra_help_lists_hydras_groups(sglang):
     assert "hydra/launcher: basic" in done.out
 
 
+@pytest.mark.whole
 def test_a_reader_that_leaves_early_costs_no_traceback():
     code = "from sglang_gen.cli import console; console()"
     program = [sys.executable, "-c", code, "generate", "--help"]
@@ -264,6 +267,7 @@ def test_a_reader_that_leaves_early_costs_no_traceback():
     assert process.wait(60) == 1
 
 
+@pytest.mark.whole
 def test_a_dry_run_prints_json_alone_on_standard_output(sglang):
     done = sglang("generate", "model=sdxl", "dry_run=json", "parallel=single")
     assert done.code == 0, done.err

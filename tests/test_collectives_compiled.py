@@ -49,6 +49,7 @@ def kept(module: nn.Module, x: torch.Tensor) -> list[str]:
     return found
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("rank", range(3))
 def test_every_rank_keeps_the_exchange_of_rows(stride, rank):
@@ -105,6 +106,7 @@ def assert_what_is_sent_stays(calls: list[tuple[str, str, str]]) -> None:
     assert not sent
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
 @pytest.mark.parametrize("tokens", [(5, 5, 5), (6, 5, 4)])
 def test_compiled_rows_compute_their_queries_while_keys_and_values_are_gathered(generated, tokens):
@@ -114,6 +116,7 @@ def test_compiled_rows_compute_their_queries_while_keys_and_values_are_gathered(
     assert_what_is_sent_stays(calls)
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_ring_computes_with_what_it_has_while_the_next_keys_are_on_their_way(generated):
     kernel = attention_kernels.summing("sdpa", "cpu", torch.float32)
@@ -123,6 +126,7 @@ def test_a_compiled_ring_computes_with_what_it_has_while_the_next_keys_are_on_th
     assert_what_is_sent_stays(calls)
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_compiled_ulysses_sends_is_written_once(generated):
     ulysses = Ulysses(scaled_dot_product_attention, Axis("ulysses", 2, 0, "a group"), 0, Lengths(1, 2, (6, 5)))

@@ -33,6 +33,7 @@ def levels() -> dict[str, tuple[str, ...]]:
     }
 
 
+@pytest.mark.whole
 def test_each_level_wins_over_those_below_it(composed, levels):
     seen, words = [], []
     for source in ("preset", "experiment", "file", "override"):
@@ -74,6 +75,7 @@ def test_nothing_said_is_the_schemas_default(composed):
     assert plain(composition.run) == expected
 
 
+@pytest.mark.whole
 def test_a_file_yields_to_an_override_of_the_path_and_of_the_group(composed):
     write("file.json", {"prompt": "f", "num_inference_steps": 3, "seed": 4, "num_gpus": 2})
     by_path = composed("model=sdxl", "--config", "file.json", f"{STEPS}=5")
@@ -115,6 +117,7 @@ def test_a_broken_preset_of_the_user_stops_only_who_chooses_it(composed, sglang)
     assert len(done.lines) == 1
 
 
+@pytest.mark.whole
 def test_values_of_free_mappings_merge_key_by_key(composed):
     assert composed("model=qwen_image").run.backend.diffusers_kwargs == {"true_cfg_scale": 4.0}
     flag = composed("model=qwen_image", "--diffusers-kwargs", '{"eta": 1}')
@@ -187,6 +190,7 @@ def test_without_a_model_the_embedded_one_is_used_and_announced(composed):
     assert composed("model=landscape", "--prompt", "x").notices == ()
 
 
+@pytest.mark.whole
 def test_the_example_prompt_needs_a_preset_by_name(composed, sglang):
     composition = composed("model=sdxl", "parallel=sp2_tp2")
     assert composition.run.sampling.prompt == composition.run.model.example_prompt
@@ -215,6 +219,7 @@ def test_a_users_primary_configuration(composed, sglang):
     assert "Key 'sed' not in 'Sampling' (at sampling.sed)" in done.err
 
 
+@pytest.mark.whole
 def test_a_folder_of_hydras_search_path(composed):
     write("more/sampling/tiny.yaml", {"num_inference_steps": 2})
     folder = f"hydra.searchpath=[file://{Path('more').absolute()}]"
@@ -223,6 +228,7 @@ def test_a_folder_of_hydras_search_path(composed):
     assert [get(job.run, STEPS) for job in jobs] == [2, 8]
 
 
+@pytest.mark.whole
 def test_a_tilde_is_the_home_folder_in_every_setting_that_names_a_file(composed, sglang, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "x.json").write_text('{"perf_dump_path": "~/perf.json", "seed": 1, "cache_dit_config": "~/c.yaml"}')

@@ -232,6 +232,7 @@ def read_or_refuse(name: str) -> None:
         assert set(read_config_file(name).values) <= set(leaves())
 
 
+@pytest.mark.whole
 @quick
 @given(
     content=st.dictionaries(KEY | st.text(max_size=5), VALUE | GROUPED, max_size=4),

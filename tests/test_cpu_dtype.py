@@ -172,6 +172,7 @@ def test_a_dry_run_shows_the_dtype_and_the_rates(processor, sglang, pipelines):
     assert rows["dtype=auto went by"].strip() == "float32_gflops 332.0, bfloat16_gflops 189.0, source measured"
 
 
+@pytest.mark.whole
 def test_a_record_gives_its_dtype_on_a_machine_with_other_rates(processor, sglang, pipelines):
     run = ("generate", "--model-path", pipelines["sd15"], "--prompt", "a", "--height", 32, "--width", 32,
            "--num-inference-steps", 2)  # fmt: skip
@@ -203,6 +204,7 @@ def test_the_ranks_compute_in_the_dtype_of_their_launcher(monkeypatch, sglang, p
     assert [record("outputs", number)["effective"]["dtype"] for number in range(2)] == ["bfloat16"] * 2
 
 
+@pytest.mark.whole
 def test_on_several_machines_the_first_decides(pipelines):
     port, ranks = free_port(), []
     for rank, dtype in enumerate(("bfloat16", "float32")):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import mostly_whole
 from native import COMMON, assert_same, record, runner
 from repeated import Repeated
 from torch import Tensor
@@ -47,7 +48,7 @@ def both(pipelines, sglang, recorders):
     return generate
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", mostly_whole(NETWORKS, "sd3"))
 def test_a_network_is_captured_once_and_replayed_in_every_step(both, name):
     recorder = both(name, "--guidance-scale", "3")
     assert len(recorder.shapes) == 1
@@ -58,6 +59,7 @@ def test_a_network_is_captured_once_and_replayed_in_every_step(both, name):
     assert kept["effective"]["cuda_graphs"] is True
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", NETWORKS)
 def test_another_prompt_in_the_same_process_is_not_the_first_one_again(pipelines, sglang, recorders, name):
     prompts = 'sampling.prompts=[{prompt: a cat},{prompt: "two dogs, running"},{prompt: a lake}]'
@@ -70,6 +72,7 @@ def test_another_prompt_in_the_same_process_is_not_the_first_one_again(pipelines
     assert len(recorders[0].shapes) == 1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_a_smaller_last_batch_has_a_graph_of_its_own(both, name):
     words = ("--guidance-scale", "3", "--num-samples", "5", "sampling.batch_size=2")
@@ -78,6 +81,7 @@ def test_a_smaller_last_batch_has_a_graph_of_its_own(both, name):
     assert recorder.replays == 9
 
 
+@pytest.mark.whole
 def test_branches_in_turn_share_a_graph_and_do_not_share_a_result(both):
     words = ("--guidance-scale", "3", "--negative-prompt", "dark", "sampling.guidance_batching=sequential")
     recorder = both("sdxl", *words)
@@ -85,12 +89,14 @@ def test_branches_in_turn_share_a_graph_and_do_not_share_a_result(both):
     assert recorder.replays == 6
 
 
+@pytest.mark.whole
 def test_steps_without_guidance_have_a_graph_of_their_own(both):
     recorder = both("sd3", "--guidance-scale", "3", "sampling.guidance_interval=[0,0.4]")
     assert [shape[0] for shape in recorder.shapes] == [2, 1]
     assert recorder.replays == 3
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("regional", ["true", "false"])
 def test_what_is_captured_is_what_was_compiled(both, monkeypatch, regional):
     traced = []
@@ -111,12 +117,14 @@ def test_what_is_captured_is_what_was_compiled(both, monkeypatch, regional):
     assert record("graphs")["effective"]["compile"] == ("regional" if regional == "true" else "full")
 
 
+@pytest.mark.whole
 def test_the_fingerprint_tells_runs_with_graphs_and_keeps_that_of_runs_without(both):
     both("sd3", "--perf-dump-path", "perf.json")
     with_graphs = json.loads(Path("perf.json").read_text())["fingerprint"]["fields"]
     assert with_graphs["cuda_graphs"] is True
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("graphs", "warmup", "peak"), [("true", True, 900), ("true", False, 900), ("false", True, 500)]
 )
@@ -143,6 +151,7 @@ def test_the_peak_of_a_run_with_graphs_holds_what_its_replays_compute_in(
     assert [each["peak_allocated_mb"] for each in found["ranks"]] == [peak]
 
 
+@pytest.mark.whole
 def test_the_fingerprint_of_a_run_without_graphs_has_no_such_field(pipelines, sglang):
     assert runner(pipelines, sglang)("sd3", "--perf-dump-path", "perf.json", steps=1).code == 0
     assert "cuda_graphs" not in json.loads(Path("perf.json").read_text())["fingerprint"]["fields"]

@@ -191,6 +191,7 @@ def started(*words: object, **streams: object) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("to", ["pipe", "file", "socket"])
 def test_the_standard_output_gets_a_report_and_stays_what_it_is(tmp_path, to):
     for name in ("base.json", "new.json"):

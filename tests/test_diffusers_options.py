@@ -56,6 +56,7 @@ def merged(pipelines, adapter: Path, scale: float, only: str = "") -> np.ndarray
     return np.asarray(image).astype(int)
 
 
+@pytest.mark.whole
 def test_a_lora_is_merged_with_its_scale(pipelines, run, adapter):
     assert run("sd3").code == 0
     done = run("sd3", "--lora-path", adapter, "--lora-scale", "0.05", "--lora-nickname", "cats")
@@ -73,6 +74,7 @@ def test_lora_target_modules_keep_the_others_as_they_are(pipelines, run, adapter
     assert np.abs(picture("outputs/generated_image_0.png") - merged(pipelines, adapter, 0.05, "to_q")).max() <= 1
 
 
+@pytest.mark.whole
 def test_two_adapters_add_up(pipelines, run, adapter):
     both = f"[{{path: {adapter}, nickname: a, scale: 0.02}}, {{path: {adapter}, nickname: b, scale: 0.03}}]"
     done = run("sd3", f"lora.adapters={both}")
@@ -80,6 +82,7 @@ def test_two_adapters_add_up(pipelines, run, adapter):
     assert np.abs(picture("outputs/generated_image_0.png") - merged(pipelines, adapter, 0.05)).max() <= 1
 
 
+@pytest.mark.whole
 def test_a_lora_that_fits_nothing_is_refused(run, adapter):
     other = run("flux", "--lora-path", adapter)
     assert other.code == 2, other.err
@@ -149,6 +152,7 @@ def test_a_kernel_that_cannot_act_is_refused(run, words, sentence):
     assert sentence in done.err
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_kernel_of_the_dispatcher_acts_on_networks_that_dispatch_and_ends_with_the_run(run):
     from diffusers.models import attention_dispatch
@@ -170,6 +174,7 @@ def test_the_priority_of_sdpa_is_recorded(run):
     assert record()["effective"]["attention"] == "sdpa(math, flash)"
 
 
+@pytest.mark.whole
 def test_a_step_cache_reuses_steps_and_says_which(run):
     settings = '{"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": 10.0}'
     done = run("sd3", "--cache-dit-config", settings, "--perf-dump-path", "perf.json", steps=8)
@@ -183,6 +188,7 @@ def test_a_step_cache_reuses_steps_and_says_which(run):
     assert not np.array_equal(picture("outputs/generated_image_0.png"), picture("outputs/generated_image_1.png"))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_taylorseer_extrapolates_what_is_reused(run, name):
     settings = '{"Fn_compute_blocks": 1, "max_warmup_steps": 5, "residual_diff_threshold": 10.0, %s}'
@@ -262,6 +268,7 @@ def test_compilation_without_a_compiler_is_one_sentence(run, monkeypatch):
     assert (done.code, "needs a C++ compiler" in done.err) == (2, True)
 
 
+@pytest.mark.whole
 def test_an_input_image_makes_image_to_image_of_a_text_to_image_model(pipelines, run):
     Image.new("RGB", (32, 32), (200, 30, 30)).save("red.png")
     done = run(
@@ -283,6 +290,7 @@ def test_a_mask_makes_inpainting(run):
     assert record()["effective"]["pipeline"] == "StableDiffusionXLInpaintPipeline"
 
 
+@pytest.mark.whole
 def test_a_second_prompt_is_that_of_every_sample_of_a_batch(run):
     words = ("--diffusers-kwargs", '{"prompt_2": "a forest"}', "--num-samples", "2")
     assert run("sdxl", *words, "sampling.batch_size=2").code == 0

@@ -68,11 +68,13 @@ def masked(**others: object) -> tuple[str, str]:
     return "--diffusers-kwargs", json.dumps({"mask_image": "mask.png", **others})
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_of_image_to_image_is_the_same_alone_and_in_a_batch(run, photo, name):
     assert_samples_stand_alone(run, name, "--image-path", photo, "--diffusers-kwargs", '{"strength": 0.6}')
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("strength", mostly_slow([0.6, 1.0], 0.6))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_of_inpainting_is_the_same_alone_and_in_a_batch(pipelines, run, photo, name, strength):
@@ -82,17 +84,20 @@ def test_a_sample_of_inpainting_is_the_same_alone_and_in_a_batch(pipelines, run,
     assert_samples_stand_alone(run, name, "--image-path", photo, *masked(strength=strength))
 
 
+@pytest.mark.whole
 def test_a_sample_of_a_network_that_sees_the_mask_is_the_same_alone_and_in_a_batch(pipelines, run, photo):
     model = remade(pipelines["sd15"], "StableDiffusionInpaintPipeline", unet={"in_channels": 9})
     assert_samples_stand_alone(run, model, "--image-path", photo, *masked(strength=0.6))
 
 
+@pytest.mark.whole
 def test_a_sample_of_flux_fill_is_the_same_alone_and_in_a_batch(pipelines, run, photo):
     transformer = {"in_channels": 16 + 16 + 4 * 2 * 2, "out_channels": 16}
     model = remade(pipelines["flux"], "FluxFillPipeline", transformer=transformer)
     assert_samples_stand_alone(run, model, "--image-path", photo, *masked())
 
 
+@pytest.mark.whole
 def test_a_sample_of_an_edit_is_the_same_alone_and_in_a_batch(run, photo, tmp_path):
     model = str(tiny.pix2pix(tmp_path / "pix2pix"))
     assert_samples_stand_alone(run, model, "--image-path", photo)

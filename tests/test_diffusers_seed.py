@@ -77,6 +77,7 @@ def assert_bits(one: str, two: str) -> None:
     assert np.array_equal(picture(f"{one}/generated_image_0.png"), picture(f"{two}/generated_image_0.png"))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "scheduler", "settings"), mostly_slow(NOISY, *FEW))
 def test_the_same_command_and_its_record_give_the_same_bits(run, noisy, sglang, name, scheduler, settings):
     model = noisy(name, scheduler, settings)
@@ -88,6 +89,7 @@ def test_the_same_command_and_its_record_give_the_same_bits(run, noisy, sglang, 
     assert_bits("one", "again")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "scheduler", "settings"), mostly_slow(NOISY, *FEW))
 def test_a_sample_of_a_batch_is_that_of_its_seed_alone(run, noisy, sglang, name, scheduler, settings):
     model = noisy(name, scheduler, settings)
@@ -104,6 +106,7 @@ def test_a_sample_of_a_batch_is_that_of_its_seed_alone(run, noisy, sglang, name,
     assert np.array_equal(tensors("each", 1)["latents"], tensors("alone")["latents"])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "scheduler", "settings"), mostly_slow(NOISY, *FEW))
 def test_both_backends_draw_the_same_noise_in_the_same_order(run, noisy, name, scheduler, settings):
     words = ("--num-samples", "2", "sampling.batch_size=2", "--guidance-scale", "3")
@@ -123,6 +126,7 @@ def test_two_guidance_ranks_draw_the_noise_of_one_process(run, noisy, pool, monk
     assert_same("two", "one", 2)
 
 
+@pytest.mark.whole
 def test_a_setting_that_makes_the_scheduler_draw_is_seeded_too(run, pipelines):
     words = ("--diffusers-kwargs", '{"stochastic_sampling": true}', "--num-samples", "2")
     once(run, "batch", "flux", *words, "sampling.batch_size=2", unrelated=1)
@@ -133,6 +137,7 @@ def test_a_setting_that_makes_the_scheduler_draw_is_seeded_too(run, pipelines):
     assert error(tensors("batch")["latents"], tensors("plain")["latents"]) > 1e-3
 
 
+@pytest.mark.whole
 def test_a_video_is_seeded_too(run, tmp_path):
     words = ("--num-frames", "5", "--num-samples", "2", "--diffusers-kwargs", '{"stochastic_sampling": true}')
     model = str(tiny.wan(tmp_path / "wan"))
@@ -146,6 +151,7 @@ def test_a_video_is_seeded_too(run, tmp_path):
         assert error(batch, each) <= 1e-5
 
 
+@pytest.mark.whole
 def test_generations_in_one_process_are_the_same_to_the_bit(run, noisy):
     done = run(noisy(*NOISY[7]), "--backend", "diffusers", "perf.repeat=2")
     assert (done.code, "is not the same" in done.err) == (0, False), done.err
@@ -160,6 +166,7 @@ def deaf(monkeypatch) -> str:
     return "red.png"
 
 
+@pytest.mark.whole
 def test_a_draw_of_the_pipeline_from_the_global_generator_depends_on_the_seed_alone(run, deaf):
     words = ("--image-path", deaf, *HALF)
     once(run, "one", "sdxl", *words, unrelated=1)
@@ -167,6 +174,7 @@ def test_a_draw_of_the_pipeline_from_the_global_generator_depends_on_the_seed_al
     assert_bits("one", "two")
 
 
+@pytest.mark.whole
 def test_a_batch_whose_samples_share_the_global_generator_is_refused(run, deaf):
     words = ("--image-path", deaf, *HALF, "--num-samples", "2")
     done = run("sdxl", *words, "sampling.batch_size=2")
@@ -181,6 +189,7 @@ def test_the_seed_of_a_noise_sampler_is_that_of_the_sample(run, noisy):
     assert (done.code, done.lines[-1]) == (2, "ERROR: --diffusers-kwargs: 'noise_sampler_seed' is set by --seed")
 
 
+@pytest.mark.whole
 def test_every_scheduler_that_draws_in_a_step_takes_generators_or_a_noise_sampler():
     kinds = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")]
     kinds = [kind for kind in kinds if hasattr(kind, "step") and "deprecated" not in kind.__module__]

@@ -124,6 +124,7 @@ def test_products_are_those_that_torch_counts_and_two_ranks_have_half():
     assert rehearsed.rank("sd3", card, Layout(tp=2), 0, 128, 128, text_length=8).weights < 0.75 * found.weights
 
 
+@pytest.mark.whole
 def test_decoding_by_rows_needs_less_memory_and_sends_what_its_ranks_send():
     card = resolve.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
     request = Request(1024, 768, rehearsed.FACTOR, steps=1, guidance=1.0, text_length=None)
@@ -211,6 +212,7 @@ def test_attention_has_two_products_and_reads_what_fused_kernels_wrote():
     assert kernels.elementwise == 3 * 4 * q.numel()  # q read and written, out read
 
 
+@pytest.mark.whole
 def test_the_prediction_for_flux_is_what_its_arithmetic_says():
     """59.5 TFLOP of products and 14.9 of attention; about 8 ms at 4.3 TB/s of what is fused, by hand."""
     card = resolve.read_card(env.preset_configs("flux_dev"), "flux_dev", weights=False)
@@ -227,6 +229,7 @@ def test_the_prediction_for_flux_is_what_its_arithmetic_says():
     assert 0.5 * found["step_ms"] < half["step_ms"] < 0.6 * found["step_ms"]
 
 
+@pytest.mark.whole
 def test_a_dry_run_shows_memory_communication_products_and_the_prediction(sglang):
     words = ("generate", "model=sd15", "parallel=sp2_tp2", "device=cpu", "machine=h200", "--dtype", "bfloat16")
     table, content = sglang(*words, "dry_run=true"), sglang(*words, "dry_run=json")
@@ -247,6 +250,7 @@ def test_a_dry_run_shows_memory_communication_products_and_the_prediction(sglang
     assert compiled["products_ms"] == found["prediction"]["products_ms"]
 
 
+@pytest.mark.whole
 def test_a_dry_run_warns_of_more_memory_than_there_is(sglang, monkeypatch):
     words = ("generate", "model=sd15", "parallel=sp2", "device=cpu", "--dtype", "bfloat16", "dry_run=true")
     for bytes_, warned in ((2 * 10**10, False), (2 * 10**9, True)):
@@ -255,6 +259,7 @@ def test_a_dry_run_warns_of_more_memory_than_there_is(sglang, monkeypatch):
         assert "for each" not in sglang(*words, "machine=h200").out
 
 
+@pytest.mark.whole
 def test_the_size_and_the_encoding_of_an_input_picture_are_in_the_estimate(sglang):
     Image.new("RGB", (256, 520)).save("photo.png")
     words = ("generate", "model=sd15", "device=cpu", "--dtype", "float32", "dry_run=json")
@@ -266,6 +271,7 @@ def test_the_size_and_the_encoding_of_an_input_picture_are_in_the_estimate(sglan
     assert sglang(*words, "--image-path", "missing.png").code == 2
 
 
+@pytest.mark.whole
 def test_a_picture_of_fewer_rows_than_ranks_is_refused_by_the_dry_run_too(sglang):
     Image.new("RGB", (64, 64)).save("small.png")
     words = ("generate", "model=sdxl", "device=cpu", "--image-path", "small.png", "dry_run=true")
@@ -280,6 +286,7 @@ UNEVEN = [
 ]  # fmt: skip
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("layout", "bands", "more"), mostly_slow(UNEVEN, UNEVEN[2], UNEVEN[4]))
 def test_no_rank_has_more_to_do_than_those_that_are_estimated(layout, bands, more):
     config = network_unet.SDXL | {"attention_head_dim": 4}
@@ -299,6 +306,7 @@ def test_no_rank_has_more_to_do_than_those_that_are_estimated(layout, bands, mor
         assert max(map(most, seen)) == max(map(most, found.values()))
 
 
+@pytest.mark.whole
 def test_memory_is_shared_by_the_ranks_of_one_machine(sglang, monkeypatch):
     monkeypatch.setattr(env, "memory_bytes", lambda device: 8 * 10**9)
     choices = Choices(("model=sd15", "parallel=tp2", "device=cpu"))

@@ -145,6 +145,7 @@ def test_a_rank_that_vanishes_is_the_cause_unless_nccl_ended_it_and_another_says
         ranks._raise_first([ranks._take((1, None), {})], ranks.pipes[:2])
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for children in /proc")
 @pytest.mark.parametrize(
     ("number", "code", "layout"),

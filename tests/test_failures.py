@@ -52,6 +52,7 @@ def spoil(path: Path, name: str, tensor: torch.Tensor | None = None) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+@pytest.mark.whole
 def test_a_missing_folder(fails):
     for path in ("/nowhere/model", "./model", "nowhere"):
         assert fails(path, 2) == f"ERROR: The model folder {path} does not exist"
@@ -215,6 +216,7 @@ def test_running_out_of_memory_while_loading(fails, pipelines, monkeypatch, back
     assert fails(pipelines["sd3"], 1, "--backend", backend) == f"ERROR: Out of memory while loading {pipelines['sd3']}"
 
 
+@pytest.mark.whole
 @BACKENDS
 @pytest.mark.parametrize("kind", [RuntimeError, AttributeError])
 def test_a_defect_is_one_sentence_and_a_traceback_on_request(fails, sglang, pipelines, monkeypatch, kind, backend):
@@ -234,6 +236,7 @@ def test_a_defect_is_one_sentence_and_a_traceback_on_request(fails, sglang, pipe
     assert shown.lines[-1] == sentence
 
 
+@pytest.mark.whole
 def test_a_refusal_of_the_pipeline_is_the_users(fails, pipelines):
     words = ("sampling.max_sequence_length=9999", "--backend")
     assert fails(pipelines["sd3"], 2, *words, "diffusers") == (

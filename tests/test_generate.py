@@ -36,6 +36,7 @@ def received(monkeypatch: pytest.MonkeyPatch, name: str) -> list[dict]:
     return calls
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
 def test_the_picture_is_the_one_that_plain_diffusers_makes(pipelines, sglang, name):
     done = sglang("generate", "--model-path", pipelines[name], "--prompt", "a cat, sitting", *SMALL,
@@ -67,6 +68,7 @@ def test_every_sampling_flag_reaches_the_pipeline(pipelines, sglang, monkeypatch
     assert picture("outputs/generated_image_1.png").shape == (32, 64, 3)
 
 
+@pytest.mark.whole
 def test_a_sample_is_the_same_alone_and_in_any_batch(pipelines, sglang):
     common = ("generate", "--model-path", pipelines["sd3"], "--prompt", "a", "--dtype", "float32", *SIZE, "--seed")
     assert sglang(*common, "7", "--num-samples", "3", "sampling.batch_size=1", "--output-path", "one").code == 0
@@ -78,6 +80,7 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(pipelines, sglang):
     assert not np.array_equal(third, picture("one/generated_image_0.png"))
 
 
+@pytest.mark.whole
 def test_prompts_file_gives_each_line_its_own_picture_and_seed(pipelines, sglang, monkeypatch):
     calls = received(monkeypatch, "StableDiffusion3Pipeline")
     Path("prompts.txt").write_text('a red fox\n\n{"prompt": "{b}", "seed": 40, "negative_prompt": "n"}\n', "utf-8")
@@ -94,6 +97,7 @@ def test_prompts_file_gives_each_line_its_own_picture_and_seed(pipelines, sglang
     assert [entry["prompt"] for entry in record["run"]["sampling"]["prompts"]] == ["a red fox", "{b}"]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_dtype_is_the_dtype_of_the_loaded_networks(pipelines, sglang, monkeypatch, name, dtype):
     seen = []
@@ -139,6 +143,7 @@ def test_diffusers_kwargs_that_cannot_be_taken_are_named(pipelines, sglang, kwar
     assert sentence in done.err
 
 
+@pytest.mark.whole
 def test_component_paths_replace_one_component(pipelines, sglang, tmp_path):
     vae = diffusers.AutoencoderKL.from_pretrained(pipelines["sdxl"], subfolder="vae")
     torch.nn.init.zeros_(vae.decoder.conv_out.weight)
@@ -155,6 +160,7 @@ def test_component_paths_replace_one_component(pipelines, sglang, tmp_path):
     assert (missing.code, "the folder /nowhere/vae of 'vae' does not exist" in missing.err) == (2, True)
 
 
+@pytest.mark.whole
 def test_pipeline_class_name_chooses_the_class(pipelines, sglang, monkeypatch):
     calls = received(monkeypatch, "StableDiffusionPAGPipeline")
     done = sglang("generate", "--model-path", pipelines["sd15"], "--prompt", "a", *SMALL, "--pipeline-class-name",
@@ -182,6 +188,7 @@ def test_pipelines_that_need_more_say_what(pipelines, sglang, name, need):
     assert need in done.lines[-1]
 
 
+@pytest.mark.whole
 def test_max_sequence_length_reaches_the_text_encoder(pipelines, sglang, monkeypatch):
     calls = received(monkeypatch, "FluxPipeline")
     common = ("generate", "--model-path", pipelines["flux"], "--prompt", "a", *SMALL, "--backend", "diffusers")
@@ -195,6 +202,7 @@ def test_max_sequence_length_reaches_the_text_encoder(pipelines, sglang, monkeyp
     )
 
 
+@pytest.mark.whole
 def test_a_negative_prompt_that_cannot_act_is_a_warning(pipelines, sglang):
     flux = sglang("generate", "--model-path", pipelines["flux"], "--prompt", "a", *SMALL, "--negative-prompt", "b")
     assert flux.code == 0
@@ -204,6 +212,7 @@ def test_a_negative_prompt_that_cannot_act_is_a_warning(pipelines, sglang):
     assert "WARNING: The negative prompt has no effect at a guidance scale of 1.0" in sd3.lines
 
 
+@pytest.mark.whole
 def test_noise_and_latents_are_saved_and_the_noise_starts_another_run(pipelines, sglang):
     common = ("generate", "--model-path", pipelines["sdxl"], "--prompt", "a", "--dtype", "float32", *SIZE, "--seed")
     assert sglang(*common, "7", "output.latents=true").code == 0
@@ -232,6 +241,7 @@ def test_saved_latents_decode_to_the_picture(pipelines, sglang):
     assert np.array_equal(picture("outputs/generated_image_0.png"), np.rint(expected * 255).astype(np.uint8))
 
 
+@pytest.mark.whole
 def test_warmup_runs_before_the_clock_and_changes_no_picture(pipelines, sglang, monkeypatch):
     calls = received(monkeypatch, "StableDiffusion3Pipeline")
     common = ("generate", "--model-path", pipelines["sd3"], "--prompt", "a", *SMALL, "--backend", "diffusers")

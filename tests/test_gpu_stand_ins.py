@@ -44,6 +44,7 @@ def ends(monkeypatch):
     return go
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("dtype", "rounded"), [("float32", False), ("bfloat16", True)])
 def test_convolutions_in_float32_keep_all_their_bits(ends, dtype, rounded):
     seen = []
@@ -53,6 +54,7 @@ def test_convolutions_in_float32_keep_all_their_bits(ends, dtype, rounded):
     assert torch.backends.cudnn.allow_tf32 is True
 
 
+@pytest.mark.whole
 def test_a_run_gives_its_memory_back_also_where_it_fails(ends):
     assert ends(lambda *_: None, "cpu", "float32") == 0
     assert ends(lambda *_: None, "cuda", "float32") == 1
@@ -79,6 +81,7 @@ class Held:
             raise RunError("Out of memory while generating") from error
 
 
+@pytest.mark.whole
 def test_the_model_of_a_run_that_failed_is_gone_when_the_next_one_begins(ends, monkeypatch):
     """Though its error is kept, as Python keeps one that is being handled."""
     engines, alive = [], []
@@ -95,6 +98,7 @@ def test_the_model_of_a_run_that_failed_is_gone_when_the_next_one_begins(ends, m
     assert isinstance(kept.value.__cause__, torch.OutOfMemoryError)
 
 
+@pytest.mark.whole
 def test_a_real_engine_is_let_go_of_by_the_error_that_ends_it(pipelines, monkeypatch):
     engines = []
 
@@ -110,6 +114,7 @@ def test_a_real_engine_is_let_go_of_by_the_error_that_ends_it(pipelines, monkeyp
     assert kept.value.__traceback__ is not None
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_torch_is_deterministic_inside_of_a_run_that_asks_for_it(ends, deterministic):
     seen = []

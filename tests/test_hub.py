@@ -39,6 +39,7 @@ def picture(number: int = 0) -> np.ndarray:
     return np.asarray(Image.open(f"outputs/generated_image_{number}.png"))
 
 
+@pytest.mark.whole
 def test_a_hub_id_gives_the_picture_of_the_folder(sglang, hub, pipelines):
     for path in ("tiny/sd15", pipelines["sd15"]):
         done = sglang("generate", "--model-path", path, "--prompt", "a", *SMALL)
@@ -49,6 +50,7 @@ def test_a_hub_id_gives_the_picture_of_the_folder(sglang, hub, pipelines):
     assert json.loads(Path("outputs/generated_image_0.json").read_text())["run"]["model"]["path"] == "tiny/sd15"
 
 
+@pytest.mark.whole
 def test_revision_chooses_the_files(sglang, hub, pipelines, tmp_path):
     shutil.copytree(pipelines["sd15"], tmp_path / "grey")
     vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "grey", subfolder="vae")
@@ -65,6 +67,7 @@ def test_revision_chooses_the_files(sglang, hub, pipelines, tmp_path):
     assert (unknown.code, unknown.lines) == (2, ["ERROR: tiny/sd15 has no revision 'gone'"])
 
 
+@pytest.mark.whole
 def test_a_revision_is_a_branch_a_tag_or_a_commit(sglang, hub, pipelines):
     hub.repos["tiny/sd15"] = {"main": pipelines["sd15"], "v1.0": pipelines["sdxl"], "work/new": pipelines["sdxl"]}
     commit = little_hub._commit("tiny/sd15", "v1.0")
@@ -134,6 +137,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence_within_seconds(sglang, hub
     assert time.monotonic() - start < 20  # the hub's own client tries for 23 s
 
 
+@pytest.mark.whole
 def test_a_cached_model_runs_without_the_hub(sglang, hub):
     common = ("generate", "--model-path", "tiny/sd15", "--prompt", "a", *SMALL)
     assert sglang(*common).code == 0
@@ -183,6 +187,7 @@ def test_dry_run_of_an_unknown_id_fetches_configs_only(sglang, hub):
 OWN = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # of the preset sd15
 
 
+@pytest.mark.whole
 def test_a_preset_is_planned_again_from_what_its_repository_holds(sglang, hub, pipelines):
     missing = {"text_encoder": ["transformers", "CLIPTextModelWithProjection"]}
     hub.repos[OWN] = {"main": edited(pipelines["sd15"], "other", "model_index.json", **missing)}
@@ -208,6 +213,7 @@ def test_another_repository_is_described_by_its_own_configs_under_a_preset_too(s
     assert (refused.code, "it has no StableDiffusionPAGPipeline" in refused.err) == (2, True)
 
 
+@pytest.mark.whole
 def test_dry_run_of_a_preset_asks_no_hub(sglang, hub):
     done = sglang("generate", "model=sdxl", "dry_run=json")
     assert done.code == 0, done.err

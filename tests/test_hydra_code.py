@@ -160,6 +160,7 @@ def test_a_configuration_file_has_no_keys_of_hydra(trace):
     assert not trace.exists()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "hydra",
     [

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import sglang_gen
 
 PACKAGE = Path(sglang_gen.__file__).parent
@@ -131,6 +133,7 @@ def test_every_package_has_only_a_docstring_in_its_init():
         assert [type(node).__name__ for node in body] == ["Expr"], path
 
 
+@pytest.mark.whole
 def test_help_and_models_import_no_heavy_library():
     code = (
         "import sys; from sglang_gen.cli import main;"
@@ -142,6 +145,7 @@ def test_help_and_models_import_no_heavy_library():
     assert done.stderr.strip() == "[]"
 
 
+@pytest.mark.whole
 def test_a_run_of_the_native_engine_imports_only_what_it_computes_with(tmp_path):
     """Of diffusers nothing, and nothing that only other requests need."""
     idle = ("diffusers", "scipy.stats", "peft", "cache_dit", "wandb", "imageio", "torchvision", "matplotlib",

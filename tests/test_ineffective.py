@@ -62,6 +62,7 @@ def test_a_setting_without_effect_is_a_warning_in_a_dry_run(warned, name, kwargs
     assert warned(name, kwargs, "--backend", "diffusers", *words) == expected
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("backend", ["sglang", "diffusers"])
 def test_both_backends_say_the_same_of_guidance_that_is_not_there(warned, backend):
     words = ("--backend", backend)

@@ -312,6 +312,7 @@ def test_flex_equals_attention_with_the_patterns_mask(config):
     assert torch.equal(kernel(q, k, v), scaled_dot_product_attention(q, k, v))  # to the text: dense
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
 def test_flex_is_compiled_for_each_shape_of_a_run_and_one_graph_more_is_an_error(monkeypatch):
     """Past eight graphs torch would go on with an implementation that is not fused. No code is generated here."""

@@ -39,6 +39,7 @@ def photo() -> str:
     return "photo.png"
 
 
+@pytest.mark.whole
 def test_editing_by_instruction_changes_the_picture(tmp_path, sglang, photo):
     folder = tiny.pix2pix(tmp_path / "tiny-pix2pix")
     done = sglang("generate", "--model-path", folder, "--prompt", "make it night", "--image-path", photo,
@@ -64,6 +65,7 @@ def test_a_text_to_image_model_edits_with_the_class_that_edits(pipelines, sglang
     assert np.array_equal(np.asarray(Image.open("outputs/generated_image_0.png")), np.asarray(expected))
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # imageio's reader leaves its pipe to the garbage collector
 def test_a_picture_becomes_a_video(tmp_path, sglang, photo):
     folder = tiny.wan_i2v(tmp_path / "tiny-wan-i2v")
@@ -81,6 +83,7 @@ def test_a_picture_becomes_a_video(tmp_path, sglang, photo):
     assert (without.code, "needs an input image: --image-path FILE" in without.err) == (2, True)
 
 
+@pytest.mark.whole
 def test_a_text_to_video_model_takes_no_picture_unless_its_weights_do(tmp_path, sglang, photo):
     folder = tiny.wan(tmp_path / "tiny-wan")
     done = sglang("generate", "--model-path", folder, "--prompt", "a", "--image-path", photo, *COMMON)
@@ -91,6 +94,7 @@ def test_a_text_to_video_model_takes_no_picture_unless_its_weights_do(tmp_path, 
         assert (found.pipeline_class.__name__, found.makes) == ("LTXImageToVideoPipeline", "video")
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  # torch deprecates what diffusers builds it from
 def test_a_sound_is_what_the_pipeline_returned(tmp_path, sglang):
     folder = tiny.stable_audio(tmp_path / "tiny-audio")

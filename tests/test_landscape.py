@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -29,6 +30,7 @@ def test_no_config_names_a_folder_of_the_machine_that_trained_it():
         assert "_name_or_path" not in path.read_text(encoding="utf-8"), path
 
 
+@pytest.mark.whole
 def test_the_command_draws_with_it_when_no_model_is_given(sglang):
     done = sglang("generate", "--prompt", PROMPT, "--seed", "42", "--num-inference-steps", "8")
     assert done.code == 0, done.err
@@ -40,6 +42,7 @@ def test_the_command_draws_with_it_when_no_model_is_given(sglang):
     assert record["sources"]["sampling.guidance_scale"] == "preset"
 
 
+@pytest.mark.whole
 def test_plain_diffusers_makes_the_same_picture(sglang):
     assert sglang("generate", "--prompt", PROMPT, "--seed", "3", "--num-inference-steps", "4", "--dtype", "float32",
                   "--guidance-scale", "4", "sampling.max_sequence_length=32").code == 0  # fmt: skip
@@ -50,6 +53,7 @@ def test_plain_diffusers_makes_the_same_picture(sglang):
     assert np.abs(ours - np.asarray(expected)).max() <= 1  # which processors round products alike differs
 
 
+@pytest.mark.whole
 def test_the_time_of_day_is_seen_in_the_sky(sglang):
     sky = {}
     for number, time in enumerate(("noon", "night")):
@@ -60,6 +64,7 @@ def test_the_time_of_day_is_seen_in_the_sky(sglang):
     assert sky["noon"] > sky["night"] + 60
 
 
+@pytest.mark.whole
 def test_the_negative_prompt_and_the_guidance_act(sglang):
     common = ("generate", "--prompt", "a landscape with hills", "--seed", "5", "--num-inference-steps", "12")
     for extra in ((), ("--negative-prompt", "at night"), ("--guidance-scale", "1")):
@@ -71,6 +76,7 @@ def test_the_negative_prompt_and_the_guidance_act(sglang):
     assert np.abs(first - unguided).mean() > 2
 
 
+@pytest.mark.whole
 def test_any_text_is_a_prompt(sglang):
     for prompt in ("🏔️🌅", "Ünïcödé \n\t \x00", "zxqv " * 200, "Abstract art with vibrant colors"):
         done = sglang("generate", "--prompt", prompt, "--seed", "1", "--num-inference-steps", "1")

@@ -41,6 +41,7 @@ def possible(stated: dict[str, int]) -> bool:
     return False
 
 
+@pytest.mark.whole
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(
     stated=st.dictionaries(st.sampled_from(DEGREES), st.sampled_from([1, 2, 3, 4, 6, 8, 16]), max_size=5),

@@ -76,6 +76,7 @@ def options() -> dict[str, Composed]:
 LONG = {"sd15", "sd21", "sd35_large", "flux_dev"}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("model", mostly_slow(PRESETS, *sorted(set(PRESETS) - LONG)))
 def test_every_layout_of_a_preset_plans_and_runs_or_neither(options, model):
     card = card_of(model)
@@ -129,6 +130,7 @@ def networks(draw) -> tuple[str, dict]:
                               "num_single_layers": 1, "in_channels": 4}  # fmt: skip
 
 
+@pytest.mark.whole
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(networks(), SPLIT, st.integers(1, 6))
 def test_a_layout_is_legal_exactly_where_its_ranks_can_run(network, split, rows):
@@ -208,6 +210,7 @@ def test_guidance_that_a_scale_of_one_does_not_take_away_is_split():
         planned("flux_schnell", "parallel=cfg2", TRUE_CFG, **{"sampling.negative_prompt": None})
 
 
+@pytest.mark.whole
 def test_four_gpus_alone_are_sequence_parallel_as_far_as_the_heads_divide():
     expected = {"sdxl": (2, 2), "sd15": (1, 4), "sd21": (4, 1), "sd3_medium": (1, 4), "sd35_medium": (1, 4),
                 "sd35_large": (2, 2), "flux_dev": (1, 4), "flux_schnell": (1, 4), "landscape": (2, 2)}  # fmt: skip

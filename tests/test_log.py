@@ -36,6 +36,7 @@ def test_the_lines_are_those_of_the_page_in_their_order(pipelines, sglang):
     assert re.fullmatch(r"INFO: Total generation time: \d+\.\d\ds", done.lines[-1])
 
 
+@pytest.mark.whole
 def test_a_level_silences_what_lies_below_it(pipelines, sglang):
     quiet = sglang("generate", "--model-path", pipelines["flux"], "--prompt", "a", *SMALL, "--negative-prompt", "b",
                    "--log-level", "warning")  # fmt: skip

@@ -97,6 +97,7 @@ def run(pipelines, sglang):
     return generate
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 @pytest.mark.parametrize("alpha", [2.0, None])
 def test_the_kohya_layout_is_merged_in_unet_and_text_encoders(pipelines, run, name, alpha):
@@ -114,6 +115,7 @@ def test_the_kohya_layout_is_merged_in_unet_and_text_encoders(pipelines, run, na
     assert entry["modules"] == len(factors)
 
 
+@pytest.mark.whole
 def test_the_kohya_layout_with_the_block_numbers_of_sdxls_authors_is_merged(pipelines, run):
     pipeline = load(pipelines["sdxl"])
     factors = pairs(pipeline, "unet", re.compile(r"attn\d\.to_|proj_out$|conv_shortcut$"))
@@ -126,6 +128,7 @@ def test_the_kohya_layout_with_the_block_numbers_of_sdxls_authors_is_merged(pipe
     assert np.abs(picture() - by_hand(pipelines["sdxl"], factors, SCALE / 2)).max() <= 1
 
 
+@pytest.mark.whole
 def test_the_kohya_layout_of_flux_with_fused_projections_is_merged(pipelines, run):
     pipeline = load(pipelines["flux"])
     width, generator = pipeline.transformer.config.num_attention_heads * 16, torch.Generator().manual_seed(3)
@@ -180,6 +183,7 @@ def test_the_layout_of_peft_and_ai_toolkit_is_merged(pipelines, run, name):
     assert np.abs(picture() - by_hand(pipelines[name], factors, SCALE)).max() <= 1
 
 
+@pytest.mark.whole
 def test_the_files_of_peft_name_one_network_and_their_settings_the_alpha(pipelines, run):
     factors = pairs(load(pipelines["sd3"]), "transformer", ATTENTION)
     weights = {f"base_model.model.{key.removeprefix('transformer.')}": t for key, t in peft(factors).items()}
@@ -196,6 +200,7 @@ def test_the_files_of_peft_name_one_network_and_their_settings_the_alpha(pipelin
     assert np.abs(picture(1) - by_hand(pipelines["sd3"], factors, SCALE * 8 / 4**0.5)).max() <= 1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("own", [True, False])
 def test_an_alpha_of_the_file_comes_before_that_of_its_metadata(pipelines, run, own):
     factors = pairs(load(pipelines["sd3"]), "transformer", ATTENTION)
@@ -208,6 +213,7 @@ def test_an_alpha_of_the_file_comes_before_that_of_its_metadata(pipelines, run, 
     assert np.abs(picture() - by_hand(pipelines["sd3"], factors, SCALE * (0.5 if own else 3))).max() <= 1
 
 
+@pytest.mark.whole
 def test_target_modules_choose_among_kohya_names(pipelines, run):
     factors = pairs(load(pipelines["sdxl"]), "unet", ATTENTION)
     for wanted in ("attn2.to_q", "attn2_to_q"):
@@ -221,6 +227,7 @@ def test_target_modules_choose_among_kohya_names(pipelines, run):
     assert np.abs(picture() - by_hand(pipelines["sdxl"], kept, SCALE)).max() <= 1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd15", "flux"])
 def test_a_scale_of_zero_leaves_every_bit_of_the_picture(pipelines, run, sglang, name):
     pipeline = load(pipelines[name])
@@ -277,6 +284,7 @@ def test_kinds_that_only_the_settings_tell_are_refused_by_name(pipelines, run):
         assert (done.code, f"is a {kind} adapter, and only LoRA is applied" in done.err) == (2, True)
 
 
+@pytest.mark.whole
 def test_what_is_no_whole_pair_is_refused_by_its_own_name(pipelines, run):
     weights = peft(pairs(load(pipelines["sd3"]), "transformer", re.compile("attn.to_q$")))
     first = next(iter(weights))
@@ -295,6 +303,7 @@ def test_what_is_no_whole_pair_is_refused_by_its_own_name(pipelines, run):
         assert sentence in done.lines[-1]
 
 
+@pytest.mark.whole
 def test_an_adapter_is_applied_whole_or_not_at_all(pipelines, run):
     factors = pairs(load(pipelines["sdxl"]), "unet", ATTENTION)
     elsewhere = {f"lora_unet_down_blocks_7_attentions_0_proj_in.{end}": torch.zeros(shape) for end, shape in
@@ -318,6 +327,7 @@ def test_modules_that_the_conversion_drops_are_counted_by_the_files_own_names(pi
     assert "such as lora_unet_middle_block_1_proj_in" in done.lines[-1]
 
 
+@pytest.mark.whole
 def test_a_hub_id_gives_the_adapter_of_the_file(pipelines, run, tmp_path, monkeypatch):
     factors = pairs(load(pipelines["sd3"]), "transformer", ATTENTION)
     (tmp_path / "repo").mkdir()
@@ -354,6 +364,7 @@ def test_a_folder_with_several_files_asks_which(pipelines, run):
     assert record()["effective"]["lora"][0]["file"] == "many/pytorch_lora_weights.safetensors"
 
 
+@pytest.mark.whole
 def test_pickled_and_broken_adapters_are_refused_in_one_sentence(run):
     Path("pickled").mkdir()
     Path("empty").mkdir()

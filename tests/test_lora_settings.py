@@ -139,6 +139,7 @@ def test_any_patterns_give_the_scale_that_peft_gives(alphas, ranks, stabilized):
                 assert scale == pytest.approx(module.scaling["default"], rel=1e-12)
 
 
+@pytest.mark.whole
 def test_the_picture_is_that_of_the_network_which_peft_merged(pipelines, sglang):
     import diffusers
 

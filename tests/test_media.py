@@ -34,6 +34,7 @@ def test_a_video_has_its_frames_its_rate_and_its_record(tmp_path, size):
     assert json.loads(path.with_suffix(".json").read_text()) == {"file": path.name, "prompt": "é🐱; a=b"}
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_text_to_video_saves_a_video_with_the_settings_of_the_request(wan, sglang):
     done = sglang("generate", "--model-path", wan, "--prompt", "a cat", "--height", "16", "--width", "16",

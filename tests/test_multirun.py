@@ -17,6 +17,7 @@ def read(path: str | Path) -> dict:
     return json.loads(Path(path).read_text("utf-8"))
 
 
+@pytest.mark.whole
 def test_each_job_leaves_picture_record_dump_and_note(pipelines, sglang):
     text = "a, b {c} ${oc.env:HOME}"
     done = sglang("generate", "-m", "--model-path", pipelines["sdxl"], "--prompt", text, *SMALL,
@@ -39,6 +40,7 @@ def test_each_job_leaves_picture_record_dump_and_note(pipelines, sglang):
     assert f"INFO: Multirun: jobs without a seed use seed {seeds.pop()}" in done.lines
 
 
+@pytest.mark.whole
 def test_a_failing_job_does_not_stop_the_others_and_says_why(pipelines, sglang):
     done = sglang("generate", "-m", "--model-path", pipelines["sdxl"], "--prompt", "x", *SMALL,
                   "--output-path", "sweep", "sampling.guidance_scale=nan,2", "parallel.tp_size=1,8")  # fmt: skip
@@ -52,6 +54,7 @@ def test_a_failing_job_does_not_stop_the_others_and_says_why(pipelines, sglang):
     assert [path.parent.name for path in Path("sweep").glob("*/generated_image_0.png")] == ["2"]
 
 
+@pytest.mark.whole
 def test_a_sweep_over_models(pipelines, sglang):
     paths = f"{pipelines['sd15']},{pipelines['sdxl']},/nowhere"
     done = sglang("generate", "-m", f"model.path={paths}", "--prompt", "x", *SMALL, "--output-path", "sweep")
@@ -82,6 +85,7 @@ def sweep_file() -> tuple[str, ...]:
     return "--config-dir", "sweeps", "--config-name", "seeds", "model=sdxl"
 
 
+@pytest.mark.whole
 def test_a_sweep_file_needs_no_m(composed, sglang, sweep_file, monkeypatch):
     seen: list = []
     monkeypatch.setattr("sglang_gen.sweep.jobs.run_job", lambda job: seen.append(job) or 0)
@@ -95,6 +99,7 @@ def test_a_sweep_file_can_be_run_once(composed, sweep_file):
         assert composed(*sweep_file, word).run.sampling.num_samples == 3
 
 
+@pytest.mark.whole
 def test_jobs_compose_files_flags_and_sweep_choices(composed, sweep_file):
     Path("file.json").write_text('{"seed": 9, "height": 64, "width": 64, "output_path": "there"}')
     jobs = composed("-m", *sweep_file, "--config", "file.json", "--width", "128")
@@ -105,6 +110,7 @@ def test_jobs_compose_files_flags_and_sweep_choices(composed, sweep_file):
     assert [job.run.output.path for job in jobs] == [str(Path(f"there/{number}").absolute()) for number in (0, 1)]
 
 
+@pytest.mark.whole
 def test_an_unset_seed_is_one_seed_and_a_set_one_is_kept(composed):
     drawn = composed("-m", "model=sdxl", "sampling.height=64,128", "--output-path", "a")
     assert drawn[0].run.sampling.seed == drawn[1].run.sampling.seed is not None
@@ -112,6 +118,7 @@ def test_an_unset_seed_is_one_seed_and_a_set_one_is_kept(composed):
     assert [job.run.sampling.seed for job in kept] == [3, 3]
 
 
+@pytest.mark.whole
 def test_the_seed_of_a_sweep_is_told_where_a_job_uses_it(composed, sglang):
     told = [
         [any("jobs without a seed" in notice for notice in job.notices) for job in composed("-m", "model=sdxl", *words)]
@@ -121,6 +128,7 @@ def test_the_seed_of_a_sweep_is_told_where_a_job_uses_it(composed, sglang):
     assert "seed" not in sglang("generate", "-m", "model=sdxl", "output.path=a,b").err
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
 def test_a_sweep_that_is_cut_short_has_a_table_of_what_is_there(sglang, monkeypatch, stop, code):
     def execute(composed):
@@ -137,6 +145,7 @@ def test_a_sweep_that_is_cut_short_has_a_table_of_what_is_there(sglang, monkeypa
     assert rows[1]["pictures"] == "1/generated_image_0.png"
 
 
+@pytest.mark.whole
 def test_globs_ranges_and_nothing_to_sweep(composed):
     jobs = composed("-m", "model=glob(sd3*)", "--prompt", "x", "--output-path", "a")
     assert [job.run.model.preset for job in jobs] == ["sd35_large", "sd35_medium", "sd3_medium"]
@@ -168,6 +177,7 @@ def test_a_perf_dump_that_a_file_or_a_sweep_names_is_refused_as_early(sglang):
         assert (done.code, "give it a name of its own, not 'a/b.json'" in done.lines[-1]) == (2, True)
 
 
+@pytest.mark.whole
 def test_a_perf_dump_may_have_its_own_name(composed):
     (job,) = composed("-m", "model=sdxl", "--perf-dump-path", "speed.json", "--output-path", "sweep")
     assert job.run.output.perf_dump_path == str(Path("sweep/0/speed.json").absolute())
@@ -205,6 +215,7 @@ def test_a_flag_that_the_sweep_file_sets_is_refused(sglang, sweep_file):
     assert (done.code, "sampling.seed is given twice, by --seed and by the sweep seeds" in done.err) == (2, True)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", [None, "mine.json"])
 def test_the_record_of_a_job_repeats_its_picture_and_leaves_the_sweeps_dump_alone(pipelines, sglang, name):
     words = ("-m", "--model-path", pipelines["sd15"], "--prompt", "x", *SMALL, "--output-path", "sweep")
@@ -218,6 +229,7 @@ def test_the_record_of_a_job_repeats_its_picture_and_leaves_the_sweeps_dump_alon
     assert kept.read_bytes() == dump
 
 
+@pytest.mark.whole
 def test_sweeps_of_one_record_have_a_folder_each_where_the_run_named_none(composed, tmp_path):
     sources = {"output.path": "default", "output.perf_dump_path": "flag"}
     run = {"output": {"path": "outputs/", "perf_dump_path": "p.json"}, "sampling": {"prompt": "x", "seed": 1}}
@@ -239,6 +251,7 @@ def test_a_full_disk_is_a_failure_of_the_sweep_and_no_wrong_request(sglang, monk
     assert done.lines[-1] == "ERROR: The folder of the sweep cannot be written: No space left on device"
 
 
+@pytest.mark.whole
 def test_a_primary_configuration_that_is_nested_too_deeply_is_one_sentence(sglang):
     Path("deep.yaml").write_text("[" * 3000)
     done = sglang("generate", "--config-dir", ".", "--config-name", "deep", "--prompt", "x")

@@ -24,9 +24,11 @@ def run(pipelines, sglang):
     "words",
     [
         (),
-        ("--negative-prompt", "a dog", "--num-samples", "3", "sampling.batch_size=2"),
-        ("--guidance-scale", "1.0"),
-        ("--negative-prompt", "", "sampling.max_sequence_length=16"),
+        pytest.param(
+            ("--negative-prompt", "a dog", "--num-samples", "3", "sampling.batch_size=2"), marks=pytest.mark.whole
+        ),
+        pytest.param(("--guidance-scale", "1.0"), marks=pytest.mark.whole),
+        pytest.param(("--negative-prompt", "", "sampling.max_sequence_length=16"), marks=pytest.mark.whole),
     ],
 )
 def test_both_backends_make_the_same_picture(run, name, words):
@@ -35,6 +37,7 @@ def test_both_backends_make_the_same_picture(run, name, words):
     assert_both_make_the_same(run, name, *words)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("zeros", [True, False])
 def test_no_negative_prompt_is_not_an_empty_one_where_the_model_says_so(pipelines, run, zeros):
     model = edited(pipelines["sdxl"], "model", "model_index.json", force_zeros_for_empty_prompt=zeros)
@@ -44,6 +47,7 @@ def test_no_negative_prompt_is_not_an_empty_one_where_the_model_says_so(pipeline
     assert np.array_equal(picture("empty/generated_image_0.png"), absent) is not zeros
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("file", "changes"),
     [
@@ -59,6 +63,7 @@ def test_what_the_pipeline_mends_in_old_configurations_is_mended(pipelines, run,
     assert_both_make_the_same(run, model)
 
 
+@pytest.mark.whole
 def test_a_rescaled_guidance_is_the_same(run):
     assert_both_make_the_same(run, "sdxl", "--diffusers-kwargs", '{"guidance_rescale": 0.7}')
     rescaled = picture("sglang/generated_image_0.png")
@@ -66,6 +71,7 @@ def test_a_rescaled_guidance_is_the_same(run):
     assert not np.array_equal(picture("plain/generated_image_0.png"), rescaled)
 
 
+@pytest.mark.whole
 def test_latents_that_do_not_halve_evenly_make_the_same_picture(run):
     assert_both_make_the_same(run, "sdxl", size=(40, 56))
     assert_both_make_the_same(run, "sd15", size=(40, 72))
@@ -113,6 +119,7 @@ def test_a_model_that_asks_for_more_is_refused_by_the_name_of_what_it_asks(pipel
     assert reason in planned.out + planned.err
 
 
+@pytest.mark.whole
 def test_true_guidance_of_flux_needs_its_scale_and_a_negative_prompt(run):
     words = ("--diffusers-kwargs", '{"true_cfg_scale": 3.0}', "--negative-prompt", "a dog")
     for backend in ("sglang", "diffusers"):
@@ -130,6 +137,7 @@ def test_auto_takes_the_native_engine_where_it_can(run):
     assert not [line for line in done.lines if line.startswith("INFO: Backend: ")]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "words", "reason"),
     [
@@ -184,6 +192,7 @@ def test_what_is_the_same_for_all_steps_is_computed_once(run, monkeypatch, name,
     assert len(calls) == times
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd3", "sd15", "sdxl", "flux"])
 def test_a_second_generation_in_the_process_is_bit_identical(run, name):
     done = run(name, "perf.repeat=3", "--num-samples", "2")
@@ -223,6 +232,7 @@ def test_a_prompt_that_the_encoder_cuts_is_a_warning(run):
     assert "cat" in line or "at" in line
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_the_work_of_the_native_network_is_counted(run, name):
     assert run(name, "--perf-dump-path", "ours.json", "--backend", "sglang", folder="ours").code == 0
@@ -231,6 +241,7 @@ def test_the_work_of_the_native_network_is_counted(run, name):
     assert 0.8 * theirs["flops"] < ours["flops"] < theirs["flops"]  # what all steps share is counted once
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_noise_of_an_earlier_run_is_taken_by_either_backend(run, name):
     scale = ("--guidance-scale", "3")  # a higher one makes more than 1e-5 of the tiny SDXL's own rounding

@@ -130,9 +130,15 @@ IN_THE_ENCODER = {
 DEFECTS = [("decoder", name) for name in IN_THE_DECODER] + [("encoder", name) for name in IN_THE_ENCODER]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(diffusers' network, ours), of which tests that break one take a copy."""
+    return pair(reference(**PLAIN), autoencoder, tmp_path_factory.mktemp("vae"), torch.float32)
+
+
 @pytest.mark.parametrize(("half", "name"), DEFECTS)
-def test_a_planted_defect_breaks_the_parity(half, name):
-    their, our = pair(reference(**PLAIN), autoencoder, Path("vae"), torch.float32)
+def test_a_planted_defect_breaks_the_parity(whole, half, name):
+    their, our = whole
     broken = copy.deepcopy(our)
     with torch.no_grad():
         {"decoder": IN_THE_DECODER, "encoder": IN_THE_ENCODER}[half][name](getattr(broken, half))
@@ -227,6 +233,7 @@ def test_an_autoencoder_of_another_architecture_runs_on_diffusers_with_the_reaso
 MEAN, DEVIATION = {"latents_mean": [-1.6, 1.1, 0.2, -0.4]}, {"latents_std": [8.4, 5.1, 5.2, 5.9]}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("part", [{}, MEAN | DEVIATION, MEAN, DEVIATION], ids=["none", "both", "mean", "deviation"])
 def test_latents_are_scaled_as_in_diffusers(pipelines, run, part):
     model = edited(pipelines["sdxl"], "model", "vae/config.json", **part)

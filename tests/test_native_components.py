@@ -43,6 +43,7 @@ def given(**paths: object) -> tuple[str, str]:
     return "--component-paths", json.dumps({name: str(path) for name, path in paths.items()})
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "part", "kind"),
     [
@@ -58,6 +59,7 @@ def test_a_component_of_another_folder_is_the_one_that_computes(pipelines, run, 
     assert not np.array_equal(picture("own/generated_image_0.png"), picture("sglang/generated_image_0.png"))
 
 
+@pytest.mark.whole
 def test_a_models_folder_gives_its_component_and_a_scheduler_its_own_class(pipelines, run):
     edited(pipelines["sdxl"], "model", "scheduler/scheduler_config.json", _class_name="DDIMScheduler")
     other(diffusers.AutoencoderKL, pipelines["sdxl"] / "vae", "model/vae")
@@ -65,6 +67,7 @@ def test_a_models_folder_gives_its_component_and_a_scheduler_its_own_class(pipel
     assert record("sglang")["effective"]["components"]["scheduler"] == "DDIMScheduler"
 
 
+@pytest.mark.whole
 def test_the_network_that_comes_from_elsewhere_is_checked_and_another_may_have_another_shape(pipelines, run):
     odd = edited(pipelines["sdxl"], "odd", "unet/config.json", class_embed_type="timestep")
     done = run("sdxl", "--backend", "sglang", *given(unet=odd))
@@ -75,6 +78,7 @@ def test_the_network_that_comes_from_elsewhere_is_checked_and_another_may_have_a
     both_make_the_same(run, "sdxl", *given(unet="shallow"))
 
 
+@pytest.mark.whole
 def test_a_class_that_is_not_ours_runs_on_diffusers(run):
     tiny = diffusers.AutoencoderTiny(
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
@@ -116,6 +120,7 @@ def test_weights_that_lack_a_tensor_are_refused_by_its_name(pipelines, run):
     assert "layers.1.mlp.fc1.weight" in done.lines[-1]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_component_of_the_hub_is_planned_from_its_config_and_runs_natively(
     pipelines, run, tmp_path, monkeypatch, inside

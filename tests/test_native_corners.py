@@ -31,6 +31,7 @@ def run(pipelines, sglang):
     return runner(pipelines, sglang)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_a_model_that_says_no_size_needs_one(pipelines, run, name):
     model = edited(pipelines[name], "model", "unet/config.json", sample_size=None)
@@ -43,6 +44,7 @@ def test_a_model_that_says_no_size_needs_one(pipelines, run, name):
         )
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
 def test_of_one_side_alone_the_other_is_the_models_own(pipelines, run, name):
     network = "transformer" if name == "sd3" else "unet"
@@ -53,6 +55,7 @@ def test_of_one_side_alone_the_other_is_the_models_own(pipelines, run, name):
         assert picture(f"{backend}/generated_image_0.png").shape == (48, own * 2, 3)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "flux"])
 def test_a_learned_word_of_several_vectors_is_all_of_them(pipelines, sglang, name):
     pipeline = DiffusionPipeline.from_pretrained(pipelines[name], dtype=torch.float32)
@@ -92,6 +95,7 @@ def test_the_files_of_a_component_are_those_of_no_variant():
     assert in_folder(Path()) == [Path("m.safetensors")]
 
 
+@pytest.mark.whole
 def test_schnell_takes_no_guidance_and_says_so(run):
     model = tiny.flux(Path("schnell"), guidance_embeds=False)
     assert_both_make_the_same(run, model, "--guidance-scale", "7.5")
@@ -129,12 +133,14 @@ def test_a_scheduler_that_cannot_sample_a_flow_is_refused_in_one_sentence(
     assert (done.code, sentence in done.lines[-1]) == (2, True), done.err
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("scheduler", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
 def test_solvers_of_higher_order_integrate_a_flow_as_in_diffusers(pipelines, run, scheduler):
     settings = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
     assert_both_make_the_same(run, with_scheduler(pipelines["sd3"], scheduler, **settings), steps=4)
 
 
+@pytest.mark.whole
 def test_dynamic_shifting_of_sd3_is_that_of_diffusers(pipelines, run):
     file = "scheduler/scheduler_config.json"
     assert_both_make_the_same(run, edited(pipelines["sd3"], "model", file, use_dynamic_shifting=True))

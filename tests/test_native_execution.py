@@ -40,6 +40,7 @@ def assert_close(one: str, other: str) -> None:
     assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd3", "flux", "sd15", "sdxl"])
 def test_a_named_kernel_takes_the_place_of_sdpa(run, monkeypatch, name):
     used = []
@@ -58,6 +59,7 @@ def test_a_named_kernel_takes_the_place_of_sdpa(run, monkeypatch, name):
     assert_close("math", "again")
 
 
+@pytest.mark.whole
 def test_auto_times_the_kernels_on_the_shapes_of_the_run_and_its_record_pins_the_answer(run, sglang, monkeypatch):
     asked = []
 
@@ -82,6 +84,7 @@ def test_auto_times_the_kernels_on_the_shapes_of_the_run_and_its_record_pins_the
     assert np.array_equal(first, again)
 
 
+@pytest.mark.whole
 def test_the_dump_of_a_record_with_named_settings_of_sdpa_keeps_them(run, sglang):
     assert run("sd3", "attention.backend_config={priority: [math]}").code == 0
     assert effective("outputs", "attention") == "sdpa(math)"

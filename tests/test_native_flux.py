@@ -56,9 +56,15 @@ MUTATIONS = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(diffusers' network, ours), of which tests that break one take a copy."""
+    return pair(reference(**DEV), pipeline, tmp_path_factory.mktemp("network"), torch.float32)
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_planted_defect_breaks_the_parity(mutation):
-    their, our = pair(reference(**DEV), pipeline, Path("network"), torch.float32)
+def test_a_planted_defect_breaks_the_parity(whole, mutation):
+    their, our = whole
     given = inputs(DEV, torch.float32)
     broken = copy.deepcopy(our)
     with torch.no_grad():

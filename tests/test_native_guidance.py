@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from cases import mostly_slow
+from cases import mostly_slow, mostly_whole
 from native import COMMON, counted_rows, error, record, runner, tensors, with_scheduler
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,7 +61,10 @@ def expected(folder, guided: range, steps: int, evaluations: int = 1, **given: o
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
 @pytest.mark.parametrize(
-    ("interval", "guided"), [([0.2, 0.6], range(1, 3)), ([0.4, 1], range(2, 5)), ([0.32, 0.64], range(2, 3))]
+    ("interval", "guided"),
+    mostly_whole(
+        [([0.2, 0.6], range(1, 3)), ([0.4, 1], range(2, 5)), ([0.32, 0.64], range(2, 3))], ([0.2, 0.6], range(1, 3))
+    ),
 )
 def test_guidance_starts_and_stops_at_a_step(pipelines, run, rows, name, interval, guided):
     done = run(name, *WORDS[name], f"sampling.guidance_interval={interval}", steps=5)
@@ -110,6 +113,7 @@ def test_true_guidance_of_flux_starts_and_stops_at_a_step(pipelines, run, rows):
     assert error(tensors("outputs")["latents"][None], theirs.numpy()) <= 1e-5
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("scheduler", "evaluations"), [("EulerAncestralDiscreteScheduler", 1), ("HeunDiscreteScheduler", 2)]
 )
@@ -124,6 +128,7 @@ def test_an_interval_holds_whole_steps_of_any_scheduler(pipelines, run, rows, sc
     assert error(tensors("outputs")["latents"][None], theirs) <= 1e-5
 
 
+@pytest.mark.whole
 def test_the_interval_of_all_steps_is_bit_identical_to_none(run, rows):
     for folder, words in (("none", ()), ("all", ("sampling.guidance_interval=[0,1]",))):
         assert run("sdxl", *words, folder=folder).code == 0
@@ -131,6 +136,7 @@ def test_the_interval_of_all_steps_is_bit_identical_to_none(run, rows):
     assert np.array_equal(tensors("none")["latents"], tensors("all")["latents"])
 
 
+@pytest.mark.whole
 def test_an_interval_is_of_the_schedule_whatever_a_picture_spares(run, rows):
     Image.new("RGB", (32, 32), (200, 90, 30)).save("fox.png")
     words = ("--image-path", "fox.png", "--diffusers-kwargs", '{"strength": 0.5}')
@@ -185,6 +191,7 @@ def test_settings_of_guidance_that_is_not_there_are_warned_of(run, rows, name, w
     assert record("outputs")["effective"]["guidance_batching"] == "none"
 
 
+@pytest.mark.whole
 def test_the_record_of_a_picture_says_whether_it_was_guided(pipelines, sglang, rows):
     Path("prompts.jsonl").write_text('{"prompt": "a cat", "negative_prompt": "a dog"}\n{"prompt": "a fox"}\n')
     words = ("--diffusers-kwargs", '{"true_cfg_scale": 3.0}', "sampling.prompts_file=prompts.jsonl", "--height", 32)
@@ -202,6 +209,7 @@ def test_the_record_of_a_picture_says_whether_it_was_guided(pipelines, sglang, r
     assert json.loads(Path("perf.json").read_text())["effective"]["guidance_batching"] == "batched"
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", NETWORKS)
 def test_branches_in_turn_are_branches_at_once(run, rows, name):
     words = (*WORDS[name], "--num-samples", "2", "sampling.batch_size=2")
@@ -216,6 +224,7 @@ def test_branches_in_turn_are_branches_at_once(run, rows, name):
         assert error(tensors("sequential", number)["latents"], tensors("batched", number)["latents"]) <= 1e-5
 
 
+@pytest.mark.whole
 def test_an_empty_negative_prompt_is_one_whatever_stands_beside_it(pipelines, sglang, rows):
     lines = [{"prompt": "a", "negative_prompt": ""}, {"prompt": "b", "negative_prompt": "blurry"}]
     Path("prompts.txt").write_text("\n".join(map(json.dumps, lines)))
@@ -231,6 +240,7 @@ def test_an_empty_negative_prompt_is_one_whatever_stands_beside_it(pipelines, sg
             assert error(tensors("sglang2", number)["latents"], tensors(other, number)["latents"]) <= 1e-5
 
 
+@pytest.mark.whole
 def test_branches_in_turn_take_an_interval_too(run, rows):
     words = ("sampling.guidance_interval=[0.4,1]", "--guidance-scale", "3")
     for how in ("batched", "sequential"):

@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from cases import mostly_slow
+from cases import mostly_slow, mostly_whole
 from diffusers import AutoencoderKL
 from native import assert_both_make_the_same, edited, error, picture, record, runner, tensors, with_scheduler
 from PIL import Image
@@ -36,7 +36,7 @@ def strength(value: float, **others: object) -> tuple[str, str]:
     return "--diffusers-kwargs", json.dumps({"strength": value, **others})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_whole(NAMES, "sd15", "flux"))
 @pytest.mark.parametrize("value", mostly_slow([0.3, 0.75, 1.0], 0.75))
 def test_both_backends_make_the_same_of_a_picture(run, photo, name, value):
     size = (24, 40) if name in ("sd3", "flux") else None
@@ -45,6 +45,7 @@ def test_both_backends_make_the_same_of_a_picture(run, photo, name, value):
     assert height_width == ([24, 40] if size else [44, 60])  # 61 is no multiple of 2
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", NAMES)
 def test_each_sample_of_a_batch_is_the_one_that_diffusers_makes_alone(pipelines, run, photo, name):
     words = ("--image-path", photo, *strength(0.6), "--guidance-scale", "3", "--negative-prompt", "a dog")
@@ -62,6 +63,7 @@ def test_each_sample_of_a_batch_is_the_one_that_diffusers_makes_alone(pipelines,
     assert error(tensors("outputs", 0)["noise"], tensors("outputs", 1)["noise"]) > 0.1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_is_the_same_on_both_backends(run, photo, name):
     words = ("--image-path", photo, "--num-samples", "3", "sampling.batch_size=3")
@@ -69,6 +71,7 @@ def test_a_batch_is_the_same_on_both_backends(run, photo, name):
     assert_both_make_the_same(run, name, *words, steps=4, size=size)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", NAMES)
 def test_a_strength_that_nobody_gives_is_that_of_the_pipeline(run, photo, name):
     assert run(name, "--image-path", photo, *strength(DEFAULTS[name]), folder="given", steps=6).code == 0
@@ -76,6 +79,7 @@ def test_a_strength_that_nobody_gives_is_that_of_the_pipeline(run, photo, name):
     assert np.array_equal(tensors("given")["latents"], tensors("left")["latents"])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "steps_run"), [("sd15", 7), ("sdxl", 7), ("sd3", 8), ("flux", 8)])
 @pytest.mark.parametrize("backend", mostly_slow(["sglang", "diffusers"], "sglang"))
 def test_progress_and_dump_count_the_steps_that_are_run(run, photo, name, steps_run, backend):
@@ -88,6 +92,7 @@ def test_progress_and_dump_count_the_steps_that_are_run(run, photo, name, steps_
     assert backend == "diffusers" or dump["work"]["latents"]["flops"] > 0  # of encoding the picture
 
 
+@pytest.mark.whole
 def test_an_autoencoder_that_is_at_work_in_float32_is_counted_in_it(run, photo):
     words = ("--image-path", photo, *strength(0.5), "--backend", "sglang", "--perf-dump-path", "perf.json")
     done = run("sdxl", *words, dtype="float16")
@@ -96,6 +101,7 @@ def test_an_autoencoder_that_is_at_work_in_float32_is_counted_in_it(run, photo):
     assert (work["latents"]["flops"] > 0, work["decoding"]["flops"] > 0) == (True, True)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "scheduler", "settings"),
     [
@@ -114,6 +120,7 @@ def test_schedulers_start_in_the_middle_as_they_do_in_diffusers(pipelines, run, 
     assert record("sglang")["effective"]["components"]["scheduler"] == scheduler
 
 
+@pytest.mark.whole
 def test_a_flow_that_draws_noise_in_each_step_starts_in_the_middle_too(pipelines, run, photo):
     model = edited(pipelines["sd3"], "model", "scheduler/scheduler_config.json", stochastic_sampling=True)
     done = run(str(model), "--image-path", photo, "--num-samples", "2", "sampling.batch_size=2", folder="both")
@@ -132,6 +139,7 @@ def with_vae(folder: Path, **settings: object) -> Path:
     return copied
 
 
+@pytest.mark.whole
 def test_mean_and_deviation_of_the_latents_of_sdxl_are_used_both_ways(pipelines, run, photo):
     moments = {"latents_mean": [-1.6, 1.1, 0.2, -0.4], "latents_std": [8.4, 5.1, 5.2, 5.9]}
     model = with_vae(pipelines["sdxl"], **moments)
@@ -140,6 +148,7 @@ def test_mean_and_deviation_of_the_latents_of_sdxl_are_used_both_ways(pipelines,
     assert error(tensors("sglang")["noise"], tensors("plain")["noise"]) > 0.01
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("force", [True, False])
 def test_an_autoencoder_that_must_be_in_float32_encodes_in_it(pipelines, run, photo, force):
     """The same start on both backends to the bit, in bfloat16."""
@@ -151,6 +160,7 @@ def test_an_autoencoder_that_must_be_in_float32_encodes_in_it(pipelines, run, ph
     assert np.array_equal(tensors("sglang")["noise"], tensors("diffusers")["noise"])
 
 
+@pytest.mark.whole
 def test_the_size_of_a_unet_is_the_pictures_and_of_a_flow_the_requests(run, photo):
     done = run("sdxl", "--image-path", photo, size=(32, 32), steps=4)
     assert "WARNING: sampling.height has no effect: StableDiffusionXLPipeline keeps the size of the input picture" in (
@@ -162,6 +172,7 @@ def test_the_size_of_a_unet_is_the_pictures_and_of_a_flow_the_requests(run, phot
     assert picture("outputs/generated_image_1.png").shape == (32, 32, 3)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("backend", ["sglang", "diffusers"])
 def test_a_warmup_does_all_of_its_steps(run, photo, backend):
     words = ("--warmup", "compile.warmup_steps=2", "--backend", backend)
@@ -198,6 +209,7 @@ def test_a_scheduler_that_puts_no_noise_on_a_picture_is_one_sentence(pipelines, 
     assert (done.code, done.lines[-1]) == (2, f"ERROR: {sentence}")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("backend", ["sglang", "diffusers"])
 def test_a_picture_and_loaded_latents_exclude_each_other(run, photo, backend):
     assert run("sdxl", "--image-path", photo, *strength(0.5), folder="first", steps=4).code == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from cases import mostly_slow
+from cases import mostly_slow, mostly_whole
 from native import assert_both_make_the_same, error, runner, tensors, with_scheduler
 
 
@@ -26,6 +26,7 @@ def test_the_schedulers_are_those_that_stable_diffusion_can_use(pipelines):
     assert len(COMPATIBLE) >= 15
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore:Should have ta>=t0:UserWarning")  # torchsde, of a bound in single precision
 @pytest.mark.parametrize("name", mostly_slow(COMPATIBLE, *COMPATIBLE[::2]))
 def test_each_sample_of_a_batch_is_what_diffusers_makes_of_its_seed_alone(pipelines, run, name):
@@ -62,9 +63,12 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize(
     ("scheduler", "settings"),
-    mostly_slow(
-        [(name, settings) for name, several in SCHEDULERS.items() for settings in several],
-        *((name, several[0]) for name, several in SCHEDULERS.items()),
+    mostly_whole(
+        mostly_slow(
+            [(name, settings) for name, several in SCHEDULERS.items() for settings in several],
+            *((name, several[0]) for name, several in SCHEDULERS.items()),
+        ),
+        *((name, SCHEDULERS[name][0]) for name in ("EulerAncestralDiscreteScheduler", "DDIMScheduler")),
     ),
 )
 def test_every_scheduler_of_diffusion_makes_the_same_picture(pipelines, run, scheduler, settings):
@@ -72,6 +76,7 @@ def test_every_scheduler_of_diffusion_makes_the_same_picture(pipelines, run, sch
     assert_both_make_the_same(run, str(model), "--num-samples", "2", "sampling.batch_size=2", steps=6)
 
 
+@pytest.mark.whole
 def test_a_scheduler_that_cannot_do_so_few_steps_is_refused_for_the_warmup(pipelines, run):
     model = with_scheduler(pipelines["sd15"], "PNDMScheduler", skip_prk_steps=False)
     done = run(model, "--warmup", steps=4)
@@ -80,6 +85,7 @@ def test_a_scheduler_that_cannot_do_so_few_steps_is_refused_for_the_warmup(pipel
     assert run(model, "--warmup", "--warmup-steps", "4", steps=4).code == 0
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("scheduler", "steps"), [("PNDMScheduler", 4), ("HeunDiscreteScheduler", 3)])
 def test_a_step_may_evaluate_the_network_more_than_once(pipelines, run, scheduler, steps):
     model = with_scheduler(pipelines["sdxl"], scheduler)

@@ -36,9 +36,15 @@ def swap_heads(qkv: torch.Tensor, width: int = 8) -> None:
     qkv[: 2 * width] = qkv[: 2 * width].roll(width, 0)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(diffusers' network, ours), of which tests that break one take a copy."""
+    return pair(reference(**VARIANTS["sd35-medium"]), pipeline, tmp_path_factory.mktemp("network"), torch.float32)
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_planted_defect_breaks_the_parity(mutation):
-    their, our = pair(reference(**VARIANTS["sd35-medium"]), pipeline, Path("network"), torch.float32)
+def test_a_planted_defect_breaks_the_parity(whole, mutation):
+    their, our = whole
     given = inputs(PLAIN, torch.float32)
     broken = copy.deepcopy(our)
     with torch.no_grad():

@@ -19,6 +19,7 @@ from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.weights.load import load
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_network_computes_what_diffusers_computes(variant):
     config = VARIANTS[variant]
@@ -64,9 +65,16 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.whole
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(diffusers' network, ours), of which tests that break one take a copy."""
+    return pair(reference(**SDXL), unet_shared, tmp_path_factory.mktemp("network"), torch.float32)
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_planted_defect_breaks_the_parity(mutation):
-    their, our = pair(reference(**SDXL), unet_shared, Path("network"), torch.float32)
+def test_a_planted_defect_breaks_the_parity(whole, mutation):
+    their, our = whole
     given = inputs(SDXL, torch.float32)
     broken = copy.deepcopy(our)
     with torch.no_grad():

@@ -28,6 +28,7 @@ def scaled(name: str, scale: float) -> tuple[str, ...]:
     return "--guidance-scale", str(scale)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
 def test_a_scale_of_one_and_below_guides_nothing(run, rows, name, scale):
@@ -36,6 +37,7 @@ def test_a_scale_of_one_and_below_guides_nothing(run, rows, name, scale):
     assert record("sglang")["effective"]["guided_steps"] is None
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
 def test_a_scale_just_above_one_guides(run, rows, name):
     assert_both_make_the_same(run, name, *scaled(name, 1.25), *NEGATIVE, steps=2)

@@ -128,6 +128,7 @@ def statuses() -> list[str]:
     return [json.loads(path.read_text())["status"] for path in sorted(Path("sweep").glob("*/job.json"))]
 
 
+@pytest.mark.whole
 def test_a_sweeper_optimises_a_number_of_each_jobs_perf_dump(run):
     done = run("hydra/sweeper=minimiser", "perf.objective=steps.denoising.duration_ms")
     assert done.code == 0, done.err
@@ -141,6 +142,7 @@ def test_a_sweeper_optimises_a_number_of_each_jobs_perf_dump(run):
     assert measured[argument] == value == min(measured.values())
 
 
+@pytest.mark.whole
 def test_the_objective_may_stand_in_a_sweep_file(dumps, sglang):
     Path("sweeps").mkdir()
     Path("sweeps/best.yaml").write_text(
@@ -152,6 +154,7 @@ def test_the_objective_may_stand_in_a_sweep_file(dumps, sglang):
     assert best() == [10.0, "1"]
 
 
+@pytest.mark.whole
 def test_the_file_that_the_page_shows_is_such_a_sweep(dumps, optuna, sglang):
     page = Path(sglang_gen.__file__).parents[1] / "docs" / "sweeps.md"
     Path("sweeps").mkdir()
@@ -162,6 +165,7 @@ def test_the_file_that_the_page_shows_is_such_a_sweep(dumps, optuna, sglang):
     assert best() == [1 / 3, "3"]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("sweeper", ["idle", "basic"])
 def test_jobs_whose_results_nobody_wants_need_no_objective(dumps, run, sweeper):
     done = run(f"hydra/sweeper={sweeper}", "--num-samples", "2", *(() if sweeper == "idle" else
@@ -170,12 +174,14 @@ def test_jobs_whose_results_nobody_wants_need_no_objective(dumps, run, sweeper):
     assert statuses() == ["completed", "failed", "completed"]
 
 
+@pytest.mark.whole
 def test_a_grid_with_an_objective_goes_on_after_a_failed_job(dumps, run):
     done = run("--num-samples", "2", "sampling.num_inference_steps=3,1,2", "perf.objective=step_ms")
     assert (done.code, done.lines[-1]) == (1, "INFO: Multirun: 2 of 3 jobs succeeded"), done.err
     assert statuses() == ["completed", "failed", "completed"]
 
 
+@pytest.mark.whole
 def test_an_optimiser_without_an_objective_is_one_sentence_before_any_job(dumps, run):
     done = run("hydra/sweeper=optunasweeper")
     assert done.code == 2
@@ -197,6 +203,7 @@ def test_a_sweeper_that_finds_no_number_is_one_sentence(dumps, run, words):
     assert Path("sweep/table.csv").exists()
 
 
+@pytest.mark.whole
 def test_a_failed_job_is_a_failed_trial(dumps, run):
     words = ("hydra/sweeper=minimiser", "--num-samples", "2", "perf.objective=step_ms")
     done = run(*words)
@@ -246,6 +253,7 @@ def test_outside_a_multirun_an_objective_has_no_effect(pipelines, sglang):
     ]
 
 
+@pytest.mark.whole
 def test_every_number_of_a_dump_has_a_key(pipelines, sglang):
     words = ("--num-inference-steps", "2", "--perf-dump-path", "perf.json", "perf.repeat=2", "--warmup", "perf=default")
     done = sglang("generate", "--model-path", pipelines["sd15"], *SMALL[:4], "--prompt", "x", *words)

@@ -45,6 +45,7 @@ def moves(monkeypatch) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("declared", [True, False])
 def test_offloaded_components_come_for_their_call_and_draw_the_same_picture(
     run,
@@ -83,6 +84,7 @@ def streamed(monkeypatch) -> list[bool]:
 DISK = ("--backend", "diffusers", "--dit-layerwise-offload", "offload.disk_path=disk")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("disk", [False, True])
 @pytest.mark.parametrize(
     ("name", "blocks"),
@@ -101,6 +103,7 @@ def test_a_network_streams_block_by_block_from_memory_or_disk(run, moves, stream
     assert Path("disk").exists() is disk
 
 
+@pytest.mark.whole
 def test_a_second_model_of_a_class_does_not_stream_the_first_ones_weights(sglang, moves, streamed, tmp_path):
     """diffusers names files after modules alone, and reads those that it finds."""
     first, second = tiny.sd3(tmp_path / "first"), tiny.sd3(tmp_path / "second")
@@ -160,6 +163,7 @@ def test_files_of_an_offloaded_network_go_when_the_run_fails(run, moves, streame
     assert [*Path("disk").iterdir()] == []
 
 
+@pytest.mark.whole
 def test_a_disk_that_cannot_hold_a_network_is_one_sentence(run, moves, streamed, monkeypatch):
     Path("file").touch()
     done = run("sd3", *DISK[:-1], "offload.disk_path=file")
@@ -177,6 +181,7 @@ def test_a_disk_that_cannot_hold_a_network_is_one_sentence(run, moves, streamed,
     assert [*Path("disk").iterdir()] == []
 
 
+@pytest.mark.whole
 def test_an_image_encoder_comes_for_its_call(sglang, moves):
     Image.new("RGB", (32, 32), (200, 90, 30)).save("photo.png")
     folder = tiny.wan_i2v(Path("wan"))

@@ -118,6 +118,7 @@ def python(code: str, folder: Path) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.whole
 def test_processes_in_one_folder_get_numbers_of_their_own(tmp_path):
     code = """
         import pathlib, sys, time
@@ -144,6 +145,7 @@ def test_processes_in_one_folder_get_numbers_of_their_own(tmp_path):
     check_whole(folder, 20)
 
 
+@pytest.mark.whole
 def test_a_file_that_outgrows_its_limit_leaves_nothing(tmp_path):
     code = """
         import pathlib, resource, sys

@@ -62,6 +62,7 @@ def test_batch_generation_numbers_pictures_and_seeds(example):
     assert len(list(Path("outputs").glob("generated_image_*.png"))) == 4
 
 
+@pytest.mark.whole
 def test_configuration_file(pipelines, sglang):
     content = {
         "model_path": str(pipelines["sdxl"]),

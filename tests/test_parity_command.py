@@ -104,6 +104,7 @@ def verdict(done) -> str:
     return done.out.splitlines()[-1]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", MODULES)
 def test_the_backends_are_equal_and_nearly_all_modules_are_compared(parity, name):
     done = parity(name, "--json", steps=2)
@@ -136,6 +137,7 @@ def with_scheduler(folder: Path, name: str) -> Path:
     return copied
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"])
 def test_schedulers_that_draw_noise_or_evaluate_twice_are_equal_for_a_batch(parity, pipelines, scheduler):
     model = with_scheduler(pipelines["sd15"], scheduler)
@@ -143,6 +145,7 @@ def test_schedulers_that_draw_noise_or_evaluate_twice_are_equal_for_a_batch(pari
     assert done.code == 0, done.out + done.err
 
 
+@pytest.mark.whole
 def test_a_pipeline_that_calls_its_network_once_for_each_prompt_is_followed(parity):
     words = ("--diffusers-kwargs", '{"true_cfg_scale": 3.0}', "--negative-prompt", "a dog")
     done = parity("flux", *words, "--json", steps=2)
@@ -151,6 +154,7 @@ def test_a_pipeline_that_calls_its_network_once_for_each_prompt_is_followed(pari
     assert len(rows) == 2 * MODULES["flux"]
 
 
+@pytest.mark.whole
 def test_the_models_own_dtype_has_a_tolerance_of_its_own(parity):
     done = parity("sd3", dtype="bfloat16")
     assert done.code == 0, done.out
@@ -232,6 +236,7 @@ def test_an_attention_without_effect_is_found_in_the_middle_of_the_decoder(found
     assert sentence.endswith("look inside decoder.middle.attention (theirs: decoder.mid_block.attentions.0) before it")
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore:.upcast_vae. is deprecated:FutureWarning")
 def test_a_decoder_that_is_at_work_in_float32_alone_is_compared_in_it(parity):
     done = parity("sdxl", "--json", dtype="float16")
@@ -253,6 +258,7 @@ BETWEEN_MODULES = [
 ]  # fmt: skip
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "first", "inside", "change"), BETWEEN_MODULES, ids=shown)
 def test_a_defect_between_modules_is_named_by_the_next_and_by_the_one_around(found, name, first, inside, change):
     sentence = report.sentence(found(name, change))
@@ -260,6 +266,7 @@ def test_a_defect_between_modules_is_named_by_the_next_and_by_the_one_around(fou
     assert sentence.endswith(f"; its input differs already, so look inside {inside} before it")
 
 
+@pytest.mark.whole
 def test_a_forgotten_modulation_is_found_in_the_first_block(found, monkeypatch):
     monkeypatch.setattr(sd3_model, "modulate", lambda x, shift, scale: x)
     sentence = report.sentence(found("sd3"))
@@ -351,6 +358,7 @@ def test_a_wrong_scale_of_guidance_shows_in_the_prediction_and_not_in_a_module(f
     assert sentence.startswith("different: step 1, prediction, guided prediction (theirs: noise_pred) by ")
 
 
+@pytest.mark.whole
 def test_generators_that_have_gone_on_show_in_the_noise_that_a_scheduler_draws(found, pipelines):
     def draw(config, request, generators, dtype):
         noise = pipeline.draw(config, request, generators, dtype)
@@ -374,6 +382,7 @@ def test_rounding_that_grows_over_the_steps_is_told_from_a_defect():
     assert report.sentence(replace(whole, rows=(replace(step, error=0.0, verdict=Verdict.exact),))) == "bit-exact"
 
 
+@pytest.mark.whole
 def test_the_tolerance_decides(parity, planted):
     planted(lambda engine: engine.network.out.bias.mul_(1.5))
     done = parity("flux", "--tolerance", "0.0001")
@@ -431,6 +440,7 @@ def test_what_has_no_effect_is_a_warning_and_nothing_is_saved(parity):
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.whole
 def test_help_imports_no_heavy_library():
     code = (
         "import sys; from sglang_gen.cli import main;"
@@ -506,6 +516,7 @@ def test_outputs_that_cannot_be_brought_to_one_shape_have_no_error():
     assert tensor_match.relative_error(X * math.nan, X) == math.inf
 
 
+@pytest.mark.whole
 def test_flux_rounds_times_and_guidance_in_half_precision_where_diffusers_does(parity):
     done = parity("flux", "--json", dtype="bfloat16")
     rows = json.loads(done.out)["rows"]

@@ -72,6 +72,7 @@ def rows(report: dict) -> dict[str, dict]:
     return {row["metric"]: row for row in report["comparisons"][0]["rows"]}
 
 
+@pytest.mark.whole
 def test_a_dump_of_a_real_run_passes_against_itself(pipelines, sglang, capsys):
     small = ("--height", "32", "--width", "32", "--num-inference-steps", "2", "perf.machine_rates=false")
     done = sglang(
@@ -362,6 +363,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     assert (tmp_path / "r.md").exists()
 
 
+@pytest.mark.whole
 def test_a_whole_comparison_of_equal_programs_is_rarely_a_regression():
     generator, trials, regressions = random.Random(3), 40, 0
 
@@ -381,6 +383,7 @@ def test_a_whole_comparison_of_equal_programs_is_rarely_a_regression():
     assert regressions / trials <= 0.05
 
 
+@pytest.mark.whole
 def test_comparing_imports_no_heavy_library():
     code = (
         "import sys; from sglang_gen.perf import command, quality; assert command.main(['compare', '--help']) == 0;"

@@ -78,6 +78,7 @@ def test_the_fields_are_upstreams_and_ours(dump, pipelines, measured):
         assert work["bound"] in ("compute", "memory", "launch")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd15", "sd3"])
 def test_each_stage_has_one_entry_and_the_sums_agree(dump, pipelines, name):
     found = dump(pipelines[name], "--num-samples", "3", "sampling.batch_size=2", *QUIET)
@@ -176,6 +177,7 @@ def test_a_network_that_cannot_be_counted_says_why():
     assert found["denoising"]["reason"].startswith("Fickle cannot be counted on meta: ")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "network"), [("sd3", "SD3Transformer2DModel"), ("sdxl", "UNet2DConditionModel")])
 def test_the_work_of_denoising_is_what_its_layers_did(dump, pipelines, monkeypatch, measured, name, network):
     """Counted a second way: every linear layer, convolution and attention that really ran inside of the network."""
@@ -229,6 +231,7 @@ def test_equal_work_has_equal_fingerprints(pipelines, tmp_path):
     assert str(tmp_path) not in json.dumps(second)
 
 
+@pytest.mark.whole
 def test_other_work_has_another_fingerprint(pipelines, tmp_path):
     """Of plans, so that nothing needs to run; what an engine adds is taken from the model's card."""
 
@@ -272,6 +275,7 @@ def test_other_work_has_another_fingerprint(pipelines, tmp_path):
     assert len(set(hashes.values())) == len(hashes), hashes
 
 
+@pytest.mark.whole
 def test_repeats_do_not_add_to_the_work_of_one_generation(dump, pipelines, measured):
     once, thrice = dump(pipelines["sd3"]), dump(pipelines["sd3"], "perf.repeat=3")
     assert len(thrice["repeats"]) == 3
@@ -279,6 +283,7 @@ def test_repeats_do_not_add_to_the_work_of_one_generation(dump, pipelines, measu
         assert (thrice["work"][stage]["flops"], thrice["work"][stage]["bytes"]) == (work["flops"], work["bytes"])
 
 
+@pytest.mark.whole
 def test_rates_are_measured_once_and_kept(dump, pipelines, measured):
     first = dump(pipelines["sd15"], "perf.work=false")
     second = dump(pipelines["sd15"], "perf.work=false")
@@ -310,6 +315,7 @@ def test_the_measured_rates_are_plausible():
     assert 0.1 < found["memory_gb_per_s"] < 10_000
 
 
+@pytest.mark.whole
 def test_a_named_machine_gives_its_own_rates_which_are_those_of_half_precision(dump, pipelines, measured):
     found = dump(pipelines["sd15"], "machine=h200")
     assert measured == []
@@ -321,6 +327,7 @@ def test_a_named_machine_gives_its_own_rates_which_are_those_of_half_precision(d
     assert half["work"]["denoising"]["mfu"] < 0.01
 
 
+@pytest.mark.whole
 def test_counting_and_measuring_can_be_switched_off(dump, pipelines, measured):
     unmeasured = dump(pipelines["sd15"], "perf.machine_rates=false")
     assert "rates" not in unmeasured["machine"]

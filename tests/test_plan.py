@@ -174,6 +174,7 @@ def test_a_cache_is_requested_by_its_method_or_by_its_settings():
         assert planned(*words).requested["cache"] == name
 
 
+@pytest.mark.whole
 def test_a_prompts_file_that_cannot_be_read(sglang):
     Path("bytes.txt").write_bytes(b"\xff")
     for name, sentence in (
@@ -236,6 +237,7 @@ def test_nothing_is_warned_of_without_a_reason():
     )
 
 
+@pytest.mark.whole
 def test_a_record_of_other_versions_is_a_warning(sglang):
     record = {
         "schema_version": 1,
@@ -251,6 +253,7 @@ def test_a_record_of_other_versions_is_a_warning(sglang):
 PRESETS = [preset.name for preset in presets.load() if preset.path]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("model", mostly_slow(PRESETS, "sdxl", "flux_schnell"))
 def test_a_dry_run_of_a_preset_needs_neither_hub_nor_weights(sglang, monkeypatch, model):
     def unreachable(*_args, **_kwargs):
@@ -276,6 +279,7 @@ def test_a_dry_run_of_a_preset_needs_neither_hub_nor_weights(sglang, monkeypatch
     assert not Path("outputs").exists()
 
 
+@pytest.mark.whole
 def test_the_table_of_a_dry_run_keeps_a_row_a_line(sglang):
     done = sglang("generate", "model=sdxl", "dry_run=true", "--prompt", "a\nb", "--seed", "3", "compile.warmup_steps=2")
     rows = done.out.splitlines()

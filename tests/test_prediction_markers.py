@@ -49,6 +49,7 @@ def scheduler_of(sglang, *words: object, folder: str) -> dict:
     return record(folder)["effective"]["scheduler_config"]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("backend", ["sglang", "diffusers"])
 def test_a_file_with_the_markers_gives_the_latents_of_a_folder_whose_scheduler_says_so(
     pipelines, marked, sglang, backend
@@ -68,6 +69,7 @@ def test_a_file_with_the_markers_gives_the_latents_of_a_folder_whose_scheduler_s
     assert error(tensors("file")["latents"], tensors("epsilon")["latents"]) > 0.1
 
 
+@pytest.mark.whole
 def test_the_log_says_which_marker_set_the_scheduler(marked, sglang):
     words = marked("sdxl", v_pred=EMPTY)
     done = sglang("generate", *SMALL, *words)
@@ -80,6 +82,7 @@ def test_the_log_says_which_marker_set_the_scheduler(marked, sglang):
     assert line in dry.lines
 
 
+@pytest.mark.whole
 def test_what_the_user_says_of_the_scheduler_wins_over_a_marker(pipelines, marked, sglang):
     words = marked("sdxl", v_pred=EMPTY)
     paths = json.dumps({"scheduler": f"{pipelines['sdxl']}/scheduler"})
@@ -104,6 +107,7 @@ def test_the_metadata_of_a_file_can_say_it_too(marked, sglang):
     assert scheduler_of(sglang, *words, folder="v")["prediction_type"] == "v_prediction"
 
 
+@pytest.mark.whole
 def test_markers_of_edm_set_its_scheduler_and_its_noise_levels(marked, sglang):
     levels = {"edm_vpred.sigma_max": torch.tensor(100.0), "edm_vpred.sigma_min": torch.tensor(0.004)}
     words = marked("sdxl", **levels)

@@ -72,6 +72,7 @@ def read_from_files(text: str) -> None:
         assert read_config_file(name).values == {"sampling.prompt": text, "sampling.negative_prompt": text}
 
 
+@pytest.mark.whole
 @quick
 @given(TEXT)
 def test_any_text_is_read_verbatim(text):
@@ -97,6 +98,7 @@ def test_composition_keeps_it_from_a_file(composed):
         assert (sampling.prompt, sampling.negative_prompt) == (ALL, ALL)
 
 
+@pytest.mark.whole
 def test_a_multirun_keeps_it(composed):
     words = ("-m", "model=sdxl", "--output-path=sweep", "sampling.num_samples=1,2")
     assert [job.run.sampling.prompt for job in composed(*words, f"--prompt={ALL}")] == [ALL, ALL]
@@ -115,6 +117,7 @@ def test_an_empty_prompt_is_a_prompt(composed, word):
     assert composition.notices == ()
 
 
+@pytest.mark.whole
 def test_prompts_reach_the_record_and_the_picture_verbatim(pipelines, sglang):
     text = '--a, {b} ${oc.env:HOME} ???\n"c" 🏔️'
     done = sglang("generate", "--model-path", pipelines["sdxl"], f"--prompt={text}", "--height", "32", "--width", "32",

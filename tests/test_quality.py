@@ -258,6 +258,7 @@ def test_the_models_own_size_is_known_before_loading(pipelines, sglang, unloaded
     assert (done.code, "but its reference reference/generated_image_0.png is 19 x 16" in done.lines[-1]) == (2, True)
 
 
+@pytest.mark.whole
 def test_a_comparison_that_fails_after_the_run_costs_neither_the_dump_nor_the_jobs_pictures(pipelines, sglang):
     keep(0, noise(), sample(7))
     done = sglang("generate", "--model-path", pipelines["sd15"], *SMALL, "--backend", "diffusers", "tracking=csv",

@@ -49,6 +49,7 @@ def drawn(pipelines, name: str, network) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_int8_gives_the_picture_of_diffusers_own_quantizer(pipelines, run, name):
     assert run(name, "--perf-dump-path", "plain.json", "--backend", "diffusers").code == 0
@@ -88,6 +89,7 @@ def test_an_int8_network_is_close_to_the_plain_one_and_not_equal(pipelines):
     assert (type(weight).__name__, weight.qdata.dtype) == ("Int8Tensor", torch.int8)
 
 
+@pytest.mark.whole
 def test_int8_takes_the_weights_of_another_file(pipelines, run):
     path = pipelines["sd3"] / "transformer" / "diffusion_pytorch_model.safetensors"
     assert run("sd3", "quant=int8").code == 0
@@ -97,6 +99,7 @@ def test_int8_takes_the_weights_of_another_file(pipelines, run):
     assert effective(0)["quantization"] == effective(1)["quantization"]
 
 
+@pytest.mark.whole
 def test_an_adapter_is_merged_before_the_weights_are_quantized(pipelines, run):
     generator = torch.Generator().manual_seed(5)
     name = "transformer_blocks.1.attn.to_q"
@@ -121,6 +124,7 @@ def saved(pipelines, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("words", [(), ("quant=prequantized",)])
 def test_a_folder_that_declares_its_quantization_is_loaded_as_declared(pipelines, run, saved, words):
     done = run("sd3", "--transformer-weights-path", saved, *words)
@@ -132,6 +136,7 @@ def test_a_folder_that_declares_its_quantization_is_loaded_as_declared(pipelines
     assert np.array_equal(picture(), drawn(pipelines, "sd3", int8(pipelines["sd3"] / "transformer", CLASSES["sd3"][1])))
 
 
+@pytest.mark.whole
 def test_a_model_whose_own_folder_is_quantized_says_so(pipelines, run, saved):
     shutil.copytree(pipelines["sd3"], "model")
     shutil.rmtree("model/transformer")

@@ -41,6 +41,7 @@ def repeats(sglang):
     return run
 
 
+@pytest.mark.whole
 def test_a_run_without_a_seed_repeats(repeats, pipelines, sglang):
     again = repeats(pipelines["sd15"], "--prompt", "a lake")
     assert again["run"]["sampling"]["seed"] == again["effective"]["seed"] == again["sample"]["seed"]
@@ -49,6 +50,7 @@ def test_a_run_without_a_seed_repeats(repeats, pipelines, sglang):
     assert record()["run"]["sampling"]["seed"] != again["run"]["sampling"]["seed"]
 
 
+@pytest.mark.whole
 def test_a_run_from_a_prompts_file_repeats_without_the_file(repeats, pipelines):
     Path("prompts.txt").write_text(
         'a red fox\n{"prompt": "b, {c}", "seed": 40, "negative_prompt": "night"}\na lake\n', encoding="utf-8"
@@ -64,6 +66,7 @@ def test_samples_in_batches_repeat(repeats, pipelines):
     assert again["run"]["sampling"]["batch_size"] == 2
 
 
+@pytest.mark.whole
 def test_a_run_in_the_automatic_dtype_is_pinned_to_the_dtype_it_took(repeats, pipelines, monkeypatch):
     monkeypatch.setenv("SGLANG_GEN_CPU_DTYPE", "bfloat16")
     again = repeats(pipelines["flux"], "--prompt", "a", "--seed", "3")
@@ -81,6 +84,7 @@ def test_arguments_of_the_pipeline_and_the_negative_prompt_repeat(repeats, pipel
     assert again["sample"]["negative_prompt"] == 'b, "c"'
 
 
+@pytest.mark.whole
 def test_a_repeat_with_one_change_takes_the_rest_from_the_record(pipelines, sglang):
     common = ("generate", "--model-path", pipelines["sd15"], *SIZE, "--dtype", "float32")
     assert sglang(*common, "--prompt", "a", "--seed", "9").code == 0
@@ -99,6 +103,7 @@ def test_the_record_inside_a_picture_is_enough(pipelines, sglang):
     assert np.array_equal(picture("outputs/generated_image_0.png"), picture("outputs/generated_image_1.png"))
 
 
+@pytest.mark.whole
 def test_a_repeat_from_another_picture_than_the_records_is_a_warning(pipelines, sglang):
     for color in ("red", "blue"):
         Image.new("RGB", (32, 32), color).save("in.png")
@@ -194,6 +199,7 @@ def test_a_record_that_cannot_be_read_says_why(pipelines, sglang, change, senten
     assert sentence in done.lines[0]
 
 
+@pytest.mark.whole
 def test_many_prompts_stand_once_beside_the_pictures_and_the_record_repeats_them(pipelines, sglang):
     texts = ["a lake", "b, {c} 山\u2028", *(f"{number} " + "long " * 2000 for number in range(2))]
     Path("prompts.txt").write_text("\n".join(texts), encoding="utf-8")

@@ -77,6 +77,7 @@ def test_code_of_a_repository_is_refused_and_not_imported(sglang, hub, repositor
     assert not any(name.endswith((".py", ".safetensors")) for name in hub.files_fetched())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("where", ["folder", "hub"])
 def test_trusted_code_runs_and_gives_the_picture(pipelines, sglang, hub, repository, trace, where):
     path = repository if where == "folder" else "tiny/own"

@@ -63,6 +63,7 @@ def run(sglang):
     return generate
 
 
+@pytest.mark.whole
 def test_both_backends_blank_the_same_picture_of_a_batch_and_say_so(pipelines, run):
     clear = checked(pipelines["sd15"], 2.0)
     assert run(clear).code == 0

@@ -53,6 +53,7 @@ def read(monkeypatch) -> set[str]:
     return seen
 
 
+@pytest.mark.whole
 def test_every_key_is_read_during_a_generation_or_refused(pipelines, sglang, read):
     degrees = ("num_gpus", "tp_size", "sp_degree", "ulysses_degree", "ring_degree", "dp_size", "dp_degree")
     done = sglang(

@@ -65,6 +65,7 @@ def changed(file: Path, change) -> Path:
     return Path("changed.safetensors")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_a_single_file_gives_the_picture_of_its_folder(pipelines, files, sglang, name):
     for where in ((pipelines[name],), (files[name], f"model.configs={pipelines[name]}")):
@@ -88,6 +89,7 @@ def both_make_the_same(sglang, *words: object, folder: str = "", tolerance: floa
     assert_same(f"{folder}sglang", f"{folder}diffusers", 1, tolerance)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
 def test_the_native_engine_reads_a_single_file(pipelines, files, sglang, name):
     if name != "flux":  # which diffusers reads at the published width alone
@@ -109,6 +111,7 @@ def test_auto_takes_the_native_engine_and_no_safety_checker_of_the_configs(pipel
     assert record("outputs")["effective"]["backend"] == "sglang"
 
 
+@pytest.mark.whole
 def test_components_and_weights_from_elsewhere_replace_those_of_the_file(pipelines, files, sglang):
     file = changed(files["sdxl"], lambda all_: {name: t for name, t in all_.items() if "first_stage" not in name})
     vae = fill(AutoencoderKL.from_pretrained(pipelines["sdxl"] / "vae", dtype=torch.float32), 99)
@@ -121,6 +124,7 @@ def test_components_and_weights_from_elsewhere_replace_those_of_the_file(pipelin
     both_make_the_same(sglang, *common, "--transformer-weights-path", "unet", folder="weights-", tolerance=3e-5)
 
 
+@pytest.mark.whole
 def test_flux_comes_out_of_a_file_beside_its_network(pipelines, sglang, tmp_path):
     file = original_layout.save(pipelines["flux"], tmp_path / "flux.safetensors", network=False)
     network = json.dumps({"transformer": f"{pipelines['flux']}/transformer"})
@@ -142,6 +146,7 @@ def test_a_file_of_flux_with_a_tensor_too_many_or_another_width_is_refused_by_na
     assert "have 223 rows together, this network needs 224; name the right preset" in done.lines[-1]
 
 
+@pytest.mark.whole
 def test_the_network_of_flux_comes_out_of_its_original_layout_as_in_diffusers(tmp_path):
     """At the published width, which diffusers' conversion takes for granted; one block of each kind, in 8 bits."""
     config = {"num_layers": 1, "num_single_layers": 1, "in_channels": 16, "joint_attention_dim": 32,
@@ -163,6 +168,7 @@ def test_the_network_of_flux_comes_out_of_its_original_layout_as_in_diffusers(tm
     assert {source for name in network.state_dict() for source in pipeline.sources(name)} == found.keys()
 
 
+@pytest.mark.whole
 def test_a_single_file_becomes_image_to_image_and_its_record_repeats_it(pipelines, files, sglang):
     Image.new("RGB", (32, 32), (200, 30, 30)).save("red.png")
     done = sglang("generate", "--model-path", files["sdxl"], f"model.configs={pipelines['sdxl']}", "--image-path",
@@ -174,6 +180,7 @@ def test_a_single_file_becomes_image_to_image_and_its_record_repeats_it(pipeline
     assert np.array_equal(picture(0), picture(1))
 
 
+@pytest.mark.whole
 def test_a_component_that_the_file_lacks_is_named_and_can_be_given(pipelines, files, sglang):
     file = changed(files["sdxl"], lambda all_: {name: t for name, t in all_.items() if "first_stage" not in name})
     common = ("generate", "--model-path", file, f"model.configs={pipelines['sdxl']}", *SMALL)
@@ -195,6 +202,7 @@ def test_a_network_alone_is_sent_to_the_flag_for_networks(pipelines, files, sgla
                f"--transformer-weights-path {path}" in done.err  # fmt: skip
 
 
+@pytest.mark.whole
 def test_other_files_are_refused_in_one_sentence(files, sglang):
     Path("model.ckpt").write_bytes(pickle.dumps({"a": 1}))
     Path("model.txt").write_text("text")
@@ -260,6 +268,7 @@ SDXL = {
 }
 
 
+@pytest.mark.whole
 def test_the_header_tells_the_model_and_a_plan_needs_no_hub(sglang):
     path = sparse(Path("mine.safetensors"), SDXL)
     done = sglang("generate", "--model-path", path, "--prompt", "a", "dry_run=json")
@@ -278,6 +287,7 @@ def test_a_header_that_tells_nothing_asks_for_the_preset(sglang):
     assert "does not tell which model it is; name the preset with --model-id" in done.err
 
 
+@pytest.mark.whole
 def test_settings_that_a_folder_cannot_use_are_a_warning(pipelines, files, sglang):
     done = sglang("generate", "--model-path", pipelines["sd15"], "model.configs=x", "--prompt", "a", "dry_run=true")
     assert "WARNING: model.configs has no effect without a single file as --model-path" in done.lines
@@ -296,6 +306,7 @@ def hub(tmp_path, monkeypatch, pipelines):
     little.close()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("source", ["--model-id=sdxl", "model.configs=stabilityai/stable-diffusion-xl-base-1.0"])
 def test_configs_and_tokenizers_come_from_the_hub_without_weights(pipelines, files, sglang, hub, source):
     done = sglang("generate", "--model-path", files["sdxl"], source, *SMALL)

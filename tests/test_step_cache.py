@@ -49,6 +49,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("key", "values", "legal"), WRONG, ids=[key for key, _, _ in WRONG])
 def test_a_value_of_another_kind_or_range_is_refused_with_its_key_and_what_is_legal(key, values, legal):
     for value in values:
@@ -171,6 +172,7 @@ def test_steps_that_an_input_picture_spares_do_not_count(sglang, pipelines, step
     assert (done.code, "covers all 2 steps" in done.err) == (code, code == 2), done.err
 
 
+@pytest.mark.whole
 def test_a_scheduler_of_second_order_calls_the_network_twice_in_a_step(sglang, tmp_path):
     folder = tiny.sd3(tmp_path / "heun")
     for path in (folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"):
@@ -225,6 +227,7 @@ def record(number: int = 0) -> dict:
     return json.loads(Path(f"outputs/generated_image_{number}.json").read_text())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_a_run_that_reused_nothing_says_so(sglang, pipelines, name):
     settings = {**SMALL, "residual_diff_threshold": 1e-9}

@@ -119,6 +119,7 @@ def test_a_preset_of_the_users_may_allow_code_and_a_warning_names_the_folder(sgl
     assert trace.read_text() == "ran"
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("folder", ["{tmp}/elsewhere", "../elsewhere", "~/elsewhere", "link/elsewhere"])
 def test_a_record_does_not_choose_a_folder_outside(sglang, pipelines, tmp_path, monkeypatch, folder):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -208,6 +209,7 @@ def test_the_folder_of_a_sweep_is_no_interpolation(sglang, monkeypatch, folder):
     assert os.listdir() == ["record.json"]
 
 
+@pytest.mark.whole
 def test_what_a_record_repeats_is_the_picture(sglang, pipelines):
     """The rest of a record stands as before."""
     words = [f"sampling.{name}={value}" for name, value in SMALL.items()]

@@ -179,6 +179,7 @@ def test_the_markdown_shows_pictures_and_says_shared_overrides_once(tmp_path):
     assert "| `parallel=tp2` | completed | ![1/generated_image_0.png](1/generated_image_0.png) |" in lines[-1]
 
 
+@pytest.mark.whole
 def test_a_sweep_leaves_its_table_and_a_failed_cell_does_not_stop_it(pipelines, sglang):
     done = sglang("generate", "--model-path", pipelines["sd3"], *TINY, "--output-path", "sweep", TABLE,
                   "-m", "sampling.num_samples=1,2", "quant=none,nunchaku")  # fmt: skip
@@ -198,6 +199,7 @@ def test_a_sweep_leaves_its_table_and_a_failed_cell_does_not_stop_it(pipelines, 
     assert all((Path("sweep") / picture).exists() for picture in pictures)
 
 
+@pytest.mark.whole
 def test_a_failed_job_has_nothing_of_the_job_that_had_its_folder_before(pipelines, sglang):
     words = ("--model-path", pipelines["sd3"], *TINY, "--output-path", "sweep", "-m")
     assert sglang("generate", *words, "sampling.num_samples=1,2").code == 0
@@ -208,12 +210,14 @@ def test_a_failed_job_has_nothing_of_the_job_that_had_its_folder_before(pipeline
     assert {name for name, value in second.items() if value} == {"job", "overrides", "status", "error", "seconds"}
 
 
+@pytest.mark.whole
 def test_a_dry_run_in_a_sweep_is_planned(sglang):
     done = sglang("generate", "--prompt", "a", "--output-path", "sweep", "-m", "dry_run=true", "sampling.seed=1,2")
     assert done.code == 0, done.err
     assert [row["status"] for row in read(Path("sweep/table.csv"))] == ["planned", "planned"]
 
 
+@pytest.mark.whole
 def test_a_table_that_cannot_be_written_is_one_line_and_changes_no_exit_code(pipelines, sglang):
     (Path("sweep") / "table.csv").mkdir(parents=True)
     done = sglang("generate", "--model-path", pipelines["sd3"], *TINY, "--output-path", "sweep", TABLE, "-m")
@@ -222,6 +226,7 @@ def test_a_table_that_cannot_be_written_is_one_line_and_changes_no_exit_code(pip
     assert line.startswith("ERROR: The table of the sweep could not be written: sweep/table.csv cannot be written: ")
 
 
+@pytest.mark.whole
 def test_a_shipped_sweep_runs_and_a_refused_cell_is_a_row_with_its_reason(pipelines, sglang):
     done = sglang("generate", "--config-dir", SWEEPS, "--config-name", "parallelism", "--output-path", "sweep", TABLE,
                   "--model-path", pipelines["sd3"], *TINY[4:], "parallel=single",
@@ -239,6 +244,7 @@ def shipped() -> dict[str, Choices]:
     return found
 
 
+@pytest.mark.whole
 def test_every_shipped_sweep_names_options_that_exist_and_fixes_prompt_and_seed():
     for name, choices in shipped().items():
         assert multirun.is_multirun(choices, asked=False)

@@ -25,6 +25,7 @@ def alone(sglang, pipelines):
     assert sglang("generate", *words(pipelines["sd15"], "--output-path", "one")).code == 0
 
 
+@pytest.mark.whole
 def test_the_ranks_of_torchrun_give_the_picture_of_one_process(alone, pipelines):
     run = words(pipelines["sd15"], "--output-path", "two")  # no degree: all ranks share the sequence
     codes, lines = finish(start([*TORCHRUN, "--nproc-per-node", 2, *COMMAND, *run]))
@@ -62,6 +63,7 @@ def test_two_machines_give_the_picture_of_one_process(alone, pipelines, kind):
     assert len(lines) == len(set(lines))
 
 
+@pytest.mark.whole
 def test_a_machine_without_the_model_says_so_and_ends_all_ranks(pipelines):
     """A launcher that sets the same variables, and a relative path that leads somewhere on rank 0 alone."""
     Path("there").mkdir()
@@ -130,6 +132,7 @@ def only_rank(monkeypatch):
         monkeypatch.setenv(name, str(value))
 
 
+@pytest.mark.whole
 def test_a_rank_ends_cleanly_while_it_still_watches(only_rank):
     """The interpreter aborts where it ends while another thread is inside of torch, so that thread has to be over."""
     code = (
@@ -140,6 +143,7 @@ def test_a_rank_ends_cleanly_while_it_still_watches(only_rank):
     assert codes == [0]
 
 
+@pytest.mark.whole
 def test_one_rank_alone_generates_and_a_dry_run_prints(sglang, pipelines, only_rank):
     done = sglang("generate", *words(pipelines["sd15"]))
     assert (done.code, len(list(Path("outputs").glob("*.png")))) == (0, 1), done.err

@@ -100,6 +100,7 @@ def test_a_file_that_is_no_table_is_refused_and_kept(tmp_path, content):
     assert path.read_bytes() == content
 
 
+@pytest.mark.whole
 def test_two_processes_that_append_at_once_lose_no_row(tmp_path):
     running = [
         subprocess.Popen([sys.executable, "-W", "error", "-c", APPEND, name], cwd=tmp_path) for name in ("one", "two")
@@ -149,6 +150,7 @@ def items(updates: object) -> dict[str, object]:
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in updates}
 
 
+@pytest.mark.whole
 def test_wandb_keeps_config_numbers_and_pictures_offline_and_says_nothing(tmp_path, capfd, monkeypatch):
     import wandb
 

@@ -181,6 +181,7 @@ def test_rows_of_a_unet_meet_at_halos_norms_and_keys_and_values(met, name, ranks
     assert sent(name, Layout(ring=ranks)) == expected
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", UNETS)
 def test_ulysses_of_a_unet_exchanges_around_attention_to_the_picture_alone(met, name):
     found = met(name)
@@ -204,6 +205,7 @@ def test_guidance_branches_exchange_the_prediction_once(met, name):
     assert sent(name, Layout(cfg=2), scale=3.0) == total("all_gather cfg", prediction)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", UNETS)
 def test_rows_of_a_unet_on_two_axes_send_what_each_axis_sends_of_its_part(met, name):
     """Ring 2 x Ulysses 2: four ranks share the rows, two the tokens behind Ulysses and two the heads."""

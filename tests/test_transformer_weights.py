@@ -61,6 +61,7 @@ def reference(pipelines, name: str, network) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_the_weights_of_a_file_are_those_that_compute(pipelines, others, run, name):
     plain = run(name)
@@ -73,6 +74,7 @@ def test_the_weights_of_a_file_are_those_that_compute(pipelines, others, run, na
     assert effective(1)["quantization"] == "none"
 
 
+@pytest.mark.whole
 def test_a_folder_of_shards_is_read_with_or_without_its_config(others, run):
     network = diffusers.SD3Transformer2DModel.from_pretrained(others["sd3"], dtype=torch.float32)
     network.save_pretrained("shards", max_shard_size="60KB")
@@ -116,6 +118,7 @@ def _original(folder: Path, kind) -> str:
     return "original.safetensors"
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "make"),
     mostly_slow(
@@ -169,6 +172,7 @@ def test_the_names_of_the_original_flux_are_known_before_a_weight_is_read():
         replacement.is_own_layout(diffusers.FluxTransformer2DModel, component, headers, files)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_the_layout_of_the_original_project_gives_the_same_picture(others, run, prefix):
     theirs = {f"{prefix}{name}": tensor for name, tensor in original_sd3(stored(others, "sd3")).items()}
@@ -204,6 +208,7 @@ def write_gguf(path: str, weights: dict[str, torch.Tensor], kind: gguf.GGMLQuant
 GGUF = [(kind, name) for kind in ("Q8_0", "Q4_0", "F16") for name in ("flux", "sd3")]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("kind", "name"), mostly_slow(GGUF, ("Q8_0", "flux"), ("Q4_0", "sd3"), ("F16", "flux")))
 def test_a_gguf_file_computes_with_the_numbers_that_the_gguf_package_reads(pipelines, others, run, kind, name):
     back = write_gguf("a.gguf", stored(others, name), gguf.GGMLQuantizationType[kind])
@@ -416,6 +421,7 @@ def test_a_missing_gguf_package_names_the_extra(run, monkeypatch):
     assert (done.code, "pip install 'sglang-gen[gguf]'" in done.err) == (2, True)
 
 
+@pytest.mark.whole
 def test_blocks_outside_of_linear_layers_are_refused(run, others):
     writer = gguf.GGUFWriter("unet.gguf", "unet")
     for name, tensor in stored(others, "sdxl").items():
@@ -430,6 +436,7 @@ def test_blocks_outside_of_linear_layers_are_refused(run, others):
     assert (done.code, "(conv_norm_out.weight)" in done.err) == (2, True), done.err
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("backend", ["sglang", "diffusers"])
 @pytest.mark.parametrize("name", mostly_slow(["float32", "bfloat16", "float16"], "bfloat16"))
 def test_disabled_autocast_computes_in_the_stored_dtype(pipelines, sglang, name, backend):

@@ -24,6 +24,7 @@ def run(ranks, pipelines):
     return generate
 
 
+@pytest.mark.whole
 def test_data_parallel_groups_meet_once_a_round_and_send_nothing_while_they_denoise(run):
     """Two rounds of three batches; that the operators of a collective would be seen, branches of guidance show."""
     for found in run("sd3", "groups", "parallel=dp2"):
@@ -41,6 +42,7 @@ def capturing(monkeypatch):
     monkeypatch.setattr(make, "CAPTURING", ("cuda", "cpu"))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("layout", "rows"), [("cfg2", 1), ("dp2", 2)])
 def test_ranks_that_have_a_whole_network_capture_it_once_each(run, capturing, layout, rows):
     """A branch of guidance is one row of the batch, a data parallel group has both."""

@@ -9,6 +9,8 @@ from typing import Any
 from sglang_gen.types import Layout
 
 RANKS = 8
+IMPORTED = ["torch.distributed", "diffusers", "transformers", "sglang_gen.backends.native.engine",
+            "sglang_gen.launch.rank", "sglang_gen.families.text_encoder_parallel"]  # fmt: skip
 PATIENCE = 120.0  # seconds: ranks of a loaded machine take long to start
 
 
@@ -21,7 +23,8 @@ class Pool:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)  # once, and not in every rank
         self.pipes, self.processes = [], []
         for rank in range(RANKS):
             ours, theirs = context.Pipe()
