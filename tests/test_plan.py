@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import mostly_slow
 
-from sglang_gen import choice, env, hub, plan, presets, rank
+from sglang_gen import choice, env, hub, plan, presets, rank, sizes
 from sglang_gen.config import Choices, Composed, compose
 from sglang_gen.errors import UserError
 from sglang_gen.parallel.mesh import Mesh
@@ -93,6 +93,23 @@ def test_a_size_that_the_model_does_not_take_names_the_nearest(model, word, sent
     with pytest.raises(UserError) as error:
         planned(word, model=model)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "side"),
+    [
+        ({"sample_size": 32, "_diffusers_version": "0.8.1"}, 512),
+        ({"sample_size": 96, "_diffusers_version": "0.6.0"}, 768),
+        ({"sample_size": 32, "_diffusers_version": "0.9.0"}, 256),
+        ({"sample_size": 32, "_diffusers_version": "0.10.0.dev0"}, 256),
+        ({"sample_size": 32, "_diffusers_version": "1.0.0"}, 256),
+        ({"sample_size": 32}, 256),
+        ({"sample_size": [40, 40], "_diffusers_version": "0.8.1"}, 320),
+    ],
+)
+def test_only_a_configuration_of_before_0_9_is_an_old_one(config, side):
+    """What those say of the size is wrong where it is small."""
+    assert sizes.configured_long_ago(config, 8) == (side, side)
 
 
 def test_sd3_is_not_asked_for_more_than_its_table_of_positions():
