@@ -202,6 +202,9 @@ def test_a_package_gets_its_own_layout_and_gives_back_ours(monkeypatch, name):
 def test_auto_leaves_out_the_kernel_whose_scores_are_too_large():
     assert attention_kernels.candidates([(2, 4, 256, 256, 64)], "cpu", FLOAT) == ["sdpa", "math"]
     assert attention_kernels.candidates([(2, 10, 16384, 16384, 64)], "cpu", FLOAT) == ["sdpa"]
+    for dtype, batch in ((FLOAT, 1), (torch.bfloat16, 2)):  # 2**28 bytes of them, and one row more
+        assert attention_kernels.candidates([(batch, 1, 8192, 8192, 64)], "cpu", dtype) == ["sdpa", "math"]
+        assert attention_kernels.candidates([(batch, 1, 8193, 8192, 64)], "cpu", dtype) == ["sdpa"]
 
 
 @pytest.fixture
