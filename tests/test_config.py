@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sglang_gen.config import overrides, presets
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import compose
 from sglang_gen.config.schema import Run, get, leaves, plain
 
 STEPS = "sampling.num_inference_steps"
@@ -75,6 +78,14 @@ def test_nothing_said_is_the_schemas_default(composed):
     assert plain(composition.run) == expected
 
 
+def test_a_key_covers_what_lies_below_it_and_no_key_that_begins_alike():
+    assert overrides.covers("sampling.prompt", "sampling.prompt")
+    assert overrides.covers("backend.diffusers_kwargs", "backend.diffusers_kwargs.eta")
+    assert not overrides.covers("sampling.prompt", "sampling.prompts_file")
+    sources = compose(Choices(overrides=("model=sdxl", "sampling.prompt=a"))).sources
+    assert (sources["sampling.prompt"], sources["sampling.prompts"]) == ("override", "default")
+
+
 @pytest.mark.whole
 def test_a_file_yields_to_an_override_of_the_path_and_of_the_group(composed):
     write("file.json", {"prompt": "f", "num_inference_steps": 3, "seed": 4, "num_gpus": 2})
@@ -105,6 +116,14 @@ def test_the_users_config_dir_is_searched_first(composed):
     assert get(composed("--config-dir", "own", "model=sdxl", "sampling=draft").run, STEPS) == 3
     by_path = composed("--config-dir", "own", "--model-path", "/somewhere/My-Model", "--prompt", "x")
     assert (by_path.run.model.preset, by_path.run.sampling.height) == ("mine", 64)
+
+
+def test_a_preset_of_the_user_takes_the_place_of_a_shipped_one_of_its_name():
+    write("own/model/sdxl.yaml", {"model": {"preset": "sdxl", "path": "me/another-model"}})
+    known = presets.load("own")
+    assert [preset.path for preset in known if preset.name == "sdxl"] == ["me/another-model"]
+    assert presets.by_path("/somewhere/another_model", known) == "sdxl"
+    assert presets.by_path("stabilityai/stable-diffusion-xl-base-1.0", known) is None
 
 
 def test_a_broken_preset_of_the_user_stops_only_who_chooses_it(composed, sglang):

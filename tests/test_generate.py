@@ -203,13 +203,16 @@ def test_max_sequence_length_reaches_the_text_encoder(pipelines, sglang, monkeyp
 
 
 @pytest.mark.whole
-def test_a_negative_prompt_that_cannot_act_is_a_warning(pipelines, sglang):
-    flux = sglang("generate", "--model-path", pipelines["flux"], "--prompt", "a", *SMALL, "--negative-prompt", "b")
+@pytest.mark.parametrize("backend", ["sglang", "diffusers"])
+def test_a_negative_prompt_that_cannot_act_is_a_warning(pipelines, sglang, backend):
+    common = ("--prompt", "a", *SMALL, "--negative-prompt", "b", "--backend", backend)
+    flux = sglang("generate", "--model-path", pipelines["flux"], *common)
     assert flux.code == 0
     assert any("negative prompt has no effect at a true_cfg_scale of 1.0" in line for line in flux.lines)
-    sd3 = sglang("generate", "--model-path", pipelines["sd3"], "--prompt", "a", *SMALL, "--negative-prompt", "b",
-                 "--guidance-scale", "1")  # fmt: skip
-    assert "WARNING: The negative prompt has no effect at a guidance scale of 1.0" in sd3.lines
+    for scale, said in (("1", True), ("1.1", False)):
+        sd3 = sglang("generate", "--model-path", pipelines["sd3"], *common, "--guidance-scale", scale)
+        assert sd3.code == 0
+        assert ("WARNING: The negative prompt has no effect at a guidance scale of 1.0" in sd3.lines) is said
 
 
 @pytest.mark.whole
@@ -228,6 +231,19 @@ def test_noise_and_latents_are_saved_and_the_noise_starts_another_run(pipelines,
                    "sampling.latents=outputs/generated_image_0.safetensors")  # fmt: skip
     assert other.code == 2
     assert "holds noise of shape [1, 4, 16, 16], this request starts from [1, 4, 32, 32]" in other.err
+
+
+def test_each_sample_of_a_batch_has_its_own_noise_and_latents_beside_it(pipelines, sglang):
+    common = ("generate", "--model-path", pipelines["sd3"], "--prompt", "a", *SMALL, "--dtype", "float32",
+              "output.latents=true", "--num-samples", "2", "--guidance-scale", "3")  # fmt: skip
+    for size in (2, 1):
+        assert sglang(*common, f"sampling.batch_size={size}").code == 0
+    together, alone = ([load_file(f"outputs/generated_image_{number}.safetensors") for number in pair]
+                       for pair in ((0, 1), (2, 3)))  # fmt: skip
+    for name in ("noise", "latents"):
+        for a, b in zip(together, alone, strict=True):
+            assert (a[name] - b[name]).abs().max() <= 1e-5 * b[name].abs().max()
+        assert (together[0][name] - together[1][name]).abs().max() > 0.1
 
 
 def test_saved_latents_decode_to_the_picture(pipelines, sglang):

@@ -76,7 +76,7 @@ def test_an_installed_package_that_does_not_import_is_no_candidate(monkeypatch):
     monkeypatch.setattr(attention_kernels, "_usable", lambda name, device, dtype: True)
     monkeypatch.setattr(attention_kernels, "runs", lambda name, device, dtype: False)
     broken = types.SimpleNamespace(module="no_such_package", function="attend", exact=True)
-    monkeypatch.setattr(attention_kernels, "PACKAGES", {"broken": broken})
+    monkeypatch.setattr(attention_kernels, "KERNEL_PACKAGES", {"broken": broken})
     assert attention_kernels.candidates([(1, 1, 8, 8, 8)], "cuda", torch.float16) == ["sdpa"]
 
 
@@ -202,6 +202,9 @@ def test_a_package_gets_its_own_layout_and_gives_back_ours(monkeypatch, name):
 def test_auto_leaves_out_the_kernel_whose_scores_are_too_large():
     assert attention_kernels.candidates([(2, 4, 256, 256, 64)], "cpu", FLOAT) == ["sdpa", "math"]
     assert attention_kernels.candidates([(2, 10, 16384, 16384, 64)], "cpu", FLOAT) == ["sdpa"]
+    for dtype, batch in ((FLOAT, 1), (torch.bfloat16, 2)):  # 2**28 bytes of them, and one row more
+        assert attention_kernels.candidates([(batch, 1, 8192, 8192, 64)], "cpu", dtype) == ["sdpa", "math"]
+        assert attention_kernels.candidates([(batch, 1, 8193, 8192, 64)], "cpu", dtype) == ["sdpa"]
 
 
 @pytest.fixture

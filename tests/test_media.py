@@ -63,3 +63,11 @@ def test_a_sound_has_its_samples_and_its_rate(tmp_path):
         read = np.frombuffer(sound.readframes(800), "<i2").reshape(-1, 2).T / 32767
     assert np.abs(read - samples).max() < 1e-4
     assert json.loads(path.with_suffix(".json").read_text()) == {"file": "generated_audio_0.wav"}
+
+
+def test_samples_of_a_sound_are_rounded_to_the_nearest_of_16_bits_and_clipped(tmp_path):
+    levels = np.array([[0.0, 0.7, -0.7, 1.4, 2.6, -2.6, 32766.9, 40000.0, -40000.0]]) / 32767
+    path = video_audio.save_sound(tmp_path, levels, 8000, lambda name: {"file": name})
+    with wave.open(str(path)) as sound:
+        found = np.frombuffer(sound.readframes(sound.getnframes()), "<i2")
+    assert found.tolist() == [0, 1, -1, 1, 3, -3, 32767, 32767, -32767]

@@ -95,6 +95,23 @@ def test_the_files_of_a_component_are_those_of_no_variant():
     assert in_folder(Path()) == [Path("m.safetensors")]
 
 
+def test_an_index_stands_before_the_single_file_beside_it_as_its_library_has_it():
+    """diffusers prefers the index, transformers the single file."""
+    for folder, stem, config in (("network", "diffusion_pytorch_model", {"_class_name": "UNet2DConditionModel"}),
+                                 ("encoder", "model", {"architectures": ["CLIPTextModel"]})):  # fmt: skip
+        place = Path(folder)
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps(config))
+        (place / f"{stem}.safetensors").touch()
+        shards = [f"{stem}-{number}-of-2.safetensors" for number in (1, 2)]
+        index = {"weight_map": {"b": shards[1], "a": shards[0], "c": shards[1]}}
+        (place / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    assert [path.name for path in in_folder(Path("network"))] == [
+        "diffusion_pytorch_model-1-of-2.safetensors", "diffusion_pytorch_model-2-of-2.safetensors"
+    ]  # fmt: skip
+    assert [path.name for path in in_folder(Path("encoder"))] == ["model.safetensors"]
+
+
 @pytest.mark.whole
 def test_schnell_takes_no_guidance_and_says_so(run):
     model = tiny.flux(Path("schnell"), guidance_embeds=False)

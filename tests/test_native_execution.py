@@ -187,6 +187,16 @@ def test_each_class_of_blocks_has_its_own_limit(traced):
     assert torch._dynamo.config.recompile_limit == before
 
 
+def test_graphs_of_a_later_batch_are_allowed_beside_those_of_the_first(traced):
+    network = nn.Sequential(Doubling())
+    compiled = compiling.Compiled(network, (Doubling,), "cpu")
+    for call, size in (("one", 3), ("two", 4), ("one", 3)):
+        compiled.expect(Shapes(blocks={Doubling: {call}}))
+        with compiled.limited():
+            network(torch.ones(size))
+    assert len(traced) == 2
+
+
 def test_compilation_without_a_compiler_is_refused(run, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     for words in (("compile=regional",), ("attention=flex",)):

@@ -335,3 +335,45 @@ def test_the_memory_that_is_reckoned_covers_what_a_network_holds(monkeypatch, pr
     assert live.peak < reckoned < 4 * live.peak
     assert cfg.together_fits(live.peak, rows, 2 * glue.widest_map(config, request)) is False
     assert cfg.together_fits(reckoned, rows, 2 * glue.widest_map(config, request)) is True
+
+
+def test_a_rescaled_sample_is_the_same_alone_and_in_a_batch():
+    """Each sample has a deviation of its own, which is brought to that of its own text."""
+    spread = torch.tensor([0.1, 1.0, 30.0]).view(3, 1, 1)
+    branches = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)) * spread
+
+    def predicted(rows: slice) -> torch.Tensor:
+        def prepare(encoded: object) -> object:
+            return lambda latents, index: branches[:, rows].flatten(0, 1)
+
+        predict = cfg.guided(prepare, [(), ()], cfg.Guidance(3.0, rescale=0.7), [0])
+        return predict(branches[0, rows], 0)
+
+    together = predicted(slice(0, 3))
+    for row in range(3):
+        assert torch.equal(together[row : row + 1], predicted(slice(row, row + 1)))
+    text, plain = branches[1], branches[0] + 3 * (branches[1] - branches[0])
+    ratio = (text.flatten(1).std(1) / plain.flatten(1).std(1)).view(3, 1, 1)
+    assert torch.allclose(together, plain * (0.7 * ratio + 0.3))
+
+
+def test_a_batch_that_fills_the_free_memory_to_the_byte_fits():
+    needed = cfg.MAPS * 2 * 1000
+    assert cfg.together_fits(needed, 2, 1000)
+    assert not cfg.together_fits(needed - 1, 2, 1000)
+    assert cfg.together_fits(None, 10**9, 10**9)
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps", "skipped", "guided"),
+    [
+        (None, 5, 0, range(5)),
+        ([0.25, 0.6], 7, 0, range(2, 4)),  # of 1.75 and 4.2
+        ([0.2, 0.8], 28, 0, range(6, 22)),
+        ([0.0, 0.29], 100, 0, range(29)),  # 0.29 * 100 is a little less
+        ([0.2, 0.8], 28, 10, range(12)),
+        ([0.2, 0.8], 28, 25, range(0)),
+    ],
+)
+def test_the_ends_of_an_interval_are_the_nearest_steps_that_run(interval, steps, skipped, guided):
+    assert guided_steps(interval, steps, skipped) == guided

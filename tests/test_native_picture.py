@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -12,8 +13,14 @@ from cases import mostly_slow, mostly_whole
 from diffusers import AutoencoderKL
 from native import assert_both_make_the_same, edited, error, picture, record, runner, tensors, with_scheduler
 from PIL import Image
+from sglang_gen.pipelines import flux, sd, sd3, sdxl
 
 NAMES = ["sd15", "sdxl", "sd3", "flux"]
+GLUE = {"sd15": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+PIPELINES = {
+    "sd15": diffusers.StableDiffusionImg2ImgPipeline, "sdxl": diffusers.StableDiffusionXLImg2ImgPipeline,
+    "sd3": diffusers.StableDiffusion3Img2ImgPipeline, "flux": diffusers.FluxImg2ImgPipeline,
+}  # fmt: skip
 DEFAULTS = {"sd15": 0.8, "sdxl": 0.3, "sd3": 0.6, "flux": 0.6}
 
 
@@ -46,6 +53,17 @@ def test_both_backends_make_the_same_of_a_picture(run, photo, name, value):
 
 
 @pytest.mark.whole
+@pytest.mark.parametrize("name", NAMES)
+def test_a_strength_spares_as_many_steps_as_in_diffusers(name):
+    """Parts of a step are dropped or run, by the family."""
+    scheduler = SimpleNamespace(order=1, timesteps=torch.arange(40))
+    counting = SimpleNamespace(scheduler=scheduler)
+    for steps in (1, 3, 5, 7, 28):
+        for value in (0.0, 0.1, 0.3, 0.5, 0.6, 0.75, 0.99, 1.0):
+            _, run = PIPELINES[name].get_timesteps(counting, steps, value, "cpu")
+            assert GLUE[name].skipped(steps, value) == steps - run, (steps, value)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_sample_of_a_batch_is_the_one_that_diffusers_makes_alone(pipelines, run, photo, name):
     words = ("--image-path", photo, *strength(0.6), "--guidance-scale", "3", "--negative-prompt", "a dog")

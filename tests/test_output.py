@@ -63,6 +63,13 @@ def test_the_number_is_above_every_number_in_use(tmp_path, present, expected):
     assert all((tmp_path / name).read_bytes() == b"mine" for name in present)
 
 
+def test_results_are_listed_in_the_order_of_their_numbers_without_what_lies_beside_them(tmp_path):
+    for name in ("generated_image_10.png", "generated_image_2.png", "generated_image_2.json", "generated_video_3.mp4",
+                 "generated_image_10.safetensors", "perf.json", "other_1.png"):  # fmt: skip
+        (tmp_path / name).touch()
+    assert files.results(tmp_path) == ["generated_image_2.png", "generated_video_3.mp4", "generated_image_10.png"]
+
+
 def test_a_folder_with_the_name_of_a_picture_counts_as_taken(tmp_path):
     (tmp_path / "generated_image_0.png").mkdir()
     assert save(tmp_path).name == "generated_image_1.png"

@@ -37,6 +37,7 @@ def ours(factor: float = 1.0, hash_: str = "aaaa", fields: dict | None = None, p
         "memory_checkpoints": {
             "load": {"peak_allocated_mb": None, "peak_reserved_mb": None, "peak_host_anon_mb": peak / 2},
             "denoising": {"peak_allocated_mb": None, "peak_reserved_mb": None, "peak_host_anon_mb": peak},
+            "decoding": {"peak_allocated_mb": None, "peak_reserved_mb": None, "peak_host_anon_mb": 0.75 * peak},
         },
         "meta": {"prompt": "a lake", "model": "landscape"},
         "samples": [{"seed": 1}, {"seed": 2}],

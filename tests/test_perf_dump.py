@@ -215,6 +215,14 @@ def test_the_work_of_denoising_is_what_its_layers_did(dump, pipelines, monkeypat
 SETTINGS = {"prompt": "a", "height": 32, "width": 32, "num_inference_steps": 1, "dtype": "float32", "seed": 1}
 
 
+def test_what_conditioning_sends_is_sent_while_denoising():
+    def sent(**collectives: int) -> dict:
+        return {"collectives": {name: {"calls": 1, "bytes": size} for name, size in collectives.items()}}
+
+    comm = {"text_encoding": sent(tp=1), "conditioning": sent(tp=20), "denoising": sent(tp=300, sp=4000)}
+    assert dumping._sent(comm) == {"text_encoding": 1, "denoising": 4320}
+
+
 def test_equal_work_has_equal_fingerprints(pipelines, tmp_path):
     def fingerprint(model: Path, *overrides: str, **flags: object) -> dict:
         result = generate(*overrides, model_path=str(model), **(SETTINGS | flags))

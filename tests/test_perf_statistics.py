@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_gen.perf.statistics import Verdict, incomplete_beta, judge, noise, quantile, student
+from sglang_gen.perf.statistics import Verdict, _verdict, incomplete_beta, judge, noise, quantile, student
 
 TOLERANCE = 0.02
 
@@ -136,6 +136,16 @@ def test_single_observations_are_judged_by_the_tolerance_alone():
     for value, verdict in [(101.9, Verdict.PASS), (102.1, Verdict.REGRESSION), (97.9, Verdict.IMPROVEMENT)]:
         judged = judge([100.0], [value], TOLERANCE)
         assert (judged.interval, judged.verdict, judged.repeats_needed) == (None, verdict, None)
+
+
+def test_an_interval_that_ends_at_a_tolerance_is_within_it():
+    above, below = math.log1p(TOLERANCE), math.log1p(-TOLERANCE)
+    assert [_verdict(below, above, TOLERANCE), _verdict(above, above, TOLERANCE)] == [Verdict.PASS] * 2
+    assert _verdict(below, below, TOLERANCE) is Verdict.PASS
+    assert _verdict(above, math.nextafter(above, 1), TOLERANCE) is Verdict.TOO_NOISY
+    further = math.nextafter(above, 1), math.nextafter(below, -1)
+    assert _verdict(further[0], further[0], TOLERANCE) is Verdict.REGRESSION
+    assert _verdict(further[1], further[1], TOLERANCE) is Verdict.IMPROVEMENT
 
 
 def test_repeats_without_any_scatter_give_a_point():

@@ -17,7 +17,7 @@ from sglang_gen.errors import UserError
 from sglang_gen.hub import resolve
 from sglang_gen.launch import rank
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.plan import backend_choice, checks, make
+from sglang_gen.plan import backend_choice, checks, image_size, make
 from sglang_gen.types import Layout, Plan
 
 
@@ -98,6 +98,23 @@ def test_a_size_that_the_model_does_not_take_names_the_nearest(model, word, sent
     with pytest.raises(UserError) as error:
         planned(word, model=model)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "side"),
+    [
+        ({"sample_size": 32, "_diffusers_version": "0.8.1"}, 512),
+        ({"sample_size": 96, "_diffusers_version": "0.6.0"}, 768),
+        ({"sample_size": 32, "_diffusers_version": "0.9.0"}, 256),
+        ({"sample_size": 32, "_diffusers_version": "0.10.0.dev0"}, 256),
+        ({"sample_size": 32, "_diffusers_version": "1.0.0"}, 256),
+        ({"sample_size": 32}, 256),
+        ({"sample_size": [40, 40], "_diffusers_version": "0.8.1"}, 320),
+    ],
+)
+def test_only_a_configuration_of_before_0_9_is_an_old_one(config, side):
+    """What those say of the size is wrong where it is small."""
+    assert image_size.configured_long_ago(config, 8) == (side, side)
 
 
 def test_sd3_is_not_asked_for_more_than_its_table_of_positions():

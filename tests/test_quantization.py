@@ -89,6 +89,15 @@ def test_an_int8_network_is_close_to_the_plain_one_and_not_equal(pipelines):
     assert (type(weight).__name__, weight.qdata.dtype) == ("Int8Tensor", torch.int8)
 
 
+def test_the_plain_size_of_quantized_weights_is_in_the_dtype_that_the_network_computes_in():
+    network = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).to(torch.bfloat16)
+    assert quantize.read_back(network) is None
+    network[1].weight = nn.Parameter(torch.zeros(2, 8, dtype=torch.int8), requires_grad=False)
+    found = quantize.read_back(network)
+    assert (found["layers"], found["linears"]) == ({"int8": 1}, 2)
+    assert (found["bytes"], found["plain_bytes"]) == (2 * (32 + 8 + 2) + 16, 2 * (32 + 8 + 16 + 2))
+
+
 @pytest.mark.whole
 def test_int8_takes_the_weights_of_another_file(pipelines, run):
     path = pipelines["sd3"] / "transformer" / "diffusion_pytorch_model.safetensors"

@@ -92,8 +92,7 @@ def both_make_the_same(sglang, *words: object, folder: str = "", tolerance: floa
 @pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
 def test_the_native_engine_reads_a_single_file(pipelines, files, sglang, name):
-    if name != "flux":  # which diffusers reads at the published width alone
-        both_make_the_same(sglang, "--model-path", files[name], f"model.configs={pipelines[name]}")
+    both_make_the_same(sglang, "--model-path", files[name], f"model.configs={pipelines[name]}")
     for where in ((pipelines[name],), (files[name], f"model.configs={pipelines[name]}")):
         done = sglang("generate", "--model-path", *where, *SMALL[:-2], "output.latents=true")
         assert done.code == 0, done.err

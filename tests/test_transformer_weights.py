@@ -20,7 +20,7 @@ from sglang_gen import env
 from sglang_gen.errors import UserError
 from sglang_gen.hub import resolve
 from sglang_gen.hub.safetensors_header import Tensor
-from sglang_gen.hub.weight_files import WeightFiles
+from sglang_gen.hub.weight_files import WeightFiles, read_headers, stored_dtype
 from sglang_gen.weights import replacement
 
 SIZE = ("--height", "32", "--width", "32", "--seed", "7", "--num-inference-steps", "2")
@@ -168,7 +168,7 @@ def test_the_names_of_the_original_flux_are_known_before_a_weight_is_read():
     files = WeightFiles("flux1-dev.safetensors", (Path("flux1-dev.safetensors"),))
     assert replacement.is_own_layout(diffusers.FluxTransformer2DModel, component, headers, files) is False
     del headers["double_blocks.7.img_mod.lin.bias"]
-    with pytest.raises(UserError, match="neither in diffusers' layout of FluxTransformer2DModel nor in the original"):
+    with pytest.raises(UserError, match=r"1 missing \(transformer_blocks\.7\.norm1\.linear\.bias\)"):
         replacement.is_own_layout(diffusers.FluxTransformer2DModel, component, headers, files)
 
 
@@ -434,6 +434,22 @@ def test_blocks_outside_of_linear_layers_are_refused(run, others):
     writer.close()
     done = run("sdxl", "--transformer-weights-path", "unet.gguf")
     assert (done.code, "(conv_norm_out.weight)" in done.err) == (2, True), done.err
+
+
+def test_a_tensor_that_another_of_the_files_holds_too_is_refused_by_its_name():
+    for name, held in (("one", "ab"), ("two", "c"), ("three", "db")):
+        save_file({letter: torch.zeros(2, 3) for letter in held}, f"{name}.safetensors")
+    one, two, three = (Path(f"{name}.safetensors") for name in ("one", "two", "three"))
+    assert sorted(read_headers([one, two]).tensors) == ["a", "b", "c"]
+    with pytest.raises(UserError, match=r"^three\.safetensors holds the tensor b, which another"):
+        read_headers([one, two, three])
+
+
+def test_the_stored_dtype_is_that_of_most_of_the_numbers_and_not_of_most_tensors():
+    """Norms in float32 are many and small."""
+    small = {f"norm_{number}.weight": Tensor("F32", (4,)) for number in range(5)}
+    assert stored_dtype({**small, "weight": Tensor("BF16", (16, 16))}) == "BF16"
+    assert stored_dtype({**small, "bias": Tensor("BF16", (8,)), "scale": Tensor("BF16", ())}) == "F32"
 
 
 @pytest.mark.whole

@@ -5,7 +5,7 @@ no component takes. So the file is converted once with every tensor replaced by 
 where the numbers arrive says which tensors came through, and under which names.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sglang_gen.hub.safetensors_header import header
 from sglang_gen.hub.weight_files import few
 from sglang_gen.plan.quantization import denoisers
 from sglang_gen.types import Component, Plan
-from sglang_gen.weights.original_layout import CONVERSION_ERRORS
+from sglang_gen.weights.original_layout import CONVERSION_ERRORS, conversion
 
 SAMPLES = 64  # numbers of each dimension of a converted tensor that are looked at
 
@@ -60,13 +60,13 @@ def check(plan: Plan) -> None:
 def _check_component(file: Path, name: str, component: Component, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises UserError where the file does not hold the whole component; warns of tensors that it has no place for."""
     kind = component_classes.named(component)
-    convert = _conversion(kind)
+    convert = conversion([base.__name__ for base in kind.__mro__])
     if convert is None:  # diffusers says that it does not read this class from a file
         return
     names = list(shapes)
     numbered = {key: torch.tensor(float(index)).expand(shapes[key]) for index, key in enumerate(names)}
     try:
-        converted = convert(config=dict(component.config), checkpoint=numbered)
+        converted = convert(component.config, numbered)
     except CONVERSION_ERRORS:  # the loader fails in the same way, and its failure is explained there
         return
     found = {key: tensor for key, tensor in converted.items() if isinstance(tensor, Tensor)}
@@ -94,16 +94,6 @@ def _check_text_encoder(file: Path, name: str, component: Component, shapes: Map
         encoder = kind(kind.config_class.from_pretrained(component.folder))
     expected = {key.removeprefix("text_model.") for key in encoder.state_dict()}
     warn_unused((mine[key] for key in mine if key not in expected), kind.__name__, str(file))
-
-
-def _conversion(kind: Any) -> Callable[..., dict[str, Any]] | None:
-    """diffusers' conversion of a checkpoint in its authors' layout for this class; None where it has none."""
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-
-    for name, entry in SINGLE_FILE_LOADABLE_CLASSES.items():
-        if issubclass(kind, component_classes.named(Component("diffusers", name))):
-            return entry["checkpoint_mapping_fn"]  # type: ignore[no-any-return]
-    return None
 
 
 def _expected(kind: Any, component: Component) -> dict[str, tuple[int, ...]]:

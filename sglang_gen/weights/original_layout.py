@@ -1,32 +1,62 @@
 """Checkpoints of a denoising network in its authors' layout, by the names that diffusers gives its tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from sglang_gen.hub.single_file import INSIDE
-from sglang_gen.weights import original_flux as original_names
+from sglang_gen.weights import original_flux
 
-# What a file of another network makes diffusers' conversions trip over.
+# What a file of another network makes diffusers' conversions raise.
 CONVERSION_ERRORS = (KeyError, ValueError, RuntimeError, IndexError, AttributeError, TypeError, NameError)
+Conversion = Callable[[Mapping[str, Any], dict[str, Tensor]], dict[str, Tensor]]  # of a config and tensors by name
+
+
+def _convert_flux(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    inside = {name: tensor for name, tensor in tensors.items() if name.startswith(INSIDE)} or tensors
+    return original_flux.convert({name.removeprefix(INSIDE): tensor for name, tensor in inside.items()}, width)
+
+
+# Conversions of our own, which replace diffusers' on both backends: its conversion of FLUX splits joined projections at
+# the published width only, and copies them.
+OWN_CONVERSIONS: Mapping[str, Conversion] = {"FluxTransformer2DModel": _convert_flux}
+
+
+def conversion(names: Sequence[str]) -> Conversion | None:
+    """The conversion into diffusers' layout for a class of diffusers, given by its name and those of its bases.
+
+    None where neither diffusers nor this package has one.
+    """
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    for name in names:
+        if name in OWN_CONVERSIONS:
+            return OWN_CONVERSIONS[name]
+        if name in SINGLE_FILE_LOADABLE_CLASSES:
+            mapping = SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+            return lambda config, tensors: _present(mapping(config=dict(config), checkpoint=tensors))
+    return None
+
+
+def _present(converted: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Without the entries that diffusers leaves as None, for names that the checkpoint does not have."""
+    return {name: tensor for name, tensor in converted.items() if tensor is not None}
 
 
 def read(class_name: str, config: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Tensor]:
     """The tensors of diffusers' `class_name` by its names, in the dtypes of the files.
 
-    Those that are only named otherwise are views of the mapped files; joined projections come apart as copies (those of
-    FLUX as views), which a caller drops one by one. Raises one of `CONVERSION_ERRORS` for another network's files.
+    Renamed tensors are views of the mapped files. Joined projections are split into copies (those of FLUX into views),
+    which a caller drops one by one. Raises one of `CONVERSION_ERRORS` for files of another network.
     """
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
     from safetensors.torch import load_file
 
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     inside = {name: tensor for name, tensor in tensors.items() if name.startswith(INSIDE)} or tensors
-    if class_name == "FluxTransformer2DModel":
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        return original_names.convert({name.removeprefix(INSIDE): tensor for name, tensor in inside.items()}, width)
-    convert = SINGLE_FILE_LOADABLE_CLASSES[class_name]["checkpoint_mapping_fn"]
-    converted = convert(config=dict(config), checkpoint=inside)
-    return {name: tensor for name, tensor in converted.items() if tensor is not None}  # None: a name that is not there
+    convert = conversion([class_name])
+    if convert is None:
+        raise KeyError(class_name)
+    return convert(config, inside)

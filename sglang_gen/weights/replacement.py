@@ -6,7 +6,7 @@ original project where diffusers converts it. Loading itself is diffusers'.
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from sglang_gen.hub.single_file import INSIDE
 from sglang_gen.hub.weight_files import FLAG, WeightFiles, few
 from sglang_gen.plan import quantization
 from sglang_gen.types import Component, Plan
-from sglang_gen.weights import gguf, nunchaku
+from sglang_gen.weights import gguf, nunchaku, original_layout
 from sglang_gen.weights.original_layout import CONVERSION_ERRORS
 
 # Packages of the methods that diffusers reads from a folder that declares them.
@@ -62,7 +62,7 @@ def load(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
         )
     if is_own_layout(kind, component, headers.tensors, files):
         return {name: _load_own_layout(kind, component, files, headers.tensors, dtype)}
-    return {name: _load_original(kind, component, files.paths, {"dtype": dtype})}
+    return {name: load_original(kind, component, files.paths, dtype)}
 
 
 def plain(plan: Plan, name: str, files: WeightFiles) -> bool:
@@ -131,13 +131,13 @@ def is_own_layout(kind: Any, component: Component, tensors: Mapping[str, Tensor]
     """True for diffusers' layout, False for the original one. Raises UserError for weights of another network."""
     expected = _expected(kind, component)
     own = len(expected.keys() & tensors.keys()) * 2 >= len(tensors)
-    entry = next((entry for name, entry in SINGLE_FILE_LOADABLE_CLASSES.items() if _is(kind, name)), None)
-    if own or entry is None:
+    convert = original_layout.conversion([base.__name__ for base in kind.__mro__])
+    if own or convert is None:
         _compare(expected, {name: tensor.shape for name, tensor in tensors.items()}, kind, files)
         return True
     meta = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
     try:
-        converted = entry["checkpoint_mapping_fn"](config=_config(component), checkpoint=dict(meta))
+        converted = convert(_config(component), dict(meta))
     except CONVERSION_ERRORS as error:
         raise UserError(
             f"{FLAG}: the tensors of {files.given} ({few(tensors)}) are neither in diffusers' layout of "
@@ -206,7 +206,18 @@ def _write_config(component: Component, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(_config(component)), encoding="utf-8")
 
 
-def _load_original(kind: Any, component: Component, paths: tuple[Path, ...], settings: dict[str, Any]) -> Any:
+def load_original(kind: Any, component: Component, paths: Sequence[Path], dtype: torch.dtype) -> Any:
+    """A network of diffusers with weights in the original layout, by our conversion where we have one."""
+    if component.class_name not in original_layout.OWN_CONVERSIONS:
+        return _load_single_file(kind, component, paths, {"dtype": dtype})
+    tensors = original_layout.read(component.class_name, _config(component), paths)
+    with init_empty_weights():
+        network = kind.from_config(_config(component))
+    network.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return network.eval()
+
+
+def _load_single_file(kind: Any, component: Component, paths: Sequence[Path], settings: dict[str, Any]) -> Any:
     """diffusers' single-file loading, with the model's own configuration so that none is downloaded."""
     from safetensors.torch import load_file
 
@@ -226,7 +237,7 @@ def _load_gguf(kind: Any, component: Component, files: WeightFiles, dtype: torch
     if not any(_is(kind, name) for name in SINGLE_FILE_LOADABLE_CLASSES):
         raise UserError(f"{FLAG}: diffusers reads no GGUF files of {kind.__name__}; give safetensors")
     settings = {"quantization_config": GGUFQuantizationConfig(compute_dtype=dtype), "dtype": dtype}
-    network = _load_original(kind, component, files.paths, settings)
+    network = _load_single_file(kind, component, files.paths, settings)
     gguf.check_places(network, path)
     return network
 

@@ -15,6 +15,8 @@ from sglang_gen.errors import UserError, first_line
 from sglang_gen.hub import component_classes, remote_code
 from sglang_gen.hub.safetensors_header import PICKLES
 from sglang_gen.types import Plan
+from sglang_gen.weights.original_layout import CONVERSION_ERRORS, OWN_CONVERSIONS
+from sglang_gen.weights.replacement import load_original
 
 # What a file that is not the expected model makes diffusers' conversion trip over.
 MISMATCH = (KeyError, ValueError, RuntimeError, IndexError, AttributeError, TypeError)
@@ -59,6 +61,7 @@ def _read_file(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: di
     if (scheduler := plan.card.components.get("scheduler")) and "scheduler" not in replaced:
         kind = component_classes.named(scheduler)
         replaced = {**replaced, "scheduler": kind.from_config(dict(scheduler.config))}  # as the file's markers have it
+    replaced = {**_converted(plan, dtype, replaced), **replaced}
     try:
         with log.quieter("diffusers"), _configs_alone(plan) as configs:  # its remarks on lists of modules, on weights
             pipeline = pipeline_class.from_single_file(
@@ -79,6 +82,20 @@ def _read_file(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: di
                 reason = f"it lacks {len(empty)} weights of {part}, such as {empty[0]}"
                 raise UserError(misfit(plan, reason))
     return pipeline
+
+
+def _converted(plan: Plan, dtype: torch.dtype, replaced: Collection[str]) -> dict[str, Any]:
+    """Networks whose original layout this package converts itself."""
+    assert plan.card.file is not None
+    converted = {}
+    for name, component in plan.card.components.items():
+        if name not in replaced and component.class_name in OWN_CONVERSIONS:
+            kind = component_classes.named(component)
+            try:
+                converted[name] = load_original(kind, component, [plan.card.file], dtype)
+            except CONVERSION_ERRORS as error:
+                raise UserError(misfit(plan, first_line(error))) from error
+    return converted
 
 
 @contextlib.contextmanager
