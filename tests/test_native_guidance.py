@@ -376,5 +376,5 @@ def test_a_batch_that_fills_the_free_memory_to_the_byte_fits():
         ([0.2, 0.8], 28, 25, range(0)),
     ],
 )
-def test_the_ends_of_an_interval_are_the_nearest_steps(interval, steps, skipped, guided):
+def test_the_ends_of_an_interval_are_the_nearest_steps_that_run(interval, steps, skipped, guided):
     assert guided_steps(interval, steps, skipped) == guided
