@@ -21,6 +21,7 @@ from finished import Finished
 from pool import Pool
 from rank_runs import Processes
 
+from sglang_gen import env
 from sglang_gen.launch import launcher
 
 torch.set_num_threads(1)
@@ -37,8 +38,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tiers.sort(item)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _commit() -> None:
+    """Ask git once, before any test; every record of a run holds the answer."""
+    env.commit_hash()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_beyond_the_tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test of `make check` starts no process and no compiler."""
     tiers.limit(request.node, monkeypatch)
 
 

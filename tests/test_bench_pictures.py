@@ -225,6 +225,7 @@ def test_the_works_ask_for_what_the_targets_are_of(composed):
     assert [pictures.WORKS[name].target for name in ("flux_dev", "sdxl", "landscape")] == [3.3, 1.6, None]
 
 
+@pytest.mark.whole
 def test_a_process_that_fails_is_told_with_its_code_and_its_last_line(tmp_path):
     said = pictures.generate(["--prompt", "a lake", "--num-inference-steps", "0"], tmp_path / "there")
     assert said.startswith("exit code 2: ")

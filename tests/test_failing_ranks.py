@@ -85,6 +85,7 @@ def test_the_timeout_of_a_run_on_one_rank_changes_nothing_and_says_so(sglang):
     assert "WARNING: parallel.timeout_minutes has no effect without several ranks" in done.lines
 
 
+@pytest.mark.whole
 def test_ranks_start_deaf_to_ctrl_c_and_blind_to_files_of_the_working_directory(capfd):
     """A terminal sends Ctrl-C to all its processes; the launcher answers. A user's queue.py is not the library's."""
     Path("queue.py").write_text("raise SystemExit(7)")

@@ -5,10 +5,10 @@ import pytest
 import torch
 from native import assert_both_make_the_same, edited, runner
 
+from sglang_gen.backends.native import components
 from sglang_gen.backends.native.scheduler import build_scheduler
 from sglang_gen.engine import flow_match_euler
 from sglang_gen.engine.flow_match_euler import FlowMatchEuler
-from sglang_gen.hub import component_classes
 
 Theirs = diffusers.FlowMatchEulerDiscreteScheduler
 DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
@@ -86,7 +86,7 @@ def test_what_ours_does_not_know_is_diffusers(pipelines, run, monkeypatch, chang
         made.append(type(found))
         return found
 
-    monkeypatch.setattr(component_classes, "scheduler", noted)
+    monkeypatch.setattr(components, "build_scheduler", noted)
     model = edited(pipelines["sd3"], "model", "scheduler/scheduler_config.json", **changes)
     assert_both_make_the_same(run, model)
     assert (FlowMatchEuler in made, Theirs in made) == (own, not own)

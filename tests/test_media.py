@@ -21,6 +21,7 @@ def frames_of(path: Path) -> tuple[np.ndarray, float]:
     return imageio.imread(path), imageio.immeta(path)["fps"]
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # imageio's reader leaves its pipe to the garbage collector
 @pytest.mark.parametrize("size", [(32, 48), (33, 47)])
 def test_a_video_has_its_frames_its_rate_and_its_record(tmp_path, size):

@@ -13,7 +13,11 @@ from cases import mostly_slow, mostly_whole
 from diffusers import AutoencoderKL
 from native import assert_both_make_the_same, edited, error, picture, record, runner, tensors, with_scheduler
 from PIL import Image
-from sglang_gen.pipelines import flux, sd, sd3, sdxl
+
+from sglang_gen.families.flux import pipeline as flux
+from sglang_gen.families.sd import pipeline as sd
+from sglang_gen.families.sd3 import pipeline as sd3
+from sglang_gen.families.sdxl import pipeline as sdxl
 
 NAMES = ["sd15", "sdxl", "sd3", "flux"]
 GLUE = {"sd15": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}

@@ -19,7 +19,6 @@ from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.weights.load import load
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_network_computes_what_diffusers_computes(variant):
     config = VARIANTS[variant]
@@ -65,7 +64,6 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.whole
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(diffusers' network, ours), of which tests that break one take a copy."""

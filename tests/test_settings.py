@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from sglang_gen.config import schema
-from sglang_gen.plan.make import UNAVAILABLE
+from sglang_gen.plan.checks import UNAVAILABLE
 
 COPYING = (
     "dataclasses",

@@ -14,6 +14,7 @@ import yaml
 from sglang_gen import env
 from sglang_gen.config import compose
 from sglang_gen.config.choices import Choices
+from sglang_gen.perf.dump_numbers import measure
 from sglang_gen.sweep import multirun, report
 from sglang_gen.sweep.table import to_csv, to_markdown
 
@@ -117,8 +118,8 @@ def test_a_setting_that_only_some_jobs_can_have_is_said_once_where_it_is_the_sam
 
 
 def test_the_interval_never_starts_below_zero_and_narrows_with_repeats():
-    assert report.measure([1.0, 9.0]).low == 0
-    widths = [report.measure([1.0, 2.0] * count).high for count in (2, 4, 5, 6, 7, 20)]
+    assert measure([1.0, 9.0]).low == 0
+    widths = [measure([1.0, 2.0] * count).high for count in (2, 4, 5, 6, 7, 20)]
     assert widths == sorted(widths, reverse=True)
 
 

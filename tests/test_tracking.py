@@ -194,6 +194,7 @@ def test_a_mode_that_wandb_does_not_know_is_an_error_in_one_sentence(tmp_path):
         tracking.track(run_with(Tracker.wandb, tmp_path), REPORT, [], "offlien")
 
 
+@pytest.mark.whole
 def test_a_disabled_wandb_is_a_warning_and_writes_nothing(tmp_path, capsys):
     log.setup("info")
     tracking.track(run_with(Tracker.wandb, tmp_path), REPORT, [], "disabled")
