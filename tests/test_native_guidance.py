@@ -334,5 +334,5 @@ def test_the_memory_that_is_reckoned_covers_what_a_network_holds(monkeypatch, pr
         predict(latents, 0)
     reckoned = cfg.MAPS * rows * 2 * glue.widest_map(config, request)
     assert live.peak < reckoned < 4 * live.peak
-    assert cfg.together_fits(live.peak, rows, 2 * glue.widest_map(config, request)) is False
-    assert cfg.together_fits(reckoned, rows, 2 * glue.widest_map(config, request)) is True
+    assert cfg.batch_fits(live.peak, rows, 2 * glue.widest_map(config, request)) is False
+    assert cfg.batch_fits(reckoned, rows, 2 * glue.widest_map(config, request)) is True

@@ -1,4 +1,4 @@
-"""Checkpoints of a denoising network in its authors' layout, by the names that diffusers gives its tensors."""
+"""Reads checkpoints of a denoising network in its authors' layout and converts them to diffusers' tensor names."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,15 +9,15 @@ from torch import Tensor
 from sglang_gen.hub.single_file import INSIDE
 from sglang_gen.weights import original_flux as original_names
 
-# What a file of another network makes diffusers' conversions trip over.
+# Exceptions of diffusers' conversions for the file of another network.
 CONVERSION_ERRORS = (KeyError, ValueError, RuntimeError, IndexError, AttributeError, TypeError, NameError)
 
 
 def read(class_name: str, config: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Tensor]:
-    """The tensors of diffusers' `class_name` by its names, in the dtypes of the files.
+    """The tensors of diffusers' `class_name` under its names, in the dtypes of the files.
 
-    Those that are only named otherwise are views of the mapped files; joined projections come apart as copies (those of
-    FLUX as views), which a caller drops one by one. Raises one of `CONVERSION_ERRORS` for another network's files.
+    Tensors that are only renamed are views of the memory-mapped files; split fused projections are copies (views for
+    FLUX), which the caller releases one by one. Raises one of `CONVERSION_ERRORS` for another network's files.
     """
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
     from safetensors.torch import load_file
@@ -29,4 +29,4 @@ def read(class_name: str, config: Mapping[str, Any], files: Sequence[Path]) -> d
         return original_names.convert({name.removeprefix(INSIDE): tensor for name, tensor in inside.items()}, width)
     convert = SINGLE_FILE_LOADABLE_CLASSES[class_name]["checkpoint_mapping_fn"]
     converted = convert(config=dict(config), checkpoint=inside)
-    return {name: tensor for name, tensor in converted.items() if tensor is not None}  # None: a name that is not there
+    return {name: tensor for name, tensor in converted.items() if tensor is not None}  # None: not in the checkpoint

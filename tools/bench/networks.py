@@ -136,14 +136,14 @@ def our_call(
     """One evaluation of the network that `load` gives, with its conditioning and latents."""
     network, condition, latents = load()
     network = laid_out(network, latents.dtype)
-    summing = attention_kernels.summing(kernel.name, device, latents.dtype)
-    works.whole(work).place(network).set_kernel(kernel.kernel, summing)
+    summing = attention_kernels.kernel_with_lse(kernel.name, device, latents.dtype)
+    works.whole(work).parallelize(network).set_kernel(kernel.kernel, summing)
     conditioning = condition(network)
     if not compiled:
         if graphs:
             Graphs(network)
         return lambda: network(latents, conditioning, 0)
-    glue = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
+    glue = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
     shapes = works.rehearsed(
         work, glue.REGIONS, network, lambda twin: twin(to_meta(latents), condition(twin, meta=True), 0)
     )

@@ -13,7 +13,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from torch import Tensor
 
 from sglang_gen import env
-from sglang_gen.engine.meta_trace import Shapes, rehearse
+from sglang_gen.engine.meta_trace import Shapes, trace_on_meta
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.sharded_network import Split
@@ -28,7 +28,7 @@ class Work:
 
     title: str
     kind: Any  # the class in diffusers
-    glue: str  # the module in sglang_gen/pipelines
+    glue: str  # the folder in sglang_gen/families
     config: Mapping[str, Any]
     batch: int
     tokens: int  # of text
@@ -169,7 +169,7 @@ def check_activations(work: Work, network: Any, arguments: Mapping[str, Any]) ->
 
 def ours(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, Callable[[Any], Any], Tensor]:
     """Our network, what gives its conditioning, and the latents."""
-    glue = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
+    glue = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
     network: Any = load(lambda: glue.build(work.config), in_folder(folder), glue.sources, dtype, device)
     latents, text, pooled = work.inputs(dtype, device)
     return network, partial(conditioning, work, text, pooled), latents
@@ -177,7 +177,7 @@ def ours(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any
 
 def outline(work: Work, dtype: torch.dtype) -> Any:
     """Our network without memory."""
-    glue = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
+    glue = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
     with torch.device("meta"):
         return glue.build(work.config).to(dtype)
 
@@ -197,11 +197,11 @@ def conditioning(work: Work, text: Tensor, pooled: Tensor, network: Any, meta: b
 
 def whole(work: Work) -> Split:
     """The one rank that has all of the network."""
-    glue: Any = importlib.import_module(f"sglang_gen.pipelines.{work.glue}")
+    glue: Any = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
     return Split(Mesh(), glue.TENSOR, glue.SHARDING)
 
 
 def rehearsed(work: Work, regions: tuple[type, ...], network: Any, evaluate: Callable[[Any], Any]) -> Shapes:
     """What `evaluate` meets in a network like this one, without memory."""
-    twin = whole(work).twin(lambda: type(network)(network.config), next(network.parameters()).dtype)
-    return rehearse(twin, regions, evaluate)
+    twin = whole(work).meta_copy(lambda: type(network)(network.config), next(network.parameters()).dtype)
+    return trace_on_meta(twin, regions, evaluate)
