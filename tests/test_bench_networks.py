@@ -101,7 +101,7 @@ def test_ours_attends_with_the_kernel_that_a_run_with_auto_takes(crowded, tmp_pa
         choice = named(name)
         return attention_kernels.Choice(name, lambda *qkv: called.append(name) or choice.kernel(*qkv))
 
-    monkeypatch.setattr(networks.fastest, "fastest", fastest)
+    monkeypatch.setattr(networks.attention_autotune, "fastest", fastest)
     monkeypatch.setattr(attention_kernels, "named", counting)
     kernel = networks.kernel_of_auto(LITTLE, "cpu")
     calls, _ = networks.entries(LITTLE, works.stored(LITTLE, tmp_path / "model"), "cpu", kernel)

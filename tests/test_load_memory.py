@@ -40,7 +40,7 @@ def load(path, rank):
         engine = native.load(plan, Mesh(), CallLog())
         return engine.network, engine.parts
     name = NATIVE[plan.card.pipeline_class]
-    glue = importlib.import_module(f"sglang_gen.pipelines.{name}")
+    glue = importlib.import_module(f"sglang_gen.families.{name}.pipeline")
     split = Split(Mesh(Layout(tp=2), rank), glue.TENSOR, glue.SHARDING)
     return parts.read(plan, NEEDS[name], glue, split)  # what that rank reads
 
