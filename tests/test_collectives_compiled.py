@@ -21,7 +21,7 @@ from sglang_gen.models.unet import SelfAttention
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.sequence import Lengths, Ring, Ulysses
-from sglang_gen.parallel.sequence_boundary import cut
+from sglang_gen.parallel.sequence_boundary import shard_sizes
 from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.parallel.spatial import RowAttention, RowConv
 from sglang_gen.types import Layout
@@ -119,7 +119,7 @@ def test_compiled_rows_compute_their_queries_while_keys_and_values_are_gathered(
 @pytest.mark.whole
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_ring_computes_with_what_it_has_while_the_next_keys_are_on_their_way(generated):
-    kernel = attention_kernels.summing("sdpa", "cpu", torch.float32)
+    kernel = attention_kernels.kernel_with_lse("sdpa", "cpu", torch.float32)
     ring = Ring(kernel, Axis("ring", 3, 1, "a group"), Lengths(3, 1, (6, 5, 4)))
     calls = generated(lambda *qkv: ring(*qkv), *(torch.randn(2, 4, 5, 32) for _ in range(3)))
     assert names(calls) == ["exchange", "attention", "arrived"] * 2 + ["attention"]
@@ -139,10 +139,10 @@ def dual_block(layout: Layout, rank: int) -> tuple[nn.Module, list[torch.Tensor]
     """A block with two attentions as one rank of two has it, and inputs of a picture and a text that do not halve."""
     groups = {axis: SimpleNamespace(group_name=axis) for axis in ("ring", "ulysses", SEQUENCE)}
     network = pipeline.build(DUAL).eval()
-    placed = Split(Mesh(layout, rank, groups), {}, pipeline.SHARDING).place(network)
-    placed.set_kernel(scaled_dot_product_attention, attention_kernels.summing("sdpa", "cpu", torch.float32))
-    texts = cut(9, 1, 2)
-    for kind, tokens in pipeline.tokens(network.config, (1, 4, 14, 8), cut(14, 2, 2), texts).items():
+    placed = Split(Mesh(layout, rank, groups), {}, pipeline.SHARDING).parallelize(network)
+    placed.set_kernel(scaled_dot_product_attention, attention_kernels.kernel_with_lse("sdpa", "cpu", torch.float32))
+    texts = shard_sizes(9, 1, 2)
+    for kind, tokens in pipeline.tokens(network.config, (1, 4, 14, 8), shard_sizes(14, 2, 2), texts).items():
         placed.lengths[kind].tokens = tokens
     picture = placed.lengths["image"].tokens[rank]
     return network.blocks[0], [torch.randn(2, *size, 64) for size in ((picture,), (texts[rank],), (9,), (6,))]

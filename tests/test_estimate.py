@@ -28,7 +28,7 @@ from sglang_gen.families.contract import Request
 from sglang_gen.families.sdxl import pipeline
 from sglang_gen.hub import resolve
 from sglang_gen.parallel.collectives import Axis
-from sglang_gen.parallel.sequence_boundary import cut
+from sglang_gen.parallel.sequence_boundary import shard_sizes
 from sglang_gen.plan.make import make_plan
 from sglang_gen.types import Layout
 
@@ -292,7 +292,7 @@ def test_no_rank_has_more_to_do_than_those_that_are_estimated(layout, bands, mor
     config = network_unet.SDXL | {"attention_head_dim": 4}
     unit = 2 ** (len(config["block_out_channels"]) - 1)
     height = (bands * unit + more) * rehearsed.FACTOR  # rows of latents beside those of whole bands: `more`
-    lengths = cut(bands * unit + more, unit, layout.ranks)
+    lengths = shard_sizes(bands * unit + more, unit, layout.ranks)
     card = rehearsed.card_of(
         "sdxl", config, {"text_encoder": {"max_position_embeddings": 9}, "text_encoder_2": {"projection_dim": 20}}
     )

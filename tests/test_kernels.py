@@ -51,7 +51,7 @@ def test_kernels_that_tell_the_sum_are_as_exact_as_those_that_do_not(name, dtype
     q, k, v = (4 * x for x in qkv())
     scores = q.double() @ k.double().mT * q.shape[-1] ** -0.5
     expected = scores.softmax(-1) @ v.double()
-    out, lse = attention_kernels.summing(name, "cpu", dtype)(q.to(dtype), k.to(dtype), v.to(dtype))
+    out, lse = attention_kernels.kernel_with_lse(name, "cpu", dtype)(q.to(dtype), k.to(dtype), v.to(dtype))
     plain = chosen(name).kernel(q.to(dtype), k.to(dtype), v.to(dtype))
     assert out.dtype == dtype
     assert (out - expected).abs().max() <= 1.5 * (plain - expected).abs().max() + 1e-6
@@ -82,7 +82,7 @@ def test_an_installed_package_that_does_not_import_is_no_candidate(monkeypatch):
 
 def test_products_beyond_float16_stay_finite():
     q = torch.full((1, 1, 3, 64), 40, dtype=torch.float16)
-    out, lse = attention_kernels.summing("math", "cpu", torch.float16)(q, q, q)
+    out, lse = attention_kernels.kernel_with_lse("math", "cpu", torch.float16)(q, q, q)
     assert bool(torch.isfinite(out).all() and torch.isfinite(lse).all())
 
 

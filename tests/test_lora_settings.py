@@ -217,7 +217,7 @@ def test_patterns_in_diffusers_metadata_count_for_their_part_and_in_their_order(
         ({"lora_alpha": 10**400}, "it must be a finite number"),
         ({"alpha_pattern": {"to_q": "1"}}, "the alpha '1' for"),
         ({"alpha_pattern": ["to_q"]}, "alpha_pattern in peft/adapter_config.json is ['to_q'], not a mapping"),
-        ({"alpha_pattern": {"to_(q": 1}}, "holds 'to_(q', no regular expression"),
+        ({"alpha_pattern": {"to_(q": 1}}, "holds 'to_(q', not a regular expression"),
         ({"r": 0}, "the rank 0 for"),
         ({"r": True}, "the rank True for"),
         ({"r": "4"}, "it must be a whole number above 0"),
@@ -228,10 +228,10 @@ def test_patterns_in_diffusers_metadata_count_for_their_part_and_in_their_order(
     ],
 )  # fmt: skip
 def test_what_the_settings_ask_and_factors_cannot_give_is_refused_by_name(adapter, changes, sentence):
-    lora_file.check("peft")
+    lora_file.check_local_file("peft")
     rewrite(**changes)
     with pytest.raises(UserError) as refused:
-        lora_file.check("peft")
+        lora_file.check_local_file("peft")
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -254,12 +254,12 @@ def test_every_setting_of_peft_is_known_and_its_defaults_are_accepted(adapter):
     known = {*lora_settings.HONOURED, *lora_settings.NEUTRAL_SETTINGS, *lora_settings.OTHER_PEFT_KINDS,
              *lora_settings.MORE_THAN_FACTORS}  # fmt: skip
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known
-    lora_file.check("peft")
+    lora_file.check_local_file("peft")
 
 
 def test_a_number_that_is_not_known_is_named_once_and_off_is_silent(adapter, caplog):
     rewrite(use_newest=False, newest_config=None, newest_group_size=16)
-    lora_file.check("peft")
+    lora_file.check_local_file("peft")
     lora_file.read("peft")
     (line,) = [record.getMessage() for record in caplog.records]
     assert "newest_group_size=16, which is not known here and has no effect" in line
@@ -269,7 +269,7 @@ def test_settings_of_a_part_without_modules_are_named(tmp_path, caplog):
     weights = {"unet.a.lora_A.weight": torch.ones(2, 3), "unet.a.lora_B.weight": torch.ones(3, 2)}
     kept = {"unet.r": 2, "unet.lora_alpha": 2, "text_encoder.r": 4}
     save_file(weights, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(kept)})
-    lora_file.check(str(tmp_path / "a.safetensors"))
+    lora_file.check_local_file(str(tmp_path / "a.safetensors"))
     (line,) = [record.getMessage() for record in caplog.records]
     assert "has settings for text_encoder, of which the file holds no module" in line
 
@@ -280,7 +280,7 @@ def test_trained_biases_are_refused_by_their_tensors(tmp_path, bias):
     pair = {"unet.a.lora_A.weight": torch.ones(2, 3), "unet.a.lora_B.weight": torch.ones(3, 2)}
     save_file(pair | {f"unet.a.{bias}": torch.ones(3)}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=rf"holds unet.a.{bias}, a bias, and only factors are merged; merge it into"):
-        lora_file.check(str(tmp_path / "a.safetensors"))
+        lora_file.check_local_file(str(tmp_path / "a.safetensors"))
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])

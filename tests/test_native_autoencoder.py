@@ -160,7 +160,7 @@ def test_rows_of_a_batch_do_not_see_each_other():
     [
         (
             lambda w: w.pop("decoder.mid_block.attentions.0.to_v.weight"),
-            "is no checkpoint of this Autoencoder: it lacks decoder.mid_block.attentions.0.to_v.weight",
+            "is not a checkpoint of this Autoencoder: it lacks decoder.mid_block.attentions.0.to_v.weight",
         ),
         (lambda w: w.update(extra=torch.zeros(1)), "it holds extra, which Autoencoder does not have"),
         (

@@ -190,7 +190,7 @@ def test_convolutions_of_half_precision_have_their_channels_last(dtype, last):
 
 def test_a_sparse_kernel_is_for_the_picture_and_not_for_its_text():
     """Where a picture has as many tokens as its text, their number does not tell them apart."""
-    placed = Split(Mesh(Layout()), {}, unet_shared.SHARDING).twin(
+    placed = Split(Mesh(Layout()), {}, unet_shared.SHARDING).meta_copy(
         partial(unet_shared.build, network_unet.SDXL), torch.float32
     )
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from sglang_gen.engine import attention_autotune
 from sglang_gen.engine import compile as compiling
-from sglang_gen.engine.meta_trace import Shapes, rehearse
+from sglang_gen.engine.meta_trace import Shapes, trace_on_meta
 from sglang_gen.errors import RunError
 from sglang_gen.models.attention import Attend
 from sglang_gen.parallel.mesh import Mesh
@@ -124,9 +124,9 @@ class Little(nn.Module):
 
 
 def test_a_rehearsal_finds_the_distinct_calls_without_computing():
-    unsplit = Sharding(dim=1, unit=int, leaves=lambda network: {}, tokens=dict, share=tuple)
-    twin = Split(Mesh(), {}, unsplit).twin(lambda: Little(4), torch.float32)
-    found = rehearse(twin, (nn.Linear,), lambda network: network(torch.empty(2, 5, 4, device="meta")))
+    unsplit = Sharding(dim=1, unit=int, attention_ops=lambda network: {}, tokens=dict, shard_conditioning=tuple)
+    meta_copy = Split(Mesh(), {}, unsplit).meta_copy(lambda: Little(4), torch.float32)
+    found = trace_on_meta(meta_copy, (nn.Linear,), lambda network: network(torch.empty(2, 5, 4, device="meta")))
     assert found.attention == {(2, 1, 5, 5, 4): 1}
     assert found.blocks == {nn.Linear: {(((4, 4), (4,)), ((2, 5, 4),)), (((2, 4), (2,)), ((2, 5, 4),))}}
 

@@ -333,8 +333,8 @@ def test_the_memory_that_is_reckoned_covers_what_a_network_holds(monkeypatch, pr
         predict(latents, 0)
     reckoned = cfg.MAPS * rows * 2 * glue.widest_map(config, request)
     assert live.peak < reckoned < 4 * live.peak
-    assert cfg.together_fits(live.peak, rows, 2 * glue.widest_map(config, request)) is False
-    assert cfg.together_fits(reckoned, rows, 2 * glue.widest_map(config, request)) is True
+    assert cfg.batch_fits(live.peak, rows, 2 * glue.widest_map(config, request)) is False
+    assert cfg.batch_fits(reckoned, rows, 2 * glue.widest_map(config, request)) is True
 
 
 def test_a_rescaled_sample_is_the_same_alone_and_in_a_batch():
@@ -359,9 +359,9 @@ def test_a_rescaled_sample_is_the_same_alone_and_in_a_batch():
 
 def test_a_batch_that_fills_the_free_memory_to_the_byte_fits():
     needed = cfg.MAPS * 2 * 1000
-    assert cfg.together_fits(needed, 2, 1000)
-    assert not cfg.together_fits(needed - 1, 2, 1000)
-    assert cfg.together_fits(None, 10**9, 10**9)
+    assert cfg.batch_fits(needed, 2, 1000)
+    assert not cfg.batch_fits(needed - 1, 2, 1000)
+    assert cfg.batch_fits(None, 10**9, 10**9)
 
 
 @pytest.mark.parametrize(

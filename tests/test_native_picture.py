@@ -212,7 +212,7 @@ def test_a_warmup_does_all_of_its_steps(run, photo, backend):
         ("flux", strength("much"), "--diffusers-kwargs: 'strength' is 'much'; it must lie between 0 and 1"),
         ("sd15", strength(0.2), "A strength of 0.2 leaves none of 4 steps; raise --num-inference-steps, or the"),
         ("sd3", strength(0), "A strength of 0 leaves none of 4 steps"),
-        ("sd15", ("--image-path", "dot.png"), "the picture is 1 x 5 pixels; this model takes 2 x 2 or more"),
+        ("sd15", ("--image-path", "dot.png"), "the image is 1 x 5 pixels; this model takes 2 x 2 or more"),
         ("sd15", strength(0.5, mask_image="photo.png"), "'mask_image' of --diffusers-kwargs is for the diffusers"),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_scheduler_that_puts_no_noise_on_a_picture_is_one_sentence(pipelines, 
     model = with_scheduler(pipelines["sd3"], "UniPCMultistepScheduler", prediction_type="flow_prediction",
                            use_flow_sigmas=True)  # fmt: skip
     done = run(str(model), "--image-path", photo, "--backend", "sglang")
-    sentence = "UniPCMultistepScheduler puts no noise on a picture, so it cannot start from one"
+    sentence = "UniPCMultistepScheduler cannot add noise to an image, so it cannot start from one"
     assert (done.code, done.lines[-1]) == (2, f"ERROR: {sentence}")
 
 

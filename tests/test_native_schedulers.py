@@ -97,7 +97,7 @@ def test_a_step_may_evaluate_the_network_more_than_once(pipelines, run, schedule
 def test_a_scheduler_that_cannot_sample_the_model_is_one_sentence(pipelines, run):
     model = with_scheduler(pipelines["sdxl"], "FlowMatchEulerDiscreteScheduler")
     done = run(model, "--backend", "sglang")
-    sentence = "is no scheduler of a diffusion model, so it cannot sample from this UNet"
+    sentence = "is not a scheduler for diffusion models, so it cannot sample from this UNet"
     assert (done.code, done.lines[-1]) == (2, f"ERROR: FlowMatchEulerDiscreteScheduler {sentence}")
 
 

@@ -52,7 +52,7 @@ def test_a_text_of_any_length_is_encoded_as_the_pipeline_does(load, name, length
     pipeline = load(name)
     glue = importlib.import_module(f"sglang_gen.families.{name.removesuffix('15')}.pipeline")
     texts = [text(letters), "a cat"]  # in a batch with a short one
-    config = (pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer).config
+    config = getattr(pipeline, glue.NETWORK).config
     ours, expected = glue.encode(pipeline.components, config, texts, length), theirs(name, pipeline, texts, length)
     assert len(ours) == len(expected)
     for mine, its in zip(ours, expected, strict=True):

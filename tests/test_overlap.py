@@ -25,7 +25,7 @@ def events(monkeypatch) -> list[str]:
         return begin
 
     monkeypatch.setattr(sequence, "exchange", watched(sequence.exchange))
-    monkeypatch.setattr(spatial, "start_along", watched(spatial.start_along))
+    monkeypatch.setattr(spatial, "start_gather_along", watched(spatial.start_gather_along))
     return found
 
 

@@ -289,7 +289,7 @@ def test_an_svdquant_file_is_known_by_its_metadata():
     assert nunchaku.check_file("a", metadata, {"rank": 32}) == "nvfp4"
     with pytest.raises(UserError, match="'rank' is 64 and a has 32"):
         nunchaku.check_file("a", metadata, {"rank": 64})
-    with pytest.raises(UserError, match="is no SVDQuant file"):
+    with pytest.raises(UserError, match="is not an SVDQuant file"):
         nunchaku.check_file("a", {"quantization_config": "{"}, {})
 
 

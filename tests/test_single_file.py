@@ -234,7 +234,7 @@ def test_a_file_that_lacks_weights_or_is_another_model_does_not_fit(pipelines, f
     native = sglang("generate", "--model-path", file, f"model.configs={pipelines['sdxl']}", *SMALL[:-1], "sglang")
     assert native.code == 2
     assert "does not fit the component configs of" in native.lines[-1]
-    assert "is no checkpoint of this UNet: it lacks mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight; "\
+    assert "is not a checkpoint of this UNet: it lacks mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight; "\
            "name the right preset with --model-id" in native.lines[-1]  # fmt: skip
     for name in ("sd15", "sd3"):
         words = ("--model-path", files[name], f"model.configs={pipelines['sdxl']}", "--component-paths",

@@ -81,12 +81,12 @@ class Met(Layers):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.glue = rehearsed.GLUE[name]
-        placed = Split(Mesh(Layout()), {}, self.glue.SHARDING).twin(
+        placed = Split(Mesh(Layout()), {}, self.glue.SHARDING).meta_copy(
             lambda: self.glue.build(CONFIGS[name]), torch.float32
         )
         placed.set_kernel(lambda q, k, v: torch.empty_like(q), None)
         self.network = placed.network
-        self.sharded = {id(leaf) for leaves in placed.leaves.values() for leaf in leaves}
+        self.sharded = {id(leaf) for leaves in placed.attention_ops.values() for leaf in leaves}
         request = Request(HEIGHT, WIDTH, rehearsed.FACTOR, steps=2, guidance=3.5, text_length=TEXT)
         configs = {key: part.config for key, part in card(name).components.items()}
         shapes = (*self.glue.encoded_shapes(configs, TEXT), self.glue.latents_shape(CONFIGS[name], request))

@@ -24,13 +24,13 @@ from sglang_gen.config.schema import GuidanceBatching, Machine
 from sglang_gen.dry_run.encoder_sizes import COUNT
 from sglang_gen.dry_run.roofline import Kernels, seconds
 from sglang_gen.engine.cfg import Encoded, Guidance, guided
-from sglang_gen.engine.meta_trace import rehearse
+from sglang_gen.engine.meta_trace import trace_on_meta
 from sglang_gen.families import autoencoder as autoencoder
 from sglang_gen.families.contract import Request
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.mesh import AXES, SEQUENCE, Mesh, coordinates
-from sglang_gen.parallel.sequence_boundary import Sharding, cut
+from sglang_gen.parallel.sequence_boundary import Sharding, shard_sizes
 from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.perf.flops import stored_bytes
 from sglang_gen.plan import layout_limits
@@ -96,7 +96,7 @@ def rehearsal(
     """One rank's conditioning and one guided step of a batch of `rows` pictures; `fused` is what compiled code does."""
     configs = {name: part.config for name, part in card.components.items()}
     config = configs[glue.NETWORK]
-    twin = split.twin(lambda: glue.build(config), dtype)
+    twin = split.meta_copy(lambda: glue.build(config), dtype)
     held = [*twin.network.parameters(), *twin.network.buffers()]
     found = Rehearsal(sum(map(stored_bytes, held)), kernels=Kernels(fused))
     with torch.device("meta"):
@@ -115,7 +115,7 @@ def rehearsal(
             predict(latents, step)
 
     with Alive([*held, latents, *texts]) as alive:
-        rehearse(twin, (), evaluate, found.kernels.attended)
+        trace_on_meta(twin, (), evaluate, found.kernels.attended)
     found.alive = alive.most
     return found
 
@@ -229,7 +229,7 @@ def _parts(asked: Asked, request: Request) -> tuple[int, ...]:
     size = asked.glue.latents_shape(asked.config, request)[sharding.dim - 1]
     with torch.device("meta"):
         unit = sharding.unit(asked.glue.build(asked.config).config)
-    return cut(size, unit, asked.plan.layout.ring * asked.plan.layout.ulysses)
+    return shard_sizes(size, unit, asked.plan.layout.ring * asked.plan.layout.ulysses)
 
 
 def _there(plan: Plan) -> int | None:

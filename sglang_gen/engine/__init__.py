@@ -1,1 +1,1 @@
-"""What the native engine does with a network."""
+"""The native engine's sampling loop, guidance, attention kernels, compilation and CUDA graphs."""

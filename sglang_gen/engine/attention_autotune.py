@@ -1,4 +1,4 @@
-"""attention=auto: the fastest of several exact kernels on the run's own shapes, timed once and kept on disk."""
+"""attention=auto: times exact attention kernels on the shapes of the run and caches the fastest on disk."""
 
 import contextlib
 import hashlib
@@ -15,14 +15,14 @@ from sglang_gen.models.attention import Kernel
 from sglang_gen.perf.clock import synchroniser
 
 Shapes = Counter[tuple[int, ...]]  # (B, H, L, S, D) of a call -> calls in one evaluation of the network
-MARGIN = 0.95  # another kernel than the first has to be clearly faster, so that noise does not choose
+MARGIN = 0.95  # a kernel replaces the first one only if it is clearly faster, so that noise does not decide
 ROUNDS = 5
 
 
 def fastest(kernels: Mapping[str, Kernel], shapes: Shapes, device: str, dtype: torch.dtype) -> str:
-    """The name of the kernel with the least time for all calls; of equals the first.
+    """Name of the kernel with the shortest total time over all calls; the first one unless another is clearly faster.
 
-    The answer is kept per device, dtype, shapes, kernels and version of torch, so that it is timed once on a machine.
+    Results are cached on disk by device, dtype, shapes, kernels and torch version.
     """
     if len(kernels) == 1:
         return next(iter(kernels))
@@ -35,22 +35,23 @@ def fastest(kernels: Mapping[str, Kernel], shapes: Shapes, device: str, dtype: t
     first = next(iter(kernels))
     best = min(seconds, key=lambda name: seconds[name])
     chosen = best if seconds[best] < MARGIN * seconds[first] else first
-    with contextlib.suppress(OSError):  # an unwritable cache costs the next run a moment, nothing else
-        taken = {name: value for name, value in seconds.items() if math.isfinite(value)}
-        files.write_json(path, {"kernel": chosen, "seconds": taken})
+    with contextlib.suppress(OSError):  # if the cache is not writable, the next run measures again
+        finite = {name: value for name, value in seconds.items() if math.isfinite(value)}
+        files.write_json(path, {"kernel": chosen, "seconds": finite})
     return chosen
 
 
 def measure(kernels: Mapping[str, Kernel], shapes: Shapes, device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds of each kernel for all calls: the least of several rounds, in which the kernels take turns.
+    """Total seconds of each kernel over all calls, each call timed as the minimum of several interleaved rounds.
 
-    A kernel that does not take all of the shapes needs forever; the first takes them, or the error is its own.
+    A kernel that does not support all shapes gets infinity; an error of the first kernel is raised.
     """
     wait = synchroniser(device)
     seconds, first = dict.fromkeys(kernels, 0.0), next(iter(kernels))
     for (batch, heads, length, keys, width), count in shapes.items():
-        drawn = [torch.randn(batch, each, heads, width, device=device, dtype=dtype) for each in (length, keys, keys)]
-        q, k, v = (each.transpose(1, 2) for each in drawn)  # as they leave a product
+        sizes = [(batch, tokens, heads, width) for tokens in (length, keys, keys)]
+        # [B, L, H, D] transposed: the strides that q, k and v have after a linear layer
+        q, k, v = (torch.randn(size, device=device, dtype=dtype).transpose(1, 2) for size in sizes)
         least = dict.fromkeys(kernels, float("inf"))
         for _ in range(ROUNDS):
             for name, kernel in kernels.items():

@@ -1,4 +1,4 @@
-"""Attention kernels by name: those inside torch's scaled_dot_product_attention, other packages, FlexAttention."""
+"""Attention kernels by name: torch's scaled_dot_product_attention, kernels of other packages, FlexAttention."""
 
 import importlib
 import importlib.util
@@ -17,7 +17,7 @@ from sglang_gen.config.schema import Attention
 from sglang_gen.engine import sparse_attention
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.models.attention import Kernel
-from sglang_gen.parallel.sequence import Summing
+from sglang_gen.parallel.sequence import KernelWithLSE
 
 SDPA_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -29,7 +29,7 @@ SDPA_KERNELS = {
 
 @dataclass(frozen=True)
 class Package:
-    """A kernel outside of torch: its module, where that comes from, and the name of its function."""
+    """A kernel from another package: the module, how to install it, and the name of the function."""
 
     module: str
     origin: str
@@ -45,27 +45,27 @@ KERNEL_PACKAGES = {
     ),
     "sage": Package("sageattention", "pip install sageattention", "sageattn", heads_first=True, exact=False),
 }
-MOST_SCORES = 2**28  # bytes of scores in memory up to which auto tries `math`, which keeps them all
+MOST_SCORES = 2**28  # auto tries `math`, which materializes the scores, up to this many bytes
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel under the name that the record shows."""
+    """A kernel and the name under which the run record shows it."""
 
     name: str
     kernel: Kernel
 
 
 def legal(device: str, dtype: torch.dtype) -> list[str]:
-    """Names that `attention.backend` can take on this machine."""
+    """Values of `attention.backend` that run on this machine."""
     inside = [name for name in SDPA_KERNELS if runs(name, device, dtype)]
     return ["auto", "sdpa", *inside, *(name for name in KERNEL_PACKAGES if _usable(name, device, dtype)), "flex"]
 
 
 def choose(attention: Attention, device: str, dtype: torch.dtype, grids: Iterable[sparse_attention.Grid]) -> Choice:
-    """The kernel of that name; of `auto` torch's own choice. `grids` are the tokens that flex can tell apart.
+    """The kernel for these settings; torch's own choice for `auto`. `grids` are the token grids of flex patterns.
 
-    Raises UserError with the legal names for one that is unknown or does not run here, and for settings it lacks.
+    Raises UserError, with the names that run here, for an unknown or unsupported kernel or settings it does not take.
     """
     name = attention.backend
     if name in ("auto", "sdpa"):
@@ -92,7 +92,7 @@ def choose(attention: Attention, device: str, dtype: torch.dtype, grids: Iterabl
 
 
 def named(name: str) -> Choice:
-    """A kernel that takes no settings and is known to run here."""
+    """A kernel without settings that is known to run here."""
     if name == "sdpa":
         return sdpa()
     if name in SDPA_KERNELS:
@@ -100,38 +100,38 @@ def named(name: str) -> Choice:
     return Choice(name, _packaged(KERNEL_PACKAGES[name]))
 
 
-def summing(name: str, device: str, dtype: torch.dtype) -> Summing | None:
-    """The kernel of that name, if it also gives the log-sum-exp of its scores; None for one that does not."""
+def kernel_with_lse(name: str, device: str, dtype: torch.dtype) -> KernelWithLSE | None:
+    """The kernel of that name as a function that also returns the log-sum-exp of its scores; None if it cannot."""
     if name == "math":
-        return _summing_math
+        return _math_with_lse
     if device == "cpu":
-        return _summing_flash_on_cpu if name in ("sdpa", "flash") else None
+        return _cpu_flash_with_lse if name in ("sdpa", "flash") else None
     half = dtype.itemsize == 2
     if name == "sdpa":
         name = "flash" if half and runs("flash", device, dtype) else "efficient"
-    return {"flash": _summing_flash, "efficient": _summing_efficient}.get(name)
+    return {"flash": _flash_with_lse, "efficient": _efficient_with_lse}.get(name)
 
 
-def _summing_math(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)  # products of half precision round, and overflow in float16
+def _math_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)  # scores lose precision in bfloat16 and overflow in float16
     scores = (q.to(wide) * q.shape[-1] ** -0.5) @ k.to(wide).mT
     lse = scores.logsumexp(dim=-1)
     return ((scores - lse[..., None]).exp() @ v.to(wide)).to(v.dtype), lse
 
 
-def _summing_flash_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _cpu_flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     return out, lse
 
 
-def _summing_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
     return out, lse
 
 
-def _summing_efficient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _efficient_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
-    return out, lse[..., : q.shape[2]]  # it pads them to a multiple of 32
+    return out, lse[..., : q.shape[2]]  # the kernel pads the log-sum-exp to a multiple of 32
 
 
 def sdpa() -> Choice:
@@ -139,20 +139,20 @@ def sdpa() -> Choice:
 
 
 def candidates(shapes: Iterable[tuple[int, ...]], device: str, dtype: torch.dtype) -> list[str]:
-    """The exact kernels that `auto` may take for calls of these shapes `(B, H, L, S, D)`, torch's own choice first.
+    """Exact kernels that `auto` times for calls of these shapes `(B, H, L, S, D)`; torch's own choice comes first.
 
-    On a CPU that choice is flash wherever flash runs.
+    On a CPU torch chooses flash if it runs, so it is not listed again.
     """
     scores = max(b * h * length * keys * dtype.itemsize for b, h, length, keys, _ in shapes)
     without = {"math"} if scores > MOST_SCORES else set()
     inside = SDPA_KERNELS.keys() - without - ({"flash"} if device == "cpu" else set())
-    found = [name for name in sorted(inside) if runs(name, device, dtype)]
+    usable = [name for name in sorted(inside) if runs(name, device, dtype)]
     packages = [name for name in KERNEL_PACKAGES if KERNEL_PACKAGES[name].exact and _usable(name, device, dtype)]
-    return ["sdpa", *found, *(name for name in packages if _imports(KERNEL_PACKAGES[name]))]
+    return ["sdpa", *usable, *(name for name in packages if _imports(KERNEL_PACKAGES[name]))]
 
 
 def priority(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> list[str]:
-    """`{"priority": ["cudnn", "flash"]}`: the kernels that sdpa may take, in this order. Raises UserError."""
+    """The kernels that sdpa may use, in order, from `{"priority": ["cudnn", "flash"]}`. Raises UserError."""
     for key in config:
         if key in sparse_attention.KEYS:
             raise UserError(f"attention.backend_config: '{key}' is a setting of flex; add attention=flex")
@@ -166,11 +166,11 @@ def priority(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> list
 
 
 def runs(name: str, device: str, dtype: torch.dtype) -> bool:
-    """True where this kernel of scaled_dot_product_attention takes a small problem of this device and dtype."""
+    """True if this kernel of scaled_dot_product_attention computes a small problem on this device in this dtype."""
     tensor = torch.zeros(1, 1, 16, 32, device=device, dtype=dtype)
-    with warnings.catch_warnings(action="ignore"):  # torch gives the reason why a kernel refuses as a warning
-        # The first call on a GPU settles torch's order of kernels for the process (cuDNN first on a Hopper). Inside of
-        # `only` the order before that call would be put back at the end, and torch would never take cuDNN again.
+    with warnings.catch_warnings(action="ignore"):  # torch warns why a kernel is not available
+        # The first call on a GPU sets torch's kernel order for the process (cuDNN first on Hopper). If it happened
+        # inside `only`, the previous order would be restored afterwards and torch would never choose cuDNN again.
         scaled_dot_product_attention(tensor, tensor, tensor)
         try:
             inside_sdpa([name])(tensor, tensor, tensor)
@@ -180,7 +180,7 @@ def runs(name: str, device: str, dtype: torch.dtype) -> bool:
 
 
 def inside_sdpa(order: list[str]) -> Kernel:
-    """scaled_dot_product_attention with these of its kernels alone, the first preferred."""
+    """scaled_dot_product_attention restricted to these of its kernels, in order of preference."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with only(order):
@@ -190,13 +190,13 @@ def inside_sdpa(order: list[str]) -> Kernel:
 
 
 def only(order: list[str]) -> AbstractContextManager[Any]:
-    """Inside, scaled_dot_product_attention takes these of its kernels alone, the first preferred."""
+    """Restrict scaled_dot_product_attention to these of its kernels, in order of preference, inside the context."""
     kernels = [SDPA_KERNELS[name] for name in order]
     return sdpa_kernel(kernels, set_priority=len(kernels) > 1)
 
 
 def _usable(name: str, device: str, dtype: torch.dtype) -> bool:
-    """Packages hold CUDA kernels of half precision."""
+    """Whether a package is installed and its kernels, which are CUDA kernels in half precision, fit the run."""
     return (
         device == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
@@ -205,7 +205,7 @@ def _usable(name: str, device: str, dtype: torch.dtype) -> bool:
 
 
 def _imports(package: Package) -> bool:
-    """Whether an installed package is of use: one that was built for another torch is not."""
+    """Whether an installed package can be imported; one that was built for another torch version cannot."""
     try:
         return hasattr(importlib.import_module(package.module), package.function)
     except (ImportError, OSError, RuntimeError):
@@ -218,12 +218,12 @@ def _packaged(package: Package) -> Kernel:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if package.heads_first:
             return _tensor(function(q, k, v))
-        return _tensor(function(*(each.transpose(1, 2) for each in (q, k, v)))).transpose(1, 2)
+        return _tensor(function(*(x.transpose(1, 2) for x in (q, k, v)))).transpose(1, 2)
 
     return attend
 
 
 def _tensor(result: Any) -> Tensor:
-    """Some versions also return the log-sum-exp."""
-    found: Tensor = result[0] if isinstance(result, tuple) else result
-    return found
+    """The attention output; some package versions return it with the log-sum-exp."""
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output

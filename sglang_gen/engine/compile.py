@@ -1,7 +1,7 @@
-"""torch.compile of the network's own blocks: one graph for all repeats of a block, kept on disk.
+"""Regional torch.compile: one graph for all repeats of a block, cached on disk.
 
-Only blocks whose inputs differ in shape or whose weights do are compiled anew. How many that are is known before, so
-that one more is an error and not a silent return to eager execution.
+A block class is recompiled only for other input or weight shapes. The number of graphs is known in advance, so an
+unexpected recompilation is an error instead of a silent fallback to eager execution.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ def _compiled(function: Any, ranks: int) -> Any:
 
 
 class Compiled:
-    """The compiled parts of a network, and how many graphs each class of them may need."""
+    """The compiled modules of a network, and the number of graphs that each of their classes may need."""
 
     def __init__(self, network: Any, regions: tuple[type, ...], device: str, ranks: int = 1) -> None:
-        """Compile `forward` of every module of the classes `regions`; without any `evaluate` of the whole network.
+        """Compile `forward` of every module whose class is in `regions`; if empty, the whole network's `evaluate`.
 
-        Functions are compiled, not modules, so that hooks stay outside. Collectives of several ranks keep their order.
-        Raises UserError without a C++ compiler.
+        Functions instead of modules are compiled, so hooks stay outside. Over several ranks collectives keep their
+        order. Raises UserError if there is no C++ compiler.
         """
         env.require_compiler(device)
         env.keep_compiled()
@@ -42,17 +42,17 @@ class Compiled:
         self.limiting = False
         modules: list[Any] = [module for module in network.modules() if isinstance(module, regions)]
         for module in modules:
-            module.forward = self._counted(type(module), _compiled(module.forward, ranks))
+            module.forward = self._with_limit(type(module), _compiled(module.forward, ranks))
         if not regions:
-            network.evaluate = self._counted(type(network), _compiled(network.evaluate, ranks))
+            network.evaluate = self._with_limit(type(network), _compiled(network.evaluate, ranks))
 
     def expect(self, shapes: Shapes) -> None:
-        """Allow the graphs that calls of these shapes need."""
+        """Allow the graphs that these shapes need."""
         for kind, calls in shapes.blocks.items():
             self.expected.setdefault(kind, set()).update(calls)
 
-    def _counted(self, kind: type, compiled: Any) -> Any:
-        """torch has one limit for everything; in a call of a block it is that of the block's class."""
+    def _with_limit(self, kind: type, compiled: Any) -> Any:
+        """Wrap a compiled function so that torch's global recompile limit is the limit of class `kind` in each call."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.limiting:
@@ -63,7 +63,7 @@ class Compiled:
 
     @contextlib.contextmanager
     def limited(self) -> Iterator[None]:
-        """Inside, more graphs of a class of blocks than expected are a RunError, and so is a failed compilation."""
+        """Inside the context an unexpected recompilation and a failed compilation raise RunError."""
         with dynamo.patch(recompile_limit=dynamo.recompile_limit, fail_on_recompile_limit_hit=True):
             self.limiting = True
             try:

@@ -1,7 +1,7 @@
-"""CUDA graphs of a denoising network: an evaluation is recorded once for each shape of its inputs, then replayed.
+"""CUDA graphs of a denoising network: an evaluation is captured once for each input shape, then replayed.
 
-A replay launches all kernels of an evaluation at once, from and to the addresses of the recording, so inputs are copied
-to buffers that stay and the result is copied out of one.
+A replay launches all kernels of an evaluation at once, on the addresses of the capture. Inputs are therefore copied to
+static buffers, and the result is copied out of one.
 """
 
 import weakref
@@ -15,20 +15,20 @@ from sglang_gen.errors import RunError, first_line, is_out_of_memory
 from sglang_gen.tensor_tree import mapped, tensors
 
 Evaluate = Callable[[Tensor, Any], Tensor]  # (latents [B, ...], conditioning of one step) -> prediction of their shape
-WARMUP = 3  # evaluations before a recording: they choose algorithms, compile and fill workspaces, which it cannot
+WARMUP = 3  # evaluations before a capture, for autotuning, compilation and workspaces, which cannot be captured
 REFUSED = "compile.cuda_graphs: this network cannot be captured into a CUDA graph"
 
 
 class Recorder:
-    """The device's part. Its graphs share one pool of memory, since no two of them ever run at once."""
+    """Captures functions on the device. The graphs share one memory pool, because they never run concurrently."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
     def record(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        """What holds the function's result after each replay, and the replay. The function computes on the GPU alone.
+        """Capture `function`, which computes only on the GPU; returns its static output and the replay function.
 
-        Raises RunError where it does anything that a graph cannot hold, such as waiting for a number.
+        Raises RunError if the function does something that cannot be captured, such as a synchronization.
         """
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -38,7 +38,7 @@ class Recorder:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            here = torch.cuda.stream(torch.cuda.current_stream())  # to which a capture that fails does not come back
+            here = torch.cuda.stream(torch.cuda.current_stream())  # a failed capture does not restore the stream
             with here, torch.cuda.graph(graph, pool=self.pool):
                 output = function()
         except RuntimeError as error:
@@ -50,50 +50,50 @@ class Recorder:
 
 
 def _first_failure(error: BaseException) -> BaseException:
-    """The end of a capture that failed fails too; what it was about stands behind that."""
+    """The original error: ending a failed capture raises a second one, which has the first as its context."""
     while error.__context__ is not None:
         error = error.__context__
     return error
 
 
 class Captured:
-    """A recorded evaluation and its buffers."""
+    """A captured evaluation and its static buffers."""
 
     def __init__(self, evaluate: Evaluate, latents: Tensor, conditioning: Any, recorder: Recorder) -> None:
         inputs = mapped(torch.clone, (latents, conditioning))
         self.buffers = tensors(inputs)
-        self.sources: list[Any] = [None] * len(self.buffers)  # what each holds a copy of; None: of nobody knows what
+        self.sources: list[Any] = [None] * len(self.buffers)  # state of the tensor last copied to each; None: unknown
         self.output, self.replay = recorder.record(lambda: evaluate(*inputs))
 
     def __call__(self, given: list[Tensor]) -> Tensor:
-        """The evaluation with these tensors in place of those that it was recorded with, all of the same shapes."""
+        """Replay the evaluation with these tensors, of the same shapes as the captured ones."""
         changed = [index for index, tensor in enumerate(given) if not _is_in(self.sources[index], tensor)]
         if changed:
             torch._foreach_copy_([self.buffers[index] for index in changed], [given[index] for index in changed])
         for index in changed:
             self.sources[index] = _state(given[index])
         self.replay()
-        return self.output.clone()  # guidance and schedulers read it after the next replay
+        return self.output.clone()  # guidance and schedulers still read it after the next replay
 
 
 def _state(tensor: Tensor) -> tuple[Any, int, int]:
-    """The tensor (not kept alive by this), where its numbers are, and how often they have been changed in place."""
+    """A weak reference to the tensor, its address, and its version counter."""
     return weakref.ref(tensor), tensor.data_ptr(), tensor._version
 
 
 def _is_in(source: tuple[Any, int, int] | None, tensor: Tensor) -> bool:
-    """Whether a buffer that was filled from `source` holds the numbers of this very tensor."""
+    """Whether a buffer that was filled from `source` still holds the values of `tensor`."""
     return source is not None and source[0]() is tensor and source[1:] == (tensor.data_ptr(), tensor._version)
 
 
 class Graphs:
-    """A network's `evaluate`, out of a graph for each shape of its inputs.
+    """Replaces a network's `evaluate` by one CUDA graph for each shape of its inputs.
 
-    What all steps share (text, rotary tables) is the same object in each of them and is copied once a generation.
+    Inputs shared by all steps (text, rotary tables) are the same object in each step and are copied once a generation.
     """
 
     def __init__(self, network: Any) -> None:
-        """Takes the place of `evaluate`, compiled or not."""
+        """Replaces `network.evaluate`, which may be compiled."""
         self.evaluate: Evaluate = network.evaluate
         self.recorder = Recorder()
         self.captured: dict[Any, Captured] = {}

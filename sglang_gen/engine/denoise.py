@@ -1,4 +1,4 @@
-"""Noise and the integration loop, around a function that predicts."""
+"""Initial noise and the sampling loop."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -11,14 +11,14 @@ Predict = Callable[[Tensor, int], Tensor]  # (latents [B, ...], index of the tim
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
-    """`[B, *shape]`, row i from generator i on the CPU, so that a picture depends on its seed alone."""
+    """Noise `[B, *shape]`; row i comes from CPU generator i, so an image depends only on its own seed."""
     return torch.cat([torch.randn((1, *shape), generator=generator, dtype=dtype) for generator in generators])
 
 
 def step_numbers(evaluations: int, steps: int, order: int) -> list[int]:
     """The step that each evaluation of the network belongs to, from 0.
 
-    A scheduler may evaluate more often than `steps`: Heun's twice in each, PNDM's once more in the first.
+    A scheduler may need more evaluations than steps: Heun's method two per step, PNDM an extra one in the first step.
     """
     surplus = max(evaluations - steps * order, 0)
     return [max(index - surplus, 0) // order for index in range(evaluations)]
@@ -33,10 +33,10 @@ def denoise(
     generators: Sequence[torch.Generator],
     after_step: Callable[[], None],
 ) -> Tensor:
-    """Integrate to latents along the timesteps, which are those set on the scheduler or the last of them.
+    """Denoise `latents` `[B, ...]` along `timesteps`: all that are set on the scheduler, or the last of them.
 
-    A scheduler that draws noise draws it from the samples' own generators. `numbers` are those of `step_numbers`; what
-    follows the last evaluation of a step is `after_step`.
+    A stochastic scheduler draws from the samples' own generators. `numbers` is the result of `step_numbers`;
+    `after_step` is called after the last evaluation of each step.
     """
     extra = _arguments(scheduler, latents, generators)
     scales = hasattr(scheduler, "scale_model_input")
@@ -49,17 +49,17 @@ def denoise(
 
 
 def _arguments(scheduler: Any, latents: Tensor, generators: Sequence[torch.Generator]) -> dict[str, Any]:
-    """Arguments of `step`: no noise of `eta`, the samples' generators for a scheduler that draws some all the same."""
+    """Extra arguments of `scheduler.step`, if it has these parameters: eta 0 and the samples' generators."""
     set_noise_sampler(scheduler, latents, generators)
-    taken = inspect.signature(scheduler.step).parameters
-    known = {"eta": 0.0, "generator": list(generators)}  # what diffusers' pipelines give, where their caller does not
-    return {name: value for name, value in known.items() if name in taken}
+    parameters = inspect.signature(scheduler.step).parameters
+    known = {"eta": 0.0, "generator": list(generators)}  # the defaults of diffusers' pipelines
+    return {name: value for name, value in known.items() if name in parameters}
 
 
 def set_noise_sampler(scheduler: Any, latents: Tensor, generators: Sequence[torch.Generator]) -> None:
-    """Give a scheduler that draws from Brownian motions one for each sample of a new batch, from the sample's seed.
+    """For a scheduler with a Brownian noise sampler: create one for a new batch, seeded by the samples' seeds.
 
-    Where `step` takes generators the scheduler makes them from those, but it would keep the ones of an earlier batch.
+    If `step` takes generators, the scheduler creates it from those; only the one of an earlier batch is removed.
     """
     if not hasattr(scheduler, "noise_sampler"):
         return
@@ -70,7 +70,7 @@ def set_noise_sampler(scheduler: Any, latents: Tensor, generators: Sequence[torc
 
 
 def _brownian(sigmas: Tensor, latents: Tensor, seeds: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Noise `[B, ...]` between two sigmas, drawn on the CPU whatever the device of the latents."""
+    """Noise sampler: (sigma, next sigma) -> noise `[B, ...]`, drawn on the CPU and moved to the latents' device."""
     from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler  # needs torchsde
 
     least, most = sigmas[sigmas > 0].min().item(), sigmas.max().item()

@@ -1,7 +1,8 @@
-"""Euler's method for flow matching (Lipman et al. 2023; Esser et al. 2024), number by number that of diffusers.
+"""Euler's method for flow matching (Lipman et al. 2023; Esser et al. 2024), bitwise equal to diffusers' scheduler.
 
-diffusers' own class imports torch's compiler and, where it is installed, scipy: two of the seven seconds of a start. It
-stays in use for every schedule that is not here (Karras, exponential, beta, inverted) and for all other schedulers.
+diffusers' class imports torch's compiler and, if installed, scipy, which takes two of the seven seconds of a start. It
+is still used for the schedules that are not implemented here (Karras, exponential, beta, inverted sigmas), and all
+other schedulers are diffusers' own.
 """
 
 import math
@@ -23,14 +24,14 @@ ELSEWHERE = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "us
 
 
 def knows(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler_config.json asks for nothing but what is here."""
+    """Whether everything in a scheduler_config.json is implemented here."""
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     plain = given.keys() <= CONFIG_DEFAULTS.keys() and not any(given.get(key) for key in ELSEWHERE)
     return plain and given.get("time_shift_type", "exponential") in ("exponential", "linear")
 
 
 class FlowMatchEuler:
-    """Steps along `timesteps` `[S]`, whose noise levels are `sigmas` `[S + 1]`; the last is 0."""
+    """The scheduler: `timesteps` `[S]` and their noise levels `sigmas` `[S + 1]`, whose last element is 0."""
 
     order = 1
 
@@ -41,15 +42,15 @@ class FlowMatchEuler:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> "FlowMatchEuler":
-        """A scheduler of this configuration but for the changes, as diffusers' schedulers are made."""
+        """A scheduler with this config and `changes` to it; same interface as diffusers' `from_config`."""
         return cls({**config, **changes})
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, sigmas: Sequence[float] | None = None, mu: float | None = None
     ) -> None:
-        """`num_inference_steps` even ones, or those of the given noise levels, shifted; `mu` is the dynamic shift.
+        """Set shifted noise levels: `num_inference_steps` evenly spaced ones, or `sigmas`. `mu` is the dynamic shift.
 
-        Raises ValueError where the shift is dynamic and there is no `mu`.
+        Raises ValueError if the config has dynamic shifting and `mu` is None.
         """
         if sigmas is None:
             assert num_inference_steps is not None
@@ -62,7 +63,7 @@ class FlowMatchEuler:
         self.index = 0
 
     def _even(self, steps: int) -> "np.ndarray[Any, Any]":
-        """Levels between the first and the last of training, which a fixed shift has moved already."""
+        """Evenly spaced levels between the first and last training level, both already shifted by a fixed shift."""
         count, shift = self.config["num_train_timesteps"], self.config["shift"]
         ends = torch.tensor([count, 1], dtype=torch.float32) / count
         if not self.config["use_dynamic_shifting"]:
@@ -86,11 +87,11 @@ class FlowMatchEuler:
         return levels
 
     def set_begin_index(self, index: int) -> None:
-        """The step that comes first, where an input picture spares those before it."""
+        """Start at this step; image-to-image skips the ones before it."""
         self.index = index
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """`sample` `[B, ...]` with noise on it, as much as the first step expects; `timestep` is what it says."""
+        """Add noise to `sample` `[B, ...]` at the level of the first step, whose `timestep` is not read."""
         sigma = self.sigmas.to(sample)[self.index]
         return sigma * noise + (1.0 - sigma) * sample
 
@@ -102,9 +103,9 @@ class FlowMatchEuler:
         generator: Sequence[torch.Generator] | None = None,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
-        """The next latents `[B, ...]`, computed in float32, in the dtype of the prediction.
+        """The next latents `[B, ...]`, computed in float32 and returned in the dtype of the prediction.
 
-        With `stochastic_sampling` noise is drawn anew in every step, of each sample by its own generator.
+        With `stochastic_sampling` every step draws new noise, for each sample from its own generator.
         """
         sigma, following = self.sigmas[self.index], self.sigmas[self.index + 1]
         self.index += 1

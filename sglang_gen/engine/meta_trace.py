@@ -1,4 +1,4 @@
-"""What one evaluation of a network will look like: a rehearsal on the meta device, where nothing is computed."""
+"""Traces one evaluation of a network on the meta device, where nothing is computed, to record its shapes."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -8,49 +8,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sglang_gen.parallel.sharded_network import Placed
+from sglang_gen.parallel.sharded_network import ParallelNetwork
 
 
 @dataclass
 class Shapes:
-    """`attention`: (B, H, L, S, D) of each call -> calls. `blocks`: distinct calls of each watched class."""
+    """`attention`: (B, H, L, S, D) -> number of calls. `blocks`: class -> distinct (weight shapes, input shapes)."""
 
     attention: Counter[tuple[int, ...]] = field(default_factory=Counter)
     blocks: dict[type, set[Any]] = field(default_factory=dict)
 
 
-def rehearse(
-    twin: Placed,
+def trace_on_meta(
+    meta_copy: ParallelNetwork,
     regions: tuple[type, ...],
     evaluate: Callable[[Any], Any],
-    attended: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
+    on_attention: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Shapes:
-    """The shapes that `evaluate` meets in a network without memory, as this rank has it.
+    """Shapes of the attention calls and of the calls of `regions` in `evaluate`, on this rank's meta copy.
 
-    `attended` is told of every attention's q, k, v and result.
+    `on_attention` is called with q, k, v and the result of every attention.
     """
-    found = Shapes()
+    shapes = Shapes()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        found.attention.update([(*q.shape[:3], k.shape[2], q.shape[3])])
+        shapes.attention.update([(*q.shape[:3], k.shape[2], q.shape[3])])
         out = torch.empty_like(q)
-        if attended is not None:
-            attended(q, k, v, out)
+        if on_attention is not None:
+            on_attention(q, k, v, out)
         return out
 
-    def summing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return attend(q, k, v), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
-    twin.set_kernel(attend, summing)
-    for module in twin.network.modules():
+    meta_copy.set_kernel(attend, attend_with_lse)
+    for module in meta_copy.network.modules():
         if isinstance(module, regions):
-            module.register_forward_pre_hook(lambda module, args: _note(found, module, args))
+            module.register_forward_pre_hook(lambda module, args: _note(shapes, module, args))
     with torch.no_grad():
-        evaluate(twin.entrance)
-    return found
+        evaluate(meta_copy.entrance)
+    return shapes
 
 
-def _note(found: Shapes, module: nn.Module, args: tuple[Any, ...]) -> None:
-    weights = tuple(tuple(each.shape) for each in module.parameters())
-    inputs = tuple(tuple(each.shape) for each in args if isinstance(each, Tensor))
-    found.blocks.setdefault(type(module), set()).add((weights, inputs))
+def _note(shapes: Shapes, module: nn.Module, args: tuple[Any, ...]) -> None:
+    weights = tuple(tuple(weight.shape) for weight in module.parameters())
+    inputs = tuple(tuple(x.shape) for x in args if isinstance(x, Tensor))
+    shapes.blocks.setdefault(type(module), set()).add((weights, inputs))

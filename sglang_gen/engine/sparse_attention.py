@@ -1,7 +1,7 @@
-"""Sparse attention over pictures with FlexAttention (Dong et al. 2024): windows and tiles.
+"""Sparse attention over image tokens with FlexAttention (Dong et al. 2024): windows and tiles.
 
-A pattern says which tokens of a picture see which; text tokens see everything and are seen by everything. It changes
-the result, unless it is dense.
+A pattern defines which image tokens attend to each other; text tokens attend to and are attended by all tokens. Any
+pattern except the dense one changes the result.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from sglang_gen.errors import RunError, UserError, nearest
 from sglang_gen.models.attention import Kernel
 
 KEYS = ("window", "tile", "reach")
-Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, query, key) -> whether it is seen
+Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, query, key) -> whether query attends to key
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the picture stands in a sequence: `before` text tokens, `rows` x `columns` of picture, `after` of text."""
+    """Layout of a sequence: `before` text tokens, `rows` x `columns` image tokens, `after` text tokens."""
 
     rows: int
     columns: int
@@ -37,8 +37,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Pattern:
-    """`window`: a token sees tokens at most so many rows and columns away. `tile` and `reach`: the picture is cut into
-    tiles of `tile` x `tile` tokens, and a tile sees the tiles at most `reach` away. Neither: every token sees all.
+    """With `window` a token attends to tokens at most `window` rows and columns away.
+
+    With `tile` the image is divided into tiles of `tile` x `tile` tokens, and a tile attends to tiles at most `reach`
+    tiles away. With neither, attention is dense.
     """
 
     window: int | None = None
@@ -56,7 +58,7 @@ class Pattern:
 
 
 def parse(config: Mapping[str, Any]) -> Pattern:
-    """The pattern of attention.backend_config. Raises UserError naming the key that does not fit."""
+    """Parse attention.backend_config. Raises UserError that names the invalid key."""
     for key, value in config.items():
         if key not in KEYS:
             raise UserError(f"attention.backend_config: unknown key '{key}'{nearest(key, KEYS)}")
@@ -71,7 +73,7 @@ def parse(config: Mapping[str, Any]) -> Pattern:
 
 
 def mask(pattern: Pattern, grid: Grid) -> Mask:
-    """Whether a query sees a key, both as numbers of tokens in the sequence of `grid`."""
+    """The mask function of `pattern`; query and key are token indices in the sequence of `grid`."""
     end, columns = grid.before + grid.rows * grid.columns, grid.columns
     unit, reach = (1, pattern.window) if pattern.window is not None else (pattern.tile or 1, pattern.reach)
 
@@ -86,13 +88,13 @@ def mask(pattern: Pattern, grid: Grid) -> Mask:
 
 
 def kernel(pattern: Pattern, grids: Iterable[Grid], device: str) -> Kernel:
-    """FlexAttention for sequences of these grids; attention to anything else, such as text alone, stays dense.
+    """FlexAttention for sequences of these grids; other attention calls, such as over text only, stay dense.
 
-    Raises UserError where FlexAttention cannot be compiled. The kernel raises RunError where it would no longer be.
+    Raises UserError if FlexAttention cannot be compiled. The kernel raises RunError at an unexpected recompilation.
     """
     if not env.can_compile(device):
         raise UserError("attention.backend: 'flex' on CPU needs a C++ compiler (g++ or clang++); use sdpa")
-    # dynamo, which they import, takes seconds
+    # These import dynamo, which takes seconds.
     from torch._dynamo import config as dynamo
     from torch._dynamo.exc import FailOnRecompileLimitHit
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -102,12 +104,12 @@ def kernel(pattern: Pattern, grids: Iterable[Grid], device: str) -> Kernel:
         if not pattern.dense:
             size = grid.tokens
             masks[size] = create_block_mask(mask(pattern, grid), None, None, size, size, device=device)
-    # Past the limit a whole graph is an error, and other code goes on with the implementation that is not fused.
+    # fullgraph: exceeding the recompile limit raises instead of falling back to the unfused implementation.
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     called = set()
 
     def sparse(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Tensor:
-        if torch.compiler.is_compiling():  # in a block, whose graph it is a part of
+        if torch.compiler.is_compiling():  # inside a compiled block, FlexAttention becomes part of its graph
             inside: Tensor = flex_attention(q, k, v, block_mask=block_mask)
             return inside
         call = tuple((x.shape, x.stride(), x.dtype) for x in (q, k, v))

@@ -1,4 +1,4 @@
-"""What the pipelines share of the autoencoder: its config, and the names of its weights."""
+"""Config and weight names of the autoencoder, which is the same network in every family."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from torch import nn
 from sglang_gen.models.vae import Autoencoder, Config, Scaling
 from sglang_gen.weights.load import Sources, renamed
 
-# Parts of our names of tensors, and what stands there in a diffusers checkpoint.
+# Dotted parts of our tensor names -> the corresponding parts in a diffusers checkpoint.
 NAMES = {
     "down": ("down_blocks",),
     "middle": ("mid_block",),
@@ -27,13 +27,13 @@ NAMES = {
     "attention.to_out": ("attentions.0.to_out.0",),
     "norm_out": ("conv_norm_out",),
 }
-# Of attention in checkpoints from before diffusers 0.15, such as that of Stable Diffusion 1.5.
+# Attention weights in checkpoints saved before diffusers 0.15, such as Stable Diffusion 1.5.
 OLD_NAMES = NAMES | {
     "attention.to_qkv": ("attentions.0.query", "attentions.0.key", "attentions.0.value"),
     "attention.to_out": ("attentions.0.proj_attn",),
 }
 
-# What diffusers takes where a config, as old ones do, says nothing.
+# diffusers' defaults for keys that a config leaves out, as old configs do.
 DEFAULTS: Mapping[str, Any] = {
     "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (64,), "layers_per_block": 1,
     "norm_num_groups": 32, "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
@@ -42,17 +42,17 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 def sources(name: str) -> list[str]:
-    """The names in a diffusers checkpoint that make up our tensor `name`."""
+    """Names of the checkpoint tensors that are concatenated into our tensor `name`."""
     return renamed(name, NAMES)
 
 
 def old_sources(name: str) -> list[str]:
-    """The same for a checkpoint that names its attention as diffusers once did."""
+    """Like `sources`, for a checkpoint with the attention names of diffusers before 0.15."""
     return renamed(name, OLD_NAMES)
 
 
 def sources_in(names: Collection[str]) -> Sources:
-    """Those of the two that fit a checkpoint with tensors of these names."""
+    """`old_sources` or `sources`, depending on the tensor names of a checkpoint."""
     return old_sources if any(name.endswith(".attentions.0.query.weight") for name in names) else sources
 
 
@@ -76,7 +76,7 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
 
 
 def own_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
-    """That in which an autoencoder in `dtype` encodes and decodes, of most pipelines."""
+    """Dtype in which most pipelines encode and decode: the dtype that the autoencoder is loaded in."""
     return dtype
 
 

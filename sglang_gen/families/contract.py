@@ -1,14 +1,14 @@
-"""What of a run the glue of a pipeline needs to know."""
+"""Run settings that a family's pipeline needs."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Request:
-    """One batch: `height` and `width` in pixels, `factor` pixels per latent, `guidance` is --guidance-scale.
+    """Settings of one batch: `height` and `width` in pixels, `factor` pixels per latent, `guidance` (--guidance-scale).
 
-    `skipped` is how many of the steps an input picture spares; None: there is no picture. `watermark` is what the model
-    says of an invisible one.
+    `skipped` is the number of steps that image-to-image skips; None without an input image. `watermark` is the model's
+    `add_watermarker`; None if it is not set.
     """
 
     height: int

@@ -1,4 +1,4 @@
-"""What the pipelines of flow matching share: timesteps, and where a run starts that is given a picture."""
+"""Shared by the flow matching pipelines: timesteps, and the initial latents of text-to-image and image-to-image."""
 
 import inspect
 from collections.abc import Sequence
@@ -11,14 +11,15 @@ from sglang_gen.errors import UserError, first_line
 from sglang_gen.families import img2img
 from sglang_gen.models.vae import Autoencoder
 
-SIZED_BY_PICTURE = False  # an input picture is resized to the size of the request
-STRENGTH = 0.6  # of the noise on an input picture, unless the request says otherwise
+SIZED_BY_IMAGE = False  # an input image is resized to the requested size
+STRENGTH = 0.6  # default noise strength of image-to-image
 
 
 def set_timesteps(scheduler: Any, steps: int, tokens: int, max_shift: float, sigmas: list[float] | None = None) -> None:
-    """With dynamic shifting the shift grows with the number of tokens (Esser et al. 2024, section 5.3.2).
+    """Set the scheduler's timesteps. A dynamic shift grows with the number of `tokens` (Esser et al. 2024, 5.3.2).
 
-    `max_shift` is what a scheduler takes that does not say. Raises UserError for one that cannot take the sigmas.
+    `max_shift` is the default of a scheduler config without one. Raises UserError if the scheduler rejects the sigmas
+    or the number of steps.
     """
     extra: dict[str, Any] = {}
     kind = type(scheduler).__name__
@@ -43,31 +44,29 @@ def set_timesteps(scheduler: Any, steps: int, tokens: int, max_shift: float, sig
 
 
 def skipped(steps: int, strength: float) -> int:
-    """Steps that a picture spares when noise of this strength, 0 to 1, is put on it; a part of a step is a step."""
+    """Steps that image-to-image skips at a noise `strength` in 0..1; a fraction of a step counts as a step."""
     return int(max(steps - min(steps * strength, steps), 0))
 
 
-def encode_picture(
-    vae: Autoencoder, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype
-) -> Tensor:
-    """Latents `[B, C, h, w]` of the picture `[1, 3, H, W]`, drawn for each sample."""
+def encode_image(vae: Autoencoder, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
+    """Latents `[B, C, h, w]` of the image `[1, 3, H, W]`, sampled once per generator."""
     scaling = vae.config.scaling
     return (img2img.encode(vae, pixels, generators) - scaling.shift) * scaling.factor
 
 
 def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
-    """Pictures `[B, 3, H, W]` in -1..1 of latents `[B, C, h, w]`."""
+    """Images `[B, 3, H, W]` in -1..1 from latents `[B, C, h, w]`."""
     scaling = vae.config.scaling
     return vae.decode(latents / scaling.factor + scaling.shift)
 
 
 def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
-    """What the first step starts from `[B, C, h, w]`: noise alone, or on the picture's latents `source`.
+    """Initial latents `[B, C, h, w]`: noise, or the input image's latents `source` with noise added.
 
-    Raises UserError for a scheduler that cannot put noise on a picture.
+    Raises UserError if the scheduler cannot add noise to an image.
     """
     if source is None:
         return noise
     if not hasattr(scheduler, "scale_noise"):
-        raise UserError(f"{type(scheduler).__name__} puts no noise on a picture, so it cannot start from one")
+        raise UserError(f"{type(scheduler).__name__} cannot add noise to an image, so it cannot start from one")
     return scheduler.scale_noise(source, timesteps[:1].repeat(len(noise)), noise).to(noise.dtype)

@@ -1,4 +1,4 @@
-"""Image to image (SDEdit, Meng et al. 2022): a run that starts from a picture, noised to a step of the schedule."""
+"""Image-to-image (SDEdit, Meng et al. 2022): denoising starts from an input image with noise added."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,51 +11,51 @@ from sglang_gen.models.vae import Autoencoder
 
 
 def size(image: Any, factor: int) -> tuple[int, int]:
-    """Height and width that a picture without a wanted size is given: its own, down to multiples of `factor` pixels.
+    """Height and width of `image`, rounded down to multiples of `factor` pixels; used if no size was requested.
 
-    Raises UserError for a picture that is smaller than one latent.
+    Raises UserError for an image smaller than one latent.
     """
     width, height = (side - side % factor for side in image.size)
     if not (height and width):
         raise UserError(
-            f"--image-path: the picture is {image.width} x {image.height} pixels; this model takes {factor} x {factor} "
+            f"--image-path: the image is {image.width} x {image.height} pixels; this model takes {factor} x {factor} "
             "or more"
         )
     return height, width
 
 
 def pixels(image: Any, factor: int, height: int, width: int) -> Tensor:
-    """The picture as `[1, 3, height, width]` in -1..1, resized as diffusers' pipelines do it."""
-    from diffusers.image_processor import VaeImageProcessor  # only a run with a picture pays for it
+    """The image as `[1, 3, height, width]` in -1..1, resized as in diffusers' pipelines."""
+    from diffusers.image_processor import VaeImageProcessor  # a slow import that text-to-image does not need
 
     processed: Tensor = VaeImageProcessor(vae_scale_factor=factor).preprocess(image, height, width)
     return processed
 
 
-def encode(vae: Autoencoder, picture: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Latents `[B, C, h, w]`, not yet scaled, of one picture `[1, 3, H, W]`: row i drawn by generator i."""
-    posterior = vae.encode(picture.to(vae.encoder.conv_in.weight))
+def encode(vae: Autoencoder, image: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Unscaled latents `[B, C, h, w]` of one image `[1, 3, H, W]`; row i is sampled with generator i."""
+    posterior = vae.encode(image.to(vae.encoder.conv_in.weight))
     return torch.cat([posterior.sample(generator) for generator in generators])
 
 
 def check_strength(strength: Any, steps: int, skipped: Callable[[int, float], int]) -> None:
-    """Raises UserError for a strength that is not between 0 and 1, or that leaves none of the steps."""
+    """Raises UserError for a strength outside 0..1, or one that leaves no step to run."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
         raise UserError(f"--diffusers-kwargs: 'strength' is {strength!r}; it must lie between 0 and 1")
     if skipped(steps, strength) == steps:
-        raise none_left(strength, steps)
+        raise no_steps_left(strength, steps)
 
 
-def none_left(strength: float, steps: int) -> UserError:
-    """The refusal of a strength that leaves no step."""
+def no_steps_left(strength: float, steps: int) -> UserError:
+    """The error for a strength that leaves no step to run."""
     return UserError(
         f"A strength of {strength} leaves none of {steps} steps; raise --num-inference-steps, or the strength with "
         """--diffusers-kwargs '{"strength": 0.6}'"""
     )
 
 
-def kept(scheduler: Any, skipped: int | None) -> Tensor:
-    """The timesteps that are run through, with the scheduler at the first of them; all where there is no picture."""
+def remaining_timesteps(scheduler: Any, skipped: int | None) -> Tensor:
+    """The timesteps left after skipping `skipped` steps (None: all); sets the scheduler's begin index to the first."""
     if skipped is None:
         timesteps: Tensor = scheduler.timesteps
         return timesteps

@@ -1,4 +1,4 @@
-"""From encoded texts to what predicts: the network with everything that all steps share."""
+"""Turns a network and encoded prompts into a `Predict` function for the sampling loop."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from sglang_gen.engine.denoise import Predict
 
 
 def joined(encoded: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The encoded texts of several branches as one batch."""
+    """Concatenate the encoded prompts of several guidance branches into one batch."""
     return tuple(torch.cat(part) for part in zip(*encoded, strict=True))
 
 
 def predictor(network: Any, *conditions: Any) -> Predict:
-    """What predicts from the latents; `conditions` are what the network's `condition` takes."""
+    """The network's prediction as a function of latents and step; `conditions` are arguments of `network.condition`."""
     conditioning = network.condition(*conditions)
 
     def predict(latents: Tensor, step: int) -> Tensor:
@@ -26,5 +26,5 @@ def predictor(network: Any, *conditions: Any) -> Predict:
 
 
 def guidance_scale(guidance: float, true_cfg: float, negative: bool) -> float:
-    """The scale of classifier-free guidance, where --guidance-scale is that."""
+    """Scale of classifier-free guidance, for families where --guidance-scale sets it."""
     return guidance

@@ -1,4 +1,4 @@
-"""T5 over the ranks of a tensor parallel group: the one text encoder that is as large as a denoising network."""
+"""Tensor parallel T5, the only text encoder that is as large as a denoising network."""
 
 from collections.abc import Set
 from contextlib import ExitStack
@@ -32,56 +32,57 @@ TENSOR: tensor.Table = {
 }
 
 
-WORDS, ALIAS = "shared.weight", "encoder.embed_tokens.weight"  # of the table of words; files have one, or both
+# Names of the token embedding; a checkpoint has one of them, or both.
+EMBEDDING, EMBEDDING_ALIAS = "shared.weight", "encoder.embed_tokens.weight"
 
 
 class Checkpoint(load.Checkpoint):
-    """The tensors of T5, of which the table of words has one name or another."""
+    """A T5 checkpoint, whose token embedding is stored under either of two names."""
 
     def names(self) -> Set[str]:
-        return self.place.keys() - ({ALIAS} if WORDS in self.place else set())
+        return self.place.keys() - ({EMBEDDING_ALIAS} if EMBEDDING in self.place else set())
 
     def sources(self, name: str) -> list[str]:
-        return [ALIAS] if name == WORDS and WORDS not in self.place else [name]
+        return [EMBEDDING_ALIAS] if name == EMBEDDING and EMBEDDING not in self.place else [name]
 
 
-def divides(component: Component, dtype: torch.dtype, axis: Axis) -> bool:
-    """Whether each rank of a tensor parallel group holds a shard of this text encoder."""
+def can_shard(component: Component, dtype: torch.dtype, axis: Axis) -> bool:
+    """Whether each rank of the axis holds a shard of this text encoder."""
     return encoder_ranks(component, str(dtype).removeprefix("torch."), axis.size) > 1
 
 
-def is_part(network: Any) -> bool:
-    """Whether a T5 is one rank's part."""
+def is_sharded(network: Any) -> bool:
+    """Whether this encoder is a T5 that holds only one rank's shard."""
     if not isinstance(network, T5EncoderModel):
         return False
     attention: Any = network.encoder.block[0].layer[0].SelfAttention
     return bool(attention.n_heads != network.config.num_heads)
 
 
-def twin(network: Any, dtype: torch.dtype, axis: Axis) -> nn.Module:
-    """This rank's part of a T5 like this one, without memory."""
+def meta_copy(network: Any, dtype: torch.dtype, axis: Axis) -> nn.Module:
+    """This rank's shard of a T5 with the same config, on the meta device."""
     with torch.device("meta"):
-        found = type(network)(network.config).to(dtype).eval()
-    tensor.shrink(found, TENSOR, axis)
-    tensor.join(found, TENSOR, axis)
-    return found
+        copy = type(network)(network.config).to(dtype).eval()
+    tensor.shrink(copy, TENSOR, axis)
+    tensor.insert_collectives(copy, TENSOR, axis)
+    return copy
 
 
 def expected(network: Any, dtype: torch.dtype, axis: Axis, rows: int, length: int) -> Traffic:
-    """What this rank's part will send while it reads `rows` texts of `length` tokens."""
+    """Traffic of this rank's shard while it encodes `rows` texts of `length` tokens."""
     tokens = torch.zeros(rows, length, dtype=torch.long, device="meta")
-    with torch.no_grad(), counted() as sent:
-        twin(network, dtype, axis)(tokens)
-    return sent
+    with torch.no_grad(), counted() as traffic:
+        meta_copy(network, dtype, axis)(tokens)
+    return traffic
 
 
 def read(folder: Path, dtype: torch.dtype, device: str, axis: Axis) -> nn.Module:
-    """This rank's part of the encoder in a folder, of which nothing else is read. Raises UserError as `load` does."""
+    """Load this rank's shard of the encoder in a folder, without the other shards. Raises the errors of `load.fill`."""
     files = in_folder(folder)
 
     def build() -> nn.Module:
         network: Any = T5EncoderModel(T5Config.from_pretrained(folder))
-        network.encoder.embed_tokens = None  # the same table as `shared`
+        network.encoder.embed_tokens = None  # tied to `shared`
         return network
 
     with ExitStack() as stack:
@@ -96,5 +97,5 @@ def read(folder: Path, dtype: torch.dtype, device: str, axis: Axis) -> nn.Module
             shrink=lambda network: tensor.shrink(network, TENSOR, axis),
         )
     network.encoder.embed_tokens = network.shared
-    tensor.join(network, TENSOR, axis)
+    tensor.insert_collectives(network, TENSOR, axis)
     return network.requires_grad_(False)

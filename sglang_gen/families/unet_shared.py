@@ -1,4 +1,4 @@
-"""What the pipelines of a UNet share: the names of its weights, its config, its schedule and where it starts."""
+"""Shared by the UNet pipelines: weight names, config, sharding, timesteps and initial latents."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,17 +14,17 @@ from sglang_gen.families.contract import Request
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.unet import Block, Conditioning, Config, LevelConfig, Residual, UNet
 from sglang_gen.parallel.collectives import Axis
-from sglang_gen.parallel.sequence_boundary import Kinds, Sharding
+from sglang_gen.parallel.sequence_boundary import Sharding, TokensByKind
 from sglang_gen.parallel.tensor import Columns, Heads, Rows
 from sglang_gen.plan.supported_configs import UNET_DEFAULTS, for_each_level
 from sglang_gen.weights.load import renamed
 
 NETWORK = "unet"
-REGIONS = (Residual, Block)  # compiled once for all repeats
-CLIP_LENGTH = 77  # tokens where the configuration says nothing, as transformers has them
-SIZED_BY_PICTURE = True  # an input picture is not resized to what the request says
+REGIONS = (Residual, Block)  # classes whose forward is compiled once for all of their modules
+CLIP_LENGTH = 77  # tokens, transformers' default if the config has no max_position_embeddings
+SIZED_BY_IMAGE = True  # an input image keeps its size; the requested size is ignored
 
-# Parts of our names of tensors, and what stands there in a diffusers checkpoint.
+# Dotted parts of our tensor names -> the corresponding parts in a diffusers checkpoint.
 NAMES = {
     "time_embedder": ("time_embedding",),
     "added_embedder": ("add_embedding",),
@@ -55,7 +55,7 @@ NAMES = {
     "norm_out": ("conv_norm_out",),
 }
 
-# Residual blocks are cut by channels between their convolutions, which leaves their norms whole groups.
+# Residual blocks are sharded along the channels between their convolutions, so norm_2 keeps whole groups.
 TENSOR = {
     "*.residuals.*.conv_1": Columns(),
     "*.residuals.*.time": Columns(),
@@ -73,12 +73,12 @@ TENSOR = {
 
 
 def sources(name: str) -> list[str]:
-    """The names in a diffusers checkpoint that make up our tensor `name`."""
+    """Names of the checkpoint tensors that are concatenated into our tensor `name`."""
     return renamed(name, NAMES)
 
 
 def config(diffusers_config: Mapping[str, Any]) -> Config:
-    """`attention_head_dim` of a UNet is the number of its heads, a mistake that diffusers keeps for its checkpoints."""
+    """Our config. A UNet's `attention_head_dim` is its number of heads, a misnomer that diffusers keeps."""
     c = {**UNET_DEFAULTS, **diffusers_config}
     levels = len(c["block_out_channels"])
     columns = [
@@ -109,32 +109,32 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
 
 
 def text_shape(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
-    """Tokens and channels of an encoded text, by the configs of the components."""
+    """Tokens and channels of an encoded prompt, from the component configs."""
     width = {**UNET_DEFAULTS, **configs[NETWORK]}["cross_attention_dim"]
     return configs["text_encoder"].get("max_position_embeddings", CLIP_LENGTH), width
 
 
 def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
-    """The picture at every level; each has half the rows and columns of the one before, rounded up."""
+    """The token grid of every level; each level halves rows and columns, rounded up."""
     sizes = [request.latent_size]
     for _ in config.down[1:]:
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
     return [Grid(*size) for size in sizes]
 
 
-def leaves(network: UNet) -> dict[str, list[Attend]]:
-    """The attentions of the picture to itself, by the number of halvings above them."""
-    found: dict[str, list[Attend]] = {}
+def attention_ops(network: UNet) -> dict[str, list[Attend]]:
+    """Self-attention ops by the number of downsamplings before them."""
+    ops: dict[str, list[Attend]] = {}
     coarsest = len(network.down) - 1
     depths = [*range(len(network.down)), coarsest, *range(coarsest, -1, -1)]
     for depth, level in zip(depths, network.levels(), strict=True):
         blocks = [block for transformer in level.transformers for block in transformer.blocks]
-        found.setdefault(str(depth), []).extend(block.self_attention.attend for block in blocks)
-    return found
+        ops.setdefault(str(depth), []).extend(block.self_attention.attend for block in blocks)
+    return ops
 
 
-def tokens(config: Config, shape: Sequence[int], rows: Sequence[int], texts: Sequence[int]) -> Kinds:
-    """Tokens of every rank at each level; the latents `[B, C, h, w]` are cut along their rows."""
+def tokens(config: Config, shape: Sequence[int], rows: Sequence[int], texts: Sequence[int]) -> TokensByKind:
+    """Tokens of every rank at each level; the latents `[B, C, h, w]` are sharded along their rows."""
     sides = [(tuple(rows), shape[-1])]
     for _ in config.down[1:]:
         above, columns = sides[-1]
@@ -142,37 +142,42 @@ def tokens(config: Config, shape: Sequence[int], rows: Sequence[int], texts: Seq
     return {str(depth): tuple(count * columns for count in counts) for depth, (counts, columns) in enumerate(sides)}
 
 
-def share(
+def shard_conditioning(
     config: Config, whole: Conditioning, arguments: tuple[Any, ...], axis: Axis
 ) -> tuple[Conditioning, tuple[int, ...]]:
-    """Every rank needs all of it, and the text is not split."""
+    """The conditioning is replicated on every rank, and so is the text."""
     return whole, ()
 
 
 SHARDING = Sharding(
-    dim=2, unit=lambda config: 2 ** (len(config.down) - 1), leaves=leaves, tokens=tokens, share=share, spatial=True
+    dim=2,
+    unit=lambda config: 2 ** (len(config.down) - 1),
+    attention_ops=attention_ops,
+    tokens=tokens,
+    shard_conditioning=shard_conditioning,
+    spatial=True,
 )
 
 
 def skipped(steps: int, strength: float) -> int:
-    """Steps that a picture spares when noise of this strength, 0 to 1, is put on it."""
+    """Steps that image-to-image skips at a noise `strength` in 0..1."""
     return steps - min(int(steps * strength), steps)
 
 
 def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
-    """Set the timesteps; those that the request runs through, `[S]`. Raises UserError for a scheduler that cannot."""
+    """Set the timesteps and return those to run, `[S]`. Raises UserError if the scheduler cannot sample a UNet."""
     kind = type(scheduler).__name__
     try:
         scheduler.set_timesteps(request.steps)
     except ValueError as error:
         raise UserError(f"{kind} refuses {request.steps} steps: {first_line(error)}") from error
     if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
-        raise UserError(f"{kind} is no scheduler of a diffusion model, so it cannot sample from this UNet")
-    return img2img.kept(scheduler, request.skipped)
+        raise UserError(f"{kind} is not a scheduler for diffusion models, so it cannot sample from this UNet")
+    return img2img.remaining_timesteps(scheduler, request.skipped)
 
 
 def latents_shape(diffusers_config: Mapping[str, Any], request: Request) -> tuple[int, ...]:
-    """Of what the network sees of one sample."""
+    """Shape of one sample's latents, without the batch dimension."""
     return diffusers_config.get("in_channels", 4), *request.latent_size
 
 
@@ -184,13 +189,13 @@ def draw(
 
 
 def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
-    """Numbers in the widest map of one row: the first level's."""
+    """Elements of the largest feature map of one sample: the one at the first level."""
     height, width = request.latent_size
     return int({**UNET_DEFAULTS, **diffusers_config}["block_out_channels"][0]) * height * width
 
 
 def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
-    """What the first step starts from `[B, C, h, w]`: noise alone, or on the picture's latents `source`."""
+    """Initial latents `[B, C, h, w]`: noise, or the input image's latents `source` with noise added."""
     if source is None:
         return noise * scheduler.init_noise_sigma
     return scheduler.add_noise(source, noise, timesteps[:1].repeat(len(noise)))

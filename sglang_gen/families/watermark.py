@@ -1,6 +1,6 @@
-"""The invisible watermark of diffusers' SDXL, which it sets wherever the library for it is installed.
+"""The invisible watermark of diffusers' SDXL pipelines, added if the library invisible-watermark is installed.
 
-A model may want it (`add_watermarker` of its model_index.json), or want none.
+`add_watermarker` in a model's model_index.json requires or disables it.
 """
 
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ from torch import Tensor
 from sglang_gen.errors import UserError
 
 
-def check(settings: Mapping[str, Any]) -> None:
-    """Raises UserError where a model wants one and there is no library."""
-    if settings.get("add_watermarker") and not _there():
-        raise UserError("add_watermarker: this model wants a watermark; pip install invisible-watermark")
+def check_library(settings: Mapping[str, Any]) -> None:
+    """Raises UserError if the model requires a watermark and the library is not installed."""
+    if settings.get("add_watermarker") and not _is_installed():
+        raise UserError("add_watermarker: this model requires a watermark; pip install invisible-watermark")
 
 
-def marked(pictures: Tensor, wanted: bool | None) -> Tensor:
-    """Pictures `[B, 3, H, W]` in -1..1 with the mark, where the library is there; None leaves it to that."""
-    if wanted is False or not _there():
-        return pictures
+def watermarked(images: Tensor, wanted: bool | None) -> Tensor:
+    """Add the watermark to images `[B, 3, H, W]` in -1..1, unless `wanted` is False or the library is missing."""
+    if wanted is False or not _is_installed():
+        return images
     from diffusers.pipelines.stable_diffusion_xl.watermark import StableDiffusionXLWatermarker
 
-    return StableDiffusionXLWatermarker().apply_watermark(pictures)
+    return StableDiffusionXLWatermarker().apply_watermark(images)
 
 
-def _there() -> bool:
+def _is_installed() -> bool:
     from diffusers.utils import is_invisible_watermark_available
 
     return bool(is_invisible_watermark_available())

@@ -86,7 +86,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
         if plan.run.compile.warmup:
             phases.warmup = Clock(wait, memory)
             _warm_up(plan, mesh, engine, phases.warmup)
-        mesh.meet()
+        mesh.barrier()
         phases.calls.on = True
         saved = _generate(plan, mesh, engine, phases.generate)
         phases.calls.on = False

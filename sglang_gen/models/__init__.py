@@ -1,1 +1,1 @@
-"""Networks, written like their papers: torch and einops only, no knowledge of devices, ranks or files."""
+"""The networks, written as in their papers with torch and einops only, independent of devices, ranks and files."""

@@ -1,4 +1,4 @@
-"""Scaled dot product attention as a leaf without parameters, where kernels and sequence parallelism are set."""
+"""The attention op: a module without parameters, on which kernels and sequence parallelism are set."""
 
 from collections.abc import Callable
 

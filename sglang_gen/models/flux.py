@@ -1,7 +1,7 @@
-"""FLUX.1, dev and schnell (Black Forest Labs 2024): a transformer on packed latents with rotary positions.
+"""FLUX.1 dev and schnell (Black Forest Labs 2024): a transformer on packed latents with rotary embeddings.
 
-First two streams, text and image, that meet in attention; then one stream of both, with attention and feed-forward
-side by side (Dehghani et al. 2023). As in SD3 the modulations of all steps are computed before the first.
+The first blocks have separate text and image streams with joint attention; the following ones have a single stream with
+parallel attention and feed-forward (Dehghani et al. 2023). As in SD3, `condition` computes all steps' modulations.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class Config:
     head_dim: int
     text_width: int
     pooled_width: int
-    axes: tuple[int, ...]  # rotary channels for (stream, row, column); they sum up to head_dim
-    guidance: bool  # dev takes the guidance scale as an input
+    axes: tuple[int, ...]  # rotary channels for (stream, row, column); their sum is head_dim
+    guidance: bool  # whether the guidance scale is an input, as in dev
 
     @property
     def width(self) -> int:
@@ -37,7 +37,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """All that does not change between steps. S steps, B rows, T text tokens, L image tokens, D the width."""
+    """Inputs that are computed once for all steps. S steps, batch B, T text tokens, L image tokens, width D."""
 
     text: Tensor  # [B, T, D]
     rotary: tuple[Tensor, Tensor]  # cosines and sines [T + L, head_dim]
@@ -47,7 +47,7 @@ class Conditioning:
     out_modulation: Tensor  # [S, B, 2, D]
 
     def at(self, step: int) -> "Conditioning":
-        """Of one step: without the dimension S."""
+        """The conditioning of one step, without the dimension S."""
         return Conditioning(
             self.text,
             self.rotary,
@@ -59,7 +59,7 @@ class Conditioning:
 
 
 def rotary_table(positions: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Positions `[N, axes]` -> cosines and sines `[N, head_dim]`, each value twice (Su et al. 2021)."""
+    """Positions `[N, axes]` -> cosines and sines `[N, head_dim]`, each value repeated twice (Su et al. 2021)."""
     angles = []
     for column, width in zip(positions.double().T, axes, strict=True):
         frequencies = THETA ** -(torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width)
@@ -69,15 +69,15 @@ def rotary_table(positions: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tens
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn neighbouring channels of `[B, H, N, D]` by their position's angles; bfloat16 is turned in float32."""
+    """Rotate pairs of adjacent channels of `[B, H, N, D]` by the angles of their position, in float32 or wider."""
     cosines, sines = rotary
     real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-    return (x * cosines + turned * sines).to(x.dtype)
+    rotated = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+    return (x * cosines + rotated * sines).to(x.dtype)
 
 
 class Norms(nn.Module):
-    """RMS norms of query and key, for each head."""
+    """RMS norms of query and key, per head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Norms(nn.Module):
 
 
 class Stream(nn.Module):
-    """What the text and the image stream of a block each have of their own."""
+    """The layers that a block has separately for the text and the image stream."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Stream(nn.Module):
 
 
 class Block(nn.Module):
-    """Two streams, one attention over both."""
+    """Double stream block: separate text and image streams with joint attention."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Block(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """One stream; attention and feed-forward read the same input in one product, and leave by one."""
+    """Single stream block: attention and feed-forward in parallel, with fused input and output projections."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Flux(nn.Module):
     ) -> Conditioning:
         """Timesteps `[S]` in 0..1000, text `[B, T, C]`, pooled text `[B, P]`; `rows` x `columns` packed tokens.
 
-        `guidance` is a thousand times the scale, as timesteps are a thousand times the time.
+        `guidance` is 1000 times the guidance scale, as timesteps are 1000 times the time.
         """
         times = sinusoid(timesteps.to(pooled.device), 256)
         vector = self.timestep_embedder(times.to(pooled.dtype))[:, None]  # [S, 1, D]
@@ -206,7 +206,7 @@ class Flux(nn.Module):
 
 
 def _positions(text: int, rows: int, columns: int) -> Tensor:
-    """(stream, row, column) of all tokens `[text + rows * columns, 3]`; text stands at the origin."""
+    """(stream, row, column) of all tokens, `[text + rows * columns, 3]`; text tokens are at the origin."""
     grid = torch.zeros(rows, columns, 3)
     grid[..., 1] = torch.arange(rows)[:, None]
     grid[..., 2] = torch.arange(columns)

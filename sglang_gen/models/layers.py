@@ -1,4 +1,4 @@
-"""Layers that several networks share."""
+"""Layers shared by several networks."""
 
 import math
 
@@ -17,7 +17,7 @@ def sinusoid(values: Tensor, width: int) -> Tensor:
 
 
 class Embedder(nn.Module):
-    """Linear, SiLU, linear: of timesteps, pooled text, guidance and sizes."""
+    """Linear, SiLU, linear; embeds timesteps, pooled text, guidance and sizes."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Embedder(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU (tanh), linear: four times as wide inside."""
+    """Linear, GELU (tanh approximation), linear, with a hidden width of 4 x `width`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class FeedForward(nn.Module):
 
 
 class Modulation(nn.Module):
-    """SiLU and a linear layer: `count` vectors of the width from one."""
+    """SiLU and a linear layer: `[..., D]` -> `count` modulation vectors `[..., count, D]`."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()

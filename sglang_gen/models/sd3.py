@@ -1,7 +1,7 @@
 """The MMDiT of Stable Diffusion 3 and 3.5 (Esser et al. 2024, section 4; figure 2).
 
-Text and image are two streams with weights of their own that meet in attention. Their modulations depend on the
-timestep and the pooled text alone, so `condition` computes them for all steps at once.
+Text and image are two streams with separate weights and joint attention. Their modulations depend only on the timestep
+and the pooled text, so `condition` computes them for all steps at once.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class Config:
     head_dim: int
     text_width: int
     pooled_width: int
-    positions: int  # side of the table of position embeddings, in patches
-    dual_layers: tuple[int, ...]  # blocks whose image stream also attends to itself alone (SD 3.5 medium)
+    positions: int  # side of the square table of position embeddings, in patches
+    dual_layers: tuple[int, ...]  # blocks with a second attention, over the image stream only (SD 3.5 medium)
     qk_norm: bool
 
     @property
@@ -35,16 +35,16 @@ class Config:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """All that does not change between steps. S steps, B rows, T text tokens, L patches, D the width."""
+    """Inputs that are computed once for all steps. S steps, batch B, T text tokens, L patches, width D."""
 
     text: Tensor  # [B, T, D]
     positions: Tensor  # [L, D]
     image_modulations: list[Tensor]  # for each block [S, B, 6 or 9, D]
-    text_modulations: list[Tensor]  # for each block [S, B, 6, D]; of the last [S, B, 2, D]
+    text_modulations: list[Tensor]  # for each block [S, B, 6, D]; for the last [S, B, 2, D]
     out_modulation: Tensor  # [S, B, 2, D]
 
     def at(self, step: int) -> "Conditioning":
-        """Of one step: without the dimension S."""
+        """The conditioning of one step, without the dimension S."""
         return Conditioning(
             self.text,
             self.positions,
@@ -55,7 +55,7 @@ class Conditioning:
 
 
 class Projections(nn.Module):
-    """Query, key and value of one stream in one product, with optional RMS norms of query and key."""
+    """Fused query, key and value projection of one stream, with optional RMS norms of query and key."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Projections(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of the image stream to itself."""
+    """Self-attention of the image stream."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class JointAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One block of figure 2; the last one has no text stream behind its attention."""
+    """One block of figure 2; the last block has no text stream after its attention."""
 
     def __init__(self, config: Config, index: int) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class SD3(nn.Module):
         self.out = nn.Linear(config.width, config.patch**2 * config.channels_out)
 
     def condition(self, timesteps: Tensor, text: Tensor, pooled: Tensor, height: int, width: int) -> Conditioning:
-        """Timesteps `[S]` in 0..1000, text `[B, T, C]`, pooled text `[B, P]`; latents of `height` x `width`."""
+        """Timesteps `[S]` in 0..1000, text `[B, T, C]`, pooled text `[B, P]`; latents are `height` x `width`."""
         times = self.timestep_embedder(sinusoid(timesteps.to(pooled.device), 256).to(pooled.dtype))  # [S, D]
         vector = times[:, None] + self.pooled_embedder(pooled)  # [S, B, D]
         return Conditioning(
@@ -178,7 +178,7 @@ class SD3(nn.Module):
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)
 
     def _crop(self, rows: int, columns: int) -> Tensor:
-        """The middle of the table of positions, `[rows * columns, D]`."""
+        """The central `rows` x `columns` of the position table, `[rows * columns, D]`."""
         side = self.config.positions
         assert max(rows, columns) <= side, f"{rows} x {columns} patches and a table of {side} a side"
         table = rearrange(self.positions, "1 (h w) d -> h w d", h=side)

@@ -1,7 +1,7 @@
 """The UNet of latent diffusion: Stable Diffusion 1 and 2 (Rombach et al. 2022), SDXL (Podell et al. 2023, section 2.1).
 
-Residual blocks take the time as one vector added to their channels, transformers read the text. Neither depends on the
-latents, so `condition` computes the vectors of all steps and the keys and values of the text before the first step.
+Residual blocks add a projected timestep embedding to their channels, transformers have cross-attention to the text.
+Neither depends on the latents, so `condition` computes all steps' projections and the text's keys and values once.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class LevelConfig:
     width: int
     heads: int
     blocks: int  # residual blocks
-    depth: int  # layers of the transformer behind each of them; 0: there is none
+    depth: int  # layers of the transformer after each residual block; 0: no transformer
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,21 @@ class Config:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """All that does not change between steps, in the order in which `forward` comes by.
+    """Inputs that are computed once for all steps, in the order in which `forward` uses them.
 
-    S steps, B rows, C channels of the block, H heads, T text tokens, D channels of a head.
+    S steps, batch B, C channels of the block, H heads, T text tokens, D channels per head.
     """
 
     times: list[Tensor]  # for each residual block [S, B or 1, C]
     texts: list[list[Tensor]]  # for each transformer, for each layer: keys and values [2, B, H, T, D]
 
     def at(self, step: int) -> "Conditioning":
-        """Of one step: without the dimension S."""
+        """The conditioning of one step, without the dimension S."""
         return Conditioning([time[step] for time in self.times], self.texts)
 
 
 class Residual(nn.Module):
-    """Two convolutions behind group norms, with the time added between them."""
+    """Residual block: two times group norm, SiLU and convolution, with the time embedding added in between."""
 
     def __init__(self, config: Config, width_in: int, width: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Residual(nn.Module):
         self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """`[B, C, h, w]` and the time's vector `[B or 1, C]`."""
+        """`[B, C, h, w]` and the projected time embedding `[B or 1, C]`."""
         inner = self.conv_1(F.silu(self.norm_1(x))) + time[:, :, None, None]
         return self.shortcut(x) + self.conv_2(F.silu(self.norm_2(inner)))
 
@@ -92,7 +92,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text, whose keys and values are the same in all steps."""
+    """Cross-attention to the text, whose keys and values are the same in all steps."""
 
     def __init__(self, width: int, heads: int, text_width: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class CrossAttention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """GEGLU (Shazeer 2020): four times as wide inside, gated by GELU."""
+    """GEGLU (Shazeer 2020): linear, gated by GELU, linear, with a hidden width of 4 x `width`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class GatedFeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention of the picture to itself, attention to the text, feed-forward."""
+    """Self-attention, cross-attention to the text, feed-forward."""
 
     def __init__(self, width: int, heads: int, text_width: int) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Layers over all positions of a picture as tokens, row by row."""
+    """Transformer blocks over all positions of a feature map as tokens, row by row."""
 
     def __init__(self, config: Config, level: LevelConfig) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
         self.project_out = nn.Linear(level.width, level.width)
 
     def forward(self, x: Tensor, texts: list[Tensor]) -> Tensor:
-        """`[B, C, h, w]`; for each layer keys and values of the text."""
+        """`[B, C, h, w]` and, for each block, keys and values of the text `[2, B, H, T, D]`."""
         tokens = self.project_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for block, text in zip(self.blocks, texts, strict=True):
             tokens = block(tokens, text)
@@ -174,12 +174,12 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """To the size of the level above, which is one less than twice where that one's is odd."""
+        """Upsample to the next finer level's size, which is odd if downsampling rounded it up."""
         return self.conv(F.interpolate(x, (height, width), mode="nearest"))
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, a transformer behind each where it attends, and the way to the next."""
+    """One resolution: residual blocks, an optional transformer after each, and a down- or upsampling layer."""
 
     def __init__(self, config: Config, level: LevelConfig, widths_in: list[int], transformers: int) -> None:
         super().__init__()
@@ -207,19 +207,19 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(config.width, config.channels_out, 3, padding=1)
 
     def levels(self) -> list[Level]:
-        """In the order of `forward`."""
+        """All levels in the order of `forward`."""
         return [*self.down, self.middle, *self.up]
 
     def condition(
         self, timesteps: Tensor, text: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None
     ) -> Conditioning:
-        """Timesteps `[S]` in 0..1000, text `[B, T, C]`; of SDXL also pooled text `[B, P]` and sizes `[B, 6]`."""
+        """Timesteps `[S]` in 0..1000, text `[B, T, C]`; for SDXL also pooled text `[B, P]` and sizes `[B, 6]`."""
         vector = self.time_embedder(sinusoid(timesteps.to(text.device), self.config.width).to(text.dtype))[:, None]
         if self.added_embedder is not None:
             assert pooled is not None
             assert sizes is not None
-            each = sinusoid(sizes, self.config.size_width).to(text.dtype)  # [B, 6, size_width]
-            vector = vector + self.added_embedder(torch.cat([pooled, each.flatten(1)], dim=1))  # [S, B, 4 width]
+            embedded = sinusoid(sizes, self.config.size_width).to(text.dtype)  # [B, 6, size_width]
+            vector = vector + self.added_embedder(torch.cat([pooled, embedded.flatten(1)], dim=1))  # [S, B, 4 width]
         vector = F.silu(vector)
         times = [block.time(vector) for level in self.levels() for block in level.residuals]
         texts = [
@@ -230,7 +230,7 @@ class UNet(nn.Module):
         return Conditioning(times, texts)
 
     def forward(self, latents: Tensor, conditioning: Conditioning, step: int) -> Tensor:
-        """What the scheduler asks for (noise or velocity) `[B, C, h, w]` at the step's timestep."""
+        """The prediction (noise or velocity) `[B, C, h, w]` at the step's timestep."""
         return self.evaluate(latents, conditioning.at(step))
 
     def evaluate(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
@@ -261,7 +261,7 @@ class UNet(nn.Module):
 
 
 def _down(config: Config) -> tuple[nn.ModuleList, list[int]]:
-    """The levels on the way down, and the widths of what they leave for the way up, `conv_in` included."""
+    """The downsampling levels, and the widths of their skip connections, including that of `conv_in`."""
     levels, skips = nn.ModuleList(), [config.width]
     for level in config.down:
         built = Level(config, level, [skips[-1]] + [level.width] * (level.blocks - 1), _transformers(level))
@@ -274,7 +274,7 @@ def _down(config: Config) -> tuple[nn.ModuleList, list[int]]:
 
 
 def _up(config: Config, skips: list[int]) -> nn.ModuleList:
-    """The levels on the way up; each residual block also takes what stands last in `skips`."""
+    """The upsampling levels; each residual block also takes the last remaining skip connection."""
     levels, below = nn.ModuleList(), config.middle.width
     for level in config.up:
         widths = [below] + [level.width] * (level.blocks - 1)

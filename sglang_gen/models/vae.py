@@ -1,7 +1,7 @@
-"""The autoencoder of latent diffusion (Rombach et al. 2022, section 3.1): pictures to a few channels, and back.
+"""The variational autoencoder of latent diffusion (Rombach et al. 2022, section 3.1).
 
-The encoder gives mean and log variance of a normal distribution (Kingma and Welling 2014), the decoder a picture. Both
-are convolutions behind group norms; positions see each other only in the middle, at the coarsest resolution.
+The encoder returns mean and log variance of a normal distribution (Kingma and Welling 2014), the decoder an image. Both
+consist of group norms and convolutions, with self-attention only in the middle, at the coarsest resolution.
 """
 
 from dataclasses import dataclass
@@ -18,55 +18,55 @@ EPS = 1e-6  # of the group norms
 
 @dataclass(frozen=True)
 class Scaling:
-    """How the latents that a denoising network sees come from those of the autoencoder (section D.1)."""
+    """Conversion between the autoencoder's latents and those of the denoising network (section D.1)."""
 
     factor: float
     shift: float
-    mean: tuple[float, ...] | None  # of each channel
-    deviation: tuple[float, ...] | None  # of each channel
+    mean: tuple[float, ...] | None  # per channel
+    deviation: tuple[float, ...] | None  # standard deviation per channel
 
 
 @dataclass(frozen=True)
 class Config:
-    channels_in: int  # of the picture that is encoded
-    channels_out: int  # of the decoded one
+    channels_in: int  # of the encoder's input image
+    channels_out: int  # of the decoded image
     channels: int  # of the latents
     widths: tuple[int, ...]  # from fine to coarse
-    blocks: int  # residual blocks of a level on the way down; on the way up it is one more
+    blocks: int  # residual blocks per level of the encoder; the decoder has one more
     groups: int  # of the group norms
-    attention: bool  # in the middle
-    quant_conv: bool  # a convolution of one pixel behind the encoder
-    post_quant_conv: bool  # and before the decoder
+    attention: bool  # self-attention in the middle
+    quant_conv: bool  # 1 x 1 convolution after the encoder
+    post_quant_conv: bool  # 1 x 1 convolution before the decoder
     scaling: Scaling
-    upcast: bool  # float16 is too small for its numbers
+    upcast: bool  # activations overflow in float16
 
     @property
     def factor(self) -> int:
-        """Pixels per latent, along a side."""
+        """Pixels per latent along each side."""
         return int(2 ** (len(self.widths) - 1))
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """The normal distribution of a picture's latents `[B, C, h, w]`."""
+    """Normal distribution of an image's latents, with mean and standard deviation `[B, C, h, w]`."""
 
     mean: Tensor
     deviation: Tensor
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """Latents `[B, C, h, w]` with noise of a CPU generator."""
+        """Sample latents `[B, C, h, w]` with a CPU generator."""
         noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device="cpu")
         return self.mean + self.deviation * noise.to(self.mean.device)
 
 
 def posterior(moments: Tensor) -> Posterior:
-    """The distribution with mean and log variance `[B, 2 C, h, w]`, the latter held between -30 and 20."""
+    """The distribution from mean and log variance `[B, 2 C, h, w]`; the log variance is clamped to -30..20."""
     mean, log_variance = moments.chunk(2, dim=1)
     return Posterior(mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)))
 
 
 class Residual(nn.Module):
-    """Two convolutions behind group norms."""
+    """Residual block: two times group norm, SiLU and convolution."""
 
     def __init__(self, groups: int, width_in: int, width: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every position looks at all others, with one head."""
+    """Self-attention over all positions, with one head."""
 
     def __init__(self, groups: int, width: int) -> None:
         super().__init__()
@@ -95,9 +95,9 @@ class Attention(nn.Module):
         """`[B, C, h, w]`."""
         tokens = self.norm(x.flatten(2)).mT  # [B, L, C]
         q, k, v = rearrange(self.to_qkv(tokens), "b l (n d) -> n b 1 l d", n=3)
-        seen = self.to_out(rearrange(self.attend(q, k, v), "b 1 l d -> b l d"))
-        # How the sum lies in memory (channels last, for more than one picture) decides how all that follows rounds.
-        return seen.mT.reshape(x.shape) + x
+        attended = self.to_out(rearrange(self.attend(q, k, v), "b 1 l d -> b l d"))
+        # Keep this memory format (channels last for a batch): the following layers round differently in another one.
+        return attended.mT.reshape(x.shape) + x
 
 
 class Middle(nn.Module):
@@ -113,7 +113,7 @@ class Middle(nn.Module):
 
 
 class Downsample(nn.Module):
-    """To half the rows and columns, rounded down; the kernel's border lies below and to the right."""
+    """Halve rows and columns, rounded down; pads only below and to the right."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """To twice the rows and columns."""
+    """Double rows and columns."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -135,12 +135,12 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, and the way to the next."""
+    """One resolution: residual blocks and a down- or upsampling layer."""
 
     def __init__(self, groups: int, width_in: int, width: int, blocks: int) -> None:
         super().__init__()
         widths_in = [width_in] + [width] * (blocks - 1)
-        self.residuals = nn.ModuleList(Residual(groups, each, width) for each in widths_in)
+        self.residuals = nn.ModuleList(Residual(groups, width_in, width) for width_in in widths_in)
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
 
@@ -164,9 +164,9 @@ class Encoder(nn.Module):
         self.norm_out = nn.GroupNorm(config.groups, coarsest, EPS)
         self.conv_out = nn.Conv2d(coarsest, 2 * config.channels, 3, padding=1)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures `[B, 3, H, W]` -> means and log variances `[B, 2 C, h, w]`."""
-        x = self.conv_in(pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` -> means and log variances `[B, 2 C, h, w]`."""
+        x = self.conv_in(images)
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.middle(x))))
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.channels_out, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents `[B, C, h, w]` -> pictures `[B, 3, H, W]`."""
+        """Latents `[B, C, h, w]` -> images `[B, 3, H, W]`."""
         x = self.middle(self.conv_in(latents))
         for level in self.up:
             x = level(x)
@@ -193,7 +193,7 @@ class Decoder(nn.Module):
 
 
 def _levels(config: Config, widths: tuple[int, ...], blocks: int) -> nn.ModuleList:
-    """One level for each width, in the order of the widths; the first takes what is as wide as itself."""
+    """One level for each width, in order; the first level has equal input and output width."""
     widths_in = (widths[0], *widths[:-1])
     return nn.ModuleList(
         Level(config.groups, width_in, width, blocks) for width_in, width in zip(widths_in, widths, strict=True)
@@ -212,10 +212,10 @@ class Autoencoder(nn.Module):
             nn.Conv2d(config.channels, config.channels, 1) if config.post_quant_conv else nn.Identity()
         )
 
-    def encode(self, pictures: Tensor) -> Posterior:
-        """The distribution of the latents `[B, C, h, w]` of pictures `[B, 3, H, W]` in -1..1."""
-        return posterior(self.quant_conv(self.encoder(pictures)))
+    def encode(self, images: Tensor) -> Posterior:
+        """The distribution of the latents `[B, C, h, w]` of images `[B, 3, H, W]` in -1..1."""
+        return posterior(self.quant_conv(self.encoder(images)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures `[B, 3, H, W]` in -1..1 of latents `[B, C, h, w]`."""
+        """Images `[B, 3, H, W]` in -1..1 from latents `[B, C, h, w]`."""
         return self.decoder(self.post_quant_conv(latents))

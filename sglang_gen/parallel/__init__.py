@@ -1,1 +1,1 @@
-"""How a run is spread over ranks. Here and in launch.py alone one process speaks to another."""
+"""Parallelism over ranks. Only this package and `launch` communicate between processes."""

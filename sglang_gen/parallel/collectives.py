@@ -1,8 +1,8 @@
-"""What ranks along one axis of the mesh say to each other: sums, gathers and exchanges of tensors.
+"""Collectives along one axis of the mesh: all-reduce, all-gather and all-to-all.
 
-On the meta device nothing is sent and only shapes come back, so that a layout can be rehearsed without its ranks. In
-compiled code each collective is one operator. Whoever listens is told of every collective and of the bytes that it
-takes out of this rank: of a sum 2 (n - 1) / n of the tensor, as a ring of n ranks sends it.
+On the meta device nothing is sent and only shapes are returned, so a layout can be traced without its ranks. In
+compiled code each collective is one operator. Inside `counted` every call is counted with the bytes that leave this
+rank; an all-reduce over n ranks counts as 2 (n - 1) / n of the tensor, as in a ring.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Axis:
-    """The ranks of a process group as one of them sees it. A group without a name is only rehearsed."""
+    """A process group as seen by one of its ranks. An axis without a group name is only traced on the meta device."""
 
     name: str
     size: int
@@ -30,7 +30,7 @@ class Axis:
 
 @dataclass
 class Traffic:
-    """For each collective, as "all_reduce tp", how often it was called and the bytes that it took out of this rank."""
+    """Calls of each collective, such as "all_reduce tp", and the bytes that left this rank in them."""
 
     calls: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
@@ -45,7 +45,7 @@ _listening: list[Traffic] = []
 
 @contextmanager
 def counted() -> Iterator[Traffic]:
-    """Inside, collectives are counted."""
+    """Count the collectives that are called inside the context."""
     traffic = Traffic()
     _listening.append(traffic)
     try:
@@ -54,13 +54,13 @@ def counted() -> Iterator[Traffic]:
         _listening.remove(traffic)
 
 
-def _tell(collective: str, axis: str, size: float) -> None:
+def _record(collective: str, axis: str, size: float) -> None:
     for traffic in _listening:
         traffic.add(f"{collective} {axis}", math.ceil(size))
 
 
 def _group(axis: Axis) -> Any:
-    """The process group: compiled code knows it by its name alone."""
+    """The process group, looked up by name because operators of compiled code cannot take group objects."""
     return distributed_c10d._resolve_process_group(axis.group)  # type: ignore[arg-type, attr-defined]
 
 
@@ -69,13 +69,13 @@ def _size(x: Tensor) -> int:
 
 
 class Pending:
-    """A tensor that is on its way."""
+    """The result of an asynchronous collective."""
 
     def __init__(self, tensor: Tensor, source: Tensor, work: "dist.Work | None" = None) -> None:
         self.tensor, self.source, self.work = tensor, source, work
 
     def wait_before(self, x: Tensor) -> Tensor:
-        """`x` once all is sent, where nothing comes: compiled code drops an exchange of which nothing depends on."""
+        """Wait, then return `x`. For a rank that receives nothing: the compiler drops an exchange without consumers."""
         arrived = self.wait()
         if torch.compiler.is_compiling():
             after: Tensor = _after(x, arrived)
@@ -92,11 +92,11 @@ class Pending:
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
-    """The sum over the ranks."""
+    """The sum over the ranks, of the shape of `x`."""
     if torch.compiler.is_compiling():
         summed: Tensor = _all_reduce(x, axis.group, axis.name, axis.size)
         return summed
-    _tell("all_reduce", axis.name, 2 * (axis.size - 1) / axis.size * _size(x))
+    _record("all_reduce", axis.name, 2 * (axis.size - 1) / axis.size * _size(x))
     total = x.contiguous() if x.is_meta else x.clone(memory_format=torch.contiguous_format)
     if not x.is_meta:
         dist.all_reduce(total, group=_group(axis))
@@ -104,59 +104,60 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 
 def gather(x: Tensor, axis: Axis) -> Pending:
-    """`[...]`, of the same shape on all ranks -> `[ranks, ...]`."""
+    """All-gather: `[...]`, of the same shape on all ranks -> `[ranks, ...]`."""
     if torch.compiler.is_compiling():
         return Pending(_gather(x, axis.group, axis.name, axis.size), x)
-    _tell("all_gather", axis.name, (axis.size - 1) * _size(x))
+    _record("all_gather", axis.name, (axis.size - 1) * _size(x))
     x = x.contiguous()
-    found = x.new_empty((axis.size, *x.shape))
+    gathered = x.new_empty((axis.size, *x.shape))
     if x.is_meta:
-        return Pending(found, x)
+        return Pending(gathered, x)
     group = _group(axis)
-    return Pending(found, x, dist.all_gather_into_tensor(found.view(-1), x.view(-1), group=group, async_op=True))
+    work = dist.all_gather_into_tensor(gathered.view(-1), x.view(-1), group=group, async_op=True)
+    return Pending(gathered, x, work)
 
 
 def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Pending:
-    """All-to-all of a flat tensor: `sent[r]` of its numbers go to rank r, one after the other; `received[r]` come."""
+    """All-to-all of a flat tensor: `sent[r]` consecutive elements go to rank r, which sends `received[r]` elements."""
     if torch.compiler.is_compiling():
         return Pending(_exchange(x, list(sent), list(received), axis.group, axis.name, axis.index), x)
-    _tell("all_to_all", axis.name, (sum(sent) - sent[axis.index]) * x.element_size())
-    found = x.new_empty(sum(received))
+    _record("all_to_all", axis.name, (sum(sent) - sent[axis.index]) * x.element_size())
+    arriving = x.new_empty(sum(received))
     if x.is_meta:
-        return Pending(found, x)
+        return Pending(arriving, x)
     group = _group(axis)
-    work = dist.all_to_all_single(found, x, list(received), list(sent), group=group, async_op=True)
-    return Pending(found, x, work)
+    work = dist.all_to_all_single(arriving, x, list(received), list(sent), group=group, async_op=True)
+    return Pending(arriving, x, work)
 
 
-def start_along(x: Tensor, dim: int, lengths: Sequence[int], axis: Axis) -> Pending:
-    """Begin to gather parts that differ in length along `dim`, where rank r has `lengths[r]`; see `put_along`."""
+def start_gather_along(x: Tensor, dim: int, lengths: Sequence[int], axis: Axis) -> Pending:
+    """Start an all-gather of shards of unequal length along `dim`; the shard of rank r has `lengths[r]`."""
     longest = max(lengths)
     x = x.movedim(dim, 0)
     return gather(F.pad(x, (0, 0) * (x.ndim - 1) + (0, longest - len(x))) if len(x) < longest else x, axis)
 
 
-def put_along(found: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
-    """What `start_along` began, gathered: the parts one after the other."""
-    whole = torch.cat([part[:length] for part, length in zip(found, lengths, strict=True)])
+def finish_gather_along(gathered: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
+    """Concatenate along `dim` the padded shards that `start_gather_along` gathered."""
+    whole = torch.cat([shard[:length] for shard, length in zip(gathered, lengths, strict=True)])
     return whole.movedim(0, dim)
 
 
 def gather_along(x: Tensor, dim: int, lengths: Sequence[int], axis: Axis) -> Tensor:
-    """The parts of all ranks one after the other along `dim`, where rank r has `lengths[r]`."""
-    return put_along(start_along(x, dim, lengths, axis).wait(), dim, lengths)
+    """Concatenate the shards of all ranks along `dim`; the shard of rank r has `lengths[r]`."""
+    return finish_gather_along(start_gather_along(x, dim, lengths, axis).wait(), dim, lengths)
 
 
-# The same as operators. They wait only in `_arrived`, which reads the source too, so that it lives that long, and in
-# the order of the program: lowering.py says both to inductor. Each started collective is remembered by the memory
-# that it writes to.
+# The same collectives as custom operators for compiled code. They wait only in `_arrived`, which also takes the source
+# so that it is kept alive until then; inductor_lowering.py keeps them in program order. A started collective is looked
+# up by the address of its output.
 _started: dict[int, "dist.Work"] = {}
 
 
 def _start(pending: Pending) -> Tensor:
     if pending.work is not None and pending.tensor.numel():
         _started[pending.tensor.data_ptr()] = pending.work
-    elif pending.work is not None:  # nothing comes, and so there is no memory to remember it by
+    elif pending.work is not None:  # an empty output has no address to look it up by
         pending.work.wait()
     return pending.tensor
 

@@ -1,4 +1,4 @@
-"""Parallelism over the batch: data parallel groups take batches in turn, guidance branches take a half each."""
+"""Parallelism over the batch: data parallel groups process batches in turn, each guidance rank half of a batch."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -15,29 +15,29 @@ T = TypeVar("T")
 
 
 def rounds(batches: Sequence[T], groups: int) -> list[list[tuple[int, T]]]:
-    """Batches with their numbers as they are made at the same time: round r holds batch `r * groups + g` of group g."""
+    """Numbered batches by round: in round r group g generates batch `r * groups + g`."""
     numbered = list(enumerate(batches))
     return [numbered[start : start + groups] for start in range(0, len(numbered), groups)]
 
 
 class GuidanceSplit:
-    """Classifier-free guidance on two ranks, for pipelines that put both branches into one batch of the network.
+    """Classifier-free guidance on two ranks, for pipelines that run both branches as one batch.
 
-    The network's inputs `[2 B, ...]` are halved, each rank computes one branch, and one all-gather per call gives both
-    ranks the output `[2 B, ...]`. Arguments without the batch dimension pass as they are. A call with another batch is
-    computed whole on both ranks: a pipeline may guide some steps only.
+    Forward hooks halve the network's inputs `[2 B, ...]`, each rank computes one branch, and one all-gather per call
+    gives both ranks the output `[2 B, ...]`. Arguments without a batch dimension are not halved. A call with another
+    batch size is computed in full on both ranks, because a pipeline may guide only some steps.
     """
 
     def __init__(self, networks: dict[str, nn.Module], mesh: Mesh, samples: int = 0) -> None:
         self.mesh, self.samples = mesh, samples
-        self.split = False  # whether a call of this generation was halved
+        self.split = False  # whether any call of this generation was halved
         self._halved = False
         for network in networks.values():
             network.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
             network.register_forward_hook(self._after)
 
     def start(self, samples: int) -> None:
-        """A generation of `samples` pictures begins."""
+        """Begin a generation of `samples` images."""
         self.samples, self.split = samples, False
 
     def _before(self, network: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -65,5 +65,5 @@ class GuidanceSplit:
         return tree_map(lambda leaf: self._both(leaf) if isinstance(leaf, torch.Tensor) else leaf, output)
 
     def _both(self, mine: torch.Tensor) -> torch.Tensor:
-        """[B, ...] of this rank's branch -> [2 B, ...] in the order of the branches."""
+        """`[B, ...]` of this rank's branch -> `[2 B, ...]` in branch order."""
         return gather(mine, self.mesh.axis("cfg")).wait().flatten(0, 1)

@@ -1,9 +1,9 @@
-"""Collectives in the code that inductor generates: in the order of the program, and with what they send kept alive.
+"""Inductor lowerings that keep collectives in program order and their inputs alive.
 
-Inductor may put operators in any order that their data allow. On two ranks of one group, whose shapes differ, it can
-choose two orders, and one would wait for a collective that the other has not begun; nor does it know that what lies
-between a start and its arrival should be computed in between. So each of our operators is told what it comes after.
-The lowerings hold for this process, whoever compiles.
+Inductor may reorder operators as far as data dependencies allow. Ranks of one group with different shapes could get
+different orders and deadlock. It also does not know that the computation between the start of a collective and its
+arrival should overlap with it. The lowerings therefore add explicit dependencies to our operators. They are registered
+for the whole process.
 """
 
 from collections.abc import Callable
@@ -19,18 +19,18 @@ from torch._inductor.virtualized import V
 
 @dataclass
 class Flights:
-    """Collectives of one graph: the last one, and by the tensors that come what is sent and the operator that began."""
+    """Collectives of one graph: the last one, and output name -> (source, starting kernel) of those in flight."""
 
     last: Any = None
     started: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
 
 _flights: "WeakKeyDictionary[Any, Flights]" = WeakKeyDictionary()
-OPTIONS: dict[str, Any] = {"reorder_for_locality": False}  # of inductor: its graph keeps the order of the program
+OPTIONS: dict[str, Any] = {"reorder_for_locality": False}  # inductor options: keep the program order
 
 
 def register() -> None:
-    """Lower our operators in order."""
+    """Register the lowerings of our collectives."""
     ours = torch.ops.sglang_gen
     for starting in (ours.gather.default, ours.exchange.default):
         register_lowering(starting, type_promotion_kind=None)(_starting(starting))
@@ -49,9 +49,9 @@ def _starting(operator: Any) -> Callable[..., Any]:
 
 
 def _arriving(coming: Any, source: Any) -> Any:
-    """After all that the program computes since the start, which comes after the start.
+    """Schedule the kernels between start and arrival after the start, and the arrival after those kernels.
 
-    Of the source inductor may have made a second copy for this operator; what is kept is the one that is being sent.
+    Inductor may have copied the source for this operator; the buffer that is being sent is the one kept alive.
     """
     source, start = _of_graph().started.pop(coming.get_name())
     operations = V.graph.operations
@@ -69,12 +69,12 @@ def _summing(x: Any, *rest: Any) -> Any:
 
 
 def _in_memory(x: Any) -> Any:
-    """A tensor as contiguous memory, which all that read it share."""
+    """Realize a tensor as one contiguous buffer that all readers share."""
     return ir.TensorBox(ir.ExternKernel.require_contiguous(ir.TensorBox(ir.ExternKernel.realize_input(x))))
 
 
 def _in_turn(operator: Any, *args: Any) -> tuple[Any, Any]:
-    """What a call gives, and its kernel, which comes after that of the last collective of this graph."""
+    """Output and kernel of a call, scheduled after the last collective of this graph."""
     before = len(V.graph.operations)
     out = fallback_handler(operator, add_to_fallback_set=False)(*args)  # type: ignore[no-untyped-call]
     (kernel,) = (each for each in V.graph.operations[before:] if isinstance(each, ir.FallbackKernel))
@@ -91,7 +91,7 @@ def _put_after(kernel: Any, earlier: Any) -> None:
 
 
 def _computes(operation: Any) -> bool:
-    """Products, convolutions, attention, and other collectives: what is more than a loop over numbers."""
+    """True for matrix products, convolutions, attention and collectives, false for pointwise loops and reductions."""
     return isinstance(operation, ir.ExternKernel | ir.TemplateBuffer) and not isinstance(operation, ir.MultiOutput)
 
 

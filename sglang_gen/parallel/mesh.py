@@ -1,4 +1,4 @@
-"""The ranks of a run as a mesh with the axes dp, cfg, ring, ulysses, tp, outermost first."""
+"""The device mesh of a run, with the axes dp, cfg, ring, ulysses and tp from the outermost to the innermost."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,20 +14,20 @@ from sglang_gen.parallel.collectives import Axis
 from sglang_gen.types import Layout
 
 AXES = ("dp", "cfg", "ring", "ulysses", "tp")
-SEQUENCE = "sp"  # ring and ulysses as one axis
-REMOTE = ("emote", "onnection", "closed")  # words of NCCL where another rank is gone
+SEQUENCE = "sp"  # ring and ulysses combined into one axis
+REMOTE = ("emote", "onnection", "closed")  # in NCCL messages if another rank has exited
 LOCAL_AXES = (
     "Unable to find",
     "Unable to resolve",
     "unsupported gloo device",
-)  # words of gloo where no other rank is asked
-SHARED = "Duplicate GPU"  # words of NCCL where two ranks are to compute on one
-TIMEOUT = 30.0  # minutes after which a collective that waits for a rank fails
+)  # in gloo messages about this rank's own network interfaces
+SHARED = "Duplicate GPU"  # in NCCL messages if two ranks use the same GPU
+TIMEOUT = 30.0  # minutes until a collective that waits for another rank fails
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's view: where it stands on each axis, and its process group along each axis longer than one."""
+    """One rank's view of the mesh, with its process group along each axis of size two or more."""
 
     layout: Layout = field(default_factory=Layout)
     rank: int = 0
@@ -41,7 +41,7 @@ class Mesh:
         return coordinates(self.layout, self.rank)[axis]
 
     def axis(self, name: str) -> Axis:
-        """One axis of the mesh, or "sp": ring and ulysses as one, of which ring is the outer."""
+        """One axis of the mesh, or "sp": ring (outer) and ulysses (inner) combined."""
         group = self.groups[name].group_name if name in self.groups else ""
         if name != SEQUENCE:
             return Axis(name, self.size(name), self.index(name), group)
@@ -51,26 +51,26 @@ class Mesh:
 
     @property
     def leads(self) -> bool:
-        """True on the one rank of each data parallel group that decodes."""
+        """True on the rank of each data parallel group that decodes."""
         return all(self.index(axis) == 0 for axis in AXES if axis != "dp")
 
-    def meet(self) -> None:
-        """Wait until every rank is here, so that none is timed while it waits for another's start."""
+    def barrier(self) -> None:
+        """Wait for all ranks, so that no rank's timing includes the start of another."""
         if self.layout.ranks > 1:
             dist.barrier()
 
-    def share(self, item: Any) -> Any:
-        """The picklable `item` of rank 0, on every rank."""
+    def broadcast(self, item: Any) -> Any:
+        """The picklable `item` of rank 0, on every rank. Collective."""
         if self.layout.ranks == 1:
             return item
         items = [item]
         dist.broadcast_object_list(items, src=0)
         return items[0]
 
-    def least(self, number: int | None) -> int | None:
-        """The smallest of all ranks' numbers, so that all decide alike; None where there are none."""
-        found = self.gather_all(number)
-        least: int | None = self.share(min(found) if found and number is not None else None)
+    def minimum(self, number: int | None) -> int | None:
+        """The minimum over all ranks, so that all make the same decision; None if `number` is None. Collective."""
+        numbers = self.gather_all(number)
+        least: int | None = self.broadcast(min(numbers) if numbers and number is not None else None)
         return least
 
     def gather(self, item: Any, axis: str) -> list[Any] | None:
@@ -78,39 +78,39 @@ class Mesh:
         if axis not in self.groups:
             return [item]
         first = self.index(axis) == 0
-        found: list[Any] | None = [None] * self.size(axis) if first else None
-        dist.gather_object(item, found, group=self.groups[axis], group_dst=0)
-        return found
+        items: list[Any] | None = [None] * self.size(axis) if first else None
+        dist.gather_object(item, items, group=self.groups[axis], group_dst=0)
+        return items
 
     def gather_all(self, item: Any) -> list[Any] | None:
         """The picklable `item` of every rank, on rank 0; None on the others."""
         if self.layout.ranks == 1:
             return [item]
-        found: list[Any] | None = [None] * self.layout.ranks if self.rank == 0 else None
-        dist.gather_object(item, found, dst=0)
-        return found
+        items: list[Any] | None = [None] * self.layout.ranks if self.rank == 0 else None
+        dist.gather_object(item, items, dst=0)
+        return items
 
 
 def coordinates(layout: Layout, rank: int) -> dict[str, int]:
-    """Where a rank stands on each axis; the last axis varies fastest."""
-    found = {}
+    """A rank's coordinate on each axis; the last axis varies fastest."""
+    place = {}
     for axis in reversed(AXES):
-        rank, found[axis] = divmod(rank, getattr(layout, axis))
-    return {axis: found[axis] for axis in AXES}
+        rank, place[axis] = divmod(rank, getattr(layout, axis))
+    return {axis: place[axis] for axis in AXES}
 
 
 def members(layout: Layout, axis: str) -> list[list[int]]:
-    """The groups of ranks that differ on `axis` alone, each in the order of the axis; "sp" is ring and ulysses."""
+    """Groups of ranks that differ only on `axis`, each in the order of the axis; "sp" is ring and ulysses combined."""
     within = ("ring", "ulysses") if axis == SEQUENCE else (axis,)
-    found: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for rank in range(layout.ranks):
         place = coordinates(layout, rank)
-        found.setdefault(tuple(place[name] for name in AXES if name not in within), []).append(rank)
-    return list(found.values())
+        groups.setdefault(tuple(place[name] for name in AXES if name not in within), []).append(rank)
+    return list(groups.values())
 
 
 def join(layout: Layout, rank: int, port: int, device: str, minutes: float = TIMEOUT) -> Mesh:
-    """Meet the other ranks at the launcher's store and build the groups. Collective: every rank calls it."""
+    """Connect to the other ranks through the launcher's store and create the process groups. Collective."""
     store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -118,9 +118,9 @@ def join(layout: Layout, rank: int, port: int, device: str, minutes: float = TIM
 
 
 def use_gpu(index: int) -> None:
-    """Compute on this GPU of the machine, or on the only one that the launcher lets this process see.
+    """Select the GPU with this index, or the only GPU that is visible to this process.
 
-    Raises RunError where it has none of that number.
+    Raises RunError if there is no such GPU.
     """
     count = torch.cuda.device_count()
     if index >= count != 1:
@@ -129,14 +129,14 @@ def use_gpu(index: int) -> None:
 
 
 def form(layout: Layout, rank: int, store: Any, device: str, minutes: float) -> Mesh:
-    """Meet the other ranks at a store and build the groups. Collective: every rank calls it."""
+    """Connect to the other ranks through a store and create the process groups. Collective."""
     timeout = timedelta(minutes=minutes)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=layout.ranks, timeout=timeout)
     groups = {}
     for axis in (*AXES, SEQUENCE):
         if len(members(layout, axis)) == layout.ranks:
-            continue  # every rank is alone
+            continue  # groups of one rank
         for ranks in members(layout, axis):
             group = dist.new_group(ranks, timeout=timeout)
             if rank in ranks:
@@ -147,27 +147,27 @@ def form(layout: Layout, rank: int, store: Any, device: str, minutes: float) -> 
 
 
 def _connect(groups: Mapping[str, Any]) -> None:
-    """Let NCCL build its connections, which takes seconds, before anything is timed and before memory is shared out."""
-    for group in (None, *groups.values()):  # the first is that of all ranks
+    """Let NCCL open its connections, which takes seconds, before anything is timed and before memory is planned."""
+    for group in (None, *groups.values()):  # None is the group of all ranks
         dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
-        sent = torch.zeros(dist.get_world_size(group), device="cuda")  # each pair has a connection of its own
+        sent = torch.zeros(dist.get_world_size(group), device="cuda")  # opens a connection between each pair
         dist.all_to_all_single(torch.empty_like(sent), sent, group=group)
     torch.cuda.synchronize()
 
 
 @contextmanager
 def explained(who: str, minutes: float) -> Iterator[None]:
-    """Inside, a collective that failed is said in one sentence of which `who` is the subject.
+    """Turn the failure of a collective inside the context into an error of one sentence, with the subject `who`.
 
-    Raises LostError where another rank is gone, RunError where it did not answer for `minutes`.
+    Raises LostError if another rank has exited, RunError if it did not answer for `minutes` or this rank failed itself.
     """
     try:
         yield
     except RuntimeError as error:
-        found: BaseException | None = error
-        while found is not None:  # whoever caught it first may have raised an error of its own
-            text = str(found)
-            if isinstance(found, dist.DistError) or "gloo/" in text:
+        cause: BaseException | None = error
+        while cause is not None:  # a caller may have replaced the original error by its own
+            text = str(cause)
+            if isinstance(cause, dist.DistError) or "gloo/" in text:
                 if "imed out" in text or "timeout" in text:
                     raise RunError(
                         f"{who} waited {minutes:g} minutes for another rank and gave up; parallel.timeout_minutes=... "
@@ -182,16 +182,16 @@ def explained(who: str, minutes: float) -> Iterator[None]:
                 if "NCCL" in text and not any(word in text for word in REMOTE):
                     raise RunError(f"{who} failed in NCCL: {text.rpartition('Last error:')[2].strip()}") from error
                 raise LostError(f"{who} lost the connection to another rank") from error
-            found = found.__cause__ or found.__context__
+            cause = cause.__cause__ or cause.__context__
         raise
 
 
 def _plain(text: str) -> str:
-    """A message of gloo without the place in its source."""
+    """The first line of a gloo message, without the position in gloo's source."""
     return first_line(ValueError(text)).rpartition("] ")[2]
 
 
 def leave() -> None:
-    """End what `join` or `form` began, if it came that far."""
+    """Destroy the process groups, if `join` or `form` created them."""
     if dist.is_initialized():
         dist.destroy_process_group()

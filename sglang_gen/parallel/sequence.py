@@ -1,7 +1,7 @@
-"""Sequence parallelism: each rank has some of the tokens, and attention meets the others' in its leaf.
+"""Sequence parallel attention: each rank holds a shard of the tokens and attends to the tokens of all ranks.
 
-Ulysses (Jacobs et al. 2023) trades tokens for heads around the kernel. Ring (Liu et al. 2023) passes keys and values
-from rank to rank and merges what each gives by its log-sum-exp. Both together are Ulysses around Ring.
+Ulysses (Jacobs et al. 2023) exchanges tokens for heads around the kernel. Ring (Liu et al. 2023) passes keys and values
+from rank to rank and merges the partial results by their log-sum-exp. If both are used, Ulysses wraps Ring.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,31 +13,32 @@ from torch import Tensor
 from sglang_gen.models.attention import Kernel
 from sglang_gen.parallel.collectives import Axis, Pending, exchange, gather_along
 
-Summing = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # attention and log-sum-exp [B, H, L] of its scores
+# (q, k, v) -> attention [B, H, L, D] and the log-sum-exp [B, H, L] of its scores
+KernelWithLSE = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
 class Lengths:
-    """Tokens of each sequence parallel rank in an attention, where ring is the outer axis; set before a generation."""
+    """Tokens of each sequence parallel rank in one kind of attention; ring is the outer axis. Set by each forward."""
 
     ring: int
     ulysses: int
     tokens: tuple[int, ...] = field(default=())
 
     def of_group(self, ring: int) -> tuple[int, ...]:
-        """Of the ranks of one Ulysses group."""
+        """Tokens of each rank of one Ulysses group."""
         return self.tokens[ring * self.ulysses : (ring + 1) * self.ulysses]
 
     def of_groups(self) -> tuple[int, ...]:
-        """Of each Ulysses group together."""
+        """Total tokens of each Ulysses group."""
         return tuple(sum(self.of_group(ring)) for ring in range(self.ring))
 
 
 class Ulysses:
-    """A kernel that sees all tokens of its group and this rank's share of the heads."""
+    """Runs the kernel on all tokens of the Ulysses group and this rank's share of the heads."""
 
     def __init__(self, kernel: Kernel, axis: Axis, ring: int, lengths: Lengths) -> None:
-        """`ring` is this rank's place on the ring axis, which says what group it is in."""
+        """`ring` is this rank's coordinate on the ring axis, which selects its Ulysses group."""
         self.kernel, self.axis, self.ring, self.lengths = kernel, axis, ring, lengths
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -54,11 +55,11 @@ class Ulysses:
         blocks = x.view(n, batch, ranks, heads // ranks, length, width).movedim(2, 0)
         received = [mine * count for count in tokens]
         flat = exchange(blocks.reshape(-1), [mine * length] * ranks, received, self.axis).wait()
-        parts = [
-            part.view(n, batch, heads // ranks, count, width)
-            for part, count in zip(torch.split(flat, received), tokens, strict=True)
+        shards = [
+            shard.view(n, batch, heads // ranks, count, width)
+            for shard, count in zip(torch.split(flat, received), tokens, strict=True)
         ]
-        return torch.cat(parts, dim=3)
+        return torch.cat(shards, dim=3)
 
     def _tokens(self, x: Tensor, tokens: Sequence[int]) -> Tensor:
         """`[B, H / ranks, L, D]` of this rank's heads -> `[B, H, l, D]` of its tokens."""
@@ -66,16 +67,16 @@ class Ulysses:
         ranks, length = self.axis.size, tokens[self.axis.index]
         one = batch * heads * width
         sent = [one * count for count in tokens]
-        flat = torch.cat([part.reshape(-1) for part in torch.split(x, list(tokens), dim=2)])
+        flat = torch.cat([shard.reshape(-1) for shard in torch.split(x, list(tokens), dim=2)])
         back = exchange(flat, sent, [one * length] * ranks, self.axis).wait()
-        parts = back.view(ranks, batch, heads, length, width)
-        return parts.transpose(0, 1).reshape(batch, ranks * heads, length, width)
+        by_rank = back.view(ranks, batch, heads, length, width)
+        return by_rank.transpose(0, 1).reshape(batch, ranks * heads, length, width)
 
 
 class Ring:
-    """Attention to the keys and values of all ranks, which come by one after the other while this one computes."""
+    """Attention to the keys and values of all ranks, which arrive one rank at a time while this rank computes."""
 
-    def __init__(self, kernel: Summing, axis: Axis, lengths: Lengths) -> None:
+    def __init__(self, kernel: KernelWithLSE, axis: Axis, lengths: Lengths) -> None:
         self.kernel, self.axis, self.lengths = kernel, axis, lengths
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -83,30 +84,30 @@ class Ring:
         ranks, index = self.axis.size, self.axis.index
         tokens = self.lengths.of_groups()
         batch, heads, _, width = k.shape
-        held = torch.stack([k, v])
-        found = None
+        current = torch.stack([k, v])
+        total = None
         for turn in range(ranks):
             coming = None
             if turn < ranks - 1:
                 following = tokens[(index - turn - 1) % ranks]
-                coming = self._pass_on(held, 2 * batch * heads * following * width)
-            part = self.kernel(q, held[0], held[1])
-            found = part if found is None else merged(found, part)
+                coming = self._pass_on(current, 2 * batch * heads * following * width)
+            partial = self.kernel(q, current[0], current[1])
+            total = partial if total is None else merged(total, partial)
             if coming is not None:
-                held = coming.wait().view(2, batch, heads, following, width)
-        assert found is not None
-        return found[0].to(q.dtype)
+                current = coming.wait().view(2, batch, heads, following, width)
+        assert total is not None
+        return total[0].to(q.dtype)
 
-    def _pass_on(self, held: Tensor, coming: int) -> Pending:
-        """Send what is held to the next rank, and receive so many numbers from the one before."""
+    def _pass_on(self, current: Tensor, coming: int) -> Pending:
+        """Send the current keys and values to the next rank, and receive `coming` elements from the previous one."""
         ranks, index = self.axis.size, self.axis.index
         sent, received = [0] * ranks, [0] * ranks
-        sent[(index + 1) % ranks], received[(index - 1) % ranks] = held.numel(), coming
-        return exchange(held.reshape(-1), sent, received, self.axis)
+        sent[(index + 1) % ranks], received[(index - 1) % ranks] = current.numel(), coming
+        return exchange(current.reshape(-1), sent, received, self.axis)
 
 
 class Gathering:
-    """Attention to the keys and values of all ranks at once, for kernels that give no log-sum-exp."""
+    """Attention to the gathered keys and values of all ranks, for kernels that do not return the log-sum-exp."""
 
     def __init__(self, kernel: Kernel, axis: Axis, lengths: Lengths) -> None:
         self.kernel, self.axis, self.lengths = kernel, axis, lengths
@@ -118,7 +119,7 @@ class Gathering:
 
 
 def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over the keys of both, in float32 or better, from what each gives: `[B, H, L, D]` and `[B, H, L]`."""
+    """Merge attention `[B, H, L, D]` and log-sum-exp `[B, H, L]` over two sets of keys, in float32 or wider."""
     lse = torch.logaddexp(one[1], other[1])
-    weighted = [out.to(lse.dtype) * (part - lse).exp()[..., None] for out, part in (one, other)]
+    weighted = [out.to(lse.dtype) * (own - lse).exp()[..., None] for out, own in (one, other)]
     return weighted[0] + weighted[1], lse

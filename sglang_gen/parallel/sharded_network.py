@@ -1,4 +1,4 @@
-"""A network over the ranks of one batch: what its table and its sharding make of it, in the order of transforms."""
+"""Applies the parallelism transforms to a network in order: shrink, load, tensor parallel, sequence parallel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,54 +11,54 @@ from sglang_gen.models.attention import Attend, Kernel
 from sglang_gen.models.unet import SelfAttention
 from sglang_gen.parallel import tensor
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
-from sglang_gen.parallel.sequence import Gathering, Lengths, Ring, Summing, Ulysses
-from sglang_gen.parallel.sequence_boundary import Door, Sharding
+from sglang_gen.parallel.sequence import Gathering, KernelWithLSE, Lengths, Ring, Ulysses
+from sglang_gen.parallel.sequence_boundary import SequenceBoundary, Sharding
 from sglang_gen.parallel.spatial import RowAttention, split_rows
 
 
 @dataclass(frozen=True)
 class Split:
-    """How networks of one kind are spread over a mesh."""
+    """How the networks of one family are sharded over a mesh."""
 
     mesh: Mesh
     table: tensor.Table
     sharding: Sharding
 
-    def shrink(self, network: nn.Module) -> dict[str, tensor.Part]:
-        """Leave of a network on meta the part of this rank; which part of each of its tensors that is."""
+    def shrink(self, network: nn.Module) -> dict[str, tensor.Shard]:
+        """Shrink a network on the meta device to this rank's tensor parallel shard; returns each tensor's shard."""
         axis = self.mesh.axis("tp")
         return tensor.shrink(network, self.table, axis) if axis.size > 1 else {}
 
-    def place(self, network: nn.Module) -> "Placed":
-        """The shrunk network, loaded or not, among the ranks."""
+    def parallelize(self, network: nn.Module) -> "ParallelNetwork":
+        """Insert the collectives into a shrunk network, before or after its weights are loaded."""
         if self.mesh.size("tp") > 1:
-            tensor.join(network, self.table, self.mesh.axis("tp"))
-        return Placed(network, self)
+            tensor.insert_collectives(network, self.table, self.mesh.axis("tp"))
+        return ParallelNetwork(network, self)
 
-    def twin(self, build: Callable[[], nn.Module], dtype: torch.dtype) -> "Placed":
-        """This rank's part of a network without memory."""
+    def meta_copy(self, build: Callable[[], nn.Module], dtype: torch.dtype) -> "ParallelNetwork":
+        """This rank's shard of a network on the meta device."""
         with torch.device("meta"):
             network = build().to(dtype)
         self.shrink(network)
-        return self.place(network)
+        return self.parallelize(network)
 
 
-class Placed:
-    """This rank's part of a network, and the door through which it is called."""
+class ParallelNetwork:
+    """This rank's shard of a network. Callers use `entrance`: the network, or its SequenceBoundary."""
 
     def __init__(self, network: nn.Module, split: Split) -> None:
         self.network, self.mesh, self.sharding = network, split.mesh, split.sharding
         self.entrance: Any = network
         self.lengths: dict[str, Lengths] = {}
-        self.leaves = self.sharding.leaves(network)
+        self.attention_ops = self.sharding.attention_ops(network)
         if self.mesh.axis(SEQUENCE).size > 1:
             self._split_sequence()
 
     def _split_sequence(self) -> None:
         ring, ulysses = self.mesh.size("ring"), self.mesh.size("ulysses")
-        self.lengths = {kind: Lengths(ring, ulysses) for kind in self.leaves}
+        self.lengths = {kind: Lengths(ring, ulysses) for kind in self.attention_ops}
         axis = self.mesh.axis(SEQUENCE)
-        self.entrance = Door(self.network, self.sharding, axis, self.lengths)
+        self.entrance = SequenceBoundary(self.network, self.sharding, axis, self.lengths)
         if self.sharding.spatial:
             split_rows(self.network, axis)
             if self.gathers_early:
@@ -66,37 +66,37 @@ class Placed:
 
     @property
     def merges(self) -> bool:
-        """Whether attention is merged from what several ranks' keys and values give."""
+        """Whether attention merges partial results over the keys and values of several ranks."""
         return self.mesh.size("ring") > 1 and not self.gathers_early
 
     @property
     def gathers_early(self) -> bool:
-        """Whether keys and values of rows are gathered before the leaf: nothing else is done to tokens there."""
+        """Whether spatial networks gather keys and values before the attention op, overlapped with the query."""
         return self.sharding.spatial and self.mesh.size("ring") > 1 and self.mesh.size("ulysses") == 1
 
     def _gather_early(self) -> None:
-        kinds = {id(leaf): kind for kind, leaves in self.leaves.items() for leaf in leaves}
+        kinds = {id(op): kind for kind, ops in self.attention_ops.items() for op in ops}
         for name, module in list(self.network.named_modules()):
             if isinstance(module, SelfAttention):
                 lengths = self.lengths[kinds[id(module.attend)]]
                 self.network.set_submodule(name, RowAttention(module, self.mesh.axis("ring"), lengths))
 
-    def set_kernel(self, kernel: Kernel, summing: Summing | None, to_text: Kernel | None = None) -> None:
-        """Every attention by this kernel; `summing` is the same with its log-sum-exp, if it has one.
+    def set_kernel(self, kernel: Kernel, with_lse: KernelWithLSE | None, to_text: Kernel | None = None) -> None:
+        """Set the kernel of every attention op; `with_lse` is the same kernel with its log-sum-exp, if it returns one.
 
-        `to_text` is that of attentions from a picture to a text, where they have another.
+        `to_text` is the kernel of cross-attention, if it differs.
         """
         for module in self.network.modules():
             if isinstance(module, Attend):
                 module.kernel = to_text or kernel
-        for leaves in self.leaves.values():
-            for leaf in leaves:
-                leaf.kernel = kernel
+        for ops in self.attention_ops.values():
+            for op in ops:
+                op.kernel = kernel
         ring, ulysses = self.mesh.axis("ring"), self.mesh.axis("ulysses")
-        for kind, leaves in self.leaves.items():
-            for leaf in leaves:
+        for kind, ops in self.attention_ops.items():
+            for op in ops:
                 if self.merges:
                     lengths = self.lengths[kind]
-                    leaf.kernel = Ring(summing, ring, lengths) if summing else Gathering(kernel, ring, lengths)
+                    op.kernel = Ring(with_lse, ring, lengths) if with_lse else Gathering(kernel, ring, lengths)
                 if ulysses.size > 1:
-                    leaf.kernel = Ulysses(leaf.kernel, ulysses, ring.index, self.lengths[kind])
+                    op.kernel = Ulysses(op.kernel, ulysses, ring.index, self.lengths[kind])

@@ -1,7 +1,7 @@
-"""Exact spatial parallelism of convolutional networks: each rank has some rows of every map.
+"""Exact spatial parallelism of convolutional networks: each rank holds some rows of every feature map.
 
-Rows in order are tokens in order, so attention is split as in sequence parallelism. What else looks across rows is
-exchanged: convolutions of three rows take one from each neighbour, group norms merge the moments of all ranks.
+Consecutive rows are consecutive tokens, so attention is sharded as in sequence parallelism. A 3 x 3 convolution takes
+one halo row from each neighbouring rank, a group norm merges the moments of all ranks.
 """
 
 import copy
@@ -14,15 +14,22 @@ from torch.nn import functional as F
 
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.unet import SelfAttention
-from sglang_gen.parallel.collectives import Axis, exchange, gather, gather_along, put_along, start_along
+from sglang_gen.parallel.collectives import (
+    Axis,
+    exchange,
+    finish_gather_along,
+    gather,
+    gather_along,
+    start_gather_along,
+)
 from sglang_gen.parallel.sequence import Gathering, Lengths
-from sglang_gen.parallel.sequence_boundary import cut, part
+from sglang_gen.parallel.sequence_boundary import shard, shard_sizes
 
 
 class RowConv(nn.Module):
-    """A convolution of 3 x 3, padded by one, whose neighbouring rows are on other ranks.
+    """A 3 x 3 convolution with padding 1 whose halo rows are on neighbouring ranks.
 
-    With a stride of two a shard begins at an even row, so that the row below it is never read.
+    With stride 2 a shard begins at an even row, so the row below it is never read.
     """
 
     def __init__(self, conv: nn.Conv2d, axis: Axis) -> None:
@@ -37,9 +44,9 @@ class RowConv(nn.Module):
 
 
 def neighbours(x: Tensor, axis: Axis, below: bool) -> tuple[Tensor, Tensor]:
-    """The rows `[B, C, 1, w]` above and below this rank's `[B, C, h, w]`: zeros where the picture ends, or unasked.
+    """The rows `[B, C, 1, w]` above and below this rank's `[B, C, h, w]`; zeros at the border, or if not `below`.
 
-    They travel with their channels last, whatever the layout of each rank's map, and have that of this one in the end.
+    Rows are sent channels last, regardless of each rank's memory format, and returned in this rank's format.
     """
     index, last = axis.index, axis.size - 1
     first, final = x[:, :, :1], x[:, :, -1:]
@@ -57,33 +64,33 @@ def neighbours(x: Tensor, axis: Axis, below: bool) -> tuple[Tensor, Tensor]:
         return zeros, zeros
     batch, channels, _, width = first.shape
     sizes = [count for count in received if count]
-    found = [row.view(batch, 1, width, channels).movedim(3, 1) for row in torch.split(coming.wait(), sizes)]
+    halo = [row.view(batch, 1, width, channels).movedim(3, 1) for row in torch.split(coming.wait(), sizes)]
     if zeros.is_contiguous():
-        found = [row.contiguous() for row in found]
-    return (found[0] if index > 0 else zeros), (found[-1] if index < last and below else zeros)
+        halo = [row.contiguous() for row in halo]
+    return (halo[0] if index > 0 else zeros), (halo[-1] if index < last and below else zeros)
 
 
 class RowNorm(nn.Module):
-    """A group norm over the rows of all ranks, by Chan's merge of their moments (Chan et al. 1979, equation 2.1)."""
+    """A group norm over the rows of all ranks, which merges their moments (Chan et al. 1979, equation 2.1)."""
 
     def __init__(self, norm: nn.GroupNorm, axis: Axis) -> None:
         super().__init__()
         self.norm, self.axis = norm, axis
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = torch.unflatten(x, 1, (self.norm.num_groups, -1))  # [B, G, C / G, ...], a view of whatever layout
+        groups = torch.unflatten(x, 1, (self.norm.num_groups, -1))  # [B, G, C / G, ...], a view in any memory format
         wide = groups.to(torch.promote_types(x.dtype, torch.float32))
         inside = tuple(range(2, wide.ndim))
-        alone = (..., *[None] * len(inside))
+        expand = (..., *[None] * len(inside))
         mean = wide.mean(dim=inside)
-        squares = (wide - mean[alone]).square().sum(dim=inside)
+        squares = (wide - mean[expand]).square().sum(dim=inside)
         count = torch.full_like(mean, wide[0, 0].numel())
         means, squares, counts = gather(torch.stack([mean, squares, count]), self.axis).wait().unbind(1)  # [R, B, G]
         total = counts.sum(dim=0)
         mean = (means * counts).sum(dim=0) / total
         squares = squares.sum(dim=0) + (counts * (means - mean).square()).sum(dim=0)
         scale = torch.rsqrt(squares / total + self.norm.eps)
-        normed = ((wide - mean[alone]) * scale[alone]).flatten(1, 2)
+        normed = ((wide - mean[expand]) * scale[expand]).flatten(1, 2)
         shape = (1, -1, *[1] * (x.ndim - 2))
         weight, bias = self.norm.weight.view(shape), self.norm.bias.view(shape)
         out: Tensor = (normed * weight + bias).to(x.dtype)
@@ -91,7 +98,7 @@ class RowNorm(nn.Module):
 
 
 class RowAttention(nn.Module):
-    """Attention of rows to those of all ranks: keys and values travel while the queries are computed."""
+    """Attention to the rows of all ranks; keys and values are gathered while the queries are computed."""
 
     def __init__(self, attention: SelfAttention, axis: Axis, lengths: Lengths) -> None:
         super().__init__()
@@ -101,17 +108,17 @@ class RowAttention(nn.Module):
         inner: Any = self.attention
         query, rest = inner.to_qkv.weight.split([inner.to_qkv.out_features // 3, inner.to_qkv.out_features // 3 * 2])
         tokens = self.lengths.of_groups()
-        coming = start_along(F.linear(x, rest), 1, tokens, self.axis)
+        coming = start_gather_along(F.linear(x, rest), 1, tokens, self.axis)
         q = rearrange(F.linear(x, query), "b l (h d) -> b h l d", h=inner.heads)
-        k, v = rearrange(put_along(coming.wait(), 1, tokens), "b l (n h d) -> n b h l d", n=2, h=inner.heads)
+        k, v = rearrange(finish_gather_along(coming.wait(), 1, tokens), "b l (n h d) -> n b h l d", n=2, h=inner.heads)
         out: Tensor = inner.to_out(rearrange(inner.attend(q, k, v), "b h l d -> b l (h d)"))
         return out
 
 
 class RowDecoder(nn.Module):
-    """The decoder of an autoencoder, of which each rank decodes some rows and all have the picture.
+    """An autoencoder's decoder in which each rank decodes some rows and all ranks return the full image.
 
-    Latents of fewer rows than ranks are decoded by every rank as a whole, with the same weights.
+    Latents with fewer rows than ranks are decoded in full by every rank, with the same weights.
     """
 
     def __init__(self, decoder: nn.Module, axis: Axis) -> None:
@@ -124,22 +131,22 @@ class RowDecoder(nn.Module):
                 module.kernel = Gathering(module.kernel, axis, self.lengths)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents `[B, C, h, w]` -> pictures `[B, 3, H, W]`. Collective."""
+        """Latents `[B, C, h, w]` -> images `[B, 3, H, W]`. Collective."""
         height, width = latents.shape[2:]
         if height < self.axis.size:
-            alone: Tensor = self.whole(latents)
-            return alone
-        rows = cut(height, 1, self.axis.size)
+            images: Tensor = self.whole(latents)
+            return images
+        rows = shard_sizes(height, 1, self.axis.size)
         self.lengths.tokens = tuple(count * width for count in rows)
-        out: Tensor = self.decoder(part(latents, 2, rows, self.axis.index))
+        out: Tensor = self.decoder(shard(latents, 2, rows, self.axis.index))
         factor = out.shape[3] // width
         return gather_along(out, 2, [count * factor for count in rows], self.axis)
 
 
 def split_rows(network: nn.Module, axis: Axis) -> None:
-    """Every convolution that looks across rows, and every group norm, of maps whose rows are on the ranks of `axis`.
+    """Replace every 3 x 3 convolution and every group norm by its version for rows sharded over `axis`.
 
-    A norm over tokens, whose rows are flat, is among them: it is a group norm of the same moments.
+    This includes group norms over flattened tokens, whose moments are the same.
     """
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):

@@ -1,7 +1,7 @@
-"""Tensor parallelism by tables (Shoeybi et al. 2019): each rank holds some of a layer's channels.
+"""Tensor parallelism by tables (Shoeybi et al. 2019): each rank holds a shard of a layer's channels.
 
-A table names layers and says how each is cut. Before loading, `shrink` makes the layers as small as this rank's part
-and says which slice of each tensor belongs there; after loading, `join` adds what makes whole results of the parts.
+A table maps layer names to sharding rules. Before loading, `shrink` reduces the layers to this rank's shard and returns
+the slice of each tensor to load; after loading, `insert_collectives` adds the all-reduces and all-gathers.
 """
 
 from collections.abc import Mapping
@@ -17,60 +17,60 @@ from sglang_gen.parallel.collectives import Axis, all_reduce, gather
 
 @dataclass(frozen=True)
 class Columns:
-    """Output channels are cut; each of several `sections` by itself, as query, key and value are. A norm's groups."""
+    """Shard output channels, or a norm's groups. Fused layers shard each of their `sections`, such as q, k and v."""
 
-    sections: tuple[int, ...] = (1,)  # widths in proportion
+    sections: tuple[int, ...] = (1,)  # relative widths
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Input channels are cut, so that the outputs are parts of a sum."""
+    """Shard input channels; the outputs are partial sums that need an all-reduce."""
 
     sections: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Output channels are cut and put together behind the layer: only its weights are shared out."""
+    """Shard output channels and all-gather the output: only the weights stay sharded."""
 
 
 @dataclass(frozen=True)
 class Heads:
-    """A module that counts attention heads, or channels of all of them, has its part."""
+    """Divide a module's attributes that count attention heads or their channels."""
 
     counts: tuple[str, ...] = ("heads",)
 
 
 @dataclass(frozen=True)
 class Biases:
-    """A table of numbers for each head, `[N, heads]`, is cut along its heads."""
+    """Shard a table of biases per head, `[N, heads]`, along its heads."""
 
 
 Table = Mapping[str, Columns | Rows | Gathered | Heads | Biases]  # patterns of module names
 
 
 @dataclass(frozen=True)
-class Part:
-    """The part of a tensor that a rank holds: ranges of one dimension, one after the other."""
+class Shard:
+    """The part of a tensor that a rank holds: concatenated ranges of one dimension."""
 
     dim: int
     ranges: tuple[tuple[int, int], ...]
-    whole: int  # length of the dimension in the checkpoint
+    whole: int  # unsharded length of the dimension
 
 
 def ranges(whole: int, sections: tuple[int, ...], axis: Axis) -> tuple[tuple[int, int], ...]:
-    """This rank's part of each section of a dimension. The plan has seen to it that they divide."""
-    unit, found, start = whole // sum(sections), [], 0
+    """This rank's range in each section of a dimension. The plan has checked divisibility."""
+    unit, sharded, start = whole // sum(sections), [], 0
     for section in sections:
         length, left = divmod(section * unit, axis.size)
         assert not left, f"{section * unit} channels do not divide by {axis.size}"
-        found.append((start + axis.index * length, start + (axis.index + 1) * length))
+        sharded.append((start + axis.index * length, start + (axis.index + 1) * length))
         start += section * unit
-    return tuple(found)
+    return tuple(sharded)
 
 
 def matched(network: nn.Module, table: Table) -> list[tuple[str, nn.Module, Any]]:
-    """(name, module, rule) of every module that a pattern of the table names."""
+    """(name, module, rule) of every module that matches a pattern of the table."""
     return [
         (name, module, rule)
         for pattern, rule in table.items()
@@ -79,44 +79,44 @@ def matched(network: nn.Module, table: Table) -> list[tuple[str, nn.Module, Any]
     ]
 
 
-def shrink(network: nn.Module, table: Table, axis: Axis) -> dict[str, Part]:
-    """Cut the layers of a network on meta down to this rank's part; the parts by the names of their tensors."""
-    parts: dict[str, Part] = {}
+def shrink(network: nn.Module, table: Table, axis: Axis) -> dict[str, Shard]:
+    """Shrink the layers of a network on the meta device to this rank's shard; returns the shards by tensor name."""
+    shards: dict[str, Shard] = {}
     for name, module, rule in matched(network, table):
         if isinstance(rule, Heads):
             for count in rule.counts:
-                setattr(module, count, _share(getattr(module, count), axis))
+                setattr(module, count, _per_rank(getattr(module, count), axis))
             continue
         dim = 1 if isinstance(rule, (Rows, Biases)) else 0
         sections = rule.sections if isinstance(rule, (Columns, Rows)) else (1,)
         for key, tensor in list(module.named_parameters(recurse=False)):
             if tensor.ndim <= dim:
-                continue  # the bias of a sum is added once, whole
-            part = Part(dim, ranges(tensor.shape[dim], sections, axis), tensor.shape[dim])
+                continue  # the bias of a row parallel layer is not sharded; it is added after the all-reduce
+            shard = Shard(dim, ranges(tensor.shape[dim], sections, axis), tensor.shape[dim])
             shape = list(tensor.shape)
             shape[dim] //= axis.size
             setattr(module, key, nn.Parameter(tensor.new_empty(shape), requires_grad=False))
-            parts[f"{name}.{key}"] = part
+            shards[f"{name}.{key}"] = shard
         _count(module, dim, axis)
-    return parts
+    return shards
 
 
 def _count(module: nn.Module, dim: int, axis: Axis) -> None:
-    """The numbers that a layer keeps of its own channels."""
+    """Divide a layer's attributes that count its channels or groups."""
     kept = ("in_features", "in_channels") if dim else ("out_features", "out_channels", "num_groups", "num_channels")
     for attribute in kept:
         if hasattr(module, attribute):
-            setattr(module, attribute, _share(getattr(module, attribute), axis))
+            setattr(module, attribute, _per_rank(getattr(module, attribute), axis))
 
 
-def _share(count: int, axis: Axis) -> int:
-    """One rank's part of a number. The plan has seen to it that it divides."""
+def _per_rank(count: int, axis: Axis) -> int:
+    """`count` divided by the ranks. The plan has checked divisibility."""
     assert count % axis.size == 0, f"{count} does not divide by {axis.size}"
     return count // axis.size
 
 
-class Summed(nn.Module):
-    """A layer whose ranks each see a part of its inputs: the sum of their outputs, and the bias once."""
+class RowParallel(nn.Module):
+    """A row parallel layer: all-reduces the partial outputs and adds the bias once."""
 
     def __init__(self, layer: Any, axis: Axis) -> None:
         super().__init__()
@@ -125,9 +125,9 @@ class Summed(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of the layer: transformers looks at its dtype."""
-        found: Tensor = self.layer.weight
-        return found
+        """The layer's weight; transformers reads its dtype."""
+        weight: Tensor = self.layer.weight
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         total = all_reduce(self.layer(x), self.axis)
@@ -136,8 +136,8 @@ class Summed(nn.Module):
         return total
 
 
-class Whole(nn.Module):
-    """A layer whose ranks each give a part of its output channels, the last dimension: all of them."""
+class GatherOutput(nn.Module):
+    """A column parallel layer that all-gathers its output channels, the last dimension."""
 
     def __init__(self, layer: nn.Module, axis: Axis) -> None:
         super().__init__()
@@ -147,9 +147,9 @@ class Whole(nn.Module):
         return torch.cat(gather(self.layer(x), self.axis).wait().unbind(), dim=-1)
 
 
-def join(network: nn.Module, table: Table, axis: Axis) -> None:
-    """Put the collectives of the table's rules behind the layers."""
+def insert_collectives(network: nn.Module, table: Table, axis: Axis) -> None:
+    """Wrap the layers of `Rows` and `Gathered` rules with their collectives."""
     for name, module, rule in matched(network, table):
         if isinstance(rule, (Rows, Gathered)):
-            kind = Summed if isinstance(rule, Rows) else Whole
+            kind = RowParallel if isinstance(rule, Rows) else GatherOutput
             network.set_submodule(name, kind(module, axis))

@@ -1,1 +1,1 @@
-"""From files to modules."""
+"""Reads weight files into modules."""

@@ -1,4 +1,4 @@
-"""GGUF files of a denoising network: the header, and where its quantized blocks may stand."""
+"""GGUF files of a denoising network: reads the header and checks which tensors are quantized."""
 
 from pathlib import Path
 from typing import Any
@@ -7,12 +7,12 @@ from sglang_gen.errors import UserError, first_line
 from sglang_gen.hub.safetensors_header import Tensor
 from sglang_gen.hub.weight_files import FLAG, few
 
-# What the reader of the gguf package raises for bytes that are no GGUF.
+# Exceptions of the gguf package's reader for a file that is not valid GGUF.
 CORRUPT = (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError, OSError, MemoryError)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """Names, types and logical shapes. Raises UserError for a corrupt file or a type that diffusers cannot compute."""
+    """Tensors by name, with types and logical shapes. Raises UserError for a corrupt file or an unsupported type."""
     import gguf
     from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
 
@@ -33,7 +33,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def check_places(network: Any, path: Path) -> None:
-    """Blocks are unpacked by linear layers alone; anywhere else they would be read as numbers. Raises UserError."""
+    """Raises UserError if a tensor other than a linear layer's weight is quantized; only those are dequantized."""
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
     wrong = [
@@ -44,6 +44,6 @@ def check_places(network: Any, path: Path) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{FLAG}: {path} quantizes {len(wrong)} tensors that are no weights of linear layers ({few(wrong)}); "
+            f"{FLAG}: {path} quantizes {len(wrong)} tensors that are not weights of linear layers ({few(wrong)}); "
             "store those as F16 or F32"
         )

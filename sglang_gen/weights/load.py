@@ -1,4 +1,4 @@
-"""Checkpoints of diffusers folders into our networks: one tensor after the other, every name accounted for."""
+"""Loads checkpoints of diffusers folders into our networks, tensor by tensor, with all names and shapes checked."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -11,19 +11,19 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sglang_gen.errors import UserError
-from sglang_gen.parallel.tensor import Part
+from sglang_gen.parallel.tensor import Shard
 
-Sources = Callable[[str], Sequence[str]]  # our name of a tensor -> the checkpoint's names, joined along dimension 0
-Shrink = Callable[[nn.Module], Mapping[str, Part]]  # leaves a rank's part of a network; what of each tensor that is
+Sources = Callable[[str], Sequence[str]]  # our tensor name -> checkpoint names, concatenated along dimension 0
+Shrink = Callable[[nn.Module], Mapping[str, Shard]]  # shrinks a network to this rank's shard; the shards by tensor name
 
 
-def whole(network: nn.Module) -> Mapping[str, Part]:
-    """Everything is this rank's."""
+def unsharded(network: nn.Module) -> Mapping[str, Shard]:
+    """A `Shrink` that keeps the whole network."""
     return {}
 
 
 class Tensors(Protocol):
-    """Tensors by name, each of which is read once."""
+    """A source of tensors by name; each tensor is read once."""
 
     def names(self) -> Set[str]: ...
 
@@ -38,9 +38,9 @@ def load(
     sources: Sources,
     dtype: torch.dtype,
     device: str,
-    shrink: Shrink = whole,
+    shrink: Shrink = unsharded,
 ) -> nn.Module:
-    """A network out of safetensors files, tensor by tensor; see `fill`."""
+    """Load a network from safetensors files, tensor by tensor; see `fill`."""
     with ExitStack() as stack:
         checkpoint = Checkpoint([stack.enter_context(safe_open(file, framework="pt")) for file in files])
         return fill(build, checkpoint, sources, dtype, device, where(files), shrink)
@@ -53,13 +53,12 @@ def fill(
     dtype: torch.dtype,
     device: str,
     where: str,
-    shrink: Shrink = whole,
+    shrink: Shrink = unsharded,
 ) -> nn.Module:
-    """A network that is built on meta and filled tensor by tensor, so that its weights are in memory once.
+    """Build a network on the meta device and fill it tensor by tensor, so that its weights are in memory only once.
 
-    `shrink` leaves of the network what this rank has of it, and of each tensor only that part is read. `where` says in
-    errors what the tensors are of. Raises UserError naming tensors that are missing, that nothing takes, or whose shape
-    is another.
+    `shrink` reduces the network to this rank's shard, and only that part of each tensor is read. `where` names the
+    checkpoint in errors. Raises UserError that names missing or unexpected tensors, or a shape that does not match.
     """
     with torch.device("meta"):
         network = build()
@@ -67,39 +66,39 @@ def fill(
     slots = network.state_dict()
     for name, slot in slots.items():
         _check_shape([_as_linear(tensors.shape(source), slot) for source in sources(name)], slot, sources(name), where)
-    parts = shrink(network)
+    shards = shrink(network)
     for name, slot in network.state_dict().items():
-        rows = _read(tensors, sources(name), parts.get(name))
-        if name not in parts and len(rows) == 1:
+        rows = _read(tensors, sources(name), shards.get(name))
+        if name not in shards and len(rows) == 1:
             _assign(network, name, rows[0][0].to(device, dtype).view(slot.shape))
         else:
             _assign(network, name, _joined(rows, slot, dtype, device))
     return network.eval()
 
 
-def _read(tensors: Tensors, names: Sequence[str], part: Part | None) -> list[list[Tensor]]:
-    """What stands one below the other in our tensor: pieces of the tensors of these names, several side by side."""
-    if part is None:
+def _read(tensors: Tensors, names: Sequence[str], shard: Shard | None) -> list[list[Tensor]]:
+    """Pieces of the named tensors: an outer list along dimension 0, inner lists along dimension 1."""
+    if shard is None:
         return [[tensors.take(name)] for name in names]
-    found, before = [], 0
+    rows, before = [], 0
     for name in names:
         tensor = tensors.take(name)
-        if part.dim == 1:
-            found.append([tensor[:, start:stop] for start, stop in part.ranges])
+        if shard.dim == 1:
+            rows.append([tensor[:, start:stop] for start, stop in shard.ranges])
             continue
-        clipped = [(max(start - before, 0), min(stop - before, len(tensor))) for start, stop in part.ranges]
-        found += [[tensor[start:stop]] for start, stop in clipped if start < stop]
+        clipped = [(max(start - before, 0), min(stop - before, len(tensor))) for start, stop in shard.ranges]
+        rows += [[tensor[start:stop]] for start, stop in clipped if start < stop]
         before += len(tensor)
-    return found
+    return rows
 
 
 def _as_linear(shape: Sequence[int], slot: Tensor) -> tuple[int, ...]:
-    """A convolution of one pixel as the matrix that it is, where the network has a linear layer."""
+    """The shape of a checkpoint tensor; a 1 x 1 convolution counts as a matrix if the network has a linear layer."""
     return tuple(shape[:2] if len(shape) == 4 and tuple(shape[2:]) == (1, 1) and slot.ndim == 2 else shape)
 
 
 def _joined(rows: list[list[Tensor]], slot: Tensor, dtype: torch.dtype, device: str) -> Tensor:
-    """The pieces each copied straight to their place, so that no joined copy is made on the way."""
+    """One tensor with every piece copied straight to its place, without a concatenated copy in between."""
     joined = torch.empty(slot.shape, dtype=dtype, device=device)
     heights = [len(pieces[0]) for pieces in rows]
     for row, pieces in zip(torch.split(joined, heights), rows, strict=True):
@@ -113,7 +112,7 @@ def _joined(rows: list[list[Tensor]], slot: Tensor, dtype: torch.dtype, device: 
 
 
 def _assign(network: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put `tensor` where the network has `name`, a parameter or a buffer."""
+    """Set the parameter or buffer `name` of the network to `tensor`."""
     path, _, last = name.rpartition(".")
     module = network.get_submodule(path)
     if last in module._parameters:
@@ -123,7 +122,7 @@ def _assign(network: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 class Checkpoint:
-    """The tensors of one or more open safetensors files by name."""
+    """The tensors of open safetensors files, by name."""
 
     def __init__(self, files: Sequence[Any]) -> None:
         self.place: dict[str, Any] = {}
@@ -134,17 +133,17 @@ class Checkpoint:
         return self.place.keys()
 
     def shape(self, name: str) -> Sequence[int]:
-        found: Sequence[int] = self.place[name].get_slice(name).get_shape()
-        return found
+        shape: Sequence[int] = self.place[name].get_slice(name).get_shape()
+        return shape
 
     def take(self, name: str) -> Tensor:
-        """Mapped, not read: what is not looked at stays on the disk."""
+        """The memory-mapped tensor; only the parts that are used are read from disk."""
         tensor: Tensor = self.place[name].get_tensor(name)
         return tensor
 
 
-class Held:
-    """Tensors that are in memory, and leave it one by one."""
+class InMemoryTensors:
+    """Tensors in memory; each is released when it is taken."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -164,22 +163,22 @@ def _check_names(network: nn.Module, names: Set[str], sources: Sources, where: s
     missing, surplus = sorted(wanted - names), sorted(names - wanted)
     if missing or surplus:
         kind = type(network).__name__
-        parts = [f"lacks {_some(missing)}"] if missing else []
-        parts += [f"holds {_some(surplus)}, which {kind} does not have"] if surplus else []
-        raise UserError(f"{where} is no checkpoint of this {kind}: it {' and '.join(parts)}")
+        problems = [f"lacks {_some(missing)}"] if missing else []
+        problems += [f"holds {_some(surplus)}, which {kind} does not have"] if surplus else []
+        raise UserError(f"{where} is not a checkpoint of this {kind}: it {' and '.join(problems)}")
 
 
-def _check_shape(parts: list[tuple[int, ...]], slot: Tensor, names: Sequence[str], where: str) -> None:
-    """Raises UserError naming the first tensor whose shape cannot be a part of the slot."""
-    for name, part in zip(names, parts, strict=True):
-        if part[1:] != slot.shape[1:] or (len(parts) == 1 and part != slot.shape):
-            needed = slot.shape if len(parts) == 1 else ("...", *slot.shape[1:])
+def _check_shape(shapes: list[tuple[int, ...]], slot: Tensor, names: Sequence[str], where: str) -> None:
+    """Raises UserError that names the first tensor whose shape does not fit into the slot."""
+    for name, shape in zip(names, shapes, strict=True):
+        if shape[1:] != slot.shape[1:] or (len(shapes) == 1 and shape != slot.shape):
+            needed = slot.shape if len(shapes) == 1 else ("...", *slot.shape[1:])
             raise UserError(
-                f"{where}: {name} has the shape {list(part)}, this network needs [{', '.join(map(str, needed))}]"
+                f"{where}: {name} has the shape {list(shape)}, this network needs [{', '.join(map(str, needed))}]"
             )
-    if sum(part[0] for part in parts) != len(slot):
+    if sum(shape[0] for shape in shapes) != len(slot):
         raise UserError(
-            f"{where}: {', '.join(names)} have {sum(part[0] for part in parts)} rows together, "
+            f"{where}: {', '.join(names)} have {sum(shape[0] for shape in shapes)} rows together, "
             f"this network needs {len(slot)}"
         )
 
@@ -189,19 +188,18 @@ def _some(names: list[str]) -> str:
 
 
 def where(files: Sequence[Path]) -> str:
-    """What an error calls the files."""
+    """Name of the files in errors: the file, or the folder of several."""
     return str(files[0] if len(files) == 1 else files[0].parent)
 
 
 def renamed(name: str, rules: Mapping[str, Sequence[str]]) -> list[str]:
-    """The checkpoint's names of our tensor `name`.
+    """The checkpoint names of our tensor `name`.
 
-    A rule says what stands in place of a dotted part of our name; where that is several, the tensor is several joined.
-    Of two rules that fit in the same place the longer is taken.
+    A rule replaces a dotted part of our name; a rule with several replacements means that the checkpoint's tensors are
+    concatenated. The longest matching rule wins.
     """
-    parts = "|".join(re.escape(part) for part in sorted(rules, key=len, reverse=True))
-    found = re.findall(rf"(?<![^.])(?:{parts})(?![^.])|[^.]+|\.", name)
+    patterns = "|".join(re.escape(part) for part in sorted(rules, key=len, reverse=True))
     names = [""]
-    for part in found:
+    for part in re.findall(rf"(?<![^.])(?:{patterns})(?![^.])|[^.]+|\.", name):
         names = [start + end for start in names for end in rules.get(part, (part,))]
     return names

@@ -1,6 +1,7 @@
-"""SVDQuant files through the nunchaku project's own networks, on the GPUs that its kernels are made for.
+"""Loads SVDQuant files into the nunchaku project's networks, on the GPUs that its kernels support.
 
-Never run here: no such GPU was at hand. What can be decided without one is in `quantization.py` and tested.
+This code has never run, because no such GPU was available. The checks that need no GPU are in `plan.quantization` and
+are tested.
 """
 
 import importlib
@@ -24,7 +25,7 @@ NUNCHAKU_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, Impor
 
 
 def load(plan: Plan, class_name: str, files: WeightFiles, metadata: Mapping[str, str], dtype: torch.dtype) -> Any:
-    """nunchaku's network in place of diffusers' `class_name`. Raises UserError where machine or file forbid it."""
+    """nunchaku's network that replaces diffusers' `class_name`. Raises UserError if machine or file do not allow it."""
     if plan.run.lora.path or plan.run.lora.adapters:
         raise UserError(f"lora: {files.given} is quantized by svdquant, and {quantization.NO_MERGE}")
     if plan.run.quant.method in quantization.ON_LOAD:
@@ -35,7 +36,9 @@ def load(plan: Plan, class_name: str, files: WeightFiles, metadata: Mapping[str,
     if class_name not in CLASSES:
         raise UserError(f"nunchaku has no network for {class_name}; it has {', '.join(sorted(CLASSES))}")
     if len(files.paths) > 1:
-        raise UserError(f"{FLAG}: {files.given} is the older form in several files; give one svdq-*.safetensors file")
+        raise UserError(
+            f"{FLAG}: {files.given} is in the older format with several files; give one svdq-*.safetensors file"
+        )
     try:
         kind = getattr(importlib.import_module("nunchaku"), CLASSES[class_name])
         network = kind.from_pretrained(str(files.paths[0]), torch_dtype=dtype, device=plan.device)
@@ -47,16 +50,16 @@ def load(plan: Plan, class_name: str, files: WeightFiles, metadata: Mapping[str,
 
 
 def check_file(given: str, metadata: Mapping[str, str], config: Mapping[str, Any]) -> str:
-    """The precision of an SVDQuant file by its own metadata; --nunchaku-config may repeat facts, not change them.
+    """The precision of an SVDQuant file according to its metadata, which --nunchaku-config must not contradict.
 
-    Raises UserError for a file of another kind, and for a config that says something else than the file.
+    Raises UserError for a file of another kind, and for a config that contradicts the file.
     """
     try:
         declared = json.loads(metadata.get("quantization_config", "null"))
     except ValueError:
         declared = None
     if not isinstance(declared, dict) or declared.get("method") != "svdquant":
-        raise UserError(f"{FLAG}: {given} is no SVDQuant file: its metadata declares no quantization by svdquant")
+        raise UserError(f"{FLAG}: {given} is not an SVDQuant file: its metadata declares no quantization by svdquant")
     weight = declared.get("weight")
     dtype = weight.get("dtype") if isinstance(weight, dict) else None
     facts = {"precision": "int4" if dtype == "int4" else "nvfp4", "rank": declared.get("rank")}

@@ -1,13 +1,13 @@
-"""FLUX in its authors' layout, by the names that diffusers gives its tensors.
+"""Converts FLUX checkpoints from the authors' layout to diffusers' tensor names.
 
-diffusers' own conversion cuts joined projections at the published width alone, and copies them. These are views.
+diffusers' own conversion splits fused projections only at the published width, and copies them. These are views.
 """
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
-# Modules of the authors, and those of diffusers that stand in each: several are joined along dimension 0.
+# The authors' modules -> diffusers' modules; several are concatenated along dimension 0 in the authors' tensor.
 OUTSIDE: Mapping[str, tuple[str, ...]] = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
@@ -48,19 +48,19 @@ BLOCKS = {"double_blocks": ("transformer_blocks", DOUBLE), "single_blocks": ("si
 
 
 def convert(tensors: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
-    """The tensors by diffusers' names; one that the authors do not have keeps its own. `width` is the network's."""
-    found: dict[str, Tensor] = {}
+    """The tensors under diffusers' names; an unknown tensor keeps its name. `width` is the width of the network."""
+    converted: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         targets = _targets(name)
         if name.startswith("final_layer.adaLN_modulation."):
-            tensor = tensor.roll(len(tensor) // 2, 0)  # (shift, scale) there, (scale, shift) in diffusers
-        cuts = [width * number for number in range(1, len(targets))]
-        found |= zip(targets, tensor.tensor_split(cuts) if cuts else [tensor], strict=True)
-    return found
+            tensor = tensor.roll(len(tensor) // 2, 0)  # (shift, scale) in the original, (scale, shift) in diffusers
+        splits = [width * number for number in range(1, len(targets))]
+        converted |= zip(targets, tensor.tensor_split(splits) if splits else [tensor], strict=True)
+    return converted
 
 
 def _targets(name: str) -> list[str]:
-    """diffusers' names of the parts of an authors' tensor, in order; the name itself where it is none of theirs."""
+    """diffusers' names of the parts of an original tensor, in order; the name itself if it is unknown."""
     module, _, last = name.rpartition(".")
     kind, _, inside = module.partition(".")
     prefix, rules = "", OUTSIDE

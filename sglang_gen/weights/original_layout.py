@@ -1,4 +1,4 @@
-"""Checkpoints of a denoising network in its authors' layout, by the names that diffusers gives its tensors."""
+"""Reads checkpoints of a denoising network in its authors' layout and converts them to diffusers' tensor names."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 from sglang_gen.hub.single_file import INSIDE
 from sglang_gen.weights import original_flux
 
-# What a file of another network makes diffusers' conversions raise.
+# Exceptions of diffusers' conversions for the file of another network.
 CONVERSION_ERRORS = (KeyError, ValueError, RuntimeError, IndexError, AttributeError, TypeError, NameError)
 Conversion = Callable[[Mapping[str, Any], dict[str, Tensor]], dict[str, Tensor]]  # of a config and tensors by name
 
@@ -47,10 +47,10 @@ def _present(converted: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def read(class_name: str, config: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Tensor]:
-    """The tensors of diffusers' `class_name` by its names, in the dtypes of the files.
+    """The tensors of diffusers' `class_name` under its names, in the dtypes of the files.
 
-    Renamed tensors are views of the mapped files. Joined projections are split into copies (those of FLUX into views),
-    which a caller drops one by one. Raises one of `CONVERSION_ERRORS` for files of another network.
+    Tensors that are only renamed are views of the memory-mapped files; split fused projections are copies (views for
+    FLUX), which the caller releases one by one. Raises one of `CONVERSION_ERRORS` for another network's files.
     """
     from safetensors.torch import load_file
 

@@ -1,7 +1,7 @@
-"""--transformer-weights-path: the model's own denoising network with the weights of another file or folder.
+"""--transformer-weights-path: the model's denoising network with the weights of another file or folder.
 
-Names and shapes are compared on the meta device before a weight is read, in diffusers' layout and in the layout of the
-original project where diffusers converts it. Loading itself is diffusers'.
+Names and shapes are compared on the meta device before a weight is read, in diffusers' layout or, if diffusers can
+convert it, in the original project's. Loading is done by diffusers.
 """
 
 import json
@@ -28,7 +28,7 @@ from sglang_gen.types import Component, Plan
 from sglang_gen.weights import gguf, nunchaku, original_layout
 from sglang_gen.weights.original_layout import CONVERSION_ERRORS
 
-# Packages of the methods that diffusers reads from a folder that declares them.
+# Quantization methods that diffusers reads from a folder whose config.json declares them -> required packages.
 METHODS = {
     "torchao": "torchao", "bitsandbytes": "bitsandbytes", "quanto": "optimum-quanto", "modelopt": "nvidia-modelopt",
     "auto-round": "auto-round", "sdnq": "sdnq", "nunchaku_lite": "kernels", "bfl": "kernels",
@@ -36,9 +36,9 @@ METHODS = {
 
 
 def load(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
-    """The network of --transformer-weights-path under its component's name, on the CPU; nothing without the flag.
+    """`{component name: network}` of --transformer-weights-path, on the CPU; empty without the flag.
 
-    Raises UserError for files that are corrupt, quantized in a way that nothing here reads, or of another network.
+    Raises UserError for files that are corrupt, quantized in an unsupported way, or of another network.
     """
     path = plan.run.quant.transformer_weights_path
     if path is None:
@@ -65,10 +65,10 @@ def load(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     return {name: load_original(kind, component, files.paths, dtype)}
 
 
-def plain(plan: Plan, name: str, files: WeightFiles) -> bool:
-    """True for plain weights of the model's network `name` in diffusers' layout, False for the original one.
+def in_diffusers_layout(plan: Plan, name: str, files: WeightFiles) -> bool:
+    """True if the files are plain weights of network `name` in diffusers' layout, False if in the original layout.
 
-    Raises UserError for all others. Reads headers only.
+    Raises UserError for any other files. Reads only headers.
     """
     component = plan.card.components[name]
     kind = component_classes.named(component)
@@ -79,7 +79,7 @@ def plain(plan: Plan, name: str, files: WeightFiles) -> bool:
 
 
 def _check_config(kind: Any, name: str, plan: Plan, files: WeightFiles) -> None:
-    """The model must say what its network is, and a config.json beside the weights must describe the same one."""
+    """The model needs a config of its network, and a config.json next to the weights must describe the same network."""
     component = plan.card.components[name]
     if component.folder is None or not (component.folder / "config.json").is_file():
         raise UserError(
@@ -94,13 +94,13 @@ def _check_config(kind: Any, name: str, plan: Plan, files: WeightFiles) -> None:
     ]
     if differing:
         raise UserError(
-            f"{FLAG}: {files.given} is another {kind.__name__} than the model's ({few(differing)} differ); "
-            "load it whole with --component-paths"
+            f"{FLAG}: {files.given} is a different {kind.__name__} than the model's ({few(differing)} differ); "
+            "load it with --component-paths"
         )
 
 
 def _check_plain(tensors: Mapping[str, Tensor], files: WeightFiles) -> None:
-    """Numbers of fewer bits need scales, and what scales mean must be declared."""
+    """Refuse types of fewer bits without a declared quantization, because the meaning of their scales is unknown."""
     odd = [name for name, tensor in tensors.items() if tensor.dtype not in weight_files.FLOATS]
     if odd:
         kinds = ", ".join(sorted({tensors[name].dtype for name in odd}))
@@ -108,22 +108,22 @@ def _check_plain(tensors: Mapping[str, Tensor], files: WeightFiles) -> None:
             f"{FLAG}: {files.given} stores {len(odd)} tensors as {kinds} ({few(odd)}) and declares no quantization, so "
             "they cannot be read; give diffusers' folder with its config.json, a GGUF file, or plain weights"
         )
-    if found := quantized(Header(tensors, {})):
+    if kind := quantized(Header(tensors, {})):
         raise UserError(
-            f"{FLAG}: {files.given} holds quantized weights ({found}) and declares no quantization, so they cannot be "
+            f"{FLAG}: {files.given} holds quantized weights ({kind}) and declares no quantization, so they cannot be "
             "read; give diffusers' folder with its config.json, a GGUF file, or plain weights"
         )
 
 
 def _expected(kind: Any, component: Component) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of the model's own network."""
+    """Names and shapes of the tensors of the model's network."""
     with init_empty_weights():
         network = kind.from_config(_config(component))
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def _config(component: Component) -> dict[str, Any]:
-    """The network's configuration without the quantization of weights that are not loaded."""
+    """The network's config without the quantization of the model's own weights, which are not loaded."""
     return {key: value for key, value in component.config.items() if key != "quantization_config"}
 
 
@@ -153,26 +153,26 @@ def _is(kind: Any, name: str) -> bool:
 
 
 def _compare(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], kind: Any, files: WeightFiles
+    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], kind: Any, files: WeightFiles
 ) -> None:
-    missing = sorted(expected.keys() - found.keys())
-    surplus = sorted(found.keys() - expected.keys())
+    missing = sorted(expected.keys() - given.keys())
+    surplus = sorted(given.keys() - expected.keys())
     shapes = [
-        f"{name} {list(found[name])} in place of {list(shape)}"
+        f"{name} {list(given[name])} in place of {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in given and given[name] != shape
     ]
-    wrong = {"missing": missing, "without a place": surplus, "of another shape": shapes}
-    told = [f"{len(names)} {what} ({few(names)})" for what, names in wrong.items() if names]
-    if told:
+    wrong = {"missing": missing, "unexpected": surplus, "of another shape": shapes}
+    problems = [f"{len(names)} {what} ({few(names)})" for what, names in wrong.items() if names]
+    if problems:
         raise UserError(
-            f"{FLAG}: the weights in {files.given} are not those of this {kind.__name__}: of its {len(expected)} "
-            f"tensors and their {len(found)} there are {'; '.join(told)}"
+            f"{FLAG}: the weights in {files.given} do not match this {kind.__name__}: of {len(expected)} expected and "
+            f"{len(given)} given tensors, {'; '.join(problems)}"
         )
 
 
 def _tell_unused(given: Mapping[str, torch.Tensor], converted: Mapping[str, torch.Tensor], files: WeightFiles) -> None:
-    """A conversion splits, joins and renames; a number that it leaves out belongs to something else."""
+    """Log which tensors and how many elements the conversion left out; they belong to something else."""
     inside = {name: tensor for name, tensor in given.items() if name.startswith(INSIDE)} or dict(given)
     if len(inside) < len(given):
         log.info(f"{FLAG}: only the denoising network of {files.given} is read, {len(inside)} of {len(given)} tensors")
@@ -184,7 +184,7 @@ def _tell_unused(given: Mapping[str, torch.Tensor], converted: Mapping[str, torc
 def _load_own_layout(
     kind: Any, component: Component, files: WeightFiles, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Any:
-    """diffusers' own loading, from a folder of links to the files beside the model's own configuration."""
+    """diffusers' `from_pretrained`, from a folder with links to the files and the model's own config."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_config(component, folder)
@@ -243,7 +243,7 @@ def _load_gguf(kind: Any, component: Component, files: WeightFiles, dtype: torch
 
 
 def _load_declared(kind: Any, files: WeightFiles, declared: Mapping[str, Any], plan: Plan, dtype: torch.dtype) -> Any:
-    """Weights that diffusers quantized and saved: its own loading, by what the config.json beside them declares."""
+    """Load weights that diffusers quantized and saved, as the config.json next to them declares."""
     method = declared["method"]
     if plan.run.quant.method in quantization.ON_LOAD:
         raise UserError(f"quant={plan.run.quant.method.name}: {files.given} is quantized already, by {method}")
@@ -257,7 +257,7 @@ def _load_declared(kind: Any, files: WeightFiles, declared: Mapping[str, Any], p
     if method in quantization.ON_GPU and plan.device == "cpu":
         raise UserError(f"{FLAG}: {files.given} is quantized by {method}, which diffusers runs on a GPU only")
     try:
-        with log.quieter("diffusers.quantizers"):  # it holds that 8 bits need bfloat16; they compute in float32 too
+        with log.quieter("diffusers.quantizers"):  # it warns that int8 needs bfloat16, but float32 works too
             network, told = kind.from_pretrained(
                 str(files.folder), dtype=dtype, use_safetensors=True, output_loading_info=True
             )

@@ -19,11 +19,11 @@ from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.models.attention import Attend
 from sglang_gen.parallel.collectives import counted
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
-from sglang_gen.parallel.sequence import Ring, Summing
-from sglang_gen.parallel.sequence_boundary import part
+from sglang_gen.parallel.sequence import KernelWithLSE, Ring
+from sglang_gen.parallel.sequence_boundary import shard
 from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.parallel.spatial import RowAttention, RowConv, RowDecoder, RowNorm
-from sglang_gen.parallel.tensor import Summed
+from sglang_gen.parallel.tensor import RowParallel
 from sglang_gen.weights.load import load
 
 GLUE = {"sd3": sd3, "flux": pipeline, "unet": unet_shared}
@@ -34,8 +34,10 @@ def placed(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype
     glue = GLUE[name]
     split = Split(mesh, glue.TENSOR, glue.SHARDING)
     network = load(partial(glue.build, config), in_folder(folder), glue.sources, dtype, "cpu", split.shrink)
-    whole = split.place(network)
-    whole.set_kernel(scaled_dot_product_attention, attention_kernels.summing("sdpa", "cpu", dtype) if summing else None)
+    whole = split.parallelize(network)
+    whole.set_kernel(
+        scaled_dot_product_attention, attention_kernels.kernel_with_lse("sdpa", "cpu", dtype) if summing else None
+    )
     return whole
 
 
@@ -45,7 +47,7 @@ def _modules(network: nn.Module, kind: type) -> list[Any]:
 
 def _last_weight(network: nn.Module) -> torch.Tensor:
     """Of the last layer whose inputs are cut."""
-    return _modules(network, Summed)[-1].layer.weight
+    return _modules(network, RowParallel)[-1].layer.weight
 
 
 def _silent_part(network: nn.Module, mesh: Mesh) -> None:
@@ -60,7 +62,7 @@ def _swapped_channels(network: nn.Module, mesh: Mesh) -> None:
 
 
 def _bias_twice(network: nn.Module, mesh: Mesh) -> None:
-    _modules(network, Summed)[0].bias.mul_(2)
+    _modules(network, RowParallel)[0].bias.mul_(2)
 
 
 def _own_tokens_alone(network: nn.Module, mesh: Mesh) -> None:
@@ -91,7 +93,7 @@ def _plain_mean(network: nn.Module, mesh: Mesh) -> None:
             leaf.kernel.kernel = partial(_without_weight, leaf.kernel.kernel)
 
 
-def _without_weight(kernel: Summing, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+def _without_weight(kernel: KernelWithLSE, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
     out, lse = kernel(q, k, v)
     return out, torch.zeros_like(lse)
 
@@ -168,7 +170,7 @@ def read_text(mesh: Mesh, folder: Path, dtype: torch.dtype, tokens: torch.Tensor
     """(what T5 makes of the tokens, what was sent for it, what a rehearsal says is sent)."""
     axis = mesh.axis("tp")
     encoder: Any = text_encoder_parallel.read(folder, dtype, "cpu", axis)
-    assert text_encoder_parallel.is_part(encoder)
+    assert text_encoder_parallel.is_sharded(encoder)
     predicted = text_encoder_parallel.expected(encoder, dtype, axis, *tokens.shape)
     if mutation is not None:
         MUTATIONS[mutation](encoder, mesh)
@@ -184,5 +186,5 @@ def by_rows(mesh: Mesh, layer: nn.Module, x: torch.Tensor, rows: tuple[int, ...]
     """
     axis = mesh.axis(SEQUENCE)
     split = RowConv(layer, axis) if isinstance(layer, nn.Conv2d) else RowNorm(layer, axis)
-    mine = part(x, 2, rows, axis.index)
+    mine = shard(x, 2, rows, axis.index)
     return split(mine.contiguous(memory_format=torch.channels_last) if axis.index in last else mine)

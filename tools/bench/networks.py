@@ -136,8 +136,8 @@ def our_call(
     """One evaluation of the network that `load` gives, with its conditioning and latents."""
     network, condition, latents = load()
     network = laid_out(network, latents.dtype)
-    summing = attention_kernels.summing(kernel.name, device, latents.dtype)
-    works.whole(work).place(network).set_kernel(kernel.kernel, summing)
+    summing = attention_kernels.kernel_with_lse(kernel.name, device, latents.dtype)
+    works.whole(work).parallelize(network).set_kernel(kernel.kernel, summing)
     conditioning = condition(network)
     if not compiled:
         if graphs:

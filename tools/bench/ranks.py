@@ -62,8 +62,8 @@ def _split(
     glue: Any = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
     split = Split(ranks, glue.TENSOR, glue.SHARDING)
     network = load(lambda: glue.build(work.config), in_folder(folder), glue.sources, dtype, "cpu", split.shrink)
-    placed = split.place(network)
-    placed.set_kernel(scaled_dot_product_attention, attention_kernels.summing("sdpa", "cpu", dtype))
+    placed = split.parallelize(network)
+    placed.set_kernel(scaled_dot_product_attention, attention_kernels.kernel_with_lse("sdpa", "cpu", dtype))
     conditioning = condition(placed.entrance)
     return lambda: placed.entrance(latents, conditioning, 0)
 
@@ -94,12 +94,12 @@ def serve(rank: int, port: int, work: str, folder: Path, dtype: torch.dtype, rou
         for number in range(rounds):
             names = list(found)[number % len(found) :] + list(found)[: number % len(found)]
             for name in names:
-                pair.meet()
+                pair.barrier()
                 start = time.perf_counter()
                 if name != ALONE or rank == 0:
                     found[name]()
                 if name != ALONE:
-                    pair.meet()
+                    pair.barrier()
                 seconds[name].append(time.perf_counter() - start)
     mesh.leave()
     pipe.send(seconds)

@@ -13,7 +13,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from torch import Tensor
 
 from sglang_gen import env
-from sglang_gen.engine.meta_trace import Shapes, rehearse
+from sglang_gen.engine.meta_trace import Shapes, trace_on_meta
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.sharded_network import Split
@@ -28,7 +28,7 @@ class Work:
 
     title: str
     kind: Any  # the class in diffusers
-    glue: str  # the module in sglang_gen/pipelines
+    glue: str  # the folder in sglang_gen/families
     config: Mapping[str, Any]
     batch: int
     tokens: int  # of text
@@ -203,5 +203,5 @@ def whole(work: Work) -> Split:
 
 def rehearsed(work: Work, regions: tuple[type, ...], network: Any, evaluate: Callable[[Any], Any]) -> Shapes:
     """What `evaluate` meets in a network like this one, without memory."""
-    twin = whole(work).twin(lambda: type(network)(network.config), next(network.parameters()).dtype)
-    return rehearse(twin, regions, evaluate)
+    twin = whole(work).meta_copy(lambda: type(network)(network.config), next(network.parameters()).dtype)
+    return trace_on_meta(twin, regions, evaluate)

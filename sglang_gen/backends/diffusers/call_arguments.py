@@ -10,7 +10,7 @@ import diffusers
 from sglang_gen.backends.diffusers.pipeline_signature import Kind
 from sglang_gen.backends.input_files import read_image
 from sglang_gen.errors import UserError, first_line, nearest
-from sglang_gen.families.img2img import none_left
+from sglang_gen.families.img2img import no_steps_left
 from sglang_gen.plan.backend_choice import check_start
 from sglang_gen.types import Plan
 
@@ -92,7 +92,7 @@ def _check_strength(kind: Kind, steps: int, call: dict[str, Any]) -> None:
     default = inspect.signature(kind.pipeline_class.__call__).parameters["strength"].default
     strength = call.get("strength", default)
     if isinstance(strength, (int, float)) and 0 <= strength <= 1 and int(steps * strength) < 1:
-        raise none_left(strength, steps)
+        raise no_steps_left(strength, steps)
 
 
 def network_calls(plan: Plan, kind: Kind, call: dict[str, Any]) -> tuple[int, int]:

@@ -42,7 +42,7 @@ def adapters(lora: Lora) -> list[Adapter]:
 def check(lora: Lora) -> None:
     """Raises UserError for adapters that are not there or cannot be merged, before anything is loaded."""
     for adapter in adapters(lora):
-        lora_file.check(str(adapter.path))
+        lora_file.check_local_file(str(adapter.path))
 
 
 def apply(pipeline: Any, lora: Lora) -> list[dict[str, Any]]:

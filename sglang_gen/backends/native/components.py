@@ -21,7 +21,7 @@ from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.plan.supported_configs import Needs
 from sglang_gen.types import Component, Plan
 from sglang_gen.weights import original_layout
-from sglang_gen.weights.load import Held, Shrink, fill, load, where
+from sglang_gen.weights.load import InMemoryTensors, Shrink, fill, load, where
 
 
 def read(plan: Plan, needs: Needs, glue: Any, split: Split) -> tuple[nn.Module, dict[str, Any]]:
@@ -55,9 +55,9 @@ def _network(plan: Plan, name: str, glue: Any, dtype: torch.dtype, shrink: Shrin
     from sglang_gen.weights import replacement
 
     files = locate(path)
-    if replacement.plain(plan, name, files):
+    if replacement.in_diffusers_layout(plan, name, files):
         return load(build, files.paths, glue.sources, dtype, plan.device, shrink)
-    tensors = Held(original_layout.read(component.class_name, component.config, files.paths))
+    tensors = InMemoryTensors(original_layout.read(component.class_name, component.config, files.paths))
     return fill(build, tensors, glue.sources, dtype, plan.device, where(files.paths), shrink)
 
 
@@ -74,7 +74,7 @@ def _network_out_of_file(
     from sglang_gen.backends.diffusers.pipeline_loading import misfit
 
     try:
-        tensors = Held(original_layout.read(component.class_name, component.config, [file]))
+        tensors = InMemoryTensors(original_layout.read(component.class_name, component.config, [file]))
         return fill(build, tensors, glue.sources, dtype, plan.device, where([file]), shrink)
     except UserError as error:
         raise UserError(misfit(plan, str(error))) from error
@@ -92,7 +92,7 @@ def _out_of_file(plan: Plan, names: Sequence[str], given: dict[str, Any], dtype:
     own = {"vae": None} if "vae" in given else {}  # ours is none that diffusers' pipeline could look into
     found = {**read_pipeline(plan, kind, dtype, {**given, **own}).components, **given}
     if "vae" not in given:
-        tensors = Held(dict(found["vae"].state_dict()))
+        tensors = InMemoryTensors(dict(found["vae"].state_dict()))
         build = partial(autoencoder.build, plan.card.components["vae"].config)
         found["vae"] = fill(build, tensors, autoencoder.sources, dtype, plan.device, str(plan.card.file))
     return {name: _placed(found[name], plan.device) for name in names}
@@ -112,7 +112,7 @@ def _part(name: str, component: Component, dtype: torch.dtype, device: str, tp: 
     if tp.size > 1:
         from sglang_gen.families import text_encoder_parallel
 
-        if text_encoder_parallel.divides(component, dtype, tp):
+        if text_encoder_parallel.can_shard(component, dtype, tp):
             return text_encoder_parallel.read(_folder(component), dtype, device, tp)
     return _read(component, dtype, device)
 

@@ -65,7 +65,7 @@ class NativeEngine:
         self.text_sends: dict[int, Traffic] = {}  # by the number of texts
         self.network: Any = execution.network
         self.entrance: Any = execution.placed.entrance
-        self.text_parts = [name for name in glue.TEXT_PARTS if name in parts]
+        self.text_parts = [name for name in glue.TEXT_ENCODER_NAMES if name in parts]
         encoders = sum(stored_bytes(each) for name in self.text_parts for each in parts[name].parameters())
         self.room = memory_policy.room(plan, glue, asked.config, asked.whole, encoders, self.mesh)
         self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", glue.ZERO_WITHOUT_NEGATIVE)
@@ -89,8 +89,8 @@ class NativeEngine:
         from sglang_gen.families import text_encoder_parallel
 
         return (
-            partial(text_encoder_parallel.twin, encoder, self.execution.dtype, tp)
-            if text_encoder_parallel.is_part(encoder)
+            partial(text_encoder_parallel.meta_copy, encoder, self.execution.dtype, tp)
+            if text_encoder_parallel.is_sharded(encoder)
             else None
         )
 
@@ -188,7 +188,7 @@ class NativeEngine:
             for name in self.text_parts if tp.size > 1 else ():
                 from sglang_gen.families import text_encoder_parallel
 
-                if text_encoder_parallel.is_part(self.parts[name]):
+                if text_encoder_parallel.is_sharded(self.parts[name]):
                     length = request.text_length or self.glue.T5_LENGTH
                     sends = text_encoder_parallel.expected(self.parts[name], self.execution.dtype, tp, rows, length)
                     self.text_sends[rows] = sends
@@ -219,7 +219,7 @@ class NativeEngine:
         source = None
         if self.asked.image is not None:  # draws before the noise does, from the same generators
             pixels = img2img.pixels(self.asked.image, request.factor, request.height, request.width)
-            source = self.glue.encode_picture(self.parts["vae"], pixels, generators, dtype)
+            source = self.glue.encode_image(self.parts["vae"], pixels, generators, dtype)
         noise = self.glue.draw(self.asked.config, request, generators, dtype).to(self.plan.device)
         drawn: Tensor = self.glue.start(self.parts["scheduler"], timesteps, noise, source)
         if self.asked.noise is not None:

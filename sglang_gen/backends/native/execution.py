@@ -12,10 +12,10 @@ from sglang_gen.engine import attention_autotune, attention_kernels
 from sglang_gen.engine.cfg import Encoded
 from sglang_gen.engine.cuda_graphs import Graphs
 from sglang_gen.engine.denoise import Predict
-from sglang_gen.engine.meta_trace import Shapes, rehearse
+from sglang_gen.engine.meta_trace import Shapes, trace_on_meta
 from sglang_gen.families.contract import Request
 from sglang_gen.parallel.collectives import Traffic, counted
-from sglang_gen.parallel.sharded_network import Placed, Split
+from sglang_gen.parallel.sharded_network import ParallelNetwork, Split
 from sglang_gen.tensor_tree import to_meta
 from sglang_gen.types import Plan
 
@@ -62,7 +62,7 @@ class Execution:
         self.plan, self.split, self.mesh, self.glue = plan, split, split.mesh, glue
         self.dtype = getattr(torch, plan.dtype)
         self.network: Any = laid_out(network, self.dtype)
-        self.placed = split.place(network)
+        self.placed = split.parallelize(network)
         self.expected: dict[Any, Expected] = {}  # by the shapes of a batch
         settings = plan.run.compile
         self.regions = glue.REGIONS if settings.regional else ()
@@ -117,7 +117,7 @@ class Execution:
                 with counted() as expected.evaluations[kind]:
                     predict(empty, kind)
 
-        shapes = rehearse(self._twin(), self.regions or (type(self.network),), evaluate)
+        shapes = trace_on_meta(self._twin(), self.regions or (type(self.network),), evaluate)
         if first:
             self._set_kernel(shapes, self.glue.grids(self.network.config, request, encoded))
         if self.compiled:
@@ -137,7 +137,7 @@ class Execution:
                 if self.mesh.rank == 0
                 else None
             )
-            self.kernel = attention_kernels.named(self.mesh.share(answer))
+            self.kernel = attention_kernels.named(self.mesh.broadcast(answer))
         self._place_kernel()
 
     def _place_kernel(self) -> None:
@@ -145,16 +145,17 @@ class Execution:
         self.placed.set_kernel(self.kernel.kernel, self._summing(self.kernel.name), to_text)
 
     def _summing(self, name: str) -> Any:
-        return attention_kernels.summing(name, self.plan.device, self.dtype)
+        return attention_kernels.kernel_with_lse(name, self.plan.device, self.dtype)
 
-    def _twin(self) -> Placed:
-        return self.split.twin(lambda: type(self.network)(self.network.config), self.dtype)
+    def _twin(self) -> ParallelNetwork:
+        return self.split.meta_copy(lambda: type(self.network)(self.network.config), self.dtype)
 
     def countable(self) -> Any:
         """What this rank computes, without memory, in products that can be counted."""
         twin = self._twin()
         twin.set_kernel(
-            torch.nn.functional.scaled_dot_product_attention, attention_kernels.summing("math", "meta", self.dtype)
+            torch.nn.functional.scaled_dot_product_attention,
+            attention_kernels.kernel_with_lse("math", "meta", self.dtype),
         )
         return twin.entrance
 

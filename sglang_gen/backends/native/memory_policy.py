@@ -7,7 +7,7 @@ import torch
 
 from sglang_gen import log
 from sglang_gen.config.schema import GuidanceBatching
-from sglang_gen.engine.cfg import Guidance, free_memory, together_fits
+from sglang_gen.engine.cfg import Guidance, batch_fits, free_memory
 from sglang_gen.errors import UserError
 from sglang_gen.families.contract import Request
 from sglang_gen.parallel.mesh import Mesh
@@ -41,15 +41,15 @@ def room(plan: Plan, glue: Any, network_config: Any, request: Request, encoders:
     costs time in every step.
     """
     free, row = (
-        mesh.least(free_memory(plan.device)),
+        mesh.minimum(free_memory(plan.device)),
         glue.widest_map(network_config, request) * getattr(torch, plan.dtype).itemsize,
     )
     rows, asked = max(map(len, plan.batches)), plan.run.sampling.guidance_batching
     batched = asked is GuidanceBatching.batched
     if asked is GuidanceBatching.auto:
-        batched = together_fits(None if free is None else free + encoders, 2 * rows, row)
+        batched = batch_fits(None if free is None else free + encoders, 2 * rows, row)
     pair = batched and plan.layout.cfg == 1 and guidance(plan, glue, request, _any_negative(plan), batched).on
-    return Room(batched, released=not together_fits(free, 2 * rows if pair else rows, row))
+    return Room(batched, released=not batch_fits(free, 2 * rows if pair else rows, row))
 
 
 def of_run(plan: Plan, glue: Any, request: Request, batched: bool) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Asked:
 
     def request(self, steps: int) -> Request:
         sampling = self.plan.run.sampling
-        if self.image is not None and self.glue.SIZED_BY_PICTURE:
+        if self.image is not None and self.glue.SIZED_BY_IMAGE:
             height, width = img2img.size(self.image, self.factor)
         else:
             height, width = image_size.chosen(sampling, self.glue.default_size, self.config, self.factor)
@@ -77,7 +77,7 @@ def check(plan: Plan) -> Asked:
     if length is not None and glue.MOST_TOKENS is not None and length > glue.MOST_TOKENS:
         most = f"{plan.pipeline_class} takes at most {glue.MOST_TOKENS}"
         raise UserError(f"sampling.max_sequence_length is {length}; {most}")
-    watermark.check(plan.card.settings)
+    watermark.check_library(plan.card.settings)
     attention_kernels.choose(run.attention, plan.device, dtype, ())
     if run.compile.enable_torch_compile:
         env.require_compiler(plan.device)
@@ -116,7 +116,7 @@ def warn_ineffective(plan: Plan, glue: Any) -> None:
     for path in ("sampling.num_frames", "output.fps"):
         if path in plan.given:
             log.warning(f"{path} has no effect: {plan.pipeline_class} makes no video")
-    if plan.run.sampling.image_path and glue.SIZED_BY_PICTURE:
+    if plan.run.sampling.image_path and glue.SIZED_BY_IMAGE:
         for path in ("sampling.height", "sampling.width"):
             if path in plan.given:
                 log.warning(f"{path} has no effect: {plan.pipeline_class} keeps the size of the input picture")

@@ -1,4 +1,4 @@
-"""FLUX.1 dev and schnell: pooled CLIP text, T5 tokens, latents packed two by two, guidance as an input."""
+"""FLUX.1 dev and schnell: pooled CLIP embedding, T5 tokens, latents packed in 2 x 2 patches, embedded guidance."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,29 +18,29 @@ from sglang_gen.models.attention import Attend
 from sglang_gen.models.flux import Block, Conditioning, Config, Flux, SingleBlock
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis
-from sglang_gen.parallel.sequence_boundary import Kinds, Sharding, cut, part
+from sglang_gen.parallel.sequence_boundary import Sharding, TokensByKind, shard, shard_sizes
 from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows
 from sglang_gen.plan import image_size
 from sglang_gen.weights.load import renamed
 
 NETWORK = "transformer"
-encode_picture, skipped = flow_matching.encode_picture, flow_matching.skipped
-SIZED_BY_PICTURE, STRENGTH = flow_matching.SIZED_BY_PICTURE, flow_matching.STRENGTH
+encode_image, skipped = flow_matching.encode_image, flow_matching.skipped
+SIZED_BY_IMAGE, STRENGTH = flow_matching.SIZED_BY_IMAGE, flow_matching.STRENGTH
 default_size = image_size.of_flux
 encoding_dtype = decoding_dtype = autoencoder.own_dtype
-TEXT_PARTS = ("text_encoder", "text_encoder_2")
+TEXT_ENCODER_NAMES = ("text_encoder", "text_encoder_2")
 UNGUIDED = "there is no guidance without a negative prompt and a true_cfg_scale above 1.0"
 INEFFECTIVE_NEGATIVE = (
     "The negative prompt has no effect at a true_cfg_scale of 1.0; raise it with "
     """--diffusers-kwargs '{{"true_cfg_scale": 4.0}}'"""
 )
-REGIONS = (Block, SingleBlock)  # compiled once for all repeats
+REGIONS = (Block, SingleBlock)  # classes whose forward is compiled once for all of their modules
 T5_LENGTH = 512
 MOST_TOKENS = 512
 ZERO_WITHOUT_NEGATIVE = False
 SCHEDULER: Mapping[str, Any] = {}
 
-# Parts of our names of tensors, and what stands there in a diffusers checkpoint.
+# Dotted parts of our tensor names -> the corresponding parts in a diffusers checkpoint.
 NAMES = {
     "tokens": ("x_embedder",),
     "timestep_embedder": ("time_text_embed.timestep_embedder",),
@@ -85,37 +85,39 @@ TENSOR = {
 }
 
 
-def leaves(network: Flux) -> dict[str, list[Attend]]:
-    """All attentions are of text and image together."""
+def attention_ops(network: Flux) -> dict[str, list[Attend]]:
+    """The attention ops, all of them over text and image tokens together."""
     return {"joint": [block.attend for block in (*network.blocks, *network.single_blocks)]}
 
 
-def tokens(config: Config, shape: Sequence[int], images: Sequence[int], texts: Sequence[int]) -> Kinds:
-    """Tokens of every rank; the latents `[B, L, C]` are cut along their tokens."""
+def tokens(config: Config, shape: Sequence[int], images: Sequence[int], texts: Sequence[int]) -> TokensByKind:
+    """Tokens of every rank; the latents `[B, L, C]` are sharded along their tokens."""
     return {"joint": tuple(map(sum, zip(images, texts, strict=True)))}
 
 
-def share(
+def shard_conditioning(
     config: Config, whole: Conditioning, arguments: tuple[Any, ...], axis: Axis
 ) -> tuple[Conditioning, tuple[int, ...]]:
-    """One rank's text tokens and rotary table, and every rank's number of text tokens."""
+    """This rank's conditioning (sharded text and rotary table), and every rank's number of text tokens."""
     rows, columns = arguments[-2:]
-    texts, images = cut(whole.text.shape[1], 1, axis.size), cut(rows * columns, 1, axis.size)
+    texts, images = shard_sizes(whole.text.shape[1], 1, axis.size), shard_sizes(rows * columns, 1, axis.size)
 
-    def turned(table: Tensor) -> Tensor:
+    def shard_table(table: Tensor) -> Tensor:
         text, image = table.split([sum(texts), sum(images)])
-        return torch.cat([part(text, 0, texts, axis.index), part(image, 0, images, axis.index)])
+        return torch.cat([shard(text, 0, texts, axis.index), shard(image, 0, images, axis.index)])
 
     cosines, sines = whole.rotary
-    mine = replace(whole, text=part(whole.text, 1, texts, axis.index), rotary=(turned(cosines), turned(sines)))
-    return mine, texts
+    rotary = (shard_table(cosines), shard_table(sines))
+    return replace(whole, text=shard(whole.text, 1, texts, axis.index), rotary=rotary), texts
 
 
-SHARDING = Sharding(dim=1, unit=lambda config: 1, leaves=leaves, tokens=tokens, share=share)
+SHARDING = Sharding(
+    dim=1, unit=lambda config: 1, attention_ops=attention_ops, tokens=tokens, shard_conditioning=shard_conditioning
+)
 
 
 def sources(name: str) -> list[str]:
-    """The names in a diffusers checkpoint that make up our tensor `name`."""
+    """Names of the checkpoint tensors that are concatenated into our tensor `name`."""
     return renamed(name, NAMES)
 
 
@@ -135,34 +137,34 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
 
 
 def guidance_scale(guidance: float, true_cfg: float, negative: bool) -> float:
-    """The scale of classifier-free guidance: only where it is asked for by name and there is a negative prompt."""
+    """Scale of classifier-free guidance: `true_cfg`, if there is a negative prompt; `guidance` is an input instead."""
     return true_cfg if negative else 1.0
 
 
 def encode(
-    parts: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
+    components: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
 ) -> tuple[Tensor, Tensor]:
-    """T5's text `[B, T, C]` and CLIP's pooled text `[B, P]`."""
-    pooled = text_encoding.clip_pooled(*text_encoding.learned(parts, "", texts))
-    return text_encoding.t5(*text_encoding.learned(parts, "_2", texts), length or T5_LENGTH), pooled
+    """T5 hidden states `[B, T, C]` and the pooled CLIP embedding `[B, P]`."""
+    pooled = text_encoding.clip_pooled(*text_encoding.encoder_inputs(components, "", texts))
+    return text_encoding.t5(*text_encoding.encoder_inputs(components, "_2", texts), length or T5_LENGTH), pooled
 
 
 def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:
-    """Shapes of what `encode` gives for one text, by the configs of the components."""
+    """Shapes of the outputs of `encode` for one text, without the batch dimension, from the component configs."""
     network = configs[NETWORK]
     return (length or T5_LENGTH, network["joint_attention_dim"]), (network["pooled_projection_dim"],)
 
 
 def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
-    """Set the timesteps; those that the request runs through, `[S]`."""
+    """Set the timesteps and return those to run, `[S]`."""
     rows, columns = _grid(request)
     sigmas = np.linspace(1.0, 1 / request.steps, request.steps).tolist()
     flow_matching.set_timesteps(scheduler, request.steps, rows * columns, 1.15, sigmas)
-    return img2img.kept(scheduler, request.skipped)
+    return img2img.remaining_timesteps(scheduler, request.skipped)
 
 
 def latents_shape(diffusers_config: Mapping[str, Any], request: Request) -> tuple[int, ...]:
-    """Of what the network sees of one sample: packed tokens."""
+    """Shape of one sample's packed latents `(L, C)`."""
     rows, columns = _grid(request)
     return rows * columns, diffusers_config["in_channels"]
 
@@ -170,13 +172,13 @@ def latents_shape(diffusers_config: Mapping[str, Any], request: Request) -> tupl
 def draw(
     diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
 ) -> Tensor:
-    """Noise as a picture has it, `[B, C, h, w]`."""
+    """Unpacked noise `[B, C, h, w]`."""
     rows, columns = _grid(request)
     return draw_noise((diffusers_config["in_channels"] // 4, 2 * rows, 2 * columns), generators, dtype)
 
 
 def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
-    """What the first step starts from, packed two by two: `[B, L, C]`; see `flow.start`."""
+    """Initial latents, packed in 2 x 2 patches: `[B, L, C]`; see `flow_matching.start`."""
     latents = flow_matching.start(scheduler, timesteps, noise, source)
     return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
 
@@ -187,27 +189,27 @@ def _grid(request: Request) -> tuple[int, int]:
 
 
 def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
-    """Where the picture stands in the sequences that attention sees."""
+    """Position of the image tokens in the attention sequence: after the text."""
     return [Grid(*_grid(request), before=encoded[0][0].shape[1])]
 
 
 def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
-    """Numbers in the widest map of one row: all tokens of picture and text."""
+    """Elements of the largest activation of one sample: all image and text tokens."""
     rows, columns = _grid(request)
     return (rows * columns + (request.text_length or T5_LENGTH)) * config(diffusers_config).width
 
 
 def prepare(network: Flux, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:
-    """What predicts the velocity of the latents: the network with everything that all steps share."""
+    """The network as a velocity predictor, with the conditioning of all steps computed once."""
     states, pooled = prediction.joined(encoded)
-    dtype = states.dtype  # in which diffusers rounds both before it multiplies, and with it every picture so far
+    dtype = states.dtype  # diffusers rounds timesteps and guidance to it before it multiplies them by 1000
     times = timesteps.to(dtype) / 1000 * 1000
     guidance = (torch.tensor(request.guidance, dtype=dtype, device="cpu") * 1000).item()
     return prediction.predictor(network, times, states, pooled, guidance, *_grid(request))
 
 
 def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-    """Pictures `[B, 3, H, W]` in -1..1."""
+    """Images `[B, 3, H, W]` in -1..1."""
     rows, _ = _grid(request)
-    picture = rearrange(latents, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
-    return flow_matching.decode(vae, picture)
+    unpacked = rearrange(latents, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
+    return flow_matching.decode(vae, unpacked)

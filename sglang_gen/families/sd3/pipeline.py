@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: two CLIP encoders and T5, flow matching, an autoencoder with a shift."""
+"""Stable Diffusion 3 and 3.5: two CLIP encoders and T5, flow matching, an autoencoder with a shift factor."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,28 +16,28 @@ from sglang_gen.models.attention import Attend
 from sglang_gen.models.sd3 import SD3, Block, Conditioning, Config
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis
-from sglang_gen.parallel.sequence_boundary import Kinds, Sharding, cut, part
+from sglang_gen.parallel.sequence_boundary import Sharding, TokensByKind, shard, shard_sizes
 from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows
 from sglang_gen.plan import image_size
 from sglang_gen.weights.load import renamed
 
 NETWORK = "transformer"
-encode_picture, start, skipped = flow_matching.encode_picture, flow_matching.start, flow_matching.skipped
-SIZED_BY_PICTURE, STRENGTH = flow_matching.SIZED_BY_PICTURE, flow_matching.STRENGTH
+encode_image, start, skipped = flow_matching.encode_image, flow_matching.start, flow_matching.skipped
+SIZED_BY_IMAGE, STRENGTH = flow_matching.SIZED_BY_IMAGE, flow_matching.STRENGTH
 default_size = image_size.configured
 guidance_scale = prediction.guidance_scale
 encoding_dtype = decoding_dtype = autoencoder.own_dtype
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TEXT_ENCODER_NAMES = ("text_encoder", "text_encoder_2", "text_encoder_3")
 UNGUIDED = "there is no guidance at a scale of {scale}"
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
-REGIONS = (Block,)  # compiled once for all repeats
+REGIONS = (Block,)  # classes whose forward is compiled once for all of their modules
 CLIP_LENGTH = 77  # tokens
 T5_LENGTH = 256  # tokens, unless sampling.max_sequence_length says otherwise
 MOST_TOKENS = 512
 ZERO_WITHOUT_NEGATIVE = False
 SCHEDULER: Mapping[str, Any] = {}
 
-# Parts of our names of tensors, and what stands there in a diffusers checkpoint.
+# Dotted parts of our tensor names -> the corresponding parts in a diffusers checkpoint.
 NAMES = {
     "patches": ("pos_embed.proj",),
     "positions": ("pos_embed.pos_embed",),
@@ -76,8 +76,8 @@ TENSOR = {
 }
 
 
-def leaves(network: SD3) -> dict[str, list[Attend]]:
-    """The attentions of image and text together, and those of the image alone."""
+def attention_ops(network: SD3) -> dict[str, list[Attend]]:
+    """The attention ops over image and text tokens ("joint"), and those over image tokens only ("image")."""
     blocks: list[Any] = list(network.blocks)
     return {
         "joint": [block.attention.attend for block in blocks],
@@ -85,31 +85,37 @@ def leaves(network: SD3) -> dict[str, list[Attend]]:
     }
 
 
-def tokens(config: Config, shape: Sequence[int], rows: Sequence[int], texts: Sequence[int]) -> Kinds:
-    """Tokens of every rank in both kinds of attention; its latents `[B, C, h, w]` are cut along their rows."""
+def tokens(config: Config, shape: Sequence[int], rows: Sequence[int], texts: Sequence[int]) -> TokensByKind:
+    """Tokens of every rank in both kinds of attention; the latents `[B, C, h, w]` are sharded along their rows."""
     columns = shape[-1] // config.patch
     images = [count // config.patch * columns for count in rows]
     return {"joint": tuple(map(sum, zip(images, texts, strict=True))), "image": tuple(images)}
 
 
-def share(
+def shard_conditioning(
     config: Config, whole: Conditioning, arguments: tuple[Any, ...], axis: Axis
 ) -> tuple[Conditioning, tuple[int, ...]]:
-    """One rank's text tokens and positions, and every rank's number of text tokens."""
+    """This rank's conditioning (sharded text and position embeddings), and every rank's number of text tokens."""
     height, width = arguments[-2:]
-    texts = cut(whole.text.shape[1], 1, axis.size)
-    images = tokens(config, (height, width), cut(height, config.patch, axis.size), texts)["image"]
+    texts = shard_sizes(whole.text.shape[1], 1, axis.size)
+    images = tokens(config, (height, width), shard_sizes(height, config.patch, axis.size), texts)["image"]
     mine = replace(
-        whole, text=part(whole.text, 1, texts, axis.index), positions=part(whole.positions, 0, images, axis.index)
+        whole, text=shard(whole.text, 1, texts, axis.index), positions=shard(whole.positions, 0, images, axis.index)
     )
     return mine, texts
 
 
-SHARDING = Sharding(dim=2, unit=lambda config: config.patch, leaves=leaves, tokens=tokens, share=share)
+SHARDING = Sharding(
+    dim=2,
+    unit=lambda config: config.patch,
+    attention_ops=attention_ops,
+    tokens=tokens,
+    shard_conditioning=shard_conditioning,
+)
 
 
 def sources(name: str) -> list[str]:
-    """The names in a diffusers checkpoint that make up our tensor `name`."""
+    """Names of the checkpoint tensors that are concatenated into our tensor `name`."""
     return renamed(name, NAMES)
 
 
@@ -129,45 +135,46 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
 
 
 def encode(
-    parts: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
+    components: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Text `[B, T, C]` and pooled text `[B, P]`: both CLIP encoders side by side, T5 behind them.
+    """Hidden states `[B, T, C]` and pooled embeddings `[B, P]`.
 
-    Where the model has no T5, zeros stand for its tokens, as in diffusers.
+    Both CLIP encoders are concatenated along the channels, T5's tokens are appended. Without a T5 its tokens are zeros,
+    as in diffusers.
     """
-    first, pooled = text_encoding.clip(parts["text_encoder"], parts["tokenizer"], texts)
-    second, pooled_2 = text_encoding.clip(parts["text_encoder_2"], parts["tokenizer_2"], texts)
+    first, pooled = text_encoding.clip(components["text_encoder"], components["tokenizer"], texts)
+    second, pooled_2 = text_encoding.clip(components["text_encoder_2"], components["tokenizer_2"], texts)
     both = torch.cat([first, second], dim=-1)
     width, length = diffusers_config["joint_attention_dim"], length or T5_LENGTH
-    if "text_encoder_3" in parts:
-        t5 = text_encoding.t5(parts["text_encoder_3"], parts["tokenizer_3"], texts, length)
+    if "text_encoder_3" in components:
+        t5 = text_encoding.t5(components["text_encoder_3"], components["tokenizer_3"], texts, length)
     else:
         t5 = both.new_zeros(len(texts), length, width)
     return torch.cat([text_encoding.pad_channels(both, width), t5], dim=1), torch.cat([pooled, pooled_2], dim=-1)
 
 
 def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:
-    """Shapes of what `encode` gives for one text, by the configs of the components."""
+    """Shapes of the outputs of `encode` for one text, without the batch dimension, from the component configs."""
     network, clip = configs[NETWORK], configs["text_encoder"].get("max_position_embeddings", CLIP_LENGTH)
     return (clip + (length or T5_LENGTH), network["joint_attention_dim"]), (network["pooled_projection_dim"],)
 
 
 def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
-    """Set the timesteps; those that the request runs through, `[S]`."""
+    """Set the timesteps and return those to run, `[S]`."""
     height, width = request.latent_size
     patch = diffusers_config["patch_size"]
     flow_matching.set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
-    return img2img.kept(scheduler, request.skipped)
+    return img2img.remaining_timesteps(scheduler, request.skipped)
 
 
 def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
-    """Where the picture stands in the sequences that attention sees: before the text, or alone."""
+    """Position of the image tokens in the attention sequences: before the text, or without text."""
     rows, columns = (size // config.patch for size in request.latent_size)
     return [Grid(rows, columns, after=encoded[0][0].shape[1]), Grid(rows, columns)]
 
 
 def latents_shape(diffusers_config: Mapping[str, Any], request: Request) -> tuple[int, ...]:
-    """Of what the network sees of one sample."""
+    """Shape of one sample's latents, without the batch dimension."""
     return diffusers_config["in_channels"], *request.latent_size
 
 
@@ -179,17 +186,17 @@ def draw(
 
 
 def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
-    """Numbers in the widest map of one row: all tokens of picture and text."""
+    """Elements of the largest activation of one sample: all image and text tokens."""
     height, width = (side // diffusers_config["patch_size"] for side in request.latent_size)
     tokens = height * width + CLIP_LENGTH + (request.text_length or T5_LENGTH)
     return tokens * config(diffusers_config).width
 
 
 def prepare(network: SD3, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:
-    """What predicts the velocity of the latents: the network with everything that all steps share."""
+    """The network as a velocity predictor, with the conditioning of all steps computed once."""
     return prediction.predictor(network, timesteps, *prediction.joined(encoded), *request.latent_size)
 
 
 def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-    """Pictures `[B, 3, H, W]` in -1..1."""
+    """Images `[B, 3, H, W]` in -1..1."""
     return flow_matching.decode(vae, latents)

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (Podell et al. 2023): two CLIP encoders, sizes as an input, a UNet."""
+"""Stable Diffusion XL (Podell et al. 2023): two CLIP encoders and size conditioning for a UNet."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,60 +24,58 @@ NETWORK, REGIONS, build, sources, grids = (
     unet_shared.grids,
 )
 draw, start, widest_map = unet_shared.draw, unet_shared.start, unet_shared.widest_map
-skipped, SIZED_BY_PICTURE = unet_shared.skipped, unet_shared.SIZED_BY_PICTURE
+skipped, SIZED_BY_IMAGE = unet_shared.skipped, unet_shared.SIZED_BY_IMAGE
 TENSOR, SHARDING, latents_shape = unet_shared.TENSOR, unet_shared.SHARDING, unet_shared.latents_shape
 default_size = image_size.configured
 guidance_scale = prediction.guidance_scale
-TEXT_PARTS = ("text_encoder", "text_encoder_2")
-MOST_TOKENS = None  # always as long as the tokenizers say
+TEXT_ENCODER_NAMES = ("text_encoder", "text_encoder_2")
+MOST_TOKENS = None  # prompts always have the tokenizers' length
 UNGUIDED = "there is no guidance at a scale of {scale}"
 INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
-ZERO_WITHOUT_NEGATIVE = True  # unless model_index.json says otherwise in force_zeros_for_empty_prompt
+ZERO_WITHOUT_NEGATIVE = True  # default of force_zeros_for_empty_prompt in model_index.json
 SCHEDULER: Mapping[str, Any] = {}
-POOLED = 512  # channels of pooled text where the configuration says nothing, as transformers has them
-STRENGTH = 0.3  # of the noise on an input picture, unless the request says otherwise
+POOLED = 512  # channels of the pooled embedding, transformers' default if the config has no projection_dim
+STRENGTH = 0.3  # default noise strength of image-to-image
 
 
 def encode(
-    parts: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
+    components: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Text `[B, T, C]`: the last layer but one of both encoders side by side; pooled text `[B, P]` of the second."""
-    first, _ = text_encoding.clip(*text_encoding.learned(parts, "", texts))
-    second, pooled = text_encoding.clip(*text_encoding.learned(parts, "_2", texts))
+    """Penultimate hidden states `[B, T, C]` of both encoders, concatenated; pooled embedding `[B, P]` of the second."""
+    first, _ = text_encoding.clip(*text_encoding.encoder_inputs(components, "", texts))
+    second, pooled = text_encoding.clip(*text_encoding.encoder_inputs(components, "_2", texts))
     return torch.cat([first, second], dim=-1), pooled
 
 
 def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:
-    """Shapes of what `encode` gives for one text, by the configs of the components."""
+    """Shapes of the outputs of `encode` for one text, without the batch dimension, from the component configs."""
     pooled = configs["text_encoder_2"].get("projection_dim", POOLED)
     return unet_shared.text_shape(configs), (pooled,)
 
 
 def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
-    """Set the timesteps; those of the request, of which the first is step 0 even where it stands twice."""
+    """Set the timesteps and return those to run, `[S]`; begins at index 0 even if the first timestep occurs twice."""
     timesteps = unet_shared.schedule(diffusers_config, scheduler, request)
-    return timesteps if request.skipped is not None else img2img.kept(scheduler, 0)
+    return timesteps if request.skipped is not None else img2img.remaining_timesteps(scheduler, 0)
 
 
 def prepare(network: UNet, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:
-    """What predicts from the latents: the network with everything that all steps share."""
+    """The network as a predictor, with the conditioning of all steps computed once."""
     states, pooled = prediction.joined(encoded)
     size = (request.height, request.width)
-    sizes = states.new_tensor([*size, 0, 0, *size])  # of the original, of the crop's corner, of what is wanted
+    sizes = states.new_tensor([*size, 0, 0, *size])  # original size, top left corner of the crop, target size
     return prediction.predictor(network, timesteps, states, pooled, sizes.expand(len(states), -1))
 
 
 def encoding_dtype(config: AutoencoderConfig, dtype: torch.dtype) -> torch.dtype:
-    """That in which an autoencoder in `dtype` encodes: float32 for one that overflows in float16."""
+    """Dtype in which an autoencoder loaded in `dtype` encodes: float32 if it overflows in float16."""
     return torch.float32 if config.upcast else dtype
 
 
-def encode_picture(
-    vae: Autoencoder, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype
-) -> Tensor:
-    """Latents `[B, C, h, w]` of the picture `[1, 3, H, W]`, drawn for each sample."""
+def encode_image(vae: Autoencoder, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
+    """Latents `[B, C, h, w]` of the image `[1, 3, H, W]`, sampled once per generator."""
     with _in_float32(vae, encoding_dtype(vae.config, dtype) != dtype):
-        latents = img2img.encode(vae, pixels.to(dtype), generators).to(dtype)  # rounded first, as diffusers does
+        latents = img2img.encode(vae, pixels.to(dtype), generators).to(dtype)  # rounds pixels first, as diffusers does
     if (moments := _moments(vae, latents)) is None:
         return vae.config.scaling.factor * latents
     mean, deviation = moments
@@ -85,21 +83,21 @@ def encode_picture(
 
 
 def decoding_dtype(config: AutoencoderConfig, dtype: torch.dtype) -> torch.dtype:
-    """That in which an autoencoder in `dtype` decodes: float32 for one that overflows in float16."""
+    """Dtype in which an autoencoder loaded in `dtype` decodes: float32 if it overflows in float16."""
     return torch.float32 if dtype == torch.float16 and config.upcast else dtype
 
 
 def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-    """Pictures `[B, 3, H, W]` in -1..1."""
+    """Images `[B, 3, H, W]` in -1..1."""
     dtype = autoencoder.dtype(vae)
     with _in_float32(vae, decoding_dtype(vae.config, dtype) != dtype):
-        pictures = vae.decode(_unscaled(vae, latents.to(autoencoder.dtype(vae))))
-    return watermark.marked(pictures, request.watermark)
+        images = vae.decode(_unscaled(vae, latents.to(autoencoder.dtype(vae))))
+    return watermark.watermarked(images, request.watermark)
 
 
 @contextmanager
 def _in_float32(vae: Autoencoder, wanted: bool) -> Iterator[None]:
-    """The autoencoder in float32 inside, where that is wanted."""
+    """Inside the context the autoencoder is in float32, if `wanted`."""
     dtype = autoencoder.dtype(vae)
     if wanted:
         vae.to(torch.float32)
@@ -118,7 +116,7 @@ def _unscaled(vae: Autoencoder, latents: Tensor) -> Tensor:
 
 
 def _moments(vae: Autoencoder, latents: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and deviation of the latents' channels, where the configuration has both."""
+    """Mean and standard deviation of the latents' channels, `[1, C, 1, 1]` each, if the config has both."""
     scaling = vae.config.scaling
     if scaling.mean is None or scaling.deviation is None:
         return None

@@ -1,1 +1,1 @@
-"""LoRA files: their layouts, settings and factors."""
+"""LoRA files: layouts, settings and factors."""

@@ -1,4 +1,4 @@
-"""LoRA files: found in a file, a folder or on the hub, read, and refused by name where they hold something else."""
+"""Finds LoRA files in a folder or on the hub, reads them, and refuses other kinds of adapters by name."""
 
 import math
 import re
@@ -16,12 +16,12 @@ from sglang_gen.hub.safetensors_header import PICKLED, PICKLES, read_header, ref
 from sglang_gen.weights.lora import settings as lora_settings
 from sglang_gen.weights.lora.settings import ADVICE
 
-USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers and PEFT
+USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # default names of diffusers and PEFT
 SETTINGS_FILE = "adapter_config.json"
 FACTOR = re.compile(r"^(?P<module>.+)\.(?P<side>lora_A|lora_B|lora_down|lora_up|down|up)(\.default)?\.weight$")
 DOWN = ("lora_A", "lora_down", "down")
 
-# Marks in the names of tensors, and what kind of adapter they belong to.
+# Substrings of tensor names -> the kind of adapter they belong to.
 OTHER_KINDS = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT",
     "on_input": "IA3", "lora_mid": "LoCon with a Tucker core", "lora_embedding": "LoRA of an embedding",
@@ -31,7 +31,7 @@ OTHER_KINDS = {
 
 @dataclass
 class Factors:
-    """What a file holds for one module: `scale * up @ down` is added to its weight; `scale` is alpha / rank."""
+    """The factors of one module: `scale * up @ down` is added to its weight; `scale` is alpha / rank."""
 
     down: torch.Tensor  # [rank, in], or a convolution's kernel [rank, in, h, w]
     up: torch.Tensor  # [out, rank]
@@ -42,7 +42,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Keys:
-    """The tensors of one module by their names in the file."""
+    """Names of one module's tensors in the file, and its rank."""
 
     down: str
     up: str
@@ -52,20 +52,20 @@ class Keys:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """An adapter by the names of its own modules."""
+    """An adapter; `modules` are keyed by the module names in the file."""
 
     path: Path
     modules: Mapping[str, Factors]
 
 
-def check(name: str) -> None:
-    """What names, shapes and settings of a local adapter show to be wrong, before any weight is read."""
-    if found := find(name):
-        _inspect(name, *found)
+def check_local_file(name: str) -> None:
+    """Check names, shapes and settings of a local adapter before any weight is read. Raises UserError."""
+    if local := find(name):
+        _inspect(name, *local)
 
 
 def read(name: str) -> LoraFile:
-    """The adapter that a file, folder or hub id names. Raises UserError with what is wrong with it."""
+    """Read the adapter of a file, folder or hub id. Raises UserError if it is not a plain LoRA."""
     path, config = find(name) or _download(name)
     modules, scales = _inspect(name, path, config)
     from safetensors.torch import load_file
@@ -82,10 +82,10 @@ def read(name: str) -> LoraFile:
 
 
 def _inspect(name: str, path: Path, config: Path | None) -> tuple[dict[str, Keys], dict[str, float]]:
-    """The file's modules, and the scale that the settings give each; one with an alpha of its own does not need it."""
-    found = read_header(path)
-    shapes = {key: tensor.shape for key, tensor in found.tensors.items()}
-    if kind := quantized(found):
+    """The file's modules, and each module's scale from the settings; a tensor `.alpha` in the file overrides it."""
+    header = read_header(path)
+    shapes = {key: tensor.shape for key, tensor in header.tensors.items()}
+    if kind := quantized(header):
         raise UserError(f"lora: {name} holds quantized factors ({kind}), which are not read in this version")
     settings = lora_settings.load(name, path, config)
     _refuse_other_kinds(name, shapes)
@@ -95,9 +95,9 @@ def _inspect(name: str, path: Path, config: Path | None) -> tuple[dict[str, Keys
 
 
 def find(name: str) -> tuple[Path, Path | None] | None:
-    """The local weight file and, where there is one, adapter_config.json; None where the hub is to be asked.
+    """The local weight file and its adapter_config.json, if there is one; None for a hub id.
 
-    Raises UserError for a name that is neither a file nor a folder and cannot be a hub's.
+    Raises UserError for a name that is neither a file nor a folder and cannot be a hub id.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -121,28 +121,29 @@ def _beside(path: Path) -> Path | None:
 
 
 def _choose(name: str, files: Iterable[str]) -> str:
-    """The one weight file of a folder: the only one, or the one that has the usual name."""
+    """The weight file of a folder: the only one, or the one with the usual name."""
     files = sorted(files)
-    found = [file for file in files if file.endswith(".safetensors")]
-    usual = [file for file in found if file in USUAL]
-    if not found:
+    weights = [file for file in files if file.endswith(".safetensors")]
+    usual = [file for file in weights if file in USUAL]
+    if not weights:
         pickled = any(file.endswith(PICKLES) for file in files)
         raise UserError(f"lora: {name} {PICKLED if pickled else 'holds no weights (*.safetensors)'}")
-    if len(found) > 1 and len(usual) != 1:
+    if len(weights) > 1 and len(usual) != 1:
         raise UserError(
-            f"lora: {name} holds {len(found)} weight files ({', '.join(found[:3])}{', ...' if found[3:] else ''}); "
-            f"name one of them: {name.rstrip('/')}/{found[0]}"
+            f"lora: {name} holds {len(weights)} weight files "
+            f"({', '.join(weights[:3])}{', ...' if weights[3:] else ''}); name one of them: "
+            f"{name.rstrip('/')}/{weights[0]}"
         )
-    return found[0] if len(found) == 1 else usual[0]
+    return weights[0] if len(weights) == 1 else usual[0]
 
 
 def _download(name: str) -> tuple[Path, Path | None]:
-    """From the hub: `owner/name`, or `owner/name/file.safetensors` where a repository holds several."""
+    """Download `owner/name`, or `owner/name/file.safetensors` if a repository holds several files, from the hub."""
     from huggingface_hub import errors
 
     repo, inside = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     if env.use_modelscope():
-        raise UserError(f"lora: {name} is no file or folder, and adapters are not read from ModelScope; give a file")
+        raise UserError(f"lora: {name} is not a file or folder, and adapters are not read from ModelScope; give a file")
     if inside:
         refuse_other_formats(Path(inside), "lora")
     try:
@@ -158,7 +159,7 @@ def _download(name: str) -> tuple[Path, Path | None]:
 
 
 def _repository(repo: str) -> tuple[list[str], Callable[[str], Path]]:
-    """Files of a repository and how to get one; where no hub answers, those that the local cache holds."""
+    """File names of a repository and a function to get one; from the local cache if the hub cannot be reached."""
     from huggingface_hub import errors, hf_hub_download, model_info, snapshot_download
 
     try:
@@ -185,15 +186,15 @@ def _refuse_other_kinds(name: str, tensors: Iterable[str]) -> None:
 
 
 def _pairs(name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Keys]:
-    """Both factors of every module, and its alpha; every tensor of the file must be one of these."""
+    """Both factors and the alpha of every module. Raises UserError for any other tensor in the file."""
     sides: dict[str, dict[bool, str]] = {}
     alphas = {}
     for key, shape in shapes.items():
-        found = FACTOR.match(key)
+        factor = FACTOR.match(key)
         if key.endswith(".alpha") and math.prod(shape) == 1:
             alphas[key.removesuffix(".alpha")] = key
-        elif found and (found["side"].startswith("lora") or "lora" in found["module"]):
-            sides.setdefault(found["module"], {})[found["side"] in DOWN] = key
+        elif factor and (factor["side"].startswith("lora") or "lora" in factor["module"]):
+            sides.setdefault(factor["module"], {})[factor["side"] in DOWN] = key
         else:
             raise UserError(f"lora: {name} holds {key}, which is neither a factor of a LoRA nor its alpha")
     if not sides:

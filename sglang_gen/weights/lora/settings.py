@@ -1,4 +1,4 @@
-"""What PEFT's settings say of an adapter: every one is honoured, changes nothing in a merge, or is refused by name."""
+"""PEFT's settings of an adapter: each is honoured, has no effect on a merge, or is refused by name."""
 
 import json
 import math
@@ -13,16 +13,16 @@ from sglang_gen import log
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.types import DENOISERS, TEXT_ENCODERS
 
-PREFIX = "base_model.model."  # of modules in PEFT's own files
-NETWORK_PARTS = (*DENOISERS, *TEXT_ENCODERS)
-PEFT_ALPHA = 8  # of a LoraConfig that gives none
+PREFIX = "base_model.model."  # of module names in PEFT's own files
+NETWORK_COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
+PEFT_ALPHA = 8  # LoraConfig's default lora_alpha
 ADVICE = "merge it into its model with PEFT (merge_and_unload) and give that model"
 
-# What `Settings` and `_refuse_values` below read.
+# Settings that `Settings` and `_refuse_values` below read.
 HONOURED = ("peft_type", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights")
 
-# Where the factors came from and how they were trained: the file's tensors already say it, or it ends with training.
-# PEFT itself takes fan_in_fan_out for false in linear layers. A trained bias is refused where its tensor is found.
+# Settings of training, which do not matter for a merge or are already reflected in the file's tensors. PEFT itself
+# treats fan_in_fan_out as false in linear layers. A trained bias is refused when its tensor is found.
 NEUTRAL_SETTINGS = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "fan_in_fan_out",
@@ -39,25 +39,25 @@ MORE_THAN_FACTORS = (
     "megatron_config",
 )  # fmt: skip
 
-# Those of PEFT that leave the base weights alone; the others take the initial B A, or more, away from them.
+# Initialisations of PEFT that do not change the base weights; the others subtract the initial B A, or more, from them.
 PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """An adapter's settings: of PEFT for all modules (part ""), of diffusers' metadata for each part of a pipeline."""
+    """An adapter's settings by component: PEFT's apply to all modules (component ""), diffusers' metadata to one."""
 
     name: str
     source: str
-    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    components: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def scale(self, module: str, rank: int) -> float:
-        """alpha / rank, or alpha / sqrt(rank) for rsLoRA, as PEFT has it; 1 where no settings are of this module.
+        """alpha / rank, or alpha / sqrt(rank) for rsLoRA, as in PEFT; 1 if no settings apply to this module.
 
-        Raises UserError where alpha is no number, or where the settings give a rank that the factors do not have.
+        Raises UserError if alpha is not a finite number, or if the settings give another rank than the factors have.
         """
-        part, name = _split(module)
-        own = {**self.parts.get("", {}), **self.parts.get(part, {})}
+        component, name = _split(module)
+        own = {**self.components.get("", {}), **self.components.get(component, {})}
         if not own:
             return 1.0
         given = self._pattern(own, "rank_pattern", name, own.get("r", rank))
@@ -86,7 +86,7 @@ class Settings:
                     return value
             except re.error as error:
                 raise UserError(
-                    f"lora: {key} in {self.source} holds {pattern!r}, no regular expression: {error}"
+                    f"lora: {key} in {self.source} holds {pattern!r}, not a regular expression: {error}"
                 ) from None
         return patterns.get(module, default)
 
@@ -95,7 +95,7 @@ class Settings:
 
 
 def load(name: str, path: Path, config: Path | None) -> Settings:
-    """adapter_config.json, else what diffusers keeps of it in the file's metadata, by part: `unet.lora_alpha`.
+    """Settings from adapter_config.json, else from diffusers' metadata in the file, such as `unet.lora_alpha`.
 
     Raises UserError for settings that cannot be read, and for those that plain factors cannot express.
     """
@@ -112,28 +112,28 @@ def load(name: str, path: Path, config: Path | None) -> Settings:
         raise UserError(f"lora: the settings of {config or path} cannot be read: {first_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"lora: {source} holds {type(values).__name__} in place of a mapping of settings")
-    parts: dict[str, dict[str, Any]] = {}
+    components: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
-        part, _, setting = key.rpartition(".")
-        parts.setdefault(part, {})[setting] = value
-    for own in parts.values():
+        component, _, setting = key.rpartition(".")
+        components.setdefault(component, {})[setting] = value
+    for own in components.values():
         _refuse(name, source, own)
-    return Settings(name, source, parts)
+    return Settings(name, source, components)
 
 
 def warn_of_unused(settings: Settings, modules: Iterable[str]) -> None:
-    """Settings of a part of which the file has no module."""
-    for part in sorted(set(settings.parts) - {""} - {_split(module)[0] for module in modules}):
-        log.warn_once(f"lora: {settings.source} has settings for {part}, of which the file holds no module")
+    """Warn of settings for a component of which the file has no module."""
+    for component in sorted(set(settings.components) - {""} - {_split(module)[0] for module in modules}):
+        log.warn_once(f"lora: {settings.source} has settings for {component}, of which the file holds no module")
 
 
 def _split(module: str) -> tuple[str, str]:
-    """Part of a pipeline, where the module names one, and the module's name in that network."""
+    """(component, module name in that network) of a module name in the file; component "" if it names none."""
     module = module.removesuffix(".lora").removesuffix("_lora")
     if module.startswith(PREFIX):
         return "", module.removeprefix(PREFIX)
-    part, _, name = module.partition(".")
-    return (part, name) if part in NETWORK_PARTS else ("", module)
+    component, _, name = module.partition(".")
+    return (component, name) if component in NETWORK_COMPONENTS else ("", module)
 
 
 def _refuse(name: str, source: str, own: Mapping[str, Any]) -> None:
@@ -154,7 +154,7 @@ def _refuse(name: str, source: str, own: Mapping[str, Any]) -> None:
                 f"lora: {source} sets {key}={json.dumps(value)}, which is not known here and may change what the "
                 f"adapter does; {ADVICE}, or remove the setting"
             )
-        if _is_set(value):  # a number or a word, which by itself switches nothing on in PEFT
+        if _is_set(value):  # a number or a string, which alone does not enable anything in PEFT
             log.warn_once(f"lora: {source} sets {key}={json.dumps(value)}, which is not known here and has no effect")
 
 
@@ -179,5 +179,5 @@ def _is_set(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether it is a number that a float can hold; true and false are none."""
+    """Whether `value` is a finite number; booleans do not count."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
