@@ -127,7 +127,7 @@ def keep_compiled() -> None:
 
     torch goes by graphs and its own version alone; how our collectives are lowered is in the name of the folder.
     """
-    lowering = (Path(__file__).parent / "parallel" / "lowering.py").read_bytes()
+    lowering = (Path(__file__).parent / "parallel" / "inductor_lowering.py").read_bytes()
     folder = cache_dir() / "compile" / hashlib.sha256(lowering).hexdigest()[:8]
     try:
         folder.mkdir(parents=True, exist_ok=True)

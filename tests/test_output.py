@@ -123,14 +123,14 @@ def test_processes_in_one_folder_get_numbers_of_their_own(tmp_path):
         import pathlib, sys, time
         import numpy as np
         import PIL.PngImagePlugin
-        from sglang_gen import output
+        from sglang_gen import files
         folder = pathlib.Path(sys.argv[1])
         frame = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
         print("ready", flush=True)
         while not (folder.parent / "go").exists():
             time.sleep(0.001)
         for _ in range(10):
-            output.save_picture(folder, frame, lambda name: {"schema_version": 1, "file": name})
+            files.save_picture(folder, frame, lambda name: {"schema_version": 1, "file": name})
     """
     folder = tmp_path / "shared"
     folder.mkdir()
@@ -148,11 +148,11 @@ def test_a_file_that_outgrows_its_limit_leaves_nothing(tmp_path):
     code = """
         import pathlib, resource, sys
         import numpy as np
-        from sglang_gen import errors, output
+        from sglang_gen import errors, files
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
         frame = np.random.default_rng(1).integers(0, 256, (512, 512, 3), np.uint8)
         try:
-            output.save_picture(pathlib.Path(sys.argv[1]), frame, lambda name: {})
+            files.save_picture(pathlib.Path(sys.argv[1]), frame, lambda name: {})
         except errors.RunError as error:
             print(error)
     """
