@@ -287,5 +287,5 @@ def test_nothing_but_a_file_gets_the_name_of_a_numbered_result(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "link", planting)
     with pytest.raises(RunError, match=r"_0\.json cannot be written: It is a FIFO"):
-        files.save_picture(tmp_path, np.zeros((8, 8, 3), np.uint8), lambda name: {})
+        files.save_image(tmp_path, np.zeros((8, 8, 3), np.uint8), lambda name: {})
     assert kind(tmp_path / "generated_image_0.json") == stat.S_IFIFO

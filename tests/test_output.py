@@ -27,7 +27,7 @@ def record(name: str) -> dict:
 
 def save(folder: Path, latents: dict | None = None) -> Path:
     folder.mkdir(exist_ok=True)
-    return files.save_picture(folder, NOISE, record, latents)
+    return files.save_image(folder, NOISE, record, latents)
 
 
 def names(folder: Path) -> list[str]:
@@ -130,7 +130,7 @@ def test_processes_in_one_folder_get_numbers_of_their_own(tmp_path):
         while not (folder.parent / "go").exists():
             time.sleep(0.001)
         for _ in range(10):
-            files.save_picture(folder, frame, lambda name: {"schema_version": 1, "file": name})
+            files.save_image(folder, frame, lambda name: {"schema_version": 1, "file": name})
     """
     folder = tmp_path / "shared"
     folder.mkdir()
@@ -152,7 +152,7 @@ def test_a_file_that_outgrows_its_limit_leaves_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
         frame = np.random.default_rng(1).integers(0, 256, (512, 512, 3), np.uint8)
         try:
-            files.save_picture(pathlib.Path(sys.argv[1]), frame, lambda name: {})
+            files.save_image(pathlib.Path(sys.argv[1]), frame, lambda name: {})
         except errors.RunError as error:
             print(error)
     """
@@ -285,7 +285,7 @@ def test_the_probe_tells_a_read_only_mount_from_a_full_disk(tmp_path, monkeypatc
 
 def test_the_output_folder_that_vanishes_is_one_sentence(tmp_path):
     with pytest.raises(RunError, match="gone cannot be written: No such file or directory"):
-        files.save_picture(tmp_path / "gone", NOISE, record)
+        files.save_image(tmp_path / "gone", NOISE, record)
 
 
 def test_a_dot_is_the_working_directory_and_nothing_is_refused(pipelines, sglang):

@@ -86,7 +86,7 @@ class Ranks:
         try:
             with _interrupts_held():
                 for _ in range(count):
-                    self._start(env.of_rank(threads))
+                    self._start(env.rank_variables(threads))
         except BaseException:
             self.stop()
             raise

@@ -61,7 +61,7 @@ class Saved:
             latents = {"noise": decoded.noise[row], "latents": decoded.latents[row]}
         folder, data = Path(plan.run.output.path), decoded.frames[row]
         if decoded.kind == "image":
-            return files.save_picture(folder, data, record, latents)
+            return files.save_image(folder, data, record, latents)
         from sglang_gen.outputs import video_audio
 
         if decoded.kind == "video":
