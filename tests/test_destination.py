@@ -263,7 +263,7 @@ def test_a_sweep_waits_for_no_fifo_in_its_folder(sglang):
 def test_a_fifo_among_the_files_of_a_job_is_not_read(tmp_path):
     fifo(folder(tmp_path / "0") / "job.json")
     (row,) = read_jobs(tmp_path)
-    assert (row.status, row.error) == ("unfinished", "job.json is no regular file")
+    assert (row.status, row.error) == ("unfinished", "job.json is not a regular file")
 
 
 def test_a_descriptor_beyond_the_standard_ones_is_not_for_several_ranks(sglang, pipelines):

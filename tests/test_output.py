@@ -250,8 +250,8 @@ def test_a_name_that_is_too_long_is_refused_before_loading(pipelines, sglang):
         ("new/generated_video_0.mp4", "a run gives names such as generated_video_0.mp4 to other results"),
         ("o/runs.csv", "a run gives names such as runs.csv to other results"),
         ("p5/", "is p5/, which ends in a slash; it must name a JSON file"),
-        ("notes.txt", "is notes.txt, a file that is no perf dump and would be lost; give another name"),
-        ("table.csv", "is table.csv, a file that is no perf dump"),
+        ("notes.txt", "is notes.txt, a file that is not a perf dump and would be lost; give another name"),
+        ("table.csv", "is table.csv, a file that is not a perf dump"),
     ],
 )
 def test_a_perf_dump_takes_the_place_of_no_other_result(sglang, name, sentence):

@@ -161,7 +161,7 @@ def only_rank(monkeypatch):
 def test_a_rank_ends_cleanly_while_it_still_watches(only_rank):
     """The interpreter aborts where it ends while another thread is inside of torch, so that thread has to be over."""
     code = (
-        "import time; from sglang_gen import env, torchrun; torchrun.WATCH = 0.0; "
+        "import time; from sglang_gen import env; from sglang_gen.launch import torchrun; torchrun.WATCH = 0.0; "
         "raise SystemExit(torchrun.run(env.torchrun(), lambda: time.sleep(0.2) or 0, lambda _: 1))"
     )
     codes, _ = finish(start([sys.executable, "-c", code]))
