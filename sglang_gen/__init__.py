@@ -1,4 +1,4 @@
-"""sglang-gen: a research harness and one command for fast diffusion inference."""
+"""sglang-gen: one command and a research harness for fast diffusion inference."""
 
 from sglang_gen import env
 from sglang_gen.generate import generate

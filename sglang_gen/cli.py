@@ -1,6 +1,6 @@
-"""The command line: one strict parser that owns argv, and one door through which every failure leaves.
+"""The command line: one strict parser reads argv, and `main` turns every exception into a sentence and an exit code.
 
-`main(argv)` returns the exit code: 0 done, 1 the run failed, 2 the request is wrong, 130 Ctrl-C, 143 SIGTERM.
+Exit codes of `main(argv)`: 0 success, 1 the run failed, 2 the request is invalid, 130 Ctrl-C, 143 SIGTERM.
 """
 
 import argparse
@@ -28,14 +28,14 @@ TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors."""
+    """An ArgumentParser that raises UserError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message[0].upper() + message[1:])
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of the table and Hydra's own; nothing has a default here."""
+    """A parser for the flags of `config.flags` and Hydra's own options. No option has a default here."""
     parser = _Parser(prog="sglang generate", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     kinds = leaves()
     for flag in FLAGS:
@@ -58,9 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def split_argv(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
-    """(options as `--name=value`, overrides). A value is taken verbatim, whatever it starts with.
+    """Split argv into (options as `--name=value`, overrides). Values are taken verbatim, even with a leading dash.
 
-    Raises UserError for an unknown option, one given twice, or one without its value.
+    Raises UserError for an unknown option, an option given twice, or an option without its value.
     """
     actions: dict[str, argparse.Action] = dict(parser._option_string_actions)
     options, overrides, seen = [], [], set()
@@ -81,7 +81,7 @@ def split_argv(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[li
 
 
 def _with_value(word: str, actions: dict[str, argparse.Action], following: deque[str]) -> str:
-    """An option as argparse cannot misread it, `--name=value`; its value may be the next word, which is then taken."""
+    """The option as `--name=value`, which argparse cannot misread; consumes the next word if it is the value."""
     name, equals, value = word.partition("=")
     action = actions[name]
     if action.nargs == 0:
@@ -101,14 +101,14 @@ def _with_value(word: str, actions: dict[str, argparse.Action], following: deque
 
 
 def _instead(name: str, legal: Iterable[str]) -> str:
-    """Half a sentence: the config key of that name, or the closest option."""
+    """A clause for an error message that proposes the config key of that name, or else the closest option."""
     key = name.lstrip("-").replace("-", "_")
     paths = [path for path in leaves() if key and path.rpartition(".")[2] == key]
     return f"; write {paths[0]}=..." if len(paths) == 1 else nearest(name, legal)
 
 
 def command_generate(argv: Sequence[str]) -> int:
-    """`sglang generate`: parse, compose, run; the result's exit code."""
+    """`sglang generate`: parse, compose and run. Returns the exit code."""
     parser = build_parser()
     options, overrides = split_argv(argv, parser)
     given = vars(parser.parse_args(options))
@@ -154,7 +154,7 @@ def command_generate(argv: Sequence[str]) -> int:
 
 
 def _choices(given: dict[str, Any], overrides: Sequence[str]) -> "Choices":
-    """What the options and overrides of a command line choose. Raises UserError for a value that does not fit."""
+    """The `Choices` of a command line. Raises UserError for a value of the wrong type."""
     from sglang_gen.config.choices import Choices
     from sglang_gen.config.flag_values import flag_values
 
@@ -169,7 +169,7 @@ def _choices(given: dict[str, Any], overrides: Sequence[str]) -> "Choices":
 
 
 def command_models(argv: Sequence[str]) -> int:
-    """`sglang models`: presets and what can run them."""
+    """`sglang models`: list the model presets."""
     if argv:
         if set(argv) <= {"-h", "--help"}:
             print(help_page.MODELS)
@@ -180,14 +180,14 @@ def command_models(argv: Sequence[str]) -> int:
 
 
 def command_perf(argv: Sequence[str]) -> int:
-    """`sglang perf compare`: verdicts on perf dumps."""
+    """`sglang perf compare`: compare perf dumps."""
     from sglang_gen.perf import command
 
     return command.main(argv)
 
 
 def command_debug(argv: Sequence[str]) -> int:
-    """`sglang debug parity`: the first module in which the backends differ, for a request as `generate` takes it."""
+    """`sglang debug parity`: find the first module whose outputs differ between the backends, for one request."""
     from sglang_gen.debug import command
 
     if argv[:1] != ["parity"]:
@@ -228,7 +228,7 @@ def _dispatch(argv: Sequence[str]) -> int:
 
 
 def _level(argv: Sequence[str]) -> str:
-    """The log level that argv asks for, before anything is parsed; info where it asks for none."""
+    """The log level set in argv, read before argv is parsed. Defaults to info."""
     for level in LogLevel:
         typed = {f"--log-level={level.name}", f"log_level={level.name}"}
         if ("--log-level", level.name) in pairwise(argv) or not typed.isdisjoint(argv):
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sglang_gen.launch import torchrun
 
         return torchrun.run(place, partial(_dispatch, argv), partial(_report, debug=debug))
-    except (Exception, KeyboardInterrupt, Terminated) as error:  # noqa: BLE001 - the door
+    except (Exception, KeyboardInterrupt, Terminated) as error:  # noqa: BLE001 - the command's outermost handler
         return _report(error, debug)
     finally:
         if previous is not None:
@@ -270,13 +270,13 @@ def _install_sigterm() -> Any:
 
 
 def _report(error: BaseException, debug: bool) -> int:
-    """Say how the command failed; its exit code."""
-    if isinstance(error, BrokenPipeError):  # the reader of our output has left
+    """Log why the command failed. Returns the exit code."""
+    if isinstance(error, BrokenPipeError):  # the reader closed the pipe
         return 1
     if debug:
         traceback.print_exc()
     code, sentence = ending(error)
-    log.error(sentence.encode(errors="backslashreplace").decode())  # it may quote bytes that are no text
+    log.error(sentence.encode(errors="backslashreplace").decode())  # the sentence may quote bytes that are not UTF-8
     return code
 
 
@@ -286,7 +286,7 @@ def console() -> NoReturn:
     code = main()
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has left (`| head`); without this the interpreter complains at its exit
+    except BrokenPipeError:  # the reader closed the pipe (`| head`); the interpreter would print an error at exit
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    gc.freeze()  # the interpreter would look once more for cycles in all that was imported, 0.7 s of CPU
+    gc.freeze()  # skips the garbage collection at interpreter exit, 0.7 s of CPU
     sys.exit(code)

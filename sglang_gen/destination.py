@@ -1,7 +1,7 @@
-"""What a name stands for before it is written: a file that can be replaced whole, a stream, or something else.
+"""Resolves an output path before it is written: a replaceable file, a stream, or something that is refused.
 
-Only a regular file, or a free name, is ever replaced. Devices, FIFOs and descriptors of this process (/dev/stdout,
-/dev/fd/3) are streams: they are opened, written to, and stay what they are.
+Only a regular file or a new path is ever replaced. Devices, FIFOs and file descriptors of this process (/dev/stdout,
+/dev/fd/3) are streams: they are opened and written to, never replaced.
 """
 
 import errno
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DESCRIPTOR = re.compile(r"(?:/proc/(\d+)(?:/task/\d+)?|/dev)/fd/(\d+)")
-LINKS = 40  # that the kernel follows too
+LINKS = 40  # maximum number of symbolic links followed, as in the kernel
 FILE_KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFSOCK: "a socket",
@@ -27,20 +27,20 @@ FILE_KINDS = {
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a name leads. `path` has the links behind its last part followed."""
+    """Target of an output path. Symbolic links in `path` are resolved."""
 
     path: Path
-    kind: str | None  # "a FIFO"; None for a regular file or a free name, which can be replaced
+    kind: str | None  # such as "a FIFO"; None for a regular file or a new path, which can be replaced
     is_stream: bool = False
-    descriptor: int | None = None  # of this process
+    descriptor: int | None = None  # file descriptor of this process
 
     def check_file(self) -> None:
-        """Raises OSError for anything but a regular file or a free name."""
+        """Raises OSError for anything but a regular file or a new path."""
         if self.kind is not None:
             raise _refusal(self.kind)
 
     def check_stream(self) -> None:
-        """Raises OSError for what is no regular file, no free name, and no stream that this process may write to."""
+        """Raises OSError for anything but a regular file, a new path, or a stream that this process may write to."""
         if not self.is_stream:
             self.check_file()
         elif self.descriptor is not None:
@@ -50,11 +50,11 @@ class Destination:
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     def stream(self, data: bytes) -> None:
-        """Write to the stream from where it stands. Raises OSError."""
+        """Write to the stream at its current position. Raises OSError."""
         if self.descriptor is None:
-            opened = os.open(self.path, os.O_WRONLY | os.O_NOCTTY)  # neither made nor emptied
+            opened = os.open(self.path, os.O_WRONLY | os.O_NOCTTY)  # neither created nor truncated
         else:
-            for text in (sys.stdout, sys.stderr):  # what was printed before comes before
+            for text in (sys.stdout, sys.stderr):  # keeps earlier output in front of the data
                 if text is not None:
                     text.flush()
             opened = os.dup(self.descriptor)
@@ -63,12 +63,12 @@ class Destination:
 
 
 def find(name: Path) -> Destination:
-    """Where `name` leads, links followed. Raises OSError where that cannot be told."""
+    """The destination of `name`, with links resolved. Raises OSError if it cannot be resolved."""
     path = name
     for _ in range(LINKS):
         path = Path(os.path.realpath(path.parent), path.name)
-        if found := DESCRIPTOR.fullmatch(str(path)):
-            return _descriptor(path, found[1], int(found[2]))
+        if match := DESCRIPTOR.fullmatch(str(path)):
+            return _descriptor(path, match[1], int(match[2]))
         if not path.is_symlink():
             return _described(path)
         path = path.parent / os.readlink(path)
@@ -76,7 +76,7 @@ def find(name: Path) -> Destination:
 
 
 def _descriptor(path: Path, process: str | None, number: int) -> Destination:
-    """A descriptor of this process is used as it is: opened anew, a file would be written from its start."""
+    """A file descriptor of this process is used directly: reopening a file would write from its start."""
     if process not in (None, str(os.getpid())):
         return Destination(path, "a descriptor of another process")
     kind = stat.S_IFMT(os.fstat(number).st_mode)
@@ -96,7 +96,7 @@ def _described(path: Path) -> Destination:
 
 
 def replace(finished: Path, path: Path) -> None:
-    """Give a finished file a name that is free or a regular file's. Raises OSError; links are not followed here."""
+    """Rename a finished file to `path`, a new path or a regular file. Links are not followed. Raises OSError."""
     try:
         kind = stat.S_IFMT(path.lstat().st_mode)
     except FileNotFoundError:

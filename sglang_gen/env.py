@@ -1,4 +1,4 @@
-"""The environment, read here and nowhere else: variables, folders, versions, CPU flags."""
+"""The only module that reads the environment: variables, folders, package versions, CPU flags."""
 
 import gc
 import hashlib
@@ -26,19 +26,22 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Torchrun:
-    """What torchrun, or a launcher like it, says of the process that it started."""
+    """Environment variables that torchrun, or a similar launcher, sets for each process."""
 
     rank: int
     ranks: int
     local: int  # rank on this machine
     here: int  # ranks on this machine
-    node: int  # one number for all ranks of a machine, 0 for that of rank 0
-    attempt: int = 0  # how often torchrun has started anew
-    keeps_store: bool = False  # rank 0 keeps the store in which the ranks meet; else torchrun does
+    node: int  # index of the machine, 0 for the machine of rank 0
+    attempt: int = 0  # number of restarts by torchrun
+    keeps_store: bool = False  # True if rank 0 hosts the rendezvous store, False if torchrun does
 
 
 def torchrun() -> Torchrun | None:
-    """None where this process is nobody's rank. Raises UserError for numbers that are none, or are not all there."""
+    """The launcher's variables; None if no launcher started this process.
+
+    Raises UserError for a value that is not a number, or a missing LOCAL_RANK.
+    """
     if not all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return None
 
@@ -67,19 +70,19 @@ def torchrun() -> Torchrun | None:
 
 
 def use_modelscope() -> bool:
-    """SGLANG_USE_MODELSCOPE=1 or true: model ids are ModelScope's."""
+    """Whether model ids refer to ModelScope (SGLANG_USE_MODELSCOPE=1 or true)."""
     return os.environ.get("SGLANG_USE_MODELSCOPE", "").lower() in ("1", "true")
 
 
 def cache_dir() -> Path:
-    """Of measured rates, chosen kernels, compiled blocks: SGLANG_GEN_CACHE, else XDG_CACHE_HOME, else ~/.cache."""
+    """Folder of measured rates, kernel choices, compiled code: SGLANG_GEN_CACHE, XDG_CACHE_HOME or ~/.cache."""
     if explicit := os.environ.get("SGLANG_GEN_CACHE"):
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-gen"
 
 
 def conf_dir() -> Path:
-    """The shipped configuration: inside the package when installed, beside it in a checkout."""
+    """Folder of the shipped configuration: inside the package when installed, beside it in a checkout."""
     package = Path(__file__).parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
@@ -90,16 +93,16 @@ def embedded_model() -> Path:
 
 
 def preset_configs(preset: str) -> Path:
-    """Folder with the component configs of a preset; it need not exist."""
+    """Folder with the component configs of a preset; it may not exist."""
     return Path(__file__).parent / "assets" / "configs" / preset
 
 
 def prepare_libraries() -> None:
-    """Variables that libraries read once: set at the door of a process, before they are imported or compute anything.
+    """Set the variables that libraries read once. Call it when a process starts, before they are imported.
 
-    Telemetry, and the remarks that are made at an import, are off. cuBLAS is deterministic only with a fixed workspace,
-    which torch reads at the first product of the process. It is fixed for every run, since a later one of the process
-    may want it, and has torch's own size on a Hopper.
+    Telemetry and messages at import are turned off. cuBLAS is deterministic only with a fixed workspace, which torch
+    reads at the first matrix product of a process. It is set for every run, because a later run of the process may be
+    deterministic; the size is torch's default on Hopper.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -110,12 +113,12 @@ def prepare_libraries() -> None:
 
 
 def collect_rarely() -> None:
-    """Libraries make a million objects and hardly a cycle: looking for them at Python's 700 costs a start 0.7 s."""
+    """Raise the garbage collector's threshold from 700: imports create many objects and few cycles (0.7 s of CPU)."""
     gc.set_threshold(10_000)
 
 
 def package_version(name: str) -> str | None:
-    """Installed version of a package; None where it is not installed."""
+    """Installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -123,22 +126,23 @@ def package_version(name: str) -> str | None:
 
 
 def keep_compiled() -> None:
-    """What torch.compile makes stays beside the measured rates, where the next process finds it.
+    """Keep the compilation cache of torch.compile in `cache_dir`, so that later processes reuse it.
 
-    torch goes by graphs and its own version alone; how our collectives are lowered is in the name of the folder.
+    torch's cache key covers the graph and torch's version only, so the folder is named by a hash of our Inductor
+    lowerings.
     """
     lowering = (Path(__file__).parent / "parallel" / "inductor_lowering.py").read_bytes()
     folder = cache_dir() / "compile" / hashlib.sha256(lowering).hexdigest()[:8]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # then in torch's own temporary folder
+    except OSError:  # torch then uses its own temporary folder
         return
     if os.access(folder, os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def has_nunchaku() -> bool:
-    """Whether the SVDQuant project's nunchaku is installed, and not the package of that name on PyPI."""
+    """Whether the nunchaku package of the SVDQuant project is installed, not the PyPI package of the same name."""
     try:
         files = importlib.metadata.distribution("nunchaku").files or []
     except importlib.metadata.PackageNotFoundError:
@@ -146,29 +150,29 @@ def has_nunchaku() -> bool:
     return any(str(file) == "nunchaku/models/transformers/transformer_flux.py" for file in files)
 
 
-def of_rank(threads: int | None) -> dict[str, str]:
-    """The environment of a rank's process: this one, the way to this package, and a number of OpenMP threads."""
-    found = dict(os.environ)
-    found["PYTHONPATH"] = os.pathsep.join(
-        path for path in (str(Path(__file__).parent.parent), found.get("PYTHONPATH")) if path
+def rank_variables(threads: int | None) -> dict[str, str]:
+    """Environment variables of a rank's process: a copy of ours, with PYTHONPATH and the number of OpenMP threads."""
+    variables = dict(os.environ)
+    variables["PYTHONPATH"] = os.pathsep.join(
+        path for path in (str(Path(__file__).parent.parent), variables.get("PYTHONPATH")) if path
     )
     if threads is not None:
-        found.setdefault("OMP_NUM_THREADS", str(threads))
-    return found
+        variables.setdefault("OMP_NUM_THREADS", str(threads))
+    return variables
 
 
 @cache
 def versions() -> Mapping[str, str | None]:
-    """Installed versions of the packages that can change a picture or its speed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Installed versions of the packages that can change an image or its speed."""
+    installed: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
-        found[name] = package_version(name)
-    return MappingProxyType(found)
+        installed[name] = package_version(name)
+    return MappingProxyType(installed)
 
 
 @cache
 def commit_hash() -> str | None:
-    """Commit of this checkout, with `-dirty` where tracked files differ; None when installed from a wheel."""
+    """Commit of this checkout, with `-dirty` if tracked files were modified; None when installed from a wheel."""
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
@@ -183,7 +187,7 @@ def commit_hash() -> str | None:
 
 @cache
 def cpu() -> tuple[str, frozenset[str]]:
-    """Model name and capability flags of the CPU, from /proc/cpuinfo where there is one."""
+    """Model name and capability flags of the CPU, from /proc/cpuinfo if it exists."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return platform.processor() or platform.machine(), frozenset()
@@ -198,7 +202,7 @@ CPU_DTYPE = "SGLANG_GEN_CPU_DTYPE"
 
 
 def cpu_dtype(legal: Sequence[str]) -> str | None:
-    """What dtype=auto is on a CPU, where SGLANG_GEN_CPU_DTYPE says it. Raises UserError for none of the legal names."""
+    """The dtype that SGLANG_GEN_CPU_DTYPE selects for dtype=auto on a CPU. Raises UserError if it is not in `legal`."""
     given = os.environ.get(CPU_DTYPE) or None
     if given is not None and given not in legal:
         raise UserError(f"The environment variable {CPU_DTYPE} is '{given}'; it must be {' or '.join(legal)}")
@@ -206,7 +210,7 @@ def cpu_dtype(legal: Sequence[str]) -> str | None:
 
 
 def wandb_mode() -> str | None:
-    """offline where W&B has neither a mode nor a key (WANDB_API_KEY, `wandb login`); None leaves the choice to W&B."""
+    """The offline mode if W&B has neither a mode nor a key (WANDB_API_KEY, `wandb login`); None lets W&B choose."""
     if any(os.environ.get(name) for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
         return None
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
@@ -221,26 +225,26 @@ def wandb_mode() -> str | None:
 
 
 def can_compile(device: str) -> bool:
-    """Whether torch.compile finds the C++ compiler that it needs on a CPU: $CXX, else the usual ones."""
+    """Whether torch.compile finds the C++ compiler that it needs on a CPU: $CXX, else g++ or clang++."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     return device != "cpu" or any(shutil.which(name) for name in names)
 
 
 def require_compiler(device: str) -> None:
-    """Raises UserError where torch.compile cannot work."""
+    """Raises UserError if torch.compile lacks a compiler on this device."""
     if not can_compile(device):
         raise UserError("compile: torch.compile on CPU needs a C++ compiler (g++ or clang++); run with compile=none")
 
 
 def cpu_count() -> int:
-    """Processors this process may use."""
+    """Number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def memory_bytes(device: str) -> int:
-    """All memory of one GPU, or of this machine."""
+    """Total memory in bytes of one GPU, or of the host."""
     if device != "cuda":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     import torch
@@ -249,7 +253,7 @@ def memory_bytes(device: str) -> int:
 
 
 def gpu_count() -> int:
-    """GPUs that torch sees."""
+    """Number of GPUs visible to torch."""
     import torch
 
     return torch.cuda.device_count()

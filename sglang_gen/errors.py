@@ -1,9 +1,9 @@
-"""The two kinds of failure that a user meets, and the words for a near miss."""
+"""Exceptions shown to the user, their exit codes, and suggestions for misspelled names."""
 
 import difflib
 from collections.abc import Iterable
 
-# What libraries raise for files that are not what they expect; each becomes one sentence that names the component.
+# Exceptions that libraries raise for unexpected files; each is reported as one sentence that names the component.
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
 
 
@@ -12,39 +12,39 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """The request was legal and the run failed: one sentence with the root cause, exit code 1."""
+    """The request was valid and the run failed: one sentence with the root cause, exit code 1."""
 
 
 class LostError(RunError):
-    """Another rank cannot be reached: what follows from its end, and worth saying only where nothing says more."""
+    """Another rank cannot be reached. Its own failure is the cause, so this error is shown only if no other one is."""
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; unwinds like KeyboardInterrupt so that nothing half-written stays."""
+    """SIGTERM was received; propagates like KeyboardInterrupt so that no partial file remains."""
 
 
 def nearest(name: str, legal: Iterable[str]) -> str:
-    """Half a sentence that names the closest legal spelling of `name`, or nothing. Case does not count."""
+    """A clause that suggests the legal name closest to `name`, ignoring case; empty if no name is close."""
     spelled = {word.lower(): word for word in legal}
     close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
     return f"; did you mean '{spelled[close[0]]}'?" if close else ""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or the name of its class where it has none."""
+    """The first non-empty line of the error's message, or the name of its class if the message is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch has a class for its own allocator on a GPU, others say it in words."""
+    """Whether memory ran out: torch's GPU allocator has its own exception class, others are told by their message."""
     text = str(error)
     words = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
     return type(error).__name__ == "OutOfMemoryError" or any(word in text for word in words)
 
 
 def ending(error: BaseException) -> tuple[int, str]:
-    """The exit code and the one sentence with which an error ends the command."""
+    """The exit code and the one-sentence message of an error that ends the command."""
     match error:
         case UserError():
             return 2, str(error)

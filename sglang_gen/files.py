@@ -1,7 +1,7 @@
-"""What a run leaves on disk: numbered files that never overwrite, written atomically.
+"""Atomic writing of output files, numbered so that they never overwrite each other.
 
-A file is written under a temporary name, flushed, and only then linked to its own name; the link fails where the name
-is taken, also by another run in the same folder at the same moment, and the next number is tried.
+A file is written under a temporary name, flushed, and then linked to its final name. The link fails if the name is
+taken, even by a concurrent run in the same folder, and the next number is tried.
 """
 
 import errno
@@ -18,8 +18,8 @@ from sglang_gen import destination
 from sglang_gen.errors import RunError, UserError
 
 PNG_KEY = "sglang_gen"  # name of the PNG text chunk that holds the run record
-RESULT = re.compile(r"generated_[a-z]+_(\d+)(\..+)")  # names that `save_numbered` gives
-BESIDE = (".json", ".safetensors")  # suffixes of what lies beside a result
+RESULT = re.compile(r"generated_[a-z]+_(\d+)(\..+)")  # file names of `save_numbered`
+BESIDE = (".json", ".safetensors")  # suffixes of the files that accompany a result
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
@@ -27,7 +27,7 @@ Write = Callable[[BinaryIO], object]
 
 
 def prepare_folder(folder: Path) -> None:
-    """Create the output folder and prove that it can be written. Raises UserError, or RunError on a full disk."""
+    """Create the output folder and check that it is writable. Raises UserError, or RunError on a full disk."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _temporary(folder, ".test") as probe:
@@ -37,9 +37,9 @@ def prepare_folder(folder: Path) -> None:
 
 
 def prepare_file(path: Path, stream: bool = False) -> None:
-    """Prove that a file can be written: replaced, or with `stream` also written to as a device or a FIFO is.
+    """Check that a file can be written, and create its folder. With `stream`, devices and FIFOs are accepted too.
 
-    Its folder is made. Raises UserError, or RunError on a full disk.
+    Raises UserError, or RunError on a full disk.
     """
     check_file(path, stream)
     to = destination.find(path)
@@ -53,7 +53,7 @@ def prepare_file(path: Path, stream: bool = False) -> None:
 
 
 def check_file(path: Path, stream: bool = False) -> None:
-    """Raises UserError for a name that is neither free nor a regular file's nor, with `stream`, a stream's."""
+    """Raises UserError for an existing path that is not a regular file or, with `stream`, a stream."""
     try:
         to = destination.find(path)
         if stream:
@@ -65,7 +65,7 @@ def check_file(path: Path, stream: bool = False) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raises UserError where a folder is neither there nor can be made, since another thing has its name."""
+    """Raises UserError if `path` is not a folder and cannot become one, because a file has its name or a parent's."""
     for place in (path, *path.parents):
         if place.is_dir():
             return
@@ -79,7 +79,7 @@ def _write_error(error: OSError, path: Path, kind: type[Exception] = RunError) -
 
 @contextmanager
 def _temporary(folder: Path, suffix: str) -> Iterator[Path]:
-    """A name in `folder` that is gone afterwards, whatever happens."""
+    """A temporary path in `folder`; the file is removed on exit."""
     path = folder / f".tmp-{os.getpid()}-{secrets.token_hex(6)}{suffix}"
     try:
         yield path
@@ -95,20 +95,19 @@ def _fill(path: Path, write: Write) -> None:
 
 
 def record_bytes(content: Any) -> bytes:
-    """JSON as every file of ours holds it."""
+    """JSON in the format of all our files: indented UTF-8."""
     return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically; an existing file is replaced whole or not at all. Raises OSError."""
+    """Write JSON atomically, replacing an existing file. Raises OSError."""
     write_bytes(path, record_bytes(content))
 
 
 def write_bytes(path: Path, data: bytes, stream: bool = False) -> None:
-    """Write a file atomically; an existing one is replaced whole or not at all. A link stays: its target is replaced.
+    """Write a file atomically, replacing an existing one. For a symbolic link, its target is replaced.
 
-    With `stream` a device, a FIFO or a descriptor takes the bytes and stays what it is; without, it is refused. Raises
-    OSError.
+    With `stream` the bytes may be written to a device, a FIFO or a file descriptor, which raise OSError otherwise.
     """
     to = destination.find(path)
     if stream and to.is_stream:
@@ -123,12 +122,12 @@ def write_bytes(path: Path, data: bytes, stream: bool = False) -> None:
 
 
 def save_json(path: Path, content: Any, stream: bool = False) -> None:
-    """`write_json` for the user's eyes. Raises RunError with one sentence when the file cannot be written."""
+    """`write_json` that raises RunError with one sentence if the file cannot be written."""
     save_bytes(path, record_bytes(content), stream)
 
 
 def save_bytes(path: Path, data: bytes, stream: bool = False) -> None:
-    """`write_bytes` for the user's eyes. Raises RunError with one sentence when the file cannot be written."""
+    """`write_bytes` that raises RunError with one sentence if the file cannot be written."""
     try:
         write_bytes(path, data, stream)
     except OSError as error:
@@ -136,10 +135,10 @@ def save_bytes(path: Path, data: bytes, stream: bool = False) -> None:
 
 
 def save_numbered(folder: Path, stem: str, files: Callable[[str], Mapping[str, Write]]) -> Path:
-    """Write the files of one result as `folder/stem_N.suffix` with the first free N; the path of the first is returned.
+    """Write the files of one result as `folder/stem_N.suffix` with the first free N. Returns the path of the first.
 
-    `files("stem_N")` gives a writer for each suffix. A number is free when no file of that stem carries it, whatever
-    its suffix. All files are whole before the first gets its name, which claims the number. Raises RunError.
+    `files("stem_N")` returns a writer for each suffix. A number is free if no file of that stem has it, with any
+    suffix. All files are complete before the first is linked to its name, which claims the number. Raises RunError.
     """
     path = folder
     try:
@@ -162,19 +161,19 @@ def save_numbered(folder: Path, stem: str, files: Callable[[str], Mapping[str, W
 
 
 def results(folder: Path) -> list[str]:
-    """Names of the pictures, videos and sounds in a folder, in the order of their numbers."""
-    found = [match for name in os.listdir(folder) if (match := RESULT.fullmatch(name)) and match[2] not in BESIDE]
-    return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), match[0]))]
+    """Names of the generated images, videos and audio files in a folder, in the order of their numbers."""
+    matches = [match for name in os.listdir(folder) if (match := RESULT.fullmatch(name)) and match[2] not in BESIDE]
+    return [match[0] for match in sorted(matches, key=lambda match: (int(match[1]), match[0]))]
 
 
 def _next_number(folder: Path, stem: str) -> int:
     pattern = re.compile(rf"{re.escape(stem)}_(\d+)\.")
-    taken = [int(found[1]) for name in os.listdir(folder) if (found := pattern.match(name))]
+    taken = [int(match[1]) for name in os.listdir(folder) if (match := pattern.match(name))]
     return max(taken, default=-1) + 1
 
 
 def _claim(temporary: Path, path: Path) -> bool:
-    """Give a finished file its name; False when the name is taken."""
+    """Link a finished file to its final name. Returns False if the name is taken."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -187,7 +186,7 @@ def _claim(temporary: Path, path: Path) -> bool:
 
 
 def _claim_without_links(temporary: Path, path: Path) -> bool:
-    """For file systems without hard links: reserve the name, then put the finished file in its place."""
+    """`_claim` for file systems without hard links: create an empty file, then replace it by the finished one."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
@@ -200,23 +199,23 @@ def _claim_without_links(temporary: Path, path: Path) -> bool:
     return True
 
 
-def save_picture(
+def save_image(
     folder: Path, frame: Any, record: Callable[[str], dict[str, Any]], latents: Mapping[str, Any] | None = None
 ) -> Path:
-    """One uint8 [H, W, 3] frame as the next generated_image_N.png, its record inside and beside it as JSON.
+    """Save a uint8 [H, W, 3] image as the next generated_image_N.png, with its record as PNG text and as a JSON file.
 
-    `latents`, tensors by name, are kept as safetensors beside it. Raises RunError.
+    `latents`, tensors by name, are saved as a safetensors file of the same name. Raises RunError.
     """
 
     def files(name: str) -> dict[str, Write]:
         content = record(f"{name}.png")
-        found: dict[str, Write] = {
+        writers: dict[str, Write] = {
             ".png": lambda file: _write_png(file, frame, content),
             ".json": lambda file: file.write(record_bytes(content)),
         }
         if latents is not None:
-            found[".safetensors"] = lambda file: file.write(safetensors_bytes(latents))
-        return found
+            writers[".safetensors"] = lambda file: file.write(safetensors_bytes(latents))
+        return writers
 
     return save_numbered(folder, "generated_image", files)
 
@@ -231,7 +230,7 @@ def _write_png(file: BinaryIO, frame: Any, record: dict[str, Any]) -> None:
 
 
 def safetensors_bytes(tensors: Mapping[str, Any]) -> bytes:
-    """Tensors by name as one safetensors file."""
+    """Serialize tensors by name in the safetensors format."""
     from safetensors.torch import save
 
     return save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})  # type: ignore[no-any-return]

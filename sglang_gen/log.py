@@ -1,4 +1,4 @@
-"""Log lines as the command's page prints them: `INFO: ...` on stderr, and progress as a bar or as lines."""
+"""Logging in the format of the documented command (`INFO: ...` on stderr), and progress as a bar or as lines."""
 
 import logging
 import re
@@ -9,20 +9,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 _LOGGER = logging.getLogger("sglang_gen")
-_LIBRARIES = ("diffusers", "transformers")  # their warnings are for the user
+_LIBRARIES = ("diffusers", "transformers")  # loggers whose warnings are shown to the user
 _DEVELOPERS = (
     "huggingface_hub",
     "py.warnings",
     "torchao",
     "torch.utils._pytree",
-)  # their warnings repeat what we say, or are for developers
-# Line ends, what a terminal would obey, and bytes of the command line that are no text.
+)  # loggers whose warnings repeat our own or address developers
+# Line ends, terminal control characters, and surrogates from command-line bytes that are not UTF-8.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
-PROGRESS_SECONDS = 5.0  # at most one progress line in this many seconds when stderr is no terminal
+PROGRESS_SECONDS = 5.0  # minimum interval between progress lines when stderr is not a terminal
 
 
 class _Stderr(logging.StreamHandler[Any]):
-    """Writes to whatever sys.stderr is at the time, so that redirection works."""
+    """Writes to the current sys.stderr, so that redirection works."""
 
     @property
     def stream(self) -> Any:
@@ -34,14 +34,14 @@ class _Stderr(logging.StreamHandler[Any]):
 
 
 class _OneLine(logging.Formatter):
-    """`LEVEL: message` on one line, whatever the message holds."""
+    """`LEVEL: message` on one line; control characters in the message become spaces."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
         return _CONTROL.sub(" ", super().formatMessage(record))
 
 
 class _Through(logging.Handler):
-    """Hands the records of a library to the handler of our own lines."""
+    """Forwards the records of a library to our own handler."""
 
     def __init__(self, ours: logging.Handler) -> None:
         super().__init__()
@@ -52,9 +52,9 @@ class _Through(logging.Handler):
 
 
 class _Once(logging.Filter):
-    """Lets a message of a library through once, and no louder than a warning.
+    """Passes each message of a library once, at level WARNING or below.
 
-    Libraries repeat themselves for every component and batch, and log as errors what they then raise.
+    Libraries repeat a message for every component and batch, and log an error that they also raise.
     """
 
     def __init__(self) -> None:
@@ -75,9 +75,9 @@ _warned: set[str] = set()
 
 
 def setup(level: str, handler: logging.Handler | None = None) -> None:
-    """Send our lines, and the libraries' warnings, to stderr from `level` upwards; again to change the level.
+    """Log our lines, and the libraries' warnings, to stderr from `level` upwards. Call again to change the level.
 
-    `handler` takes them elsewhere.
+    `handler` replaces stderr.
     """
     _LOGGER.handlers = [handler or _handler()]
     _LOGGER.propagate = False
@@ -88,19 +88,19 @@ def setup(level: str, handler: logging.Handler | None = None) -> None:
 
 
 def ask_first(may_say: Callable[[int, str], bool]) -> None:
-    """Until the next `setup`, leave out the lines, given as level and text, of which `may_say` is False."""
+    """Until the next `setup`, drop every line for which `may_say(level, text)` is False."""
     _LOGGER.handlers[0].addFilter(lambda record: may_say(record.levelno, record.getMessage()))
 
 
 def capture_warnings() -> None:
-    """Python warnings go the way of log lines; for a process that is the command, not for one that calls us."""
+    """Route Python warnings through logging. For the command's own processes only, not for callers of `generate`."""
     logging.captureWarnings(True)
 
 
 def adopt_libraries() -> None:
-    """Route the libraries' own loggers through our handler; again after their import, which installs their own.
+    """Route the libraries' loggers through our handler. Call again after importing them, which installs their own.
 
-    Everything they say is shown with --log-level debug.
+    With --log-level debug all of their messages are shown.
     """
     handler = _Through(_LOGGER.handlers[0])
     handler.addFilter(_ONCE)
@@ -120,7 +120,7 @@ def _handler() -> logging.Handler:
 
 @contextmanager
 def quieter(library: str) -> Iterator[None]:
-    """Only the errors of a library's logger inside, for remarks that our own checks make better."""
+    """Context in which a library logs errors only, because our own checks report its warnings more clearly."""
     logger = logging.getLogger(library)
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -143,7 +143,7 @@ def warning(message: str) -> None:
 
 
 def warn_once(message: str) -> None:
-    """A warning of what every batch, repeat or reading of a file meets again; once until the next `setup`."""
+    """Log a warning once until the next `setup`, for conditions that recur in every batch, repeat or file read."""
     if message not in _warned:
         _warned.add(message)
         _LOGGER.warning(message)
@@ -154,12 +154,12 @@ def error(message: str) -> None:
 
 
 def write(level: int, message: str) -> None:
-    """A line that another process has logged."""
+    """Log a line received from another process."""
     _LOGGER.log(level, message)
 
 
 def shorten(text: str, length: int = 100) -> str:
-    """`text` on one line, cut to `length` characters."""
+    """`text` on one line, truncated to `length` characters."""
     line = " ".join(text.split())
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
@@ -182,7 +182,7 @@ class Progress:
         return self
 
     def step(self) -> None:
-        """One denoising step is done."""
+        """Record one completed denoising step."""
         self.done += 1
         if self._task is not None:
             self._bar.advance(self._task)  # type: ignore[attr-defined]

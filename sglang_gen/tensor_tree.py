@@ -1,4 +1,4 @@
-"""Tensors inside of lists, tuples, dicts and dataclasses, which is how networks take their arguments."""
+"""Operations on tensors nested in lists, tuples, dicts and dataclasses, such as the arguments of a network."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """The same value with `function` of every tensor in its place, in order; what holds no tensor stays as it is."""
+    """`value` with every tensor replaced by `function(tensor)`, in order; other objects are unchanged."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (list, tuple)):
@@ -23,11 +23,11 @@ def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 def tensors(value: Any) -> list[Tensor]:
     """The tensors of a value in the order of `mapped`."""
-    found: list[Tensor] = []
-    mapped(found.append, value)
-    return found
+    collected: list[Tensor] = []
+    mapped(collected.append, value)
+    return collected
 
 
 def to_meta(value: Any) -> Any:
-    """The same value with tensors that have shapes and no numbers."""
+    """`value` with every tensor replaced by an empty tensor of the same shape on the meta device."""
     return mapped(lambda tensor: torch.empty_like(tensor, device="meta"), value)

@@ -1,4 +1,4 @@
-"""The frozen values that pass between the steps of a run."""
+"""Immutable data types passed between the steps of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sglang_gen.perf.clock import Clock
 
 
-DENOISERS = ("transformer", "transformer_2", "unet")  # components that denoise, by name
+DENOISERS = ("transformer", "transformer_2", "unet")  # names of denoising networks in model_index.json
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 
 
@@ -29,21 +29,21 @@ class Component:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is known of a model before a weight is loaded."""
+    """Description of a model, available before any weight is loaded."""
 
     name: str  # as the user named it
-    folder: Path | None  # local folder with weights; None where only the component configs are known
+    folder: Path | None  # local folder with weights; None if only the component configs are known
     pipeline_class: str
     components: Mapping[str, Component]
     settings: Mapping[str, Any] = field(default_factory=dict)  # the other entries of model_index.json
-    file: Path | None = None  # a whole model in one file; `folder` then holds configs and tokenizers
-    code: tuple[str, ...] = ()  # files of the repository that its pipeline wants to run
-    absent: tuple[str, ...] = ()  # components that model_index.json names as [null, null]
+    file: Path | None = None  # single-file checkpoint of the whole model; `folder` then holds configs and tokenizers
+    code: tuple[str, ...] = ()  # Python files of the repository that the pipeline would execute
+    absent: tuple[str, ...] = ()  # components listed in model_index.json as [null, null]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of the mesh axes, outermost first. Their product is the number of ranks."""
+    """Degrees of the mesh axes, outermost axis first. Their product is the number of ranks."""
 
     dp: int = 1
     cfg: int = 1
@@ -58,7 +58,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture to make. `index` counts over the whole run."""
+    """One sample to generate. `index` counts over the whole run."""
 
     index: int
     prompt: str
@@ -68,7 +68,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that was decided before a weight is loaded. Nothing below the plan reads a source or a flag."""
+    """All decisions about a run, made before any weight is loaded. Later steps read neither flags nor config files."""
 
     run: "Run"
     sources: Mapping[str, str]
@@ -83,54 +83,54 @@ class Plan:
     warnings: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
     here: int = 1  # ranks on this machine
-    given: frozenset[str] = frozenset()  # config paths where the user asked for something else than the default
-    stated_degrees: frozenset[str] = frozenset()  # of the group `parallel`, by the user or the file of an option
+    given: frozenset[str] = frozenset()  # config paths that the user set to a value other than the default
+    stated_degrees: frozenset[str] = frozenset()  # fields of `parallel` set by the user or by a group option
 
     @property
     def pipeline_class(self) -> str:
-        """Name of the pipeline's class: what the run asks for, otherwise what the model says."""
+        """Name of the pipeline class: the one set in the run, else the one in model_index.json."""
         return self.run.model.pipeline_class_name or self.card.pipeline_class
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What an engine makes of one batch."""
+    """Output of an engine for one batch."""
 
     frames: "np.ndarray[Any, Any]"  # image uint8 [B, H, W, 3]; video uint8 [B, F, H, W, 3]; audio float [B, C, T]
-    noise: "torch.Tensor | None" = None  # what the first step starts from, in the pipeline's own layout
-    latents: "torch.Tensor | None" = None  # what is decoded, in the pipeline's own layout
+    noise: "torch.Tensor | None" = None  # input of the first denoising step, in the pipeline's own layout
+    latents: "torch.Tensor | None" = None  # input of the decoder, in the pipeline's own layout
     kind: str = "image"  # image, video or audio
     rate: int | None = None  # samples per second of audio
-    effective: Mapping[str, Any] = field(default_factory=dict)  # of what took effect, what this batch has of its own
+    effective: Mapping[str, Any] = field(default_factory=dict)  # effective settings that are specific to this batch
 
 
 class Engine(Protocol):
-    """What a backend builds: something that turns a batch of samples into frames."""
+    """Interface of a backend's engine, which turns a batch of samples into frames."""
 
     def sample(self, batch: tuple[Sample, ...], steps: int, clock: "Clock") -> Decoded | None:
-        """The frames of a batch; None on ranks that leave decoding to another."""
+        """The frames of a batch; None on ranks that do not decode."""
         ...
 
     def effective(self) -> dict[str, Any]:
-        """What took effect, read back from the built components."""
+        """The settings that took effect, read from the built components."""
         ...
 
     def cache_decisions(self) -> dict[str, Any] | None:
-        """What a step cache did in the last generation; None without one."""
+        """Decisions of the step cache in the last generation; None without a step cache."""
         ...
 
     def traffic(self) -> dict[str, Any]:
-        """What this rank sent to others in the timed generation, by stage; see `backends.sent`."""
+        """Bytes that this rank sent to other ranks in the timed generation, by stage."""
         ...
 
     def close(self) -> None:
-        """Undo whatever reaches beyond this engine."""
+        """Undo changes to global state made by this engine."""
         ...
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves behind: `paths[i]` holds `frames[i]`, and `report` is the perf dump as a dict."""
+    """Result of a run: `frames[i]` is saved in `paths[i]`; `report` is the perf dump as a dict."""
 
     paths: tuple[Path, ...]
     frames: tuple["np.ndarray[Any, Any]", ...]

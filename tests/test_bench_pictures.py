@@ -237,7 +237,7 @@ def test_a_process_that_fails_is_told_with_its_code_and_its_last_line(tmp_path):
 def test_the_command_measures_the_tiny_work():
     words = ["--work", "tiny", "--rounds", "1", "--device", "cpu", "--only", "sglang,diffusers"]
     command = [sys.executable, "-m", "tools.bench.pictures", *words]
-    done = subprocess.run(command, env=env.of_rank(threads=1), capture_output=True, text=True)
+    done = subprocess.run(command, env=env.rank_variables(threads=1), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = cells(done.stdout)
     assert list(found)[2:] == ["backend=sglang", "backend=diffusers"]

@@ -169,7 +169,7 @@ def test_a_dry_run_shows_the_dtype_and_the_rates(processor, sglang, pipelines):
     done = sglang("generate", "--model-path", pipelines["sd15"], "--prompt", "a", "dry_run=true")
     rows = dict(line.split("  ", 1) for line in done.out.splitlines())
     assert rows["dtype"].strip() == "auto  ->  float32"
-    assert rows["dtype=auto went by"].strip() == "float32_gflops 332.0, bfloat16_gflops 189.0, source measured"
+    assert rows["dtype=auto chosen by"].strip() == "float32_gflops 332.0, bfloat16_gflops 189.0, source measured"
 
 
 @pytest.mark.whole

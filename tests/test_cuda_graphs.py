@@ -164,7 +164,7 @@ def test_a_run_on_the_cpu_and_one_on_diffusers_refuse_graphs(pipelines, sglang):
     assert done.lines[-1].endswith("compile.cuda_graphs needs a GPU, and this run computes on the CPU; leave it out")
     done = run("sd3", "compile=graphs", "--backend", "diffusers")
     assert done.code == 2
-    assert "compile.cuda_graphs is a setting of the native engine alone" in done.lines[-1]
+    assert "compile.cuda_graphs is supported only by the native engine" in done.lines[-1]
 
 
 @dataclass(frozen=True)

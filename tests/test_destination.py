@@ -264,7 +264,7 @@ def test_a_sweep_waits_for_no_fifo_in_its_folder(sglang):
 def test_a_fifo_among_the_files_of_a_job_is_not_read(tmp_path):
     fifo(folder(tmp_path / "0") / "job.json")
     (row,) = read_jobs(tmp_path)
-    assert (row.status, row.error) == ("unfinished", "job.json is no regular file")
+    assert (row.status, row.error) == ("unfinished", "job.json is not a regular file")
 
 
 def test_a_descriptor_beyond_the_standard_ones_is_not_for_several_ranks(sglang, pipelines):
@@ -288,5 +288,5 @@ def test_nothing_but_a_file_gets_the_name_of_a_numbered_result(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "link", planting)
     with pytest.raises(RunError, match=r"_0\.json cannot be written: It is a FIFO"):
-        files.save_picture(tmp_path, np.zeros((8, 8, 3), np.uint8), lambda name: {})
+        files.save_image(tmp_path, np.zeros((8, 8, 3), np.uint8), lambda name: {})
     assert kind(tmp_path / "generated_image_0.json") == stat.S_IFIFO

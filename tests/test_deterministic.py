@@ -89,7 +89,7 @@ def test_a_process_of_torchrun_fixes_it_before_it_meets_the_others(monkeypatch, 
     def join(_):
         raise RunError(str(os.environ.get(NAME)))
 
-    monkeypatch.setattr(torchrun, "Meeting", SimpleNamespace(join=join))
+    monkeypatch.setattr(torchrun, "Rendezvous", SimpleNamespace(join=join))
     place = Torchrun(rank=rank, ranks=2, local=rank, here=2, node=0)
     with pytest.raises(RunError, match=":4096:8"):
         torchrun.run(place, lambda: 0, lambda error: 1)

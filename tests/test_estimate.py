@@ -21,7 +21,7 @@ from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
 from sglang_gen.config.schema import Machine
 from sglang_gen.dry_run import encoder_sizes
-from sglang_gen.dry_run.estimate import Alive, busiest, decoding, estimate, predicted
+from sglang_gen.dry_run.estimate import Alive, busiest, estimate, predicted, trace_decoding
 from sglang_gen.dry_run.roofline import Kernels
 from sglang_gen.families import autoencoder
 from sglang_gen.families.contract import Request
@@ -128,8 +128,8 @@ def test_products_are_those_that_torch_counts_and_two_ranks_have_half():
 def test_decoding_by_rows_needs_less_memory_and_sends_what_its_ranks_send():
     card = resolve.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
     request = Request(1024, 768, rehearsed.FACTOR, steps=1, guidance=1.0, text_length=None)
-    alone, nothing = decoding(pipeline, Axis("sp", 1, 0), card, request, 2, torch.float16)
-    half, sent = decoding(pipeline, Axis("sp", 2, 0), card, request, 2, torch.float16)
+    alone, nothing = trace_decoding(pipeline, Axis("sp", 1, 0), card, request, 2, torch.float16)
+    half, sent = trace_decoding(pipeline, Axis("sp", 2, 0), card, request, 2, torch.float16)
     widest = 2 * 256 * 1024 * 768 * 4  # bytes of a batch of maps after the last upsampling, in float32
     assert alone == pytest.approx(3 * widest, rel=0.01)  # what a residual adds to, what it convolves, what that gives
     assert half == pytest.approx(4 * widest / 2, rel=0.01)  # and the same with its neighbours' rows beside it
@@ -206,7 +206,7 @@ def test_attention_has_two_products_and_reads_what_fused_kernels_wrote():
         q, k = torch.empty(2, 3, 8, 4), torch.empty(2, 3, 5, 4)
     with Kernels(fused=True) as kernels:
         q, out = q * 2, torch.empty_like(q)
-        kernels.attended(q, k, k, out)
+        kernels.add_attention(q, k, k, out)
         out + 1
     assert kernels.attention == {(4 * 2 * 3 * 8 * 5 * 4, 4 * 2 * 3 * (8 + 5 + 5 + 8) * 4): 1}
     assert kernels.elementwise == 3 * 4 * q.numel()  # q read and written, out read
@@ -276,7 +276,7 @@ def test_a_picture_of_fewer_rows_than_ranks_is_refused_by_the_dry_run_too(sglang
     Image.new("RGB", (64, 64)).save("small.png")
     words = ("generate", "model=sdxl", "device=cpu", "--image-path", "small.png", "dry_run=true")
     done = sglang(*words, "parallel.sp_degree=4")
-    assert (done.code, "this picture has 2 bands of 32 rows of pixels" in done.err) == (2, True), done.err
+    assert (done.code, "this image has 2 bands of 32 rows of pixels" in done.err) == (2, True), done.err
     assert sglang(*words, "parallel=sp2").code == 0
 
 

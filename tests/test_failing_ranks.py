@@ -129,9 +129,9 @@ def test_of_several_failures_the_earliest_that_is_a_cause_is_said():
 @pytest.mark.parametrize(
     ("device", "number", "follows", "sentence"),
     [
-        ("cpu", signal.SIGABRT, False, "Rank 1 was ended by signal 6; on GPUs so ends"),
+        ("cpu", signal.SIGABRT, False, "Rank 1 was ended by signal 6; on GPUs this signal follows"),
         ("cuda", signal.SIGABRT, False, "rank 0"),
-        ("cuda", signal.SIGABRT, True, "Rank 1 was ended by signal 6; on GPUs so ends one that meets an error of CUDA"),
+        ("cuda", signal.SIGABRT, True, "Rank 1 was ended by signal 6; on GPUs this signal follows a CUDA error"),
         ("cuda", signal.SIGKILL, False, "Rank 1 was ended by signal 9"),
         ("cuda", signal.SIGKILL, True, "Rank 1 was ended by signal 9"),
     ],

@@ -76,7 +76,7 @@ def test_a_folder_without_model_index(fails, tmp_path):
     [
         (b"{", "cannot be read: Expecting property name"),
         (b"\xff\xfe", "cannot be read: "),
-        (b"[1]", "holds no JSON object"),
+        (b"[1]", "does not hold a JSON object"),
         (b"{}", "names no pipeline class or no components"),
         (b'{"_class_name": 3, "vae": ["diffusers", "AutoencoderKL"]}', "names no pipeline class or no components"),
         (b'{"_class_name": [], "vae": ["diffusers", "AutoencoderKL"]}', "names no pipeline class or no components"),

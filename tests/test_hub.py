@@ -124,7 +124,7 @@ def test_weights_that_are_there_in_a_variant_alone_are_named(sglang, hub, pipeli
     there = sglang("generate", "--model-path", "tiny/half", "--prompt", "a", *SMALL)
     assert (there.code, "no safetensors weights without a variant (such as fp16)" in there.lines[-1]) == (2, True)
     here = sglang("generate", "--model-path", folder, "--prompt", "a", *SMALL)
-    assert (here.code, "holds variants of its weights alone (" in here.lines[-1]) == (2, True)
+    assert (here.code, "holds only variants of its weights (" in here.lines[-1]) == (2, True)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence_within_seconds(sglang, hub):
@@ -132,7 +132,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence_within_seconds(sglang, hub
     start = time.monotonic()
     done = sglang("generate", "--model-path", "tiny/sd15", "--prompt", "a")
     assert (done.code, len(done.lines)) == (1, 1)
-    assert done.lines[0].startswith("ERROR: tiny/sd15 is not a local folder, not whole in the local cache, and not to")
+    assert done.lines[0].startswith("ERROR: tiny/sd15 is not a local folder, is incomplete in the local cache, and c")
     assert "the hub cannot be reached ([Errno 111] Connection refused)" in done.lines[0]
     assert time.monotonic() - start < 20  # the hub's own client tries for 23 s
 
@@ -156,14 +156,14 @@ def test_a_cache_without_the_weights_is_not_enough(sglang, hub):
     hub.close()
     done = sglang(*common)
     assert (done.code, [line for line in done.lines if not line.startswith("INFO")]) == (1, done.lines[-1:])
-    assert "not whole in the local cache" in done.lines[-1]
+    assert "is incomplete in the local cache" in done.lines[-1]
 
 
 def test_offline_mode_of_the_hub_library_is_named(sglang, hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     done = sglang("generate", "--model-path", "tiny/sd15", "--prompt", "a")
     assert (done.code, len(done.lines)) == (1, 1)
-    assert done.lines[0].endswith("not to be had: HF_HUB_OFFLINE is set")
+    assert done.lines[0].endswith("could not be downloaded: HF_HUB_OFFLINE is set")
     assert hub.requests == []
 
 
@@ -171,7 +171,7 @@ def test_an_answer_of_the_hub_that_is_no_answer_is_told(sglang, hub):
     hub.refused["tiny/sd15"] = (503, "")
     done = sglang("generate", "--model-path", "tiny/sd15", "--prompt", "a")
     assert (done.code, len(done.lines)) == (1, 1)
-    assert done.lines[0].endswith("not to be had: the hub answers 503 Service Unavailable")
+    assert done.lines[0].endswith("could not be downloaded: the hub answers 503 Service Unavailable")
 
 
 def test_dry_run_of_an_unknown_id_fetches_configs_only(sglang, hub):

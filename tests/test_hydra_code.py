@@ -17,7 +17,7 @@ EVIL = "stranger.Callback"
 ALLOWED = "only classes of installed Hydra plugins and of sglang_gen are taken"
 LOGS = "and no other class"
 OTHER = "and no other interpolation"
-MAPPING = "which may be a mapping: write out here what it stands for"
+MAPPING = "which may be a mapping: write the value in place of the interpolation"
 
 
 @pytest.fixture(autouse=True)

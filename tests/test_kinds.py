@@ -152,4 +152,4 @@ def test_latents_that_a_pipeline_does_not_show_are_an_error(tmp_path, sglang):
     done = sglang("generate", "--model-path", folder, "--prompt", "rain", "--diffusers-kwargs",
                   '{"audio_end_in_s": 0.7}', "output.latents=true", *COMMON)  # fmt: skip
     assert done.code == 1
-    assert "StableAudioPipeline does not show its latents, so output.latents cannot be met" in done.lines[-1]
+    assert "StableAudioPipeline does not return its latents; leave out output.latents" in done.lines[-1]

@@ -185,13 +185,13 @@ def test_what_a_refusal_suggests_is_legal_and_is_what_comes_out(stated, heads, u
         ("sd35_large", ("parallel.tp_size=4",), "this network has layers of 38 heads: take tp_size 1 or 2, such as "),
         ("landscape", ("parallel.tp_size=4",), "this network has layers of 6 heads: take tp_size 1 or 2, such as "),
         ("sdxl", ("parallel.ring_degree=4", "sampling.height=96"), "parallel.sp_degree is 4 (ring_degree 4 x "
-         "ulysses_degree 1) and this picture has 3 bands of 32 rows of pixels: take sp_degree 2, such as "),
-        ("sd3_medium", ("parallel.sp_degree=4", "sampling.height=32"), "picture has 2 rows of patches: take "
+         "ulysses_degree 1) and this image has 3 bands of 32 rows of pixels: take sp_degree 2, such as "),
+        ("sd3_medium", ("parallel.sp_degree=4", "sampling.height=32"), "image has 2 rows of patches: take "
          "sp_degree 1 or 2"),
         ("flux_dev", ("parallel.sp_degree=8", "sampling.height=32", "sampling.width=16"),
-         "this picture has 2 tokens: take sp_degree 1 or 2, such as parallel.sp_degree=2 parallel.ulysses_degree=2 "
+         "this image has 2 tokens: take sp_degree 1 or 2, such as parallel.sp_degree=2 parallel.ulysses_degree=2 "
          "parallel.tp_size=4 or "),
-        ("sd3_medium", ("parallel=sp2", "attention=flex"), "attention=flex looks at where tokens stand in the picture"),
+        ("sd3_medium", ("parallel=sp2", "attention=flex"), "attention=flex depends on the positions of tokens"),
         ("flux_dev", ("parallel=cfg2",), "parallel.enable_cfg_parallel: there is no guidance without a negative prompt "
          "and a true_cfg_scale above 1.0"),
         ("sd15", ("parallel=cfg2", "sampling.guidance_scale=1"), "there is one branch; raise the scale or run with"),
@@ -225,14 +225,14 @@ def test_the_size_of_an_input_picture_is_checked_where_it_is_read():
     found = planned("sdxl", *words)
     stated = layout.stated(found.sources)
     layout_limits.check_size(found.run, found.card, found.layout, stated, 128, 128)
-    with pytest.raises(UserError, match=re.escape("this picture has 3 bands")):
+    with pytest.raises(UserError, match=re.escape("this image has 3 bands")):
         layout_limits.check_size(found.run, found.card, found.layout, stated, 96, 128)
 
 
 def test_a_picture_of_less_than_a_band_is_made_whole_on_every_rank_and_shared_by_none():
     small = {"sampling.height": 32, "sampling.width": 32}
     assert planned("sd15", "parallel=tp2", *(f"{name}={value}" for name, value in small.items())).layout.tp == 2
-    with pytest.raises(UserError, match=re.escape("this picture has 0 bands of 64 rows of pixels: take sp_degree 1")):
+    with pytest.raises(UserError, match=re.escape("this image has 0 bands of 64 rows of pixels: take sp_degree 1")):
         planned("sd15", "parallel=sp2", *(f"{name}={value}" for name, value in small.items()))
 
 

@@ -348,7 +348,7 @@ def test_a_hub_id_gives_the_adapter_of_the_file(pipelines, run, tmp_path, monkey
     assert run("sd3", "tiny/style").code == 0
     assert np.array_equal(picture(0), picture(2))
     gone = run("sd3", "tiny/gone")
-    assert (gone.code, "not to be had: the hub cannot be reached" in gone.err) == (1, True)
+    assert (gone.code, "could not be downloaded: the hub cannot be reached" in gone.err) == (1, True)
 
 
 def test_a_folder_with_several_files_asks_which(pipelines, run):

@@ -86,19 +86,34 @@ def test_a_scale_that_is_no_number_is_refused(run):
 @pytest.mark.parametrize(
     ("name", "file", "changes", "reason"),
     [
-        ("sdxl", "unet/config.json", {"class_embed_type": "timestep"}, "its unet knows no class_embed_type=timestep"),
-        ("sdxl", "unet/config.json", {"addition_embed_type": None}, "its unet knows no addition_embed_type=None"),
-        ("sd15", "unet/config.json", {"time_cond_proj_dim": 256}, "its unet knows no time_cond_proj_dim=256"),
-        ("sd15", "unet/config.json", {"mid_block_type": None}, "its unet knows no mid_block_type=None"),
+        (
+            "sdxl",
+            "unet/config.json",
+            {"class_embed_type": "timestep"},
+            "its unet does not support class_embed_type=timestep",
+        ),
+        (
+            "sdxl",
+            "unet/config.json",
+            {"addition_embed_type": None},
+            "its unet does not support addition_embed_type=None",
+        ),
+        ("sd15", "unet/config.json", {"time_cond_proj_dim": 256}, "its unet does not support time_cond_proj_dim=256"),
+        ("sd15", "unet/config.json", {"mid_block_type": None}, "its unet does not support mid_block_type=None"),
         (
             "sd15",
             "text_encoder/config.json",
             {"use_attention_mask": True},
-            "its text encoder hides the padding of prompts (use_attention_mask)",
+            "it does not support a text encoder that masks the padding of prompts (use_attention_mask)",
         ),
-        ("sd15", "unet/config.json", {"invented_in": 2030}, "its unet knows no invented_in=2030"),
-        ("sd3", "transformer/config.json", {"qk_norm": "layer_norm"}, "its transformer knows no qk_norm=layer_norm"),
-        ("flux", "transformer/config.json", {"patch_size": 2}, "its transformer knows no patch_size=2"),
+        ("sd15", "unet/config.json", {"invented_in": 2030}, "its unet does not support invented_in=2030"),
+        (
+            "sd3",
+            "transformer/config.json",
+            {"qk_norm": "layer_norm"},
+            "its transformer does not support qk_norm=layer_norm",
+        ),
+        ("flux", "transformer/config.json", {"patch_size": 2}, "its transformer does not support patch_size=2"),
         (
             "sd15",
             "model_index.json",
@@ -154,7 +169,7 @@ def test_auto_takes_the_native_engine_where_it_can(run):
         (
             "sd3",
             ("--diffusers-kwargs", '{"clip_skip": 1}'),
-            "'clip_skip' of --diffusers-kwargs is for",
+            "'clip_skip' of --diffusers-kwargs is an argument",
         ),
     ],
 )

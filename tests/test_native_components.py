@@ -72,7 +72,7 @@ def test_the_network_that_comes_from_elsewhere_is_checked_and_another_may_have_a
     odd = edited(pipelines["sdxl"], "odd", "unet/config.json", class_embed_type="timestep")
     done = run("sdxl", "--backend", "sglang", *given(unet=odd))
     assert done.code == 2
-    assert "cannot run this: its unet knows no class_embed_type=timestep; run with --backend" in done.lines[-1]
+    assert "cannot run this: its unet does not support class_embed_type=timestep; run with --backend" in done.lines[-1]
     config = json.loads((pipelines["sdxl"] / "unet" / "config.json").read_text()) | {"layers_per_block": 1}
     fill(diffusers.UNet2DConditionModel.from_config(config), 5).save_pretrained("shallow")
     both_make_the_same(run, "sdxl", *given(unet="shallow"))

@@ -40,7 +40,7 @@ def test_a_model_that_says_no_size_needs_one(pipelines, run, name):
         done = run(model, *words, "--backend", "sglang", size=None)
         assert (done.code, done.lines[-1]) == (
             2,
-            "ERROR: The model's configuration does not say which size it makes; give --height and --width",
+            "ERROR: The model's configuration has no default image size; give --height and --width",
         )
 
 

@@ -156,7 +156,7 @@ def test_an_interval_is_of_the_schedule_whatever_a_picture_spares(run, rows):
         ("[0.6,0.4]", "is [0.6, 0.4]; it must be two fractions"),
         ("[-0.1,1]", "is [-0.1, 1.0]; it must be two fractions"),
         ("[0,20]", "is [0.0, 20.0]; it must be two fractions"),
-        ("[0.4,0.45]", "sampling.guidance_interval [0.4, 0.45] holds none of 3 steps"),
+        ("[0.4,0.45]", "sampling.guidance_interval [0.4, 0.45] contains none of the 3 steps"),
         ("wide", "sampling.guidance_interval"),
     ],
 )
@@ -169,7 +169,7 @@ def test_an_interval_that_cannot_be_is_one_sentence(run, numbers, sentence):
 def test_what_only_the_native_engine_has_is_never_dropped(run, setting):
     path = setting.partition("=")[0]
     done = run("sdxl", setting, "--backend", "diffusers")
-    sentence = f"{path} is a setting of the native engine alone"
+    sentence = f"{path} is supported only by the native engine"
     assert (done.code, done.lines[-1]) == (2, f"ERROR: {sentence}; run with --backend sglang or auto")
     done = run("sdxl", setting, "--diffusers-kwargs", '{"clip_skip": 1}')
     assert (done.code, f"{sentence}, which cannot run this: 'clip_skip' of" in done.lines[-1]) == (2, True)

@@ -213,7 +213,11 @@ def test_a_warmup_does_all_of_its_steps(run, photo, backend):
         ("sd15", strength(0.2), "A strength of 0.2 leaves none of 4 steps; raise --num-inference-steps, or the"),
         ("sd3", strength(0), "A strength of 0 leaves none of 4 steps"),
         ("sd15", ("--image-path", "dot.png"), "the image is 1 x 5 pixels; this model takes 2 x 2 or more"),
-        ("sd15", strength(0.5, mask_image="photo.png"), "'mask_image' of --diffusers-kwargs is for the diffusers"),
+        (
+            "sd15",
+            strength(0.5, mask_image="photo.png"),
+            "'mask_image' of --diffusers-kwargs is an argument of the diffusers",
+        ),
     ],
 )
 def test_a_picture_or_strength_that_cannot_be_is_one_sentence(run, photo, name, words, sentence):
@@ -251,4 +255,7 @@ def test_a_mask_runs_on_diffusers_with_its_reason(run, photo):
     Image.new("L", (61, 44), 255).save("mask.png")
     done = run("sd15", "--image-path", photo, *strength(0.9, mask_image="mask.png"))
     assert done.code == 0, done.err
-    assert "INFO: Backend: diffusers ('mask_image' of --diffusers-kwargs is for the diffusers pipeline)" in done.lines
+    assert (
+        "INFO: Backend: diffusers ('mask_image' of --diffusers-kwargs is an argument of the diffusers pipeline)"
+        in done.lines
+    )

@@ -27,7 +27,7 @@ def record(name: str) -> dict:
 
 def save(folder: Path, latents: dict | None = None) -> Path:
     folder.mkdir(exist_ok=True)
-    return files.save_picture(folder, NOISE, record, latents)
+    return files.save_image(folder, NOISE, record, latents)
 
 
 def names(folder: Path) -> list[str]:
@@ -138,7 +138,7 @@ def test_processes_in_one_folder_get_numbers_of_their_own(tmp_path):
         while not (folder.parent / "go").exists():
             time.sleep(0.001)
         for _ in range(10):
-            files.save_picture(folder, frame, lambda name: {"schema_version": 1, "file": name})
+            files.save_image(folder, frame, lambda name: {"schema_version": 1, "file": name})
     """
     folder = tmp_path / "shared"
     folder.mkdir()
@@ -161,7 +161,7 @@ def test_a_file_that_outgrows_its_limit_leaves_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
         frame = np.random.default_rng(1).integers(0, 256, (512, 512, 3), np.uint8)
         try:
-            files.save_picture(pathlib.Path(sys.argv[1]), frame, lambda name: {})
+            files.save_image(pathlib.Path(sys.argv[1]), frame, lambda name: {})
         except errors.RunError as error:
             print(error)
     """
@@ -259,8 +259,8 @@ def test_a_name_that_is_too_long_is_refused_before_loading(pipelines, sglang):
         ("new/generated_video_0.mp4", "a run gives names such as generated_video_0.mp4 to other results"),
         ("o/runs.csv", "a run gives names such as runs.csv to other results"),
         ("p5/", "is p5/, which ends in a slash; it must name a JSON file"),
-        ("notes.txt", "is notes.txt, a file that is no perf dump and would be lost; give another name"),
-        ("table.csv", "is table.csv, a file that is no perf dump"),
+        ("notes.txt", "is notes.txt, a file that is not a perf dump and would be lost; give another name"),
+        ("table.csv", "is table.csv, a file that is not a perf dump"),
     ],
 )
 def test_a_perf_dump_takes_the_place_of_no_other_result(sglang, name, sentence):
@@ -294,7 +294,7 @@ def test_the_probe_tells_a_read_only_mount_from_a_full_disk(tmp_path, monkeypatc
 
 def test_the_output_folder_that_vanishes_is_one_sentence(tmp_path):
     with pytest.raises(RunError, match="gone cannot be written: No such file or directory"):
-        files.save_picture(tmp_path / "gone", NOISE, record)
+        files.save_image(tmp_path / "gone", NOISE, record)
 
 
 def test_a_dot_is_the_working_directory_and_nothing_is_refused(pipelines, sglang):

@@ -207,7 +207,7 @@ def test_a_prompts_file_that_cannot_be_read(sglang):
 
 
 def test_more_pictures_than_memory_holds_are_refused():
-    with pytest.raises(UserError, match="2 prompts x 1000000 samples are more than 1000000 pictures"):
+    with pytest.raises(UserError, match="2 prompts x 1000000 samples are more than 1000000 images"):
         from_file("a\nb\n", "sampling.num_samples=1000000")
 
 

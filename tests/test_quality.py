@@ -266,7 +266,7 @@ def test_a_comparison_that_fails_after_the_run_costs_neither_the_dump_nor_the_jo
     assert done.code == 1
     note, dump = (json.loads(Path("sweep/0", name).read_text()) for name in ("job.json", "perf.json"))
     assert (note["status"], note["files"]) == ("failed", ["generated_image_0.png"])
-    assert note["error"].startswith("The pictures are saved, but not compared: The picture of seed 7 and prompt")
+    assert note["error"].startswith("The images are saved, but not compared: The picture of seed 7 and prompt")
     assert (dump["quality"], dump["total_duration_ms"] > 0) == (None, True)
     assert Path("sweep/0/runs.csv").exists()
     assert "![0/generated_image_0.png](0/generated_image_0.png)" in Path("sweep/table.md").read_text()

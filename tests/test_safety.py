@@ -93,4 +93,4 @@ def test_a_checker_beside_another_pipeline_is_left_to_diffusers(pipelines, run):
     for name in NAMES:
         (model / name).mkdir()
     done = run(model, "outputs", "--backend", "sglang")
-    assert (done.code, "it runs no safety checker with this pipeline" in done.err) == (2, True)
+    assert (done.code, "it does not support a safety checker in this pipeline" in done.err) == (2, True)

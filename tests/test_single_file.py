@@ -197,7 +197,7 @@ def test_a_network_alone_is_sent_to_the_flag_for_networks(pipelines, files, sgla
     for path in (file, pipelines["flux"] / "transformer" / "diffusion_pytorch_model.safetensors"):
         done = sglang("generate", "--model-path", path, *SMALL)
         assert (done.code, len(done.lines)) == (2, 1)
-        assert f"holds a denoising network alone; name the whole model with --model-path, and this file with "\
+        assert f"holds only a denoising network; give the whole model with --model-path, and this file with "\
                f"--transformer-weights-path {path}" in done.err  # fmt: skip
 
 
@@ -211,10 +211,10 @@ def test_other_files_are_refused_in_one_sentence(files, sglang):
     save_file({"first_stage_model.a": torch.zeros(1)}, "vae.safetensors")
     sentences = {
         "model.ckpt": "is pickled, which can run code, and is refused",
-        "model.txt": "is no safetensors file",
+        "model.txt": "is not a safetensors file",
         "pointer.safetensors": "is a Git LFS pointer: run 'git lfs pull'",
         "half.safetensors": "is corrupt",
-        "lora.safetensors": "is a LoRA adapter; name it with --lora-path",
+        "lora.safetensors": "is a LoRA adapter; give it with --lora-path",
         "vae.safetensors": "holds no denoising network",
     }
     for path, sentence in sentences.items():
@@ -283,7 +283,7 @@ def test_a_header_that_tells_nothing_asks_for_the_preset(sglang):
     path = sparse(Path("mine.safetensors"), {name.replace("9", "1"): shape for name, shape in SDXL.items()})
     done = sglang("generate", "--model-path", path, "--prompt", "a")
     assert (done.code, len(done.lines)) == (2, 1)
-    assert "does not tell which model it is; name the preset with --model-id" in done.err
+    assert "is of an unknown model; name the preset with --model-id" in done.err
 
 
 @pytest.mark.whole
@@ -333,4 +333,6 @@ def test_a_hub_that_cannot_be_reached_for_the_configs_is_one_sentence(files, sgl
     done = sglang("generate", "--model-path", files["sdxl"], "--model-id", "sdxl", *SMALL)
     assert done.code == 1
     assert [line for line in done.lines if line.startswith("ERROR")] == done.lines[-1:]
-    assert "stabilityai/stable-diffusion-xl-base-1.0 is not a local folder, not whole in the local cache" in done.err
+    assert (
+        "stabilityai/stable-diffusion-xl-base-1.0 is not a local folder, is incomplete in the local cache" in done.err
+    )

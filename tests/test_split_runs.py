@@ -57,7 +57,7 @@ def test_a_picture_and_given_noise_are_where_split_runs_start_too(run_on_ranks, 
 def test_a_picture_of_fewer_rows_than_ranks_is_refused_once_it_is_read(run_on_ranks):
     Image.new("RGB", (48, 4)).save("flat.png")
     done = run_on_ranks("sd15", "--image-path", "flat.png", "parallel=ring2")
-    assert (done.code, "this picture has 1 bands of" in done.lines[-1]) == (2, True), done.err
+    assert (done.code, "this image has 1 bands of" in done.lines[-1]) == (2, True), done.err
 
 
 def test_an_autoencoder_that_decodes_in_float32_sends_what_was_predicted(run_on_ranks):

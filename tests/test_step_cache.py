@@ -129,7 +129,7 @@ def asked(pipelines, name: str, settings: dict, steps: int, *words: object) -> l
     ("settings", "steps", "sentence"),
     [
         ({"max_warmup_steps": 8}, 8, "the warm-up (max_warmup_steps=8) covers all 8 steps, so nothing would be reused"),
-        ({}, 1, "the run has one step, which has none before it to reuse"),
+        ({}, 1, "the run has one step and no earlier one to reuse"),
         ({"steps_computation_mask": [1] * 4}, 4, "steps_computation_mask computes every step, so nothing would be"),
         ({"steps_computation_mask": [1] * 4, "steps_computation_policy": "static"}, 4, "computes every step"),
         ({"steps_computation_mask": [1, 0, 1]}, 4, "steps_computation_mask has 3 entries, the run has 4 steps"),

@@ -156,7 +156,8 @@ def test_a_record_neither_tells_anybody_nor_silences_the_log_nor_names_a_dump(sg
     done = sglang("generate", "--config", path)
     assert done.code == 0, done.err
     assert (
-        "WARNING: tracking=wandb of record.json is not used: a record tells nobody; add tracking=wandb to tell it"
+        "WARNING: tracking=wandb of record.json is not used: a record does not start a tracker; "
+        "add tracking=wandb to use it"
     ) in done.lines
     assert f"WARNING: offload.disk_path={tmp_path / 'disk'} of record.json is not used: it lies outside" in done.err
     assert sorted(os.listdir("outputs")) == ["generated_image_0.json", "generated_image_0.png"]
@@ -175,9 +176,9 @@ def test_a_record_chooses_no_options_that_could_set_what_it_cannot_decide(group)
 def test_prompts_of_a_record_are_a_file_beside_it_and_nothing_else(tmp_path):
     os.mkfifo(tmp_path / "prompts_0123456789abcdef.jsonl")
     for name in ("/dev/zero", "../prompts_0123456789abcdef.jsonl", str(tmp_path / "prompts_0123456789abcdef.jsonl")):
-        with pytest.raises(UserError, match=r"a record's are in prompts_<hash>\.jsonl beside it"):
+        with pytest.raises(UserError, match=r"must be a prompts_<hash>\.jsonl beside the record"):
             prompt_archive.beside(tmp_path / "record.json", name)
-    with pytest.raises(UserError, match="it is no file"):  # and not waited for
+    with pytest.raises(UserError, match="it is not a file"):  # and not waited for
         prompt_archive.beside(tmp_path / "record.json", "prompts_0123456789abcdef.jsonl")
 
 

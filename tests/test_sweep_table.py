@@ -248,7 +248,7 @@ def shipped() -> dict[str, Choices]:
 @pytest.mark.whole
 def test_every_shipped_sweep_names_options_that_exist_and_fixes_prompt_and_seed():
     for name, choices in shipped().items():
-        assert multirun.is_multirun(choices, asked=False)
+        assert multirun.is_multirun(choices, requested=False)
         run = compose.compose(choices).run
         assert (run.model.preset, run.model.path, run.sampling.seed) == ("landscape", None, 42)
         assert run.sampling.prompt

@@ -385,7 +385,7 @@ BAD = {
     "shape": (_changed(lambda w: w.update({"proj_out.bias": torch.zeros(3)})), "proj_out.bias [3] in place of [16]"),
     "shard": (_missing_shard, "cut lacks 1 of its "),
     "pickled": (_pickled, "weights.pt is pickled"),
-    "pickled folder": (_pickled_folder, "pickles holds pickled weights alone (diffusion_pytorch_model.bin)"),
+    "pickled folder": (_pickled_folder, "pickles holds only pickled weights (diffusion_pytorch_model.bin)"),
     "pickled index": (_pickled_index, "names the weight file weights.bin, and only safetensors files are read"),
     "scales": (
         _changed(lambda w: w.update({"x_embedder.scale_weight": torch.ones(())})),
@@ -470,11 +470,11 @@ def test_disabled_autocast_computes_in_the_stored_dtype(pipelines, sglang, name,
 
 def test_a_stored_dtype_that_does_not_compute_is_refused(run, sglang, pipelines, others):
     both = run("flux", "--disable-autocast")
-    assert (both.code, "--dtype float32 names one" in both.err) == (2, True)
+    assert (both.code, "contradicts --dtype float32" in both.err) == (2, True)
     line = ("generate", "--model-path", pipelines["flux"], "--prompt", "a cat", *SIZE, "--disable-autocast",
             "--transformer-weights-path")  # fmt: skip
     done = sglang(*line, _undeclared_fp8(Path.cwd(), others))
-    assert (done.code, "are stored in F8_E4M3, which does not compute" in done.err) == (2, True), done.err
+    assert (done.code, "are stored in F8_E4M3, which is not a compute dtype" in done.err) == (2, True), done.err
     write_gguf("flux.gguf", stored(others, "flux"), gguf.GGMLQuantizationType.Q8_0)
     done = sglang(*line, "flux.gguf")
-    assert (done.code, "stores GGUF blocks, which do not compute" in done.err) == (2, True), done.err
+    assert (done.code, "stores GGUF blocks, which have no dtype" in done.err) == (2, True), done.err

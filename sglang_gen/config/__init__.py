@@ -1,1 +1,1 @@
-"""From the command line and YAML files to a typed run: schema, flags, presets, composition, multirun."""
+"""Composes the command line and YAML files into a typed `Run`: schema, flags, presets, composition, prompts."""

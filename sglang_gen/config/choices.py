@@ -1,4 +1,4 @@
-"""What the user typed, before it is composed."""
+"""The user's choices, before composition."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user typed, not yet composed. `seed` stands in where no seed is given (one for a whole sweep)."""
+    """Overrides, flags and files given by the user. `seed` applies if none is given, so that a sweep shares one."""
 
     overrides: tuple[str, ...] = ()
     flags: Mapping[str, Any] = field(default_factory=dict)  # config path -> typed value

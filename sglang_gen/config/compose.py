@@ -1,7 +1,7 @@
-"""Composition: YAML of `conf/` against the schema, then file values, then flags; plain dataclasses come out.
+"""Composes the YAML files of `conf/`, the --config file and the flags into a `Run`, checked against the schema.
 
 Precedence, lowest first: schema < model preset < group options < experiment < --config file < overrides, flags and
-sweep choices. `Composed.sources` says for every config path which of these its value came from.
+sweep choices. `Composed.sources` gives the source of the value at each config path.
 """
 
 import copy
@@ -20,34 +20,34 @@ from sglang_gen.config import presets, record_limits
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.config_file import FileValues, read_config_file
 from sglang_gen.config.hydra_loader import Loader, group_options, line_of, open_loader, parse, user_errors
-from sglang_gen.config.overrides import check, check_option, covers, dict_leaf
+from sglang_gen.config.overrides import check, check_option, covers, dict_path
 from sglang_gen.config.schema import LOCAL, Run, get, leaves, put
 from sglang_gen.errors import UserError
 
 
 @dataclass(frozen=True)
 class Composed:
-    """A run, where each of its values came from, and what the user should be told about the composition."""
+    """A composed run, the source of each value, and the notices and warnings of the composition."""
 
     run: Run
     sources: dict[str, str]
     notices: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    versions: dict[str, str | None] = field(default_factory=dict)  # of the record being repeated
-    inputs: dict[str, str] = field(default_factory=dict)  # digests of its files
-    in_sweep: bool = False  # whether it is a job of a multirun
-    place: env.Torchrun | None = None  # which rank this process is already, where torchrun started it
+    versions: dict[str, str | None] = field(default_factory=dict)  # package versions in the repeated record
+    inputs: dict[str, str] = field(default_factory=dict)  # digests of the record's input files
+    in_sweep: bool = False  # True for a job of a multirun
+    place: env.Torchrun | None = None  # rank of this process if torchrun started it
 
 
 def compose(choices: Choices) -> Composed:
-    """One `Run` from what the user typed. Raises UserError, with the nearest legal name for an unknown key."""
+    """Compose the user's choices into one `Run`. Raises UserError, which suggests a legal name for an unknown key."""
     composed, named = compose_partly(choices)
     notices = _complete(composed.run, composed.sources, named, choices.seed)
     return dataclasses.replace(composed, notices=(*notices, *composed.notices))
 
 
 def compose_partly(choices: Choices) -> tuple[Composed, bool]:
-    """The composition, and whether an option of the group `model` was named."""
+    """The composition before prompt and seed are filled in, and whether an option of the group `model` was chosen."""
     loader = open_loader(choices.config_dir)
     words = parse(loader, choices.overrides)
     options_of = group_options(loader, choices)
@@ -80,7 +80,7 @@ def compose_partly(choices: Choices) -> tuple[Composed, bool]:
         if isinstance(name := get(run, path), str):
             put(run, path, os.path.expanduser(name))
     notices = []
-    if implied not in (None, "custom") and run.model.path is not None:  # the embedded model brings its own
+    if implied not in (None, "custom") and run.model.path is not None:  # None: the embedded model
         notices.append(f"The settings of the preset '{implied}' apply to {run.model.path}")
     yielded = [path for path in file.values if not covered & {path} and path not in values]
     if yielded:
@@ -91,23 +91,26 @@ def compose_partly(choices: Choices) -> tuple[Composed, bool]:
 
 
 def withheld_values(choices: Choices, file: FileValues, covered: Collection[str]) -> dict[str, Any]:
-    """What a record cannot decide and the command line does not. Raises UserError where the run cannot do without."""
-    found = {path: value for path, value in file.withheld.items() if not {path, path.partition(".")[0]} & {*covered}}
-    record_limits.check(found, str(choices.file), choices.flags.get("model.path", file.values.get("model.path")))
-    return found
+    """Values that a record may not set and the command line did not set, by config path.
+
+    Raises UserError if the run cannot work without one of them.
+    """
+    withheld = {path: value for path, value in file.withheld.items() if not {path, path.partition(".")[0]} & {*covered}}
+    record_limits.check(withheld, str(choices.file), choices.flags.get("model.path", file.values.get("model.path")))
+    return withheld
 
 
 def _merged(composed: Any, value: Any, path: str, typed: Iterable[str]) -> Any:
-    """A mapping keeps the keys that it had from below (a preset) and those that were overridden one by one."""
-    if not isinstance(value, dict) or dict_leaf(path) is None:
+    """`value`; a mapping is merged with the composed one, in which keys that were overridden singly take precedence."""
+    if not isinstance(value, dict) or dict_path(path) is None:
         return value
     overridden = {key.removeprefix(f"{path}.").partition(".")[0] for key in typed if key.startswith(f"{path}.")}
     return {**composed, **{name: item for name, item in value.items() if name not in overridden}}
 
 
 def _sources(loader: Loader) -> dict[str, str]:
-    """For every config path the kind of YAML file that set it last: default, preset, group or experiment."""
-    found = dict.fromkeys(leaves(), "default")
+    """For each config path the kind of YAML file that set it last: default, preset, group or experiment."""
+    sources = dict.fromkeys(leaves(), "default")
     for item in loader.defaults:
         if item.config_path is None or item.config_path.startswith("hydra/") or item.config_path == "schema":
             continue
@@ -118,10 +121,10 @@ def _sources(loader: Loader) -> dict[str, str]:
         package = item.package or ""
         content = OmegaConf.to_container(loaded.config, resolve=False)
         for name in _flatten(content, package) if content else ():
-            for path in found:
+            for path in sources:
                 if covers(name, path) or covers(path, name):
-                    found[path] = label
-    return found
+                    sources[path] = label
+    return sources
 
 
 def _flatten(content: Any, prefix: str) -> list[str]:
@@ -132,10 +135,10 @@ def _flatten(content: Any, prefix: str) -> list[str]:
 
 
 def _to_run(cfg: DictConfig, later: Mapping[str, Any]) -> Run:
-    """The composed job configuration as a `Run`; missing values and interpolations raise OmegaConf's errors.
+    """Convert the composed job configuration to a `Run`. Missing values and interpolations raise OmegaConf's errors.
 
-    `later` holds what flags and files will set. An interpolation (`width: ${sampling.height}`) sees those values, as
-    far as they are plain; the values themselves are set verbatim, after this.
+    `later` holds the values of flags and files, which the caller sets verbatim afterwards. They are set here too, if
+    they are plain, so that interpolations (`width: ${sampling.height}`) resolve to them.
     """
     job = copy.deepcopy(cfg)
     with read_write(job), open_dict(job):
@@ -150,13 +153,13 @@ def _to_run(cfg: DictConfig, later: Mapping[str, Any]) -> Run:
 
 
 def _complete(run: Run, sources: dict[str, str], named: bool, seed: int | None) -> list[str]:
-    """Fill in the example prompt of a named preset and the sweep's seed; the sentences that say so."""
+    """Fill in the example prompt of a chosen preset and the sweep's seed. Returns notices about both."""
     notices = []
     if run.model.path is None and run.model.preset == "landscape" and not named:
         notices.append("No model given: using the embedded model 'landscape'")
     if run.sampling.prompt is None and not run.sampling.prompts_file and not run.sampling.prompts:
         if not (named and run.model.example_prompt) or sources["model.path"] in ("flag", "override", "file"):
-            raise UserError('A prompt is needed: --prompt "a description of the picture"')
+            raise UserError('A prompt is needed: --prompt "a description of the image"')
         run.sampling.prompt = run.model.example_prompt
         sources["sampling.prompt"] = "preset"
         notices.append(f"No prompt given: using the example prompt of the preset '{run.model.preset}'")

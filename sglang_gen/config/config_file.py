@@ -12,7 +12,7 @@ from sglang_gen.config.schema import SCHEMA_VERSION, leaves
 from sglang_gen.config.values import coerce, parse_json, parse_yaml
 from sglang_gen.errors import UserError, nearest
 
-# What a record pins: the choice that the run made where the request left it open.
+# Effective values of a record, and the config paths that they set if the request left the choice open.
 PINNED = {
     "backend": "backend.name", "dtype": "dtype", "device": "device", "seed": "sampling.seed",
     "attention": "attention.backend",
@@ -21,17 +21,17 @@ PINNED = {
 
 @dataclass(frozen=True)
 class FileValues:
-    """What a configuration file says: typed values by config path, and options chosen for whole groups."""
+    """Contents of a configuration file: typed values by config path, and options of groups."""
 
     values: dict[str, Any] = field(default_factory=dict)
     options: dict[str, str] = field(default_factory=dict)
-    versions: dict[str, str | None] = field(default_factory=dict)  # of the run that a record describes
-    inputs: dict[str, str] = field(default_factory=dict)  # digests of its files, see `inputs`
-    withheld: dict[str, Any] = field(default_factory=dict)  # what a record says and cannot decide, see `record_limits`
+    versions: dict[str, str | None] = field(default_factory=dict)  # package versions of a recorded run
+    inputs: dict[str, str] = field(default_factory=dict)  # digests of its input files, see `outputs.input_digests`
+    withheld: dict[str, Any] = field(default_factory=dict)  # values that a record may not set, see `record_limits`
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """The mapping in a .json, .yaml or .yml file. Raises UserError with one sentence when there is none."""
+    """Read the mapping in a .json, .yaml or .yml file. Raises UserError if the file holds none."""
     given, path = path, Path(os.path.expanduser(path))
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise UserError(f"'{given}' is not a .json, .yaml or .yml file")
@@ -55,9 +55,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def typed(target: str, value: Any) -> Any:
-    """`value` as the type of the config path `target`; a JSON setting may name a file that holds it.
+    """Convert `value` to the type of the config path `target`. For JSON settings it may be the name of a file.
 
-    Raises UserError when such a file cannot be read, ValueError with half a sentence when the value does not fit.
+    Raises UserError if that file cannot be read, ValueError with a clause ("is not an integer") for a wrong type.
     """
     kind = leaves()[target]
     if target in FILE_OR_INLINE and isinstance(value, os.PathLike):
@@ -68,7 +68,7 @@ def typed(target: str, value: Any) -> Any:
 
 
 def read_config_file(path: str | Path) -> FileValues:
-    """Values and group options of a configuration file. Raises UserError; unknown keys name the nearest legal one."""
+    """Read the values and group options of a configuration file. Raises UserError, which suggests legal keys."""
     path = os.path.expanduser(path)
     content = read_mapping(path)
     if "schema_version" in content:
@@ -80,75 +80,76 @@ def _read_record(record: Mapping[str, Any], path: str | Path) -> FileValues:
     version = record["schema_version"]
     if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise UserError(f"{path} is a record of schema version {version}; this sglang-gen reads up to {SCHEMA_VERSION}")
-    parts = {name: record.get(name) or {} for name in ("run", "effective", "sources", "versions", "inputs")}
-    for name, part in parts.items():
-        if not isinstance(part, dict):
+    sections = {name: record.get(name) or {} for name in ("run", "effective", "sources", "versions", "inputs")}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
             raise UserError(f"{path}: '{name}' of the record is not a mapping")
-    if not parts["run"]:
+    if not sections["run"]:
         raise UserError(f"{path} has a schema_version but no 'run': it is not the record of a run")
-    found = _collect(parts["run"], path)
-    record_limits.check_options(found.options, path)
-    for target in [target for target in found.values if _is_nobodys(target, parts["sources"])]:
-        del found.values[target]
-    withheld = record_limits.withhold(found.values, path)
-    if found.values.get("sampling.prompts_file"):
-        found.values["sampling.prompts_file"] = prompt_archive.beside(path, found.values["sampling.prompts_file"])
+    content = _collect(sections["run"], path)
+    values, effective = content.values, sections["effective"]
+    record_limits.check_options(content.options, path)
+    for target in [target for target in values if _is_derived(target, sections["sources"])]:
+        del values[target]
+    withheld = record_limits.withhold(values, path)
+    if values.get("sampling.prompts_file"):
+        values["sampling.prompts_file"] = prompt_archive.beside(path, values["sampling.prompts_file"])
     for name, target in PINNED.items():
-        if parts["effective"].get(name) is not None and name not in _settled(found.values):
-            found.values[target] = _typed(f"effective.{name}", target, parts["effective"][name], path)
-    return FileValues(found.values, found.options, parts["versions"], parts["inputs"], withheld)
+        if effective.get(name) is not None and name not in _settled(values):
+            values[target] = _typed(f"effective.{name}", target, effective[name], path)
+    return FileValues(values, content.options, sections["versions"], sections["inputs"], withheld)
 
 
-def _is_nobodys(target: str, sources: Mapping[str, Any]) -> bool:
-    """Nobody stated these: a degree follows from the others, and the folder may be that of a sweep's job."""
+def _is_derived(target: str, sources: Mapping[str, Any]) -> bool:
+    """Whether a recorded value was not set explicitly: an inferred degree, or the output folder of a sweep's job."""
     return target.startswith(("parallel.", "output.path")) and sources.get(target) == "default"
 
 
 def _settled(values: Mapping[str, Any]) -> set[str]:
-    """What the run's own settings give again, so that no choice of the record is needed."""
-    found = {"dtype"} if values.get("compile.disable_autocast") else set()
+    """Names in `PINNED` that the run's own settings determine, so that the recorded choice is not needed."""
+    names = {"dtype"} if values.get("compile.disable_autocast") else set()
     if values.get("attention.backend", "auto") != "auto" or values.get("attention.backend_config"):
-        found.add("attention")
-    return found
+        names.add("attention")
+    return names
 
 
 def _collect(content: Mapping[str, Any], path: str | Path) -> FileValues:
     kinds = leaves()
     groups = {*(name.partition(".")[0] for name in kinds if "." in name), "experiment"}
-    found = FileValues()
+    collected = FileValues()
     for key, value in content.items():
         key = str(key)
         if key in groups and isinstance(value, dict):
-            _collect_group(key, value, found, path)
+            _collect_group(key, value, collected, path)
         elif key in groups and isinstance(value, str) and key not in BY_KEY:
-            found.options[key] = value
+            collected.options[key] = value
         elif key == "config":
             raise UserError(f"{path}: a configuration file cannot name another with 'config'")
         elif key in BY_KEY:
-            _set(found, key, str(BY_KEY[key].path), value, path)
+            _set(collected, key, str(BY_KEY[key].path), value, path)
         elif key in kinds:
-            _set(found, key, key, value, path)
+            _set(collected, key, key, value, path)
         elif key in groups:
             raise UserError(f"{path}: '{key}' takes the name of an option or a mapping of keys, not {value!r}")
         else:
             legal = [*BY_KEY, *groups, *kinds]
             raise UserError(f"{path}: unknown key '{key}'{nearest(key.replace('-', '_'), legal)}")
-    return found
+    return collected
 
 
-def _collect_group(group: str, values: Mapping[str, Any], found: FileValues, path: str | Path) -> None:
+def _collect_group(group: str, values: Mapping[str, Any], collected: FileValues, path: str | Path) -> None:
     kinds = leaves()
     for name, value in values.items():
         target = f"{group}.{name}"
         if target not in kinds:
             raise UserError(f"{path}: unknown key '{target}'{nearest(target, kinds)}")
-        _set(found, target, target, value, path)
+        _set(collected, target, target, value, path)
 
 
-def _set(found: FileValues, key: str, target: str, value: Any, path: str | Path) -> None:
-    if target in found.values:
+def _set(collected: FileValues, key: str, target: str, value: Any, path: str | Path) -> None:
+    if target in collected.values:
         raise UserError(f"{path} gives {target} twice (as '{key}' and in another form)")
-    found.values[target] = _typed(key, target, value, path)
+    collected.values[target] = _typed(key, target, value, path)
 
 
 def _typed(key: str, target: str, value: Any, path: str | Path) -> Any:

@@ -1,4 +1,4 @@
-"""Values of flags, typed: from the words of a command line and from the keywords of `sglang_gen.generate`."""
+"""Converts flag values, from the command line or keywords of `sglang_gen.generate`, to the types of the schema."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from sglang_gen.errors import UserError, nearest
 def flag_values(options: dict[str, Any]) -> dict[str, Any]:
     """Config path -> typed value for every flag that was given.
 
-    Raises UserError in the flag's own name when a value does not fit the schema.
+    Raises UserError, which names the flag, for a value of the wrong type.
     """
     return {flag.path: _typed(flag, options[flag.path]) for flag in FLAGS if flag.path and flag.path in options}
 
 
 def python_flags(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of `sglang_gen.generate` (flag names with underscores) as config path -> typed value."""
+    """Config path -> typed value for keywords of `sglang_gen.generate` (flag names with underscores)."""
     for name in keywords:
         if name not in BY_KEY or BY_KEY[name].path is None:
             raise UserError(f"generate() takes no keyword '{name}'{nearest(name, BY_KEY)}")

@@ -1,7 +1,7 @@
-"""The one table of command-line flags: each flag, its config path, its place on the help page and its help.
+"""Table of the command-line flags: name, config path, section of the help page and help text.
 
-Types and defaults are not here: they are the schema's (`schema.leaves`). The table is frozen by a test; a setting
-that is not in it is reached as a config key (`sampling.batch_size=4`).
+Types and defaults are in the schema (`schema.leaves`). A test freezes the table; a setting without a flag is set as a
+config key (`sampling.batch_size=4`).
 """
 
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag. `path` is None for --config alone, which is read before anything is composed."""
+    """One flag. `path` is None only for --config, which is read before composition."""
 
     name: str
     path: str | None
     section: str
     help: str
-    documented: bool = True  # on the command's page; the others are the five named extensions
+    documented: bool = True  # False for the five flags that the documented command does not have
 
     @property
     def option(self) -> str:
@@ -23,7 +23,7 @@ class Flag:
 
     @property
     def key(self) -> str:
-        """The flag as a key of a configuration file: model_path."""
+        """The flag as a key of a configuration file, such as model_path."""
         return self.name.replace("-", "_")
 
 
@@ -114,4 +114,4 @@ FLAGS: tuple[Flag, ...] = (
 BY_KEY: dict[str, Flag] = {flag.key: flag for flag in FLAGS}
 BY_PATH: dict[str, Flag] = {flag.path: flag for flag in FLAGS if flag.path}
 
-FILE_OR_INLINE = ("cache.cache_dit_config", "quant.nunchaku_config")  # JSON that may also be named as a file
+FILE_OR_INLINE = ("cache.cache_dit_config", "quant.nunchaku_config")  # take JSON or the name of a file

@@ -1,4 +1,4 @@
-"""The texts that the command prints about itself; nothing here imports a heavy library."""
+"""Help texts of the command. Imports no heavy library."""
 
 import textwrap
 from typing import Any
@@ -46,7 +46,7 @@ def version() -> str:
 
 
 def generate(_parser: Any = None) -> str:
-    """The help page of `sglang generate`: flags by section as documented, config groups, Hydra's options."""
+    """The help page of `sglang generate`: flags by section, config groups and keys, Hydra's options."""
     lines = [
         "usage: sglang generate --model-path MODEL --prompt TEXT [options] [group=option ...] [key.path=value ...]",
         "",
@@ -115,7 +115,7 @@ def _groups() -> dict[str, list[str]]:
 
 
 def models() -> str:
-    """One line per preset: name, where the weights are, what it is."""
+    """One line per preset: name, hub id or location of the weights, description."""
     known = presets.load()
     width = max(len(preset.name) for preset in known)
     where = max(len(preset.path or "") for preset in known)

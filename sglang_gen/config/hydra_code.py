@@ -1,9 +1,9 @@
-"""Where Hydra's own configuration names code, and which it may name: classes of installed plugins and ours, no others.
+"""Restricts the code that Hydra's configuration may name to classes of installed plugins and of this package.
 
-Hydra instantiates what `hydra.launcher`, `hydra.sweeper` and `hydra.callbacks` name as `_target_`, at any depth, and
-hands its logging to `logging.config`, which calls what `class` and `()` name. A folder of configuration files may be a
-stranger's, so that both are checked before anything is imported. In: the composed configuration as plain data, its
-interpolations as text.
+Hydra instantiates each `_target_` in `hydra.launcher`, `hydra.sweeper` and `hydra.callbacks`, at any depth, and passes
+its logging configuration to `logging.config`, which calls the values of `class` and `()`. Configuration files may come
+from untrusted sources, so both are checked before anything is imported. The input is the composed configuration as
+plain data, with unresolved interpolations.
 """
 
 import re
@@ -20,17 +20,17 @@ LOGGING_CLASSES = (
     "logging.Formatter", "logging.StreamHandler", "logging.FileHandler", "logging.NullHandler",
     "logging.handlers.RotatingFileHandler", "logging.handlers.TimedRotatingFileHandler",
 )  # fmt: skip
-JOB_FOLDER = "${hydra.runtime.output_dir}/"  # an absolute path, whatever the configuration says, once a job runs
+JOB_FOLDER = "${hydra.runtime.output_dir}/"  # Hydra sets it to an absolute path when a job runs
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 TRUSTED_PACKAGES = ("hydra", "hydra_plugins", "sglang_gen")
-PACKAGE = re.compile(rf"({'|'.join(TRUSTED_PACKAGES)})([./][A-Za-z0-9]\w*)*/?")  # not __main__, whose import is a run
+PACKAGE = re.compile(rf"({'|'.join(TRUSTED_PACKAGES)})([./][A-Za-z0-9]\w*)*/?")  # not __main__: its import starts a run
 OURS = "sglang_gen.sweep.callback.SweepTable"
-TEXT = re.compile(r"\$\{(oc\.env|now):[^{}]*\}|(\$\{[^{}]*\}[^${}]*){2,}")  # interpolations that are never a mapping
+TEXT = re.compile(r"\$\{(oc\.env|now):[^{}]*\}|(\$\{[^{}]*\}[^${}]*){2,}")  # interpolations that resolve to text
 REFERENCE = re.compile(r"\$\{(\w+(?:\.\w+)*)\}")
 
 
 def check(config: Mapping[str, Any], installed: Collection[str]) -> None:
-    """Raises UserError for a name of code that is neither in `installed` nor allowed in a logging configuration."""
+    """Raises UserError for a class that is neither in `installed` nor allowed in a logging configuration."""
     hydra = config["hydra"]
     _check_folder(hydra.get("output_subdir"))
     for name in INSTANTIATED:
@@ -48,13 +48,13 @@ def check(config: Mapping[str, Any], installed: Collection[str]) -> None:
 
 
 def _check_folder(name: Any) -> None:
-    """Raises UserError for a folder of Hydra's own files outside of the job's: they replace others of their names."""
+    """Raises UserError if Hydra's own files would be written outside the job's folder, where they replace others."""
     if name is not None and (Path(str(name)).is_absolute() or ".." in Path(str(name)).parts or "${" in str(name)):
         raise UserError(f"hydra.output_subdir is {name}; it must be the name of a folder in the job's own")
 
 
 def _check_text(where: str, text: str) -> None:
-    """Raises UserError for a text of a logging configuration that names an object, or may do so once it is resolved."""
+    """Raises UserError for a string in a logging configuration that names an object, or may do so once resolved."""
     if text.startswith(("ext://", "cfg://")) and text not in STREAMS:
         raise UserError(f"{where} is {text}: logging takes {' and '.join(STREAMS)} and no other object")
     if "${" in text and not (where.startswith("hydra.job_logging.") and text.startswith(JOB_FOLDER)):
@@ -62,7 +62,7 @@ def _check_text(where: str, text: str) -> None:
 
 
 def _walk(value: Any, where: str, key: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Every value inside: its path, its own key, and itself. Mappings and lists only where they stand for a name."""
+    """Yield (path, key, value) of every scalar in `value`, and of mappings and lists in place of a class name."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             if name in CALLED_KEYS and isinstance(item, (Mapping, list)):
@@ -76,18 +76,18 @@ def _walk(value: Any, where: str, key: str = "") -> Iterator[tuple[str, str, Any
 
 
 def _check_reference(where: str, value: Any, config: Mapping[str, Any]) -> None:
-    """Raises UserError for an interpolation that may stand for a mapping, whose classes were not looked at."""
+    """Raises UserError for an interpolation that may resolve to a mapping, whose classes were not checked."""
     chain: list[str] = []
     while isinstance(value, str) and value.startswith("${") and value.endswith("}") and not TEXT.fullmatch(value):
-        found = REFERENCE.fullmatch(value)
+        reference = REFERENCE.fullmatch(value)
         chain.append(value)
-        value = _at(config, found[1]) if found and chain.count(value) == 1 else {}
+        value = _at(config, reference[1]) if reference and chain.count(value) == 1 else {}
     if chain and isinstance(value, (Mapping, list)):
-        raise UserError(f"{where} is {chain[0]}, which may be a mapping: write out here what it stands for")
+        raise UserError(f"{where} is {chain[0]}, which may be a mapping: write the value in place of the interpolation")
 
 
 def _at(config: Mapping[str, Any], path: str) -> Any:
-    """The value at a config path; None where there is none, and a mapping where an interpolation is on the way."""
+    """The value at a config path; None if there is none, {} if an interpolation stands in place of a parent."""
     value: Any = config
     for name in path.split("."):
         if isinstance(value, str):
@@ -97,7 +97,7 @@ def _at(config: Mapping[str, Any], path: str) -> Any:
 
 
 def check_search_path(entries: Any) -> None:
-    """Raises UserError for a package in hydra.searchpath that would be imported for it."""
+    """Raises UserError for an entry of hydra.searchpath that would import an untrusted package."""
     for entry in entries if isinstance(entries, (list, tuple)) else ():
         scheme, separator, name = str(entry).partition("://")
         if separator and scheme == "pkg" and not PACKAGE.fullmatch(name):

@@ -1,4 +1,4 @@
-"""Reading configurations with Hydra: its loader, override words, and its errors as one sentence."""
+"""Hydra's configuration loader, its override parser, and its errors as one-sentence UserErrors."""
 
 import os.path
 import typing
@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sglang_gen import env
 from sglang_gen.config import hydra_code
 from sglang_gen.config.choices import Choices
-from sglang_gen.config.overrides import Word, dict_leaf
+from sglang_gen.config.overrides import Word, dict_path
 from sglang_gen.config.schema import Run
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.files import FULL
@@ -31,7 +31,7 @@ from sglang_gen.files import FULL
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """What Hydra and OmegaConf raise while they read a configuration is the user's to mend: one sentence."""
+    """Context that converts errors of Hydra and OmegaConf, which the user can correct, to one-sentence UserErrors."""
     try:
         yield
     except UserError:
@@ -47,7 +47,7 @@ def user_errors() -> Iterator[None]:
 
 
 class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
-    """Hydra's, which keeps what it last composed: reading it all once more would double the time of a composition."""
+    """Hydra's loader, which keeps the last defaults list so that `compose` need not read all files a second time."""
 
     defaults: Sequence[ResultDefault] = ()
     read: IConfigRepository
@@ -58,7 +58,10 @@ class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
         return composed
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
-        """Hydra's; every configuration comes from here, that of each job too. Raises UserError for code of others."""
+        """Hydra's method, which loads every configuration, also those of jobs.
+
+        Raises UserError for a configuration that would run code from other packages.
+        """
         cfg: DictConfig = super().load_configuration(*args, **kwargs)
         hydra_code.check(typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False)), instantiable())
         return cfg
@@ -77,21 +80,21 @@ class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
 
 @cache
 def instantiable() -> frozenset[str]:
-    """Classes that Hydra may instantiate: its plugins, what they and it registered, callbacks, and ours."""
+    """Names of the classes that Hydra may instantiate: its plugins, registered targets, callbacks, and our callback."""
     from hydra.experimental import callbacks
 
-    found = {hydra_code.OURS, *Plugins.instance().class_name_to_class}
+    allowed = {hydra_code.OURS, *Plugins.instance().class_name_to_class}
     pending = [callbacks.Callback]
     while pending:
         classes = pending.pop().__subclasses__()
         pending += classes
-        names = [f"{each.__module__}.{each.__qualname__}" for each in classes]
-        found.update(name for name in names if name.partition(".")[0] in hydra_code.TRUSTED_PACKAGES)
-    return frozenset(found | set(_targets(ConfigStore.instance().repo.get("hydra", {}))))
+        names = [f"{cls.__module__}.{cls.__qualname__}" for cls in classes]
+        allowed.update(name for name in names if name.partition(".")[0] in hydra_code.TRUSTED_PACKAGES)
+    return frozenset(allowed | set(_targets(ConfigStore.instance().repo.get("hydra", {}))))
 
 
 def _targets(stored: Any) -> Iterator[str]:
-    """Every `_target_` of the nodes that packages have put into Hydra's store."""
+    """Every `_target_` of the nodes that packages registered in Hydra's ConfigStore."""
     if isinstance(stored, ConfigNode):
         stored = OmegaConf.to_container(OmegaConf.create(stored.node), resolve=False)
     for name, item in stored.items() if isinstance(stored, dict) else ():
@@ -104,7 +107,7 @@ def _targets(stored: Any) -> Iterator[str]:
 def open_loader(config_dir: str | None) -> Loader:
     search_path = create_config_search_path(str(env.conf_dir()))
     if config_dir is not None:
-        if not os.path.isdir(config_dir):  # False also for names that no file system takes
+        if not os.path.isdir(config_dir):  # False also for invalid path names
             raise UserError(f"--config-dir: '{config_dir}' is not a folder")
         search_path.prepend("command-line", f"file://{Path(config_dir).absolute()}")
     store = ConfigStore.instance()
@@ -114,7 +117,7 @@ def open_loader(config_dir: str | None) -> Loader:
 
 
 def group_options(loader: ConfigLoaderImpl, choices: Choices) -> Callable[[str], list[str]]:
-    """Gives the options of a group, those in folders of hydra.searchpath included."""
+    """A function that returns the options of a group, including those in folders of hydra.searchpath."""
     search = [word for word in choices.overrides if "hydra.searchpath=" in word]
 
     def options_of(group: str) -> list[str]:
@@ -150,12 +153,12 @@ def _word(parser: OverridesParser, line: str) -> Word:
 
 
 def line_of(word: Word) -> str:
-    """The word as Hydra is to see it: keys of a free mapping are added or changed alike."""
-    return f"++{word.text}" if not word.sign and dict_leaf(word.key) else word.text
+    """The override as passed to Hydra, with `++` for keys of free-form mappings, which may or may not exist yet."""
+    return f"++{word.text}" if not word.sign and dict_path(word.key) else word.text
 
 
 def _sentence(error: Exception) -> str:
-    """One sentence for an error of Hydra or OmegaConf, its place in the configuration included."""
+    """One sentence for an error of Hydra or OmegaConf, with its config path."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     cause = error.__cause__

@@ -1,5 +1,5 @@
-"""What of the typed overrides is refused before anything is composed: unknown keys and options, settings given twice,
-and Hydra's own settings where they would change nothing."""
+"""Checks overrides before composition. Refuses unknown keys and options, settings given twice, and settings of Hydra
+that would have no effect."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from sglang_gen.config.flags import BY_KEY, BY_PATH, FLAGS
 from sglang_gen.config.schema import leaves
 from sglang_gen.errors import UserError, nearest
 
-# Groups whose option is the choice of one key: the flag and the option then name the same thing.
+# Groups whose options set a single key, which also has a flag.
 SELECTORS = {"backend": "backend.name", "attention": "attention.backend"}
 
-# Hydra's own settings that do something: everywhere, and in a multirun.
+# Settings of Hydra that have an effect in every run, and those that have one in a multirun only.
 _EVERYWHERE = ("hydra.mode", "hydra.searchpath")
 _MULTIRUN = ("hydra.sweep.dir", "hydra.sweeper", "hydra.launcher", "hydra.callbacks", "hydra.job.env_set",
              "hydra.job.env_copy", "hydra.job.name", "hydra/launcher", "hydra/sweeper", "hydra/callbacks")  # fmt: skip
@@ -20,13 +20,13 @@ _MULTIRUN = ("hydra.sweep.dir", "hydra.sweeper", "hydra.launcher", "hydra.callba
 
 @dataclass(frozen=True)
 class Word:
-    """One override: `sampling.seed=1,2`."""
+    """One parsed override, such as `sampling.seed=1,2`."""
 
     text: str  # as typed
     sign: str  # "", "+", "++" or "~"
-    key: str  # sampling.seed, model, hydra/launcher
+    key: str  # such as sampling.seed, model, hydra/launcher
     package: str | None
-    values: tuple[Any, ...]  # the value, or all values of a sweep that can be counted
+    values: tuple[Any, ...]  # the value, or all values of a finite sweep
     is_sweep: bool
 
     @property
@@ -35,12 +35,12 @@ class Word:
 
 
 def covers(outer: str, path: str) -> bool:
-    """True where `path` is `outer` or lies below it."""
+    """Whether `path` is `outer` or lies below it."""
     return path == outer or path.startswith(f"{outer}.")
 
 
-def dict_leaf(key: str) -> str | None:
-    """The config path of a mapping of free keys that `key` is or lies in: backend.diffusers_kwargs.eta."""
+def dict_path(key: str) -> str | None:
+    """The config path of the free-form mapping that contains `key` (backend.diffusers_kwargs.eta); None without one."""
     return next((path for path, kind in leaves().items() if _is_dict(kind) and covers(path, key)), None)
 
 
@@ -51,9 +51,9 @@ def _is_dict(kind: Any) -> bool:
 def check(
     words: Iterable[Word], flags: Mapping[str, Any], options_of: Callable[[str], list[str]], multirun: bool = False
 ) -> None:
-    """Raises UserError for the first word that cannot be what the user means.
+    """Raises UserError for the first invalid override.
 
-    `options_of` gives the options of a group, and [] for what is no group.
+    `options_of` returns the options of a group, and [] for any other key.
     """
     seen: set[str] = set()
     for word in words:
@@ -63,7 +63,7 @@ def check(
         if word.is_sweep and not multirun:
             raise UserError(f"'{word.text}' is a sweep: add -m for one run per value, or quote the value")
         if word.package is not None:
-            raise UserError(f"'{word.text}': a group has one place here; write {word.key}={_shown(word.values)}")
+            raise UserError(f"'{word.text}': groups take no package here; write {word.key}={_shown(word.values)}")
         if word.is_hydra:
             _check_hydra(word, options_of, multirun)
         elif word.key and (options := options_of(word.key)):
@@ -100,7 +100,7 @@ def _check_group(word: Word, options: list[str], flags: Mapping[str, Any]) -> No
 
 
 def check_option(group: str, option: Any, options: list[str]) -> None:
-    """Raises UserError when a group has no such option."""
+    """Raises UserError if the group has no such option."""
     if isinstance(option, (list, dict)):
         raise UserError(f"The group '{group}' takes the name of one option (options: {', '.join(options)})")
     name = "null" if option is None else str(option)
@@ -111,7 +111,7 @@ def check_option(group: str, option: Any, options: list[str]) -> None:
 
 def _check_key(word: Word, flags: Mapping[str, Any]) -> None:
     kinds = leaves()
-    if word.key not in kinds and dict_leaf(word.key) is None:
+    if word.key not in kinds and dict_path(word.key) is None:
         flag = BY_KEY.get(word.key.replace("-", "_"))
         if flag and flag.path:
             raise UserError(f"Unknown key '{word.key}'; write {flag.option} or {flag.path}=...")

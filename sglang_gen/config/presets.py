@@ -1,4 +1,4 @@
-"""The model presets of conf/model: their names, and which of them a path or an id means."""
+"""The model presets of conf/model, and how a model path or id selects one of them."""
 
 import re
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ class Preset:
 
 
 def load(config_dir: str | None = None) -> list[Preset]:
-    """All presets, a user's own `--config-dir` first. A broken file is left to the composition to refuse."""
-    found: dict[str, Preset] = {}
+    """All presets, sorted by name; those of `--config-dir` take precedence. Invalid files fail at composition."""
+    presets: dict[str, Preset] = {}
     own = _load_folder(Path(config_dir)) if config_dir else ()
     for preset in (*own, *_shipped()):
-        found.setdefault(preset.name, preset)
-    return sorted(found.values(), key=lambda preset: preset.name)
+        presets.setdefault(preset.name, preset)
+    return sorted(presets.values(), key=lambda preset: preset.name)
 
 
 @cache
@@ -50,22 +50,22 @@ def _read(path: Path) -> Preset:
 
 
 def by_path(path: str, known: list[Preset]) -> str | None:
-    """The preset whose hub id a model path is, or whose repository name a local folder has."""
+    """The preset whose repository name equals the last part of a hub id or local path; None if no preset matches."""
     wanted = _normal(Path(path).name)
-    found = [preset.name for preset in known if preset.path and _normal(Path(preset.path).name) == wanted]
-    return found[0] if found else None
+    names = [preset.name for preset in known if preset.path and _normal(Path(preset.path).name) == wanted]
+    return names[0] if names else None
 
 
 def by_id(name: str, known: list[Preset]) -> str | None:
-    """The preset that a model id means: its name, or its hub id or repository name; punctuation and case aside."""
+    """The preset with this name, hub id or repository name, ignoring punctuation and case; None if none matches."""
     own = [preset.name for preset in known if _normal(preset.name) == _normal(name)]
     return own[0] if own else by_path(name, known)
 
 
 def option(explicit: str | None, given: Mapping[str, Any], config_dir: str | None) -> str | None:
-    """The option of the group `model` that a path or an id implies; None where one is chosen or nothing is named.
+    """The option of the group `model` implied by a path or an id; None if an option is chosen or neither is given.
 
-    `explicit` is the option that was chosen by name, `given` the values that were stated, by config path.
+    `explicit` is the option chosen by name; `given` holds the user's values by config path.
     """
     known = load(config_dir)
     names = [preset.name for preset in known]

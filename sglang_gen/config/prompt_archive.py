@@ -1,8 +1,8 @@
-"""The prompts of a run in its records: a few stand in every record, many once beside the pictures.
+"""Storage of a run's prompts in its records: in each record if they are few, else in one file beside the images.
 
-A record repeats the whole run. With ten thousand prompts each of ten thousand records would hold a megabyte of the
-others' prompts; such a run keeps them in `prompts_<hash>.jsonl`, which its records name. The hash is that of the
-content, so that a record cannot repeat a run with other prompts than its own.
+A record holds the whole run. With ten thousand prompts each of ten thousand records would hold a megabyte of prompts.
+Such a run saves them once in `prompts_<hash>.jsonl`, which its records name. The hash is that of the content, so that
+a record is never repeated with other prompts.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ from sglang_gen.config.schema import Run, plain
 from sglang_gen.errors import UserError
 
 ARCHIVE_NAME = re.compile(r"prompts_[0-9a-f]{16}\.jsonl")
-MOST_PROMPT_BYTES = 16_384  # bytes of prompts that a record holds itself
+MOST_PROMPT_BYTES = 16_384  # most bytes of prompts that are stored in the record itself
 
 
 def recorded(run: Run) -> dict[str, Any]:
-    """The run as its records hold it; its prompts are in the output folder afterwards where they are many.
+    """The run as stored in its records. Many prompts are written to a file in the output folder.
 
-    Raises RunError when they cannot be written.
+    Raises RunError if that file cannot be written.
     """
     content: dict[str, Any] = plain(run)
     data = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in content["sampling"]["prompts"]).encode()
@@ -35,12 +35,12 @@ def recorded(run: Run) -> dict[str, Any]:
 
 
 def beside(record: str | Path, name: str) -> str:
-    """Path of the prompts that a record names. Raises UserError where they are gone or are not those of the record."""
+    """Path of the prompts file that a record names. Raises UserError if the file is missing or was changed."""
     path = Path(record).parent / name
     if not ARCHIVE_NAME.fullmatch(name):
-        raise UserError(f"{record} names {name} for its prompts, and a record's are in prompts_<hash>.jsonl beside it")
+        raise UserError(f"{record} names the prompts file {name}; it must be a prompts_<hash>.jsonl beside the record")
     if path.exists() and not path.is_file():
-        raise UserError(f"The prompts of {record} cannot be read from {path}: it is no file")
+        raise UserError(f"The prompts of {record} cannot be read from {path}: it is not a file")
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What to draw: prompts from the command line, a file or a record, as samples with seeds, in batches."""
+"""Reads prompts from the command line, a file or a record, and makes batches of samples with seeds from them."""
 
 import json
 import secrets
@@ -14,7 +14,7 @@ from sglang_gen.types import Sample
 
 
 def pin(run: Run) -> Run:
-    """The lines of sampling.prompts_file as sampling.prompts, so that the record repeats without the file."""
+    """The run with a seed, and with the lines of sampling.prompts_file in sampling.prompts for its record."""
     sampling = run.sampling
     stated = [sampling.prompt is not None, bool(sampling.prompts_file), bool(sampling.prompts)]
     if sum(stated) > 1:
@@ -22,7 +22,7 @@ def pin(run: Run) -> Run:
     seed = sampling.seed if sampling.seed is not None else secrets.randbelow(2**32)
     entries = _read(sampling.prompts_file) if sampling.prompts_file else sampling.prompts
     for entry in entries:
-        _check(entry)
+        _check_entry(entry)
     return replace(run, sampling=replace(sampling, seed=seed, prompts=entries, prompts_file=None))
 
 
@@ -42,7 +42,7 @@ def _read(path: str) -> list[dict[str, Any]]:
             continue
         try:
             entries.append(parse_json(line))
-            _check(entries[-1])
+            _check_entry(entries[-1])
         except UserError as error:
             raise UserError(f"sampling.prompts_file: {path}, line {number}: {error}") from None
         except ValueError as error:
@@ -52,7 +52,7 @@ def _read(path: str) -> list[dict[str, Any]]:
     return entries
 
 
-def _check(entry: Mapping[str, Any]) -> None:
+def _check_entry(entry: Mapping[str, Any]) -> None:
     kinds = {"prompt": str, "negative_prompt": str, "seed": int}
     for key, value in entry.items():
         if key not in kinds:
@@ -67,32 +67,32 @@ def _check(entry: Mapping[str, Any]) -> None:
 
 
 def samples(run: Run) -> list[Sample]:
-    """Every picture of the run: for each prompt, seeds base, base + 1, ...; each prompt starts at the run's seed."""
+    """All samples of the run. Those of one prompt have consecutive seeds, from its own seed or else the run's."""
     sampling, seed = run.sampling, run.sampling.seed
-    assert seed is not None  # pinned before
+    assert seed is not None  # set by `pin`
     entries = sampling.prompts or [{"prompt": sampling.prompt}]
-    found: list[Sample] = []
+    listed: list[Sample] = []
     most = BOUNDS["sampling.num_samples"][1]
     if len(entries) * sampling.num_samples > most:
-        raise UserError(f"{len(entries)} prompts x {sampling.num_samples} samples are more than {most} pictures")
+        raise UserError(f"{len(entries)} prompts x {sampling.num_samples} samples are more than {most} images")
     for entry in entries:
         base = int(entry.get("seed", seed))
         if base + sampling.num_samples - 1 > BOUNDS["sampling.seed"][1]:
             raise UserError(f"The seeds from {base} on leave the range of seeds with {sampling.num_samples} samples")
         negative = entry.get("negative_prompt", sampling.negative_prompt)
         for offset in range(sampling.num_samples):
-            found.append(Sample(len(found), entry["prompt"], negative, base + offset))
-    return found
+            listed.append(Sample(len(listed), entry["prompt"], negative, base + offset))
+    return listed
 
 
 def batches(given: list[Sample], size: int) -> tuple[tuple[Sample, ...], ...]:
-    """Consecutive samples in batches of at most `size`; with and without negative prompt are not mixed."""
-    found: list[list[Sample]] = []
+    """Group consecutive samples into batches of at most `size`, in which all or no samples have a negative prompt."""
+    grouped: list[list[Sample]] = []
     for sample in given:
-        last = found[-1] if found else []
+        last = grouped[-1] if grouped else []
         same = bool(last) and (last[-1].negative_prompt is None) == (sample.negative_prompt is None)
         if same and len(last) < size:
             last.append(sample)
         else:
-            found.append([sample])
-    return tuple(tuple(batch) for batch in found)
+            grouped.append([sample])
+    return tuple(tuple(batch) for batch in grouped)

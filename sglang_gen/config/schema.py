@@ -1,7 +1,7 @@
-"""The schema of a run: one root dataclass, one nested dataclass per config group.
+"""The schema of a run: one root dataclass, with one nested dataclass per config group.
 
-Every documented default lives here (or in a YAML file of `conf/`) and nowhere else. Type-checking of YAML files against
-this schema is Hydra's; `leaves` and `values.coerce` do the same for flags and configuration files.
+Every documented default is defined here or in a YAML file of `conf/`. Hydra checks the types of YAML files against this
+schema; `leaves` and `values.coerce` check flags and configuration files.
 """
 
 import dataclasses
@@ -69,16 +69,16 @@ class GuidanceBatching(Enum):
 
 @dataclass
 class Model:
-    """Which weights, and how a diffusers pipeline is put together from them."""
+    """The model's weights, and how a diffusers pipeline is assembled from them."""
 
     preset: str | None = None  # name of the option in conf/model whose settings apply
-    path: str | None = None  # hub id, local folder or whole-model file; null with landscape: the embedded folder
+    path: str | None = None  # hub id, local folder or single file; null with landscape: the embedded folder
     id: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     pipeline_class_name: str | None = None
     component_paths: dict[str, str] = field(default_factory=dict)
-    configs: str | None = None  # folder or hub id that has the component configs and tokenizers of a single file
+    configs: str | None = None  # folder or hub id with the component configs and tokenizers for a single file
     example_prompt: str | None = None
 
 
@@ -100,10 +100,10 @@ class Parallel:
     dp_size: int = 1
     dp_degree: int = 1
     enable_cfg_parallel: bool = False
-    timeout_minutes: float = 30.0  # that a rank waits for another
+    timeout_minutes: float = 30.0  # longest time that a rank waits for another
 
 
-# Of `Parallel`, what makes the layout.
+# Fields of `Parallel` that determine the layout.
 DEGREES = (
     "num_gpus", "tp_size", "sp_degree", "ulysses_degree", "ring_degree", "dp_size", "dp_degree", "enable_cfg_parallel",
 )  # fmt: skip
@@ -116,7 +116,7 @@ class Offload:
     text_encoder_cpu_offload: bool = False
     image_encoder_cpu_offload: bool = False
     vae_cpu_offload: bool = False
-    disk_path: str | None = None  # folder that holds what is offloaded to disk
+    disk_path: str | None = None  # folder for weights offloaded to disk
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Attention:
 
 @dataclass
 class Cache:
-    """Step caches; the fields of dbcache carry the names of cache-dit's own configuration."""
+    """Step caches; the fields of dbcache have the names of cache-dit's configuration."""
 
     method: CacheMethod = CacheMethod.none
     cache_dit_config: dict[str, Any] = field(default_factory=dict)
@@ -174,7 +174,7 @@ class Cache:
 class Compile:
     enable_torch_compile: bool = False
     regional: bool = True
-    cuda_graphs: bool = False  # capture an evaluation of the network once for each shape, and replay it
+    cuda_graphs: bool = False  # capture the network's forward pass once for each input shape, and replay it
     warmup: bool = False
     warmup_steps: int = 1
     disable_autocast: bool = False
@@ -186,8 +186,8 @@ class Sampling:
     negative_prompt: str | None = None
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
-    guidance_interval: list[float] | None = None  # guide from and up to these fractions of the steps; null: all
-    guidance_batching: GuidanceBatching = GuidanceBatching.auto  # both branches at once, or one after the other
+    guidance_interval: list[float] | None = None  # guided steps, from and to as fractions of all steps; null: all
+    guidance_batching: GuidanceBatching = GuidanceBatching.auto  # both branches in one batch, or sequentially
     height: int | None = None
     width: int | None = None
     seed: int | None = None
@@ -198,7 +198,7 @@ class Sampling:
     prompts: list[dict[str, Any]] = field(default_factory=list)
     image_path: str | None = None
     num_frames: int | None = None
-    latents: str | None = None  # safetensors file of an earlier run: start from its `noise`
+    latents: str | None = None  # safetensors file of an earlier run whose `noise` the first step starts from
 
 
 @dataclass
@@ -212,10 +212,10 @@ class Output:
 @dataclass
 class Perf:
     tag: str | None = None
-    machine_rates: bool = True  # measure this machine's matmul and memory rates once and keep them
+    machine_rates: bool = True  # measure this machine's matmul and memory rates once and cache them
     work: bool = True  # count FLOPs and bytes of each stage
-    repeat: int = 1  # generate so many times in one process: more observations, and a proof that nothing leaks
-    objective: str | None = None  # key of a number of the dump: what a job of a multirun returns to its sweeper
+    repeat: int = 1  # generations in one process, for more observations and a check that all are identical
+    objective: str | None = None  # key of a number in the dump that a job of a multirun returns to its sweeper
 
 
 @dataclass
@@ -266,14 +266,14 @@ class Run:
 
 def leaves(cls: type = Run, prefix: str = "") -> dict[str, Any]:
     """Every config path of the schema with its type, in order: `{"sampling.seed": int | None, ...}`."""
-    found: dict[str, Any] = {}
+    kinds: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(cls).items():
         path = f"{prefix}{name}"
         if dataclasses.is_dataclass(kind):
-            found |= leaves(typing.cast(type, kind), f"{path}.")
+            kinds |= leaves(typing.cast(type, kind), f"{path}.")
         else:
-            found[path] = kind
-    return found
+            kinds[path] = kind
+    return kinds
 
 
 def get(run: Run, path: str) -> Any:
@@ -291,7 +291,7 @@ def put(run: Run, path: str, value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, enums and tuples as JSON-ready dicts, names and lists."""
+    """Convert dataclasses, enums and tuples to dicts, names and lists that JSON can represent."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -303,14 +303,14 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-# Settings that may name a file or a folder of this machine, in which a leading ~ stands for a home folder.
+# Settings that may name a local file or folder, in which a leading ~ is expanded to the home folder.
 LOCAL = (
     "model.path", "model.configs", "lora.path", "quant.transformer_weights_path", "offload.disk_path",
     "sampling.image_path", "sampling.latents", "sampling.prompts_file", "quality.reference", "output.path",
     "output.perf_dump_path",
 )  # fmt: skip
 
-# The least and the most that a number may be; above, arithmetic or memory ends before the run does.
+# Minimum and maximum of numeric settings; larger values would overflow or exhaust memory.
 BOUNDS: dict[str, tuple[float, float]] = {
     "sampling.num_inference_steps": (1, 100_000),
     "sampling.num_samples": (1, 1_000_000),
@@ -328,5 +328,5 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 
 def user_gave(run: Run, sources: Mapping[str, str], path: str) -> bool:
-    """True where a flag, an override or a configuration file says something else than the schema."""
+    """Whether a flag, an override or a configuration file sets a value other than the schema's default."""
     return sources.get(path) in ("flag", "override", "file") and get(run, path) != get(Run(), path)

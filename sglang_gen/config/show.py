@@ -1,4 +1,4 @@
-"""What `--cfg`, `--info` and `--hydra-help` print."""
+"""Output of `--cfg`, `--info` and `--hydra-help`."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from sglang_gen.errors import UserError
 
 
 def show(choices: Choices, given: Mapping[str, Any]) -> str:
-    """What --cfg, --info and --hydra-help print."""
+    """The text printed by --cfg, --info or --hydra-help."""
     hydra = Hydra(task_name="generate", config_loader=open_loader(choices.config_dir))
     mode = RunMode.MULTIRUN if given.get("multirun") else RunMode.RUN
     with user_errors():
@@ -33,7 +33,7 @@ def show(choices: Choices, given: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _root_logger_kept() -> Iterator[None]:
-    """Hydra prints its information by a handler that it leaves on the root logger of the process."""
+    """Context that restores the root logger, to which Hydra adds a handler when it prints its information."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
@@ -52,19 +52,19 @@ def _hydra_help(hydra: Hydra) -> str:
 def _show_cfg(hydra: Hydra, choices: Choices, given: Mapping[str, Any], mode: RunMode) -> str:
     import yaml
 
-    parts: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
     if given["cfg"] in ("job", "all"):
-        parts = plain(compose_partly(choices)[0].run)
+        shown = plain(compose_partly(choices)[0].run)
     if given["cfg"] in ("hydra", "all"):
         cfg = hydra.compose_config(choices.config_name, list(choices.overrides), mode, with_log_configuration=False)
         if given.get("resolve"):
-            with read_write(cfg.hydra), open_dict(cfg.hydra):  # what only a job has
+            with read_write(cfg.hydra), open_dict(cfg.hydra):  # values that Hydra sets for each job
                 cfg.hydra.job.update({"num": 0, "id": "0"})
                 cfg.hydra.runtime.output_dir = cfg.hydra.run.dir
         HydraConfig.instance().set_config(cfg)
-        parts["hydra"] = OmegaConf.to_container(cfg.hydra, resolve=bool(given.get("resolve")), enum_to_str=True)
+        shown["hydra"] = OmegaConf.to_container(cfg.hydra, resolve=bool(given.get("resolve")), enum_to_str=True)
     for name in [] if given.get("package") in (None, "_global_") else given["package"].split("."):
-        if not isinstance(parts, dict) or name not in parts:
+        if not isinstance(shown, dict) or name not in shown:
             raise UserError(f"--package: the configuration has no '{given['package']}'")
-        parts = parts[name]
-    return yaml.safe_dump(parts, sort_keys=False, allow_unicode=True).removesuffix("...\n").rstrip("\n")
+        shown = shown[name]
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).removesuffix("...\n").rstrip("\n")

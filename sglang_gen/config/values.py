@@ -1,4 +1,4 @@
-"""Text, JSON and YAML -> values of the schema's types; no key twice, and nothing that JSON could not say again."""
+"""Converts text, JSON and YAML to the types of the schema. Refuses duplicate keys and values that JSON cannot hold."""
 
 import dataclasses
 import json
@@ -11,11 +11,11 @@ from enum import Enum
 from functools import cache
 from typing import Any, NoReturn, Union
 
-DEPTH, SIZE = 64, 1_000_000  # of what a file or a flag may hold; an alias of YAML can stand for itself
+DEPTH, SIZE = 64, 1_000_000  # limits for the contents of a file or flag; a YAML alias can contain itself
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError with half a sentence ("is not valid JSON: ...")."""
+    """Parse a JSON text. Raises ValueError with a clause ("is not valid JSON: ...")."""
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_finite, parse_int=_integer)
     except json.JSONDecodeError as error:
@@ -28,11 +28,11 @@ def parse_json(text: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"gives the key '{next(name for name in names if names.count(name) > 1)}' twice")
-    return found
+    return unique
 
 
 def _not_finite(word: str) -> NoReturn:
@@ -46,7 +46,7 @@ def _integer(digits: str) -> int:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, by the safe loader. Raises ValueError with half a sentence."""
+    """Parse a YAML text with the safe loader. Raises ValueError with a clause ("is not valid YAML: ...")."""
     import yaml
 
     try:
@@ -57,7 +57,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"is not valid YAML: {problem or getattr(error, 'reason', 'unreadable')}{where}") from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None
-    except (ValueError, LookupError, AttributeError, TypeError):  # what a tag's constructor raises: !!bool maybe
+    except (ValueError, LookupError, AttributeError, TypeError):  # raised by the constructors of tags: !!bool maybe
         raise ValueError("is not valid YAML: a value does not fit its tag, or a number is too long") from None
     check_plain(value)
     return value
@@ -68,7 +68,7 @@ def _yaml_loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """The safe loader, which refuses a key that is given twice and leaves dates as the text they are."""
+        """A safe loader that refuses duplicate keys and keeps dates as text."""
 
         yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own name and shape
             letter: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
@@ -86,13 +86,13 @@ def _yaml_loader() -> Any:
 
 
 def check_plain(content: Any) -> None:
-    """Refuse what cannot be written back as JSON in UTF-8. Raises ValueError with the place: "a.b is nan; ..."."""
+    """Raises ValueError for values that UTF-8 JSON cannot represent, with their place: "a.b is nan; ..."."""
     pending, seen = [("", content, 0)], 0
     while pending:
         where, value, depth = pending.pop()
         seen += 1
         if depth > DEPTH or seen > SIZE:
-            raise ValueError("is nested too deeply, or holds too much")
+            raise ValueError("is nested too deeply, or is too large")
         if isinstance(value, dict):
             pending += [(f"{where}.{name}" if where else str(name), item, depth + 1) for name, item in value.items()]
             pending += [(f"the key '{name!r}'", name, depth + 1) for name in value]
@@ -119,10 +119,10 @@ def _check_scalar(where: str, value: Any) -> None:
 
 
 def coerce(value: Any, kind: Any) -> Any:
-    """`value` as the schema's type `kind`; text from a command line, parsed JSON or YAML, and a program's paths and
-    numbers (numpy's too) are all taken.
+    """Convert `value` to the schema's type `kind`. Accepts text from a command line, parsed JSON or YAML, and paths and
+    numbers from Python, including numpy's.
 
-    Raises ValueError with half a sentence ("is not an integer") when the value does not fit.
+    Raises ValueError with a clause ("is not an integer") for a value of the wrong type.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
@@ -149,7 +149,7 @@ def _coerce_union(value: Any, args: tuple[Any, ...]) -> Any:
     if value is None and type(None) in args:
         return None
     kinds = [kind for kind in args if kind is not type(None)]
-    if bool in kinds and str in kinds:  # dry_run: the words true and false are the switch
+    if bool in kinds and str in kinds:  # dry_run: the strings true and false are booleans
         return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else coerce(value, bool)
     return coerce(value, kinds[0])
 
@@ -178,7 +178,7 @@ def _coerce_list(value: Any, item_kind: Any) -> list[Any]:
     if isinstance(value, str):
         value = [item.strip() for item in value.split(",") if item.strip()]
         if not value:
-            raise ValueError("names nothing")
+            raise ValueError("is an empty list")
     if not isinstance(value, (list, tuple)):
         raise ValueError("is not a list")
     return [coerce(item, item_kind) for item in value]
@@ -195,7 +195,7 @@ def _coerce_scalar(value: Any, kind: type) -> Any:
             raise ValueError("is not true or false")
         return value
     noun = "an integer" if kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):  # numpy's numbers are real ones
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):  # numpy's scalars are numbers.Real
         raise ValueError(f"is not {noun}")
     if kind is int and not isinstance(value, (numbers.Integral, str)) and not float(value).is_integer():
         raise ValueError(f"is not {noun}")

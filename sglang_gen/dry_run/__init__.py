@@ -1,1 +1,1 @@
-"""What a run would need and take, without a weight: memory, communication, FLOPs, time on a named machine."""
+"""Estimates for a run, made without loading weights: memory, communication, FLOPs, and time on a named machine."""

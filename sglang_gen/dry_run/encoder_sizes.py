@@ -1,20 +1,20 @@
-"""How many numbers the weights of text encoders and autoencoders are, by their configurations.
+"""Parameter counts of text encoders and autoencoders, computed from their configurations.
 
-Their libraries take seconds to import, which a dry run does not have.
+A dry run does not import their libraries, which takes seconds.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 Config = Mapping[str, Any]
-CLIP_VISION = {  # what transformers takes where a config says nothing
+CLIP_VISION = {  # transformers' defaults
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "patch_size": 32, "image_size": 224,
     "num_channels": 3,
 }  # fmt: skip
 
 
 def clip(config: Config, ranks: int = 1) -> int:
-    """A CLIP text encoder (Radford et al. 2021)."""
+    """Parameters of a CLIP text encoder (Radford et al. 2021)."""
     width, inside = config["hidden_size"], config["intermediate_size"]
     attention = 4 * _linear(width, width)
     feed_forward = _linear(width, inside) + _linear(inside, width)
@@ -24,12 +24,12 @@ def clip(config: Config, ranks: int = 1) -> int:
 
 
 def clip_projected(config: Config, ranks: int = 1) -> int:
-    """The same with a projection of the pooled text."""
+    """Parameters of a CLIP text encoder with a projection of the pooled text."""
     return int(clip(config) + config["hidden_size"] * config["projection_dim"])
 
 
 def safety_checker(config: Config, ranks: int = 1) -> int:
-    """The safety checker of Stable Diffusion 1: a CLIP image encoder, its projection, 17 concepts and 3 that warn."""
+    """Parameters of Stable Diffusion 1's safety checker: a CLIP image encoder, a projection, 17 + 3 concepts."""
     vision, projected = config.get("vision_config") or {}, config.get("projection_dim", 512)
     vision = {**CLIP_VISION, **vision}
     width, inside, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
@@ -41,17 +41,17 @@ def safety_checker(config: Config, ranks: int = 1) -> int:
 
 
 def t5(config: Config, ranks: int = 1) -> int:
-    """The encoder of T5 (Raffel et al. 2020); on several tensor parallel ranks, one's part of its layers."""
+    """Parameters of a T5 encoder (Raffel et al. 2020) on one of `ranks` tensor parallel ranks."""
     width, inner = config["d_model"], config["num_heads"] * config["d_kv"]
     gated = config.get("is_gated_act", str(config.get("feed_forward_proj", "relu")).startswith("gated"))
-    cut = config["num_layers"] * (4 * width * inner + (3 if gated else 2) * width * config["d_ff"])
-    cut += config.get("relative_attention_num_buckets", 32) * config["num_heads"]
-    whole = config["vocab_size"] * width + (2 * config["num_layers"] + 1) * width
-    return int(cut // ranks + whole)
+    sharded = config["num_layers"] * (4 * width * inner + (3 if gated else 2) * width * config["d_ff"])
+    sharded += config.get("relative_attention_num_buckets", 32) * config["num_heads"]
+    replicated = config["vocab_size"] * width + (2 * config["num_layers"] + 1) * width
+    return int(sharded // ranks + replicated)
 
 
 def autoencoder(config: Config, ranks: int = 1) -> int:
-    """AutoencoderKL (Rombach et al. 2022), both halves."""
+    """Parameters of an AutoencoderKL (Rombach et al. 2022): encoder and decoder."""
     widths, blocks = config["block_out_channels"], config.get("layers_per_block", 1)
     latent, last = config.get("latent_channels", 4), widths[-1]
     attention = 4 * _linear(last, last) + _norm(last) if config.get("mid_block_add_attention", True) else 0

@@ -1,7 +1,7 @@
-"""What a rank of the native engine will hold, send and compute, before anything is loaded.
+"""Estimates the memory, communication and FLOPs of one rank of the native engine, before anything is loaded.
 
-The network is rehearsed without memory on the meta device, as one rank has it: with the shapes of the run, and the
-collectives of its layout. Nothing is measured but what that twin does.
+One rank's network is traced on the meta device, with the shapes of the run and the collectives of its layout. All
+numbers come from this trace.
 """
 
 import weakref
@@ -38,23 +38,23 @@ from sglang_gen.types import Layout, ModelCard, Plan
 
 
 @dataclass
-class Rehearsal:
-    """Of one rank: what a step computes and sends, and the most that is alive at once beside the weights."""
+class NetworkTrace:
+    """Trace of one rank's network: its memory, and the kernels and communication of one denoising step."""
 
-    weights: int  # bytes of the network's part
-    alive: int = 0  # bytes
+    weights: int  # bytes of the rank's weights
+    alive: int = 0  # peak bytes of all other tensors
     conditioning: Traffic = field(default_factory=Traffic)
     step: Traffic = field(default_factory=Traffic)
-    kernels: Kernels = field(default_factory=lambda: Kernels(fused=False))  # of a step
+    kernels: Kernels = field(default_factory=lambda: Kernels(fused=False))  # kernels of one step
 
     @property
     def flops(self) -> int:
-        """In a step; a multiplication and an addition are two."""
+        """FLOPs of one step; a multiply-add counts as two."""
         return self.kernels.flops
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the tensors that are alive, and the most that ever were; `known` are not counted."""
+    """Counts the bytes of live tensors, now and at their peak. The tensors in `known` are not counted."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -65,26 +65,26 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._note(leaf.untyped_storage())
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
         return out
 
-    def _note(self, storage: Any) -> None:
+    def _add(self, storage: Any) -> None:
         if storage in self.seen:
             return
         size = storage.nbytes()
         self.seen[storage] = size
         self.now += size
         self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, size)
+        weakref.finalize(storage, self._remove, size)
 
-    def _gone(self, size: int) -> None:
+    def _remove(self, size: int) -> None:
         self.now -= size
 
 
-def rehearsal(
-    glue: Any,
+def trace_network(
+    pipeline: Any,
     split: Split,
     card: ModelCard,
     request: Request,
@@ -92,55 +92,55 @@ def rehearsal(
     guidance: Guidance,
     dtype: torch.dtype,
     fused: bool = False,
-) -> Rehearsal:
-    """One rank's conditioning and one guided step of a batch of `rows` pictures; `fused` is what compiled code does."""
-    configs = {name: part.config for name, part in card.components.items()}
-    config = configs[glue.NETWORK]
-    twin = split.meta_copy(lambda: glue.build(config), dtype)
+) -> NetworkTrace:
+    """Trace one rank's conditioning and one guided step of a batch of `rows` images; `fused` models compiled code."""
+    configs = {name: component.config for name, component in card.components.items()}
+    config = configs[pipeline.NETWORK]
+    twin = split.meta_copy(lambda: pipeline.build(config), dtype)
     held = [*twin.network.parameters(), *twin.network.buffers()]
-    found = Rehearsal(sum(map(stored_bytes, held)), kernels=Kernels(fused))
+    trace = NetworkTrace(sum(map(stored_bytes, held)), kernels=Kernels(fused))
     with torch.device("meta"):
-        latents = torch.empty(rows, *glue.latents_shape(config, request), dtype=dtype)
-        shapes = glue.encoded_shapes(configs, request.text_length)
+        latents = torch.empty(rows, *pipeline.latents_shape(config, request), dtype=dtype)
+        shapes = pipeline.encoded_shapes(configs, request.text_length)
         texts = tuple(torch.empty(rows, *shape, dtype=dtype) for shape in shapes)
     encoded: Encoded = [texts, texts] if guidance.on else [texts]
     timesteps = torch.zeros(request.steps_run)
     step = guidance.steps.start if guidance.on and guidance.steps else 0
 
     def evaluate(network: Any) -> None:
-        prepare = partial(glue.prepare, network, timesteps, request)
-        with counted() as found.conditioning:
+        prepare = partial(pipeline.prepare, network, timesteps, request)
+        with counted() as trace.conditioning:
             predict = guided(prepare, encoded, guidance, range(request.steps_run), split.mesh.axis("cfg"))
-        with counted() as found.step, found.kernels:
+        with counted() as trace.step, trace.kernels:
             predict(latents, step)
 
     with Alive([*held, latents, *texts]) as alive:
-        trace_on_meta(twin, (), evaluate, found.kernels.attended)
-    found.alive = alive.most
-    return found
+        trace_on_meta(twin, (), evaluate, trace.kernels.add_attention)
+    trace.alive = alive.most
+    return trace
 
 
-def decoding(
-    glue: Any, axis: Axis, card: ModelCard, request: Request, rows: int, dtype: torch.dtype
+def trace_decoding(
+    pipeline: Any, axis: Axis, card: ModelCard, request: Request, rows: int, dtype: torch.dtype
 ) -> tuple[int, Traffic]:
-    """The most bytes that are alive beside the weights while a batch of `rows` pictures is decoded, and what is sent.
+    """Peak bytes of live tensors, without weights, and the communication of decoding a batch of `rows` images.
 
-    The ranks of `axis` share the rows of the pictures.
+    The ranks of `axis` shard the rows of pixels.
     """
     config = autoencoder.config(card.components["vae"].config)
     with torch.device("meta"):
-        vae = decoders.split(Autoencoder(config).to(glue.decoding_dtype(config, dtype)), axis)
+        vae = decoders.split(Autoencoder(config).to(pipeline.decoding_dtype(config, dtype)), axis)
         latents = torch.empty(rows, config.channels, *request.latent_size).to(autoencoder.dtype(vae))
     with torch.no_grad(), counted() as sent, Alive([*vae.parameters(), latents]) as alive:
         vae.decode(latents)
     return alive.most, sent
 
 
-def encoding(glue: Any, card: ModelCard, request: Request, dtype: torch.dtype) -> int:
-    """The most bytes that are alive beside the weights while an input picture is encoded, whole on each rank."""
+def trace_encoding(pipeline: Any, card: ModelCard, request: Request, dtype: torch.dtype) -> int:
+    """Peak bytes of live tensors, without weights, of encoding an input image, which every rank encodes completely."""
     config = autoencoder.config(card.components["vae"].config)
     with torch.device("meta"):
-        vae = Autoencoder(config).to(glue.encoding_dtype(config, dtype))
+        vae = Autoencoder(config).to(pipeline.encoding_dtype(config, dtype))
         pixels = torch.empty(1, config.channels_in, request.height, request.width, dtype=autoencoder.dtype(vae))
     with torch.no_grad(), Alive([*vae.parameters(), pixels]) as alive:
         vae.encode(pixels)
@@ -148,33 +148,33 @@ def encoding(glue: Any, card: ModelCard, request: Request, dtype: torch.dtype) -
 
 
 def busiest(layout: Layout, lengths: Sequence[int]) -> tuple[int, ...]:
-    """Ranks of which one does as much as any; `lengths` are the parts of those that share a picture.
+    """Ranks that include the one with the most work; `lengths` are the shard sizes of the sequence parallel ranks.
 
-    The first, which has the longest part of the text, the one with the largest part of the picture, and the one with
-    the largest among those that have neighbours on both sides.
+    These are the first rank, which has the longest shard of the text, the rank with the largest shard of the image, and
+    the rank with the largest shard among those with neighbours on both sides.
     """
-    whole, inner = range(len(lengths)), range(1, len(lengths) - 1)
-    shares = {0} | {max(numbers, key=lambda number: lengths[number]) for numbers in (whole, inner) if numbers}
+    outer, inner = range(len(lengths)), range(1, len(lengths) - 1)
+    shards = {0} | {max(numbers, key=lambda number: lengths[number]) for numbers in (outer, inner) if numbers}
     places = [
-        dict.fromkeys(AXES, 0) | dict(zip(("ring", "ulysses"), divmod(n, layout.ulysses), strict=True)) for n in shares
+        dict.fromkeys(AXES, 0) | dict(zip(("ring", "ulysses"), divmod(n, layout.ulysses), strict=True)) for n in shards
     ]
     return tuple(rank for rank in range(layout.ranks) if coordinates(layout, rank) in places)
 
 
 def weights_of(plan: Plan, needs: Any, network: int) -> dict[str, int]:
-    """Bytes of each component on one rank; the network's are given. T5 is spread over tensor parallel ranks."""
+    """Bytes of each component's weights on one rank; `network` is the denoising network's. T5 is tensor parallel."""
     size = getattr(torch, plan.dtype).itemsize
-    found = {}
+    sizes = {}
     for name in needs.required(plan.card):
-        part = plan.card.components[name]
+        component = plan.card.components[name]
         if name == needs.network:
-            found[name] = network
-        elif part.class_name in COUNT:
-            found[name] = COUNT[part.class_name](part.config, _encoder_ranks(plan, name)) * size
-            if part.class_name == "T5EncoderModel" and plan.dtype == "float16":
-                c = part.config
-                found[name] += 2 * c["num_layers"] * c["d_model"] * c["d_ff"]  # `wo` stays in float32
-    return found
+            sizes[name] = network
+        elif component.class_name in COUNT:
+            sizes[name] = COUNT[component.class_name](component.config, _encoder_ranks(plan, name)) * size
+            if component.class_name == "T5EncoderModel" and plan.dtype == "float16":
+                c = component.config
+                sizes[name] += 2 * c["num_layers"] * c["d_model"] * c["d_ff"]  # `wo` stays in float32
+    return sizes
 
 
 def _encoder_ranks(plan: Plan, name: str) -> int:
@@ -185,46 +185,46 @@ def _encoder_ranks(plan: Plan, name: str) -> int:
 
 
 def estimate(plan: Plan) -> dict[str, Any]:
-    """`{memory, conditioning, step, decoding, prediction}` of one rank; `{reason}` where the engine is not ours.
+    """Return `{memory, conditioning, step, decoding, prediction}` of one rank; `{reason}` for the diffusers backend.
 
-    Raises UserError for an input picture that cannot be read, or has too few rows for the ranks.
+    Raises UserError for an input image that cannot be read or has too few rows for the ranks.
     """
     if plan.backend != "sglang":
         return {"reason": f"not estimated ({plan.backend})"}
     asked = Asked(plan)
     glue, request, batch = asked.glue, asked.whole, max(plan.batches, key=len)
     layout_limits.check_size(plan.run, plan.card, plan.layout, plan.stated_degrees, request.height, request.width)
-    negative = any(sample.negative_prompt is not None for each in plan.batches for sample in each)
+    negative = any(sample.negative_prompt is not None for samples in plan.batches for sample in samples)
     together = plan.run.sampling.guidance_batching is not GuidanceBatching.sequential
     guidance = memory_policy.guidance(plan, glue, request, negative, together)
-    ranks = busiest(plan.layout, _parts(asked, request))
+    ranks = busiest(plan.layout, _shard_sizes(asked, request))
     meshes, dtype = [Mesh(plan.layout, rank) for rank in ranks], getattr(torch, plan.dtype)
     splits = [Split(mesh, glue.TENSOR, glue.SHARDING) for mesh in meshes]
     fused = plan.run.compile.enable_torch_compile
-    all_found = [rehearsal(glue, split, plan.card, request, len(batch), guidance, dtype, fused) for split in splits]
-    found = max(all_found, key=lambda each: sum(each.step.bytes.values()))
-    found.alive = max(each.alive for each in all_found)
-    found.kernels = max((each.kernels for each in all_found), key=lambda each: each.flops)
-    decoded, sent = max(
-        (decoding(glue, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype) for mesh in meshes),
-        key=lambda each: sum(each[1].bytes.values()),
+    traces = [trace_network(glue, split, plan.card, request, len(batch), guidance, dtype, fused) for split in splits]
+    trace = max(traces, key=lambda one: sum(one.step.bytes.values()))
+    trace.alive = max(one.alive for one in traces)
+    trace.kernels = max((one.kernels for one in traces), key=lambda kernels: kernels.flops)
+    decoded, traffic = max(
+        (trace_decoding(glue, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype) for mesh in meshes),
+        key=lambda one: sum(one[1].bytes.values()),
     )
-    weights = weights_of(plan, asked.needs, found.weights)
-    alive = {"step": found.alive, "decoding": decoded}
+    weights = weights_of(plan, asked.needs, trace.weights)
+    alive = {"step": trace.alive, "decoding": decoded}
     if plan.run.sampling.image_path:
-        alive["encoding"] = encoding(glue, plan.card, request, dtype)
+        alive["encoding"] = trace_encoding(glue, plan.card, request, dtype)
     total = sum(weights.values()) + max(alive.values())
     return {
-        "memory": {"weights": weights, "alive": alive, "total": total, "there": _there(plan)},
-        "conditioning": {"collectives": _listed(found.conditioning)},
-        "step": {"flops": found.flops, "collectives": _listed(found.step)},
-        "decoding": {"collectives": _listed(sent)},
-        "prediction": predicted(plan.run.machine, plan.dtype, found.kernels, sum(found.step.bytes.values())),
+        "memory": {"weights": weights, "alive": alive, "total": total, "there": _available_memory(plan)},
+        "conditioning": {"collectives": _collectives(trace.conditioning)},
+        "step": {"flops": trace.flops, "collectives": _collectives(trace.step)},
+        "decoding": {"collectives": _collectives(traffic)},
+        "prediction": predicted(plan.run.machine, plan.dtype, trace.kernels, sum(trace.step.bytes.values())),
     }
 
 
-def _parts(asked: Asked, request: Request) -> tuple[int, ...]:
-    """How the ranks that share a picture divide it."""
+def _shard_sizes(asked: Asked, request: Request) -> tuple[int, ...]:
+    """Sizes of the image's shards on the sequence parallel ranks."""
     sharding: Sharding = asked.glue.SHARDING
     size = asked.glue.latents_shape(asked.config, request)[sharding.dim - 1]
     with torch.device("meta"):
@@ -232,21 +232,21 @@ def _parts(asked: Asked, request: Request) -> tuple[int, ...]:
     return shard_sizes(size, unit, asked.plan.layout.ring * asked.plan.layout.ulysses)
 
 
-def _there(plan: Plan) -> int | None:
-    """Bytes that this machine has for each rank; None for another machine."""
+def _available_memory(plan: Plan) -> int | None:
+    """Bytes of memory that this machine has per rank; None if a machine is named."""
     if plan.run.machine.name != "auto":
         return None
     return env.memory_bytes(plan.device) // (1 if plan.device == "cuda" else plan.here)
 
 
-def _listed(traffic: Traffic) -> dict[str, dict[str, int]]:
+def _collectives(traffic: Traffic) -> dict[str, dict[str, int]]:
     return {name: {"count": traffic.calls[name], "bytes": traffic.bytes[name]} for name in sorted(traffic.calls)}
 
 
 def predicted(machine: Machine, dtype: str, kernels: Kernels, sent: int) -> dict[str, Any] | None:
-    """Milliseconds of a step on a named machine, none of which is measured: its kernels, and then what is sent.
+    """Predicted milliseconds of one step on a named machine: the sum of its kernels and its communication.
 
-    None where no machine is named; `{reason}` where its rates do not hold.
+    None if no machine is named; `{reason}` if its rates are incomplete or for another dtype.
     """
     if machine.name == "auto":
         return None
@@ -255,11 +255,11 @@ def predicted(machine: Machine, dtype: str, kernels: Kernels, sent: int) -> dict
         return {"reason": f"machine={machine.name} lacks one of matmul_tflops, memory_gb_per_s and link_gb_per_s"}
     if dtype not in ("bfloat16", "float16"):
         return {"reason": f"the rates of machine={machine.name} are those of bfloat16, and this run is {dtype}"}
-    parts = {
+    times = {
         "products_ms": seconds(kernels.products, rate, memory),
         "attention_ms": seconds(kernels.attention, machine.attention_tflops or rate, memory),
         "elementwise_ms": kernels.elementwise / (memory * 1e9),
         "communication_ms": sent / (link * 1e9) if sent and link else 0.0,
     }
-    rounded = {name: round(1000 * part, 3) for name, part in parts.items()}
-    return {"machine": machine.name, **rounded, "step_ms": round(1000 * sum(parts.values()), 3), "measured": False}
+    rounded = {name: round(1000 * time, 3) for name, time in times.items()}
+    return {"machine": machine.name, **rounded, "step_ms": round(1000 * sum(times.values()), 3), "measured": False}

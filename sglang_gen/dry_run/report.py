@@ -1,4 +1,4 @@
-"""`dry_run=true` and `dry_run=json`: the resolved plan and what a rank will hold, send and compute, nothing loaded."""
+"""Output of `dry_run=true` and `dry_run=json`: the plan, and one rank's estimated memory, communication and FLOPs."""
 
 import json
 from typing import Any
@@ -11,13 +11,13 @@ from sglang_gen.types import Plan
 
 
 def describe(plan: Plan) -> str:
-    """The plan as a table, or as JSON where the run asks for that.
+    """The plan as a table, or as JSON with dry_run=json.
 
-    Raises UserError for what the backend would refuse before it reads a weight.
+    Raises UserError for requests that the backend would refuse before it reads a weight.
     """
     check(plan, warn=True)
     if plan.run.quality.reference is not None:
-        quality.counterparts(plan.run.quality.reference, [plain(each) for batch in plan.batches for each in batch])
+        quality.counterparts(plan.run.quality.reference, [plain(sample) for batch in plan.batches for sample in batch])
     return json.dumps(_as_dict(plan), indent=2, ensure_ascii=False) if plan.run.dry_run == "json" else _as_table(plan)
 
 
@@ -25,7 +25,7 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.card.name,
         "pipeline": plan.pipeline_class,
-        "components": {name: part.class_name for name, part in plan.card.components.items()},
+        "components": {name: component.class_name for name, component in plan.card.components.items()},
         "layout": {**plain(plan.layout), "ranks": plan.layout.ranks},
         "requested": dict(plan.requested),
         "effective": dict(plan.effective),
@@ -52,7 +52,7 @@ def _as_table(plan: Plan) -> str:
     ]
     rows += [(name, f"{_short(value)}  ->  {_short(plan.effective[name])}") for name, value in plan.requested.items()]
     if rates := plan.effective.get("dtype_choice"):
-        rows.append(("dtype=auto went by", _short(rates)))
+        rows.append(("dtype=auto chosen by", _short(rates)))
     rows += _estimated(content["estimate"])
     rows += [
         (path, f"{_short(_at(content['run'], path))}  (from {source})")
@@ -64,28 +64,28 @@ def _as_table(plan: Plan) -> str:
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
 
-def _estimated(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Rows of what is expected of each rank."""
-    if "reason" in found:
-        return [("estimate", found["reason"])]
-    memory, alive = found["memory"], found["memory"]["alive"]
+def _estimated(estimated: dict[str, Any]) -> list[tuple[str, str]]:
+    """Table rows of the estimates for one rank."""
+    if "reason" in estimated:
+        return [("estimate", estimated["reason"])]
+    memory, alive = estimated["memory"], estimated["memory"]["alive"]
     weights = ", ".join(f"{name} {_bytes(size)}" for name, size in memory["weights"].items())
     beside = ", ".join(f"{name} {_bytes(size)}" for name, size in alive.items())
     rows = [
         ("memory per rank", f"{_bytes(memory['total'])}: {weights}; and beside them {beside}"),
-        ("communication per step", _sent(found["step"])),
-        ("communication of decoding", _sent(found["decoding"])),
-        ("FLOPs per step", f"{found['step']['flops']:.3g} on each rank"),
+        ("communication per step", _communication(estimated["step"])),
+        ("communication of decoding", _communication(estimated["decoding"])),
+        ("FLOPs per step", f"{estimated['step']['flops']:.3g} on each rank"),
     ]
     needed, there = memory["total"], memory["there"]
     if there is not None and needed > there:
         rows.append(("warning", f"a rank needs {_bytes(needed)}, and this machine has {_bytes(there)} for each"))
-    return [*rows, *_predicted(found["prediction"])]
+    return [*rows, *_predicted(estimated["prediction"])]
 
 
-def _sent(stage: dict[str, Any]) -> str:
-    each = [f"{name} {sent['count']} x, {_bytes(sent['bytes'])}" for name, sent in stage["collectives"].items()]
-    return "; ".join(each) or "none"
+def _communication(stage: dict[str, Any]) -> str:
+    listed = [f"{name} {calls['count']} x, {_bytes(calls['bytes'])}" for name, calls in stage["collectives"].items()]
+    return "; ".join(listed) or "none"
 
 
 def _bytes(size: int) -> str:
@@ -103,11 +103,11 @@ def _predicted(prediction: dict[str, Any] | None) -> list[tuple[str, str]]:
         "elementwise_ms": "element-wise",
         "communication_ms": "sending",
     }
-    parts = ", ".join(f"{prediction[key]:.1f} {name}" for key, name in names.items())
+    shares = ", ".join(f"{prediction[key]:.1f} {name}" for key, name in names.items())
     return [
         (
             "PREDICTION",
-            f"{prediction['step_ms']:.1f} ms a step on {prediction['machine']} ({parts}); nothing is measured",
+            f"{prediction['step_ms']:.1f} ms a step on {prediction['machine']} ({shares}); nothing is measured",
         )
     ]
 

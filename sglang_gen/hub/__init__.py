@@ -1,1 +1,1 @@
-"""Where a model's files are and what they hold: folders, single files, Hugging Face, ModelScope."""
+"""Locates a model's files (folders, single files, Hugging Face, ModelScope) and reads their configs and headers."""

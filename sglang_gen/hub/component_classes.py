@@ -1,4 +1,4 @@
-"""The classes that a model_index.json names."""
+"""Imports the classes named in a model_index.json."""
 
 import importlib
 from typing import Any
@@ -9,9 +9,9 @@ from sglang_gen.types import Component
 
 
 def named(component: Component) -> Any:
-    """The class of a component: of a library, or of a module of diffusers' pipelines."""
+    """The class of a component, from its library or from a module of diffusers.pipelines."""
     library = component.library
     if library.split(".")[0] not in remote_code.LIBRARIES:
         library = f"diffusers.pipelines.{library}"
-    with log.quieter("transformers"):  # it remarks on packages that its image processors do without
+    with log.quieter("transformers"):  # it warns of missing packages that its image processors do not need
         return getattr(importlib.import_module(library), component.class_name)

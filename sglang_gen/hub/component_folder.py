@@ -1,4 +1,4 @@
-"""The folder of one component before anything is loaded: its configuration, and whether its files are whole."""
+"""Reads the configuration of a component's folder and checks that its files are complete, without loading weights."""
 
 import json
 from pathlib import Path
@@ -10,22 +10,22 @@ from sglang_gen.hub.safetensors_header import PICKLED, PICKLES, read_header
 from sglang_gen.types import Component
 
 INDEX = ".safetensors.index.json"
-ADAPTER = "adapter_config.json"  # PEFT's; transformers loads the adapter beside it unasked
+ADAPTER = "adapter_config.json"  # of PEFT; transformers loads the adapter beside it automatically
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError when there is none."""
+    """Read the object in a JSON file. Raises UserError if the file holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path} does not hold a JSON object")
     return content
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The component's configuration; empty where it has none, as a tokenizer. Raises UserError for a broken one."""
+    """The component's configuration; empty if it has none, like a tokenizer. Raises UserError for an invalid file."""
     for name in ("config.json", "scheduler_config.json"):
         if (folder / name).is_file():
             return read_json(folder / name)
@@ -33,11 +33,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def in_folder(folder: Path) -> list[Path]:
-    """The weight files of a component that a loader opens, all of them safetensors files in `folder`.
+    """The weight files that the component's library would load, all of them safetensors files in `folder`.
 
-    diffusers prefers an index to a single file, transformers the single file, unless the configuration names one
-    (`transformers_weights`). Where neither finds its usual name, the plainest file of the folder is taken. Raises
-    UserError for an index that cannot be read, or that names another kind of file.
+    diffusers prefers an index to a single file. transformers prefers the single file, unless the configuration names a
+    file (`transformers_weights`). If the usual names are absent, a file without a variant is used. Raises UserError
+    for an index that cannot be read or that names files of another format.
     """
     config = read_config(folder)
     is_diffusers = "_class_name" in config
@@ -47,18 +47,18 @@ def in_folder(folder: Path) -> list[Path]:
     stem = "diffusion_pytorch_model" if is_diffusers else "model"
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     usual = [index, single] if is_diffusers else [single, index]
-    found = [path for path in usual if path.is_file()] or [*_plainest(folder, "*.safetensors.index.json")]
-    found = found or [*_plainest(folder, "*.safetensors")]
-    return indexed(folder, found[0], str(folder)) if found else []
+    paths = [path for path in usual if path.is_file()] or [*_without_variant(folder, "*.safetensors.index.json")]
+    paths = paths or [*_without_variant(folder, "*.safetensors")]
+    return indexed(folder, paths[0], str(folder)) if paths else []
 
 
-def _plainest(folder: Path, pattern: str) -> list[Path]:
-    """The file without a variant in its name, if there is one."""
+def _without_variant(folder: Path, pattern: str) -> list[Path]:
+    """The matching file with the fewest dots in its name (variants add one: model.fp16.safetensors), if any."""
     return sorted(folder.glob(pattern), key=lambda path: (path.name.count("."), path.name))[:1]
 
 
 def indexed(folder: Path, path: Path, named_by: str) -> list[Path]:
-    """The safetensors file `path`, or those of the index `path`. Raises UserError for any other file."""
+    """The safetensors file `path`, or the files listed in the index `path`. Raises UserError for any other file."""
     if path.name.endswith(INDEX):
         weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -77,14 +77,14 @@ def indexed(folder: Path, path: Path, named_by: str) -> list[Path]:
 
 
 def check_files(folder: Path, component: Component) -> None:
-    """Refuse a component whose files are missing, pickled, truncated or corrupt before anything is loaded.
+    """Raises UserError for a component whose files are missing, pickled, truncated or corrupt.
 
-    Of weights only headers are read. Raises UserError.
+    Only the headers of weight files are read.
     """
-    if (folder / ADAPTER).is_file():  # its library would follow that to other weights, config.json or none
+    if (folder / ADAPTER).is_file():  # transformers would load the adapter, and the base model that it names
         raise UserError(
-            f"{folder} holds an adapter ({ADAPTER}), which its library would load by itself; remove it from the "
-            "model's folder and name it with --lora-path"
+            f"{folder} holds an adapter ({ADAPTER}), which its library would load automatically; remove it from the "
+            "model's folder and give it with --lora-path"
         )
     weights = any(path.suffix.lower() in (".safetensors", *PICKLES) for path in folder.iterdir())
     names = {"_class_name", "architectures"}
@@ -94,27 +94,30 @@ def check_files(folder: Path, component: Component) -> None:
 
 
 def check_weights(folder: Path, component: Component) -> None:
-    """Refuse weights that no loader could read as they are meant. Only headers are read. Raises UserError."""
+    """Raises UserError for weights that are missing, pickled, corrupt or quantized without a declaration.
+
+    Only headers are read.
+    """
     files = in_folder(folder)
     if not files:
         pickled = any(path.suffix.lower() in PICKLES for path in folder.iterdir())
         raise UserError(f"{folder} {PICKLED if pickled else 'holds no weights (*.safetensors)'}")
     if all("." in path.stem for path in files):
         raise UserError(
-            f"{folder} holds variants of its weights alone ({files[0].name}): rename those to take, to "
-            f"{files[0].name.partition('.')[0]}.safetensors and the like"
+            f"{folder} holds only variants of its weights ({files[0].name}): rename the files to use to names without "
+            f"a variant, such as {files[0].name.partition('.')[0]}.safetensors"
         )
     for path in files:
         if not path.is_file():
             raise UserError(f"{folder} lacks the weight file {path.name}")
     headers = [(path, read_header(path)) for path in files]
-    if "quantization_config" not in component.config:  # its library reads what the configuration declares
-        for path, found in headers:
-            require_plain(path, found)
+    if "quantization_config" not in component.config:  # a declared quantization is handled by the library
+        for path, header in headers:
+            require_plain(path, header)
 
 
 def check_vocabulary(folder: Path, component: Component) -> None:
-    """Raises UserError for a tokenizer without vocabulary, which would load, and make every prompt the same."""
+    """Raises UserError for a tokenizer without a vocabulary. It would load, and encode every prompt alike."""
     if "Tokenizer" in component.class_name and "ByT5" not in component.class_name:
         settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"}
         if settings.issuperset(path.name for path in folder.iterdir()):

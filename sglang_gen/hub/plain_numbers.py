@@ -1,7 +1,7 @@
-"""Whether the tensors of a file are plain numbers, told by its header: what is quantized is never read as plain.
+"""Detects quantized weights by the header of a safetensors file, so that they are never loaded as plain weights.
 
-Quantized weights are numbers of few bits beside scales that they must be multiplied by. A loader that does not know the
-format drops the scales, or reads packed integers as floats, and the image is noise.
+Quantized weights are low-bit numbers with separate scales. A loader that does not know the format drops the scales, or
+reads packed integers as floats, and the image is noise.
 """
 
 import re
@@ -13,7 +13,7 @@ from sglang_gen.hub.safetensors_header import Header, Tensor
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 EIGHT_BIT_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FN", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-# Last parts of names that only quantized weights have, and the format that writes them.
+# Last parts of tensor names that occur only in quantized weights, and the format that uses them.
 MARKS: Mapping[str, str] = {
     **dict.fromkeys(("scaled_fp8", "scale_weight", "scale_input"), "scaled fp8"),
     **dict.fromkeys(("weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale"), "scaled fp8 or int8"),
@@ -24,23 +24,23 @@ MARKS: Mapping[str, str] = {
     **dict.fromkeys(("wscales", "wzeros", "wcscales", "smooth_factor", "proj_down", "proj_up"), "SVDQuant"),
     **dict.fromkeys(("_data", "_scale", "_shift"), "quanto"),
 }
-QUANT_STATE = re.compile(r"\.quant_state\.")  # of bitsandbytes, with a name behind it
-DECLARATIONS = ("quantization_config", "_quantization_metadata")  # in a file's metadata
+QUANT_STATE = re.compile(r"\.quant_state\.")  # bitsandbytes appends a name
+DECLARATIONS = ("quantization_config", "_quantization_metadata")  # keys of a file's metadata
 INTEGERS = ("position_ids", "num_batches_tracked", "relative_position_index", "token_type_ids", "num_updates")
 
 
 def require_plain(path: Path, header: Header) -> None:
-    """Raises UserError for a file that declares a quantization, or whose tensors look like quantized ones."""
-    found = quantized(header)
-    if found:
+    """Raises UserError for a file that declares a quantization or holds quantized tensors."""
+    evidence = quantized(header)
+    if evidence:
         raise UserError(
-            f"{path} holds quantized weights ({found}), which are not read in this version; give the plain weights "
+            f"{path} holds quantized weights ({evidence}), which this version does not read; give the plain weights "
             "(float32, bfloat16 or float16) of the model"
         )
 
 
 def quantized(header: Header) -> str | None:
-    """The quantization that a header declares or shows, in a clause with an example; None for plain numbers."""
+    """A clause that names the quantization in a header, with an example tensor; None for plain weights."""
     for key in DECLARATIONS:
         if header.metadata.get(key, "null") != "null":
             return f"its metadata has a {key}"
@@ -58,7 +58,7 @@ def _format(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> str | N
         return f"bitsandbytes: {name}"
     if tensor.dtype in FLOAT_DTYPES:
         return None
-    if tensor.dtype in EIGHT_BIT_FLOATS:  # plain where nothing scales them: a cast
+    if tensor.dtype in EIGHT_BIT_FLOATS:  # without scales these are plain weights, cast to fp8
         scale = next((f"{name}{end}" for end in ("_scale", ".scale") if f"{name}{end}" in tensors), None)
         beside = f"{name.removesuffix('weight')}scale"
         scale = scale or (beside if name.endswith(".weight") and beside in tensors else None)

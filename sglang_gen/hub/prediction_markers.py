@@ -1,9 +1,9 @@
-"""What a single-file checkpoint says that its network predicts, and the scheduler that samples it.
+"""Prediction type of a single-file checkpoint's network, and the matching scheduler.
 
-Checkpoints in their authors' layout have no scheduler configuration. Those that predict the velocity
-v = alpha_t noise - sigma_t x_0 (Salimans and Ho 2022) say so by tensors that are read by their presence: `v_pred`, with
-`ztsnr` where the noise schedule ends at a signal-to-noise ratio of zero (Lin et al. 2024), and `edm_vpred.sigma_max`
-for networks that are conditioned on the noise level (Karras et al. 2022). Others say it in their metadata
+Checkpoints in their authors' layout have no scheduler configuration. A network that predicts the velocity
+v = alpha_t noise - sigma_t x_0 (Salimans and Ho 2022) is marked by the presence of tensors: `v_pred`, with `ztsnr` if
+the noise schedule ends at a signal-to-noise ratio of zero (Lin et al. 2024), and `edm_vpred.sigma_max` for networks
+conditioned on the noise level (Karras et al. 2022). Other checkpoints state it in their metadata
 (`modelspec.prediction_type`).
 """
 
@@ -18,7 +18,7 @@ from sglang_gen.types import Component
 METADATA = "modelspec.prediction_type"
 PREDICTION_NAMES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
 EDM = "edm_vpred."
-# Schedulers of diffusers that can rescale their betas to a terminal signal-to-noise ratio of zero.
+# diffusers' schedulers that support `rescale_betas_zero_snr`.
 RESCALING = (
     "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DPMSolverMultistepScheduler",
     "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler",
@@ -28,38 +28,38 @@ BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trai
 
 
 def scheduler(component: Component, path: Path, header: Header) -> tuple[Component, str | None]:
-    """The scheduler that the checkpoint's markers ask for, and the log line that says so; None where it stays.
+    """The scheduler that the checkpoint's markers require, and a log line about the change, None if there is none.
 
-    `component` is the scheduler of the component configs. Schedulers of flow matching are not touched.
+    `component` is the scheduler of the component configs. Flow matching schedulers are returned unchanged.
     """
     if component.class_name.startswith("FlowMatch"):
         return component, None
     edm = [name for name in header.tensors if name.startswith(EDM)]
     if edm:
         settings = _edm(path, header)
-        found = replace(component, class_name="EDMEulerScheduler", config=settings)
+        marked = replace(component, class_name="EDMEulerScheduler", config=settings)
         marker = ", ".join(sorted(edm))
     else:
         marker, settings = _discrete(header)
-        found = component
+        marked = component
         if settings.get("rescale_betas_zero_snr") and component.class_name not in RESCALING:
             betas = {key: value for key, value in component.config.items() if key in BETAS}
-            found = replace(component, class_name="EulerDiscreteScheduler", config=betas)
-        found = replace(found, config={**found.config, **settings})
+            marked = replace(component, class_name="EulerDiscreteScheduler", config=betas)
+        marked = replace(marked, config={**marked.config, **settings})
     changed = {
         key: value for key, value in settings.items() if component.config.get(key, SCHEDULER_DEFAULTS.get(key)) != value
     }
-    if not changed and found.class_name == component.class_name:
+    if not changed and marked.class_name == component.class_name:
         return component, None
-    told = ", ".join(f"{key}={value}" for key, value in settings.items())
-    return found, f"{path.name} has the marker {marker}: its scheduler is {found.class_name} with {told}"
+    listed = ", ".join(f"{key}={value}" for key, value in settings.items())
+    return marked, f"{path.name} has the marker {marker}: its scheduler is {marked.class_name} with {listed}"
 
 
 SCHEDULER_DEFAULTS: Mapping[str, Any] = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
 
 
 def _discrete(header: Header) -> tuple[str, dict[str, Any]]:
-    """The markers of a network that is conditioned on timesteps, and the settings that they stand for."""
+    """Markers of a network conditioned on timesteps, and the scheduler settings that they imply."""
     markers = [name for name in ("v_pred", "ztsnr") if name in header.tensors]
     settings: dict[str, Any] = {}
     if "v_pred" in markers:
@@ -73,7 +73,7 @@ def _discrete(header: Header) -> tuple[str, dict[str, Any]]:
 
 
 def _edm(path: Path, header: Header) -> dict[str, Any]:
-    """Settings of the EDM scheduler; the noise levels are the numbers that the markers hold, if they hold one."""
+    """Settings of the EDM scheduler. The noise levels are read from the marker tensors if these hold one number."""
     from safetensors import safe_open
 
     levels = {"sigma_max": 120.0, "sigma_min": 0.002}

@@ -1,6 +1,6 @@
-"""Finding a model: the embedded one, a local folder, a Hugging Face or a ModelScope id; and reading its card.
+"""Finds a model and reads its `ModelCard`: the embedded one, a local folder or file, a Hugging Face or ModelScope id.
 
-Every way in which that can fail is one sentence: UserError where the request is wrong, RunError where the hub is.
+Raises UserError with one sentence if the request is wrong, RunError if the hub fails.
 """
 
 import errno
@@ -27,18 +27,18 @@ CONFIGS = ["model_index.json", "*/config.json", "*/scheduler_config.json"]
 CONFIGS_AND_TOKENIZERS = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
 ROOT_CONFIGS = ["config.json", "scheduler_config.json", "tokenizer_config.json"]
 STEMS = ("diffusion_pytorch_model", "model")
-COMPONENT = [  # one set of weights, of no variant, and whatever a tokenizer reads
+COMPONENT = [  # weights without variants, and the files of a tokenizer
     *(f"{stem}{end}" for stem in STEMS for end in (".safetensors", "-*-of-*.safetensors")), "*.json", "*.txt", "*.model"
 ]  # fmt: skip
 OTHER_FORMATS = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.onnx*", "*openvino*", "*.fp16.*"]
 
 
 def find(model: Model, weights: bool, replaced: Collection[str] = ()) -> ModelCard:
-    """The card of a model; with `weights` its files are on this machine and readable afterwards.
+    """Find a model and read its card. With `weights`, download its files and check that they are readable.
 
-    Without `weights` a preset is described by the component configs in the package and the hub is not asked. The weight
-    files of components in `replaced` come from elsewhere and need not be there. Components that --component-paths names
-    are described as they are there. Raises UserError or RunError.
+    Without `weights`, a preset is described by the component configs in the package, without a request to the hub. The
+    weight files of components in `replaced` are loaded from elsewhere and may be absent. Components given with
+    --component-paths are described by their own configs. Raises UserError or RunError.
     """
     card = _find(model, weights, replaced)
     others = {name: _replacement(card, name, path, weights) for name, path in model.component_paths.items()}
@@ -48,7 +48,7 @@ def find(model: Model, weights: bool, replaced: Collection[str] = ()) -> ModelCa
 
 
 def find_weights(run: Run) -> ModelCard:
-    """The card of a run's model, whose files are on this machine afterwards. Raises UserError or RunError."""
+    """Read the card of a run's model and download its files if needed. Raises UserError or RunError."""
     return find(run.model, weights=True, replaced=DENOISERS if run.quant.transformer_weights_path else ())
 
 
@@ -61,13 +61,13 @@ def _find(model: Model, weights: bool, replaced: Collection[str]) -> ModelCard:
     folder = Path(model.path).expanduser()
     try:
         is_folder, is_file = folder.is_dir(), folder.is_file()
-    except OSError as error:  # a name that is too long, a loop of links
+    except OSError as error:  # a path that is too long, or a loop of links
         raise UserError(f"--model-path: {log.shorten(model.path)}: {error.strerror}") from None
     elsewhere = [*model.component_paths, *replaced]
     if is_folder:
         card = read_card(folder, model.path, weights, elsewhere)
-        for part in card.components.keys() - {*elsewhere}:
-            _check_there(folder, part)
+        for component_name in card.components.keys() - {*elsewhere}:
+            _check_present(folder, component_name)
         return _allowed(card, model)
     if is_file:
         return _allowed(_read_single_file(folder, model, weights), model)
@@ -80,27 +80,27 @@ def _find(model: Model, weights: bool, replaced: Collection[str]) -> ModelCard:
 
 
 def _preset_instead(path: str) -> str:
-    """Half a sentence that names the preset of that name; nothing where there is none."""
+    """A clause that suggests the preset of that name; empty if there is none."""
     preset = presets.by_id(path, presets.load()) if "/" not in path else None
     return f"; did you mean the preset model={preset}?" if preset else ""
 
 
 def _packaged(model: Model) -> Path | None:
-    """The folder of the package that describes a preset's own repository; None for any other one."""
+    """The package's component configs of a preset; None for a model other than the preset's repository."""
     own = {preset.name: preset.path for preset in presets.load()}.get(model.preset or "")
     folder = env.preset_configs(model.preset or "")
     return folder if own == model.path and folder.is_dir() else None
 
 
 def _allowed(card: ModelCard, model: Model) -> ModelCard:
-    """The card, unless the repository wants to run code that nobody allowed. Raises UserError."""
+    """Return the card. Raises UserError if the repository would run code without permission."""
     remote_code.check(card, model.trust_remote_code)
     return card
 
 
 def _read_single_file(path: Path, model: Model, weights: bool) -> ModelCard:
-    """The card of a whole model in one file. Its component configs, and with `weights` its tokenizers, come from
-    model.configs, else from the preset, else from the repository that fits what the file holds.
+    """The card of a single-file model. Its component configs, and with `weights` its tokenizers, come from
+    model.configs, else from the preset, else from the repository that matches the file's tensors.
     """
     header = single_file.read(path)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
@@ -108,34 +108,34 @@ def _read_single_file(path: Path, model: Model, weights: bool) -> ModelCard:
     folder, preset = Path(model.configs).expanduser() if model.configs else None, None
     if folder is None or not folder.is_dir():
         known = presets.load()
-        paths = {each.name: each.path for each in known}
+        paths = {entry.name: entry.path for entry in known}
         source = model.configs or paths.get(model.preset or "") or single_file.source_of_configs(path, shapes)
         preset = presets.by_path(source, known)
         if preset and not model.configs:
-            source = paths[preset] or source  # what the file's own home was called may be gone
+            source = paths[preset] or source  # the original repository may have been withdrawn
         packaged = env.preset_configs(preset or "")
         if not weights and preset and packaged.is_dir() and not model.configs:
             folder = packaged
         else:
             folder = _download(replace(model, revision=None), source, False, CONFIGS_AND_TOKENIZERS)
     if preset and model.preset in (None, "custom") and not weights:
-        log.info(f"{path.name} is of the kind of {preset}: --model-id {preset} applies the settings of that preset")
+        log.info(f"{path.name} matches the preset {preset}: --model-id {preset} applies the settings of that preset")
     card = read_card(folder, name, weights=False)
-    if "safety_checker" not in model.component_paths:  # diffusers takes none out of a file
-        card = replace(card, components={k: part for k, part in card.components.items() if k != "safety_checker"})
+    if "safety_checker" not in model.component_paths:  # diffusers reads none from a single file
+        card = replace(card, components={k: item for k, item in card.components.items() if k != "safety_checker"})
     if "scheduler" not in model.component_paths:
         card = _with_marked_scheduler(card, path, header, tell=not weights)
     single_file.check_whole(path, shapes, card.components, model.component_paths)
     if not weights:
         return card
-    for part, component in card.components.items():
-        if part not in model.component_paths and (folder / part).is_dir():
-            check_vocabulary(folder / part, component)
+    for component_name, component in card.components.items():
+        if component_name not in model.component_paths and (folder / component_name).is_dir():
+            check_vocabulary(folder / component_name, component)
     return replace(card, folder=folder, file=path)
 
 
 def _with_marked_scheduler(card: ModelCard, path: Path, header: Header, tell: bool) -> ModelCard:
-    """The card with the scheduler that markers in the file ask for; `tell` logs what they changed."""
+    """The card with the scheduler required by markers in the file; `tell` logs the change."""
     if "scheduler" not in card.components:
         return card
     scheduler, notice = prediction_markers.scheduler(card.components["scheduler"], path, header)
@@ -145,52 +145,52 @@ def _with_marked_scheduler(card: ModelCard, path: Path, header: Header, tell: bo
 
 
 def read_card(folder: Path, name: str, weights: bool, replaced: Container[str] = ()) -> ModelCard:
-    """The card of a diffusers folder. Raises UserError when it is not one, or its weight files are not whole.
+    """Read the card of a diffusers folder. Raises UserError for another kind of folder or incomplete weight files.
 
-    Components in `replaced` come from elsewhere.
+    Components in `replaced` are loaded from elsewhere.
     """
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(_not_a_pipeline(folder, name))
     content = read_json(index)
     components = {
-        part: Component(entry[0], entry[1], folder / part, read_config(folder / part))
-        for part, entry in content.items()
-        if not part.startswith("_") and isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
+        key: Component(entry[0], entry[1], folder / key, read_config(folder / key))
+        for key, entry in content.items()
+        if not key.startswith("_") and isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
     }
     names = content.get("_class_name")
-    pipeline_class = names[-1] if isinstance(names, list) and names else names  # [file of the repository, class]
+    pipeline_class = names[-1] if isinstance(names, list) and names else names  # a list is [Python file, class]
     code = remote_code.files(folder, names, components)
     if not isinstance(pipeline_class, str) or not components:
         raise UserError(f"{index} names no pipeline class or no components")
     if weights:
-        for part, component in components.items():
-            if part not in replaced:
-                _check_part(folder, part, component)
+        for component_name, component in components.items():
+            if component_name not in replaced:
+                _check_component(folder, component_name, component)
     settings = {
         key: value for key, value in content.items() if not (key.startswith("_") or isinstance(value, (list, dict)))
     }
-    absent = tuple(part for part, entry in content.items() if isinstance(entry, list) and entry == [None, None])
+    absent = tuple(key for key, entry in content.items() if isinstance(entry, list) and entry == [None, None])
     return ModelCard(name, folder if weights else None, pipeline_class, components, settings, code=code, absent=absent)
 
 
-def _check_part(folder: Path, part: str, component: Component) -> None:
-    """Refuse a component of a model's folder whose files are not whole. Raises UserError."""
-    if (folder / part).is_dir():
-        check_files(folder / part, component)
-    _check_there(folder, part)
+def _check_component(folder: Path, name: str, component: Component) -> None:
+    """Raises UserError for a component of a model's folder whose files are incomplete."""
+    if (folder / name).is_dir():
+        check_files(folder / name, component)
+    _check_present(folder, name)
 
 
-def _check_there(folder: Path, part: str) -> None:
-    """Raises UserError for a component of a model's folder that is not in it."""
-    if not (folder / part).is_dir() and not (folder / "config.json").is_file():  # diffusers reads it from the root
-        raise UserError(f"{folder} lacks the folder '{part}' that its model_index.json names")
+def _check_present(folder: Path, name: str) -> None:
+    """Raises UserError if a component's folder is missing from the model's folder."""
+    if not (folder / name).is_dir() and not (folder / "config.json").is_file():  # diffusers reads it from the root
+        raise UserError(f"{folder} lacks the folder '{name}' that its model_index.json names")
 
 
 def _replacement(card: ModelCard, name: str, path: str, weights: bool) -> Component:
-    """The component `name` out of --component-paths: a folder that holds it, or a model's folder or hub id.
+    """The component `name` of --component-paths. `path` is the component's folder, or a model's folder or hub id.
 
-    One of diffusers is of the class that its own config names. Raises UserError when it is none of this model.
+    The class of a diffusers component comes from its own config. Raises UserError if the model has no such component.
     """
     known = card.components
     if name not in known:
@@ -214,7 +214,7 @@ def _replacement(card: ModelCard, name: str, path: str, weights: bool) -> Compon
 
 
 def _download_component(path: str, name: str, weights: bool) -> Path:
-    """A local snapshot of one component: in the repository's folder of its name, else at its root."""
+    """Download one component, from the repository's folder of that name or else from its root."""
     model = Model(path=path)
     folder = _download(model, path, False, [f"{name}/*.json", *ROOT_CONFIGS])
     if not weights:
@@ -233,24 +233,24 @@ def _not_a_pipeline(folder: Path, name: str) -> str:
 
 
 def _download(model: Model, name: str, weights: bool, patterns: list[str] = CONFIGS) -> Path:
-    """A local snapshot of a hub repository: everything that its pipeline needs, or the files of `patterns` alone."""
+    """Download a hub repository: with `weights` all files that its pipeline needs, else only those in `patterns`."""
     fetch = _download_modelscope if env.use_modelscope() else _download_huggingface
     return fetch(model, name, weights, patterns)
 
 
 def _download_huggingface(model: Model, name: str, weights: bool, patterns: list[str]) -> Path:
-    """One request shows whether the hub answers, without the library's 23 s of retries; if not, the cache must do."""
+    """Download from Hugging Face. If a first request fails, use the cache, without the library's 23 s of retries."""
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, snapshot_download
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    failures = (OSError, ValueError, errors.HTTPError)  # type: ignore[attr-defined] # what its HTTP client raises
+    failures = (OSError, ValueError, errors.HTTPError)  # type: ignore[attr-defined] # raised by its HTTP client
     refusal = None
     try:
         get_hf_file_metadata(hf_hub_url(name, "model_index.json", revision=model.revision))
     except errors.EntryNotFoundError:
-        weights, patterns = False, [*patterns, "config.json"]  # no pipeline; its config says what it is
+        weights, patterns = False, [*patterns, "config.json"]  # not a pipeline; config.json names its kind
     except failures as error:
         refusal = error
     local = refusal is not None
@@ -267,7 +267,7 @@ def _download_huggingface(model: Model, name: str, weights: bool, patterns: list
 
 
 def _download_pipeline(model: Model, name: str, local: bool) -> str:
-    """diffusers knows which files of a repository its pipeline reads: one variant, no pickles, no other formats."""
+    """Download the files that diffusers selects for the pipeline: safetensors of one variant, no other formats."""
     from diffusers import DiffusionPipeline
 
     folder: str = DiffusionPipeline.download(
@@ -281,7 +281,7 @@ def _download_pipeline(model: Model, name: str, local: bool) -> str:
 
 
 def hub_error(error: Exception, name: str, revision: str | None) -> Exception:
-    """The sentence for a failed download: UserError where another request helps, RunError where it is the hub."""
+    """The exception for a failed download: UserError if the request must change, RunError if the hub failed."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -302,11 +302,13 @@ def hub_error(error: Exception, name: str, revision: str | None) -> Exception:
         return UserError(
             f"{name} offers no safetensors weights without a variant (such as fp16), and pickled weights are refused"
         )
-    return RunError(f"{name} is not a local folder, not whole in the local cache, and not to be had: {_reason(error)}")
+    return RunError(
+        f"{name} is not a local folder, is incomplete in the local cache, and could not be downloaded: {_reason(error)}"
+    )
 
 
 def _reason(error: BaseException) -> str:
-    """Why the hub gave nothing, from the innermost cause."""
+    """Why a download failed, from the innermost cause."""
     from huggingface_hub import errors
 
     while not isinstance(error, errors.HfHubHTTPError) and (inner := error.__cause__ or error.__context__):
@@ -321,7 +323,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _download_modelscope(model: Model, name: str, weights: bool, patterns: list[str]) -> Path:
-    """Configs first; then only the folders that the pipeline names, without pickles and other formats."""
+    """Download from ModelScope: first the configs, then the folders of the pipeline's components in safetensors."""
     try:
         from modelscope import snapshot_download
         from modelscope.hub import errors
@@ -333,10 +335,13 @@ def _download_modelscope(model: Model, name: str, weights: bool, patterns: list[
         folder = snapshot_download(name, revision=model.revision, allow_patterns=["config.json", *patterns])
         index = Path(folder) / "model_index.json"
         if weights and index.is_file():
-            parts = [f"{part}/*" for part, entry in read_json(index).items() if isinstance(entry, list)]
+            components = [f"{key}/*" for key, entry in read_json(index).items() if isinstance(entry, list)]
             code = ["*.py"] if model.trust_remote_code else []
             folder = snapshot_download(
-                name, revision=model.revision, allow_patterns=[*CONFIGS, *parts, *code], ignore_patterns=OTHER_FORMATS
+                name,
+                revision=model.revision,
+                allow_patterns=[*CONFIGS, *components, *code],
+                ignore_patterns=OTHER_FORMATS,
             )
     except UserError:
         raise

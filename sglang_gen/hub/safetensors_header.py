@@ -1,4 +1,4 @@
-"""Weight files before anything is loaded: of a safetensors file only the header is read, pickles are refused."""
+"""Reads the headers of safetensors files without loading weights, and refuses pickled files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class Tensor:
-    """The header's entry of one tensor; `dtype` in the words of its format."""
+    """Header entry of one tensor; `dtype` is safetensors' name, such as BF16."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -28,25 +28,25 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a safetensors file: its tensors by name, and its metadata."""
+    """Header of a safetensors file: its tensors by name, and its metadata."""
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
 
 
 def header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a safetensors file by name. Raises UserError when it is not a whole one."""
+    """Shapes of the tensors in a safetensors file, by name. Raises UserError for an incomplete or corrupt file."""
     return {name: tensor.shape for name, tensor in read_header(path).tensors.items()}
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file. Raises UserError when it is not a whole one."""
+    """Read the header of a safetensors file. Raises UserError for an incomplete or corrupt file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
-            tensors = {name: Tensor(each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors = {name: Tensor(item.get_dtype(), tuple(item.get_shape())) for name, item in slices.items()}
             return Header(tensors, file.metadata() or {})
     except SafetensorError as error:
         with open(path, "rb") as file:
@@ -58,11 +58,11 @@ def read_header(path: Path) -> Header:
 
 
 def refuse_other_formats(path: Path, setting: str) -> None:
-    """Raises UserError for a file whose name says that it is no safetensors file."""
+    """Raises UserError for a file name without the suffix .safetensors."""
     if path.suffix.lower() in PICKLES:
         raise UserError(
-            f"{setting}: {path} is pickled, which can run code, and is refused; convert it to safetensors, or take the "
+            f"{setting}: {path} is pickled, which can run code, and is refused; convert it to safetensors, or use the "
             "author's .safetensors file"
         )
     if path.suffix.lower() != ".safetensors":
-        raise UserError(f"{setting}: {path} is no safetensors file (*.safetensors)")
+        raise UserError(f"{setting}: {path} is not a safetensors file (*.safetensors)")

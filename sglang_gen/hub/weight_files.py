@@ -1,6 +1,6 @@
-"""The files of --transformer-weights-path: which there are, what their headers say, what quantization they declare.
+"""The files of --transformer-weights-path: their paths, their headers, and the quantization that they declare.
 
-Nothing here reads a weight, and nothing here needs torch.
+This module reads no weights and does not import torch.
 """
 
 import json
@@ -21,7 +21,7 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The weights of one network. `config` is the config.json beside them, where they stand in a folder with one."""
+    """Weight files of one network. `config` is the content of the config.json in their folder, if there is one."""
 
     given: str
     paths: tuple[Path, ...]
@@ -34,7 +34,7 @@ class WeightFiles:
 
 
 def locate(path: str) -> WeightFiles:
-    """The weight files of a file or a folder. Raises UserError when there are none, or some are missing or pickled."""
+    """Find the weight files at a path. Raises UserError if there are none, or some are missing or pickled."""
     place = Path(path).expanduser()
     try:
         is_folder, is_file = place.is_dir(), place.is_file()
@@ -66,7 +66,7 @@ def _in_folder(given: str, folder: Path) -> WeightFiles:
     if not files:
         pickled = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICKLES]
         raise UserError(
-            f"{FLAG}: {given} holds pickled weights alone ({_few(pickled)}), and those are refused"
+            f"{FLAG}: {given} holds only pickled weights ({_few(pickled)}), which are refused"
             if pickled
             else f"{FLAG}: {given} holds no weights (*.safetensors, *.gguf)"
         )
@@ -80,37 +80,37 @@ def _few(paths: Iterable[Path]) -> str:
 
 
 def few(names: Iterable[str], most: int = 3) -> str:
-    """The first names of many, in order: `a, b, c, ...`."""
+    """The first `most` names, joined by commas: `a, b, c, ...`."""
     listed = list(names)
     return ", ".join([*listed[:most], *(["..."] if len(listed) > most else [])])
 
 
 def read_headers(paths: Iterable[Path]) -> Header:
-    """The headers of several safetensors files as one.
+    """Merge the headers of several safetensors files.
 
-    Raises UserError for a file that is corrupt, or a tensor that two of them hold.
+    Raises UserError for a corrupt file, or for a tensor that occurs in two files.
     """
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for path in paths:
         header = read_header(path)
         if twice := tensors.keys() & header.tensors.keys():
-            raise UserError(f"{path} holds the tensor {min(twice)}, which another of the files holds too")
+            raise UserError(f"{path} holds the tensor {min(twice)}, which another file holds too")
         tensors |= header.tensors
         metadata |= header.metadata
     return Header(tensors, metadata)
 
 
 def declared(config: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The quantization that a config.json or the metadata of a file declares; None without one."""
-    found = config.get("quantization_config")
-    if isinstance(found, dict):
-        return {"method": _method(found), **found}
+    """The quantization declared in a config.json or in a file's metadata; None without a declaration."""
+    declaration = config.get("quantization_config")
+    if isinstance(declaration, dict):
+        return {"method": _method(declaration), **declaration}
     try:
-        found = json.loads(metadata.get("quantization_config", "null"))
+        declaration = json.loads(metadata.get("quantization_config", "null"))
     except ValueError:
-        raise UserError("The quantization_config in the metadata of the weights is no JSON") from None
-    return {"method": _method(found), **found} if isinstance(found, dict) else None
+        raise UserError("The quantization_config in the metadata of the weights is not valid JSON") from None
+    return {"method": _method(declaration), **declaration} if isinstance(declaration, dict) else None
 
 
 def _method(config: Mapping[str, Any]) -> str:
@@ -118,7 +118,7 @@ def _method(config: Mapping[str, Any]) -> str:
 
 
 def stored_dtype(tensors: Mapping[str, Tensor]) -> str:
-    """The dtype, in safetensors' words, that most of the numbers are stored in."""
+    """The dtype in which most numbers are stored, by safetensors' name."""
     numbers: Counter[str] = Counter()
     for tensor in tensors.values():
         numbers[tensor.dtype] += tensor.numbers

@@ -1,1 +1,1 @@
-"""Starting a run's processes: the launcher, its workers, torchrun, and what every rank does."""
+"""Starts the processes of a run, by the launcher or under torchrun, and carries out the plan on every rank."""

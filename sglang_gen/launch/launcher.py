@@ -1,7 +1,7 @@
 """Starts one process per rank and returns rank 0's result; a run on one rank stays in this process.
 
-The launcher computes nothing. It owns the meeting point of the ranks, writes their log lines, and watches: the first
-failure is the one that is shown, and no rank outlives the run.
+The launcher itself computes nothing. It hosts the store for the rendezvous, writes the ranks' log lines, reports the
+first failure, and ends all processes when the run ends.
 """
 
 import logging
@@ -21,31 +21,31 @@ from sglang_gen.errors import RunError, UserError
 from sglang_gen.launch.worker import PATIENCE, Done, Failure, Job, LogLine
 from sglang_gen.types import Plan, Result
 
-# The working directory comes last: a queue.py of the user's is not the library's.
+# The working directory is last in sys.path, so that a user's queue.py does not shadow the standard library's.
 _WORKER = (
     "import sys; sys.path.sort(key=lambda path: not path); from sglang_gen.launch.worker import main; sys.exit(main())"
 )
 _HINTS: dict[int, str] = {
     signal.SIGKILL: "; it may have run out of memory",
     signal.SIGABRT: (
-        "; on GPUs so ends one that meets an error of CUDA, and one that waits for another that has failed, or for "
-        "longer than parallel.timeout_minutes"
+        "; on GPUs this signal follows a CUDA error, the failure of another rank, or a wait of more than "
+        "parallel.timeout_minutes"
     ),
 }
-GRACE = 1.0  # seconds in which other ranks may still say that they failed earlier
+GRACE = 1.0  # seconds in which other ranks may still report an earlier failure
 
 
 def launch(plan: Plan, started: float) -> Result:
-    """Carry out the plan on its ranks. `started` is when the command turned to the model.
+    """Carry out the plan on its ranks. `started` is the time at which the command began to load the model.
 
-    Raises UserError or RunError: of the rank that failed first.
+    Raises the UserError or RunError of the rank that failed first.
     """
     if plan.layout.ranks == 1:
         from sglang_gen.launch import rank
         from sglang_gen.parallel.mesh import Mesh
 
         result = rank.run(plan, Mesh(), started)
-        assert result is not None  # rank 0 always has one
+        assert result is not None  # rank 0 always returns a result
         return result
     with open_ranks(plan.layout.ranks, plan.device) as ranks:
         return ranks.run(plan, started)
@@ -53,7 +53,7 @@ def launch(plan: Plan, started: float) -> Result:
 
 @contextmanager
 def open_ranks(count: int, device: str) -> "Iterator[Ranks]":
-    """Processes that wait for a plan; gone at the end, whatever happens."""
+    """Context with processes that wait for a plan. They are ended on exit."""
     ranks = Ranks(count, device)
     try:
         yield ranks
@@ -63,9 +63,9 @@ def open_ranks(count: int, device: str) -> "Iterator[Ranks]":
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the end, and in processes that start inside until they let it come, which ranks do deaf to it.
+    """Context that blocks SIGINT, here and in processes started inside, until these unblock it with a handler set.
 
-    A rank would otherwise answer it with a traceback while its interpreter starts.
+    Otherwise Ctrl-C would make a rank print a traceback while its interpreter starts.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -75,24 +75,24 @@ def _interrupts_held() -> Iterator[None]:
 
 
 class Ranks:
-    """Processes, one a rank, and the pipe to each. They may carry out several plans, one after the other."""
+    """One process per rank, and a pipe to each. They can carry out several plans in sequence."""
 
     def __init__(self, count: int, device: str) -> None:
         self.device = device
         self.processes: list[subprocess.Popen[bytes]] = []
         self.pipes: list[Connection] = []
-        self.speakers: dict[tuple[int, str], int] = {}  # the rank that first said a line
+        self.speakers: dict[tuple[int, str], int] = {}  # (level, line) -> the rank that logged it first
         threads = max(env.cpu_count() // count, 1) if device == "cpu" else None
         try:
             with _interrupts_held():
                 for _ in range(count):
-                    self._start(env.of_rank(threads))
+                    self._start(env.rank_variables(threads))
         except BaseException:
             self.stop()
             raise
 
     def _start(self, environment: dict[str, str]) -> None:
-        """One more process."""
+        """Start one process."""
         ours, theirs = Pipe()
         self.pipes.append(ours)
         self.processes.append(
@@ -106,7 +106,7 @@ class Ranks:
         theirs.close()
 
     def run(self, plan: Plan, started: float) -> Result:
-        """Carry out `plan` on the first `plan.layout.ranks` processes. After a failure the processes are of no use."""
+        """Carry out `plan` on the first `plan.layout.ranks` processes, which cannot be used again after a failure."""
         import torch.distributed as dist
 
         self.speakers = {}
@@ -118,11 +118,11 @@ class Ranks:
             except OSError:
                 raise RunError(self._lost(rank)) from None
         results = self._watch(count)
-        assert results[0] is not None  # rank 0 always has one
+        assert results[0] is not None  # rank 0 always returns a result
         return results[0]
 
     def _watch(self, count: int) -> dict[int, Result | None]:
-        """The results of all ranks. Raises what the first failed rank says."""
+        """Collect the results of all ranks. Raises the error of the rank that failed first."""
         results: dict[int, Result | None] = {}
         while len(results) < count:
             waiting = [pipe for rank, pipe in enumerate(self.pipes[:count]) if rank not in results]
@@ -132,35 +132,35 @@ class Ranks:
         return results
 
     def _take(self, message: tuple[int, Any], results: dict[int, Result | None]) -> Failure | None:
-        """Act on one message; a failure is handed back."""
+        """Process one message. Returns it if it is a failure."""
         rank, content = message
         match content:
             case LogLine(level, text):
-                if self.speakers.setdefault((level, text), rank) == rank:  # several ranks may warn of the same
+                if self.speakers.setdefault((level, text), rank) == rank:  # several ranks may log the same warning
                     log.write(level, text)
             case Done(result):
                 results[rank] = result
             case Failure():
                 return content
-            case None:  # it could not say: the cause, not a consequence
+            case None:  # the process died without a report, so it is taken as the cause
                 return Failure(rank, False, self._lost(rank), "", 0.0, follows=self._was_aborted(rank))
         return None
 
     def _read(self, pipes: list[Connection], timeout: float | None) -> list[tuple[int, Any]]:
-        """(rank, message) of every pipe that has one within `timeout` seconds; None for a rank that is gone."""
-        found: list[tuple[int, Any]] = []
+        """(rank, message) of every pipe with a message within `timeout` seconds; the message of a dead rank is None."""
+        messages: list[tuple[int, Any]] = []
         ready = wait(pipes, timeout)
         for rank, pipe in enumerate(self.pipes):
             if pipe not in ready:
                 continue
             try:
-                found.append((rank, pipe.recv()))
+                messages.append((rank, pipe.recv()))
             except (EOFError, OSError):
-                found.append((rank, None))
-        return found
+                messages.append((rank, None))
+        return messages
 
     def _raise_first(self, failures: list[Failure], pipes: list[Connection]) -> NoReturn:
-        """Wait a moment for ranks that failed before the failure that was seen first, then raise the earliest."""
+        """Wait `GRACE` seconds for failures that happened earlier than those received, then raise the earliest."""
         ignored: dict[int, Result | None] = {}
         until = time.monotonic() + GRACE
         failed = {failure.rank for failure in failures}
@@ -178,18 +178,18 @@ class Ranks:
         raise UserError(first.sentence) if first.is_request else RunError(first.sentence)
 
     def _was_aborted(self, rank: int) -> bool:
-        """Whether it ended as NCCL ends those that wait for a rank that failed: what that rank says is the cause."""
+        """Whether NCCL aborted the process, as it does when another rank failed; that rank's failure is the cause."""
         return self.device == "cuda" and self.processes[rank].wait() == -signal.SIGABRT
 
     def _lost(self, rank: int) -> str:
-        """How a process ended that could not say so itself."""
+        """A sentence about a process that ended without a report."""
         code = self.processes[rank].wait()
         if code < 0:
             return f"Rank {rank} was ended by signal {-code}{_HINTS.get(-code, '')}"
-        return f"Rank {rank} ended with exit code {code} before it could say why"
+        return f"Rank {rank} ended with exit code {code} without an error message"
 
     def stop(self) -> None:
-        """End all processes: at once where they are idle, else within `PATIENCE` seconds."""
+        """Terminate all processes, and kill those that have not ended after `PATIENCE` seconds."""
         for process in self.processes:
             if process.poll() is None:
                 process.terminate()

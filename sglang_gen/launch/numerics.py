@@ -1,4 +1,4 @@
-"""How torch computes during a run: reproducibly where that is asked for, and in float32 with all bits."""
+"""torch's numeric switches during a run: deterministic algorithms if requested, and no TF32 for float32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +8,11 @@ import torch
 
 @contextmanager
 def settled(dtype: str, deterministic: bool) -> Iterator[None]:
-    """Inside, torch's switches are as a run in this dtype wants them; afterwards as they were."""
+    """Context that sets torch's switches for a run in this dtype and restores them on exit."""
     before = torch.are_deterministic_algorithms_enabled()
-    if before is not deterministic:  # the call imports all of torch's compiler
+    if before is not deterministic:  # avoids the call, which imports torch's compiler
         torch.use_deterministic_algorithms(deterministic)
-    rounded = torch.backends.cudnn.allow_tf32  # by default convolutions in float32 keep ten bits on a GPU
+    rounded = torch.backends.cudnn.allow_tf32  # on by default: float32 convolutions on a GPU use TF32 (10-bit mantissa)
     torch.backends.cudnn.allow_tf32 = rounded and dtype != "float32"
     try:
         yield

@@ -1,4 +1,4 @@
-"""What one rank does with a plan: build the engine, generate its share; on rank 0 also save and report."""
+"""Carries out a plan on one rank: builds the engine and generates its batches. Rank 0 also saves and reports."""
 
 import gc
 import importlib
@@ -32,24 +32,24 @@ BACKENDS = {"sglang": "sglang_gen.backends.native.engine", "diffusers": "sglang_
 
 
 def run(plan: Plan, mesh: Mesh, started: float) -> Result | None:
-    """Carry out the plan; the result on rank 0, None elsewhere. `started` is when the command turned to the model."""
+    """Carry out the plan. Returns the result on rank 0, else None. `started` is the time at which loading began."""
     switches = numerics.settled(plan.dtype, plan.run.deterministic)
     compiles = plan.run.compile.enable_torch_compile or plan.run.attention.backend == "flex"
-    with switches, _given_back(plan.device, compiles), Memory(plan.device) as memory:
+    with switches, _released(plan.device, compiles), Memory(plan.device) as memory:
         return _run(plan, mesh, memory, started)
 
 
 @contextmanager
-def _given_back(device: str, compiled: bool) -> Iterator[None]:
-    """Afterwards the next run of this process finds what this one found, however it ended: memory, and no graphs.
+def _released(device: str, compiled: bool) -> Iterator[None]:
+    """Context that releases memory and compiled graphs on exit, so that the next run of the process has the same state.
 
-    torch keeps compiled code by function, not by network, and what is there counts against the next run's limit.
+    torch caches compiled code per function, not per network, and counts it against the recompilation limit.
     """
-    before = sys.exception()  # that a caller is handling is not ours
+    before = sys.exception()  # an exception that the caller is handling
     try:
         yield
     except BaseException as error:
-        _let_go(error, before)
+        _clear_frames(error, before)
         raise
     finally:
         if compiled:
@@ -59,15 +59,16 @@ def _given_back(device: str, compiled: bool) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def _let_go(error: BaseException, before: BaseException | None) -> None:
-    """Empty the frames in which an error arose, and those behind it: whoever keeps the error would keep the engine.
+def _clear_frames(error: BaseException, before: BaseException | None) -> None:
+    """Clear the frames of an error, its causes and contexts, which would otherwise keep the engine alive.
 
-    What is behind the error `before` is left alone.
+    The error `before` and those behind it are left unchanged.
     """
-    found = [error]
-    for each in found:
-        traceback.clear_frames(each.__traceback__)
-        found += [one for one in (each.__cause__, each.__context__) if one is not None and one not in (before, *found)]
+    chain = [error]
+    for item in chain:
+        traceback.clear_frames(item.__traceback__)
+        behind = (item.__cause__, item.__context__)
+        chain += [other for other in behind if other is not None and other not in (before, *chain)]
 
 
 def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | None:
@@ -75,7 +76,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
     phases = dump.Phases(
         load=Clock(wait, memory), generate=Clock(wait, memory), calls=CallLog(), replays=plan.run.compile.cuda_graphs
     )
-    backend = importlib.import_module(BACKENDS[plan.backend])  # takes seconds and is told apart from loading
+    backend = importlib.import_module(BACKENDS[plan.backend])  # takes seconds and is timed separately from loading
     reference = _reference(plan) if mesh.rank == 0 else None
     phases.imports_ms = 1000 * (time.perf_counter() - started)
     phases.load.enter("load")
@@ -107,7 +108,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
 
 
 def _warm_up(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> None:
-    """Generate a batch of each kind in few steps. Raises UserError for a scheduler that cannot do so few."""
+    """Generate a batch of each kind in few steps. Raises UserError if the scheduler does not support so few steps."""
     steps = plan.run.compile.warmup_steps
     try:
         for batch in _kinds(plan, mesh):
@@ -117,13 +118,13 @@ def _warm_up(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> None:
 
 
 def _link(plan: Plan, mesh: Mesh) -> float | None:
-    """The rate between ranks, where the dump wants it of this machine. Collective."""
+    """Measured bandwidth between ranks in GB/s; None if the dump does not need it. A collective call."""
     wanted = plan.run.output.perf_dump_path and plan.run.perf.machine_rates and plan.run.machine.name == "auto"
     return bandwidth.gb_per_s(plan.device) if wanted and mesh.layout.ranks > 1 else None
 
 
 def _kinds(plan: Plan, mesh: Mesh) -> list[tuple[Sample, ...]]:
-    """One batch of each length, with and without a negative prompt, that this data parallel group makes."""
+    """One batch for each length, with and without a negative prompt, among those of this data parallel group."""
     group = plan.batches[mesh.index("dp") :: mesh.size("dp")]
     return list({(len(batch), batch[0].negative_prompt is None): batch for batch in group}.values())
 
@@ -136,14 +137,14 @@ def _finish(
     rate: float | None,
     reference: list[Path] | None,
 ) -> Result:
-    """Quality, the perf dump and trackers: all that comes after the last picture. What was measured is kept first."""
+    """Compare quality, write the perf dump and report to trackers, in this order, after the last image is saved."""
     failure = None
     if reference is not None:
         try:
             report["quality"] = quality.compare(str(plan.run.quality.reference), saved.samples, saved.frames, reference)
             log.info(f"Quality against {plan.run.quality.reference}: {quality.sentence(report['quality'])}")
         except UserError as error:
-            failure = RunError(f"The pictures are saved, but not compared: {error}")
+            failure = RunError(f"The images are saved, but not compared: {error}")
     if plan.run.output.perf_dump_path:
         dump.add_measurements(report, plan, phases, rate)
         files.save_json(Path(plan.run.output.perf_dump_path), report, stream=True)
@@ -155,7 +156,7 @@ def _finish(
 
 
 def _reference(plan: Plan) -> list[Path] | None:
-    """The pictures of quality.reference that belong to the samples, found before any work is done."""
+    """The reference images for the samples (quality.reference), located before anything is generated."""
     if plan.run.quality.reference is None:
         return None
     samples = [plain(sample) for batch in plan.batches for sample in batch]
@@ -164,19 +165,19 @@ def _reference(plan: Plan) -> list[Path] | None:
 
 def _generate(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Saved:
     saved = Saved(plan, {**plan.effective, **engine.effective()})
-    for number, decoded in _made(plan, mesh, engine, clock):
+    for number, decoded in _generated(plan, mesh, engine, clock):
         clock.enter("saving")
-        saved.effective |= engine.effective()  # the first batch settles what depends on its shapes
+        saved.effective |= engine.effective()  # some settings are known only after the first batch
         saved.add(number, decoded)
         clock.leave()
     return saved
 
 
 def _repeat(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock, saved: Saved) -> Clock:
-    """Generate everything once more, saving nothing; a sample that is not the same to the bit is a warning."""
+    """Generate all samples again without saving them. Warns about every sample that is not bitwise identical."""
     made = [
         (decoded.frames[row], kept_latents(plan, decoded, row))
-        for _, decoded in _made(plan, mesh, engine, clock)
+        for _, decoded in _generated(plan, mesh, engine, clock)
         for row in range(len(decoded.frames))
     ]
     first = zip(saved.frames, saved.latents, strict=True)
@@ -187,8 +188,8 @@ def _repeat(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock, saved: Saved) 
     return clock
 
 
-def _made(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Iterator[tuple[int, Decoded]]:
-    """(number, result) of every batch, in order, on rank 0; on other ranks nothing, they do their share."""
+def _generated(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Iterator[tuple[int, Decoded]]:
+    """Generate all batches. Yields (number, result) of every batch, in order, on rank 0 and nothing on other ranks."""
     group = mesh.index("dp")
     for turn in rounds(plan.batches, mesh.size("dp")):
         for prompt in dict.fromkeys(sample.prompt for _, batch in turn for sample in batch):
@@ -200,7 +201,7 @@ def _made(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Iterator[tupl
         if not mesh.leads:
             continue
         if mesh.size("dp") > 1:
-            clock.enter("gathering")  # the wait for slower groups is in it
+            clock.enter("gathering")  # includes the wait for slower groups
             decoded = on_host(plan, decoded) if decoded else None
         gathered = mesh.gather(decoded, "dp")
         clock.leave()

@@ -1,4 +1,4 @@
-"""Where the ranks that torchrun started meet: a store that holds the plan of rank 0 and how the run ended."""
+"""Rendezvous of ranks started by torchrun: a store that holds rank 0's plan and the outcome of the run."""
 
 import json
 import pickle
@@ -13,13 +13,13 @@ from sglang_gen.env import Torchrun
 from sglang_gen.errors import LostError, RunError, first_line
 from sglang_gen.types import Plan
 
-POLL = 0.05  # seconds between two looks; a look that waits would be deaf to signals
+POLL = 0.05  # seconds between polls; a blocking wait would not react to signals
 CONNECT = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
 class End:
-    """How the run ended for everybody: the exit code, and after a failure its sentence and whose it is."""
+    """Outcome of the run for all ranks: the exit code, and after a failure its sentence, rank and machine."""
 
     code: int
     sentence: str = ""
@@ -27,15 +27,15 @@ class End:
     node: int = 0
 
 
-class Meeting:
-    """The store as one rank sees it. Every method raises LostError where the store is gone."""
+class Rendezvous:
+    """One rank's access to the store. Every method raises LostError if the store cannot be reached."""
 
     def __init__(self, place: Torchrun, store: Any) -> None:
         self.place, self.store = place, store
 
     @classmethod
-    def join(cls, place: Torchrun) -> "Meeting":
-        """Connect to the store that the environment names. Raises RunError where nobody answers."""
+    def join(cls, place: Torchrun) -> "Rendezvous":
+        """Connect to the store given by the environment. Raises RunError if it does not answer."""
         try:
             store, _, _ = next(iter(dist.rendezvous("env://", timeout=CONNECT)))  # type: ignore[attr-defined]
         except (RuntimeError, ValueError) as error:
@@ -44,9 +44,9 @@ class Meeting:
             ) from error
         return cls(place, dist.PrefixStore(f"sglang-gen/{place.attempt}", store))  # type: ignore[attr-defined]
 
-    def again(self) -> "Meeting":
-        """The same by a connection of its own, for another thread."""
-        return Meeting(self.place, self.store.clone())
+    def again(self) -> "Rendezvous":
+        """A copy with its own connection to the store, for another thread."""
+        return Rendezvous(self.place, self.store.clone())
 
     def _ask(self, method: str, *words: Any) -> Any:
         try:
@@ -55,23 +55,23 @@ class Meeting:
             raise LostError(f"Rank {self.place.rank} lost the connection to torchrun") from error
 
     def post(self, plan: Plan) -> None:
-        """Rank 0 gives the others the plan."""
+        """Send rank 0's plan to the other ranks."""
         self._ask("set", "plan", pickle.dumps(plan))
 
     def plan(self) -> Plan | None:
-        """None where rank 0 has not posted it yet."""
+        """The plan of rank 0; None if it is not posted yet."""
         if not self._ask("check", ["plan"]):
             return None
         plan: Plan = pickle.loads(self._ask("get", "plan"))
         return plan
 
     def end(self, end: End) -> End:
-        """End the run for everybody; the end that counts, which is the first one said."""
+        """End the run for all ranks. Returns the outcome that was posted first, which is the one that counts."""
         said = self._ask("compare_set", "end", "", json.dumps(asdict(end)))
         return End(**json.loads(said))
 
     def is_first(self, text: str) -> bool:
-        """Whether no other rank has come with this text before."""
+        """Whether this rank is the first one to log this text."""
         mine = str(self.place.rank)
         return str(self._ask("compare_set", f"said {text}", "", mine).decode()) == mine
 
@@ -79,7 +79,7 @@ class Meeting:
         return End(**json.loads(self._ask("get", "end"))) if self._ask("check", ["end"]) else None
 
     def gather(self, name: str, seconds: float = float("inf")) -> None:
-        """Wait, at most `seconds`, until every rank has come to the point `name`; each may first take its time."""
+        """A barrier: wait, at most `seconds`, until every rank has reached the point `name`."""
         until = time.monotonic() + seconds
         self._ask("add", name, 1)
         while self._ask("add", name, 0) < self.place.ranks and time.monotonic() < until:

@@ -1,7 +1,7 @@
-"""The process of one rank: takes plans from the launcher over a pipe, carries them out, and says how they ended.
+"""The process of one rank: receives plans from the launcher over a pipe, carries them out, and reports the outcome.
 
-It ignores Ctrl-C, which its launcher answers for all ranks, and ends with the
-launcher: the pipe that closes when the launcher dies, however it dies, is the sign.
+It ignores Ctrl-C, which the launcher handles for all ranks. It ends when the pipe closes, which happens whenever the
+launcher ends.
 """
 
 import importlib
@@ -22,12 +22,12 @@ from sglang_gen import env, log
 from sglang_gen.errors import LostError, RunError, Terminated, UserError, first_line
 from sglang_gen.types import Plan, Result
 
-PATIENCE = 3.0  # seconds between asking a process to end and ending it
+PATIENCE = 3.0  # seconds between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True)
 class Job:
-    """One plan for one rank: `port` is where the launcher's store listens, `folder` where relative paths start."""
+    """One plan for one rank. `port` is the port of the launcher's store, `folder` the working directory."""
 
     plan: Plan
     rank: int
@@ -49,9 +49,9 @@ class Done:
 
 @dataclass(frozen=True)
 class Failure:
-    """How a rank failed. `when` is on the machine's monotonic clock, so that the first of several can be told.
+    """Failure of a rank. `when` is a time of the monotonic clock, by which the launcher finds the first failure.
 
-    What `follows` from the end of another rank is never the cause.
+    `follows` marks a consequence of another rank's failure, which is never reported as the cause.
     """
 
     rank: int
@@ -63,19 +63,19 @@ class Failure:
 
 
 def main() -> int:
-    """Serve jobs until the launcher closes the pipe; 1 after a failed job, since its process group is broken."""
+    """Carry out jobs until the pipe closes. Returns 1 after a failed job, which breaks the process group."""
     leaving = ready = False
 
     def terminate(signum: int, frame: Any) -> None:
         nonlocal leaving
-        if not ready:  # nothing to undo yet, and what is raised while torch is imported aborts the process
+        if not ready:  # there is nothing to clean up, and an exception during the import of torch aborts the process
             os._exit(143)
-        if not leaving:  # nobody catches what is raised while the interpreter ends
+        if not leaving:  # an exception during interpreter exit would not be caught
             leaving = True
             raise Terminated
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the launcher held it back
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the launcher blocked it
     signal.signal(signal.SIGTERM, terminate)
     env.collect_rarely()
     env.prepare_libraries()
@@ -98,7 +98,7 @@ def main() -> int:
         leaving = True
     except Terminated:
         return 143
-    except OSError:  # the launcher has gone
+    except OSError:  # the launcher has ended
         leaving = True
     return 1
 
@@ -114,7 +114,7 @@ def _receive(pipe: Connection, jobs: "queue.SimpleQueue[Job]") -> None:
 
 
 class _Forward(logging.Handler):
-    """Sends log lines to the launcher, which writes them as its own."""
+    """Handler that sends log lines to the launcher, which writes them."""
 
     def __init__(self, send: Callable[[Any], None]) -> None:
         super().__init__()
@@ -125,13 +125,12 @@ class _Forward(logging.Handler):
 
 
 def level(plan: Plan, rank: int) -> str:
-    """From which level a rank speaks: the first one as the run says; the first of a data parallel group warns.
-
-    What it warns of may be a picture of its own.
+    """Log level of a rank: the run's level on rank 0, `warning` on the first rank of each other data parallel group,
+    whose warnings may concern its own images, and `error` elsewhere.
     """
-    asked = plan.run.log_level.name
-    if rank == 0 or asked == "error":
-        return asked
+    requested = plan.run.log_level.name
+    if rank == 0 or requested == "error":
+        return requested
     return "error" if rank % (plan.layout.ranks // plan.layout.dp) else "warning"
 
 
@@ -145,11 +144,11 @@ def _serve(job: Job, send: Callable[[Any], None]) -> bool:
     except (UserError, RunError) as error:
         send(_failure(job.rank, error, isinstance(error, UserError), str(error)))
         return False
-    except Exception as error:  # noqa: BLE001 - the rank boundary: the launcher says it in one sentence
+    except Exception as error:  # noqa: BLE001 - the rank boundary: the launcher reports it in one sentence
         send(_failure(job.rank, error, False, f"{type(error).__name__}: {first_line(error)}"))
         return False
     finally:
-        mesh.leave()  # only after a failure is said, since it makes the others fail
+        mesh.leave()  # after the failure is reported, because leaving makes other ranks fail
     return True
 
 

@@ -1,1 +1,1 @@
-"""Everything a run writes: images, videos, sound, run records, prompt archives, trackers."""
+"""Outputs of a run: images, videos, audio files, run records, trackers, and the path of the perf dump."""

@@ -1,4 +1,4 @@
-"""Where a perf dump may go: to a name of its own or a stream, and never in place of a file that is none."""
+"""Checks the path of a perf dump: it may be a stream, a new file or an earlier perf dump, but no other file."""
 
 import json
 import os
@@ -11,12 +11,12 @@ from sglang_gen.files import RESULT
 from sglang_gen.perf.dump_reader import is_dump
 
 KEY = "output.perf_dump_path"
-RUNS = "runs.csv"  # what tracking=csv adds to
+RUNS = "runs.csv"  # file of tracking=csv
 OF_A_SWEEP = re.compile(r"job\.json|table\..*|multirun\.yaml")
 
 
 def check(path: str) -> None:
-    """Raises UserError where a dump at `path` would have the name of another result, or replace another file."""
+    """Raises UserError for a path with the name of another kind of result, or one that would replace another file."""
     name = os.path.basename(path)
     if os.path.isdir(path):
         raise UserError(f"{KEY} is the folder {path}; it must name a JSON file")
@@ -30,11 +30,11 @@ def check(path: str) -> None:
     except OSError as error:
         raise UserError(f"{KEY}: {path} cannot be written: {error.strerror}") from None
     if not to.is_stream and os.path.exists(path) and not _may_be_replaced(to.path):
-        raise UserError(f"{KEY} is {path}, a file that is no perf dump and would be lost; give another name")
+        raise UserError(f"{KEY} is {path}, a file that is not a perf dump and would be lost; give another name")
 
 
 def _may_be_replaced(path: Path) -> bool:
-    """Whether it is a perf dump, of ours or of upstream, or an empty file."""
+    """Whether the file is empty or a perf dump, of this package or of SGLang."""
     try:
         content = path.read_bytes() if path.is_file() else b"?"
         return not content or is_dump(json.loads(content))
@@ -43,14 +43,14 @@ def _may_be_replaced(path: Path) -> bool:
 
 
 def check_ranks(path: str | None, ranks: int) -> None:
-    """Raises UserError for a descriptor that the process of rank 0 lacks: it inherits the standard ones alone."""
+    """Raises UserError for a file descriptor above 2 if ranks are processes: they inherit only the standard ones."""
     number = destination.find(Path(path)).descriptor if path else None
     if ranks > 1 and number is not None and number > 2:
         raise UserError(f"{KEY}: {path} belongs to this process, and one of {ranks} ranks writes the dump; name a file")
 
 
 def check_in_sweep(path: str) -> None:
-    """Raises UserError for a name that is none of a file beside the results of a job."""
+    """Raises UserError unless `path` is a plain file name, which is not that of another result of a job."""
     whole, name = Path(path), os.path.basename(path)
     if whole.is_absolute() or len(whole.parts) != 1 or name in ("", "..") or name == RUNS or (
         RESULT.fullmatch(name) or OF_A_SWEEP.fullmatch(name)

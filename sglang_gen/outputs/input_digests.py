@@ -1,4 +1,4 @@
-"""The files that a run starts from, by their content, so that a record cannot repeat a run from others unnoticed."""
+"""Digests of a run's input files, so that repeating a record with changed files is noticed."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,19 +12,19 @@ FILES = ("sampling.image_path", "sampling.latents")
 
 
 def digests(run: Run) -> dict[str, str]:
-    """The SHA-256 of each file by the setting that names it. Raises RunError for one that is gone."""
+    """SHA-256 of each input file, by the config path that names it. Raises RunError for a missing file."""
     return {path: _digest(str(name)) for path in FILES if (name := get(run, path)) is not None}
 
 
 def changed(run: Run, sources: Mapping[str, str], recorded: Mapping[str, str]) -> list[str]:
-    """A warning for each file that the record names and that holds something else than it did."""
-    found = []
+    """A warning for each input file of the record whose content has changed."""
+    messages = []
     for path, digest in recorded.items():
         name = get(run, path) if path in FILES and sources.get(path) == "file" else None
         if name is not None and Path(name).expanduser().is_file() and _digest(name) != digest:
             option = BY_PATH[path].option if path in BY_PATH else path
-            found.append(f"{option}: {name} is not the file that the record was made with")
-    return found
+            messages.append(f"{option}: {name} is not the file that the record was made with")
+    return messages
 
 
 def _digest(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Files and records of what was generated, in the order of the samples."""
+"""Saves generated samples and their records, in the order of the samples."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from sglang_gen.types import Decoded, Plan, Sample
 
 
 class Saved:
-    """What the batches of a run have left so far."""
+    """Saved files and data of the batches generated so far."""
 
     def __init__(self, plan: Plan, effective: dict[str, Any]) -> None:
         self.plan = plan
@@ -21,12 +21,12 @@ class Saved:
         self.inputs = input_digests.digests(plan.run)
         self.paths: list[Path] = []
         self.frames: list[Any] = []
-        self.latents: list[Any] = []  # where the run generates again and compares, and the pipeline shows them
+        self.latents: list[Any] = []  # kept only if perf.repeat > 1 and the pipeline returns them, else None
         self.seeds: list[int] = []
         self.samples: list[dict[str, Any]] = []
 
     def add(self, number: int, decoded: Decoded) -> None:
-        """Save the pictures, videos or sounds of batch `number`."""
+        """Save the images, videos or audio files of batch `number`."""
         self.effective |= _size(self.plan, decoded)
         for row, sample in enumerate(self.plan.batches[number]):
             path = self._save(sample, decoded, row)
@@ -57,11 +57,11 @@ class Saved:
         latents = None
         if plan.run.output.latents:
             if decoded.noise is None or decoded.latents is None:
-                raise RunError(f"{plan.card.pipeline_class} does not show its latents, so output.latents cannot be met")
+                raise RunError(f"{plan.card.pipeline_class} does not return its latents; leave out output.latents")
             latents = {"noise": decoded.noise[row], "latents": decoded.latents[row]}
         folder, data = Path(plan.run.output.path), decoded.frames[row]
         if decoded.kind == "image":
-            return files.save_picture(folder, data, record, latents)
+            return files.save_image(folder, data, record, latents)
         from sglang_gen.outputs import video_audio
 
         if decoded.kind == "video":
@@ -70,12 +70,12 @@ class Saved:
 
 
 def kept_latents(plan: Plan, decoded: Decoded, row: int) -> Any:
-    """Those of one sample on the host, for a run that generates again; None where there are none to compare."""
+    """CPU latents of one sample, kept if perf.repeat > 1; None otherwise or if the pipeline does not return them."""
     return decoded.latents[row].cpu() if plan.run.perf.repeat > 1 and decoded.latents is not None else None
 
 
 def on_host(plan: Plan, decoded: Decoded) -> Decoded:
-    """What of `decoded` has to travel to the rank that saves."""
+    """`decoded` for the rank that saves: tensors on the CPU, without those that are not needed there."""
     saved, compared = plan.run.output.latents, plan.run.perf.repeat > 1
     noise = decoded.noise.cpu() if saved and decoded.noise is not None else None
     latents = decoded.latents.cpu() if (saved or compared) and decoded.latents is not None else None
@@ -83,7 +83,7 @@ def on_host(plan: Plan, decoded: Decoded) -> Decoded:
 
 
 def _size(plan: Plan, decoded: Decoded) -> dict[str, Any]:
-    """What the result is like: pixels, frames, rates."""
+    """Effective settings that describe the result: image size, number of frames, rates."""
     if decoded.kind == "audio":
         return {"sampling_rate": decoded.rate, "samples": decoded.frames.shape[-1]}
     height, width = decoded.frames.shape[-3:-1]

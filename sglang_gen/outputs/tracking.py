@@ -1,4 +1,4 @@
-"""Trackers: what a run was and how fast it was, told to a CSV file or to Weights & Biases."""
+"""Trackers: log the settings and measurements of a run to a CSV file or to Weights & Biases."""
 
 import csv
 import io
@@ -13,27 +13,27 @@ from sglang_gen.errors import RunError, first_line
 from sglang_gen.outputs.dump_path import RUNS
 from sglang_gen.perf.dump_numbers import QUALITY, TIMES, peak_memory, times
 
-LOCK_SECONDS = 60.0  # to wait for another run that adds its row
+LOCK_SECONDS = 60.0  # longest wait for another run that writes its row
 SETTINGS = ("num_inference_steps", "guidance_scale", "seed", "num_samples", "batch_size")
-# Parts of a dump that are no measurement: they are in the tracker's config, or are told in another form.
+# Keys of a dump that are not measurements: they are in the tracker's config, or are logged in another form.
 NO_NUMBERS = ("schema_version", "requested", "effective", "fingerprint", "samples", "denoise_steps_ms", "repeats")
 
 
 def track(run: Run, report: Mapping[str, Any], paths: Sequence[Path], wandb_mode: str | None = "offline") -> None:
-    """Tell the tracker that the run names. `report` is the perf dump, `paths` are the files that were made.
+    """Log the run to its tracker. `report` is the perf dump, `paths` are the generated files.
 
-    `wandb_mode` is W&B's own (online, offline, disabled); None leaves the choice to its settings. Raises RunError.
+    `wandb_mode` is W&B's mode (online, offline, disabled); None leaves the choice to W&B's settings. Raises RunError.
     """
     if run.tracking.name is Tracker.csv:
         path = Path(run.output.path) / RUNS
         append_row(path, row(run, report, paths))
         log.info(f"Run added to: {path}")
     elif run.tracking.name is Tracker.wandb:
-        _tell_wandb(run, report, paths, wandb_mode)
+        _log_to_wandb(run, report, paths, wandb_mode)
 
 
 def row(run: Run, report: Mapping[str, Any], paths: Sequence[Path]) -> dict[str, Any]:
-    """One line of `runs.csv`. The columns do not depend on the run."""
+    """One row of `runs.csv`. Every run has the same columns."""
     measured, memory = times(report), peak_memory(report)
     requested, effective = report["requested"], report["effective"]
     return {
@@ -63,15 +63,15 @@ def _text(value: Any) -> str:
 
 
 def append_row(path: Path, values: Mapping[str, Any]) -> None:
-    """Add one row to a CSV file that other runs may add to at the same time; the file is replaced whole or not at all.
+    """Append a row to a CSV file atomically. Other runs may append to it at the same time.
 
-    A column that the file does not have yet is added at its end and is empty in the older rows; a column that only the
-    file has is empty in the new row. Raises RunError.
+    A new column is added at the end and is empty in older rows. A column that only the file has is empty in the new
+    row. Raises RunError.
     """
     from filelock import FileLock, Timeout
 
     locked = path.with_name(f".{path.name}.lock")
-    if locked.is_symlink():  # older versions of filelock empty what it leads to
+    if locked.is_symlink():  # older versions of filelock truncate the link's target
         raise RunError(f"{path} cannot be written: {locked.name} beside it is a link")
     lock = FileLock(locked, timeout=LOCK_SECONDS)
     try:
@@ -91,7 +91,7 @@ def append_row(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Header and rows; both empty where there is no file. A byte order mark of a spreadsheet program is dropped."""
+    """Header and rows; both empty if there is no file. A byte order mark from a spreadsheet program is dropped."""
     if not path.exists():
         return [], []
     try:
@@ -106,29 +106,29 @@ def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     return header, rows
 
 
-def _tell_wandb(run: Run, report: Mapping[str, Any], paths: Sequence[Path], mode: str | None) -> None:
+def _log_to_wandb(run: Run, report: Mapping[str, Any], paths: Sequence[Path], mode: str | None) -> None:
     import wandb
 
-    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)  # the work is over: nothing to sample
-    told = {name: report[name] for name in ("requested", "effective", "fingerprint")}
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)  # no system metrics: the run is over
+    described = {name: report[name] for name in ("requested", "effective", "fingerprint")}
     try:
         with wandb.init(
             project=run.tracking.project,
             mode=mode,  # type: ignore[arg-type]  # W&B checks the word and names the legal ones
             dir=run.output.path,
-            config={**plain(run), **told},
+            config={**plain(run), **described},
             tags=[run.perf.tag] if run.perf.tag else None,
             job_type="generate",
             settings=settings,
-            reinit="create_new",  # a caller's own W&B run goes on
+            reinit="create_new",  # a W&B run of the caller continues
         ) as session:
             for step in report["denoise_steps_ms"]:
                 session.log({"denoise_step_ms": step["duration_ms"]})
             session.log({**numbers(report), **_media(report, paths)})
             folder = None if session.disabled else session.settings.sync_dir
-    except (wandb.Error, OSError, ValueError) as error:  # a ValueError is a setting that W&B refuses
+    except (wandb.Error, OSError, ValueError) as error:  # ValueError: a setting that W&B refuses
         raise RunError(
-            f"The pictures are saved, but W&B did not take the run: {log.shorten(str(error), 300)}"
+            f"The images are saved, but W&B did not accept the run: {log.shorten(str(error), 300)}"
         ) from error
     if folder is None:
         log.warning("tracking=wandb has no effect: W&B is disabled by its own settings (WANDB_MODE)")
@@ -137,7 +137,7 @@ def _tell_wandb(run: Run, report: Mapping[str, Any], paths: Sequence[Path], mode
 
 
 def numbers(report: Mapping[str, Any]) -> dict[str, float]:
-    """Every measured number of a dump, one level deep: `steps/denoising/duration_ms`, `work/denoising/mfu`."""
+    """All measured numbers of a dump as a flat dict: `steps/denoising/duration_ms`, `work/denoising/mfu`."""
     return {
         name: number
         for key, value in report.items()
@@ -149,20 +149,20 @@ def numbers(report: Mapping[str, Any]) -> dict[str, float]:
 def _flat(value: Any, name: str) -> dict[str, float]:
     if isinstance(value, Mapping):
         return {path: number for key, item in value.items() for path, number in _flat(item, f"{name}/{key}").items()}
-    if isinstance(value, list):  # stages have names; other lists are no measurement of their own
+    if isinstance(value, list):  # only stages, which have names; other lists are not logged
         named = [item for item in value if isinstance(item, Mapping) and "name" in item]
         return {path: number for item in named for path, number in _flat(item, f"{name}/{item['name']}").items()}
     return {name: value} if isinstance(value, int | float) and not isinstance(value, bool) else {}
 
 
 def _media(report: Mapping[str, Any], paths: Sequence[Path]) -> dict[str, list[Any]]:
-    """The files by kind, each with its prompt below."""
+    """W&B media objects by kind, each with its prompt as the caption."""
     import wandb
 
     kinds = {".png": ("pictures", wandb.Image), ".mp4": ("videos", wandb.Video), ".wav": ("sounds", wandb.Audio)}
     prompts = {sample["file"]: sample["prompt"] for sample in report["samples"]}
-    found: dict[str, list[Any]] = {}
+    media: dict[str, list[Any]] = {}
     for path in paths:
         name, kind = kinds[path.suffix]
-        found.setdefault(name, []).append(kind(str(path), caption=prompts.get(path.name)))
-    return found
+        media.setdefault(name, []).append(kind(str(path), caption=prompts.get(path.name)))
+    return media

@@ -1,4 +1,4 @@
-"""Videos and sounds as files, numbered and recorded like pictures."""
+"""Saves videos and audio, with numbered names and records like those of images."""
 
 import json
 import wave
@@ -10,7 +10,7 @@ import numpy as np
 
 from sglang_gen.files import Write, record_bytes, safetensors_bytes, save_numbered
 
-FRAMES_PER_SECOND = 16  # of a video whose request names no rate
+FRAMES_PER_SECOND = 16  # default frame rate of a video
 
 
 def save_video(
@@ -20,23 +20,23 @@ def save_video(
     record: Callable[[str], dict[str, Any]],
     latents: Mapping[str, Any] | None = None,
 ) -> Path:
-    """uint8 [F, H, W, 3] frames as the next generated_video_N.mp4 (H.264), its record inside and beside it as JSON."""
+    """Save uint8 [F, H, W, 3] frames as the next generated_video_N.mp4 (H.264), with its record inside and as JSON."""
 
     def files(name: str) -> dict[str, Write]:
         content = record(f"{name}.mp4")
-        found: dict[str, Write] = {
+        writers: dict[str, Write] = {
             ".mp4": lambda file: _write_mp4(file, frames, fps, content),
             ".json": lambda file: file.write(record_bytes(content)),
         }
         if latents is not None:
-            found[".safetensors"] = lambda file: file.write(safetensors_bytes(latents))
-        return found
+            writers[".safetensors"] = lambda file: file.write(safetensors_bytes(latents))
+        return writers
 
     return save_numbered(folder, "generated_video", files)
 
 
 def _write_mp4(file: BinaryIO, frames: "np.ndarray[Any, Any]", fps: int, record: dict[str, Any]) -> None:
-    """ffmpeg writes into the open file by its name; sizes stay as they are, so odd ones use 4:4:4 colour."""
+    """Write with ffmpeg to the open file's name. Odd sizes are kept and use 4:4:4 chroma, which supports them."""
     import imageio.v2 as imageio
 
     height, width = frames.shape[1:3]
@@ -58,17 +58,17 @@ def save_sound(
     record: Callable[[str], dict[str, Any]],
     latents: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Float [C, T] samples in [-1, 1] as the next generated_audio_N.wav (16 bit), its record beside it as JSON."""
+    """Save float [C, T] samples in [-1, 1] as the next generated_audio_N.wav (16 bit), with its record as JSON."""
 
     def files(name: str) -> dict[str, Write]:
         content = record(f"{name}.wav")
-        found: dict[str, Write] = {
+        writers: dict[str, Write] = {
             ".wav": lambda file: _write_wav(file, samples, rate),
             ".json": lambda file: file.write(record_bytes(content)),
         }
         if latents is not None:
-            found[".safetensors"] = lambda file: file.write(safetensors_bytes(latents))
-        return found
+            writers[".safetensors"] = lambda file: file.write(safetensors_bytes(latents))
+        return writers
 
     return save_numbered(folder, "generated_audio", files)
 

@@ -1,1 +1,1 @@
-"""Decisions from facts, before a weight is read: backend, degrees, sizes, dtype, and every refusal."""
+"""Decisions made before any weight is read: backend, parallel degrees, image size, dtype, and checks of the request."""

@@ -1,4 +1,4 @@
-"""Which backend a run takes: ours where it can do all that is asked, diffusers otherwise, with the reason."""
+"""Chooses the backend: the native engine if it supports the request, otherwise diffusers, with the reason."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,16 +9,16 @@ from sglang_gen.plan import offloading
 from sglang_gen.plan.supported_configs import NEEDS, unsupported
 from sglang_gen.types import ModelCard
 
-# Pipelines of the native engine: the class that model_index.json names, and the module in pipelines/.
+# Pipelines of the native engine: the class named in model_index.json, and the package in families/.
 NATIVE = {
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionPipeline": "sd",
 }
-# Names of its attention kernels; which of them run depends on the machine.
+# Names of the native engine's attention kernels; the machine determines which of them run.
 ATTENTION = ("auto", "sdpa", "flash", "efficient", "cudnn", "math", "flash_attn", "flash_attn_3", "sage", "flex")
-ARGUMENTS = {  # of --diffusers-kwargs that it understands
+ARGUMENTS = {  # keys of --diffusers-kwargs that the native engine supports
     "FluxPipeline": {"true_cfg_scale"},
     "StableDiffusionXLPipeline": {"guidance_rescale"},
     "StableDiffusionPipeline": {"guidance_rescale"},
@@ -26,11 +26,14 @@ ARGUMENTS = {  # of --diffusers-kwargs that it understands
 
 
 def choose(run: Run, card: ModelCard, device: str) -> tuple[str, str | None]:
-    """(sglang or diffusers, why auto did not take sglang). Raises UserError where sglang is asked for and cannot."""
-    own = next((path for path, asked in NATIVE_ONLY if asked(run)), None)
+    """Return (sglang or diffusers, why auto did not choose sglang).
+
+    Raises UserError if sglang is requested and does not support the run.
+    """
+    own = next((path for path, is_requested in NATIVE_ONLY if is_requested(run)), None)
     if run.backend.name is BackendName.diffusers:
         if own:
-            raise UserError(f"{own} is a setting of the native engine alone; run with --backend sglang or auto")
+            raise UserError(f"{own} is supported only by the native engine; run with --backend sglang or auto")
         return "diffusers", None
     reason = next(_obstacles(run, card, device), None)
     if reason is None:
@@ -38,20 +41,20 @@ def choose(run: Run, card: ModelCard, device: str) -> tuple[str, str | None]:
     if run.backend.name is BackendName.sglang:
         raise UserError(f"The native engine cannot run this: {reason}; run with --backend diffusers or auto")
     if own:
-        raise UserError(f"{own} is a setting of the native engine alone, which cannot run this: {reason}")
+        raise UserError(f"{own} is supported only by the native engine, which cannot run this: {reason}")
     return "diffusers", reason
 
 
 def check_start(run: Run) -> None:
-    """Refuse two starts for a pipeline that puts noise on a picture. Raises UserError."""
+    """Raises UserError if both saved latents and an input image are given as the start of the first step."""
     if run.sampling.latents and run.sampling.image_path:
         raise UserError(
-            "sampling.latents and sampling.image_path exclude each other: the one is what the first step starts from, "
-            "and so is the other with noise on it; give one"
+            "sampling.latents and sampling.image_path exclude each other: the first step starts either from the saved "
+            "latents or from the image with noise added; give one"
         )
 
 
-# What a run can ask for that the diffusers backend does not have.
+# Settings that only the native engine supports, and whether a run sets them.
 NATIVE_ONLY: tuple[tuple[str, Callable[[Run], bool]], ...] = (
     ("sampling.guidance_interval", lambda run: run.sampling.guidance_interval is not None),
     ("sampling.guidance_batching", lambda run: run.sampling.guidance_batching is not GuidanceBatching.auto),
@@ -60,44 +63,44 @@ NATIVE_ONLY: tuple[tuple[str, Callable[[Run], bool]], ...] = (
 
 
 def _obstacles(run: Run, card: ModelCard, device: str) -> Iterator[str]:
-    """What the native engine does not do, in the order in which a user would like to hear it."""
+    """Reasons why the native engine cannot run a request, the most important first."""
     name = run.model.pipeline_class_name or card.pipeline_class
     if name not in NATIVE:
         yield f"it has no {name} (it has {', '.join(NATIVE)})"
     understood = ARGUMENTS.get(name, set()) | ({"strength"} if run.sampling.image_path else set())
     foreign = run.backend.diffusers_kwargs.keys() - understood
     if foreign:
-        yield f"'{min(foreign)}' of --diffusers-kwargs is for the diffusers pipeline"
+        yield f"'{min(foreign)}' of --diffusers-kwargs is an argument of the diffusers pipeline"
     if card.code:
         yield "it runs no code from model repositories"
-    if device != "cpu" and offloading.asked(run):  # on a CPU they have no effect
+    if device != "cpu" and offloading.asked(run):  # offloading has no effect on a CPU
         yield "it does not offload yet"
-    if any("quantization_config" in part.config for part in card.components.values()):
+    if any("quantization_config" in component.config for component in card.components.values()):
         yield "the model's weights are quantized"
     if run.quant.transformer_weights_path and (reason := _foreign_weights(run.quant.transformer_weights_path)):
         yield reason
     if run.sampling.image_path and card.settings.get("requires_aesthetics_score"):
-        yield "it gives an input picture no aesthetic score, and this model wants one"
+        yield "it does not support the aesthetic score that this model takes with an input image"
     if name in NATIVE and (reason := unsupported(NEEDS[NATIVE[name]], card)):
         yield reason
-    yield from (reason for asked, reason in NATIVE_LACKS if asked(run))
+    yield from (reason for is_requested, reason in NATIVE_LACKS if is_requested(run))
 
 
 def _foreign_weights(path: str) -> str | None:
-    """Why the native engine cannot read these files, by name and header; None for plain ones. Raises UserError."""
+    """Why the native engine cannot read these weight files, by name and header; None if it can. Raises UserError."""
     files = weight_files.locate(path)
     if files.is_gguf:
         return "it reads no GGUF files yet"
-    found = weight_files.declared(files.config, weight_files.read_headers(files.paths).metadata)
-    return f"it reads no weights that are quantized by {found['method']} yet" if found else None
+    declaration = weight_files.declared(files.config, weight_files.read_headers(files.paths).metadata)
+    return f"it reads no weights that are quantized by {declaration['method']} yet" if declaration else None
 
 
-# What a run can ask for that the native engine does not have.
+# Settings that the native engine does not support: whether a run sets them, and the reason to give.
 NATIVE_LACKS: tuple[tuple[Callable[[Run], object], str], ...] = (
     (lambda run: run.lora.path or run.lora.adapters, "it has no LoRA adapters yet"),
     (lambda run: run.quant.method is not QuantMethod.none, "it has no quantized weights yet"),
     (lambda run: run.cache.method is not CacheMethod.none or run.cache.cache_dit_config, "it has no step cache yet"),
-    # asked by name, the engine says itself which kernels run here
+    # with backend=sglang the engine itself refuses the kernel and names those that run on this machine
     (
         lambda run: run.attention.backend not in ATTENTION and run.backend.name is not BackendName.sglang,
         f"its attention kernels are {', '.join(ATTENTION)}",

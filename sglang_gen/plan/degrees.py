@@ -1,4 +1,4 @@
-"""Parallel degrees: what was given, what follows, and the one equation between them."""
+"""Infers parallel degrees from those that were given, so that the equation between them holds."""
 
 import math
 from collections.abc import Mapping, Set
@@ -7,22 +7,23 @@ from sglang_gen.config.schema import DEGREES, Parallel
 from sglang_gen.errors import UserError
 from sglang_gen.types import Layout
 
-# Fields that an error proposes to change, and the most that it proposes.
+# Fields that an error message proposes to change, and the largest value that it proposes.
 PROPOSED = ("num_gpus", "dp_size", "tp_size", "sp_degree", "ring_degree", "ulysses_degree", "dp_degree")
 MOST_PROPOSED = 256
 EQUATION = "num_gpus = dp_size * cfg * ring_degree * ulysses_degree * tp_size"
 
 
 def stated(sources: Mapping[str, str]) -> set[str]:
-    """Fields of the parallel group that somebody stated: the user, or the file of the chosen option."""
+    """Fields of the parallel group set by the user or by the file of the chosen option."""
     return {name for name in DEGREES if sources.get(f"parallel.{name}", "default") != "default"}
 
 
 def infer(parallel: Parallel, given: Set[str], heads: int | None = None) -> Layout:
-    """The layout that the degrees ask for; `given` holds the names of the fields that were stated.
+    """The layout for the given degrees; `given` names the fields that were set explicitly.
 
-    `heads` is the greatest common divisor of the attention head counts of all layers: Ulysses is taken as far as it
-    divides after tensor parallelism, Ring takes the rest. Raises UserError when the equation cannot hold.
+    `heads` is the greatest common divisor of the attention head counts of all layers. The Ulysses degree becomes the
+    largest that divides the heads of a tensor parallel rank; Ring gets the rest of the sequence parallel degree.
+    Raises UserError if the equation cannot hold.
     """
     stated = {name: getattr(parallel, name) for name in given if getattr(parallel, name) is not None}
     for name, value in stated.items():
@@ -30,43 +31,43 @@ def infer(parallel: Parallel, given: Set[str], heads: int | None = None) -> Layo
             raise UserError(f"parallel.{name} is {value}; a degree is at least 1")
     cfg = 2 if parallel.enable_cfg_parallel else 1
     layout = _fill(stated, cfg, heads)
-    if broken := _broken(layout, stated):
-        raise UserError(f"{broken}; {_mended(layout, stated, cfg, heads)}")
+    if violation := _violation(layout, stated):
+        raise UserError(f"{violation}; {_proposals(layout, stated, cfg, heads)}")
     return layout
 
 
 def _fill(stated: Mapping[str, int], cfg: int, heads: int | None) -> Layout:
-    """What is not stated follows."""
+    """Infer the degrees that were not given."""
     tp, dp = stated.get("tp_size", 1), _data_degree(stated)
     sp = _sequence_degree(stated, dp, cfg * tp)
     ring, ulysses = _split_sequence(sp, stated.get("ring_degree"), stated.get("ulysses_degree"), heads, tp)
     return Layout(dp, cfg, ring, ulysses, tp)
 
 
-def _mended(layout: Layout, stated: Mapping[str, int], cfg: int, heads: int | None) -> str:
-    """Overrides of which each alone makes the equations hold, at most three, those that change the least first."""
-    found: dict[str, float] = {}
+def _proposals(layout: Layout, stated: Mapping[str, int], cfg: int, heads: int | None) -> str:
+    """At most three overrides, each of which makes the equations hold, in the order of the size of the change."""
+    distances: dict[str, float] = {}
     shown: dict[str, str] = {}
     for name in PROPOSED:
         now, nearest = stated.get(name, 1), math.inf
         for value in range(1, min(max(*stated.values(), layout.ranks), MOST_PROPOSED) + 1):
             given, distance = {**stated, name: value}, abs(math.log2(value / now))
-            if value != now and distance < nearest and not _broken(_fill(given, cfg, heads), given):
-                nearest = found[name] = distance
+            if value != now and distance < nearest and not _violation(_fill(given, cfg, heads), given):
+                nearest = distances[name] = distance
                 shown[name] = f"parallel.{name}={value}"
-    best = sorted(found, key=found.__getitem__)[:3]
+    best = sorted(distances, key=distances.__getitem__)[:3]
     return f"take {' or '.join(shown[name] for name in best)}" if best else "more than one of them has to change"
 
 
 def _data_degree(stated: Mapping[str, int]) -> int:
-    """The number of data parallel groups: as stated, or what the ranks make of the size of a group; 1 otherwise."""
+    """The number of data parallel groups: as given, or the number of ranks divided by the size of a group, or 1."""
     if "dp_size" in stated or not {"num_gpus", "dp_degree"} <= stated.keys():
         return stated.get("dp_size", 1)
     return max(stated["num_gpus"] // stated["dp_degree"], 1)
 
 
 def _sequence_degree(stated: Mapping[str, int], dp: int, cfg_and_tp: int) -> int:
-    """As stated, whole or in parts; else what the other axes leave of the ranks, or of the ranks of one group."""
+    """The sequence parallel degree: as given, or ring times Ulysses, or the ranks divided by the other degrees."""
     ring, ulysses = stated.get("ring_degree"), stated.get("ulysses_degree")
     if "sp_degree" in stated:
         return stated["sp_degree"]
@@ -77,7 +78,7 @@ def _sequence_degree(stated: Mapping[str, int], dp: int, cfg_and_tp: int) -> int
 
 
 def _split_sequence(sp: int, ring: int | None, ulysses: int | None, heads: int | None, tp: int) -> tuple[int, int]:
-    """(ring, ulysses) with ring * ulysses = sp wherever the stated parts allow it."""
+    """(ring, ulysses) with ring * ulysses = sp, as far as the given degrees allow it."""
     if ring is not None:
         return ring, ulysses or max(sp // ring, 1)
     if ulysses is not None:
@@ -87,8 +88,8 @@ def _split_sequence(sp: int, ring: int | None, ulysses: int | None, heads: int |
     return sp // best, best
 
 
-def _broken(layout: Layout, stated: Mapping[str, int]) -> str | None:
-    """Which equation does not hold, in words."""
+def _violation(layout: Layout, stated: Mapping[str, int]) -> str | None:
+    """A clause that names the equation that does not hold; None if all hold."""
     values = (
         f"dp_size {layout.dp}, cfg {layout.cfg}, ring_degree {layout.ring}, "
         f"ulysses_degree {layout.ulysses}, tp_size {layout.tp}"

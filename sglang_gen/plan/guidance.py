@@ -1,4 +1,4 @@
-"""Guidance in an interval of the steps (Kynkäänniemi et al. 2024): which steps are guided, and what cannot be."""
+"""Guidance in an interval of the steps (Kynkäänniemi et al. 2024), and checks of the guidance settings."""
 
 from sglang_gen.config.schema import Run
 from sglang_gen.errors import UserError
@@ -6,7 +6,7 @@ from sglang_gen.types import ModelCard
 
 
 def check(run: Run) -> None:
-    """Raises UserError for an interval that is none, or that holds none of the run's steps."""
+    """Raises UserError for an invalid guidance interval, or one that contains no step of the run."""
     interval = run.sampling.guidance_interval
     if interval is None:
         return
@@ -16,11 +16,11 @@ def check(run: Run) -> None:
         )
     steps = run.sampling.num_inference_steps
     if not guided_steps(interval, steps):
-        raise UserError(f"sampling.guidance_interval {interval} holds none of {steps} steps")
+        raise UserError(f"sampling.guidance_interval {interval} contains none of the {steps} steps")
 
 
 def warnings(run: Run, gave: bool, card: ModelCard) -> list[str]:
-    """What there is to say of a guidance scale that the user `gave` and the model does not take."""
+    """Warns about a guidance scale that the user `gave` if the model does not take one."""
     network = card.components.get("transformer")
     if (
         gave
@@ -33,10 +33,10 @@ def warnings(run: Run, gave: bool, card: ModelCard) -> list[str]:
 
 
 def guided_steps(interval: list[float] | None, steps: int, skipped: int = 0) -> range:
-    """Numbers of the steps that are guided, where step 0 is the first that is run: all where there is no interval.
+    """Indices of the guided steps, counted from the first step that is run; all steps without an interval.
 
-    An interval is of all `steps` of the schedule, whatever number of them an input picture spares, so that it names
-    the same noise levels.
+    The interval refers to all `steps` of the schedule, including the first `skipped` ones that an input image replaces,
+    so that it always denotes the same noise levels.
     """
     first, stop = (0, steps) if interval is None else (round(fraction * steps) for fraction in interval)
     return range(max(first - skipped, 0), max(stop - skipped, 0))

@@ -1,4 +1,4 @@
-"""Sizes of pictures: what a model makes unless it is asked for another, and what it can make at all."""
+"""Image sizes: a model's default, and the sizes that it supports."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,23 +10,23 @@ from sglang_gen.plan.supported_configs import NEEDS
 from sglang_gen.types import DENOISERS, ModelCard, Plan
 
 Default = Callable[[Mapping[str, Any], int], tuple[int, int]]
-FLUX_SIDE = 128  # latents a side, of which its configuration says nothing
-OLD_SIDE = 64  # latents a side where a configuration of diffusers before 0.9 claims fewer
+FLUX_SIDE = 128  # default size in latents; FLUX's configuration has no sample_size
+OLD_SIDE = 64  # minimum size in latents for configurations of diffusers before 0.9, whose sample_size is too small
 
 
 def configured(config: Mapping[str, Any], factor: int) -> tuple[int, int]:
-    """Height and width in pixels that the network's configuration says; `factor` pixels are one latent.
+    """Default height and width in pixels from the network's sample_size; `factor` pixels per latent.
 
-    Raises UserError where it says none.
+    Raises UserError if the configuration has no sample_size.
     """
     side = config.get("sample_size")
     if not isinstance(side, int):
-        raise UserError("The model's configuration does not say which size it makes; give --height and --width")
+        raise UserError("The model's configuration has no default image size; give --height and --width")
     return side * factor, side * factor
 
 
 def configured_long_ago(config: Mapping[str, Any], factor: int) -> tuple[int, int]:
-    """The same of Stable Diffusion 1 and 2, whose configurations may be old."""
+    """`configured` for Stable Diffusion 1 and 2, whose configurations may be those of diffusers before 0.9."""
     size = config.get("sample_size")
     if isinstance(size, Sequence):
         return int(size[0]) * factor, int(size[1]) * factor
@@ -42,21 +42,21 @@ def of_flux(config: Mapping[str, Any], factor: int) -> tuple[int, int]:
 
 
 def chosen(sampling: Sampling, default: Default, config: Mapping[str, Any], factor: int) -> tuple[int, int]:
-    """Height and width in pixels: those that are asked for, the other ones by default. Raises UserError without one."""
+    """Requested height and width in pixels, completed by the model's default. Raises UserError if it has none."""
     if sampling.height and sampling.width:
         return sampling.height, sampling.width
     height, width = default(config, factor)
     return sampling.height or height, sampling.width or width
 
 
-# Of the native engine's pipelines, by their modules.
+# Default sizes of the native engine's pipelines.
 DEFAULT: Mapping[str, Default] = {
     "sd3": configured, "flux": of_flux, "sdxl": configured, "sd": configured_long_ago,
 }  # fmt: skip
 
 
 def latent_factor(card: ModelCard) -> int | None:
-    """Pixels a side of one latent; None where the autoencoder is another than AutoencoderKL."""
+    """Pixels per latent in each dimension; None if the autoencoder is not an AutoencoderKL."""
     vae = card.components.get("vae")
     if vae is None or vae.class_name != "AutoencoderKL" or not vae.config.get("block_out_channels"):
         return None
@@ -64,16 +64,16 @@ def latent_factor(card: ModelCard) -> int | None:
 
 
 def multiple(card: ModelCard) -> int | None:
-    """Pixels that height and width must be a multiple of: VAE downsampling times the patch size."""
+    """Number of pixels of which height and width must be multiples: VAE downsampling factor times patch size."""
     factor, network = latent_factor(card), card.components.get(DENOISERS[0])
     patch = network.config.get("patch_size", 1) if network else 1
     if network and "Flux" in network.class_name:
-        patch = 2  # FLUX packs 2 x 2 latents into one token outside of its network
+        patch = 2  # FLUX packs 2 x 2 latents into one token outside of the network
     return factor * patch if factor and isinstance(patch, int) else None
 
 
 def check(run: Run, card: ModelCard) -> None:
-    """Raises UserError for a size between or above those that the model can make."""
+    """Raises UserError for a size that is not a multiple of the model's patch size or exceeds its maximum."""
     step, most = multiple(card), _most(card)
     for name in ("height", "width"):
         value = getattr(run.sampling, name)
@@ -86,7 +86,7 @@ def check(run: Run, card: ModelCard) -> None:
 
 
 def _most(card: ModelCard) -> int | None:
-    """Pixels a side for which SD3 has a table of positions; None for other models."""
+    """Maximum height and width in pixels of SD3's table of position embeddings; None for other models."""
     step, network = multiple(card), card.components.get(DENOISERS[0])
     if step is None or network is None or network.class_name != "SD3Transformer2DModel":
         return None
@@ -94,7 +94,7 @@ def _most(card: ModelCard) -> int | None:
 
 
 def expected(plan: Plan) -> tuple[int, int] | None:
-    """Height and width of the pictures of a run; None where only its pipeline or its input picture says them."""
+    """Height and width of a run's images; None if they are known only to its pipeline or from its input image."""
     sampling, card = plan.run.sampling, plan.card
     if sampling.image_path:
         return None

@@ -1,7 +1,7 @@
-"""Which layouts a run can have: what divides by which degree, how many parts there are to share out, and for whom.
+"""Limits of a run's parallel layout: heads and channels bound tp and Ulysses, the image size bounds sp.
 
-Pure facts for the plan. A layout that cannot be is refused in one sentence that names the number to change and the
-nearest layouts of as many ranks.
+A layout that exceeds them is refused with one sentence that names the degree to change and the nearest legal layouts
+with the same number of ranks.
 """
 
 import math
@@ -20,28 +20,29 @@ from sglang_gen.types import DENOISERS, Component, Layout, ModelCard, Sample
 
 @dataclass(frozen=True)
 class Limits:
-    """What of a network, and of the picture that it makes, limits how it is spread over ranks."""
+    """Parallelism limits of a network at one image size."""
 
-    heads: tuple[int, ...]  # of its attention layers, each number once
-    channels: tuple[tuple[int, str], ...] = ()  # what tensor parallelism divides beside them, and its name
-    units: int = 1  # parts of the picture that sequence parallelism shares out
-    unit: str = "parts"  # what they are
+    heads: tuple[int, ...]  # distinct head counts of the attention layers
+    channels: tuple[tuple[int, str], ...] = ()  # other sizes that tensor parallelism divides, with a description
+    units: int = 1  # number of units that sequence parallelism distributes over ranks
+    unit: str = "parts"  # name of these units
 
 
 def attention_heads(config: Mapping[str, Any], is_unet: bool) -> tuple[int, ...]:
-    """Heads of every kind of attention layer, smallest first; of a UNet those of its middle and of levels that attend.
+    """Distinct head counts of the attention layers, smallest first. For a UNet: of its middle block and levels with
+    attention.
 
-    `attention_head_dim` of a UNet is the number of its heads, a mistake that diffusers keeps for its checkpoints.
+    `attention_head_dim` of a UNet is its number of heads, a naming error that diffusers keeps for its checkpoints.
     """
     if not is_unet:
-        found = {config.get("num_attention_heads")}
+        counts = {config.get("num_attention_heads")}
     else:
         c = {**UNET_DEFAULTS, **config}
         heads = for_each_level(c.get("num_attention_heads") or c["attention_head_dim"], len(c["block_out_channels"]))
         levels = [*zip(heads, c["down_block_types"], strict=False), (heads[-1], "CrossAttn")]
         levels += zip(reversed(heads), c["up_block_types"], strict=False)
-        found = {count for count, kind in levels if "Attn" in kind}
-    return tuple(sorted(count for count in found if isinstance(count, int) and count > 0))
+        counts = {count for count, kind in levels if "Attn" in kind}
+    return tuple(sorted(count for count in counts if isinstance(count, int) and count > 0))
 
 
 def encoder_ranks(component: Component, dtype: str, tp: int) -> int:
@@ -54,19 +55,20 @@ def encoder_ranks(component: Component, dtype: str, tp: int) -> int:
 
 
 def common_heads(card: ModelCard) -> int | None:
-    """Greatest common divisor of the attention head counts of the denoising network; None where they are not known."""
+    """Greatest common divisor of the attention head counts of the denoising network; None if they are unknown."""
     for name in DENOISERS:
         if name in card.components:
-            part = card.components[name]
-            heads = attention_heads(part.config, part.class_name == "UNet2DConditionModel")
+            network = card.components[name]
+            heads = attention_heads(network.config, network.class_name == "UNet2DConditionModel")
             return math.gcd(*heads) if heads else None
     return None
 
 
 def limits(pipeline: str, config: Mapping[str, Any], height: int, width: int, factor: int) -> Limits:
-    """Of a network of the native engine's module `pipeline`, for pictures of so many pixels, `factor` of them a latent.
+    """Parallelism limits of the native engine's `pipeline` at this image size; `factor` pixels per latent.
 
-    A network that is cut along tokens has nothing to divide beside heads: its layers are multiples of them wide.
+    In a transformer tensor parallelism divides only heads, because the widths of its layers are multiples of their
+    number.
     """
     is_unet = NEEDS[pipeline].network == "unet"
     heads = attention_heads(config, is_unet)
@@ -77,79 +79,80 @@ def limits(pipeline: str, config: Mapping[str, Any], height: int, width: int, fa
     c = {**UNET_DEFAULTS, **config}
     channels = [(c["norm_num_groups"], "group norms of {} groups")]
     channels += [(count, "residual blocks of {} channels") for count in sorted(set(c["block_out_channels"]))]
-    band = factor * 2 ** (len(c["block_out_channels"]) - 1)  # the coarsest level has a row for each
+    band = factor * 2 ** (len(c["block_out_channels"]) - 1)  # rows of pixels per row of the coarsest level
     return Limits(heads, tuple(channels), height // band, f"bands of {band} rows of pixels")
 
 
-def obstacle(found: Limits, layout: Layout) -> tuple[str, str] | None:
-    """(field of the parallel group to change, why) of a layout that the network cannot have; None where it can."""
+def obstacle(network: Limits, layout: Layout) -> tuple[str, str] | None:
+    """Return (field of the parallel group to change, reason) if the network does not support the layout, else None."""
     tp, ulysses = layout.tp, layout.ulysses
-    for count in found.heads:
+    for count in network.heads:
         if count % tp:
             return "tp_size", f"tp_size is {tp} and this network has layers of {count} heads"
-    for count, what in found.channels:
+    for count, what in network.channels:
         if count % tp:
             return "tp_size", f"tp_size is {tp} and this network has {what.format(count)}"
-    for count in found.heads:
+    for count in network.heads:
         if count // tp % ulysses:
             left = f", {count // tp} on each of {tp} tensor parallel ranks" if tp > 1 else ""
             why = f"ulysses_degree is {ulysses} and this network has layers of {count} heads{left}"
             return "ulysses_degree", why
-    if layout.ring * ulysses > max(found.units, 1):  # one rank has the whole picture, however small
+    if layout.ring * ulysses > max(network.units, 1):  # a single rank takes an image of any size
         sp = f"sp_degree is {layout.ring * ulysses} (ring_degree {layout.ring} x ulysses_degree {ulysses})"
-        return "sp_degree", f"{sp} and this picture has {found.units} {found.unit}"
+        return "sp_degree", f"{sp} and this image has {network.units} {network.unit}"
     return None
 
 
-def nearest(found: Limits, layout: Layout) -> list[Layout]:
-    """Legal layouts of as many ranks, or else of as many fewer as it takes; those that change the least come first.
+def nearest(network: Limits, layout: Layout) -> list[Layout]:
+    """Legal layouts with the most ranks not above those of `layout`, in the order of the size of the change.
 
-    Data and guidance parallelism stay as they are.
+    The degrees of data and guidance parallelism are kept.
     """
 
     def distance(other: Layout) -> float:
         return sum(abs(math.log2(getattr(other, axis) / getattr(layout, axis))) for axis in ("ring", "ulysses", "tp"))
 
-    legal = list(_longest(found, layout))
-    most = max((each.ranks for each in legal), default=0)
+    legal = list(_largest(network, layout))
+    most = max((other.ranks for other in legal), default=0)
     return sorted(
-        (each for each in legal if each.ranks == most), key=lambda each: (distance(each), each.ring, each.ulysses)
+        (other for other in legal if other.ranks == most),
+        key=lambda other: (distance(other), other.ring, other.ulysses),
     )
 
 
-def _longest(found: Limits, layout: Layout) -> Iterator[Layout]:
-    """For each legal degree of tensor parallelism and Ulysses the longest ring within the ranks of `layout`."""
-    asked = layout.ring * layout.ulysses * layout.tp
-    divided = math.gcd(*found.heads, *(count for count, _ in found.channels)) or 1
+def _largest(network: Limits, layout: Layout) -> Iterator[Layout]:
+    """For each legal pair of tensor parallel and Ulysses degrees, the largest ring within the ranks of `layout`."""
+    ranks = layout.ring * layout.ulysses * layout.tp
+    divided = math.gcd(*network.heads, *(count for count, _ in network.channels)) or 1
     for tp in (degree for degree in range(1, divided + 1) if divided % degree == 0):
-        for ulysses in range(1, min(asked // tp, max(found.units, 1)) + 1):
-            ring = min(asked // tp, max(found.units, 1)) // ulysses
-            each = replace(layout, ring=ring, ulysses=ulysses, tp=tp)
-            if obstacle(found, each) is None:
-                yield each
+        for ulysses in range(1, min(ranks // tp, max(network.units, 1)) + 1):
+            ring = min(ranks // tp, max(network.units, 1)) // ulysses
+            other = replace(layout, ring=ring, ulysses=ulysses, tp=tp)
+            if obstacle(network, other) is None:
+                yield other
 
 
-def words(layout: Layout, asked: Layout, stated: Set[str]) -> str:
-    """The overrides that make `layout` of a request for `asked` that stated those fields.
+def overrides(layout: Layout, requested: Layout, stated: Set[str]) -> str:
+    """The overrides that change the layout `requested`, given by the fields in `stated`, to `layout`.
 
-    What was stated is stated again where it changes; of the rest what is more than one.
+    They set the stated fields, and every other degree above 1.
     """
     axes = {"ring_degree": layout.ring, "ulysses_degree": layout.ulysses, "tp_size": layout.tp}
     values = {"sp_degree": layout.ring * layout.ulysses, **axes}
-    if layout.ranks != asked.ranks:
+    if layout.ranks != requested.ranks:
         values = {"num_gpus": layout.ranks, "dp_degree": layout.ranks // layout.dp, **values}
     shown = [name for name, value in values.items() if name in stated or (name in axes and value > 1)]
     return " ".join(f"parallel.{name}={values[name]}" for name in shown)
 
 
-def check_network(found: Limits, layout: Layout, stated: Set[str]) -> None:
-    """Raises UserError for a layout that the network cannot have."""
-    refused = obstacle(found, layout)
+def check_network(network: Limits, layout: Layout, stated: Set[str]) -> None:
+    """Raises UserError for a layout that the network does not support."""
+    refused = obstacle(network, layout)
     if refused is None:
         return
     field, why = refused
-    others = nearest(found, layout)
-    shown = " or ".join(words(other, layout, stated) for other in others[:2])
+    others = nearest(network, layout)
+    shown = " or ".join(overrides(other, layout, stated) for other in others[:2])
     degrees = sorted({_degree(other, field) for other in others})
     raise UserError(f"parallel.{why}: take {field} {_listed(degrees)}, such as {shown}")
 
@@ -173,24 +176,24 @@ def check(
     stated: Set[str],
     batches: Sequence[Sequence[Sample]],
 ) -> None:
-    """Refuse a layout that the backend, the network or the request cannot fill. Raises UserError.
+    """Raises UserError for a layout that the backend, the network or the request does not support.
 
-    `reason` is why the native engine was not taken, where the choice was ours.
+    `reason` says why backend=auto did not choose the native engine.
     """
     if backend == "diffusers" and layout.ring * layout.ulysses * layout.tp > 1:
         if reason:
             raise UserError(
                 f"This layout ({_degrees(layout)}) needs the native engine, which cannot run this: {reason}; "
-                "diffusers runs parallel.dp_size and parallel.enable_cfg_parallel alone"
+                "diffusers supports only parallel.dp_size and parallel.enable_cfg_parallel"
             )
         raise UserError(
-            f"The diffusers backend does not split a network over ranks (asked: {_degrees(layout)}); it runs "
-            "parallel.dp_size and parallel.enable_cfg_parallel, the native engine (backend=sglang) runs the others"
+            f"The diffusers backend does not split a network over ranks (requested: {_degrees(layout)}); it supports "
+            "parallel.dp_size and parallel.enable_cfg_parallel, the native engine (backend=sglang) supports the others"
         )
     if layout.dp > len(batches):
         have = "1 batch" if len(batches) == 1 else f"{len(batches)} batches"
         raise UserError(
-            f"parallel.dp_size is {layout.dp} and the run has {have} of pictures to share out; "
+            f"parallel.dp_size is {layout.dp} and the run has {have} of images to distribute; "
             "raise --num-samples or lower sampling.batch_size or dp_size"
         )
     if layout.cfg > 1:
@@ -204,7 +207,7 @@ def _degrees(layout: Layout) -> str:
 
 
 def _check_branches(run: Run, backend: str, pipeline: str | None, batches: Sequence[Sequence[Sample]]) -> None:
-    """Refuse two ranks for the branches of guidance where there is one branch."""
+    """Raises UserError for guidance parallelism without a second branch."""
     if backend == "sglang" and pipeline == "flux":
         scale = run.backend.diffusers_kwargs.get("true_cfg_scale", 1.0)
         negative = any(sample.negative_prompt is not None for batch in batches for sample in batch)
@@ -220,23 +223,23 @@ def _check_branches(run: Run, backend: str, pipeline: str | None, batches: Seque
         )
     if run.cache.method is not CacheMethod.none or run.cache.cache_dit_config:
         raise UserError(
-            "parallel.enable_cfg_parallel and a step cache exclude each other: the cache decides on both branches "
-            "together; give one"
+            "parallel.enable_cfg_parallel and a step cache exclude each other: the cache decides for both branches "
+            "together; use one of them"
         )
 
 
 def _check_split(run: Run, card: ModelCard, layout: Layout, stated: Set[str]) -> None:
-    """Refuse what the native engine cannot make of this network on these ranks."""
+    """Raises UserError for a layout on which the native engine cannot split this network."""
     if layout.ring * layout.ulysses > 1 and run.attention.backend == "flex":
         raise UserError(
-            "attention=flex looks at where tokens stand in the picture, and sequence parallelism "
-            f"({_degrees(layout)}) gives each rank some of them; take another kernel, or tp_size, dp_size or "
-            "enable_cfg_parallel alone"
+            "attention=flex depends on the positions of tokens in the image, and sequence parallelism "
+            f"({_degrees(layout)}) splits them over ranks; use another kernel, or only tp_size, dp_size or "
+            "enable_cfg_parallel"
         )
     pipeline = _pipeline(run, card)
     config = card.components[NEEDS[pipeline].network].config
     if run.sampling.image_path and NEEDS[pipeline].network == "unet":
-        check_size(run, card, layout, stated, None, None)  # that of the picture, which is read later
+        check_size(run, card, layout, stated, None, None)  # the size of the input image is not known yet
     else:
         height, width = image_size.chosen(
             run.sampling, image_size.DEFAULT[pipeline], config, image_size.latent_factor(card) or 1
@@ -251,20 +254,20 @@ def _pipeline(run: Run, card: ModelCard) -> str:
 def check_size(
     run: Run, card: ModelCard, layout: Layout, stated: Set[str], height: int | None, width: int | None
 ) -> None:
-    """Raises UserError for a layout that the network cannot have, making pictures of this size if it is known."""
+    """Raises UserError for a layout that the network does not support at this image size; None: an unknown size."""
     pipeline = _pipeline(run, card)
     config = card.components[NEEDS[pipeline].network].config
-    found = limits(pipeline, config, height or 0, width or 0, image_size.latent_factor(card) or 1)
+    network = limits(pipeline, config, height or 0, width or 0, image_size.latent_factor(card) or 1)
     if not (height and width):
-        found = replace(found, units=layout.ranks)
-    check_network(found, layout, stated)
+        network = replace(network, units=layout.ranks)
+    check_network(network, layout, stated)
 
 
 def check_machine(ranks: int, device: str) -> None:
     """Raises UserError for more ranks on this machine than it has GPUs.
 
-    Where a launcher has started several processes and this one sees one GPU, that is taken for its own; if it is not,
-    NCCL says so when the ranks meet.
+    If a launcher started several processes and this one sees one GPU, the GPU is assumed to be its own. If it is not,
+    NCCL reports an error when the process group is formed.
     """
     if device != "cuda" or ranks <= (count := env.gpu_count()):
         return

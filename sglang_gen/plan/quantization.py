@@ -1,4 +1,4 @@
-"""The quant group before a weight is read: what contradicts, which packages and which hardware a method needs."""
+"""Checks of the group quant, made before a weight is read: contradictions, and required packages and hardware."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from sglang_gen.hub import weight_files
 from sglang_gen.types import DENOISERS, ModelCard
 
 WEIGHTS_FLAG = weight_files.FLAG
-ON_LOAD = (QuantMethod.int8, QuantMethod.fp8)  # quantized here, from plain weights
+ON_LOAD = (QuantMethod.int8, QuantMethod.fp8)  # methods that quantize plain weights when they are loaded
 ON_GPU = ("bitsandbytes", "modelopt", "nunchaku_lite", "bfl")  # methods that diffusers runs on a GPU only
-# The keys of --nunchaku-config and what each may be.
+# The keys of --nunchaku-config and their legal values.
 NUNCHAKU_KEYS: dict[str, tuple[Any, ...]] = {
     "precision": ("int4", "nvfp4"),
     "rank": (16, 32, 64, 128, 256),
@@ -23,7 +23,7 @@ NUNCHAKU_KEYS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What a machine has: the compute capability of its GPU, and whether nunchaku's own package is installed."""
+    """Properties of a machine: the compute capability of its GPU, and whether nunchaku's own package is installed."""
 
     capability: tuple[int, int] | None = None
     nunchaku: bool = False
@@ -38,13 +38,13 @@ def wants_nunchaku(run: Run) -> bool:
     return run.quant.method is QuantMethod.nunchaku or bool(run.quant.nunchaku_config)
 
 
-def is_asked(run: Run) -> bool:
-    """True where the group asks for anything."""
+def is_requested(run: Run) -> bool:
+    """Whether the run requests any quantization or replaces the network's weights."""
     return run.quant.method is not QuantMethod.none or bool(run.quant.transformer_weights_path) or wants_nunchaku(run)
 
 
 def check(run: Run) -> None:
-    """Refuse what no model and no machine can make possible. Raises UserError."""
+    """Raises UserError for settings that are invalid for every model and machine."""
     quant = run.quant
     _check_nunchaku_config(quant.nunchaku_config)
     if quant.nunchaku_config and quant.method not in (QuantMethod.none, QuantMethod.nunchaku):
@@ -71,8 +71,8 @@ def _check_file(run: Run, files: weight_files.WeightFiles) -> None:
             raise UserError(
                 f"{WEIGHTS_FLAG}: {files.given} is a GGUF file, which needs gguf: pip install 'sglang-gen[gguf]'"
             )
-    elif found := weight_files.declared(files.config, {}):
-        quantized = f"quantized already, by {found['method']}"
+    elif declaration := weight_files.declared(files.config, {}):
+        quantized = f"quantized already, by {declaration['method']}"
     method = "nunchaku" if wants_nunchaku(run) else run.quant.method.name
     if quantized and (run.quant.method in ON_LOAD or (wants_nunchaku(run) and files.is_gguf)):
         raise UserError(f"quant={method}: {files.given} is {quantized}; run with quant=prequantized")
@@ -93,17 +93,17 @@ def _check_nunchaku_config(config: Mapping[str, Any]) -> None:
 
 
 def check_model(run: Run, card: ModelCard, facts: Facts) -> None:
-    """Refuse what this model or this machine makes impossible. Raises UserError."""
+    """Raises UserError for settings that this model or this machine does not support."""
     for name, own in _own_methods(run, card).items():
         if run.lora.path or run.lora.adapters:
             raise UserError(f"lora: the {name} of {card.name} is quantized by {own}, and {NO_MERGE}")
         if own in ON_GPU and facts.capability is None:
             raise UserError(f"The {name} of {card.name} is quantized by {own}, which diffusers runs on a GPU only")
-    if not is_asked(run):
+    if not is_requested(run):
         return
     names, method = denoisers(card), run.quant.method
     if not names:
-        raise UserError(f"quant: {card.name} has no {' or '.join(DENOISERS)}, and only that network is quantized")
+        raise UserError(f"quant: {card.name} has no {' or '.join(DENOISERS)}, and only these networks are quantized")
     if run.quant.transformer_weights_path:
         if len(names) > 1:
             raise UserError(f"{WEIGHTS_FLAG}: {card.name} has {' and '.join(names)}; name each with --component-paths")
@@ -117,7 +117,7 @@ def check_model(run: Run, card: ModelCard, facts: Facts) -> None:
 
 
 def _check_own(card: ModelCard, names: list[str], run: Run) -> None:
-    """The model's own weights under int8, fp8 (which must be plain) and prequantized (which must not)."""
+    """Raises UserError if the model's own weights are quantized under int8 or fp8, or plain under prequantized."""
     method, own = run.quant.method, _own_methods(run, card)
     for name in names:
         if name in own and method in ON_LOAD:
@@ -129,16 +129,16 @@ def _check_own(card: ModelCard, names: list[str], run: Run) -> None:
 
 
 def _own_methods(run: Run, card: ModelCard) -> dict[str, str]:
-    """By network the method by which the model's own folder says it is quantized; not those that are replaced."""
+    """Quantization method declared in the model's own folder, by network; without networks that are replaced."""
     if run.quant.transformer_weights_path:
         return {}
     names = [name for name in denoisers(card) if name not in run.model.component_paths]
-    found = {name: weight_files.declared(card.components[name].config, {}) for name in names}
-    return {name: entry["method"] for name, entry in found.items() if entry}
+    declarations = {name: weight_files.declared(card.components[name].config, {}) for name in names}
+    return {name: entry["method"] for name, entry in declarations.items() if entry}
 
 
 def expected(run: Run, card: ModelCard) -> str:
-    """The method that should take effect: the one asked for, or prequantized where the weights say so themselves."""
+    """The method expected to take effect: the requested one, or prequantized if the weights declare a quantization."""
     if wants_nunchaku(run):
         return QuantMethod.nunchaku.name
     path = run.quant.transformer_weights_path
@@ -148,7 +148,7 @@ def expected(run: Run, card: ModelCard) -> str:
 
 
 def refuse_fp8(facts: Facts) -> str | None:
-    """The sentence for a machine that cannot multiply fp8; None for one that can."""
+    """The error sentence for a machine without fp8 matrix products; None if it has them."""
     if facts.capability is None:
         return "quant=fp8 multiplies in fp8, which needs a GPU (sm89 or later); on the CPU run with quant=int8"
     if facts.capability < (8, 9):
@@ -157,10 +157,10 @@ def refuse_fp8(facts: Facts) -> str | None:
 
 
 def refuse_nunchaku(facts: Facts, precision: str | None = None) -> str | None:
-    """The sentence for a machine on which nunchaku's kernels do not run; None for one on which they do."""
+    """The error sentence for a machine on which nunchaku's kernels do not run; None if they do."""
     needs = (
         "nunchaku needs a GPU with INT4 tensor cores (sm8x, sm12x) and the wheel of its own project "
-        "(github.com/nunchaku-tech/nunchaku; the package of that name on PyPI is another)"
+        "(github.com/nunchaku-tech/nunchaku; the package of that name on PyPI is a different one)"
     )
     later = "run with quant=int8 on plain weights, until the native engine loads these files anywhere"
     if facts.capability is None:
@@ -181,7 +181,7 @@ def _sm(facts: Facts) -> str:
 
 
 def facts_of(device: str) -> Facts:
-    """The facts of this machine, for a run on `device`."""
+    """The `Facts` of this machine for a run on `device`."""
     if device != "cuda":
         return Facts(None, env.has_nunchaku())
     import torch

@@ -1,4 +1,4 @@
-"""Settings of the group cache in cache-dit's own schema, and those that cannot be or under which nothing is reused."""
+"""Settings of the group cache under cache-dit's names, and checks for invalid settings or ones without any reuse."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,9 +15,9 @@ FIELDS_SET_ELSEWHERE = {
     "quantize_config": "the group quant",
     "attention_backend": "the group attention",
 }
-FIELDS_OUTSIDE = ("method", "cache_dit_config", "interval")  # keys of the group that are not cache-dit's
-SWITCHES = ("enable_taylorseer", "enable_calibrator")  # cache-dit's other way to say calibrator=taylorseer
-# Each key of cache-dit's, what it may be, and this in words.
+FIELDS_OUTSIDE = ("method", "cache_dit_config", "interval")  # keys of the group that cache-dit does not have
+SWITCHES = ("enable_taylorseer", "enable_calibrator")  # cache-dit's alternatives to calibrator=taylorseer
+# Keys of cache-dit, each with a predicate for legal values and a description of them.
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "Fn_compute_blocks": (lambda value: _whole(value, 1), "a whole number of at least 1"),
     "Bn_compute_blocks": (lambda value: _whole(value, 0), "a whole number of at least 0"),
@@ -50,23 +50,23 @@ def _limit(value: Any) -> bool:
 
 
 def _mask(value: Any) -> bool:
-    """The first step has nothing to reuse."""
-    return isinstance(value, list) and all(type(each) is int and each in (0, 1) for each in value) and value[:1] == [1]
+    """Whether `value` is a list of 0 and 1 that starts with 1, because the first step has nothing to reuse."""
+    return isinstance(value, list) and all(type(item) is int and item in (0, 1) for item in value) and value[:1] == [1]
 
 
 def wanted(cache: Cache) -> bool:
-    """True where a step cache is asked for, by the group or by the flag."""
+    """Whether a step cache is requested, by the group or by the flag."""
     return cache.method is not CacheMethod.none or bool(cache.cache_dit_config)
 
 
 def check(run: Run) -> None:
-    """Raises UserError for settings that no model and no number of steps allows."""
+    """Raises UserError for settings that are invalid for every model and number of steps."""
     if run.cache.method is not CacheMethod.deepcache and wanted(run.cache):
         settings(run.cache)
 
 
 def settings(cache: Cache) -> dict[str, Any]:
-    """DBCache's settings by cache-dit's names: the typed keys of the group, over them `cache_dit_config`.
+    """DBCache's settings by cache-dit's names: the keys of the group, overridden by `cache_dit_config`.
 
     Raises UserError for an unknown key or value, and for a section that belongs to another group.
     """
@@ -78,17 +78,17 @@ def settings(cache: Cache) -> dict[str, Any]:
         fits, named = RULES[key]
         if not fits(value):
             raise UserError(f"{_named(key, given)} is {_shown(value)}; it must be {named}")
-    found = {**typed, **given, **_calibrator(given)}
-    if found["steps_computation_policy"] == "static" and found["steps_computation_mask"] is None:
+    merged = {**typed, **given, **_calibrator(given)}
+    if merged["steps_computation_policy"] == "static" and merged["steps_computation_mask"] is None:
         raise UserError(
             f"{_named('steps_computation_policy', given)} is static, which reuses the steps that a mask names; "
             "give steps_computation_mask too, or the policy dynamic"
         )
-    return {name: value for name, value in found.items() if name not in SWITCHES}
+    return {name: value for name, value in merged.items() if name not in SWITCHES}
 
 
 def _given(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of --cache-dit-config, of which cache-dit has those of the cache in a section too."""
+    """The keys of --cache-dit-config, at the top level or in the section `cache_config`."""
     for section, group in FIELDS_SET_ELSEWHERE.items():
         if section in config:
             raise UserError(f"{CACHE_FLAG}: '{section}' is set by {group}, not here")
@@ -102,7 +102,7 @@ def _given(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _calibrator(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a switch says of the calibrator, which it may not contradict."""
+    """The calibrator set by a switch. Raises UserError if a switch contradicts the key or the other switch."""
     said = [given[name] for name in SWITCHES if name in given]
     if not said:
         return {}
@@ -123,41 +123,41 @@ def _shown(value: Any) -> str:
 
 
 def check_steps(cache: Cache, least: int, most: int) -> None:
-    """Raises UserError where none of the run's steps can reuse another, or a mask is of another number of steps.
+    """Raises UserError if no step of the run can reuse another, or if a mask has another number of steps.
 
-    There are `least` to `most` calls of the network: a pipeline that starts from a picture rounds in its own way.
+    The network is called `least` to `most` times: pipelines that start from an image differ in their rounding.
     """
-    found = settings(cache)
+    given = settings(cache)
     if most < 2:
-        raise UserError("cache: the run has one step, which has none before it to reuse; run more steps or cache=none")
-    mask, warmup, every = found["steps_computation_mask"], found["max_warmup_steps"], found["warmup_interval"]
+        raise UserError("cache: the run has one step and no earlier one to reuse; run more steps or use cache=none")
+    mask, warmup, every = given["steps_computation_mask"], given["max_warmup_steps"], given["warmup_interval"]
     if mask is not None and not least <= len(mask) <= most:
         raise UserError(f"cache: steps_computation_mask has {len(mask)} entries, the run has {most} steps")
     if mask is not None:
-        computed = {step for step, each in enumerate(mask) if each == 1}  # the warm-up is what a mask starts with
+        computed = {step for step, entry in enumerate(mask) if entry == 1}  # a mask includes its warmup
         cause = "steps_computation_mask computes every step"
     else:
         computed = {0, *range(0, warmup, every)}
         cause = f"the warm-up (max_warmup_steps={warmup}) covers all {most} steps"
     if computed >= set(range(most)):
         raise UserError(f"cache: {cause}, so nothing would be reused; {'give it a 0' if mask else 'lower it'}")
-    if found["calibrator"] and found["taylorseer_order"] >= most:
+    if given["calibrator"] and given["taylorseer_order"] >= most:
         raise UserError(
-            f"cache: taylorseer_order is {found['taylorseer_order']}; with {most} steps it must be 1 to {most - 1}"
+            f"cache: taylorseer_order is {given['taylorseer_order']}; with {most} steps it must be 1 to {most - 1}"
         )
 
 
 def check_blocks(cache: Cache, card: ModelCard) -> None:
-    """Raises UserError where all blocks are computed, as far as the network's config tells their number."""
+    """Raises UserError if all blocks are computed, for networks whose config states the number of blocks."""
     for name in denoisers(card):
         config = card.components[name].config
         if isinstance(config.get("num_layers"), int):
             refuse_covered(settings(cache), [config["num_layers"] + (config.get("num_single_layers") or 0)])
 
 
-def refuse_covered(found: Mapping[str, Any], lists: list[int]) -> None:
-    """Raises UserError for more blocks than one of the network's lists has, or as many as each has."""
-    computed = found["Fn_compute_blocks"] + found["Bn_compute_blocks"]
+def refuse_covered(given: Mapping[str, Any], lists: list[int]) -> None:
+    """Raises UserError if Fn + Bn covers all blocks, or exceeds one of the network's lists of blocks."""
+    computed = given["Fn_compute_blocks"] + given["Bn_compute_blocks"]
     if computed >= max(lists):
         raise UserError(
             f"cache: Fn_compute_blocks + Bn_compute_blocks = {computed} covers all {max(lists)} blocks, "
@@ -171,16 +171,16 @@ def refuse_covered(found: Mapping[str, Any], lists: list[int]) -> None:
 
 
 def warnings(run: Run) -> list[str]:
-    """Settings of a step cache that act only together with another, or not with another."""
+    """Warns about settings of a step cache that have no effect because of other settings."""
     if run.cache.method is CacheMethod.deepcache or not wanted(run.cache):
         return []
-    found, usual = settings(run.cache), Cache()
+    given, usual = settings(run.cache), Cache()
     idle = {}
-    if found["steps_computation_policy"] == "static":
+    if given["steps_computation_policy"] == "static":
         for name in ("residual_diff_threshold", "max_cached_steps", "max_continuous_cached_steps"):
             idle[name] = "with steps_computation_policy=static, which reuses every step that the mask marks with 0"
-    if found["calibrator"] is None:
+    if given["calibrator"] is None:
         idle["taylorseer_order"] = "without calibrator=taylorseer"
     return [
-        f"cache: {name} has no effect {reason}" for name, reason in idle.items() if found[name] != getattr(usual, name)
+        f"cache: {name} has no effect {reason}" for name, reason in idle.items() if given[name] != getattr(usual, name)
     ]

@@ -1,4 +1,4 @@
-"""--disable-autocast: the pipeline computes in the dtype in which its denoising network is stored."""
+"""--disable-autocast: the pipeline computes in the dtype of the denoising network's stored weights."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +11,18 @@ from sglang_gen.types import ModelCard, Plan
 
 
 def check(run: Run) -> None:
-    """Raises UserError where two settings name the dtype."""
+    """Raises UserError if two settings determine the dtype."""
     if run.compile.disable_autocast and run.dtype is not DType.auto:
         raise UserError(
-            f"--disable-autocast takes the dtype of the stored weights, and --dtype {run.dtype.name} names one; "
+            f"--disable-autocast uses the dtype of the stored weights and contradicts --dtype {run.dtype.name}; "
             "give one of the two"
         )
 
 
 def settle(plan: Plan) -> Plan:
-    """The plan with the stored dtype, where --disable-autocast asks for it and the weights are on this machine.
+    """The plan with the stored dtype if --disable-autocast is set and the weights are on this machine.
 
-    Raises UserError when the stored dtype is not one that computes.
+    Raises UserError if torch cannot compute in the stored dtype.
     """
     if not plan.run.compile.disable_autocast:
         return plan
@@ -31,28 +31,28 @@ def settle(plan: Plan) -> Plan:
 
 
 def require(plan: Plan) -> Plan:
-    """`settle` for a model whose files are here. Raises UserError when they still do not say their dtype."""
+    """`settle` for a model whose files are on this machine. Raises UserError if their dtype is still unknown."""
     settled = settle(plan)
     if settled.effective["dtype"] == "stored":
-        raise UserError("--disable-autocast: the denoising network is in no local safetensors file; use --dtype")
+        raise UserError("--disable-autocast: there is no local safetensors file of the denoising network; use --dtype")
     return settled
 
 
 def _stored(run: Run, card: ModelCard) -> str | None:
-    """torch's name of the dtype; None where no weights are here yet."""
+    """torch's name of the stored dtype; None if the weights are not on this machine yet."""
     paths = _files(run, card)
     if not paths:
         return None
     if paths[0].suffix.lower() == ".gguf":
-        raise UserError(f"--disable-autocast: {paths[0]} stores GGUF blocks, which do not compute; use --dtype")
+        raise UserError(f"--disable-autocast: {paths[0]} stores GGUF blocks, which have no dtype; use --dtype")
     tensors = weight_files.read_headers(paths).tensors
     if not tensors:
         raise UserError(f"--disable-autocast: {paths[0]} holds no tensors")
     name = weight_files.stored_dtype(tensors)
     if name not in weight_files.FLOATS:
         raise UserError(
-            f"--disable-autocast: the weights in {paths[0].parent} are stored in {name}, which does not compute; "
-            "name a dtype with --dtype"
+            f"--disable-autocast: the weights in {paths[0].parent} are stored in {name}, which is not a compute dtype; "
+            "give one with --dtype"
         )
     return weight_files.FLOATS[name]
 

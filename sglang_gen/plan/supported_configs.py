@@ -1,6 +1,6 @@
-"""What the native engine needs of a model: its components, and the settings of network configs that our files know.
+"""Requirements of the native engine: the components of a model, and the supported settings of its network configs.
 
-Pure facts for the plan. A config is read key by key: one that nobody here has thought of is a reason to refuse it.
+Configs are checked key by key; a config with an unknown key is not supported.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,8 +21,8 @@ def number(value: Any) -> bool:
 
 
 def per_level(value: Any) -> bool:
-    """A number for all levels, or a list of one for each."""
-    return all(number(each) for each in value) if isinstance(value, (list, tuple)) else number(value)
+    """A number for all levels, or a list with a number for each level."""
+    return all(number(item) for item in value) if isinstance(value, (list, tuple)) else number(value)
 
 
 def numbers(value: Any) -> bool:
@@ -35,13 +35,13 @@ def number_or_none(value: Any) -> bool:
 
 
 def per_channel(value: Any) -> bool:
-    """A list of a number for each channel, or nothing."""
+    """A list with a number for each channel, or None."""
     return value is None or numbers(value)
 
 
 def one_of(*values: Any) -> Accepts:
-    """One of the values, or a list of nothing else."""
-    return lambda value: all(each in values for each in (value if isinstance(value, (list, tuple)) else [value]))
+    """A predicate for one of `values`, or a list of them."""
+    return lambda value: all(item in values for item in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 ABSENT = one_of(None, False)
@@ -49,36 +49,36 @@ ABSENT = one_of(None, False)
 
 @dataclass(frozen=True)
 class Needs:
-    """Of one pipeline: the classes of its components, and the settings of the network among them."""
+    """Requirements of one pipeline: legal classes of its components, and legal settings of its denoising network."""
 
     components: Mapping[str, tuple[str, ...]]
     network: str
     settings: Mapping[str, Accepts]
-    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # all of them, where a model has the first
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # all required if the model has the first
 
     def required(self, card: ModelCard) -> dict[str, tuple[str, ...]]:
-        """The components that a run of this model uses, with the classes that they may have."""
+        """The components that this model must have, with their legal classes."""
         more = self.optional if any(name in card.components for name in [*self.optional][:1]) else {}
         return {**self.components, **more}
 
 
 def unsupported(needs: Needs, card: ModelCard) -> str | None:
-    """Why the native engine cannot run this model, in a clause; None where it can."""
+    """A clause that says why the native engine cannot run this model; None if it can."""
     checker = "safety_checker" in card.components
     for name, classes in needs.required(card).items():
         if name not in card.components:
             return f"this model has no {name}"
-        found = card.components[name].class_name
-        if classes and found not in classes:
-            return f"the {name} is a {found}, not a {' or '.join(classes)}"
+        class_name = card.components[name].class_name
+        if classes and class_name not in classes:
+            return f"the {name} is a {class_name}, not a {' or '.join(classes)}"
     if checker and "safety_checker" not in needs.optional:
-        return "it runs no safety checker with this pipeline, and this model has one"
+        return "it does not support a safety checker in this pipeline, and this model has one"
     if card.components["text_encoder"].config.get("use_attention_mask"):
-        return "its text encoder hides the padding of prompts (use_attention_mask)"
+        return "it does not support a text encoder that masks the padding of prompts (use_attention_mask)"
     for name, settings in ((needs.network, needs.settings), ("vae", AUTOENCODER)):
         for key, value in card.components[name].config.items():
             if not (key.startswith("_") or settings.get(key, ABSENT)(value)):
-                return f"its {name} knows no {key}={value}"
+                return f"its {name} does not support {key}={value}"
     return None
 
 
@@ -89,7 +89,7 @@ AUTOENCODER: Mapping[str, Accepts] = {
     "mid_block_add_attention": one_of(True, False), "use_quant_conv": one_of(True, False),
     "use_post_quant_conv": one_of(True, False), "force_upcast": one_of(True, False), "scaling_factor": number,
     "shift_factor": number_or_none, "latents_mean": per_channel, "latents_std": per_channel,
-    "sample_size": anything,  # of the pictures that it was trained on
+    "sample_size": anything,  # size of its training images
 }  # fmt: skip
 
 CLIP, CLIP_PROJECTED, T5 = ("CLIPTextModel",), ("CLIPTextModelWithProjection",), ("T5EncoderModel",)
@@ -137,7 +137,7 @@ UNET: Mapping[str, Accepts] = {
     "resnet_time_scale_shift": one_of("default"), "time_embedding_type": one_of("positional"),
     "conv_in_kernel": one_of(3), "conv_out_kernel": one_of(3), "attention_type": one_of("default"),
     "only_cross_attention": one_of(False), "freq_shift": one_of(0),
-    # Read by nothing that is accepted above, or without effect: fused attention needs no upcast, dropout is off.
+    # Not used by the settings accepted above, or without effect: fused attention needs no upcast, dropout is off.
     "addition_embed_type_num_heads": anything, "use_linear_projection": anything, "upcast_attention": anything,
     "dropout": anything, "projection_class_embeddings_input_dim": anything, "addition_time_embed_dim": anything,
 }  # fmt: skip
@@ -168,7 +168,7 @@ def for_each_level(value: Any, levels: int) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value] * levels
 
 
-# What diffusers takes where the config of a UNet, as old ones do, says nothing.
+# diffusers' defaults for keys that are missing from the config of a UNet.
 UNET_DEFAULTS: Mapping[str, Any] = {
     "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
     "transformer_layers_per_block": 1, "attention_head_dim": 8, "cross_attention_dim": 1280, "norm_num_groups": 32,

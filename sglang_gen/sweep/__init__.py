@@ -1,1 +1,1 @@
-"""Many runs from one command."""
+"""Multiruns: sweeps over settings with Hydra, and tables of their results."""

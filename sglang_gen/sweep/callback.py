@@ -1,4 +1,4 @@
-"""The Hydra callback that ends a multirun with a table of its jobs.
+"""Hydra callback that writes a table of the jobs at the end of a multirun.
 
 hydra:
   callbacks:
@@ -18,12 +18,12 @@ from sglang_gen.sweep import table
 
 
 class SweepTable(Callback):  # type: ignore[misc]  # Hydra has no types
-    """Writes `table.csv` and `table.md` into the sweep's folder when all jobs have ended, or a signal has ended it."""
+    """Writes `table.csv` and `table.md` into the sweep's folder when all jobs have ended or a signal ends the sweep."""
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         try:
             for path in table.write_table(Path(config.hydra.sweep.dir)):
                 log.info(f"Table of the sweep saved to: {path}")
-        except Exception as error:  # noqa: BLE001 - Hydra would drop it; the jobs and their exit code stand without a table
+        except Exception as error:  # noqa: BLE001 - Hydra would discard it; a missing table does not fail the jobs
             log.error(f"The table of the sweep could not be written: {first_line(error)}")
             log.debug(traceback.format_exc())

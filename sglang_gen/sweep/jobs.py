@@ -1,4 +1,4 @@
-"""Multirun: every job in its own folder, with its picture, its record, its perf dump and a note of how it ended."""
+"""Runs the jobs of a multirun, each in its own folder with its images, records, perf dump and a note of its status."""
 
 import dataclasses
 import secrets
@@ -18,9 +18,9 @@ from sglang_gen.sweep.report import DUMP, NOTE
 
 
 def run_sweep(choices: Choices) -> int:
-    """Run all jobs; 0 when all succeeded, 1 when one failed. A failed job does not stop the others.
+    """Run all jobs. Returns 0 if all succeeded, else 1. A failed job does not stop the others.
 
-    A sweeper that optimises decides that itself, see `run_job`.
+    An optimising sweeper decides itself whether to continue, see `run_job`.
     """
     results = multirun(dataclasses.replace(choices, seed=secrets.randbelow(2**32)), run_job)
     failed = sum(isinstance(result, Exception) for result in results)
@@ -29,18 +29,18 @@ def run_sweep(choices: Choices) -> int:
 
 
 def run_job(job: Job) -> float | None:
-    """One job; the number of its perf dump that perf.objective names, for a sweeper that optimises.
+    """Run one job. Returns the number in its perf dump that perf.objective names, for an optimising sweeper.
 
-    Raises RunError where the job failed, so that a sweeper's trial fails. The sentence of a failure goes to the log and
-    into the job's note.
+    Raises RunError if the job fails, so that the sweeper's trial fails. The error message is logged and written to the
+    job's note.
     """
     log.info(f"Job {job.number}: {' '.join(job.overrides)}")
-    note, found = _Note(job), None
+    note, score = _Note(job), None
     try:
         composed = dataclasses.replace(compose(job.choices), in_sweep=True)
         _place(composed.run, job)
         note.dump = Path(str(composed.run.output.perf_dump_path)).name
-        status, found = _carried_out(composed)
+        status, score = _execute(composed)
         error = None
     except (UserError, RunError) as failure:
         status, error = "failed", str(failure)
@@ -48,7 +48,7 @@ def run_job(job: Job) -> float | None:
         word = "terminated" if isinstance(stop, Terminated) else "interrupted"
         note.leave(word, f"The sweep was {word} in this job")
         raise
-    except Exception as failure:  # noqa: BLE001 - a defect in one cell must not cost the sweep
+    except Exception as failure:  # noqa: BLE001 - an unexpected error in one job must not end the sweep
         status, error = "failed", f"{type(failure).__name__}: {first_line(failure)}"
         log.debug(traceback.format_exc())
     if error:
@@ -56,11 +56,11 @@ def run_job(job: Job) -> float | None:
     note.leave(status, error)
     if error:
         raise RunError(f"Job {job.number} failed: {error}")
-    return found
+    return score
 
 
-def _carried_out(composed: Composed) -> tuple[str, float | None]:
-    """How a job ended, and its objective where it has one."""
+def _execute(composed: Composed) -> tuple[str, float | None]:
+    """Carry out a job. Returns its status, and its objective if perf.objective is set."""
     from sglang_gen.generate import execute
 
     result, key = execute(composed), composed.run.perf.objective
@@ -68,13 +68,13 @@ def _carried_out(composed: Composed) -> tuple[str, float | None]:
         return "planned", None
     if key is None:
         return "completed", None
-    found = objective.value(result.report, key)
-    log.info(f"Objective {key}: {found}")
-    return "completed", found
+    score = objective.value(result.report, key)
+    log.info(f"Objective {key}: {score}")
+    return "completed", score
 
 
 class _Note:
-    """Word in the job's folder of how it ended, there from its start: what an earlier job left is none of its own."""
+    """The job's status file, written when the job starts so that files of an earlier job are not taken for its own."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.dump, self.started = job, DUMP, time.perf_counter()
@@ -82,7 +82,7 @@ class _Note:
         self.leave("unfinished", None)
 
     def leave(self, status: str, error: str | None) -> None:
-        """Raises RunError where the note cannot be written."""
+        """Write the note. Raises RunError if it cannot be written."""
         note = {
             "schema_version": SCHEMA_VERSION,
             "overrides": list(self.job.overrides),
@@ -96,7 +96,7 @@ class _Note:
 
 
 def _place(run: Run, job: Job) -> None:
-    """Everything that the job writes goes into its folder, the perf dump under its own name or `perf.json`."""
+    """Set the job's output paths to its folder; the perf dump keeps its name or is called `perf.json`."""
     run.output.path = str(job.folder)
     name = run.output.perf_dump_path or DUMP
     dump_path.check_in_sweep(name)

@@ -1,4 +1,4 @@
-"""One composition a job: Hydra's sweeper and launcher call a function for every cell of a sweep."""
+"""Runs a multirun with Hydra's sweeper and launcher, which call a function for every job; each job is composed anew."""
 
 import dataclasses
 import os.path
@@ -29,21 +29,21 @@ from sglang_gen.outputs import dump_path
 from sglang_gen.sweep.recorded import recorded
 
 
-def is_multirun(choices: Choices, asked: bool) -> bool:
-    """True where -m was given or the configuration sets hydra.mode to MULTIRUN (a sweep file does)."""
+def is_multirun(choices: Choices, requested: bool) -> bool:
+    """Whether -m was given (`requested`) or the configuration sets hydra.mode to MULTIRUN, as sweep files do."""
     mode_typed = any(word.lstrip("+").startswith("hydra.mode=") for word in choices.overrides)
     if not (mode_typed or choices.config_dir or choices.config_name != "config"):
-        return asked
+        return requested
     hydra = Hydra(task_name="generate", config_loader=open_loader(choices.config_dir))
-    mode = hydra.get_mode(choices.config_name, list(choices.overrides))  # None for what composition will refuse
-    if asked and mode_typed and mode == RunMode.RUN:
+    mode = hydra.get_mode(choices.config_name, list(choices.overrides))  # None if the composition will fail
+    if requested and mode_typed and mode == RunMode.RUN:
         raise UserError("--multirun and hydra.mode=RUN exclude each other")
-    return asked or bool(mode == RunMode.MULTIRUN)
+    return requested or bool(mode == RunMode.MULTIRUN)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One cell of a sweep: its number, its folder, and the choices from which it composes."""
+    """One job of a sweep: its number, its folder, and the choices from which it is composed."""
 
     number: int
     folder: Path
@@ -53,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _Task:
-    """What Hydra's launcher calls for each job; it recomposes, so that flags and file values are applied."""
+    """The function that Hydra's launcher calls for each job. It composes again, to apply flags and file values."""
 
     choices: Choices
     work: Callable[[Job], Any]
@@ -67,10 +67,10 @@ class _Task:
 
 
 def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
-    """Call `work` for every job that Hydra's sweeper makes of the choices; the results in order of the jobs.
+    """Call `work` for every job that Hydra's sweeper creates. Returns the results in the order of the jobs.
 
-    What `work` returns is what the sweeper gets, for one that optimises the objective. A job whose `work` raises has
-    failed; its result is the error, which reaches the sweeper only where there is an objective.
+    The sweeper receives the return value of `work`, which it may optimise. A job whose `work` raises has failed, and
+    its result is the error, which the sweeper sees only if there is an objective.
     """
     hydra = Hydra(task_name="generate", config_loader=open_loader(choices.config_dir))
     words = parse(hydra.config_loader, choices.overrides)
@@ -92,7 +92,7 @@ def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
 
 
 def _check_sweep_dir(folder: Path) -> None:
-    """Raises UserError where Hydra would write its multirun.yaml into something that is no file, or wait for a FIFO."""
+    """Raises UserError if multirun.yaml cannot be written as a regular file; writing to a FIFO would block."""
     check_folder(folder)
     check_file(folder / "multirun.yaml")
 
@@ -101,9 +101,9 @@ OPTIMISING = re.compile(r"hydra_plugins\.hydra_(optuna|ax|nevergrad)_sweeper\.")
 
 
 def _sweep(hydra: Hydra, cfg: DictConfig, task: "_Task", objective: bool) -> list[JobReturn]:
-    """`Hydra.multirun`, but that a sweep which a signal or a job cuts short has ended too: its callbacks hear of it.
+    """`Hydra.multirun` that also calls the callbacks' on_multirun_end if a signal or a job ends the sweep early.
 
-    The jobs that have ended, in order: what a sweeper returns is its own affair.
+    Returns the jobs that have ended, in order, instead of the sweeper's own return value.
     """
     name = str(OmegaConf.select(cfg, "hydra.sweeper._target_"))
     if OPTIMISING.match(name) and not objective:
@@ -123,20 +123,20 @@ def _sweep(hydra: Hydra, cfg: DictConfig, task: "_Task", objective: bool) -> lis
             raise
         raise UserError(_unaimed(name, first_line(error))) from error
     finally:
-        if ended or not isinstance(sys.exception(), Exception):  # else it was no sweep
+        if ended or not isinstance(sys.exception(), Exception):  # otherwise no job was started
             callbacks.on_multirun_end(config=cfg, config_name=cfg.hydra.job.config_name)
     return ended
 
 
 def _unaimed(name: str, reason: str) -> str:
     return (
-        f"{name.rpartition('.')[2]} optimises a number that each job returns, and these return none ({reason}): name "
-        "one of the perf dump, such as perf.objective=step_ms, and run without dry_run"
+        f"{name.rpartition('.')[2]} optimises a number that each job returns, and these jobs return none ({reason}): "
+        "name a number of the perf dump, such as perf.objective=step_ms, and run without dry_run"
     )
 
 
 def _stated(choices: Choices, words: Sequence[Word], path: str) -> list[Any]:
-    """The values that flag, override (all of a sweep) or file give to a config path; none where it is left alone."""
+    """Values that a flag, an override (all values of a sweep) or the file sets for a config path; [] if none does."""
     if path in choices.flags:
         return [choices.flags[path]]
     group = path.partition(".")[0]
@@ -147,13 +147,13 @@ def _stated(choices: Choices, words: Sequence[Word], path: str) -> list[Any]:
 
 
 def _sweep_dir(choices: Choices, words: Sequence[Word]) -> list[str]:
-    """--output-path is the sweep's folder; each job works in a folder below it."""
+    """The override that makes --output-path the folder of the sweep, in which each job has its own folder."""
     stated = _stated(choices, words, "output.path")
     if not stated:
         return []
     if any(word.key == "hydra.sweep.dir" for word in words):
         raise UserError("output.path and hydra.sweep.dir both name the folder of the sweep; give one")
-    if "${" in str(stated[0]) and not any(word.key == "output.path" for word in words):  # which Hydra would read
+    if "${" in str(stated[0]) and not any(word.key == "output.path" for word in words):  # Hydra would interpolate it
         raise UserError(f"output.path is {stated[0]}: the folder of a sweep cannot have ${{ in its name")
     quoted = os.path.expanduser(stated[0]).replace("\\", "\\\\").replace('"', '\\"')
     return [f'hydra.sweep.dir="{quoted}"']

@@ -1,4 +1,4 @@
-"""Notes which jobs of a multirun have ended and how, whatever Hydra's sweeper does with them."""
+"""Records the results of a multirun's jobs in its launcher, independently of Hydra's sweeper."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class Recorder:
-    """A launcher of Hydra whose ended jobs, its `JobReturn`s, are noted in `ended`.
+    """Wraps a Hydra launcher and appends its `JobReturn`s to `ended`.
 
-    A sweeper learns that a job has failed only where `failures` is set: Hydra's own would end the sweep.
+    Failed jobs are reported to the sweeper only if `failures` is set, because Hydra's own sweeper would end the sweep.
     """
 
     def __init__(self, launcher: Any, ended: list[Any], failures: bool) -> None:
@@ -21,16 +21,16 @@ class Recorder:
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
         jobs = self.launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
         self.ended += jobs
-        return [self._seen(job) if job.status.name == "FAILED" else job for job in jobs]
+        return [self._reported(job) if job.status.name == "FAILED" else job for job in jobs]
 
-    def _seen(self, job: Any) -> Any:
+    def _reported(self, job: Any) -> Any:
         if self.failures:
             return _Failed(job)
         return dataclasses.replace(job, status=type(job.status).COMPLETED, _return_value=None)
 
 
 class _Failed:
-    """A failed job, whose `return_value` raises without Hydra's own lines on standard error."""
+    """A failed job whose `return_value` raises the error without printing to standard error, unlike Hydra's."""
 
     def __init__(self, job: Any) -> None:
         self.job = job
@@ -45,7 +45,7 @@ class _Failed:
 
 @contextmanager
 def recorded(plugins: Any, ended: list[Any], failures: bool) -> Iterator[None]:
-    """Inside, every launcher that a sweeper makes of Hydra's `plugins` is a recorder."""
+    """Context in which every launcher that Hydra's `plugins` instantiates is wrapped in a `Recorder`."""
     make: Callable[..., Any] = plugins.instantiate_launcher
     plugins.instantiate_launcher = lambda *args, **kwargs: Recorder(make(*args, **kwargs), ended, failures)
     try:

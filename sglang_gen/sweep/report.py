@@ -1,4 +1,4 @@
-"""The jobs of a sweep, one `Row` each, from what each job left behind. Pure functions, without Hydra."""
+"""Reads the jobs of a sweep, one `Row` each, from the files in their folders. Does not import Hydra."""
 
 import json
 from collections.abc import Mapping
@@ -9,19 +9,19 @@ from typing import Any
 from sglang_gen.errors import first_line
 from sglang_gen.perf.dump_numbers import QUALITY, Measure, images_per_second, peak_memory, times
 
-NOTE, DUMP = "job.json", "perf.json"  # what a job leaves beside its pictures
+NOTE, DUMP = "job.json", "perf.json"  # file names of a job's note and perf dump
 
 
 @dataclass(frozen=True)
 class Row:
-    """One job. `times` are seconds, `memory` is in 2**20 bytes, `pictures` are relative to the sweep's folder."""
+    """One job. `times` are seconds, `memory` is in MiB, `outputs` are paths relative to the sweep's folder."""
 
     job: str
     status: str
     overrides: tuple[str, ...] = ()
     error: str | None = None
     seconds: float | None = None
-    pictures: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
     times: Mapping[str, Measure] = field(default_factory=dict)
     images_per_second: Measure | None = None
     memory: Mapping[str, float] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Row:
 
 
 def read_jobs(folder: Path) -> list[Row]:
-    """One row per job folder of the sweep in `folder`, in the order of the jobs; a failed job's row has its reason."""
+    """One row per job folder of the sweep in `folder`, in the order of the jobs. Failed jobs have `error` set."""
     places = [
         place for place in folder.iterdir() if (place / NOTE).exists() or (place.is_dir() and place.name.isdigit())
     ]
@@ -45,7 +45,7 @@ def _read_job(place: Path) -> Row:
     note, problem = _read(place / NOTE)
     status: str = note.get("status", "unfinished")
     dump: dict[str, Any] = {}
-    if status == "completed":  # what lies in the folder of any other job is an earlier one's
+    if status == "completed":  # a dump in the folder of an unfinished or failed job is from an earlier one
         dump, missing = _read(place / note.get("dump", DUMP))
         problem = missing if note.get("files") else problem
     samples = dump.get("samples", [])
@@ -55,20 +55,20 @@ def _read_job(place: Path) -> Row:
         overrides=tuple(note.get("overrides", ())),
         error=note.get("error") or problem,
         seconds=note.get("seconds"),
-        pictures=tuple(f"{place.name}/{name}" for name in note.get("files", ()) if (place / name).exists()),
+        outputs=tuple(f"{place.name}/{name}" for name in note.get("files", ()) if (place / name).exists()),
         times=times(dump),
         images_per_second=images_per_second(dump, len(samples)),
         memory=peak_memory(dump),
-        requested=_leaves(dump.get("requested") or {}),
-        effective=_leaves(dump.get("effective") or {}),
+        requested=_flattened(dump.get("requested") or {}),
+        effective=_flattened(dump.get("effective") or {}),
         quality={name: value for name, value in (dump.get("quality") or {}).items() if name in (*QUALITY, "identical")},
     )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The JSON object in a file, or an empty one and the sentence that says why."""
-    if path.exists() and not path.is_file():  # a FIFO would be waited for
-        return {}, f"{path.name} is no regular file"
+    """The JSON object in a file and None, or an empty dict and an error sentence."""
+    if path.exists() and not path.is_file():  # reading a FIFO would block
+        return {}, f"{path.name} is not a regular file"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -78,8 +78,10 @@ def _read(path: Path) -> tuple[dict[str, Any], str | None]:
     return (content, None) if isinstance(content, dict) else ({}, f"{path.name} is not a JSON object")
 
 
-def _leaves(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested settings as one level: `{"parallel": {"tp": 2}}` -> `{"parallel.tp": "2"}`."""
+def _flattened(value: Any, prefix: str = "") -> dict[str, str]:
+    """Flatten nested settings: `{"parallel": {"tp": 2}}` -> `{"parallel.tp": "2"}`."""
     if isinstance(value, Mapping):
-        return {path: text for name, item in value.items() for path, text in _leaves(item, f"{prefix}.{name}").items()}
+        return {
+            path: text for name, item in value.items() for path, text in _flattened(item, f"{prefix}.{name}").items()
+        }
     return {prefix.lstrip("."): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}

@@ -1,4 +1,4 @@
-"""A sweep's folder as a table: `to_csv` has all columns with bare numbers, `to_markdown` what a reader wants to see."""
+"""Tables of a sweep: `to_csv` has all columns as plain numbers, `to_markdown` the columns and units for readers."""
 
 import csv
 import io
@@ -14,21 +14,21 @@ from sglang_gen.perf.dump_numbers import MEMORY, QUALITY, TIMES, Measure
 from sglang_gen.sweep.report import Row, read_jobs
 
 
-def _telling(rows: Sequence[Row]) -> list[str]:
-    """Settings that differ between jobs, or between what was requested and what took effect."""
+def _varying(rows: Sequence[Row]) -> list[str]:
+    """Settings that differ between jobs, or whose requested and effective values differ."""
     ran = [row for row in rows if row.requested or row.effective]
     names = dict.fromkeys(name for row in ran for name in (*row.requested, *row.effective))
 
-    def tells(name: str) -> bool:
+    def varies(name: str) -> bool:
         pairs = {(row.requested.get(name), row.effective.get(name)) for row in ran}
         return len(pairs) > 1 or any(None not in pair and len(set(pair)) > 1 for pair in pairs)
 
-    return [name for name in names if tells(name)]
+    return [name for name in names if varies(name)]
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """The table for programs: the same columns for every sweep, but for the settings that tell its jobs apart."""
-    settings = _telling(rows)
+    """The table for programs, with the same columns for every sweep except for the settings that vary."""
+    settings = _varying(rows)
     lines = [_csv_line(row, settings) for row in rows]
     used = {name for line in lines for name, value in line.items() if value not in (None, "")}
     header = [name for name in _csv_line(Row("", ""), settings)
@@ -46,7 +46,7 @@ def _csv_line(row: Row, settings: Iterable[str]) -> dict[str, Any]:
         "overrides": shlex.join(row.overrides),
         "status": row.status,
         "error": row.error,
-        "pictures": " ".join(row.pictures),
+        "pictures": " ".join(row.outputs),
         "seconds": row.seconds,
         "repeats": max((item.repeats for item in row.times.values()), default=None),
     }
@@ -65,14 +65,14 @@ def _rounded(value: float | None) -> float | None:
 
 
 def to_markdown(rows: Sequence[Row], title: str = "Sweep") -> str:
-    """The table for readers. What all jobs share is said once above it; empty columns are left out."""
+    """The table for readers. Settings that all jobs share are listed above it; empty columns are left out."""
     shared = [word for word in rows[0].overrides if all(word in row.overrides for row in rows)] if len(rows) > 1 else []
     done, planned = (sum(row.status == status for row in rows) for status in ("completed", "planned"))
     dry = f", {planned} planned without running" if planned else ""
     lines = [f"# {title}", "", f"{done} of {len(rows)} jobs completed{dry}."]
     if shared:
         lines += [f"All jobs: {_code(shlex.join(shared))}."]
-    settings = _telling(rows)
+    settings = _varying(rows)
     same = {name: words for name in settings if (words := _same(rows, name)) is not None}
     if same:
         lines += [f"In all jobs that ran: {', '.join(f'{name} {_escaped(words)}' for name, words in same.items())}."]
@@ -89,13 +89,15 @@ def to_markdown(rows: Sequence[Row], title: str = "Sweep") -> str:
 
 
 def _same(rows: Sequence[Row], name: str) -> str | None:
-    """What a setting is in every job that has it, in words; None where jobs differ.
+    """The value of a setting, as text, if all jobs that have the setting agree; else None.
 
-    A job has `cache.Fn_compute_blocks` unless its `cache` is a plain `none`.
+    For example, a job with cache=none has no setting `cache.Fn_compute_blocks`.
     """
     parents = [name[:place] for place, letter in enumerate(name) if letter == "."]
     having = [
-        row for row in rows if (row.requested or row.effective) and not any(part in row.effective for part in parents)
+        row
+        for row in rows
+        if (row.requested or row.effective) and not any(parent in row.effective for parent in parents)
     ]
     words = {_change(row.requested.get(name), row.effective.get(name)) for row in having}
     return words.pop() if len(words) == 1 and len(rows) > 1 else None
@@ -107,7 +109,7 @@ def _markdown_line(row: Row, settings: Iterable[str], shared: Sequence[str]) -> 
         "job": row.job,
         "overrides": _code(shlex.join(own)) if own else "",
         "status": row.status if not row.error else f"{row.status}: {_escaped(row.error)}",
-        "pictures": " ".join(map(_link, row.pictures)),
+        "pictures": " ".join(map(_link, row.outputs)),
         "whole job": _number(row.seconds),
         **{name.replace("_", " "): _interval(row.times.get(name)) for name in TIMES},
         "images per second": _interval(row.images_per_second),
@@ -118,7 +120,7 @@ def _markdown_line(row: Row, settings: Iterable[str], shared: Sequence[str]) -> 
 
 
 def _quality(row: Row, name: str) -> str:
-    """A measure of the picture; identical pictures have an infinite PSNR, which JSON cannot hold."""
+    """A quality metric as text. Identical images have an infinite PSNR, which JSON cannot represent."""
     return "identical" if name == "psnr" and row.quality.get("identical") else _number(row.quality.get(name))
 
 
@@ -129,7 +131,7 @@ def _interval(item: Measure | None) -> str:
 
 
 def _number(value: Any) -> str:
-    """Four significant digits, never in powers of ten where the number is large."""
+    """The number with four significant digits, without exponent for large numbers."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     return "" if value is None else str(value)
@@ -141,7 +143,7 @@ def _change(requested: str | None, effective: str | None) -> str:
 
 
 def _code(text: str) -> str:
-    """Code in a table's cell: a vertical bar still needs its backslash there."""
+    """Markdown code for a table cell, in which a vertical bar needs a backslash."""
     text = " ".join(text.split()).replace("|", "\\|")
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
@@ -151,12 +153,12 @@ def _escaped(text: str) -> str:
 
 
 def _link(path: str) -> str:
-    picture = path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif"))
-    return f"{'!' if picture else ''}[{_escaped(path)}]({quote(path)})"
+    is_image = path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif"))
+    return f"{'!' if is_image else ''}[{_escaped(path)}]({quote(path)})"
 
 
 def write_table(folder: Path) -> list[Path]:
-    """Write `table.csv` and `table.md` of the sweep in `folder`, each whole or not at all. Raises RunError."""
+    """Write `table.csv` and `table.md` of the sweep in `folder` atomically. Raises RunError."""
     rows = read_jobs(folder)
     tables = {"table.csv": to_csv(rows), "table.md": to_markdown(rows, f"Sweep {folder.name}")}
     for name, text in tables.items():

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from sglang_gen.dry_run.estimate import Rehearsal, rehearsal
+from sglang_gen.dry_run.estimate import NetworkTrace, trace_network
 from sglang_gen.engine.cfg import Guidance
 from sglang_gen.families.contract import Request
 from sglang_gen.families.flux import pipeline as flux
@@ -39,11 +39,11 @@ def card_of(pipeline: str, config: Mapping[str, Any], encoders: Mapping[str, Any
 def rank(
     pipeline: str, card: ModelCard, layout: Layout, number: int, height: int, width: int, scale: float = 1.0,
     dtype: torch.dtype = torch.float32, rows: int = 1, text_length: int | None = None, fused: bool = False,
-) -> Rehearsal:  # fmt: skip
+) -> NetworkTrace:  # fmt: skip
     """One rank's step for pictures of so many pixels."""
     split = Split(Mesh(layout, number), GLUE[pipeline].TENSOR, GLUE[pipeline].SHARDING)
     request = Request(height, width, FACTOR, steps=2, guidance=3.5, text_length=text_length)
-    return rehearsal(GLUE[pipeline], split, card, request, rows, Guidance(scale), dtype, fused)
+    return trace_network(GLUE[pipeline], split, card, request, rows, Guidance(scale), dtype, fused)
 
 
 def runs(pipeline: str, card: ModelCard, layout: Layout, height: int, width: int) -> bool:

@@ -135,7 +135,7 @@ def generate(words: Sequence[str], place: Path) -> str | None:
     place.mkdir(parents=True)
     with (place / "log.txt").open("w") as log:
         command = [sys.executable, "-m", "sglang_gen", "generate", *words]
-        code = subprocess.run(command, env=env.of_rank(threads=None), stdout=log, stderr=log).returncode
+        code = subprocess.run(command, env=env.rank_variables(threads=None), stdout=log, stderr=log).returncode
     said = (place / "log.txt").read_text().strip().splitlines()
     return f"exit code {code}: {said[-1] if said else 'it said nothing'}" if code else None
 

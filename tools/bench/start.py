@@ -60,7 +60,12 @@ def once(code: str, folder: Path) -> dict[str, float]:
     """CPU seconds of the phases of one process."""
     before = os.times()
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=env.of_rank(threads=1), capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=env.rank_variables(threads=1),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     after = os.times()
     marks = [0.0, *json.loads(done.stdout.splitlines()[-1])]
