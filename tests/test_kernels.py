@@ -76,7 +76,7 @@ def test_an_installed_package_that_does_not_import_is_no_candidate(monkeypatch):
     monkeypatch.setattr(attention_kernels, "_usable", lambda name, device, dtype: True)
     monkeypatch.setattr(attention_kernels, "runs", lambda name, device, dtype: False)
     broken = types.SimpleNamespace(module="no_such_package", function="attend", exact=True)
-    monkeypatch.setattr(attention_kernels, "PACKAGES", {"broken": broken})
+    monkeypatch.setattr(attention_kernels, "KERNEL_PACKAGES", {"broken": broken})
     assert attention_kernels.candidates([(1, 1, 8, 8, 8)], "cuda", torch.float16) == ["sdpa"]
 
 

@@ -18,8 +18,10 @@ LOAD = """
 import gc, importlib, json, sys
 from pathlib import Path
 import torch
-from sglang_gen import hub, log
-from sglang_gen.backends import native, parts
+from sglang_gen import log
+from sglang_gen.backends.native import components
+from sglang_gen.backends.native import engine as native
+from sglang_gen.hub import resolve
 from sglang_gen.plan.backend_choice import NATIVE
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
@@ -35,14 +37,14 @@ PLACES = {"whole": None, "rank 0 of 2": 0, "rank 1 of 2": 1}
 
 def load(path, rank):
     run = compose(Choices((f"model.path={path}", "sampling.prompt=a", "dtype=bfloat16", "backend=sglang")))
-    plan = make_plan(run, hub.find(run.run.model, weights=True))
+    plan = make_plan(run, resolve.find(run.run.model, weights=True))
     if rank is None:
         engine = native.load(plan, Mesh(), CallLog())
-        return engine.network, engine.parts
+        return engine.network, engine.components
     name = NATIVE[plan.card.pipeline_class]
-    glue = importlib.import_module(f"sglang_gen.pipelines.{name}")
+    glue = importlib.import_module(f"sglang_gen.families.{name}.pipeline")
     split = Split(Mesh(Layout(tp=2), rank), glue.TENSOR, glue.SHARDING)
-    return parts.read(plan, NEEDS[name], glue, split)  # what that rank reads
+    return components.read_components(plan, NEEDS[name], glue, split)  # what that rank reads
 
 log.setup("error")
 for rank in PLACES.values():

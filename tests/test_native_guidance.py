@@ -316,7 +316,7 @@ CONDITIONS = {"sd15": [(77, 768)], "sdxl": [(77, 2048), (1280,), (6,)], "sd3_med
 @pytest.mark.parametrize("rows", mostly_slow([1, 2], 2))
 def test_the_memory_that_is_reckoned_covers_what_a_network_holds(monkeypatch, preset, glue_name, rows):
     """Counted on meta, at the published sizes, with attention that keeps no matrix."""
-    glue = importlib.import_module(f"sglang_gen.pipelines.{glue_name}")
+    glue = importlib.import_module(f"sglang_gen.families.{glue_name}.pipeline")
     config = json.loads((env.preset_configs(preset) / glue.NETWORK / "config.json").read_text())
     request = Request(height=1024, width=768, factor=8, steps=2, guidance=3.5)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))

@@ -50,9 +50,10 @@ def theirs(name: str, pipeline: diffusers.DiffusionPipeline, texts: list[str], l
 @torch.no_grad()
 def test_a_text_of_any_length_is_encoded_as_the_pipeline_does(load, name, length, letters):
     pipeline = load(name)
-    glue = importlib.import_module(f"sglang_gen.pipelines.{name.removesuffix('15')}")
+    glue = importlib.import_module(f"sglang_gen.families.{name.removesuffix('15')}.pipeline")
     texts = [text(letters), "a cat"]  # in a batch with a short one
-    ours, expected = glue.encode(pipeline.components, texts, length), theirs(name, pipeline, texts, length)
+    config = getattr(pipeline, glue.NETWORK).config
+    ours, expected = glue.encode(pipeline.components, config, texts, length), theirs(name, pipeline, texts, length)
     assert len(ours) == len(expected)
     for mine, its in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
