@@ -120,7 +120,7 @@ class Engine(Protocol):
         ...
 
     def traffic(self) -> dict[str, Any]:
-        """Bytes that this rank sent to other ranks in the timed generation, by stage."""
+        """What this rank sent to others in the timed generation, by stage; see `backends.native.comm_log`."""
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The comparison of a denoising step with its peers, where a GPU has no room for everybody's weights; on this CPU."""
+"""The benchmark of a denoising step on a device that cannot hold the weights of all entries; on this CPU."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from repeated import Repeated
 
 from sglang_gen.engine import attention_kernels, cuda_graphs
 from tools.bench import networks, works
-from tools.bench.guests import Guest, Room
+from tools.bench.host_networks import DeviceSlot, HostNetwork
 
 OURS = ["sglang-gen, eager", networks.OURS, "sglang-gen, eager, graphs", "sglang-gen, compiled, graphs"]
 PEERS = [networks.REFERENCE, "diffusers, bfloat16", "diffusers, bfloat16, torch.compile"]
@@ -17,7 +17,7 @@ PEERS = [networks.REFERENCE, "diffusers, bfloat16", "diffusers, bfloat16, torch.
 
 @pytest.fixture
 def crowded(monkeypatch) -> list[torch.nn.Module]:
-    """This CPU as a GPU without room, which compiles nothing; the networks that were loaded."""
+    """This CPU as a crowded GPU, without a compiler; the networks that were loaded."""
     loaded: list[torch.nn.Module] = []
 
     def noted(load, *words: object):
@@ -40,19 +40,19 @@ def crowded(monkeypatch) -> list[torch.nn.Module]:
 
 def test_where_memory_is_short_each_network_is_loaded_once_and_peers_come_in_turn(crowded, tmp_path, monkeypatch):
     folder = works.stored(LITTLE, tmp_path)
-    calls, room = networks.entries(LITTLE, folder, "cpu", attention_kernels.sdpa())
+    calls, slot = networks.entries(LITTLE, folder, "cpu", attention_kernels.sdpa())
     assert list(calls) == [*OURS, *PEERS]
     assert len(crowded) == 3  # ours, diffusers' in two dtypes
     came = []
-    come = Guest.come
-    monkeypatch.setattr(Guest, "come", lambda guest: came.append(guest) or come(guest))
-    first = networks.first_calls(calls, room, "cpu")  # compares what they give
+    load = HostNetwork.load
+    monkeypatch.setattr(HostNetwork, "load", lambda network: came.append(network) or load(network))
+    first = networks.first_calls(calls, slot, "cpu")  # compares what they give
     assert list(first) == [*OURS, *PEERS]
-    single, half = (room.guests[name] for name in PEERS[:2])
+    single, half = (slot.networks[name] for name in PEERS[:2])
     assert came == [single, half]
     rates, flops = networks.ceilings(LITTLE, "cpu")
     assert len(crowded) == 3
-    seconds = networks.rounds_of(calls | rates, room, 2, "cpu")
+    seconds = networks.rounds_of(calls | rates, slot, 2, "cpu")
     assert came == [single, half, single, half, single, half]
     assert {len(values) for values in seconds.values()} == {2}
     table = networks.table(first, seconds, flops, networks.rate_name("cpu"), "sdpa")
@@ -61,10 +61,10 @@ def test_where_memory_is_short_each_network_is_loaded_once_and_peers_come_in_tur
 
 def test_where_there_is_room_everybody_has_a_network_of_its_own_and_nobody_moves(crowded, tmp_path, monkeypatch):
     monkeypatch.setattr(networks, "CROWDED", ())
-    calls, room = networks.entries(LITTLE, works.stored(LITTLE, tmp_path), "cpu", attention_kernels.sdpa())
-    assert list(networks.first_calls(calls, room, "cpu")) == [*OURS, *PEERS]
+    calls, slot = networks.entries(LITTLE, works.stored(LITTLE, tmp_path), "cpu", attention_kernels.sdpa())
+    assert list(networks.first_calls(calls, slot, "cpu")) == [*OURS, *PEERS]
     assert len({next(network.parameters()).data_ptr() for network in crowded}) == len(crowded) == 7
-    assert room.guests == {}
+    assert slot.networks == {}
 
 
 def test_ours_attends_with_the_kernel_that_a_run_with_auto_takes(crowded, tmp_path, monkeypatch, sglang, pipelines):
@@ -107,12 +107,12 @@ def test_a_compiled_guest_is_not_compiled_anew_when_it_comes_back():
         return graph.forward
 
     network = torch.nn.Linear(2, 2)
-    guest, compiled = Guest(network, "cpu"), torch.compile(network, backend=backend)
+    hosted, compiled = HostNetwork(network, "cpu"), torch.compile(network, backend=backend)
     with torch.no_grad():
         for _ in range(2):
-            guest.come()
+            hosted.load()
             compiled(torch.ones(1, 2))
-            guest.go()
+            hosted.unload()
     torch._dynamo.reset()
     assert len(graphs_made) == 1
 
@@ -126,18 +126,20 @@ def test_networks_that_share_have_the_same_weights_and_methods_of_their_own():
     assert network[0].forward is not None
 
 
-def test_a_guest_is_on_the_device_for_its_turn_and_leaves_nothing():
-    first, second = (Guest(torch.nn.Linear(2, 2), "cpu") for _ in range(2))
-    room = Room({"a": first, "also a": first, "b": second})
+def test_a_host_network_is_on_the_device_for_its_turn_and_leaves_nothing():
+    first, second = (HostNetwork(torch.nn.Linear(2, 2), "cpu") for _ in range(2))
+    slot = DeviceSlot({"a": first, "also a": first, "b": second})
 
-    def inside(guest: Guest) -> bool:
-        return all(at.data_ptr() != kept.data_ptr() for at, kept in zip(guest.tensors, guest.waiting, strict=True))
+    def loaded(network: HostNetwork) -> bool:
+        return all(
+            at.data_ptr() != kept.data_ptr() for at, kept in zip(network.tensors, network.host_data, strict=True)
+        )
 
     expected = [("a", True, first), ("also a", False, first), ("always there", False, first), ("b", True, second)]
-    for name, comes, guest in expected:
-        assert room.make_ready(name) is comes
-        assert [inside(each) for each in (first, second)] == [each is guest for each in (first, second)]
-    assert torch.equal(second.tensors[0], second.waiting[0])
+    for name, loads, current in expected:
+        assert slot.make_ready(name) is loads
+        assert [loaded(network) for network in (first, second)] == [network is current for network in (first, second)]
+    assert torch.equal(second.tensors[0], second.host_data[0])
 
 
 @pytest.mark.whole

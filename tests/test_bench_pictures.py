@@ -161,7 +161,7 @@ def test_competitors_take_turns_by_rounds_and_a_later_call_goes_on(tmp_path):
     table, code = pictures.measured(picture, names, (), 1, tmp_path, "cpu", script)
     assert code == 0
     assert script.order == [*names, *names[1:], names[0], names[2], *names[:2]]
-    assert "rounds of each: 3, of 3 pictures (intervals of processes)" in table
+    assert "rounds of each: 3, of 3 images (intervals of processes)" in table
     found = cells(table)
     assert found["backend=diffusers"][0] == "flash"
     assert found["backend=diffusers"][1] == "2.100 (2.060 to 2.140)"
@@ -173,7 +173,7 @@ def test_competitors_take_turns_by_rounds_and_a_later_call_goes_on(tmp_path):
     assert cells(again) == found | {"backend=diffusers compile=full": ["not run", *[""] * 7]}
     later = Script(commit="hijklmn")
     table, _ = pictures.measured(picture, names, (), 1, tmp_path, "cpu", later)
-    assert "rounds of each: 1, of 3 pictures (intervals of pictures of one process)" in table  # not of other code
+    assert "rounds of each: 1, of 3 images (intervals of images of one process)" in table  # not of other code
     assert "commit hijklmn." in table
 
 

@@ -124,14 +124,14 @@ def test_a_cache_folder_that_cannot_be_written_is_measured_once_in_a_process(pro
 
 def test_a_run_that_was_measuring_at_the_same_time_decides_for_both(processor, monkeypatch):
     def slower() -> dict[str, float]:
-        path = cpu_dtype._kept_at()
+        path = cpu_dtype._cache_file()
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(AMX))  # the other run was done first
         return XEON
 
     monkeypatch.setattr(cpu_dtype, "measure", slower)
     assert cpu_dtype.choose().dtype == "bfloat16"
-    assert json.loads(cpu_dtype._kept_at().read_text()) == AMX
+    assert json.loads(cpu_dtype._cache_file().read_text()) == AMX
 
 
 def test_the_rates_are_kept_in_the_users_cache_folder(processor, monkeypatch, tmp_path):
@@ -182,7 +182,7 @@ def test_a_record_gives_its_dtype_on_a_machine_with_other_rates(processor, sglan
     assert record("first")["effective"]["dtype_choice"]["bfloat16_gflops"] == 470.0
     assert processor.asked == 1  # the plan is made twice
     processor.next_process()
-    cpu_dtype._kept_at().unlink()
+    cpu_dtype._cache_file().unlink()
     processor.rates = XEON
     assert sglang("generate", "--config", "first/generated_image_0.json", "--output-path", "again").code == 0
     assert record("again")["effective"]["dtype"] == "bfloat16"

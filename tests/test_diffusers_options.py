@@ -130,7 +130,7 @@ def test_an_sdpa_kernel_is_the_one_that_runs_in_the_network_and_any_elsewhere(ru
             ("--attention-backend", "flesh"),
             "unknown kernel 'flesh'; did you mean 'flash'? (legal: auto, sdpa, flash",
         ),
-        (("--attention-backend", "flex"), "'flex' takes no effect on UNet2DConditionModel"),
+        (("--attention-backend", "flex"), "'flex' has no effect on UNet2DConditionModel"),
         (("--attention-backend", "math", "--attention-backend-config", '{"a": 1}'), "'math' takes no settings"),
         (("--attention-backend-config", '{"prioritty": []}'), "did you mean 'priority'?"),
         (("--cache-dit-config", '{"Fn_compute_blocks": "x"}'), "'Fn_compute_blocks' is 'x'; it must be a whole number"),
@@ -313,9 +313,9 @@ def test_an_input_picture_is_what_a_viewer_shows_of_it():
 @pytest.mark.parametrize(
     ("save", "sentence"),
     [
-        (lambda path: Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(path), "is transparent in places"),
+        (lambda path: Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(path), "has transparent pixels"),
         (lambda path: BLACK.save(path, save_all=True, append_images=[BLACK.point(lambda _: 255)]),
-         "has 2 frames; the first is taken"),
+         "has 2 frames; the first one is used"),
     ],
 )  # fmt: skip
 def test_what_is_lost_of_an_input_picture_is_said_once(run, save, sentence):
@@ -330,7 +330,7 @@ def test_a_picture_that_does_not_say_what_is_white_is_refused(run):
     Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save("float.tiff")
     done = run("sdxl", "--image-path", "float.tiff")
     assert (done.code, done.lines[-1].split("; ")[0]) == (
-        2, "ERROR: --image-path: float.tiff has numbers of another range than 8 or 16 bits",
+        2, "ERROR: --image-path: float.tiff has values that are neither 8-bit nor 16-bit integers",
     )  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def test_a_draw_of_the_pipeline_from_the_global_generator_depends_on_the_seed_al
 def test_a_batch_whose_samples_share_the_global_generator_is_refused(run, deaf):
     words = ("--image-path", deaf, *HALF, "--num-samples", "2")
     done = run("sdxl", *words, "sampling.batch_size=2")
-    sentence = "sampling.batch_size: StableDiffusionXLImg2ImgPipeline draws noise that it takes no generators for"
+    sentence = "sampling.batch_size: StableDiffusionXLImg2ImgPipeline draws noise without the samples' generators"
     assert (done.code, sentence in done.lines[-1]) == (2, True)
     assert run("sdxl", *words).code == 0
 

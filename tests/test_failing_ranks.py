@@ -75,7 +75,7 @@ def test_a_rank_that_runs_out_of_memory_is_the_one_that_is_heard(run_on_ranks, p
     done = run_on_ranks("sd15", "parallel=tp2", "--perf-dump-path", "perf.json", side=3072)
     assert done.code == 1
     assert [line for line in done.lines if not line.startswith("INFO: ")] == [
-        "ERROR: Out of memory while generating; try smaller batches or a smaller picture"
+        "ERROR: Out of memory while generating; try smaller batches or a smaller image"
     ]
     assert not list(Path("outputs").iterdir())
 

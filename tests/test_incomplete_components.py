@@ -163,7 +163,7 @@ def test_tensors_of_a_single_file_that_nothing_takes_are_reported(single, genera
         "CLIPTextModel has no place for 1 tensors (cond_stage_model.transformer.text_model.encoder.layers.9" in done.err
     )
     assert "AutoencoderKL has no place for 1 tensors (first_stage_model.extra.weight)" in done.err
-    assert "holds 1 tensors of no component of StableDiffusionPipeline (control_model.x)" in done.err
+    assert "holds 1 tensors that belong to no component of StableDiffusionPipeline (control_model.x)" in done.err
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

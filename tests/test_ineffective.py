@@ -45,14 +45,14 @@ def warned(pipelines, sglang):
         ("sdxl", {"guidance_rescale": 0.5, "timestep_spacing": "trailing"}, ("--guidance-scale", "1"),
          ["guidance_rescale has no effect: there is no guidance at a scale of 1.0"]),
         ("sdxl", {"negative_target_size": [32, 32]}, (),
-         ["negative_target_size has no effect: it acts beside negative_original_size alone"]),
+         ["negative_target_size has no effect: it needs negative_original_size"]),
         ("sdxl", {"negative_prompt_2": "dull"}, (),
-         ["negative_prompt_2 has no effect: zeros stand for both without a negative prompt "
+         ["negative_prompt_2 has no effect: without a negative prompt the embeddings are zeros "
           "(force_zeros_for_empty_prompt)"]),
         ("sdxl", {"negative_prompt_2": "dull"}, ("--negative-prompt", "a dog"), []),
         ("flux", {"negative_prompt_2": "dull"}, (), [f"negative_prompt_2 has no effect: {UNGUIDED}"]),
         ("sd3", {"skip_layer_guidance_scale": 2.0}, (),
-         ["skip_layer_guidance_scale has no effect: it acts beside skip_guidance_layers alone"]),
+         ["skip_layer_guidance_scale has no effect: it needs skip_guidance_layers"]),
         ("sd3", {"skip_guidance_layers": [0]}, ("--guidance-scale", "1"),
          ["skip_guidance_layers has no effect: there is no guidance at a scale of 1.0"]),
         ("sd15", {"clip_skip": 1}, (), []),

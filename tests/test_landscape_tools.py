@@ -18,7 +18,7 @@ from tools.landscape.words import PHRASES
 
 LITTLE = Preset(
     size=16,
-    pictures=8,
+    images=8,
     autoencoder=Autoencoder((8, 16), latent_channels=2, batch=2, steps=1, rate=1e-3),
     denoiser=Spec(
         layers=2, heads=2, head_dim=32, patch=4, text_width=32, text_layers=2, batch=4, steps=4, rate=1e-3,

@@ -19,7 +19,8 @@ import gc, importlib, json, sys
 from pathlib import Path
 import torch
 from sglang_gen import log
-from sglang_gen.backends.native import components, engine as native
+from sglang_gen.backends.native import components
+from sglang_gen.backends.native import engine as native
 from sglang_gen.hub import resolve
 from sglang_gen.plan.backend_choice import NATIVE
 from sglang_gen.config.choices import Choices
@@ -39,11 +40,11 @@ def load(path, rank):
     plan = make_plan(run, resolve.find(run.run.model, weights=True))
     if rank is None:
         engine = native.load(plan, Mesh(), CallLog())
-        return engine.network, engine.parts
+        return engine.network, engine.components
     name = NATIVE[plan.card.pipeline_class]
     glue = importlib.import_module(f"sglang_gen.families.{name}.pipeline")
     split = Split(Mesh(Layout(tp=2), rank), glue.TENSOR, glue.SHARDING)
-    return components.read(plan, NEEDS[name], glue, split)  # what that rank reads
+    return components.read_components(plan, NEEDS[name], glue, split)  # what that rank reads
 
 log.setup("error")
 for rank in PLACES.values():

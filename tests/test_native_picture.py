@@ -185,7 +185,7 @@ def test_an_autoencoder_that_must_be_in_float32_encodes_in_it(pipelines, run, ph
 @pytest.mark.whole
 def test_the_size_of_a_unet_is_the_pictures_and_of_a_flow_the_requests(run, photo):
     done = run("sdxl", "--image-path", photo, size=(32, 32), steps=4)
-    assert "WARNING: sampling.height has no effect: StableDiffusionXLPipeline keeps the size of the input picture" in (
+    assert "WARNING: sampling.height has no effect: StableDiffusionXLPipeline keeps the size of the input image" in (
         done.lines
     )
     assert picture("outputs/generated_image_0.png").shape == (44, 60, 3)

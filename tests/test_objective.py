@@ -231,9 +231,9 @@ def test_a_key_that_a_finished_dump_lacks_fails_the_job(dumps, run):
 @pytest.mark.parametrize(
     ("key", "words", "sentence"),
     [
-        ("step_mss", (), "'step_mss' is no number of the perf dump; did you mean 'step_ms'"),
+        ("step_mss", (), "'step_mss' is not a number of the perf dump; did you mean 'step_ms'"),
         ("denoising", (), "did you mean 'steps.denoising.duration_ms'"),
-        ("tag", (), "'tag' is no number of the perf dump"),
+        ("tag", (), "'tag' is not a number of the perf dump"),
         ("steps.denoise.duration_ms", (), "did you mean 'steps.denoising.duration_ms'"),
         ("quality.psnr", (), "'quality.psnr' needs quality.reference"),
         ("warmup.duration_ms", (), "'warmup.duration_ms' needs --warmup"),

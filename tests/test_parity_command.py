@@ -158,7 +158,7 @@ def test_a_pipeline_that_calls_its_network_once_for_each_prompt_is_followed(pari
 def test_the_models_own_dtype_has_a_tolerance_of_its_own(parity):
     done = parity("sd3", dtype="bfloat16")
     assert done.code == 0, done.out
-    assert "in bfloat16: 0.02 of a module, 0.2 of a whole network" in done.out
+    assert "in bfloat16: 0.02 for a module, 0.2 for a whole network" in done.out
 
 
 def swap_heads(weight: torch.Tensor, width: int = 16) -> None:
@@ -218,17 +218,17 @@ IN_THE_DECODER = [
 
 @pytest.mark.parametrize(("name", "ours", "theirs", "change"), IN_THE_DECODER, ids=shown)
 def test_a_defect_in_the_decoder_is_named_by_both_names(found, name, ours, theirs, change):
-    differs = found(name, lambda engine: change(engine.parts["vae"].get_submodule(ours)))
+    differs = found(name, lambda engine: change(engine.components["vae"].get_submodule(ours)))
     start, end = report.sentence(differs).split(" by ")
     assert start == f"different: decoder, {ours} (theirs: {theirs})"
     assert float(end) > 1e-4
     wrong = {(row.stage, row.ours) for row in differs.rows if row.verdict is Verdict.different}
-    assert wrong == {("decoder", ours), ("decoding", "picture of the same latents"), ("end to end", "picture")}
+    assert wrong == {("decoder", ours), ("decoding", "image of the same latents"), ("end to end", "image")}
 
 
 def test_an_attention_without_effect_is_found_in_the_middle_of_the_decoder(found):
     sentence = report.sentence(
-        found("sd3", lambda engine: silence(engine.parts["vae"].decoder.middle.attention.attend))
+        found("sd3", lambda engine: silence(engine.components["vae"].decoder.middle.attention.attend))
     )
     assert sentence.startswith(
         "different: decoder, decoder.middle.attention.to_out (theirs: decoder.mid_block.attentio"
@@ -307,8 +307,8 @@ def louder(function):
 
 
 def change_scheduler(engine) -> None:
-    scheduler = engine.parts["scheduler"]
-    engine.parts["scheduler"] = type(scheduler).from_config(scheduler.config, shift=2.0)
+    scheduler = engine.components["scheduler"]
+    engine.components["scheduler"] = type(scheduler).from_config(scheduler.config, shift=2.0)
 
 
 def one_more_step(function):
@@ -322,10 +322,14 @@ def request_values(request) -> dict:
     return {**vars(request), "latent_size": request.latent_size}
 
 
-def wrong_glue(**functions):
-    """Functions of SD3's glue, each made another by what is given under its name."""
+def changed_pipeline(**functions):
+    """Replace functions of SD3's pipeline module by what `functions` make of them."""
     changes = {name: change(getattr(sd3, name)) for name, change in functions.items()}
-    return lambda engine: setattr(engine, "glue", SimpleNamespace(**{**vars(sd3), **changes}))
+    return lambda engine: setattr(engine, "pipeline", SimpleNamespace(**{**vars(sd3), **changes}))
+
+
+def louder_pooled(text, pooled):
+    return text, pooled * 1.5
 
 
 def scaled(by: float):
@@ -335,15 +339,15 @@ def scaled(by: float):
 # The stage that the last line names, and a defect in it.
 IN_A_STAGE = [
     ("text encoding, pooled text (theirs: pooled_projections or text_embeds) by 0.",
-     wrong_glue(encode=lambda encode: lambda *args: (encode(*args)[0], encode(*args)[1] * 1.5))),
+     changed_pipeline(encode=lambda encode: lambda *args, **more: louder_pooled(*encode(*args, **more)))),
     ("text encoding, text (theirs: encoder_hidden_states) the shapes are [2, 93, 64] and [2, 333, 64]",
-     wrong_glue(encode=lambda encode: lambda parts, config, texts, length: encode(parts, config, texts, 16))),
+     changed_pipeline(encode=lambda encode: lambda parts, config, texts, length: encode(parts, config, texts, 16))),
     ("schedule, timesteps (theirs: timesteps) by 0.", change_scheduler),
-    ("schedule, timesteps (theirs: timesteps) the shapes are [3] and [2]", wrong_glue(schedule=one_more_step)),
-    ("latents, initial latents (theirs: latents) by 0.1", wrong_glue(start=scaled(1.1))),
+    ("schedule, timesteps (theirs: timesteps) the shapes are [3] and [2]", changed_pipeline(schedule=one_more_step)),
+    ("latents, initial latents (theirs: latents) by 0.1", changed_pipeline(start=scaled(1.1))),
     ("step 1, scheduler, next latents (theirs: latents) by 0.01",
-     lambda engine: setattr(engine.parts["scheduler"], "step", louder(engine.parts["scheduler"].step))),
-    ("decoding, picture of the same latents (theirs: images) by ", wrong_glue(decode=scaled(0.5))),
+     lambda engine: setattr(engine.components["scheduler"], "step", louder(engine.components["scheduler"].step))),
+    ("decoding, image of the same latents (theirs: images) by ", changed_pipeline(decode=scaled(0.5))),
 ]  # fmt: skip
 
 
@@ -367,7 +371,7 @@ def test_generators_that_have_gone_on_show_in_the_noise_that_a_scheduler_draws(f
 
     differs = found(
         str(with_scheduler(pipelines["sd15"], "EulerAncestralDiscreteScheduler")),
-        lambda engine: setattr(engine, "glue", SimpleNamespace(**{**vars(pipeline), "draw": draw})),
+        lambda engine: setattr(engine, "pipeline", SimpleNamespace(**{**vars(pipeline), "draw": draw})),
     )
     assert report.sentence(differs).startswith("different: step 1, scheduler, next latents (theirs: latents) by ")
 

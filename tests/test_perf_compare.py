@@ -84,7 +84,7 @@ def test_a_dump_of_a_real_run_passes_against_itself(pipelines, sglang, capsys):
     assert (code, report["verdict"], report["exit_code"]) == (0, "PASS", 0)
     assert {"total", "stage.load", "stage.denoising", "stage.decoding", "stage.saving", "step"} <= set(rows(report))
     assert all(row["ratio"] == 1 and row["interval"] is None for row in rows(report).values())
-    assert "judged by tolerance alone" in capsys.readouterr().out
+    assert "judged by the tolerance only" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -238,9 +238,9 @@ def test_old_dumps_without_newer_fields_stay_readable():
     ("content", "sentence"),
     [
         ("{", "is not valid JSON: Expecting property name enclosed in double quotes in line 1"),
-        ("[1]", "is no perf dump: it has no total_duration_ms and steps"),
-        ('{"steps": []}', "is no perf dump"),
-        ('{"total_duration_ms": NaN, "steps": []}', "is not valid JSON: NaN is no JSON number"),
+        ("[1]", "is not a perf dump: it has no total_duration_ms and steps"),
+        ('{"steps": []}', "is not a perf dump"),
+        ('{"total_duration_ms": NaN, "steps": []}', "is not valid JSON: NaN is not a JSON number"),
         ('{"total_duration_ms": null, "steps": []}', "total_duration_ms is null, not a number of at least 0"),
         ('{"total_duration_ms": -1, "steps": []}', "total_duration_ms is -1, not a number of at least 0"),
         ('{"total_duration_ms": 1e999, "steps": []}', "total_duration_ms is Infinity, not a number"),
@@ -274,7 +274,7 @@ def test_a_file_that_cannot_be_read_is_one_sentence(content, sentence):
         (["compare", "base.json", "base.json", "--tolerance", "totl=2%"], "no metric 'totl'; did you mean 'total'?"),
         (["compare", "base.json", "base.json", "--tolerance", "total=two"], "'total=two' is not of the form"),
         (["compare", "base.json", "base.json", "--tolerance", "memory=3ms"], "'memory=3ms' is not of the form"),
-        (["compare", "base.json", "base.json", "--tolerance", "step=2%,3%"], "gives two values of one sort"),
+        (["compare", "base.json", "base.json", "--tolerance", "step=2%,3%"], "gives two values of one kind"),
         (["compare", "base.json", "base.json", "--confidence", "high"], "--confidence: 'high'"),
         (["comapre", "base.json"], "Unknown command 'perf comapre'; did you mean 'compare'?"),
     ],

@@ -167,8 +167,8 @@ def test_counterparts_found_before_a_run_are_not_its_own_pictures():
 @pytest.mark.parametrize(
     ("described", "frame", "sentence"),
     [
-        (sample(8), noise(), "The picture of seed 8 and prompt 'a lake' has no reference in reference"),
-        (sample(7, "a fox"), noise(), "The picture of seed 7 and prompt 'a fox' has no reference in reference"),
+        (sample(8), noise(), "The image of seed 8 and prompt 'a lake' has no reference in reference"),
+        (sample(7, "a fox"), noise(), "The image of seed 7 and prompt 'a fox' has no reference in reference"),
         (sample(7), noise(16, 16), r"is 16 x 16, but its reference reference/generated_image_0\.png is 19 x 16"),
         (sample(1), noise(8, 8), r"is 8 x 8, too small for SSIM \(at least 11 x 11\)"),
     ],
@@ -187,7 +187,7 @@ def test_a_broken_reference_is_named():
     with pytest.raises(UserError, match="holds no run record"):
         quality.counterparts("reference", [sample(7)])
     keep(0, noise(), sample(7))
-    with pytest.raises(UserError, match="There is no picture to compare"):
+    with pytest.raises(UserError, match="There is no image to compare"):
         quality.compare("reference", [], [])
     picture = Path("reference/generated_image_0.png")
     picture.write_bytes(picture.read_bytes()[:200])
@@ -266,7 +266,7 @@ def test_a_comparison_that_fails_after_the_run_costs_neither_the_dump_nor_the_jo
     assert done.code == 1
     note, dump = (json.loads(Path("sweep/0", name).read_text()) for name in ("job.json", "perf.json"))
     assert (note["status"], note["files"]) == ("failed", ["generated_image_0.png"])
-    assert note["error"].startswith("The images are saved, but not compared: The picture of seed 7 and prompt")
+    assert note["error"].startswith("The images are saved, but not compared: The image of seed 7 and prompt")
     assert (dump["quality"], dump["total_duration_ms"] > 0) == (None, True)
     assert Path("sweep/0/runs.csv").exists()
     assert "![0/generated_image_0.png](0/generated_image_0.png)" in Path("sweep/table.md").read_text()

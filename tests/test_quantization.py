@@ -242,7 +242,7 @@ def test_a_network_without_linear_layers_is_refused(pipelines):
 
     with pytest.raises(UserError, match="Plain has no linear layer that can be quantized"):
         quantize._quantize("unet", Plain(), QuantMethod.int8, "cpu")
-    with pytest.raises(UserError, match="Linear is no network of diffusers"):
+    with pytest.raises(UserError, match="Linear is not a network of diffusers"):
         quantize._quantize("unet", nn.Linear(4, 4), QuantMethod.int8, "cpu")
 
 

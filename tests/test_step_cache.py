@@ -235,7 +235,7 @@ def test_a_run_that_reused_nothing_says_so(sglang, pipelines, name):
                          "compile.warmup=true", "perf.repeat=2", "--perf-dump-path", "perf.json"))  # fmt: skip
     assert done.code == 0, done.err
     (warning,) = [line for line in done.lines if line.startswith("WARNING: ")]
-    assert warning.startswith("WARNING: cache: no step was reused, so that the cache saved nothing; the residual chang")
+    assert warning.startswith("WARNING: cache: no step was reused, so the cache saved nothing; the residual chang")
     assert warning.endswith(", and residual_diff_threshold is 1e-09")
     assert [record(number)["effective"]["cache"]["reused_steps"] for number in range(2)] == [0, 0]
     dump = json.loads(Path("perf.json").read_text())

@@ -1,13 +1,13 @@
-"""What a checkout computes, composes and says, as one JSON file, to compare two commits on one machine.
+"""Collects results of a checkout in one JSON file, to compare two commits on one machine.
 
     python -m tools.baseline collect FOLDER before.json     # in the one checkout
     python -m tools.baseline collect FOLDER after.json      # in the other: a worktree, with PYTHONPATH=.
     python -m tools.baseline compare before.json after.json
 
-FOLDER keeps the tiny pipelines, so that both checkouts read the same weights. Compared are: the bits of the final
-latents of every family and of the embedded model, eager, in float32 and bfloat16, on one process and on one layout of
-each axis; the flag table; the composed configuration of every option; the keys of run records and perf dumps; exit
-codes and sentences of requests that are refused.
+FOLDER holds the tiny pipelines, so that both checkouts read the same weights. Compared are the bits of the final
+latents of every family and of the embedded model (eager, in float32 and bfloat16, in one process and with one layout of
+each axis), the flag table, the composed configuration of every option, the keys of run records and perf dumps, and
+the exit codes and messages of requests that are refused.
 """
 
 import argparse
@@ -57,7 +57,7 @@ REQUESTS: tuple[tuple[str, ...], ...] = (
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """Everything of this checkout that a restructuring must leave as it is."""
+    """Everything in this checkout that a restructuring must not change."""
     models = _tiny(folder)
     return {
         "latents": dict(_latents(models)),
@@ -79,14 +79,14 @@ def _tiny(folder: Path) -> dict[str, Path | None]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "lib"))
     tiny = importlib.import_module("tiny")
-    found: dict[str, Path | None] = {"landscape": None}
+    folders: dict[str, Path | None] = {"landscape": None}
     for name, build in tiny.BUILDERS.items():
         place = folder / name
         if not (place / "model_index.json").exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             build(place)
-        found[name] = place
-    return found
+        folders[name] = place
+    return folders
 
 
 def _latents(models: Mapping[str, Path | None]) -> Iterator[tuple[str, Any]]:
@@ -98,7 +98,7 @@ def _latents(models: Mapping[str, Path | None]) -> Iterator[tuple[str, Any]]:
 
 
 def _digests(words: tuple[str, ...]) -> Any:
-    """SHA-256 of each file of latents that the command leaves; the last line of its log where it fails."""
+    """SHA-256 of each latents file that the command writes; exit code and last log line if it fails."""
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, "-m", "sglang_gen", "generate", *words]
         done = subprocess.run(
@@ -140,27 +140,27 @@ def _options() -> Iterator[tuple[str, Any]]:
 
 
 def _run(words: tuple[str, ...]) -> tuple[int, list[str]]:
-    """Exit code and last lines of the command, in this process and in an empty folder."""
+    """Exit code and output lines of the command, run in this process."""
     from sglang_gen.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(list(words))
-    said = [line for line in err.getvalue().splitlines() if line.startswith(("ERROR", "WARNING"))]
-    return code, [*out.getvalue().splitlines(), *said]
+    messages = [line for line in err.getvalue().splitlines() if line.startswith(("ERROR", "WARNING"))]
+    return code, [*out.getvalue().splitlines(), *messages]
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """One line for each thing that differs."""
     lines = []
-    for part, old in before.items():
-        new = after.get(part)
+    for section, old in before.items():
+        new = after.get(section)
         if not isinstance(old, dict) or not isinstance(new, dict):
-            lines += [] if old == new else [f"{part} differ"]
+            lines += [] if old == new else [f"{section} differ"]
             continue
         for key in old.keys() | new.keys():
             if old.get(key) != new.get(key):
-                lines.append(f"{part}: {key}: {_shown(old.get(key))} -> {_shown(new.get(key))}")
+                lines.append(f"{section}: {key}: {_shown(old.get(key))} -> {_shown(new.get(key))}")
     return sorted(lines)
 
 
@@ -171,10 +171,10 @@ def _shown(value: Any) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.baseline", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    collecting = commands.add_parser("collect", help="write what this checkout computes, composes and says")
-    collecting.add_argument("folder", type=Path, help="of the tiny pipelines, built where they are missing")
+    collecting = commands.add_parser("collect", help="write the results of this checkout")
+    collecting.add_argument("folder", type=Path, help="folder of the tiny pipelines; missing ones are built")
     collecting.add_argument("output", type=Path)
-    comparing = commands.add_parser("compare", help="print what differs between two such files")
+    comparing = commands.add_parser("compare", help="print the differences between two such files")
     comparing.add_argument("files", type=Path, nargs=2)
     given = parser.parse_args()
     if given.command == "compare":

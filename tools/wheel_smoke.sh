@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the wheel, install it in a clean virtual environment, and use it outside of the checkout.
+# Build the wheel, install it into a new virtual environment, and run it outside the checkout.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)

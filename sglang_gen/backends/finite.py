@@ -1,4 +1,4 @@
-"""Numbers that are not finite are an error: they would be saved as a black image or as silence."""
+"""Refuses latents and outputs that are not finite: they would be saved as black images or silent audio."""
 
 import torch
 
@@ -7,7 +7,7 @@ from sglang_gen.types import Sample
 
 
 def require_finite(values: torch.Tensor | None, what: str, batch: tuple[Sample, ...]) -> None:
-    """Refuse NaN and infinity, which would be saved as a black picture."""
+    """Raise RunError for NaN or infinity in `values` `[B, ...]`, naming the sample."""
     if values is None or values.shape[0] != len(batch):
         return
     for row, sample in zip(values, batch, strict=True):

@@ -1,4 +1,4 @@
-"""Files that a request starts from: noise that an earlier run saved, and pictures."""
+"""Reads input files of a request: images, and noise that an earlier run saved."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ WHITE_16 = 2**16 - 1
 
 
 def read_noise(path: str | None) -> torch.Tensor | None:
-    """The `noise` of a latents file, [1, ...]. Raises UserError when the file is not one of ours."""
+    """The tensor `noise` of a saved latents file, `[1, ...]`. Raises UserError if it cannot be read."""
     if path is None:
         return None
     from safetensors import SafetensorError, safe_open
@@ -30,13 +30,13 @@ def read_noise(path: str | None) -> torch.Tensor | None:
 
 
 def read_image(path: str, setting: str) -> Any:
-    """An input picture as RGB (masks too), upright as its camera says. Raises UserError naming the setting."""
+    """An input image or mask as RGB, rotated as its EXIF orientation says. Raises UserError naming the setting."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(Path(path).expanduser()) as image:
             if getattr(image, "n_frames", 1) > 1:
-                log.warn_once(f"{setting}: {path} has {image.n_frames} frames; the first is taken")
+                log.warn_once(f"{setting}: {path} has {image.n_frames} frames; the first one is used")
             return _rgb(ImageOps.exif_transpose(image), f"{setting}: {path}")
     except UserError:
         raise
@@ -47,14 +47,14 @@ def read_image(path: str, setting: str) -> Any:
 
 
 def _rgb(image: Any, what: str) -> Any:
-    """Eight bits a channel of what a picture shows. Raises UserError where its numbers do not say what is white."""
+    """Convert to RGB with 8 bits per channel. Raises UserError if the range of the image's values is unknown."""
     from PIL import Image
 
     if image.mode.startswith(("I", "F")):
         numbers = np.asarray(image)
         if image.mode == "F" or not 0 <= numbers.min() <= numbers.max() <= WHITE_16:
-            raise UserError(f"{what} has numbers of another range than 8 or 16 bits; save it with one of these")
+            raise UserError(f"{what} has values that are neither 8-bit nor 16-bit integers; save it as one of these")
         return Image.fromarray(np.rint(numbers / (WHITE_16 / 255)).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
-        log.warn_once(f"{what} is transparent in places; the colours behind that are taken")
+        log.warn_once(f"{what} has transparent pixels; their transparency is ignored")
     return image.convert("RGB")

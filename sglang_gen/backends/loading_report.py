@@ -1,7 +1,7 @@
-"""Components from folders through their own libraries, with our own judgement of what came out of the files.
+"""Loads components from folders with their own libraries, and checks that all weights were found.
 
-A library fills tensors that a file lacks with random numbers, and drops those that it does not know, with a remark at
-most. Here the first is an error and the second a warning, in the same words for every component and both backends.
+The libraries initialize missing tensors randomly and ignore unexpected ones, at most with a log line. Here missing
+tensors are an error and unexpected ones a warning, with the same sentences for all components and both backends.
 """
 
 import re
@@ -15,8 +15,8 @@ from sglang_gen import log
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.hub.weight_files import few
 
-# Tensors of other networks of the same checkpoint, and buffers that a module computes by itself: a CLIP text model is
-# often saved with its vision model, a T5 encoder with its decoder.
+# Tensors of other networks in the same checkpoint (a CLIP text model is often saved with its vision model, a T5 encoder
+# with its decoder), and buffers that a module computes itself.
 WITHOUT_EFFECT = re.compile(
     r"(^|\.)(position_ids|num_batches_tracked|num_updates)$"
     r"|(^|\.)(text_projection\.weight|logit_scale)$|(^|\.)(vision_model|visual_projection|lm_head)\.|^decoder\."
@@ -24,41 +24,41 @@ WITHOUT_EFFECT = re.compile(
 
 
 def is_reported(kind: type) -> bool:
-    """Whether a class is a network of diffusers or transformers, whose loading is reported; imports neither."""
+    """Whether a class is a network of diffusers or transformers, which report on loading; imports neither."""
     return any(base.__name__ in ("ModelMixin", "PreTrainedModel") for base in kind.__mro__)
 
 
 def read(kind: Any, folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """A network out of its folder, on the CPU.
+    """Load a network from its folder, on the CPU.
 
-    Raises UserError for tensors that are missing or of another shape, and whatever the library raises.
+    Raises UserError for tensors that are missing or have another shape, and the library's own exceptions.
     """
-    declared = "quantization_config" in config  # packed tensors have shapes of their own, which their library checks
+    declared = "quantization_config" in config  # packed tensors have other shapes, which their library checks
     try:
         with log.quieter("diffusers.models"), log.quieter("transformers"):
             network, report = kind.from_pretrained(
                 str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True,
                 ignore_mismatched_sizes=not declared,
             )  # fmt: skip
-    except NotImplementedError as error:  # a tensor of another shape that two places share
+    except NotImplementedError as error:  # a tied tensor has another shape
         raise UserError(f"{folder} is not a checkpoint of {kind.__name__}: {first_line(error)}") from error
     judge(report, kind.__name__, str(folder))
     return network
 
 
 def judge(report: Mapping[str, Any], class_name: str, where: str) -> None:
-    """Raises UserError for missing tensors and other shapes in a library's loading report; warns of surplus ones."""
+    """Raises UserError for missing tensors and shape mismatches in a loading report; warns of unexpected tensors."""
     missing = sorted(map(str, report.get("missing_keys") or ()))
     shapes = [
-        f"{name} has the shape {list(found)} in place of {list(expected)}"
-        for name, found, expected in sorted(report.get("mismatched_keys") or (), key=str)
+        f"{name} has the shape {list(actual)} in place of {list(expected)}"
+        for name, actual, expected in sorted(report.get("mismatched_keys") or (), key=str)
     ]
     require_complete(missing, shapes, class_name, where)
     warn_unused(map(str, report.get("unexpected_keys") or ()), class_name, where)
 
 
 def require_complete(missing: Sequence[str], shapes: Sequence[str], class_name: str, where: str) -> None:
-    """Raises UserError naming tensors that are missing, or whose shape is another."""
+    """Raises UserError naming tensors that are missing or have another shape."""
     if missing:
         raise UserError(
             f"{where} is not a checkpoint of {class_name}: it lacks {len(missing)} of its tensors, such as {missing[0]}"
@@ -71,7 +71,7 @@ def require_complete(missing: Sequence[str], shapes: Sequence[str], class_name: 
 
 
 def warn_unused(names: Iterable[str], class_name: str, where: str) -> None:
-    """Warn of tensors that the network has no place for and that may be part of what the model was made to do."""
+    """Warn of unexpected tensors, except for those that are known to have no effect on the network."""
     unused = sorted(name for name in names if not WITHOUT_EFFECT.search(name))
     if unused:
         log.warn_once(

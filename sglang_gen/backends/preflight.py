@@ -13,7 +13,7 @@ def check(plan: Plan, warn: bool = False) -> None:
 
         found = request.check(plan)
         if warn:
-            request.warn_ineffective(plan, found.glue)
+            request.warn_ineffective(plan, found.pipeline)
     elif not plan.card.code:
         from sglang_gen.backends.diffusers import engine
 

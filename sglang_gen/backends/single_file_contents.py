@@ -1,8 +1,8 @@
-"""Every tensor of a whole model in one file accounted for, by names and shapes, before a weight is read.
+"""Checks the tensors of a single-file checkpoint, by names and shapes, before weights are read.
 
-diffusers converts a file component by component. It reports neither the tensors that a component lacks nor those that
-no component takes. So the file is converted once with every tensor replaced by its own number, which needs no memory:
-where the numbers arrive says which tensors came through, and under which names.
+diffusers converts a file component by component. It reports neither missing tensors nor tensors that no component uses.
+So the file is converted once with every tensor filled with its index (expanded, which needs no memory): the indices in
+the result show which tensors were converted, and to which names.
 """
 
 from collections.abc import Collection, Mapping
@@ -24,13 +24,13 @@ from sglang_gen.plan.quantization import denoisers
 from sglang_gen.types import Component, Plan
 from sglang_gen.weights.original_layout import CONVERSION_ERRORS, conversion
 
-SAMPLES = 64  # numbers of each dimension of a converted tensor that are looked at
+SAMPLES = 64  # entries along each dimension of a converted tensor that are inspected
 
 
 def check(plan: Plan) -> None:
-    """Compare the file of a plan's model with its components, and warn of tensors that nothing takes.
+    """Compare the single file of a plan's model with its components, and warn of tensors that no component uses.
 
-    Raises UserError for a network or an autoencoder that lacks tensors, or has them in another shape.
+    Raises UserError if tensors of a network or an autoencoder are missing or have another shape.
     """
     file, backend = plan.card.file, plan.backend
     if file is None:
@@ -38,7 +38,7 @@ def check(plan: Plan) -> None:
     shapes = header(file)
     replaced = {*plan.run.model.component_paths}
     networks = () if backend == "sglang" or plan.run.quant.transformer_weights_path else denoisers(plan.card)
-    for name in (*networks, "vae"):  # the native engine compares its network itself
+    for name in (*networks, "vae"):  # the native engine checks its network when it loads it
         component = plan.card.components.get(name)
         if component is not None and name not in replaced:
             try:
@@ -52,40 +52,40 @@ def check(plan: Plan) -> None:
     left = single_file.unclaimed(shapes, plan.card.components)
     if left:
         log.warn_once(
-            f"{file} holds {len(left)} tensors of no component of {plan.pipeline_class} ({few(left)}); they are left "
-            "out, and the result can differ from the one that the file was made for"
+            f"{file} holds {len(left)} tensors that belong to no component of {plan.pipeline_class} ({few(left)}); "
+            "they are left out, and the result can differ from the one that the file was made for"
         )
 
 
 def _check_component(file: Path, name: str, component: Component, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises UserError where the file does not hold the whole component; warns of tensors that it has no place for."""
+    """Raises UserError if the file does not hold the whole component; warns of tensors that the component ignores."""
     kind = component_classes.named(component)
     convert = conversion([base.__name__ for base in kind.__mro__])
-    if convert is None:  # diffusers says that it does not read this class from a file
+    if convert is None:  # loading reports that diffusers cannot read this class from a single file
         return
     names = list(shapes)
     numbered = {key: torch.tensor(float(index)).expand(shapes[key]) for index, key in enumerate(names)}
     try:
         converted = convert(component.config, numbered)
-    except CONVERSION_ERRORS:  # the loader fails in the same way, and its failure is explained there
+    except CONVERSION_ERRORS:  # loading fails in the same way and explains the error
         return
-    found = {key: tensor for key, tensor in converted.items() if isinstance(tensor, Tensor)}
+    tensors = {key: tensor for key, tensor in converted.items() if isinstance(tensor, Tensor)}
     expected = _expected(kind, component)
-    other = [
-        f"{key} has the shape {list(found[key].shape)} in place of {list(shape)}"
+    mismatched = [
+        f"{key} has the shape {list(tensors[key].shape)} in place of {list(shape)}"
         for key, shape in sorted(expected.items())
-        if key in found and tuple(found[key].shape) != shape
+        if key in tensors and tuple(tensors[key].shape) != shape
     ]
-    require_complete(sorted(expected.keys() - found.keys()), other, kind.__name__, file.name)
-    arrived = {number for key in expected for number in _numbers(found[key])}
+    require_complete(sorted(expected.keys() - tensors.keys()), mismatched, kind.__name__, file.name)
+    used = {number for key in expected for number in _numbers(tensors[key])}
     mine = single_file.of_component(names, name)
     warn_unused(
-        (key for number, key in enumerate(names) if key in mine and number not in arrived), kind.__name__, str(file)
+        (key for number, key in enumerate(names) if key in mine and number not in used), kind.__name__, str(file)
     )
 
 
 def _check_text_encoder(file: Path, name: str, component: Component, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Warn of tensors that a text encoder in transformers' layout has no place for; its loader finds missing ones."""
+    """Warn of tensors that a text encoder in transformers' layout ignores; loading reports missing ones."""
     mine = single_file.of_text_encoder(shapes, name, component)
     kind = component_classes.named(component)
     if not mine or component.folder is None or not hasattr(kind, "config_class"):
@@ -104,7 +104,7 @@ def _expected(kind: Any, component: Component) -> dict[str, tuple[int, ...]]:
 
 
 def _numbers(tensor: Tensor) -> Collection[int]:
-    """The numbers in a converted tensor: it may be joined of several along its first or second dimension."""
+    """The indices in a converted tensor, which may be a concatenation along its first or second dimension."""
     if tensor.numel() == 0:
         return set()
     flat = tensor.reshape(1) if tensor.dim() == 0 else tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]

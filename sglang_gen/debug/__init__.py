@@ -1,1 +1,1 @@
-"""Finding where two computations that should be the same part ways."""
+"""`sglang debug`: compares the native engine with diffusers to find the first module that differs."""

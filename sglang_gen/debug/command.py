@@ -1,4 +1,4 @@
-"""`sglang debug`: find where the backends differ. Answers with an exit code; torch is imported once there is work."""
+"""The command `sglang debug`. Imports torch only when it compares."""
 
 import argparse
 import json
@@ -28,13 +28,13 @@ usage: sglang debug parity [flags and overrides of sglang generate] [options]
 
 Run a request on both backends with the same inputs and compare them in the order of computation: encoded text,
 schedule, initial latents, at every step all modules of the network, guidance and scheduler, then the final latents and
-the picture. The network, the scheduler and the decoder of ours are given what diffusers' were given, so that the first
-that differs is where the reason is. Only the first batch is compared, and nothing is saved.
+the image. Our network, scheduler and decoder get the inputs that diffusers' ones had, so the first module that differs
+is where the cause is. Only the first batch is compared, and nothing is saved.
 
   sglang debug parity --model-path FOLDER --prompt "a lake" --seed 1 --num-inference-steps 4 dtype=float32
 
 options:
-  --tolerance X   largest max|a-b| / max|b| that is rounding. Defaults, of one module and of a whole network:
+  --tolerance X   largest max|a-b| / max|b| that counts as rounding. Defaults for one module and for a whole network:
 {tolerances}
   --json          print JSON instead of the table
   -h, --help      show this text
@@ -42,17 +42,17 @@ options:
 verdicts: bit-exact, numerically equal, different. The last line names the first module that differs.
 exit codes: 0 bit-exact or numerically equal, 1 different, 2 wrong request""".format(
     tolerances="\n".join(
-        f"{'':18}{dtype:10}{each.module:g}, {each.whole:g}" for dtype, each in PARITY_TOLERANCES.items()
+        f"{'':18}{dtype:10}{tolerance.module:g}, {tolerance.whole:g}" for dtype, tolerance in PARITY_TOLERANCES.items()
     )
 )
-# Options of `sglang generate` that print something else or run something else.
+# Options of `sglang generate` that print or run something else.
 FOREIGN = ("multirun", "cfg", "package", "info", "resolve", "hydra_help", "version")
-# Settings of what is not done here: both backends run, once, and nothing is saved.
+# Settings without effect here: both backends run once, and nothing is saved.
 IDLE = ("backend.name", "output.", "perf.", "quality.", "tracking.", "machine.", "compile.warmup", "dry_run")
 
 
 def main(argv: Sequence[str]) -> int:
-    """`sglang debug` without a command that it has: help, or the refusal."""
+    """`sglang debug` without a known command: print the help, or raise UserError."""
     if not argv or argv[0] in ("-h", "--help"):
         print(DEBUG_HELP)
         return 0 if argv else 2
@@ -60,13 +60,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `sglang debug parity` takes beside the flags of `sglang generate`."""
+    """Add the options of `sglang debug parity` that `sglang generate` does not have."""
     parser.add_argument("--tolerance", dest="tolerance")
     parser.add_argument("--json", dest="json", action="store_true")
 
 
 def check(given: Mapping[str, Any]) -> None:
-    """Raises UserError for an option of `sglang generate` that has no meaning here, and for a wrong tolerance."""
+    """Raises UserError for an option of `sglang generate` that has no meaning here, and for an invalid tolerance."""
     for name in FOREIGN:
         if name in given:
             raise UserError(f"sglang debug parity compares one run; leave out --{name.replace('_', '-')}")
@@ -86,7 +86,7 @@ def _tolerance(given: Mapping[str, Any]) -> Tolerance | None:
 
 
 def parity(composed: "Composed", given: Mapping[str, Any]) -> int:
-    """`sglang debug parity`: print the report; the exit code of its verdict. Raises UserError and RunError."""
+    """`sglang debug parity`: print the report, return its exit code. Raises UserError and RunError."""
     from sglang_gen import env
 
     log.setup(composed.run.log_level.name)
@@ -97,13 +97,13 @@ def parity(composed: "Composed", given: Mapping[str, Any]) -> int:
     tolerance = _tolerance(given)
     from sglang_gen.debug.parity import run
 
-    found = run(ours, theirs, PARITY_TOLERANCES[ours.dtype] if tolerance is None else tolerance)
-    print(json.dumps(report.as_json(found), indent=2, ensure_ascii=False) if "json" in given else report.text(found))
-    return report.PARITY_EXIT_CODES[found.verdict]
+    result = run(ours, theirs, PARITY_TOLERANCES[ours.dtype] if tolerance is None else tolerance)
+    print(json.dumps(report.as_json(result), indent=2, ensure_ascii=False) if "json" in given else report.text(result))
+    return report.PARITY_EXIT_CODES[result.verdict]
 
 
 def plans(composed: "Composed") -> tuple["Plan", "Plan"]:
-    """The same plan for the native engine and for diffusers, with the weights at hand. Raises UserError."""
+    """The same plan for the native engine and for diffusers, with the weights in the cache. Raises UserError."""
     from sglang_gen.config import prompts
     from sglang_gen.hub import resolve
     from sglang_gen.plan import checks, stored_dtype
@@ -121,17 +121,17 @@ def plans(composed: "Composed") -> tuple["Plan", "Plan"]:
 
 
 def _checked(composed: "Composed", card: "ModelCard") -> "Plan":
-    """The plan for either backend. Raises UserError where one of them cannot run it."""
+    """The plan with backend=auto. Raises UserError if one of the backends cannot run it."""
     from sglang_gen.plan import backend_choice
     from sglang_gen.plan import make as planning
 
-    either = planning.make_plan(_on(composed, BackendName.auto), card)
-    _, reason = backend_choice.choose(either.run, card, either.device)
+    plan = planning.make_plan(_on(composed, BackendName.auto), card)
+    _, reason = backend_choice.choose(plan.run, card, plan.device)
     if reason is not None:
         raise UserError(f"sglang debug parity runs both backends, and the native engine cannot run this: {reason}")
-    if either.layout.ranks > 1:
+    if plan.layout.ranks > 1:
         raise UserError("sglang debug parity runs on one rank; leave out the settings of parallel")
-    return either
+    return plan
 
 
 def _on(composed: "Composed", name: BackendName) -> "Composed":

@@ -1,4 +1,4 @@
-"""The rows of each stage but the networks', from what both backends made."""
+"""The report's rows for all stages except the networks, from the results of both backends."""
 
 import numpy as np
 import torch
@@ -12,23 +12,23 @@ from sglang_gen.types import Decoded
 
 
 def texts(free: Free, recording: Recording, tolerance: Tolerance) -> list[Row]:
-    """The encoded text as each network is given it, the negative prompt's rows included."""
-    ours, theirs = _parts(free.encoded), _parts(recording.encoded())
+    """The encoded text as passed to each network, including the rows of the negative prompt."""
+    ours, theirs = _text_tensors(free.encoded), _text_tensors(recording.encoded())
     names = [(name, keys) for name, keys in TEXT_STAGES][: max(len(ours), len(theirs))]
     rows = []
     for index, (name, keys) in enumerate(names):
-        mine, its = (parts[index] if index < len(parts) else None for parts in (ours, theirs))
-        rows.append(_row("text encoding", name, " or ".join(keys), mine, its, tolerance.module))
+        our, their = (tensors[index] if index < len(tensors) else None for tensors in (ours, theirs))
+        rows.append(_row("text encoding", name, " or ".join(keys), our, their, tolerance.module))
     return rows
 
 
-def _parts(encoded: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Each part of the text `[rows, ...]`, of all prompts below each other."""
-    return [torch.cat(part) for part in zip(*encoded, strict=True)]
+def _text_tensors(encoded: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Each tensor of the encoded text, `[rows, ...]`, with the rows of all prompts concatenated."""
+    return [torch.cat(tensors) for tensors in zip(*encoded, strict=True)]
 
 
 def starts(free: Free, recording: Recording, tolerance: Tolerance) -> list[Row]:
-    """The times of the steps, and the latents before the first."""
+    """The schedule (timesteps and sigmas), and the initial latents."""
     ours, theirs = free.schedule, recording.schedule
     names = [name for name in theirs if name in ours]
     rows = [_row("schedule", name, name, ours[name], theirs[name], tolerance.module) for name in names]
@@ -37,7 +37,7 @@ def starts(free: Free, recording: Recording, tolerance: Tolerance) -> list[Row]:
 
 
 def step(ours: Step, theirs: Step, number: int, tolerance: Tolerance) -> list[Row]:
-    """The network as it is and guidance, then the scheduler, from the same latents."""
+    """The guided prediction of the whole network and the scheduler's step, from the same latents."""
     return [
         _row(
             "prediction", "guided prediction", "noise_pred", ours.prediction, theirs.prediction, tolerance.whole, number
@@ -47,24 +47,24 @@ def step(ours: Step, theirs: Step, number: int, tolerance: Tolerance) -> list[Ro
 
 
 def decoding(led: Decoded, recording: Recording, tolerance: Tolerance) -> Row:
-    """Pictures of the same latents."""
+    """Images decoded from the same latents."""
     assert recording.decoded is not None
-    return _picture("decoding", "picture of the same latents", led, recording.decoded, tolerance.whole)
+    return _image("decoding", "image of the same latents", led, recording.decoded, tolerance.whole)
 
 
 def ends(free: Free, recording: Recording, tolerance: Tolerance) -> list[Row]:
-    """What both made from end to end, each from its own numbers."""
+    """Final latents and images of both backends from end to end, without sharing intermediate values."""
     theirs = recording.decoded
     assert theirs is not None
     if free.decoded is None:
         return [Row("end to end", "final latents", "latents", None, Verdict.different, note=free.failure)]
     latents = _row("end to end", "final latents", "latents", free.decoded.latents, theirs.latents, tolerance.whole)
-    return [latents, _picture("end to end", "picture", free.decoded, theirs, tolerance.whole)]
+    return [latents, _image("end to end", "image", free.decoded, theirs, tolerance.whole)]
 
 
-def _picture(stage: str, name: str, ours: Decoded, theirs: Decoded, tolerance: float) -> Row:
-    """Of 8 bits: a number that is rounded to the other side is no difference, however dark the picture is."""
-    a, b = (torch.from_numpy(np.asarray(each.frames)) for each in (ours, theirs))
+def _image(stage: str, name: str, ours: Decoded, theirs: Decoded, tolerance: float) -> Row:
+    """Images of 8 bits: one level of difference is rounding, however dark the image is."""
+    a, b = (torch.from_numpy(np.asarray(decoded.frames)) for decoded in (ours, theirs))
     level = 1 / max(int(b.max()), 1)
     return _row(stage, name, "images", a, b, max(tolerance, level))
 
@@ -82,7 +82,7 @@ def _row(
 
 
 def fits(free: Free, recording: Recording) -> bool:
-    """True where one backend can be led along the other's steps: as many of them, in latents of one shape."""
+    """Whether our engine can run on diffusers' latents: both have the same number of steps and shape of latents."""
     assert recording.decoded is not None
     pairs = ((free.schedule["timesteps"], recording.schedule["timesteps"]), (free.noise, recording.decoded.noise))
     return all(theirs is not None and ours.shape == theirs.shape for ours, theirs in pairs)

@@ -1,7 +1,7 @@
-"""Which module of diffusers' network is which of ours, from the names of their weights.
+"""Matches modules of diffusers' network with ours by the names of their weights.
 
-The glue of a pipeline says for every tensor of ours which tensors of a checkpoint make it up. Two modules that hold the
-same tensors are the same module: there is no second table that could disagree with the one that loads the weights.
+A family's `sources` maps each of our tensors to the checkpoint tensors from which it is made. Two modules that hold the
+same tensors correspond to each other, so no second table is needed that could disagree with the one that loads weights.
 """
 
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ from torch import nn
 
 from sglang_gen.weights.load import Sources
 
-Pairs = dict[str, tuple[str, ...]]  # our module -> theirs; several where ours is a fusion of them, in its order
+Pairs = dict[str, tuple[str, ...]]  # our module -> theirs; several if ours fuses them, in the order of the fusion
 
 
 def correspond(ours: nn.Module, theirs: nn.Module, sources: Sources) -> Pairs:
-    """Every module of ours that has one meaning over there, by name; the network itself is ''.
+    """Each of our modules with its counterpart in diffusers' network, by name; the network itself is ''.
 
-    A layer stands beside the layer, or the layers joined, whose tensors it holds. A module of several layers stands
-    beside the outermost that holds exactly the tensors of all of them. One that wraps a single layer is left out: what
-    it adds to the layer (a modulation's shape, say) is a choice of each side.
+    A layer is matched with the layer, or the layers that it fuses, whose tensors it holds. A module of several layers
+    is matched with the outermost module that holds exactly the same tensors. A module that wraps a single layer is left
+    out: what it adds to the layer (such as the shape of a modulation) may differ between the implementations.
     """
-    held: Mapping[str, Any] = ours.state_dict()
-    origin = {name: tuple(sources(name)) for name in held}
+    state: Mapping[str, Any] = ours.state_dict()
+    origin = {name: tuple(sources(name)) for name in state}
     by_tensors = _by_tensors(theirs)
     pairs: Pairs = {}
     for name, module in ours.named_modules():
-        inside = [tensor for tensor in held if tensor.startswith(f"{name}." if name else "")]
+        inside = [tensor for tensor in state if tensor.startswith(f"{name}." if name else "")]
         if not inside:
             continue
         if not list(module.children()):
@@ -41,10 +41,10 @@ def correspond(ours: nn.Module, theirs: nn.Module, sources: Sources) -> Pairs:
 
 
 def _by_tensors(network: nn.Module) -> dict[frozenset[str], str]:
-    """The outermost module that computes with exactly these tensors; lists of modules compute nothing."""
-    held, found = list(network.state_dict()), dict[frozenset[str], str]()
+    """Set of tensor names -> the outermost module that holds exactly these; containers of modules are left out."""
+    names, outermost = list(network.state_dict()), dict[frozenset[str], str]()
     for name, module in network.named_modules():
-        inside = frozenset(tensor for tensor in held if tensor.startswith(f"{name}." if name else ""))
+        inside = frozenset(tensor for tensor in names if tensor.startswith(f"{name}." if name else ""))
         if inside and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            found.setdefault(inside, name)
-    return found
+            outermost.setdefault(inside, name)
+    return outermost

@@ -1,4 +1,4 @@
-"""Both autoencoders on the latents that diffusers' was given, module by module."""
+"""Compares both autoencoders module by module on the latents that diffusers decoded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ def beside(ours: nn.Module, theirs: nn.Module, tolerance: float) -> Networks:
 
 @torch.no_grad()
 def compare(pair: Networks, latents: Tensor | None) -> tuple[Compared, Cause | None]:
-    """The rows of all modules that decode, and where to look; none where diffusers came to no latents to decode."""
+    """The rows of all decoder modules, and the cause of the first difference; empty if diffusers decoded nothing."""
     if latents is None:
         return Compared([], ()), None
     ours, theirs = (partial(_decode, vae, latents) for vae in (pair.ours, pair.theirs))
@@ -32,15 +32,15 @@ def compare(pair: Networks, latents: Tensor | None) -> tuple[Compared, Cause | N
 
 
 def _decode(vae: Any, latents: Tensor) -> object:
-    found: object = vae.decode(latents)
-    return found
+    decoded: object = vae.decode(latents)
+    return decoded
 
 
 @contextmanager
 def _as(dtype: torch.dtype, vae: nn.Module) -> Iterator[None]:
-    """The autoencoder in this dtype inside: pipelines change that of one that overflows while it decodes."""
+    """Within this context the autoencoder has this dtype: pipelines upcast some autoencoders to decode."""
     before = next(vae.parameters()).dtype
-    nn.Module.to(vae, dtype)  # that of diffusers warns
+    nn.Module.to(vae, dtype)  # the `to` of diffusers' ModelMixin warns
     try:
         yield
     finally:

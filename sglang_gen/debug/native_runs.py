@@ -1,4 +1,4 @@
-"""Generations of the native engine beside a recorded one of diffusers: as it is, and led along the other's latents."""
+"""Generations of the native engine to compare with a recorded one of diffusers: free, and led by diffusers' latents."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,7 +21,7 @@ Generate = Callable[[], Decoded]
 
 @dataclass
 class Free:
-    """A generation as the engine makes it; `failure` says why it has no end, such as numbers that are not finite."""
+    """An unchanged generation of the engine; `failure` says why it did not finish, such as a latent that is NaN."""
 
     request: Request
     encoded: list[tuple[Tensor, ...]]
@@ -33,26 +33,26 @@ class Free:
 
 @dataclass
 class Led:
-    """A generation that stands on diffusers' latents before every step: what it makes of each, and of the last."""
+    """A generation that starts every step, and decoding, from diffusers' latents."""
 
     steps: list[Step] = field(default_factory=list)
     decoded: Decoded | None = None
 
 
 def run_free(engine: Any, generate: Generate) -> Free:
-    """Raises RunError where it fails before the first step, when there is nothing to compare."""
+    """Record a generation of the engine. Raises RunError if it fails before the first step."""
     encoded: list[list[tuple[Tensor, ...]]] = []
     begun: list[Free] = []
     encode, start = engine._encode, engine._noise
 
     def noted_encode(*args: Any) -> list[tuple[Tensor, ...]]:
-        found: list[tuple[Tensor, ...]] = encode(*args)
-        encoded.append(copied(found))
-        return found
+        texts: list[tuple[Tensor, ...]] = encode(*args)
+        encoded.append(copied(texts))
+        return texts
 
     def noted_start(request: Request, *args: Any) -> Tensor:
         noise: Tensor = start(request, *args)
-        begun.append(Free(request, encoded[-1], copied(noise), schedule(engine.parts["scheduler"])))
+        begun.append(Free(request, encoded[-1], copied(noise), schedule(engine.components["scheduler"])))
         return noise
 
     with replaced(engine, "_encode", noted_encode), replaced(engine, "_noise", noted_start):
@@ -68,18 +68,17 @@ def run_free(engine: Any, generate: Generate) -> Free:
 
 
 def run_led(engine: Any, generate: Generate, recording: Recording) -> Led:
-    """Everything of the engine between one picture of the latents and the next, without what has added up before.
+    """Run the engine with diffusers' text, timesteps and latents before each step, so that errors do not accumulate.
 
-    The text, the timesteps and the latents before each step are those of the recording; network, guidance, scheduler
-    and decoding are the engine's. Its generators are drawn from as ever, so that a scheduler that draws noise draws
-    the same.
+    Network, guidance, scheduler and decoding are the engine's. Its generators are used as in a normal run, so that a
+    scheduler that draws noise draws the same noise.
     """
-    led, glue, scheduler = Led(), engine.glue, engine.parts["scheduler"]
+    led, pipeline, scheduler = Led(), engine.pipeline, engine.components["scheduler"]
     assert recording.decoded is not None
     noise, begin, step = recording.decoded.noise, engine._noise, scheduler.step
 
     def prepare(network: Any, timesteps: Tensor, *args: Any) -> Any:
-        return glue.prepare(network, recording.schedule["timesteps"][-len(timesteps) :], *args)
+        return pipeline.prepare(network, recording.schedule["timesteps"][-len(timesteps) :], *args)
 
     def start(*args: Any) -> Tensor:
         drawn: Tensor = begin(*args)
@@ -94,7 +93,7 @@ def run_led(engine: Any, generate: Generate, recording: Recording) -> Led:
 
     with ExitStack() as stack:
         for owner, name, other in (
-            (engine, "glue", SimpleNamespace(**{**vars(glue), "prepare": prepare})),
+            (engine, "pipeline", SimpleNamespace(**{**vars(pipeline), "prepare": prepare})),
             (engine, "_encode", lambda *_: recording.encoded()),
             (engine, "_noise", start),
             (scheduler, "step", led_step),
@@ -106,6 +105,6 @@ def run_led(engine: Any, generate: Generate, recording: Recording) -> Led:
 
 @torch.no_grad()
 def predict_once(engine: Any, request: Request, timestep: Tensor, texts: tuple[Tensor, ...], latents: Tensor) -> None:
-    """One evaluation of the network of ours at one timestep, for those who watch its modules."""
-    predict = engine.glue.prepare(engine.network, timestep[None], request, [texts])
+    """Evaluate our network once at one timestep, so that hooks can observe its modules."""
+    predict = engine.pipeline.prepare(engine.network, timestep[None], request, [texts])
     predict(latents, 0)

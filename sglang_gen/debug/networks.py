@@ -1,8 +1,8 @@
-"""Both networks on the same inputs, module by module.
+"""Compares both networks on the same inputs, module by module.
 
-Every module of ours that has been compared hands on diffusers' numbers in place of its own. So an error is what one
-module adds, or what stands between it and the modules before it: rounding does not pile up through a deep network, and
-nothing behind a defect differs because of it.
+After the comparison each of our modules returns diffusers' output instead of its own. So an error was made in one
+module, or between it and the modules before it: rounding does not accumulate through a deep network, and a defect does
+not change the modules after it.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Networks:
-    """Ours and theirs, with the modules that are the same in both."""
+    """Our network and diffusers', with their pairs of corresponding modules."""
 
     ours: nn.Module
     theirs: nn.Module
@@ -32,44 +32,44 @@ class Networks:
 
 @dataclass(frozen=True)
 class Compared:
-    """Rows in the order in which modules of ours finish, and those with weights that ran and have none."""
+    """Rows in the order in which our modules finish; `left_out`: modules with weights that ran and have no row."""
 
     rows: list[Row]
     left_out: tuple[str, ...]
 
 
 def compare(networks: Networks, run_ours: Run, run_theirs: Run, step: int | None = None) -> Compared:
-    """A row for each module that has a partner and an output that can stand beside its partner's."""
+    """One row for each module that has a counterpart with a comparable output."""
     with watching.outputs(networks.theirs, {name for names in networks.pairs.values() for name in names}) as theirs:
         run_theirs()
     calls: dict[str, list[float | None]] = {}
 
     def led(name: str, output: Any) -> Any:
         before = calls.setdefault(name, [])
-        found = tensor_match.partners(
+        matched = tensor_match.partners(
             tensor_match.tensors(output), _of(theirs, networks.pairs.get(name, ()), len(before))
         )
-        before.append(tensor_match.worst(found) if found else None)
-        return _handed_on(output, found)
+        before.append(tensor_match.worst(matched) if matched else None)
+        return _substituted(output, matched)
 
     weighted = [name for name, module in networks.ours.named_modules() if module.state_dict()]
     with watching.changed(networks.ours, weighted, led):
         run_ours()
     limit = networks.tolerance
-    whole = {name: [error for error in errors if error is not None] for name, errors in calls.items()}
+    known = {name: [error for error in errors if error is not None] for name, errors in calls.items()}
     rows = [
         Row(networks.stage, name, ", ".join(networks.pairs[name]), max(errors), judge(max(errors), limit), step)
-        for name, errors in whole.items()
+        for name, errors in known.items()
         if errors
     ]
-    return Compared(_marked(rows), tuple(sorted(name for name, errors in whole.items() if not errors)))
+    return Compared(_marked(rows), tuple(sorted(name for name, errors in known.items() if not errors)))
 
 
-def _handed_on(output: Any, found: dict[int, Partner]) -> Any:
-    """The output with their numbers; where it is neither a tensor nor a tuple of tensors, as it is."""
+def _substituted(output: Any, matched: dict[int, Partner]) -> Any:
+    """The output with diffusers' values; unchanged if it is neither a tensor nor a tuple of tensors."""
 
     def theirs(place: int, own: Tensor) -> Tensor:
-        return found[place].theirs.to(own) if place in found else own
+        return matched[place].theirs.to(own) if place in matched else own
 
     if isinstance(output, Tensor):
         return theirs(0, output)
@@ -79,15 +79,15 @@ def _handed_on(output: Any, found: dict[int, Partner]) -> Any:
 
 
 def _marked(rows: list[Row]) -> list[Row]:
-    """The rows with those of modules inside of others told apart."""
+    """The rows with `outer` set to False for modules inside other modules of the list."""
     around = [f"{row.ours}." for row in rows if row.ours]
     return [replace(row, outer=not row.ours.startswith(tuple(around))) for row in rows]
 
 
 def cause(networks: Networks, run_ours: Run, run_theirs: Run, rows: Sequence[Row]) -> Cause | None:
-    """Where to look when the first module that differs is given something else already; None where it is not.
+    """The cause if the input of the first module that differs already differs; None if its input is the same.
 
-    That is the innermost module around it whose own first input is the same on both sides.
+    The cause is the innermost enclosing module whose first input is the same on both sides.
     """
     first = first_difference(rows)
     if first is None or not first.ours:
@@ -99,21 +99,21 @@ def cause(networks: Networks, run_ours: Run, run_theirs: Run, rows: Sequence[Row
     with watching.inputs(networks.ours, around) as ours:
         run_ours()
     for name in around:
-        mine, its = _of(ours, [name], 0)[:1], _of(theirs, networks.pairs[name][:1], 0)
-        found = tensor_match.partners(mine, its[:1]) or tensor_match.partners(
-            mine, its[::-1]
-        )  # text stands before the image
-        if found and judge(tensor_match.worst(found), networks.tolerance) is not Verdict.different:
+        our, their = _of(ours, [name], 0)[:1], _of(theirs, networks.pairs[name][:1], 0)
+        matched = tensor_match.partners(our, their[:1]) or tensor_match.partners(
+            our, their[::-1]
+        )  # the text precedes the image
+        if matched and judge(tensor_match.worst(matched), networks.tolerance) is not Verdict.different:
             return None if name == first.ours else Cause(name, networks.pairs[name][0])
     return None
 
 
 def _upwards(name: str) -> list[str]:
-    """The module, the one around it, and so on up to the network ''."""
+    """The module and its enclosing modules, up to the network ''."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
 
 
 def _of(seen: watching.Seen, names: Sequence[str], call: int) -> list[Tensor]:
-    """The tensors of one call of the modules, one behind the other; of a module without that call none."""
+    """The concatenated lists of tensors of one call of each module; a module without such a call adds none."""
     return [tensor for name in names for tensor in [[], *seen.get(name, [])[call : call + 1]][-1]]

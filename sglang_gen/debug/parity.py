@@ -1,4 +1,4 @@
-"""Both backends on the same inputs, stage by stage, in the order in which a picture is computed."""
+"""Compares both backends on the same inputs, stage by stage, in the order of computation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from sglang_gen.types import Decoded, Plan
 
 @dataclass(frozen=True)
 class Engines:
-    """The model in both backends, and its denoising networks and autoencoders beside each other."""
+    """The model loaded in both backends, and the pairs of its denoising networks and autoencoders."""
 
     plan: Plan
     ours: Any
@@ -37,7 +37,7 @@ class Engines:
 
 @dataclass
 class Denoising:
-    """The rows of all steps, and what can be said of the networks beside them."""
+    """The rows of all steps, the modules compared and left out, and the cause of the first difference."""
 
     rows: list[Row]
     compared: int = 0
@@ -48,7 +48,7 @@ class Denoising:
 def run(ours: Plan, theirs: Plan, tolerance: Tolerance) -> Report:
     """Load the model once for each backend and compare them on the first batch.
 
-    Raises what a generation raises where the model cannot be loaded or diffusers cannot run it.
+    Raises the exceptions of a generation if the model cannot be loaded or diffusers cannot run it.
     """
     with numerics.settled(ours.dtype, ours.run.deterministic):
         log.info(f"Loading model: {ours.card.name}")
@@ -62,14 +62,14 @@ def run(ours: Plan, theirs: Plan, tolerance: Tolerance) -> Report:
 
 def beside(plan: Plan, ours: Any, theirs: Any, tolerance: Tolerance) -> Engines:
     """Two loaded engines with their networks matched."""
-    network = getattr(theirs.pipeline, ours.glue.NETWORK)
-    pairs = correspond(ours.network, network, ours.glue.sources)
-    autoencoders = decoders.beside(ours.parts["vae"], theirs.pipeline.vae, tolerance.module)
+    network = getattr(theirs.pipeline, ours.pipeline.NETWORK)
+    pairs = correspond(ours.network, network, ours.pipeline.sources)
+    autoencoders = decoders.beside(ours.components["vae"], theirs.pipeline.vae, tolerance.module)
     return Engines(plan, ours, theirs, Networks(ours.network, network, pairs, tolerance.module), autoencoders)
 
 
 def compare(engines: Engines, tolerance: Tolerance) -> Report:
-    """One generation of each backend and what differs between them; the engines can be compared again."""
+    """Run one generation per backend and compare them; the engines can be compared again."""
     log.info("Generating with diffusers")
     recording = _record(engines)
     log.info("Generating with the native engine")
@@ -94,9 +94,9 @@ def compare(engines: Engines, tolerance: Tolerance) -> Report:
     )
 
 
-def _first_cause(parts: Sequence[tuple[Sequence[Row], Cause | None]]) -> Cause | None:
-    """The cause of the first part with a difference."""
-    return next((cause for rows, cause in parts if first_difference(rows)), None)
+def _first_cause(stages: Sequence[tuple[Sequence[Row], Cause | None]]) -> Cause | None:
+    """The cause of the first stage with a difference."""
+    return next((cause for rows, cause in stages if first_difference(rows)), None)
 
 
 def _generate(plan: Plan, engine: Any) -> Decoded:
@@ -114,7 +114,7 @@ def _record(engines: Engines) -> Recording:
 
 
 def _lead(engines: Engines, free: Free, recording: Recording) -> Led:
-    """Nothing where the two do not even have as many steps, or latents of one shape: the rows before say so."""
+    """The led run; empty if the backends differ in the number of steps or the shape of latents, which rows report."""
     if not compared_stages.fits(free, recording):
         return Led()
     return run_led(engines.ours, partial(_generate, engines.plan, engines.ours), recording)
@@ -122,28 +122,28 @@ def _lead(engines: Engines, free: Free, recording: Recording) -> Led:
 
 @torch.no_grad()
 def _denoising(engines: Engines, free: Free, led: Led, recording: Recording, tolerance: Tolerance) -> Denoising:
-    """All modules at the first step; of later steps the first module that differs, or else the worst."""
-    found = Denoising([])
+    """Compare all modules at the first step; report later steps by their first difference or their largest error."""
+    denoising = Denoising([])
     with engines.theirs.kernel.context():
         for index, calls in enumerate(recording.evaluations()):
             for call in calls:
                 runs = _runs(engines, free, recording, call, index)
                 compared = networks.compare(engines.networks, *runs, step=index + 1)
                 rows = compared.rows
-                if not found.rows:
-                    found.compared, found.left_out = len(rows), compared.left_out
-                if first_difference(found.rows) is None:
-                    found.cause = networks.cause(engines.networks, *runs, rows=rows)
-                found.rows += rows if index == 0 else _summary(rows)
+                if not denoising.rows:
+                    denoising.compared, denoising.left_out = len(rows), compared.left_out
+                if first_difference(denoising.rows) is None:
+                    denoising.cause = networks.cause(engines.networks, *runs, rows=rows)
+                denoising.rows += rows if index == 0 else _summary(rows)
             if led.steps:
-                found.rows += compared_stages.step(led.steps[index], recording.steps[index], index + 1, tolerance)
-    return found
+                denoising.rows += compared_stages.step(led.steps[index], recording.steps[index], index + 1, tolerance)
+    return denoising
 
 
 def _runs(
     engines: Engines, free: Free, recording: Recording, call: Call, index: int
 ) -> tuple[networks.Run, networks.Run]:
-    """One evaluation of our network and of theirs with the arguments of a call of theirs."""
+    """Functions that evaluate our network and diffusers' with the arguments of a recorded call."""
     timestep = recording.schedule["timesteps"][index]
     ours = partial(predict_once, engines.ours, free.request, timestep, call.texts, call.latents)
     return ours, partial(engines.networks.theirs, **call.arguments)

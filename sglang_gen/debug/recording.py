@@ -1,4 +1,4 @@
-"""One generation of diffusers' pipeline, and all that the comparison needs of it."""
+"""Records a generation of diffusers' pipeline: calls of the network, steps of the scheduler, latents to decode."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sglang_gen.debug.watching import copied, replaced
 from sglang_gen.types import Decoded
 
-# What the networks of diffusers call the text that our glue's `encode` gives, in its order.
+# Our name and diffusers' argument names of the tensors that a family's `encode` returns, in its order.
 TEXT_STAGES = (("text", ("encoder_hidden_states",)), ("pooled text", ("pooled_projections", "text_embeds")))
 
 
@@ -29,15 +29,15 @@ class Call:
 
     @property
     def texts(self) -> tuple[Tensor, ...]:
-        """The encoded text, as many parts as there are."""
+        """The tensors of the encoded text."""
         given = {**self.arguments, **(self.arguments.get("added_cond_kwargs") or {})}
-        found = [next((given[key] for key in keys if given.get(key) is not None), None) for _, keys in TEXT_STAGES]
-        return tuple(part for part in found if part is not None)
+        tensors = [next((given[key] for key in keys if given.get(key) is not None), None) for _, keys in TEXT_STAGES]
+        return tuple(tensor for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the scheduler: the guided prediction and the latents that it was given, and the next latents."""
+    """One step of the scheduler: its inputs (guided prediction and latents), and the next latents."""
 
     prediction: Tensor
     before: Tensor
@@ -46,34 +46,34 @@ class Step:
 
 @dataclass
 class Recording:
-    """`decoded` and the schedule are there once the generation is over."""
+    """A recorded generation; `decoded` and `schedule` are set after it has ended."""
 
     calls: list[Call] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     schedule: dict[str, Tensor] = field(default_factory=dict)
-    scaled: Tensor | None = None  # what the autoencoder was given to decode
+    scaled: Tensor | None = None  # the scaled latents that the autoencoder decoded
     decoded: Decoded | None = None
 
     def evaluations(self) -> list[list[Call]]:
         """The calls of each step of the scheduler: one, or one for the prompt and one for the negative prompt."""
-        each = len(self.calls) // len(self.steps)
-        assert each * len(self.steps) == len(self.calls), "the pipeline called its network irregularly"
-        return [self.calls[start : start + each] for start in range(0, len(self.calls), each)]
+        per_step = len(self.calls) // len(self.steps)
+        assert per_step * len(self.steps) == len(self.calls), "the pipeline called its network irregularly"
+        return [self.calls[start : start + per_step] for start in range(0, len(self.calls), per_step)]
 
     def encoded(self) -> list[tuple[Tensor, ...]]:
-        """The text as our glue takes it: without the prompt first. Pipelines that call twice begin with the prompt."""
+        """The text in our order: negative prompts first. Pipelines with two calls per step begin with the prompt."""
         return [call.texts for call in reversed(self.evaluations()[0])]
 
 
 def schedule(scheduler: Any) -> dict[str, Tensor]:
-    """The times that a scheduler has been set to, under the names that it gives them."""
-    found = {name: getattr(scheduler, name, None) for name in ("timesteps", "sigmas")}
-    return {name: times.detach().clone() for name, times in found.items() if isinstance(times, Tensor)}
+    """The timesteps and sigmas of a scheduler, by attribute name."""
+    values = {name: getattr(scheduler, name, None) for name in ("timesteps", "sigmas")}
+    return {name: times.detach().clone() for name, times in values.items() if isinstance(times, Tensor)}
 
 
 @contextmanager
 def recorded(network: nn.Module, scheduler: Any, vae: Any) -> Iterator[Recording]:
-    """What the network, the scheduler and the autoencoder are given and give inside."""
+    """Within this context record the calls of the network, the scheduler and the autoencoder."""
     recording = Recording()
     signature = inspect.signature(network.forward)
 
@@ -82,7 +82,7 @@ def recorded(network: nn.Module, scheduler: Any, vae: Any) -> Iterator[Recording
 
     step = scheduler.step
 
-    @wraps(step)  # pipelines look at its signature
+    @wraps(step)  # pipelines inspect its signature
     def noted_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         prediction, before = copied(model_output), copied(sample)
         result = step(model_output, timestep, sample, *args, **kwargs)

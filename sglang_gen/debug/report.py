@@ -1,4 +1,4 @@
-"""The report as text for a terminal and as JSON. Imports no torch."""
+"""Formats the report as text for a terminal and as JSON. Does not import torch."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ END_TO_END = "from the same latents every step agrees, so rounding has grown ove
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """All rows with their numbers; what is no finite number is null."""
+    """All rows with their errors; errors that are not finite are null."""
     content: dict[str, Any] = plain(report)
     content["rows"] = [_row_as_json(row) for row in report.rows]
     first = None if report.first is None else _row_as_json(report.first)
@@ -30,7 +30,7 @@ def _row_as_json(row: Row) -> dict[str, Any]:
 
 
 def text(report: Report) -> str:
-    """A table, what the numbers stand for, and the verdict in the last line."""
+    """A table, the scope and tolerance of the comparison, and the verdict in the last line."""
     shown = [_with_inside(row, report.rows) for row in report.rows if row.outer or row is report.first]
     cells = [HEADER, *map(_cells, shown)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER))]
@@ -39,7 +39,7 @@ def text(report: Report) -> str:
 
 
 def _with_inside(row: Row, rows: Sequence[Row]) -> Row:
-    """The row of a module with the worst of what the modules inside of it are found to do."""
+    """The row of a module with the largest error and the worst verdict of the module and the modules inside it."""
     if row.stage not in ("network", "decoder") or not row.ours:
         return row
     alike = [other for other in rows if (other.stage, other.step) == (row.stage, row.step)]
@@ -67,16 +67,16 @@ def _number(error: float | None) -> str:
 def _scope(report: Report) -> str:
     left_out = "" if not report.left_out else f"; {len(report.left_out)} have no counterpart"
     module, whole = report.tolerance.module, report.tolerance.whole
-    limits = f"{module:g}" if module == whole else f"{module:g} of a module, {whole:g} of a whole network"
-    pictures = "" if whole >= LEVEL else ", of pictures one level of 255"
+    limits = f"{module:g}" if module == whole else f"{module:g} for a module, {whole:g} for a whole network"
+    images = "" if whole >= LEVEL else ", one level of 255 for images"
     return (
         f"{report.compared} of our {report.modules} modules with weights compared{left_out}. "
-        f"Tolerance max|a-b| / max|b| in {report.dtype}: {limits}{pictures}."
+        f"Tolerance max|a-b| / max|b| in {report.dtype}: {limits}{images}."
     )
 
 
 def sentence(report: Report) -> str:
-    """The verdict; the first difference by both names and by how much."""
+    """The verdict, and the names and the error of the first difference."""
     first = report.first
     if first is None:
         largest = max((row.error or 0.0 for row in report.rows if row.theirs != "images"), default=0.0)

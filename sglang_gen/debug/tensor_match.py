@@ -1,16 +1,16 @@
-"""Outputs of two modules that mean the same, brought to one shape and measured against each other.
+"""Brings outputs of two corresponding modules to the same shape and computes their error.
 
-Ours and diffusers' lay the same numbers out differently. These are all the ways that count as the same:
+Our modules and diffusers' use different layouts. The following count as the same output:
 
-- a tuple in another order, or with more in it: tensors find their partner by shape, and what is left over is ignored;
-- one tensor of ours for several of theirs that follow each other (text and image tokens; query, key and value);
-- an axis of one timestep in front, which modules have that compute all steps at once;
-- one row of ours where theirs repeats it for every row of the batch;
-- a picture [B, C, h, w] as tokens [B, h w, C], where a convolution of one pixel is a linear layer of ours;
-- heads before tokens [B, H, L, D] or behind [B, L, H, D].
+- a tuple in another order or with more elements: tensors are matched by shape, and others are ignored;
+- one of our tensors for several of theirs, concatenated (text and image tokens; query, key and value);
+- a leading dimension for one timestep, in modules that compute all steps at once;
+- one of our rows where diffusers repeats the row for the whole batch;
+- an image [B, C, h, w] as tokens [B, h w, C], where our linear layer replaces a 1 x 1 convolution;
+- heads before tokens [B, H, L, D] or after them [B, L, H, D].
 
-Where more than one way fits, the one with the smallest error counts: shapes alone cannot tell image from text tokens
-where both are as many.
+If several layouts fit, the one with the smallest error counts: shapes cannot tell image tokens from text tokens if
+there are equally many.
 """
 
 import math
@@ -22,19 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_TENSORS = 4  # tensors of one output whose orders are tried
+MOST_TENSORS = 4  # outputs with more tensors are not matched, since all orders are tried
 
 
 @dataclass(frozen=True)
 class Partner:
-    """Their numbers for one tensor of ours, in our layout, and how far ours are from them."""
+    """diffusers' values for one of our tensors, in our layout, and the relative error of ours."""
 
     theirs: Tensor
     error: float
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """The tensors in an output, through tuples, lists and mappings, in order."""
+    """The tensors in an output, including those in nested tuples, lists and mappings, in order."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):
@@ -45,7 +45,7 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """max |a - b| / max |b| of two tensors of one shape; infinity where a number is not finite or all of b is zero."""
+    """max |a - b| / max |b| of two tensors of the same shape; infinity if a value is not finite or b is all zeros."""
     a, b = ours.detach().double(), theirs.detach().to(ours.device).double()
     if torch.equal(a, b):
         return 0.0
@@ -54,48 +54,48 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def partners(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict[int, Partner]:
-    """For each tensor of ours, by its place, its partner; empty where the two outputs are not brought to one shape."""
+    """Index of each of our tensors -> its partner; empty if the two outputs cannot be brought to the same shape."""
     if not ours or not theirs or max(len(ours), len(theirs)) > MOST_TENSORS:
         return {}
     if len(ours) == 1 and len(theirs) > 1:
         for joined in _joined(theirs):
             if (partner := _partner(ours[0], joined)) is not None:
                 return {0: partner}
-    known = {(i, j): _partner(mine, its) for i, mine in enumerate(ours) for j, its in enumerate(theirs)}
-    count, found = min(len(ours), len(theirs)), list[dict[int, Partner]]()
+    known = {(i, j): _partner(our, their) for i, our in enumerate(ours) for j, their in enumerate(theirs)}
+    count, assignments = min(len(ours), len(theirs)), list[dict[int, Partner]]()
     for places in permutations(range(len(ours)), count):
         for sources in permutations(range(len(theirs)), count):
             pairs = [(i, known[i, j]) for i, j in zip(places, sources, strict=True)]
-            whole = {i: partner for i, partner in pairs if partner is not None}
-            found += [whole] if len(whole) == count else []
-    return min(found, key=worst, default={})
+            assignment = {i: partner for i, partner in pairs if partner is not None}
+            assignments += [assignment] if len(assignment) == count else []
+    return min(assignments, key=worst, default={})
 
 
-def worst(found: Mapping[int, Partner]) -> float:
-    return max(partner.error for partner in found.values())
+def worst(partners: Mapping[int, Partner]) -> float:
+    return max(partner.error for partner in partners.values())
 
 
-def _joined(parts: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The parts one behind the other, as tokens and as channels."""
-    first = parts[0]
-    if any(part.ndim != first.ndim for part in parts):
+def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The tensors concatenated along the tokens and along the channels."""
+    first = tensors[0]
+    if any(tensor.ndim != first.ndim for tensor in tensors):
         return
-    for axis in {1, first.ndim - 1} if first.ndim > 1 else ():
-        if len({(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}) == 1:
-            yield torch.cat(list(parts), dim=axis)
+    for dim in {1, first.ndim - 1} if first.ndim > 1 else ():
+        if len({(*tensor.shape[:dim], *tensor.shape[dim + 1 :]) for tensor in tensors}) == 1:
+            yield torch.cat(list(tensors), dim=dim)
 
 
 def _partner(ours: Tensor, theirs: Tensor) -> Partner | None:
-    """The closest of all the ways in which the two have one shape; None where there is none."""
-    found = []
-    for its in _layouts(theirs):
-        for mine in _without_step(ours):
-            if mine.shape == its.shape:
-                found.append(Partner(its.reshape(ours.shape), relative_error(mine, its)))
-            elif mine.ndim == its.ndim and mine.shape[0] == 1 and mine.shape[1:] == its.shape[1:]:
-                error = relative_error(mine.expand(its.shape), its)
-                found.append(Partner(its[:1].reshape(ours.shape), error))
-    return min(found, key=lambda partner: partner.error, default=None)
+    """The layout with the smallest error among those in which both have the same shape; None if there is none."""
+    candidates = []
+    for their in _layouts(theirs):
+        for our in _without_step(ours):
+            if our.shape == their.shape:
+                candidates.append(Partner(their.reshape(ours.shape), relative_error(our, their)))
+            elif our.ndim == their.ndim and our.shape[0] == 1 and our.shape[1:] == their.shape[1:]:
+                error = relative_error(our.expand(their.shape), their)
+                candidates.append(Partner(their[:1].reshape(ours.shape), error))
+    return min(candidates, key=lambda partner: partner.error, default=None)
 
 
 def _without_step(ours: Tensor) -> Iterator[Tensor]:

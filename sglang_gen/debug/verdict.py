@@ -1,4 +1,4 @@
-"""What a comparison says: rows in the order of computation, and one verdict on all of them. Imports no torch."""
+"""The result of a comparison: rows in the order of computation, and one verdict. Does not import torch."""
 
 import math
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Verdict(Enum):
-    """From the best to the worst."""
+    """Ordered from best to worst."""
 
     exact = "bit-exact"
     equal = "numerically equal"
@@ -16,25 +16,25 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The largest max|a - b| / max|b| that is rounding: of one module, and of what has passed a whole network."""
+    """The largest max|a - b| / max|b| that counts as rounding, for one module and for a whole network."""
 
     module: float
     whole: float
 
 
-# A module rounds bfloat16 to 2^-8 and float16 to 2^-11, once or twice, in another order here and there. Through a whole
-# network that grows, and guidance at 7.5 multiplies what two predictions differ by up to 14 times.
+# A module rounds to 2^-8 in bfloat16 and to 2^-11 in float16, once or twice and possibly in another order. Rounding
+# grows through a whole network, and guidance at 7.5 multiplies the difference of two predictions by up to 14.
 PARITY_TOLERANCES = {
     "float32": Tolerance(1e-5, 1e-5),
     "bfloat16": Tolerance(2e-2, 2e-1),
     "float16": Tolerance(2.5e-3, 2.5e-2),
 }
-LEVEL = 1 / 255  # of a picture: where rounding to 8 bits falls on the other side
+LEVEL = 1 / 255  # one level of an 8-bit image: a difference that rounding can cause
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `step` counts evaluations of the network from 1; `error` is None where there is no number."""
+    """One comparison. `step` is counted from 1; `error` is None if it could not be computed."""
 
     stage: str
     ours: str
@@ -43,12 +43,12 @@ class Row:
     verdict: Verdict
     step: int | None = None
     note: str = ""
-    outer: bool = True  # shown in the table, which leaves out modules inside of others
+    outer: bool = True  # shown in the table, which leaves out modules inside other modules
 
 
 @dataclass(frozen=True)
 class Cause:
-    """The innermost module around a difference whose own input is the same on both sides."""
+    """The innermost module that encloses a difference and whose input is the same on both sides."""
 
     ours: str
     theirs: str
@@ -56,15 +56,17 @@ class Cause:
 
 @dataclass(frozen=True)
 class Report:
+    """The whole comparison."""
+
     model: str
     dtype: str
     device: str
     tolerance: Tolerance
     rows: tuple[Row, ...]
-    compared: int  # modules of ours with weights whose output stands beside theirs
-    modules: int  # modules of ours with weights that ran
-    left_out: tuple[str, ...]  # the others, by our name
-    cause: Cause | None = None  # only where the first difference is a module whose input differs already
+    compared: int  # number of our modules with weights whose output was compared
+    modules: int  # number of our modules with weights that ran
+    left_out: tuple[str, ...]  # names of our modules with weights that were not compared
+    cause: Cause | None = None  # set if the first difference is in a module whose input already differs
 
     @property
     def verdict(self) -> Verdict:
@@ -86,7 +88,7 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def judge(error: float | None, tolerance: float) -> Verdict:
-    """The verdict on a relative error; None, infinity and NaN are no rounding."""
+    """The verdict on a relative error; None, infinity and NaN do not count as rounding."""
     if error is None or not math.isfinite(error) or error > tolerance:
         return Verdict.different
     return Verdict.exact if error == 0 else Verdict.equal

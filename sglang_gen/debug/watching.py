@@ -1,4 +1,4 @@
-"""Looking into networks and objects while they run, and changing what they hand on."""
+"""Records and replaces inputs and outputs of modules, and attributes of objects, while a network runs."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from sglang_gen.debug.tensor_match import tensors
 
-Seen = dict[str, list[list[Tensor]]]  # a module's name -> for each of its calls the tensors, on the host
-Change = Callable[[str, Any], Any]  # (a module's name, its output) -> the output in its place
+Seen = dict[str, list[list[Tensor]]]  # module name -> tensors of each of its calls, on the CPU
+Change = Callable[[str, Any], Any]  # (module name, output) -> replacement for the output
 
 
 def copied(value: Any) -> Any:
-    """The same value with tensors of its own, which what follows cannot overwrite."""
+    """A copy of the value with cloned tensors, which later computations cannot overwrite."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, (tuple, list)):
@@ -25,7 +25,7 @@ def copied(value: Any) -> Any:
 
 @contextmanager
 def replaced(target: Any, name: str, value: Any) -> Iterator[None]:
-    """`target.name` is `value` inside; what it was, or that it came from the class, is restored."""
+    """Within this context `target.name` is `value`; afterwards the attribute is restored, or deleted if it was new."""
     own, before = name in vars(target), getattr(target, name)
     setattr(target, name, value)
     try:
@@ -39,7 +39,7 @@ def replaced(target: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def outputs(network: nn.Module, names: Iterable[str]) -> Iterator[Seen]:
-    """What the modules give out inside."""
+    """Record the outputs of the modules within this context."""
     seen: Seen = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -51,7 +51,7 @@ def outputs(network: nn.Module, names: Iterable[str]) -> Iterator[Seen]:
 
 @contextmanager
 def inputs(network: nn.Module, names: Iterable[str]) -> Iterator[Seen]:
-    """The first two tensors that the modules are given inside, by position or else by name."""
+    """Record the first two input tensors of the modules within this context, positional arguments first."""
     seen: Seen = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -64,7 +64,7 @@ def inputs(network: nn.Module, names: Iterable[str]) -> Iterator[Seen]:
 
 @contextmanager
 def changed(network: nn.Module, names: Iterable[str], change: Change) -> Iterator[None]:
-    """The modules give out what `change(name, output)` makes of their output; a module comes after those it calls."""
+    """Within this context `change(name, output)` replaces each module's output, inner modules first."""
 
     def hook(name: str) -> Callable[..., Any]:
         return lambda _module, _args, output: change(name, output)
@@ -82,5 +82,5 @@ def _hooked(handles: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def _on_host(found: list[Tensor]) -> list[Tensor]:
-    return [tensor.detach().to("cpu", copy=True) for tensor in found]
+def _on_host(values: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().to("cpu", copy=True) for tensor in values]

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sglang_gen import env
 from sglang_gen.backends.native import memory_policy
 from sglang_gen.backends.native import vae_parallel as decoders
-from sglang_gen.backends.native.request import Asked
+from sglang_gen.backends.native.request import NativeRequest
 from sglang_gen.config.schema import GuidanceBatching, Machine
 from sglang_gen.dry_run.encoder_sizes import COUNT
 from sglang_gen.dry_run.roofline import Kernels, seconds
@@ -191,13 +191,13 @@ def estimate(plan: Plan) -> dict[str, Any]:
     """
     if plan.backend != "sglang":
         return {"reason": f"not estimated ({plan.backend})"}
-    asked = Asked(plan)
-    glue, request, batch = asked.glue, asked.whole, max(plan.batches, key=len)
+    native_request = NativeRequest(plan)
+    glue, request, batch = native_request.pipeline, native_request.full_request, max(plan.batches, key=len)
     layout_limits.check_size(plan.run, plan.card, plan.layout, plan.stated_degrees, request.height, request.width)
     negative = any(sample.negative_prompt is not None for samples in plan.batches for sample in samples)
     together = plan.run.sampling.guidance_batching is not GuidanceBatching.sequential
     guidance = memory_policy.guidance(plan, glue, request, negative, together)
-    ranks = busiest(plan.layout, _shard_sizes(asked, request))
+    ranks = busiest(plan.layout, _shard_sizes(native_request, request))
     meshes, dtype = [Mesh(plan.layout, rank) for rank in ranks], getattr(torch, plan.dtype)
     splits = [Split(mesh, glue.TENSOR, glue.SHARDING) for mesh in meshes]
     fused = plan.run.compile.enable_torch_compile
@@ -209,7 +209,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         (trace_decoding(glue, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype) for mesh in meshes),
         key=lambda one: sum(one[1].bytes.values()),
     )
-    weights = weights_of(plan, asked.needs, trace.weights)
+    weights = weights_of(plan, native_request.needs, trace.weights)
     alive = {"step": trace.alive, "decoding": decoded}
     if plan.run.sampling.image_path:
         alive["encoding"] = trace_encoding(glue, plan.card, request, dtype)
@@ -223,13 +223,13 @@ def estimate(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _shard_sizes(asked: Asked, request: Request) -> tuple[int, ...]:
+def _shard_sizes(native_request: NativeRequest, request: Request) -> tuple[int, ...]:
     """Sizes of the image's shards on the sequence parallel ranks."""
-    sharding: Sharding = asked.glue.SHARDING
-    size = asked.glue.latents_shape(asked.config, request)[sharding.dim - 1]
+    sharding: Sharding = native_request.pipeline.SHARDING
+    size = native_request.pipeline.latents_shape(native_request.config, request)[sharding.dim - 1]
     with torch.device("meta"):
-        unit = sharding.unit(asked.glue.build(asked.config).config)
-    return shard_sizes(size, unit, asked.plan.layout.ring * asked.plan.layout.ulysses)
+        unit = sharding.unit(native_request.pipeline.build(native_request.config).config)
+    return shard_sizes(size, unit, native_request.plan.layout.ring * native_request.plan.layout.ulysses)
 
 
 def _available_memory(plan: Plan) -> int | None:

@@ -1,1 +1,1 @@
-"""Measuring a run: stage and step times, memory, work, the machine, and the dump that holds them."""
+"""Measures a run (stage and step times, memory, FLOPs, machine rates), writes perf dumps and compares them."""

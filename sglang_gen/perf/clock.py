@@ -10,7 +10,7 @@ STAGES = ("load", "text_encoding", "latents", "denoising", "decoding", "gatherin
 
 
 def synchroniser(device: str) -> Callable[[], None]:
-    """A function that waits until the device has finished what was queued."""
+    """A function that waits until the device has finished all queued work."""
     if device != "cuda":
         return lambda: None
     import torch
@@ -22,8 +22,8 @@ def synchroniser(device: str) -> Callable[[], None]:
 class Clock:
     """Times of one phase of a run (loading, warmup or the timed generation).
 
-    `enter(stage)` ends the stage before it; a stage that is entered again adds to its time. The first `enter` of
-    denoising starts the step timer, `step()` ends a step.
+    `enter(stage)` ends the previous stage; the times of a stage that is entered several times add up. `enter` also
+    starts the step timer, and `step()` ends a step.
     """
 
     synchronise: Callable[[], None]
@@ -44,7 +44,7 @@ class Clock:
         self._step_since, self._step = self._since, 0
 
     def leave(self) -> None:
-        """End the current stage, if there is one, and note the memory that it needed."""
+        """End the current stage, if there is one, and record its memory."""
         if self._stage is None:
             return
         self.synchronise()

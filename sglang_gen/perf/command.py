@@ -1,4 +1,4 @@
-"""`sglang perf`: compare the perf dumps of two programs. Prints Markdown, answers with an exit code."""
+"""The command `sglang perf`: compares perf dumps of two programs, prints Markdown and returns an exit code."""
 
 import argparse
 import os
@@ -49,8 +49,8 @@ commands:
 COMPARE_HELP = """\
 usage: sglang perf compare BASE NEW [NEW ...] [options]
 
-Compare the perf dumps of two programs. BASE and NEW are dumps (--perf-dump-path) or folders with dumps below them;
-dumps with the same fingerprint are repeats of one recipe. All NEW together are one side.
+Compare the perf dumps of two programs. BASE and NEW are dumps (--perf-dump-path) or folders that contain dumps; dumps
+with the same fingerprint are repeats of one recipe. All NEW together are one side.
 
 options:
   --tolerance METRIC=VALUE  how far a metric may move, as a share, an amount, or both, of which the larger counts
@@ -69,7 +69,7 @@ exit codes: 0 PASS or IMPROVEMENT, 1 REGRESSION, 2 wrong usage, 3 TOO_NOISY or R
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `sglang perf ARGV...`; the exit code. Raises UserError, or RunError where a report cannot be written."""
+    """Run `sglang perf ARGV...`; returns the exit code. Raises UserError, or RunError if a report cannot be written."""
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
         return 0 if argv else 2
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"sglang perf compare: {option} must name a file, and {path} ends in a slash")
         output.prepare_file(
             Path(path), stream=True
-        )  # before the verdict, whose exit codes a failed write would imitate
+        )  # before the comparison, since a failed write has the same exit code as a verdict
     tolerances, confidence = _tolerances(given.tolerance), _confidence(given.confidence)
     base, new = collect(paths[:1]), collect(paths[1:])
     _check_reports(reports, [dump.path for dump in (*base, *new)])
@@ -115,7 +115,7 @@ def _check_name(what: str, path: str) -> None:
 
 
 def _check_reports(reports: Mapping[str, str], inputs: Iterable[Path]) -> None:
-    """Raises UserError where a report would take the place of a dump that is compared, or of the other report."""
+    """Raises UserError if a report would overwrite a dump that is compared, or the other report."""
     taken = {path.resolve(): f"{path}, which is compared" for path in inputs}
     for option, path in reports.items():
         place = Path(path).resolve()
@@ -154,24 +154,24 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _tolerances(given: Sequence[str]) -> dict[str, Tolerance]:
-    """The defaults with what was given; a metric that is given loses both parts of its default."""
-    found: dict[str, Tolerance] = {}
+    """The defaults, updated with the given tolerances; a given tolerance replaces both parts of its default."""
+    tolerances: dict[str, Tolerance] = {}
     for word in given:
         kind, _, text = word.partition("=")
         if kind not in KINDS:
             raise UserError(
                 f"--tolerance: there is no metric '{kind}'{nearest(kind, KINDS)} (metrics: {', '.join(KINDS)})"
             )
-        if kind in found:
+        if kind in tolerances:
             raise UserError(f"--tolerance: {kind} is given twice")
         parts: dict[str, float] = {}
         for part in text.lower().split(","):
             name, unit = ("relative", "%") if part.strip().endswith("%") else ("absolute", KINDS[kind][0].lower())
             if name in parts:
-                raise UserError(f"--tolerance: '{word}' gives two values of one sort; write one share and one amount")
+                raise UserError(f"--tolerance: '{word}' gives two values of one kind; write one share and one amount")
             parts[name] = _amount(part.strip(), unit, word)
-        found[kind] = Tolerance(parts.get("relative", 0.0) / 100, parts.get("absolute", 0.0))
-    return {**TOLERANCES, **found}
+        tolerances[kind] = Tolerance(parts.get("relative", 0.0) / 100, parts.get("absolute", 0.0))
+    return {**TOLERANCES, **tolerances}
 
 
 def _amount(text: str, unit: str, word: str) -> float:
@@ -195,40 +195,42 @@ def _confidence(text: str | None) -> float:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report with all its numbers, ready for JSON."""
+    """The report with all its numbers, as JSON-serializable data."""
     content: dict[str, Any] = plain(report)
     return {"report_version": REPORT_VERSION, **content, "exit_code": EXIT_CODES[report.verdict]}
 
 
 def markdown(report: Report) -> str:
-    """The report as a reader wants it: the verdict, then a table per recipe."""
+    """The report as Markdown: the verdict, then one table per recipe."""
     lines = [f"**{report.verdict.name}**"]
-    for found in report.comparisons:
-        lines += ["", f"## {found.verdict.name}: {_cell(found.model)}, {_cell(found.prompt)}", ""]
-        lines += _mismatch(found) if found.verdict is Verdict.RECIPE_MISMATCH else _judged(found, report.confidence)
-        lines += [f"- {note}" for note in found.notes]
+    for item in report.comparisons:
+        lines += ["", f"## {item.verdict.name}: {_cell(item.model)}, {_cell(item.prompt)}", ""]
+        lines += _mismatch(item) if item.verdict is Verdict.RECIPE_MISMATCH else _judged(item, report.confidence)
+        lines += [f"- {note}" for note in item.notes]
     if report.base_without_new:
         names = ", ".join(map(str, report.base_without_new))
         lines += ["", f"Recipes of the base without counterpart, not judged: {names}"]
     return "\n".join(lines)
 
 
-def _mismatch(found: Comparison) -> list[str]:
-    files = f"{', '.join(map(str, found.new_files))} against the nearest recipe, {found.base_files[0]}:"
-    rows = [f"| {_cell(item['field'])} | {_cell(item['base'])} | {_cell(item['new'])} |" for item in found.differences]
+def _mismatch(comparison: Comparison) -> list[str]:
+    files = f"{', '.join(map(str, comparison.new_files))} against the nearest recipe, {comparison.base_files[0]}:"
+    rows = [
+        f"| {_cell(item['field'])} | {_cell(item['base'])} | {_cell(item['new'])} |" for item in comparison.differences
+    ]
     return [files, "", "| field | base | new |", "|---|---|---|", *rows, ""]
 
 
-def _judged(found: Comparison, confidence: float) -> list[str]:
+def _judged(comparison: Comparison, confidence: float) -> list[str]:
     lines = [
         f"| metric | base | new | new/base | {_share(confidence)} interval | tolerance | verdict |",
         "|---|---|---|---|---|---|---|",
-        *map(_line, found.rows),
+        *map(_line, comparison.rows),
         "",
     ]
-    if None not in (rates := found.images_per_second).values():
+    if None not in (rates := comparison.images_per_second).values():
         lines.append(f"- images per second: {rates['base']:.4g}, now {rates['new']:.4g}")
-    for side, names in found.only_in.items():
+    for side, names in comparison.only_in.items():
         if names:
             lines.append(f"- only in {side}, not judged: {_cell(', '.join(names), 10_000)}")
     return lines
@@ -257,6 +259,6 @@ def _line(row: Row) -> str:
 
 
 def _cell(value: Any, length: int = 100) -> str:
-    """A value on one line of a Markdown table, cut to `length` characters."""
+    """A value as one cell of a Markdown table, truncated to `length` characters."""
     text = " ".join(str(value).split()).replace("|", "\\|")
     return text if len(text) <= length else f"{text[: length - 3]}..."

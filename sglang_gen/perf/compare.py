@@ -1,4 +1,4 @@
-"""Perf dumps of two sides, paired by what was run, and judged metric by metric."""
+"""Compares perf dumps of two sides: pairs them by recipe (what was run) and judges each metric."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,12 +9,12 @@ from sglang_gen.errors import UserError
 from sglang_gen.perf.dump_reader import Dump
 from sglang_gen.perf.statistics import Verdict, geometric_mean, judge, noise
 
-RESOLUTION = {"ms": 0.001, "MB": 0.01}  # what a dump is rounded to; a zero is taken as this
+RESOLUTION = {"ms": 0.001, "MB": 0.01}  # rounding of the values in a dump; zeros are replaced by it
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """A metric counts when it moves by more than the larger of both: a share of the base, and ms or MB."""
+    """Allowed change of a metric, the larger of both: `relative` to the base, and `absolute` in ms or MB."""
 
     relative: float
     absolute: float = 0.0
@@ -45,7 +45,7 @@ class Values:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of a comparison. `tolerance` is the relative one that decided, made of both."""
+    """One metric of a comparison. `tolerance` is the relative tolerance that was applied, computed from both parts."""
 
     metric: str
     unit: str
@@ -60,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One recipe on both sides; for a RECIPE_MISMATCH `differences` against the nearest recipe of the base."""
+    """One recipe on both sides; for a RECIPE_MISMATCH `differences` lists those to the nearest recipe of the base."""
 
     model: Any
     prompt: Any
@@ -77,13 +77,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """All comparisons, and the verdict that outweighs the others."""
+    """All comparisons, and the most severe of their verdicts."""
 
     verdict: Verdict
     confidence: float
     tolerances: dict[str, Tolerance]
     comparisons: list[Comparison]
-    base_without_new: list[Path]  # dumps of recipes that the new side does not have; they change no verdict
+    base_without_new: list[Path]  # dumps of recipes that the new side lacks; they do not affect the verdict
 
 
 def compare(
@@ -93,24 +93,24 @@ def compare(
     bases, comparisons, used = _by_recipe(base), [], set()
     for dumps in _by_recipe(new).values():
         partner = _partner(bases.values(), dumps[0])
-        found = _unjudged(partner, dumps)
-        if not found.differences:
+        comparison = _unjudged(partner, dumps)
+        if not comparison.differences:
             used.add(partner[0].recipe)
-            found = _judge(found, partner, dumps, tolerances, confidence)
-        comparisons.append(found)
+            comparison = _judge(comparison, partner, dumps, tolerances, confidence)
+        comparisons.append(comparison)
     left = [dump.path for recipe, dumps in bases.items() if recipe not in used for dump in dumps]
     return Report(_worst(item.verdict for item in comparisons), confidence, dict(tolerances), comparisons, left)
 
 
 def _by_recipe(dumps: Sequence[Dump]) -> dict[str, list[Dump]]:
-    found: dict[str, list[Dump]] = {}
+    recipes: dict[str, list[Dump]] = {}
     for dump in dumps:
-        found.setdefault(dump.recipe, []).append(dump)
-    return found
+        recipes.setdefault(dump.recipe, []).append(dump)
+    return recipes
 
 
 def _partner(bases: Iterable[Sequence[Dump]], new: Dump) -> Sequence[Dump]:
-    """The recipe of the base that differs least; UserError where several do not differ at all."""
+    """The recipe of the base that differs least. Raises UserError if several do not differ at all."""
     distances = [(len(differences(dumps[0], new)), dumps) for dumps in bases]
     equal = [dumps[0].path for distance, dumps in distances if distance == 0]
     if len(equal) > 1:
@@ -122,7 +122,7 @@ def _partner(bases: Iterable[Sequence[Dump]], new: Dump) -> Sequence[Dump]:
 
 
 def differences(base: Dump, new: Dump) -> list[dict[str, Any]]:
-    """`{field, base, new}` for each field that differs: of the fingerprint, or of `meta` where a side has none."""
+    """`{field, base, new}` for each field that differs, in the fingerprint or (if a side has none) in `meta`."""
     if base.fingerprint is None or new.fingerprint is None:
         left, right = base.meta, new.meta
     elif base.fingerprint == new.fingerprint:
@@ -138,10 +138,10 @@ def differences(base: Dump, new: Dump) -> list[dict[str, Any]]:
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in fields.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat
 
 
 def _unjudged(base: Sequence[Dump], new: Sequence[Dump]) -> Comparison:
@@ -160,7 +160,7 @@ def _unjudged(base: Sequence[Dump], new: Sequence[Dump]) -> Comparison:
 
 
 def _judge(
-    found: Comparison,
+    comparison: Comparison,
     base: Sequence[Dump],
     new: Sequence[Dump],
     tolerances: Mapping[str, Tolerance],
@@ -168,11 +168,11 @@ def _judge(
 ) -> Comparison:
     left, right = _merge(base), _merge(new)
     rows = [_row(name, left[name], right[name], tolerances, confidence) for name in left if name in right]
-    notes = list(found.notes)
+    notes = list(comparison.notes)
     if any(row.interval is None for row in rows):
-        notes.append("metrics with one observation on each side have no interval and were judged by tolerance alone")
+        notes.append("metrics with one observation on each side have no interval and were judged by the tolerance only")
     return replace(
-        found,
+        comparison,
         verdict=_worst(row.verdict for row in rows),
         rows=rows,
         images_per_second={"base": _rate(base), "new": _rate(new)},
@@ -186,8 +186,8 @@ def _judge(
 
 def _merge(dumps: Sequence[Dump]) -> dict[str, list[float]]:
     names = dict.fromkeys(name for dump in dumps for name in dump.metrics)
-    found = {name: [value for dump in dumps for value in dump.metrics.get(name, ())] for name in names}
-    return {name: found[name] for name in sorted(found, key=lambda name: list(KINDS).index(name.partition(".")[0]))}
+    merged = {name: [value for dump in dumps for value in dump.metrics.get(name, ())] for name in names}
+    return {name: merged[name] for name in sorted(merged, key=lambda name: list(KINDS).index(name.partition(".")[0]))}
 
 
 def _row(name: str, base: list[float], new: list[float], tolerances: Mapping[str, Tolerance], confidence: float) -> Row:
@@ -200,10 +200,10 @@ def _row(name: str, base: list[float], new: list[float], tolerances: Mapping[str
 
 
 def _rate(dumps: Sequence[Dump]) -> float | None:
-    """Pictures per second: derived from the total time, so it is not judged again."""
-    if dumps[0].pictures is None:
+    """Images per second; not judged, since it is derived from the total time."""
+    if dumps[0].images is None:
         return None
-    return dumps[0].pictures * 1000 / geometric_mean(_merge(dumps)["total"])
+    return dumps[0].images * 1000 / geometric_mean(_merge(dumps)["total"])
 
 
 def _worst(verdicts: Iterable[Verdict]) -> Verdict:

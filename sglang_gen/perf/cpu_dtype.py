@@ -1,4 +1,4 @@
-"""dtype=auto on a CPU: bfloat16 or float32, by the rates of a matrix product, measured once and kept on disk."""
+"""dtype=auto on a CPU: bfloat16 or float32, by matmul rates that are measured once and cached on disk."""
 
 import contextlib
 import hashlib
@@ -13,17 +13,17 @@ from typing import Any
 from sglang_gen import env, files
 
 DTYPES = ("float32", "bfloat16")
-NEAR = 0.9  # of float32's rate: from there on bfloat16 is taken, which needs half the memory
-HOPELESS = 0.1  # of float32's rate: a processor that emulates bfloat16 is not asked for larger products
-FIRST = 128  # rows and columns: 5 ms where bfloat16 is emulated at 1 GFLOP/s
-LONG_ENOUGH = 0.002  # seconds of a product that its start no longer decides
+NEAR = 0.9  # bfloat16 is chosen from this fraction of float32's rate on, since it needs half the memory
+HOPELESS = 0.1  # below this fraction of float32's rate bfloat16 is emulated, and larger products are not measured
+FIRST = 128  # rows and columns of the first product: 5 ms if bfloat16 is emulated at 1 GFLOP/s
+LONG_ENOUGH = 0.002  # seconds of a product for which call overhead is negligible
 DTYPE_ROUNDS = 5
 BUDGET = 0.2  # seconds in all
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What `auto` takes on this CPU. `rates` in GFLOP/s by dtype; empty where `source` is not a measurement."""
+    """The dtype of `auto` on this CPU. `rates` is in GFLOP/s by dtype, and empty if nothing was measured."""
 
     dtype: str
     rates: dict[str, float]
@@ -35,16 +35,16 @@ class Choice:
 
 
 def choose() -> Choice:
-    """bfloat16 where its rate is at least 0.9 of float32's. Raises UserError for a variable that names neither."""
+    """bfloat16 if its rate is at least 0.9 of float32's. Raises UserError if the variable names another dtype."""
     if (given := env.cpu_dtype(DTYPES)) is not None:
         return Choice(given, {}, env.CPU_DTYPE)
-    rates = _rates(_kept_at())
+    rates = _rates(_cache_file())
     dtype = "bfloat16" if rates["bfloat16"] >= NEAR * rates["float32"] else "float32"
     return Choice(dtype, dict(rates), "measured")
 
 
-def _kept_at() -> Path:
-    """The file of this processor with these threads and this torch."""
+def _cache_file() -> Path:
+    """The cache file for this processor, number of threads and version of torch."""
     import torch
 
     name, flags = env.cpu()
@@ -52,39 +52,39 @@ def _kept_at() -> Path:
     return env.cache_dir() / "dtype" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
 
 
-@cache  # also where the folder cannot be written, so that both plans of a run have the same dtype
+@cache  # so that all plans of a run have the same dtype even if the folder cannot be written
 def _rates(path: Path) -> dict[str, float]:
-    if (kept := _read(path)) is not None:
-        return kept
+    if (cached := _read(path)) is not None:
+        return cached
     measured = measure()
-    if (kept := _read(path)) is not None:  # of a run that was measuring at the same time: both decide alike
-        return kept
-    with contextlib.suppress(OSError):  # an unwritable cache costs the next run a measurement, nothing else
+    if (cached := _read(path)) is not None:  # another run measured at the same time; both use its rates
+        return cached
+    with contextlib.suppress(OSError):  # if the cache cannot be written, the next run measures again
         files.write_json(path, measured)
     return measured
 
 
 def _read(path: Path) -> dict[str, float] | None:
-    """Kept rates; None where there are none, or the file is not whole."""
+    """Cached rates; None if the file does not exist or is incomplete."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(kept, dict):
+    if not isinstance(content, dict):
         return None
-    rates: dict[str, Any] = {name: kept.get(name) for name in DTYPES}
-    whole = all(isinstance(rate, float) and math.isfinite(rate) and rate > 0 for rate in rates.values())
-    return rates if whole else None
+    rates: dict[str, Any] = {name: content.get(name) for name in DTYPES}
+    complete = all(isinstance(rate, float) and math.isfinite(rate) and rate > 0 for rate in rates.values())
+    return rates if complete else None
 
 
 def measure() -> dict[str, float]:
-    """GFLOP/s by dtype of a product that is large enough to tell, or as large as fits into `BUDGET` seconds."""
+    """GFLOP/s by dtype of a product that takes long enough, or of the largest that fits into `BUDGET` seconds."""
     start, size = time.perf_counter(), FIRST
     while True:
         before = time.perf_counter()
         seconds = _seconds(size)
         now = time.perf_counter()
-        rates = {name: round(2 * size**3 / each / 1e9, 2) for name, each in seconds.items()}
+        rates = {name: round(2 * size**3 / duration / 1e9, 2) for name, duration in seconds.items()}
         hopeless = rates["bfloat16"] < HOPELESS * rates["float32"]
         if hopeless or max(seconds.values()) > LONG_ENOUGH or now - start + 8 * (now - before) > BUDGET:
             return rates
@@ -92,7 +92,7 @@ def measure() -> dict[str, float]:
 
 
 def _seconds(size: int) -> dict[str, float]:
-    """Of a linear layer on `size` tokens: the least of several rounds, in which the dtypes take turns."""
+    """Seconds by dtype of a `size` x `size` linear layer on `size` tokens: the minimum of interleaved rounds."""
     import torch
     from torch.nn.functional import linear
 
@@ -103,6 +103,6 @@ def _seconds(size: int) -> dict[str, float]:
             for name, (tokens, weight) in operands.items():
                 start = time.perf_counter()
                 linear(tokens, weight)
-                if turn > 0:  # the first call prepares kernel and threads
+                if turn > 0:  # the first call initializes kernels and threads
                     least[name] = min(least[name], time.perf_counter() - start)
     return least

@@ -1,4 +1,4 @@
-"""The perf dump: one JSON document per run, with the field names that exist upstream and ours beside them."""
+"""The perf dump: one JSON document per run, with the field names of upstream SGLang and additional ones."""
 
 import datetime
 import hashlib
@@ -20,7 +20,7 @@ from sglang_gen.types import Plan
 
 @dataclass
 class Phases:
-    """The clocks of one run: loading, the untimed warmup if there was one, and the generation itself."""
+    """The clocks of one run: loading, the untimed warmup if there was one, and the timed generation."""
 
     load: Clock
     generate: Clock
@@ -28,23 +28,23 @@ class Phases:
     calls: CallLog = field(default_factory=CallLog)
     imports_ms: float = 0.0
     repeats: list[Clock] = field(default_factory=list)
-    replays: bool = False  # of CUDA graphs
+    replays: bool = False  # whether CUDA graphs are replayed
 
     def checkpoints(self) -> dict[str, Checkpoint]:
-        """Memory at the end of each timed stage and at its peak.
+        """Memory at the end of each timed stage, and its peak.
 
-        What a replay computes in was allocated when its graph was recorded, for the most part in the warmup: the peak
-        of that counts as one of denoising, as it does where every evaluation allocates anew.
+        The memory of a CUDA graph is allocated when it is captured, mostly in the warmup. The peak of the warmup's
+        denoising therefore counts for denoising too, as it does without graphs, where every evaluation allocates.
         """
-        found = {**self.load.checkpoints, **self.generate.checkpoints}
+        checkpoints = {**self.load.checkpoints, **self.generate.checkpoints}
         if self.replays and self.warmup is not None:
-            recorded = self.warmup.checkpoints["denoising"].peak_allocated_mb
-            found["denoising"] = found["denoising"].allocating(recorded)
-        return found
+            captured = self.warmup.checkpoints["denoising"].peak_allocated_mb
+            checkpoints["denoising"] = checkpoints["denoising"].allocating(captured)
+        return checkpoints
 
 
 def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """The dump as a dict. `total_duration_ms` is the generation: loading and warmup are not in it."""
+    """The dump as a dict. `total_duration_ms` covers the generation, without loading and warmup."""
     total = phases.generate.total_ms
     warmup = phases.warmup
     return {
@@ -76,7 +76,7 @@ def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: lis
 
 
 def describe_rank(rank: int, phases: Phases) -> dict[str, Any]:
-    """One rank's own times and memory peaks, as they stand under `ranks` in the dump."""
+    """The times and memory peaks of one rank: an entry of `ranks` in the dump."""
     checkpoints = phases.checkpoints()
     peaks = {
         name: max(
@@ -100,36 +100,36 @@ def _times(clock: Clock, stages_ms: Mapping[str, float]) -> dict[str, Any]:
 
 
 def add_measurements(dump: dict[str, Any], plan: Plan, phases: Phases, link: float | None) -> None:
-    """Machine rates and the work of each stage; done after the run, outside every timed stage.
+    """Add machine rates and the work of each stage to the dump; runs after the generation, outside all timed stages.
 
-    `link` is the measured rate between ranks, in 10^9 bytes a second.
+    `link` is the measured bandwidth between ranks in 10^9 bytes per second.
     """
     if plan.run.perf.machine_rates or plan.run.machine.name != "auto":
-        found = rates(plan.device, plan.dtype, plan.run.machine)
-        dump["machine"]["rates"] = found if link is None else found | {"link_gb_per_s": link}
+        machine_rates = rates(plan.device, plan.dtype, plan.run.machine)
+        dump["machine"]["rates"] = machine_rates if link is None else machine_rates | {"link_gb_per_s": link}
     if plan.run.perf.work:
         sent = _sent(dump["comm"])
         dump["work"] = work(phases.calls, phases.generate.stages_ms, dump["machine"].get("rates", {}), sent)
 
 
 def _sent(comm: Mapping[str, Any]) -> Counter[str]:
-    """Bytes that left this rank in each timed stage; conditioning is a part of denoising."""
-    found: Counter[str] = Counter()
+    """Bytes that this rank sent in each timed stage; conditioning counts as denoising."""
+    sent: Counter[str] = Counter()
     for stage, traffic in comm.items():
         name = "denoising" if stage == "conditioning" else stage
-        found[name] += sum(collective["bytes"] for collective in traffic["collectives"].values())
-    return found
+        sent[name] += sum(collective["bytes"] for collective in traffic["collectives"].values())
+    return sent
 
 
 def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that changes speed and nothing that does not, as readable fields and as one hash."""
+    """Exactly the settings and facts that affect speed, as readable fields and as one hash."""
     sampling, facts = plan.run.sampling, describe(plan.device)
     kwargs = plan.run.backend.diffusers_kwargs
     negatives = sum(sample.negative_prompt is not None for batch in plan.batches for sample in batch)
     networks = {
-        name: {key: value for key, value in part.config.items() if not key.startswith("_")}
-        for name, part in plan.card.components.items()
-        if part.library in ("diffusers", "transformers")
+        name: {key: value for key, value in component.config.items() if not key.startswith("_")}
+        for name, component in plan.card.components.items()
+        if component.library in ("diffusers", "transformers")
     }
     fields = {
         "pipeline": effective.get("pipeline", plan.card.pipeline_class),
@@ -142,7 +142,7 @@ def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
         "batches": [len(batch) for batch in plan.batches],
         "max_sequence_length": sampling.max_sequence_length,
         "diffusers_kwargs": _hash(kwargs),
-        **({"input_picture": True} if sampling.image_path else {}),  # encoding it, and the steps that it spares
+        **({"input_picture": True} if sampling.image_path else {}),  # encoding takes time, and steps are skipped
         **({"guidance_interval": sampling.guidance_interval} if sampling.guidance_interval else {}),
         **({"guidance_batching": "sequential"} if effective.get("guidance_batching") == "sequential" else {}),
         **({"cuda_graphs": True} if effective.get("cuda_graphs") else {}),
@@ -161,7 +161,7 @@ def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(cache: Any) -> Any:
-    """A step cache's settings without what it made of them, which seed and prompt decide."""
+    """A step cache's settings without the number of reused steps, which depends on seed and prompt."""
     return {key: value for key, value in cache.items() if key != "reused_steps"} if isinstance(cache, dict) else cache
 
 

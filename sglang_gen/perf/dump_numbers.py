@@ -1,4 +1,4 @@
-"""Numbers out of a perf dump: times with intervals, rates, peaks."""
+"""Extracts numbers from a perf dump: times with confidence intervals, rates, memory peaks."""
 
 import math
 import statistics
@@ -22,7 +22,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 
 
 @dataclass(frozen=True)
 class Measure:
-    """The median of `repeats` observations and its 95 % interval; a single observation has none."""
+    """The median of `repeats` observations and its 95 % confidence interval; None for a single observation."""
 
     median: float
     low: float | None = None
@@ -31,7 +31,7 @@ class Measure:
 
 
 def measure(values: Sequence[float]) -> Measure:
-    """Median and 95 % interval: Student's t times sqrt(pi/2) s / sqrt(n), a normal sample's error of the median."""
+    """Median with its 95 % interval: Student's t times sqrt(pi/2) s / sqrt(n), the standard error of normal data."""
     median, degrees = statistics.median(values), len(values) - 1
     if degrees < 1:
         return Measure(median)
@@ -41,34 +41,35 @@ def measure(values: Sequence[float]) -> Measure:
 
 
 def times(dump: Mapping[str, Any]) -> dict[str, Measure]:
-    """Seconds per stage, per denoising step (a generation's median step) and in total.
+    """Seconds per stage, per denoising step (the median step of a generation) and in total.
 
-    Where the dump has `repeats`, these are the observations, each with `total_duration_ms`, `steps` and
-    `denoise_steps_ms`; the dump's own times are the only observation otherwise, and of a stage that is not repeated.
+    If the dump has `repeats`, these are the observations, each with `total_duration_ms`, `steps` and
+    `denoise_steps_ms`; otherwise, and for stages that are not repeated, the dump's own times are the only observation.
     """
-    found: dict[str, list[float]] = {}
-    for each in dump.get("repeats") or [dump]:
-        for stage in each.get("steps", ()):
-            found.setdefault(stage["name"], []).append(stage["duration_ms"])
-        if steps := [step["duration_ms"] for step in each.get("denoise_steps_ms", ())]:
-            found.setdefault("step", []).append(statistics.median(steps))
-        if "total_duration_ms" in each:
-            found.setdefault("total", []).append(each["total_duration_ms"])
+    observations: dict[str, list[float]] = {}
+    for repeat in dump.get("repeats") or [dump]:
+        for stage in repeat.get("steps", ()):
+            observations.setdefault(stage["name"], []).append(stage["duration_ms"])
+        if steps := [step["duration_ms"] for step in repeat.get("denoise_steps_ms", ())]:
+            observations.setdefault("step", []).append(statistics.median(steps))
+        if "total_duration_ms" in repeat:
+            observations.setdefault("total", []).append(repeat["total_duration_ms"])
     for stage in dump.get("steps", ()):
-        found.setdefault(stage["name"], [stage["duration_ms"]])
-    return {name: measure([value / 1000 for value in values]) for name, values in found.items()}
+        observations.setdefault(stage["name"], [stage["duration_ms"]])
+    return {name: measure([value / 1000 for value in values]) for name, values in observations.items()}
 
 
 def images_per_second(dump: Mapping[str, Any], images: int) -> Measure | None:
-    """Images per second of each repeat, or the dump's own figure."""
-    if repeats := [each["total_duration_ms"] for each in dump.get("repeats") or () if each.get("total_duration_ms")]:
-        return measure([1000 * images / duration for duration in repeats])
+    """Images per second over the repeats, or the dump's own value."""
+    totals = [repeat["total_duration_ms"] for repeat in dump.get("repeats") or () if repeat.get("total_duration_ms")]
+    if totals:
+        return measure([1000 * images / total for total in totals])
     own = dump.get("images_per_second")
     return None if own is None else Measure(own)
 
 
 def peak_memory(dump: Mapping[str, Any]) -> dict[str, float]:
-    """The highest of all checkpoints, host and device, where the machine could tell."""
+    """The highest host and device memory of all checkpoints in MB, as far as it was measured."""
     checkpoints = (dump.get("memory_checkpoints") or {}).values()
     peaks = {column: [point[name] for point in checkpoints if point.get(name) is not None]
              for column, name in MEMORY.items()}  # fmt: skip

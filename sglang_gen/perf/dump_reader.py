@@ -1,7 +1,7 @@
-"""Reads perf dumps: what was run, and the observations of each metric.
+"""Reads perf dumps: the recipe (what was run), and the observations of each metric.
 
-A dump is a JSON object with `total_duration_ms` and `steps`: ours (with `schema_version`, a `fingerprint` and possibly
-`repeats`) or upstream's (neither; model, prompt and number of denoising steps say what was run).
+A dump is a JSON object with `total_duration_ms` and `steps`. Ours have `schema_version`, a `fingerprint` and possibly
+`repeats`; upstream's have none of these, and their recipe is model, prompt and number of denoising steps.
 """
 
 import json
@@ -20,14 +20,14 @@ PEAKS = ("peak_allocated_mb", "peak_reserved_mb", "peak_host_anon_mb")
 
 @dataclass(frozen=True)
 class Dump:
-    """One dump: what was run, and for each metric its observations."""
+    """One dump: its recipe, and the observations of each metric."""
 
     path: Path
     meta: dict[str, Any]  # model, prompt, denoising_steps
     fingerprint: str | None
     fields: dict[str, Any]
     metrics: dict[str, list[float]]
-    pictures: int | None  # None where the dump does not list its samples
+    images: int | None  # None if the dump does not list its samples
 
     @property
     def recipe(self) -> str:
@@ -35,19 +35,19 @@ class Dump:
 
 
 def collect(paths: Iterable[str | Path]) -> list[Dump]:
-    """The dumps at `paths`, each a dump file or a folder with dumps below it; a file that is met twice counts once.
+    """Read the dumps at `paths`, each a dump file or a folder that contains dumps; duplicate files count once.
 
-    Raises UserError with one sentence for what is missing, broken, or written by a newer version.
+    Raises UserError for files that are missing, broken, or written by a newer version.
     """
-    found: dict[Path, Dump] = {}
+    collected: dict[Path, Dump] = {}
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path} does not exist")
         dumps = [read(file) for file in _json_files(path)] if path.is_dir() else [read(path, strict=True)]
         if not any(dumps):
             raise UserError(f"The folder {path} holds no perf dump")
-        found |= {dump.path.resolve(): dump for dump in dumps if dump is not None}
-    return list(found.values())
+        collected |= {dump.path.resolve(): dump for dump in dumps if dump is not None}
+    return list(collected.values())
 
 
 def _json_files(folder: Path) -> list[Path]:
@@ -55,7 +55,7 @@ def _json_files(folder: Path) -> list[Path]:
 
 
 def read(path: Path, strict: bool = False) -> Dump | None:
-    """The dump in a file; for a JSON file that is something else None, or UserError if `strict`."""
+    """Read the dump in a file. For other JSON files returns None, or raises UserError if `strict`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except UnicodeDecodeError:
@@ -70,7 +70,7 @@ def read(path: Path, strict: bool = False) -> Dump | None:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not is_dump(content):
         if strict:
-            raise UserError(f"{path} is no perf dump: it has no total_duration_ms and steps")
+            raise UserError(f"{path} is not a perf dump: it has no total_duration_ms and steps")
         return None
     version = content.get("schema_version", 0)
     if not isinstance(version, int) or version > SCHEMA_VERSION:
@@ -79,12 +79,12 @@ def read(path: Path, strict: bool = False) -> Dump | None:
 
 
 def is_dump(content: Any) -> bool:
-    """Whether this is what the JSON of a perf dump holds, ours or upstream's."""
+    """Whether parsed JSON is a perf dump, ours or upstream's."""
     return isinstance(content, dict) and {"total_duration_ms", "steps"} <= content.keys()
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _dump(path: Path, content: Mapping[str, Any]) -> Dump:
@@ -103,7 +103,7 @@ def _dump(path: Path, content: Mapping[str, Any]) -> Dump:
             fingerprint=fingerprint.get("hash"),
             fields=fingerprint.get("fields") or {},
             metrics=metrics,
-            pictures=len(samples) if samples else None,
+            images=len(samples) if samples else None,
         )
     except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
         reason = str(error) if type(error) is ValueError else "its entries do not have the layout of a dump"
@@ -119,20 +119,20 @@ def _repeats(content: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _metrics(content: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Every repeat is one observation; what no repeat holds (loading, memory) is observed once per dump."""
-    found: dict[str, list[float]] = {}
+    """Each repeat is one observation; metrics outside the repeats (loading, memory) have one observation per dump."""
+    metrics: dict[str, list[float]] = {}
     for repeat in _repeats(content):
         for name, value in _times(repeat).items():
-            found.setdefault(name, []).append(value)
-    if not all(found["total"]):
+            metrics.setdefault(name, []).append(value)
+    if not all(metrics["total"]):
         raise ValueError("its total_duration_ms is zero")
-    once = {name: value for name, value in _stages(content).items() if name not in found}
+    once = {name: value for name, value in _stages(content).items() if name not in metrics}
     for checkpoint in (content.get("memory_checkpoints") or {}).values():
         for peak in PEAKS:
             if checkpoint.get(peak) is not None:
                 name = f"memory.{peak.removesuffix('_mb')}"
                 once[name] = max(once.get(name, 0.0), _number(checkpoint[peak], peak))
-    return found | {name: [value] for name, value in once.items()}
+    return metrics | {name: [value] for name, value in once.items()}
 
 
 def _times(repeat: Mapping[str, Any]) -> dict[str, float]:
@@ -145,11 +145,11 @@ def _times(repeat: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _stages(content: Mapping[str, Any]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    stages: dict[str, float] = {}
     for entry in content.get("steps") or ():
         name = f"stage.{entry['name']}"
-        found[name] = found.get(name, 0.0) + _number(entry["duration_ms"], f"the stage {entry['name']}")
-    return found
+        stages[name] = stages.get(name, 0.0) + _number(entry["duration_ms"], f"the stage {entry['name']}")
+    return stages
 
 
 def _number(value: Any, what: str) -> float:

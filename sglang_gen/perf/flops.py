@@ -1,7 +1,7 @@
-"""The work of a run: which networks were called with which shapes, and what such a call costs.
+"""FLOPs and bytes of a run, counted from the shapes with which its networks were called.
 
-Calls are noted as they happen, shapes only. Afterwards each distinct call is repeated on a twin of the network on the
-meta device, where torch's counter sees every product, attention included, and no arithmetic is done.
+Only the shapes of calls are recorded as they happen. Afterwards each distinct call is repeated on a copy of the network
+on the meta device, where torch's FLOP counter sees every matrix product, attention included, and nothing is computed.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from sglang_gen.tensor_tree import to_meta
 
 @dataclass
 class Call:
-    """One distinct call: the network, its method, the arguments as meta tensors, and how often it was made."""
+    """One distinct call: the network, its method, the arguments as meta tensors, and the number of such calls."""
 
     stage: str
     name: str
     module: nn.Module
     method: str
-    twin: Callable[[], Any] | None
+    meta_copy: Callable[[], Any] | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     io_bytes: int
@@ -37,7 +37,7 @@ class Call:
 
 @dataclass
 class CallLog:
-    """Notes the calls of the watched networks while `on`."""
+    """Records the calls of the watched networks while `on` is True."""
 
     on: bool = False
     calls: dict[str, Call] = field(default_factory=dict)
@@ -49,17 +49,17 @@ class CallLog:
         entrance: Any,
         method: str = "forward",
         module: nn.Module | None = None,
-        twin: Callable[[], Any] | None = None,
+        meta_copy: Callable[[], Any] | None = None,
     ) -> None:
-        """Note every call of `entrance.method` as work of `stage`.
+        """Record every call of `entrance.method` under `stage`.
 
-        `module` holds the weights, where the entrance is something before it; `twin` gives an entrance without memory.
+        `module` holds the weights if `entrance` is not the network itself; `meta_copy` builds an entrance on meta.
         """
         network = entrance if module is None else module
 
         def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.on:
-                self._note(Call(stage, name, network, method, twin, args, kwargs, 0))
+                self._note(Call(stage, name, network, method, meta_copy, args, kwargs, 0))
 
         if method == "forward" and isinstance(entrance, nn.Module):
             entrance.register_forward_pre_hook(lambda _module, args, kwargs: note(args, kwargs), with_kwargs=True)
@@ -90,7 +90,7 @@ def _signature(leaf: Any) -> Any:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """The tensors and plain values inside of lists, tuples, dicts and dataclasses."""
+    """The tensors and plain values inside lists, tuples, dicts and dataclasses."""
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, (list, tuple, dict)):
@@ -103,29 +103,29 @@ def _leaves(value: Any) -> Iterator[Any]:
 def work(
     log: CallLog, stages_ms: Mapping[str, float], rates: Mapping[str, Any], sent: Mapping[str, int]
 ) -> dict[str, dict[str, Any]]:
-    """For each stage `{flops, bytes, mfu, bound}` against the machine's rates.
+    """`{flops, bytes, mfu, bound}` of each stage, relative to the machine's rates.
 
-    `bytes` are the weights that a call uses and its inputs, once per call. `mfu` is flops over what the machine's
-    matmul rate gives in the measured time. `bound` is the slowest of compute, memory and comm, for which `sent` has the
-    bytes that left this rank in each stage; launch where the stage took over four times as long as any. A network that
-    has no meta twin gives `{"reason": ...}` instead.
+    `bytes` counts the weights that a call uses and its inputs, once per call. `mfu` is flops divided by the machine's
+    matmul rate times the measured time. `bound` is the slowest of compute, memory and comm, or launch if the stage took
+    over four times as long as each of these; `sent` has the bytes that this rank sent in each stage. The entry is
+    `{"reason": ...}` for a network that cannot run on meta.
     """
-    found: dict[str, dict[str, Any]] = {}
+    stages: dict[str, dict[str, Any]] = {}
     for call in log.calls.values():
-        entry = found.setdefault(call.stage, {"flops": 0, "bytes": 0})
+        entry = stages.setdefault(call.stage, {"flops": 0, "bytes": 0})
         counted = count(call)
         if isinstance(counted, str):
             entry["reason"] = counted
             continue
-        flops, share = counted
+        flops, used_fraction = counted
         weights = sum(stored_bytes(parameter) for parameter in call.module.parameters())
         entry["flops"] += flops * call.count
-        entry["bytes"] += (int(share * weights) + call.io_bytes) * call.count
+        entry["bytes"] += (int(used_fraction * weights) + call.io_bytes) * call.count
     return {
         stage: {"reason": entry["reason"]}
         if "reason" in entry
         else _judge(entry, stages_ms.get(stage, 0.0), rates, sent.get(stage, 0))
-        for stage, entry in found.items()
+        for stage, entry in stages.items()
     }
 
 
@@ -144,7 +144,7 @@ def _judge(entry: dict[str, Any], milliseconds: float, rates: Mapping[str, Any],
 
 
 class Used(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Which of some tensors are used."""
+    """Records which of the given tensors are used."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -155,29 +155,29 @@ class Used(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.seen.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.sizes)
         return func(*args, **(kwargs or {}))
 
-    def share(self) -> float:
-        """Of their numbers."""
+    def fraction(self) -> float:
+        """Fraction of the tensors' elements that were used."""
         total = sum(self.sizes.values())
         return sum(self.sizes[number] for number in self.seen) / total if total else 0.0
 
 
 def count(call: Call) -> tuple[int, float] | str:
-    """FLOPs of one call (a multiplication and an addition are two) and the share of the weights that it uses.
+    """FLOPs of one call (a multiply-add counts as two) and the fraction of the weights that it uses.
 
-    In their place the reason why they cannot be counted.
+    Returns the reason as a string if they cannot be counted.
     """
     try:
-        twin = call.twin() if call.twin else _meta_twin(call.module, _dtype_of(call))
-        weights = list((twin if isinstance(twin, nn.Module) else twin.network).parameters())
+        copy = call.meta_copy() if call.meta_copy else _meta_copy(call.module, _dtype_of(call))
+        weights = list((copy if isinstance(copy, nn.Module) else copy.network).parameters())
         with torch.no_grad(), Used(weights) as used, FlopCounterMode(display=False) as counter:
-            getattr(twin, call.method)(*call.args, **call.kwargs)
+            getattr(copy, call.method)(*call.args, **call.kwargs)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         return f"{type(call.module).__name__} cannot be counted on meta: {str(error).splitlines()[0]}"
-    return int(counter.get_total_flops()), used.share()
+    return int(counter.get_total_flops()), used.fraction()
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """Memory of a weight: of a quantized one, its parts, since it reports the dtype that it stands for."""
+    """Memory of a weight in bytes; a quantized tensor reports its original dtype, so its inner tensors are summed."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         return tensor.numel() * tensor.element_size()
@@ -185,25 +185,25 @@ def stored_bytes(tensor: torch.Tensor) -> int:
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype | None:
-    """The dtype that a network computes in: that of most of its numbers, else what its quantized layers unpack to."""
-    numbers: Counter[torch.dtype] = Counter()
+    """The dtype that a network computes in: that to which quantized layers unpack, else that of most parameters."""
+    elements: Counter[torch.dtype] = Counter()
     for parameter in module.parameters():
         if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
-            numbers[parameter.dtype] += parameter.numel()
+            elements[parameter.dtype] += parameter.numel()
     unpacked = [getattr(child, "compute_dtype", None) for child in module.modules()]
-    return next((dtype for dtype in unpacked if dtype is not None), numbers.most_common(1)[0][0] if numbers else None)
+    return next((dtype for dtype in unpacked if dtype is not None), elements.most_common(1)[0][0] if elements else None)
 
 
 def _dtype_of(call: Call) -> torch.dtype:
-    """The dtype for the twin; of a network without a plain number, that of its first floating argument."""
+    """The dtype of the meta copy; that of the first floating-point argument if no parameter is of a plain dtype."""
     tensors = [leaf for leaf in _leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]
     given = next((leaf.dtype for leaf in tensors if leaf.is_floating_point()), torch.float32)
     return compute_dtype(call.module) or given
 
 
-def _meta_twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A plain network of the same configuration without memory; quantized products are as many as plain ones."""
+def _meta_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """An unquantized network of the same config on meta; quantization does not change the number of FLOPs."""
     kind: Any = type(module)
     with torch.device("meta"):
-        twin = kind.from_config(module.config) if hasattr(kind, "load_config") else kind(module.config)
-    return nn.Module.to(twin, dtype).eval()  # type: ignore[no-any-return]
+        copy = kind.from_config(module.config) if hasattr(kind, "load_config") else kind(module.config)
+    return nn.Module.to(copy, dtype).eval()  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""The machine: its parts, and the rates that it really reaches, measured once and kept on disk."""
+"""The machine: its hardware, and its matmul and memory rates, which are measured once and cached on disk."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from sglang_gen.perf.clock import synchroniser
 
 
 def describe(device: str) -> dict[str, Any]:
-    """CPU, GPUs, threads and versions; nothing is measured."""
+    """CPU, GPUs, threads and library versions; nothing is measured."""
     import torch
 
     name, _ = env.cpu()
@@ -30,9 +30,10 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def rates(device: str, dtype: str, named: Machine) -> dict[str, Any]:
-    """`{matmul_tflops, memory_gb_per_s, source}` measured once per dtype and versions, or those of a named machine.
+    """`{matmul_tflops, memory_gb_per_s, source}`, measured once per dtype and torch version, or of a named machine.
 
-    That has a `link_gb_per_s` too, and a matmul rate in half precision alone. `{source}` where memory does not suffice.
+    A named machine has `link_gb_per_s` too, and its matmul rate is None except in half precision. Returns only
+    `{source}` if memory is too short to measure.
     """
     if named.name != "auto":
         half = dtype in ("bfloat16", "float16")
@@ -45,27 +46,27 @@ def rates(device: str, dtype: str, named: Machine) -> dict[str, Any]:
     facts = describe(device)
     key = json.dumps([facts["cpu"], facts["threads"], facts["gpus"], device, dtype, facts["versions"]["torch"]])
     path = env.cache_dir() / "machine" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if (kept := _read(path)) is not None:
-        return kept
+    if (cached := _read(path)) is not None:
+        return cached
     try:
         measured = {**_measure(device, dtype), "source": "measured"}
-    except RuntimeError as error:  # the pictures are there, and their times; the network still takes its room
+    except RuntimeError as error:  # out of memory: the network is still loaded; images and times are not affected
         return {"source": f"not measured: {first_line(error)}"}
-    with contextlib.suppress(OSError):  # an unwritable cache costs the next run a second, nothing else
+    with contextlib.suppress(OSError):  # if the cache cannot be written, the next run measures again
         files.write_json(path, measured)
     return measured
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Rates that an earlier run kept; None where there are none, or the file is not whole."""
+    """Rates that an earlier run cached; None if the file does not exist or is incomplete."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    numbers = [kept.get("matmul_tflops"), kept.get("memory_gb_per_s")] if isinstance(kept, dict) else [None]
-    if not all(isinstance(number, float) and number > 0 for number in numbers):
+    rates = [content.get("matmul_tflops"), content.get("memory_gb_per_s")] if isinstance(content, dict) else [None]
+    if not all(isinstance(rate, float) and rate > 0 for rate in rates):
         return None
-    return {"matmul_tflops": numbers[0], "memory_gb_per_s": numbers[1], "source": "measured"}
+    return {"matmul_tflops": rates[0], "memory_gb_per_s": rates[1], "source": "measured"}
 
 
 def _measure(device: str, dtype: str) -> dict[str, float]:
@@ -73,7 +74,7 @@ def _measure(device: str, dtype: str) -> dict[str, float]:
 
     wait = synchroniser(device)
     size, seconds = 256, 0.0
-    while seconds < 0.02 and size < 8192:  # some dtypes are very slow on some machines, so sizes grow from small
+    while seconds < 0.02 and size < 8192:  # some dtypes are very slow on some machines, so start with a small size
         size *= 2
         left = torch.randn(size, size, device=device).to(getattr(torch, dtype))
         right = torch.randn(size, size, device=device).to(getattr(torch, dtype))
@@ -90,7 +91,7 @@ def _measure(device: str, dtype: str) -> dict[str, float]:
 
 
 def _best(work: Callable[[], Any], wait: Callable[[], None], repeats: int) -> float:
-    """Seconds of the fastest of `repeats` runs, after one that is not counted."""
+    """Seconds of the fastest of `repeats` runs, after one uncounted run."""
     times = []
     for _ in range(repeats + 1):
         wait()

@@ -1,16 +1,16 @@
-"""Peak memory between two moments: CUDA's allocator, and the anonymous host memory of this process."""
+"""Peak memory of a stage: of torch's CUDA allocator, and the anonymous host memory of this process."""
 
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
-_INTERVAL = 0.01  # seconds between two looks at the host memory
+_INTERVAL = 0.01  # seconds between two samples of the host memory
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Megabytes (2**20 bytes) at the end of a stage and at its peak. None where the machine cannot tell."""
+    """Megabytes (2**20 bytes) at the end of a stage, and its peak. None for values that are not available."""
 
     allocated_mb: float | None
     reserved_mb: float | None
@@ -27,12 +27,12 @@ class Checkpoint:
         return Checkpoint(**mine)
 
     def allocating(self, megabytes: float | None) -> "Checkpoint":
-        """This checkpoint where no less than that was allocated at the peak."""
+        """This checkpoint with a peak of at least `megabytes` allocated."""
         return self.merge(Checkpoint(None, None, megabytes, None, None))
 
 
 def host_anon_mb() -> float | None:
-    """Anonymous resident memory of this process in megabytes (files mapped into memory do not count)."""
+    """Anonymous resident memory of this process in megabytes; memory-mapped files do not count."""
     try:
         text = _STATUS.read_text()
     except OSError:
@@ -44,7 +44,7 @@ def host_anon_mb() -> float | None:
 
 
 class Memory:
-    """Watches host memory from a thread, since the kernel keeps no peak of it; a context manager."""
+    """Context manager that samples host memory from a thread, since the kernel does not record its peak."""
 
     def __init__(self, device: str) -> None:
         self.device = device

@@ -1,4 +1,4 @@
-"""The number of a perf dump that an optimising sweeper minimises or maximises (`perf.objective`)."""
+"""`perf.objective`: the number of a perf dump that an optimizing sweeper minimizes or maximizes."""
 
 import difflib
 import math
@@ -19,18 +19,18 @@ KNOWN = (
     "load.duration_ms", "load.imports_ms", "warmup.duration_ms", "warmup.steps",
     "quality.psnr", "quality.ssim", "quality.max_error",
 )  # fmt: skip
-# Fields whose numbers depend on the run: which of their keys exist is known when it has ended.
+# Fields whose keys depend on the run and are known only when it has ended.
 OPEN = ("work", "machine", "comm", "ranks", "repeats", "denoise_steps_ms", "requested", "effective", "fingerprint",
         "samples", "cache", "quality.samples")  # fmt: skip
 
 
 def check(run: Run) -> None:
-    """Refuse a key that no dump of this run has. Raises UserError."""
+    """Refuse a key that the dump of this run cannot have. Raises UserError."""
     key = run.perf.objective
     if key is None:
         return
     if key not in KNOWN and not key.startswith(tuple(f"{name}." for name in OPEN)):
-        raise UserError(f"perf.objective: '{key}' is no number of the perf dump{_near(key, KNOWN)}")
+        raise UserError(f"perf.objective: '{key}' is not a number of the perf dump{_near(key, KNOWN)}")
     needs = {"quality": run.quality.reference, "warmup": run.compile.warmup, "work": run.perf.work}
     names = {"quality": "quality.reference", "warmup": "--warmup", "work": "perf.work=true"}
     head = key.partition(".")[0]
@@ -39,15 +39,15 @@ def check(run: Run) -> None:
 
 
 def value(report: Mapping[str, Any], key: str) -> float:
-    """The number of the dump `report` at `key`. Raises RunError where there is none."""
-    found = numbers(report)
-    if key in found:
-        return found[key]
-    raise RunError(f"perf.objective: the perf dump of this run has no number '{key}'{_near(key, found)}")
+    """The number at `key` in the dump `report`. Raises RunError if there is none."""
+    known = numbers(report)
+    if key in known:
+        return known[key]
+    raise RunError(f"perf.objective: the perf dump of this run has no number '{key}'{_near(key, known)}")
 
 
 def numbers(report: Mapping[str, Any]) -> dict[str, float]:
-    """Every finite number of a dump by its dotted key; entries of a list by their name or their number."""
+    """Every finite number of a dump by its dotted key; list entries are keyed by their name or index."""
     steps = times(report).get("step")
     own = {} if steps is None else {STEP: round(1000 * steps.median, 3)}
     return own | _flat(report, "")
@@ -64,10 +64,10 @@ def _flat(item: Any, key: str) -> dict[str, float]:
 
 
 def _numbered(items: list[Any]) -> list[tuple[str, Any]]:
-    """Stages have names, steps and ranks have numbers."""
+    """List entries with their keys: the name of a stage, the index of a step or rank."""
     return [
-        (str(each["name"]) if isinstance(each, Mapping) and "name" in each else str(index), each)
-        for index, each in enumerate(items)
+        (str(item["name"]) if isinstance(item, Mapping) and "name" in item else str(index), item)
+        for index, item in enumerate(items)
     ]
 
 

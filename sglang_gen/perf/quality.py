@@ -1,4 +1,4 @@
-"""How far a picture is from its reference: PSNR, SSIM and the largest difference, on uint8 frames [H, W, 3]."""
+"""Image quality against a reference: PSNR, SSIM and the largest difference, on uint8 frames `[H, W, 3]`."""
 
 import json
 import math
@@ -23,7 +23,7 @@ K1, K2 = 0.01, 0.03
 
 
 def squared_error(frame: "Frame", reference: "Frame") -> float:
-    """Mean squared difference over all pixels and channels. Raises ValueError where the frames cannot be compared."""
+    """Mean squared error over all pixels and channels. Raises ValueError if the frames cannot be compared."""
     import numpy as np
 
     _check(frame, reference)
@@ -36,7 +36,7 @@ def psnr(frame: "Frame", reference: "Frame") -> float:
 
 
 def max_error(frame: "Frame", reference: "Frame") -> int:
-    """The largest difference of any pixel in any channel, 0 to 255."""
+    """The largest absolute difference over all pixels and channels, 0 to 255."""
     import numpy as np
 
     _check(frame, reference)
@@ -44,12 +44,12 @@ def max_error(frame: "Frame", reference: "Frame") -> int:
 
 
 def ssim(frame: "Frame", reference: "Frame") -> float:
-    """Structural similarity, 1 for identical frames: the mean over the three channels, each on its own.
+    """Structural similarity, 1 for identical frames: the mean over the three channels, computed separately.
 
     Z. Wang, A. C. Bovik, H. R. Sheikh, E. P. Simoncelli, "Image quality assessment: from error visibility to
     structural similarity", IEEE Transactions on Image Processing 13, 2004, equation 13 with its constants: Gaussian
-    window of 11 x 11 pixels, sigma 1.5, sum 1, only where it lies inside the frame; K1 = 0.01, K2 = 0.03, L = 255. The
-    paper judges luminance; channels are averaged here so that a change of colour alone is seen. Computed in float64.
+    window of 11 x 11 pixels, sigma 1.5, sum 1, without padding; K1 = 0.01, K2 = 0.03, L = 255. The paper compares
+    luminance; here channels are averaged so that a change of colour alone is detected too. Computed in float64.
     Raises ValueError for frames smaller than the window.
     """
     import numpy as np
@@ -68,7 +68,7 @@ def ssim(frame: "Frame", reference: "Frame") -> float:
 
 
 def _blur(planes: "np.ndarray[Any, np.dtype[np.float64]]") -> "np.ndarray[Any, np.dtype[np.float64]]":
-    """Gaussian mean around every pixel whose window lies inside: [C, H, W] -> [C, H - 10, W - 10]."""
+    """Gaussian filter without padding: [C, H, W] -> [C, H - 10, W - 10]."""
     weights = [math.exp(-((index - WINDOW // 2) ** 2) / (2 * SIGMA**2)) for index in range(WINDOW)]
     weights = [weight / sum(weights) for weight in weights]
     height, width = (size - WINDOW + 1 for size in planes.shape[1:])
@@ -95,21 +95,20 @@ def _decibels(error: float) -> float:
 def counterparts(
     reference: str | Path, samples: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = None
 ) -> list[Path]:
-    """The picture in the folder `reference` that belongs to each sample: the one of the same prompt and seed.
+    """Find the reference image of each sample in the folder `reference`: the one with the same prompt and seed.
 
-    A sample has `prompt`, `seed` and possibly `negative_prompt`, which chooses where several pictures fit; `size` is
-    the height and width that all will have, where that is known. To be called before a run: it then fails before work
-    is done, and cannot find the run's own pictures. Raises UserError where one is missing, ambiguous, broken or of
-    another size.
+    A sample has `prompt`, `seed` and possibly `negative_prompt`, which decides if several images match; `size` is the
+    height and width of all images, if known. Call this before a run, so that it fails before work is done and does not
+    find the run's own images. Raises UserError if an image is missing, ambiguous, broken or of another size.
     """
     folder = Path(reference)
     records = _records(folder)
-    found = [_counterpart(folder, records, sample) for sample in samples]
-    for sample, path in zip(samples, found, strict=True):
+    paths = [_counterpart(folder, records, sample) for sample in samples]
+    for sample, path in zip(samples, paths, strict=True):
         own = _size_of(path)
         if size is not None:
             _check_sizes(sample, size, path, own)
-    return found
+    return paths
 
 
 def compare(
@@ -118,17 +117,17 @@ def compare(
     frames: Sequence["Frame"],
     found: Sequence[Path] | None = None,
 ) -> dict[str, Any]:
-    """A finished run against the run records in the folder `reference`, ready for JSON.
+    """Compare a finished run with the run records in the folder `reference`; returns JSON-serializable data.
 
-    `samples[i]` describes `frames[i]`; `found` is what `counterparts` gave before the run. Gives `{reference, pairs,
-    identical, psnr, ssim, max_error, samples}`: `psnr` is that of the mean squared error over all pairs (null where all
-    are identical), `ssim` the mean, `max_error` the worst. Raises UserError where a counterpart is missing, ambiguous,
-    broken or of another size.
+    `samples[i]` describes `frames[i]`; `found` is the result of `counterparts` before the run. Returns `{reference,
+    pairs, identical, psnr, ssim, max_error, samples}`: `psnr` is computed from the mean squared error over all pairs
+    (None if all are identical), `ssim` is the mean, `max_error` the maximum. Raises UserError if a reference image is
+    missing, ambiguous, broken or of another size.
     """
     if not samples:
-        raise UserError("There is no picture to compare with a reference")
+        raise UserError("There is no image to compare with a reference")
     paths = counterparts(reference, samples) if found is None else found
-    pairs = [_pair(*item) for item in zip(samples, frames, paths, strict=True)]
+    pairs = [_compare_pair(*item) for item in zip(samples, frames, paths, strict=True)]
     error = fmean(squared for squared, _ in pairs)
     compared = [entry for _, entry in pairs]
     return {
@@ -142,9 +141,9 @@ def compare(
     }
 
 
-def _pair(sample: Mapping[str, Any], frame: "Frame", path: Path) -> tuple[float, dict[str, Any]]:
-    """The squared error of one pair, and what is reported of it."""
-    other = _picture(path)
+def _compare_pair(sample: Mapping[str, Any], frame: "Frame", path: Path) -> tuple[float, dict[str, Any]]:
+    """The mean squared error of one pair, and its entry in the report."""
+    other = _read_image(path)
     _check_sizes(sample, frame.shape[:2], path, other.shape[:2])
     error = squared_error(frame, other)
     return error, {
@@ -158,7 +157,7 @@ def _pair(sample: Mapping[str, Any], frame: "Frame", path: Path) -> tuple[float,
 
 
 def _check_sizes(sample: Mapping[str, Any], size: Sequence[int], path: Path, other: Sequence[int]) -> None:
-    """Raises UserError where a picture of height and width `size` cannot be compared with that of `path`."""
+    """Raises UserError if an image of height and width `size` cannot be compared with the one at `path`."""
     (height, width), (other_height, other_width) = size, other
     if (height, width) != (other_height, other_width):
         raise UserError(
@@ -173,28 +172,26 @@ def _finite(decibels: float) -> float | None:
 
 
 def _name(sample: Mapping[str, Any]) -> str:
-    return f"The picture of seed {sample['seed']} and prompt '{shorten(str(sample['prompt']), 60)}'"
+    return f"The image of seed {sample['seed']} and prompt '{shorten(str(sample['prompt']), 60)}'"
 
 
 def _records(folder: Path) -> dict[tuple[Any, Any], list[tuple[Path, Any]]]:
-    """(prompt, seed) -> pictures with their negative prompts, from the run records of a folder."""
+    """(prompt, seed) -> images with their negative prompts, from the run records of a folder."""
     if not folder.is_dir():
         raise UserError(f"The reference folder {folder} does not exist")
-    found: dict[tuple[Any, Any], list[tuple[Path, Any]]] = {}
+    records: dict[tuple[Any, Any], list[tuple[Path, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         sample = None if path.name.startswith(".") else _sample(path)
         if sample is not None:
-            picture, key = path.with_suffix(".png"), (sample.get("prompt"), sample.get("seed"))
-            found.setdefault(key, []).append((picture, sample.get("negative_prompt")))
-    if not found:
-        raise UserError(
-            f"The reference folder {folder} holds no run record (generated_image_0.json beside its picture)"
-        )
-    return found
+            image, key = path.with_suffix(".png"), (sample.get("prompt"), sample.get("seed"))
+            records.setdefault(key, []).append((image, sample.get("negative_prompt")))
+    if not records:
+        raise UserError(f"The reference folder {folder} holds no run record (generated_image_0.json beside its image)")
+    return records
 
 
 def _sample(path: Path) -> dict[str, Any] | None:
-    """What a run record says of its sample; None for any other JSON file."""
+    """The `sample` entry of a run record; None for any other JSON file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -206,18 +203,18 @@ def _sample(path: Path) -> dict[str, Any] | None:
 def _counterpart(
     folder: Path, records: Mapping[tuple[Any, Any], list[tuple[Path, Any]]], sample: Mapping[str, Any]
 ) -> Path:
-    found = records.get((sample["prompt"], sample["seed"]), [])
-    if len(found) > 1:  # the negative prompt tells runs of one folder apart
-        found = [entry for entry in found if entry[1] == sample.get("negative_prompt")] or found
-    if len(found) > 1:
-        names = ", ".join(path.name for path, _ in found)
+    entries = records.get((sample["prompt"], sample["seed"]), [])
+    if len(entries) > 1:  # the negative prompt distinguishes runs in one folder
+        entries = [entry for entry in entries if entry[1] == sample.get("negative_prompt")] or entries
+    if len(entries) > 1:
+        names = ", ".join(path.name for path, _ in entries)
         raise UserError(f"{_name(sample)} has several references in {folder}: {names}")
-    if not found:
+    if not entries:
         raise UserError(f"{_name(sample)} has no reference in {folder}")
-    return found[0][0]
+    return entries[0][0]
 
 
-def _picture(path: Path) -> "Frame":
+def _read_image(path: Path) -> "Frame":
     import numpy as np
 
     with _opened(path) as image:
@@ -225,10 +222,10 @@ def _picture(path: Path) -> "Frame":
 
 
 def _size_of(path: Path) -> tuple[int, int]:
-    """Height and width of a picture whose file is whole."""
+    """Height and width of an image. Raises UserError if the file is damaged."""
     with _opened(path) as image:
         width, height = image.size
-        image.verify()  # its checksums; nothing is decoded
+        image.verify()  # verifies checksums without decoding
     return height, width
 
 
@@ -240,13 +237,13 @@ def _opened(path: Path) -> "Iterator[Image.Image]":
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
-        raise UserError(f"The reference picture {path} is missing beside its record") from None
-    except (UnidentifiedImageError, OSError, SyntaxError):  # PIL calls a broken PNG a SyntaxError
-        raise UserError(f"The reference picture {path} cannot be read") from None
+        raise UserError(f"The reference image {path} is missing beside its record") from None
+    except (UnidentifiedImageError, OSError, SyntaxError):  # PIL raises SyntaxError for a broken PNG
+        raise UserError(f"The reference image {path} cannot be read") from None
 
 
-def sentence(found: Mapping[str, Any]) -> str:
-    """A comparison in words for the log."""
-    if found["identical"]:
+def sentence(comparison: Mapping[str, Any]) -> str:
+    """The result of `compare` as a phrase for the log."""
+    if comparison["identical"]:
         return "identical"
-    return f"PSNR {found['psnr']:.2f} dB, SSIM {found['ssim']:.4f}, largest error {found['max_error']}"
+    return f"PSNR {comparison['psnr']:.2f} dB, SSIM {comparison['ssim']:.4f}, largest error {comparison['max_error']}"

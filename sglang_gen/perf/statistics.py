@@ -1,6 +1,6 @@
-"""Is the new program slower than the old one? A ratio, its interval, and a verdict.
+"""Decides whether a new program is slower than its base: ratio of run times, confidence interval, verdict.
 
-Run times scatter by factors rather than by amounts, so everything here works on logarithms. With observations
+Run times vary by factors rather than by amounts, so logarithms are compared. With observations
 x_1..x_n of the base, y_1..y_m of the new program, and sample variances u, v of their logarithms:
 
     log ratio   d = mean(log y) - mean(log x)           the ratio of the geometric means
@@ -9,8 +9,8 @@ x_1..x_n of the base, y_1..y_m of the new program, and sample variances u, v of 
     interval    exp(d - t e) .. exp(d + t e)            t: quantile of Student's t, k degrees of freedom
 
 (B. L. Welch, "The generalization of 'Student's' problem when several different population variances are involved",
-Biometrika 34, 1947; the two variances need not be equal.) Where one side has a single observation, it is taken to
-scatter like the other: e = s sqrt(1 + 1/n), k = n - 1. Two single observations have no interval.
+Biometrika 34, 1947; the two variances need not be equal.) If one side has a single observation, the variance of the
+other side is used for it: e = s sqrt(1 + 1/n), k = n - 1. Two single observations have no interval.
 
 The repeats needed follow C. Stein, "A two-sample test for a linear hypothesis whose power is independent of the
 variance", Annals of Mathematical Statistics 16, 1945: the quantiles of the first observations' own degrees of freedom
@@ -26,13 +26,13 @@ from enum import Enum
 from functools import lru_cache
 from statistics import NormalDist, fmean, variance
 
-POWER = 0.9  # probability with which the predicted number of repeats decides
-MOST_REPEATS = 10_000  # repeats; more than this is not a prediction anybody acts on
-_EXPONENT = 50.0  # ratios beyond exp(50) are all the same
+POWER = 0.9  # probability that the predicted number of repeats leads to a decision
+MOST_REPEATS = 10_000  # upper limit of the predicted number of repeats
+_EXPONENT = 50.0  # log ratios are clamped to this, so that exp does not overflow
 
 
 class Verdict(Enum):
-    """What is said of a metric, of a recipe, or of a whole comparison; later ones outweigh earlier ones."""
+    """Verdict on a metric, a recipe, or a whole comparison, in order of increasing severity."""
 
     PASS = "PASS"
     IMPROVEMENT = "IMPROVEMENT"
@@ -43,21 +43,21 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the observations say of new/base. `interval` is None where both sides have a single observation."""
+    """Ratio new/base and its verdict. `interval` is None if both sides have a single observation."""
 
     ratio: float
     interval: tuple[float, float] | None
     verdict: Verdict
-    repeats_needed: int | None = None  # per side, where the verdict is TOO_NOISY
+    repeats_needed: int | None = None  # per side, if the verdict is TOO_NOISY
 
 
 def judge(base: Sequence[float], new: Sequence[float], tolerance: float, confidence: float = 0.95) -> Judgement:
-    """Judge positive observations where more is worse; `tolerance` is relative, 0.02 is two percent.
+    """Judge positive observations of a metric for which larger is worse; `tolerance` is relative (0.02: two percent).
 
-    REGRESSION when the whole interval lies above 1 + tolerance, IMPROVEMENT when it lies below 1 - tolerance, PASS
-    when it ends at or below 1 + tolerance, TOO_NOISY otherwise. A program that is slower by the tolerance or less is
-    called a regression with probability (1 - confidence) / 2 at most, whatever the noise. Without an interval the
-    ratio alone is held against the tolerance.
+    REGRESSION if the whole interval lies above 1 + tolerance, IMPROVEMENT if it lies below 1 - tolerance, PASS if it
+    ends at or below 1 + tolerance, TOO_NOISY otherwise. A program that is slower by the tolerance or less is judged a
+    regression with probability (1 - confidence) / 2 at most, whatever the noise. Without an interval the ratio itself
+    is compared with the tolerance.
     """
     logs = [math.log(value) for value in base], [math.log(value) for value in new]
     shift = fmean(logs[1]) - fmean(logs[0])
@@ -93,12 +93,12 @@ def _verdict(low: float, high: float, tolerance: float) -> Verdict:
 
 
 def _variances(base: Sequence[float], new: Sequence[float]) -> tuple[float, float] | None:
-    """Variances of both sides; a side with one observation borrows that of the other."""
-    found = [variance(side) if len(side) > 1 else None for side in (base, new)]
-    known = [value for value in found if value is not None]
+    """Variances of both sides; a side with one observation gets the variance of the other."""
+    variances = [variance(side) if len(side) > 1 else None for side in (base, new)]
+    known = [value for value in variances if value is not None]
     if not known:
         return None
-    first, second = (known[0] if value is None else value for value in found)
+    first, second = (known[0] if value is None else value for value in variances)
     return first, second
 
 
@@ -118,9 +118,9 @@ def _error(base: Sequence[float], new: Sequence[float]) -> tuple[float | None, f
 def _repeats_needed(
     logs: tuple[Sequence[float], Sequence[float]], shift: float, freedom: float, tolerance: float, confidence: float
 ) -> int:
-    """Repeats per side after which an unchanged program passes, and one slower by twice the tolerance is found, each
-    with probability POWER. Where there are that many already, the ratio lies close to the tolerance, and the number is
-    that which tells this ratio from the tolerance.
+    """Repeats per side after which an unchanged program passes, and one slower by twice the tolerance is detected, each
+    with probability POWER. If there are that many already, the ratio is close to the tolerance, and the result is the
+    number that distinguishes this ratio from the tolerance.
     """
     variances = _variances(*logs)
     assert variances is not None, "two single observations are never too noisy"
@@ -138,8 +138,8 @@ def _repeats_needed(
 def quantile(probability: float, freedom: float) -> float:
     """Quantile of Student's t for a probability of at least 1/2; `freedom` need not be an integer.
 
-    Newton's method from the normal quantile, which lies below; the distribution function is concave there, so every
-    step stays below and the steps shrink.
+    Newton's method, starting at the normal quantile, which is smaller; the distribution function is concave there, so
+    every iterate stays below the root and the steps shrink.
     """
     value = NormalDist().inv_cdf(probability)
     for _ in range(200):

@@ -1,8 +1,8 @@
-"""A preset's model as a folder with random weights in bfloat16, by the configs in the package.
+"""Writes a preset's model with random weights in bfloat16 as a folder, from the configs in the package.
 
-Weights are drawn as their classes draw them before a training, on the device that will use them, one component at a
-time, so that a GPU's memory holds the largest of them once and the host a shard of it. Tokenizers are the embedded
-model's, with the length that the preset's encoder takes: its texts are padded to that, whatever a prompt holds.
+Weights are initialized by the model classes, on the given device, one component at a time, so that the GPU holds at
+most the largest component and the host one shard of it. Tokenizers are the embedded model's with the maximum length of
+the preset's text encoder, to which texts are padded.
 """
 
 import gc
@@ -21,21 +21,21 @@ from sglang_gen import env
 
 SHARD = "4GB"
 TOKENIZERS = {"CLIPTokenizer": "tokenizer", "T5TokenizerFast": "tokenizer_3"}  # of the embedded model
-Configs = Mapping[str, Mapping[str, Any]]  # by the names of components
+Configs = Mapping[str, Mapping[str, Any]]  # component name -> config
 
 
 def configs(preset: str, changes: Configs | None = None) -> Configs:
-    """The configs of a preset's components, with some of their fields changed."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in env.preset_configs(preset).glob("*/*.json")}
-    return {name: config | (changes or {}).get(name, {}) for name, config in found.items()}
+    """The configs of a preset's components, with `changes` applied."""
+    originals = {path.parent.name: json.loads(path.read_text()) for path in env.preset_configs(preset).glob("*/*.json")}
+    return {name: config | (changes or {}).get(name, {}) for name, config in originals.items()}
 
 
 def write(
     preset: str, folder: Path, device: str, changes: Configs | None = None, check: Callable[[Any], None] | None = None
 ) -> Path:
-    """The folder of that model, which is kept where it is complete. `check` is given the denoising network."""
+    """Write the model to `folder` unless it is complete already. `check` is called with the denoising network."""
     index = json.loads((env.preset_configs(preset) / "model_index.json").read_text())
-    found = configs(preset, changes)
+    component_configs = configs(preset, changes)
     if (folder / "model_index.json").exists():  # written last
         return folder
     transformers.utils.logging.disable_progress_bar()
@@ -44,13 +44,13 @@ def write(
             continue
         library, kind = entry
         if kind in TOKENIZERS:
-            encoder = found[name.replace("tokenizer", "text_encoder")]
+            encoder = component_configs[name.replace("tokenizer", "text_encoder")]
             _write_tokenizer(TOKENIZERS[kind], folder / name, encoder.get("max_position_embeddings", 512))
         elif name == "scheduler":
-            _write_json(folder / name / "scheduler_config.json", found[name])
+            _write_json(folder / name / "scheduler_config.json", component_configs[name])
         else:
             component = _drawn(
-                {"diffusers": diffusers, "transformers": transformers}[library], kind, found[name], device
+                {"diffusers": diffusers, "transformers": transformers}[library], kind, component_configs[name], device
             )
             if check is not None and name in ("transformer", "unet"):
                 check(component)

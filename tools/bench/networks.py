@@ -1,20 +1,21 @@
-"""One denoising step of the native engine beside its peers, interleaved in one process.
+"""Benchmarks one denoising step of the native engine and of other engines, interleaved in one process.
 
     python -m tools.bench.networks                       # the embedded model, a UNet and a DiT that suit a laptop
     python -m tools.bench.networks --device cuda --work sdxl,flux_dev
 
-Peers: diffusers in its default dtype (float32), in bfloat16, in bfloat16 under torch.compile, and OpenVINO with its
-bfloat16 hint where it is installed. Ours attends with the kernel that attention=auto, the default of a run, takes for
-these shapes, and the table names it. On a GPU ours also runs as CUDA graphs. Every round calls each of them once,
-another one first every time. The table gives the median time, the ratio of geometric means to ours (compiled) with its
-95 % interval, and the share of the machine's own matrix rate, which is measured in the same rounds. Nothing here fails
-because a machine is slow.
+The others are diffusers in its default dtype (float32), in bfloat16, in bfloat16 with torch.compile, and OpenVINO with
+its bfloat16 hint if it is installed. Our networks use the attention kernel that attention=auto, the default of a run,
+chooses for these shapes; the table names it. On a GPU our networks also run as CUDA graphs. Every round calls each
+entry once, starting with another one each time. The table shows the median time, the ratio of geometric means to ours
+(compiled) with its 95 % interval, and the fraction of the machine's matmul rate, which is measured in the same rounds.
+A slow machine never makes the benchmark fail.
 
-On a GPU all of ours have one copy of the weights, which stays. Those of the peers wait on the host, and one peer's are
-on the GPU at a time: they come before its call in every round, and it is called once untimed first, since the GPU has
-rested. So FLUX dev needs some 71 GiB of the GPU (22 for ours, 44 for float32, graphs, activations), 67 of the host.
+On a GPU all our networks share one copy of the weights, which stays there. The weights of the others are kept on the
+host, and those of one network at a time are copied to the GPU before its call in every round; the network is then
+called once untimed, since the GPU was idle. So FLUX dev needs some 71 GiB of GPU memory (22 for ours, 44 for float32,
+graphs, activations) and 67 of host memory.
 
-One evaluation is not a picture: `tools.bench.pictures` times whole generations.
+`tools.bench.pictures` benchmarks whole generations.
 """
 
 import argparse
@@ -42,12 +43,12 @@ from sglang_gen.perf.clock import synchroniser
 from sglang_gen.perf.statistics import judge
 from sglang_gen.tensor_tree import to_meta
 from tools.bench import works
-from tools.bench.guests import Guest, Room
+from tools.bench.host_networks import DeviceSlot, HostNetwork
 
 OURS, REFERENCE = "sglang-gen, compiled", "diffusers, float32 (its default)"
 ATTENTION = "its attention alone, SDPA"
-SIDES = {"cpu": 2048, "cuda": 8192}  # of the product that gives the matrix rate: on a GPU a smaller one is over at once
-CAPTURING = CROWDED = ("cuda",)  # devices with CUDA graphs; and those without room for everybody's weights
+SIDES = {"cpu": 2048, "cuda": 8192}  # size of the matmul that measures the rate: on a GPU a smaller one is too short
+CAPTURING = CROWDED = ("cuda",)  # devices with CUDA graphs; devices that cannot hold the weights of all entries
 Call = Callable[[], Any]
 
 
@@ -56,13 +57,13 @@ def rate_name(device: str) -> str:
 
 
 def kernel_of_auto(work: works.Work, device: str, dtype: torch.dtype = torch.bfloat16) -> attention_kernels.Choice:
-    """The kernel that attention=auto takes for this work, as `Execution` chooses it: in float32 torch's own choice."""
+    """The kernel that attention=auto chooses for this work, as in `Execution`: torch's default in float32."""
     if dtype is torch.float32:
         return attention_kernels.sdpa()
-    latents, text, pooled = (each.to("meta") for each in work.inputs(dtype, "cpu"))
-    shapes = works.rehearsed(
+    latents, text, pooled = (tensor.to("meta") for tensor in work.inputs(dtype, "cpu"))
+    shapes = works.traced_on_meta(
         work, (), works.outline(work, dtype),
-        lambda twin: twin(latents, works.conditioning(work, text, pooled, twin, meta=True), 0),
+        lambda network: network(latents, works.conditioning(work, text, pooled, network, meta=True), 0),
     ).attention  # fmt: skip
     names = attention_kernels.candidates(shapes, device, dtype)
     timed = {name: attention_kernels.named(name).kernel for name in names}
@@ -71,37 +72,37 @@ def kernel_of_auto(work: works.Work, device: str, dtype: torch.dtype = torch.bfl
 
 def entries(
     work: works.Work, folder: Path, device: str, kernel: attention_kernels.Choice
-) -> tuple[dict[str, Call], Room]:
-    """What is timed, by the name that the table shows; and what each has to have on the device before it is called.
+) -> tuple[dict[str, Call], DeviceSlot]:
+    """The calls to time, by their name in the table, and the device slot for the networks that are kept on the host.
 
-    `kernel` is that of our attentions.
+    `kernel` is the attention kernel of our networks.
     """
     ours = partial(our_call, work, _our_networks(work, folder, device), device, kernel)
-    found: dict[str, Call] = {"sglang-gen, eager": ours(compiled=False), OURS: ours(compiled=True)}
+    calls: dict[str, Call] = {"sglang-gen, eager": ours(compiled=False), OURS: ours(compiled=True)}
     if device in CAPTURING:
-        found["sglang-gen, eager, graphs"] = ours(compiled=False, graphs=True)
-        found["sglang-gen, compiled, graphs"] = ours(compiled=True, graphs=True)
-    peers, room = _peers(work, folder, device)
-    found |= peers
+        calls["sglang-gen, eager, graphs"] = ours(compiled=False, graphs=True)
+        calls["sglang-gen, compiled, graphs"] = ours(compiled=True, graphs=True)
+    peers, slot = _peers(work, folder, device)
+    calls |= peers
     if device == "cpu" and importlib.util.find_spec("openvino"):
-        found["OpenVINO, bfloat16 hint"] = _openvino(work, folder)
-    return found, room
+        calls["OpenVINO, bfloat16 hint"] = _openvino(work, folder)
+    return calls, slot
 
 
-def _peers(work: works.Work, folder: Path, device: str) -> tuple[dict[str, Call], Room]:
+def _peers(work: works.Work, folder: Path, device: str) -> tuple[dict[str, Call], DeviceSlot]:
     half, compiled = "diffusers, bfloat16", "diffusers, bfloat16, torch.compile"
     if device not in CROWDED:
         networks = {name: works.their_network(work, folder, torch.bfloat16).to(device) for name in (half, compiled)}
         networks[REFERENCE] = works.their_network(work, folder, torch.float32).to(device)
-        room = Room({})
+        slot = DeviceSlot({})
     else:
         networks = dict.fromkeys((half, compiled), works.their_network(work, folder, torch.bfloat16))
         networks[REFERENCE] = works.their_network(work, folder, torch.float32)
-        guests = {id(network): Guest(network, device) for network in networks.values()}
-        room = Room({name: guests[id(network)] for name, network in networks.items()})
+        host_networks = {id(network): HostNetwork(network, device) for network in networks.values()}
+        slot = DeviceSlot({name: host_networks[id(network)] for name, network in networks.items()})
     networks[compiled] = torch.compile(networks[compiled])
     dtypes = {REFERENCE: torch.float32, half: torch.bfloat16, compiled: torch.bfloat16}
-    return {name: _theirs(networks[name], works.their_arguments(work, dtypes[name], device)) for name in dtypes}, room
+    return {name: _theirs(networks[name], works.their_arguments(work, dtypes[name], device)) for name in dtypes}, slot
 
 
 def _theirs(network: Any, arguments: dict[str, Any]) -> Call:
@@ -109,9 +110,10 @@ def _theirs(network: Any, arguments: dict[str, Any]) -> Call:
 
 
 def _our_networks(work: works.Work, folder: Path, device: str) -> Callable[[], tuple[Any, Any, Tensor]]:
-    """Gives a network of ours, what gives its conditioning, and the latents.
+    """A function that returns our network, a function for its conditioning, and the latents.
 
-    Where there is no room all have the same weights. Elsewhere not: one would find them in the cache after another.
+    On a crowded device all networks share their weights. Elsewhere each has its own: shared weights would still be in
+    the cache after the previous call.
     """
     load = partial(works.ours, work, folder, torch.bfloat16, device)
     if device not in CROWDED:
@@ -121,8 +123,8 @@ def _our_networks(work: works.Work, folder: Path, device: str) -> Callable[[], t
 
 
 def sharing(network: torch.nn.Module) -> torch.nn.Module:
-    """The same network once more, with the very same weights."""
-    return copy.deepcopy(network, {id(each): each for each in (*network.parameters(), *network.buffers())})
+    """A copy of the network that shares its weights."""
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
 
 
 def our_call(
@@ -133,7 +135,7 @@ def our_call(
     compiled: bool,
     graphs: bool = False,
 ) -> Call:
-    """One evaluation of the network that `load` gives, with its conditioning and latents."""
+    """A call that evaluates the network returned by `load` once, with its conditioning and latents."""
     network, condition, latents = load()
     network = laid_out(network, latents.dtype)
     summing = attention_kernels.kernel_with_lse(kernel.name, device, latents.dtype)
@@ -143,11 +145,11 @@ def our_call(
         if graphs:
             Graphs(network)
         return lambda: network(latents, conditioning, 0)
-    glue = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
-    shapes = works.rehearsed(
-        work, glue.REGIONS, network, lambda twin: twin(to_meta(latents), condition(twin, meta=True), 0)
+    family = importlib.import_module(f"sglang_gen.families.{work.family}.pipeline")
+    shapes = works.traced_on_meta(
+        work, family.REGIONS, network, lambda copied: copied(to_meta(latents), condition(copied, meta=True), 0)
     )
-    blocks = Compiled(network, glue.REGIONS, device)
+    blocks = Compiled(network, family.REGIONS, device)
     blocks.expect(shapes)
     if graphs:
         Graphs(network)
@@ -185,23 +187,23 @@ def _openvino(work: works.Work, folder: Path) -> Call:
 
 
 def ceilings(work: works.Work, device: str) -> tuple[dict[str, Call], dict[str, int]]:
-    """The machine's own rates, timed in the same rounds, and the FLOPs of each and of the network."""
+    """Calls that measure the machine's rates in the same rounds, and the FLOPs of each and of the network."""
     latents, text, pooled = work.inputs(torch.bfloat16, device)
     network, condition = works.outline(work, torch.bfloat16), partial(works.conditioning, work, text, pooled)
     side, rate = SIDES[device], rate_name(device)
     x, w = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
     counter = FlopCounterMode(display=False)
 
-    def count_flops(twin: Any) -> None:
-        conditioning = condition(twin, meta=True)
-        with counter:  # attention is not in it: the rehearsal notes it instead
-            twin(to_meta(latents), conditioning, 0)
+    def count_flops(meta_copy: Any) -> None:
+        conditioning = condition(meta_copy, meta=True)
+        with counter:  # does not count attention, whose shapes the trace on meta records
+            meta_copy(to_meta(latents), conditioning, 0)
 
-    shapes = works.rehearsed(work, (), network, count_flops).attention
+    shapes = works.traced_on_meta(work, (), network, count_flops).attention
     problems = []
     for (batch, heads, length, keys, width), count in shapes.items():
-        q, k, v = (torch.randn(batch, each, heads, width, device=device) for each in (length, keys, keys))
-        problems.append((count, [each.to(torch.bfloat16).transpose(1, 2) for each in (q, k, v)]))
+        q, k, v = (torch.randn(batch, rows, heads, width, device=device) for rows in (length, keys, keys))
+        problems.append((count, [tensor.to(torch.bfloat16).transpose(1, 2) for tensor in (q, k, v)]))
 
     def attend() -> None:
         for count, (q, k, v) in problems:
@@ -223,30 +225,30 @@ def timed(call: Call, wait: Callable[[], None]) -> tuple[float, Any]:
 
 
 @torch.no_grad()
-def first_calls(calls: dict[str, Call], room: Room, device: str) -> dict[str, float]:
-    """Seconds of everybody's first call, compilation included. All must give the same finite numbers of order one."""
-    found = {}
+def first_calls(calls: dict[str, Call], slot: DeviceSlot, device: str) -> dict[str, float]:
+    """Seconds of every first call, including compilation. Asserts that all results agree, are finite and of order 1."""
+    results = {}
     for name, call in calls.items():
-        room.make_ready(name)
-        found[name] = timed(call, synchroniser(device))
-    expected = found[REFERENCE][1].float()
+        slot.make_ready(name)
+        results[name] = timed(call, synchroniser(device))
+    expected = results[REFERENCE][1].float()
     assert torch.isfinite(expected).all()
     assert 0.05 < expected.std() < 20, f"the output has a deviation of {expected.std():.3g}"
-    for name, (_, result) in found.items():
+    for name, (_, result) in results.items():
         error = ((result.float() - expected).abs().max() / expected.abs().max()).item()
         assert error < 0.1, f"{name} differs from {REFERENCE} by {error:.2g}"
-    return {name: seconds for name, (seconds, _) in found.items()}
+    return {name: seconds for name, (seconds, _) in results.items()}
 
 
 @torch.no_grad()
-def rounds_of(calls: dict[str, Call], room: Room, rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each call in each of the rounds, in which they take turns, another one first every time."""
+def rounds_of(calls: dict[str, Call], slot: DeviceSlot, rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each call in each round; every round starts with another call."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         start = number % len(calls)
         for name in list(calls)[start:] + list(calls)[:start]:
-            if room.make_ready(name):
-                calls[name]()  # a GPU that has rested is slow at first
+            if slot.make_ready(name):
+                calls[name]()  # a GPU is slow after it was idle
             seconds[name].append(timed(calls[name], synchroniser(device))[0])
     return seconds
 
@@ -254,7 +256,7 @@ def rounds_of(calls: dict[str, Call], room: Room, rounds: int, device: str) -> d
 def table(
     first: dict[str, float], seconds: dict[str, list[float]], flops: dict[str, int], product: str, kernel: str
 ) -> str:
-    """Markdown: a line for each entry. `product` is that of the matrix rate, `kernel` attends in ours."""
+    """Markdown table, one line per entry. `product` is the entry of the matmul rate, `kernel` our attention kernel."""
     rate = flops[product] / statistics.median(seconds[product])
     lines = [
         "| what | ms (least to most) | time / ours (95 %) | share of the matrix rate | first call, s |",
@@ -270,27 +272,27 @@ def table(
             f"{work / median / rate:.0%} | {f'{first[name]:.1f}' if name in first else ''} |"
         )
     total, share = flops["network"] / 1e9, flops[ATTENTION] / flops["network"]
-    said = f"{total:.0f} GFLOP, {share:.0%} of them attention; matrix rate {rate / 1e9:.0f} GFLOP/s. "
-    said += f"Attention of ours: {kernel} (auto); of diffusers: sdpa."
-    return "\n".join([*lines, "", said])
+    summary = f"{total:.0f} GFLOP, {share:.0%} of them attention; matrix rate {rate / 1e9:.0f} GFLOP/s. "
+    summary += f"Attention of ours: {kernel} (auto); of diffusers: sdpa."
+    return "\n".join([*lines, "", summary])
 
 
 def measured(work: works.Work, rounds: int, device: str) -> str:
-    """The table of one work."""
+    """Benchmark one work and return its table."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = works.stored(work, Path(temporary))
         works.check_activations(work, *works.theirs(work, folder, torch.bfloat16, device))
         clear(device)
         kernel = kernel_of_auto(work, device)
-        calls, room = entries(work, folder, device, kernel)
-        first = first_calls(calls, room, device)
+        calls, slot = entries(work, folder, device, kernel)
+        first = first_calls(calls, slot, device)
         rates, flops = ceilings(work, device)
-        seconds = rounds_of(calls | rates, room, rounds, device)
+        seconds = rounds_of(calls | rates, slot, rounds, device)
     return table(first, seconds, flops, rate_name(device), kernel.name)
 
 
 def clear(device: str) -> None:
-    """Leave a GPU's memory to what comes next."""
+    """Free unused GPU memory."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

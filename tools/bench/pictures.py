@@ -1,23 +1,23 @@
-"""Whole generations by the application, ours and diffusers', with random weights or those of the embedded model.
+"""Benchmarks whole generations of both backends, with random weights or those of the embedded model.
 
     python -m tools.bench.pictures                                  # the embedded model
-    python -m tools.bench.pictures --work tiny --rounds 1           # seconds: shows that it works
+    python -m tools.bench.pictures --work tiny --rounds 1           # takes seconds, to see that it works
     python -m tools.bench.pictures --device cuda --work sdxl,flux_dev --rounds 1 --pictures 5 --folder bench
 
-What is timed is `sglang generate` itself: text encoders, scheduler, guidance, all steps, decoding. Competitors are the
-native engine eager, compiled, on a GPU also as CUDA graphs, and diffusers' pipeline, eager and with its network under
-torch.compile. Every number is from the perf dump that the run writes; denoising is synchronised after every step, for
-everybody alike.
+`sglang generate` itself is timed: text encoders, scheduler, guidance, all steps, decoding. Compared are the native
+engine, eager and compiled and on a GPU also as CUDA graphs, and diffusers' pipeline, eager and with torch.compile. All
+numbers are from the perf dumps of the runs; denoising is synchronized after every step in all of them.
 
-Six pipelines of FLUX dev have 34 GB each, which no GPU holds at once. So competitors do not take turns picture by
-picture: a round is one process of each, one after the other, another one first every time, and a process loads, warms
-up untimed and makes `--pictures` pictures. Those of one process are alike, so that a round is one observation, the
-median of its pictures. With a single round the pictures themselves are the observations, and the interval does not know
-how processes differ. With `--folder` models and dumps stay, a later call adds its rounds to those of the same code and
-machine, and so `--work` and `--rounds` divide the job among calls; `--rounds 0` prints the table of what is there. FLUX
-dev takes 34 GB there, SDXL 7; without `--folder` a work's model is gone when its table is printed.
+Six pipelines of FLUX dev of 34 GB each do not fit on one GPU. So the entries are not interleaved image by image: a
+round is one process per entry, one after the other, starting with another entry each time, and a process loads the
+model, warms up untimed and generates `--pictures` images. Images of one process are correlated, so each round counts as
+one observation, the median of its images. With a single round the images are the observations, and the interval does
+not include differences between processes. With `--folder` models and dumps are kept, and a later call adds its rounds
+to those of the same code and machine, so `--work` and `--rounds` can divide the job among calls; `--rounds 0` prints
+the table of the existing dumps. FLUX dev takes 34 GB there, SDXL 7; without `--folder` a work's model is deleted when
+its table is printed.
 
-Exit code 1 where one of ours failed. A peer that fails is named in the table.
+The exit code is 1 if a run of the native engine failed. The table says which runs of diffusers failed.
 """
 
 import argparse
@@ -52,7 +52,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "diffusers": ("backend=diffusers",),
     "diffusers-compile": ("backend=diffusers", "compile=full"),
 }
-OURS, REFERENCE = "sglang", "diffusers"  # others are told as ratios to one of ours; pictures are compared with theirs
+OURS, REFERENCE = "sglang", "diffusers"  # the entry for ratios of times, and the entry for comparing images
 ON_GPU = ("sglang-graphs", "sglang-regional-graphs")
 CLIP = {
     "hidden_size": 32,
@@ -80,13 +80,13 @@ Run = Callable[[Sequence[str], Path], str | None]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What is generated: the words of the command, the model, and within what time it is to be denoised on an H200."""
+class Generation:
+    """A generation to benchmark: words of the command, the model, and the target for its denoising time on an H200."""
 
     title: str
     words: tuple[str, ...]
-    work: Callable[[], works.Work] | None = None  # an evaluation of the network; None: weights are not random
-    changes: folders.Configs = field(default_factory=dict)  # of the preset's configs
+    work: Callable[[], works.Work] | None = None  # one evaluation of the network; None if weights are not random
+    changes: folders.Configs = field(default_factory=dict)  # to the preset's configs
     target: float | None = None  # seconds
 
     @property
@@ -98,19 +98,19 @@ def _tiny_work() -> works.Work:
     return works.Work("tiny", UNet2DConditionModel, "sdxl", folders.configs("sdxl", TINY)["unet"], 2, 77, 16)
 
 
-WORKS: Mapping[str, Picture] = {
-    "tiny": Picture(
+WORKS: Mapping[str, Generation] = {
+    "tiny": Generation(
         "a tiny SDXL, 32 x 32, 3 steps with guidance",
         ("model=sdxl", "sampling.height=32", "sampling.width=32", "sampling.num_inference_steps=3"),
         _tiny_work, TINY,
     ),
-    "landscape": Picture("landscape, 128 x 128, 28 steps with guidance", ("model=landscape",)),
-    "sdxl": Picture(
+    "landscape": Generation("landscape, 128 x 128, 28 steps with guidance", ("model=landscape",)),
+    "sdxl": Generation(
         "SDXL, 1024 x 1024, 50 steps with guidance",
         ("model=sdxl", "sampling.height=1024", "sampling.width=1024", "sampling.num_inference_steps=50"),
         works.WORKS["sdxl"], target=1.6,
     ),
-    "flux_dev": Picture(
+    "flux_dev": Generation(
         "FLUX.1 dev, 1024 x 1024, 28 steps",
         ("model=flux_dev", "sampling.height=1024", "sampling.width=1024", "sampling.num_inference_steps=28"),
         works.WORKS["flux_dev"], target=3.3,
@@ -118,20 +118,20 @@ WORKS: Mapping[str, Picture] = {
 }  # fmt: skip
 
 
-def model_of(picture: Picture, folder: Path, device: str) -> tuple[str, ...]:
-    """The words that name the model, which is written first where its weights are random."""
-    if picture.work is None:
+def model_of(generation: Generation, folder: Path, device: str) -> tuple[str, ...]:
+    """The words of the command that name the model; a model with random weights is written first."""
+    if generation.work is None:
         return ()
-    work = picture.work()
+    work = generation.work()
 
     def check(network: Any) -> None:
         works.check_activations(work, network, works.their_arguments(work, torch.bfloat16, device))
 
-    return ("--model-path", str(folders.write(picture.preset, folder / "model", device, picture.changes, check)))
+    return ("--model-path", str(folders.write(generation.preset, folder / "model", device, generation.changes, check)))
 
 
 def generate(words: Sequence[str], place: Path) -> str | None:
-    """`sglang generate` in a process of its own, its log in `place`; how it failed, if it did."""
+    """Run `sglang generate` in a new process with its log in `place`; returns the failure, or None."""
     place.mkdir(parents=True)
     with (place / "log.txt").open("w") as log:
         command = [sys.executable, "-m", "sglang_gen", "generate", *words]
@@ -143,7 +143,7 @@ def generate(words: Sequence[str], place: Path) -> str | None:
 def rounds_of(
     words: Sequence[str], names: Sequence[str], rounds: int, folder: Path, run: Run = generate
 ) -> dict[str, str]:
-    """Add rounds to those in the folder; how competitors failed, which are then not asked again."""
+    """Add rounds to those in the folder; returns the failures by entry. An entry that failed is not run again."""
     failed: dict[str, str] = {}
     done = max((int(path.name) for path in folder.glob("rounds/*")), default=0)
     for number in range(done, done + rounds):
@@ -167,16 +167,16 @@ def _read(place: Path) -> Dump:
 
 
 def dumps_of(folder: Path, name: str) -> list[Dump]:
-    """A competitor's dumps by round, of those that have the newest one's code, machine and settings."""
+    """An entry's dumps by round: those with the same code, machine and settings as the newest one."""
     places = sorted(folder.glob(f"rounds/*/{name}"), key=lambda place: int(place.parent.name))
-    found = [_read(place) for place in places if (place / "perf.json").exists()]
-    facts = [(dump["commit_hash"], dump["fingerprint"]["hash"]) for dump in found]
-    return [dump for dump, known in zip(found, facts, strict=True) if known == facts[-1]]
+    dumps = [_read(place) for place in places if (place / "perf.json").exists()]
+    facts = [(dump["commit_hash"], dump["fingerprint"]["hash"]) for dump in dumps]
+    return [dump for dump, known in zip(dumps, facts, strict=True) if known == facts[-1]]
 
 
 def stage(times: Mapping[str, Any], name: str) -> float:
-    """Seconds of one stage of one picture."""
-    return float(sum(each["duration_ms"] for each in times["steps"] if each["name"] == name)) / 1000
+    """Seconds of one stage of one image."""
+    return float(sum(entry["duration_ms"] for entry in times["steps"] if entry["name"] == name)) / 1000
 
 
 def denoising(times: Mapping[str, Any]) -> float:
@@ -184,48 +184,48 @@ def denoising(times: Mapping[str, Any]) -> float:
 
 
 def whole(times: Mapping[str, Any]) -> float:
-    """From the prompt to the decoded picture; only the first picture of a process is saved."""
+    """Seconds from the prompt to the decoded image, without saving (only a process's first image is saved)."""
     return float(times["total_duration_ms"]) / 1000 - stage(times, "saving")
 
 
 def observed(dumps: Sequence[Dump], seconds: Callable[[Mapping[str, Any]], float]) -> list[list[float]]:
-    """By round, of every picture."""
+    """Seconds of every image, by round."""
     return [[seconds(times) for times in dump["repeats"]] for dump in dumps]
 
 
 def observations(rounds: Sequence[Sequence[float]]) -> list[float]:
-    """A round is one; of a single round each picture."""
-    return [median(each) for each in rounds] if len(rounds) > 1 else list(rounds[0])
+    """One observation per round; if there is a single round, one per image."""
+    return [median(seconds) for seconds in rounds] if len(rounds) > 1 else list(rounds[0])
 
 
 def peak(dump: Dump) -> float:
-    """GiB at the peak: of a GPU what torch allocated, else the process's anonymous memory."""
+    """Peak memory in GiB: allocated by torch on a GPU, else anonymous memory of the process."""
     points = dump["memory_checkpoints"].values()
     key = "peak_allocated_mb" if dump["effective"]["device"] == "cuda" else "peak_host_anon_mb"
     return max((point[key] for point in points if point[key] is not None), default=math.nan) / 1024
 
 
 def likeness(dump: Dump, reference: Dump) -> str:
-    """PSNR of the first picture against the reference's, in dB."""
-    value = psnr(*(np.asarray(Image.open(each["picture"]).convert("RGB")) for each in (dump, reference)))
+    """PSNR of the first image against the reference's, in dB."""
+    value = psnr(*(np.asarray(Image.open(item["picture"]).convert("RGB")) for item in (dump, reference)))
     return "identical" if math.isinf(value) else f"{value:.1f}"
 
 
 def table(dumps: Mapping[str, Sequence[Dump]], failed: Mapping[str, str], target: float | None) -> str:
-    """Markdown: a line for each competitor, then what the numbers are of and whether the target is met."""
+    """Markdown table, one line per entry, then how the numbers were measured and whether the target is met."""
     lines = [
         "| what | attention | denoising, s (least to most) | time / ours (95 %) | picture, s | peak, GiB | load, s "
         "| warm-up, s | PSNR, dB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    ran = {name: found for name, found in dumps.items() if found and name not in failed}
+    ran = {name: entry for name, entry in dumps.items() if entry and name not in failed}
     ours = ran.get("sglang-regional") or ran.get(OURS)
     for name in dumps:
         what = f"`{' '.join(ENTRIES[name])}`"
         lines.append(
             f"| {what} | {_row(ran[name], ours, ran.get(REFERENCE)) if name in ran else _absent(failed.get(name))}"
         )
-    return "\n".join([*lines, "", _said(ran, ours), *_target(ran, target)])
+    return "\n".join([*lines, "", _summary(ran, ours), *_target(ran, target)])
 
 
 def _absent(failure: str | None) -> str:
@@ -233,8 +233,8 @@ def _absent(failure: str | None) -> str:
     return f"{said} |" + " |" * 7
 
 
-def _row(found: Sequence[Dump], ours: Sequence[Dump] | None, reference: Sequence[Dump] | None) -> str:
-    rounds, first = observed(found, denoising), found[0]
+def _row(dumps: Sequence[Dump], ours: Sequence[Dump] | None, reference: Sequence[Dump] | None) -> str:
+    rounds, first = observed(dumps, denoising), dumps[0]
     values = [*chain(*rounds)]
     middle = median(observations(rounds))
     ratio = _ratio(observations(observed(ours, denoising)), observations(rounds)) if ours else ""
@@ -242,11 +242,11 @@ def _row(found: Sequence[Dump], ours: Sequence[Dump] | None, reference: Sequence
         first["effective"]["attention"],
         f"{middle:.3f} ({min(values):.3f} to {max(values):.3f})",
         ratio,
-        f"{median(observations(observed(found, whole))):.3f}",
-        f"{max(map(peak, found)):.2f}",
+        f"{median(observations(observed(dumps, whole))):.3f}",
+        f"{max(map(peak, dumps)):.2f}",
         f"{(first['load']['duration_ms'] + first['load']['imports_ms']) / 1000:.1f}",
         f"{first['warmup']['duration_ms'] / 1000:.1f}",
-        likeness(found[-1], reference[-1]) if reference and reference is not found else "",
+        likeness(dumps[-1], reference[-1]) if reference and reference is not dumps else "",
     ]
     return " | ".join(cells) + " |"
 
@@ -258,19 +258,19 @@ def _ratio(ours: Sequence[float], values: Sequence[float]) -> str:
     return f"{verdict.ratio:.2f} ({verdict.interval[0]:.2f} to {verdict.interval[1]:.2f})"
 
 
-def _said(ran: Mapping[str, Sequence[Dump]], ours: Sequence[Dump] | None) -> str:
+def _summary(ran: Mapping[str, Sequence[Dump]], ours: Sequence[Dump] | None) -> str:
     if not ran:
         return "Nothing ran."
     dump = next(iter(ran.values()))[-1]
     facts, machine = dump["effective"], dump["machine"]
-    counts = sorted({len(found) for found in ran.values()})
+    counts = sorted({len(entry) for entry in ran.values()})
     of = "/".join(map(str, counts))
-    name = next((name for name, found in ran.items() if found is ours), None)
+    name = next((name for name, entry in ran.items() if entry is ours), None)
     what = "no ratio: none of ours ran" if name is None else f"ours in the ratio: `{' '.join(ENTRIES[name])}`"
     where = ", ".join(machine["gpus"]) or f"{machine['cpu_count']} x {machine['cpu']}, threads: {machine['threads']}"
-    interval = "intervals of pictures of one process" if counts == [1] else "intervals of processes"
+    interval = "intervals of images of one process" if counts == [1] else "intervals of processes"
     return (
-        f"{facts['dtype']} on {where}; rounds of each: {of}, of {len(dump['repeats'])} pictures ({interval}); {what}; "
+        f"{facts['dtype']} on {where}; rounds of each: {of}, of {len(dump['repeats'])} images ({interval}); {what}; "
         f"load and warm-up: first round; PSNR against diffusers, eager; commit {str(dump['commit_hash'])[:7]}."
     )
 
@@ -290,14 +290,22 @@ def _target(ran: Mapping[str, Sequence[Dump]], target: float | None) -> list[str
 
 
 def measured(
-    picture: Picture, names: Sequence[str], settings: Sequence[str], rounds: int, folder: Path, device: str,
+    generation: Generation, names: Sequence[str], settings: Sequence[str], rounds: int, folder: Path, device: str,
     run: Run = generate,
 ) -> tuple[str, int]:  # fmt: skip
-    """The table of one work, and the exit code. `settings` are words that everybody gets."""
-    words = ("--prompt", PROMPT, "--seed", str(SEED), *picture.words, *model_of(picture, folder, device), *settings)
+    """Benchmark one work; returns its table and the exit code. `settings` are words for all entries."""
+    words = (
+        "--prompt",
+        PROMPT,
+        "--seed",
+        str(SEED),
+        *generation.words,
+        *model_of(generation, folder, device),
+        *settings,
+    )
     failed = rounds_of(words, names, rounds, folder, run)
-    found = {name: dumps_of(folder, name) for name in names}
-    return table(found, failed, picture.target), int(any(name.startswith(OURS) for name in failed))
+    dumps = {name: dumps_of(folder, name) for name in names}
+    return table(dumps, failed, generation.target), int(any(name.startswith(OURS) for name in failed))
 
 
 def main() -> int:

@@ -1,10 +1,10 @@
-"""Where the time of one evaluation goes: what kinds of operators take which share of it.
+"""Profiles one evaluation of a network: the fraction of the time that each kind of operator takes.
 
     python -m tools.bench.profiles --work unet --dtype bfloat16
 
-Ours eager and with its blocks compiled, and diffusers' in the same dtype. Times are torch.profiler's, of the operators
-alone and without what they call: of the host on a CPU, of the kernels on a GPU. Watching costs time itself: read the
-shares, and the milliseconds beside those of `tools.bench.networks`.
+Profiled are our network, eager and with compiled blocks, and diffusers' network in the same dtype. Times are self times
+of torch.profiler: of operators on a CPU, of kernels on a GPU. Profiling takes time itself, so rely on the fractions,
+and take absolute times from `tools.bench.networks`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tools.bench import networks, works
 
-KINDS = {  # the first that a name fits counts
+KINDS = {  # kind -> pattern; the first match counts
     "fused loops": "cpp_|triton_",
     "attention": "attention|flash|fmha|sage",
     "convolutions": "conv",
@@ -32,7 +32,7 @@ KINDS = {  # the first that a name fits counts
     "copies": "copy|cat|clone|contiguous|reorder|to_dense|resize|empty|stack|pad|upsample",
     "other loops": "",
 }
-CALLS = 3  # that are watched
+CALLS = 3  # profiled calls
 
 
 def kind_of(name: str) -> str:
@@ -41,48 +41,48 @@ def kind_of(name: str) -> str:
 
 @torch.no_grad()
 def shares(call: networks.Call, device: str) -> tuple[float, Counter[str]]:
-    """Milliseconds of one call, and of each kind of operator in it."""
+    """Milliseconds of one call, in total and for each kind of operator."""
     call()
     gpu = [ProfilerActivity.CUDA] if device == "cuda" else []
     with profile(activities=[ProfilerActivity.CPU, *gpu]) as watched:
         for _ in range(CALLS):
             call()
-    found: Counter[str] = Counter()
+    times: Counter[str] = Counter()
     for event in watched.key_averages():
         spent = event.self_device_time_total if gpu else event.self_cpu_time_total
-        found[kind_of(event.key)] += spent / 1000 / CALLS
-    return sum(found.values()), found
+        times[kind_of(event.key)] += spent / 1000 / CALLS
+    return sum(times.values()), times
 
 
-def table(found: Mapping[str, tuple[float, Counter[str]]]) -> str:
-    """Markdown: a line for each network."""
-    kinds = [kind for kind in KINDS if any(times[kind] > 0.001 * total for total, times in found.values())]
+def table(profiles: Mapping[str, tuple[float, Counter[str]]]) -> str:
+    """Markdown table, one line per network."""
+    kinds = [kind for kind in KINDS if any(times[kind] > 0.001 * total for total, times in profiles.values())]
     lines = [f"| what | ms | {' | '.join(kinds)} |", "|---" * (len(kinds) + 2) + "|"]
-    for name, (total, times) in found.items():
-        parts = " | ".join(f"{times[kind] / total:.1%}" for kind in kinds)
-        lines.append(f"| {name} | {total:.0f} | {parts} |")
+    for name, (total, times) in profiles.items():
+        fractions = " | ".join(f"{times[kind] / total:.1%}" for kind in kinds)
+        lines.append(f"| {name} | {total:.0f} | {fractions} |")
     return "\n".join(lines)
 
 
 def measured(work: works.Work, device: str, dtype: torch.dtype) -> str:
-    """The table of one work."""
-    inductor.cpp.enable_kernel_profile = True  # otherwise loops of compiled blocks have no name
+    """Profile one work and return its table."""
+    inductor.cpp.enable_kernel_profile = True  # otherwise loops of compiled blocks have no names
     with tempfile.TemporaryDirectory() as temporary:
         folder = works.stored(work, Path(temporary))
         ours = partial(
             networks.our_call, work, partial(works.ours, work, folder, dtype, device), device,
             networks.kernel_of_auto(work, device, dtype),
         )  # fmt: skip
-        found = {}
+        profiles = {}
         for name, compiled in (("sglang-gen, eager", False), (networks.OURS, True)):
-            found[name] = shares(ours(compiled=compiled), device)
+            profiles[name] = shares(ours(compiled=compiled), device)
         network, arguments = works.theirs(work, folder, dtype, device)
 
         def theirs() -> Any:
             return network(**arguments, return_dict=False)[0]
 
-        found["diffusers"] = shares(theirs, device)
-    return table(found)
+        profiles["diffusers"] = shares(theirs, device)
+    return table(profiles)
 
 
 def main() -> None:

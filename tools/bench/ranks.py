@@ -1,11 +1,11 @@
-"""One denoising step on one rank and on two, one thread each, interleaved.
+"""Benchmarks one denoising step on one rank and on two, with one thread each, interleaved.
 
     python -m tools.bench.ranks                     # a UNet and a DiT that suit a laptop
     python -m tools.bench.ranks --work dit --rounds 9 --dtype bfloat16
 
-A round is one step of every layout, all of them with the same weights; a step ends when both ranks have its result.
-Efficiency is the time of one rank over that of two and over two. `cfg2` computes half of the batch on each rank. Every
-layout's result is compared with that of one rank before anything is timed.
+A round is one step of every layout, all with the same weights; a step ends when both ranks have its result. Efficiency
+is the time on one rank divided by twice the time on two ranks. `cfg2` computes half of the batch on each rank. Before
+the benchmark the result of every layout is compared with that of one rank.
 """
 
 import argparse
@@ -39,19 +39,19 @@ Step = Callable[[], Tensor]
 
 
 def steps(work: works.Work, folder: Path, dtype: torch.dtype, pair: Mesh) -> dict[str, Step]:
-    """A step of each layout, by its name."""
+    """A step of each layout, by the layout's name."""
     network, condition, latents = works.ours(work, folder, dtype, "cpu")
     alone = condition(network)
-    found: dict[str, Step] = {ALONE: lambda: network(latents, alone, 0)}
+    by_layout: dict[str, Step] = {ALONE: lambda: network(latents, alone, 0)}
     if work.batch == 2:
-        found[CFG] = _halved(work, network, latents, pair)
+        by_layout[CFG] = _halved(work, network, latents, pair)
     for name, layout in LAYOUTS.items():
-        found[name] = _split(work, folder, dtype, _as(pair, layout), condition, latents)
-    return found
+        by_layout[name] = _split(work, folder, dtype, _with_layout(pair, layout), condition, latents)
+    return by_layout
 
 
-def _as(pair: Mesh, layout: Layout) -> Mesh:
-    """The two ranks under another layout."""
+def _with_layout(pair: Mesh, layout: Layout) -> Mesh:
+    """The mesh of the two ranks with another layout."""
     group = pair.groups["cfg"]
     return Mesh(layout, pair.rank, dict.fromkeys(("cfg", "ring", "ulysses", "sp", "tp"), group))
 
@@ -59,9 +59,9 @@ def _as(pair: Mesh, layout: Layout) -> Mesh:
 def _split(
     work: works.Work, folder: Path, dtype: torch.dtype, ranks: Mesh, condition: Callable[[Any], Any], latents: Tensor
 ) -> Step:
-    glue: Any = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
-    split = Split(ranks, glue.TENSOR, glue.SHARDING)
-    network = load(lambda: glue.build(work.config), in_folder(folder), glue.sources, dtype, "cpu", split.shrink)
+    family: Any = importlib.import_module(f"sglang_gen.families.{work.family}.pipeline")
+    split = Split(ranks, family.TENSOR, family.SHARDING)
+    network = load(lambda: family.build(work.config), in_folder(folder), family.sources, dtype, "cpu", split.shrink)
     placed = split.parallelize(network)
     placed.set_kernel(scaled_dot_product_attention, attention_kernels.kernel_with_lse("sdpa", "cpu", dtype))
     conditioning = condition(placed.entrance)
@@ -69,7 +69,7 @@ def _split(
 
 
 def _halved(work: works.Work, network: Any, latents: Tensor, pair: Mesh) -> Step:
-    """One row of the batch on each rank."""
+    """A step with one row of the batch on each rank."""
     rows = slice(pair.rank, pair.rank + 1)
     _, text, pooled = work.inputs(latents.dtype, "cpu")
     conditioning = works.conditioning(work, text[rows], pooled[rows], network)
@@ -81,23 +81,23 @@ def _halved(work: works.Work, network: Any, latents: Tensor, pair: Mesh) -> Step
 
 
 def serve(rank: int, port: int, work: str, folder: Path, dtype: torch.dtype, rounds: int, pipe: Any) -> None:
-    """One rank: its seconds of every layout in every round."""
+    """The process of one rank: sends its seconds of every layout in every round."""
     torch.set_num_threads(1)
     pair = mesh.join(Layout(cfg=2), rank, port, "cpu")
     with torch.no_grad():
-        found = steps(works.WORKS[work](), folder, dtype, pair)
-        expected = found[ALONE]()
-        for name, step in found.items():
+        by_layout = steps(works.WORKS[work](), folder, dtype, pair)
+        expected = by_layout[ALONE]()
+        for name, step in by_layout.items():
             error = ((step() - expected).abs().max() / expected.abs().max()).item()
             assert error < (1e-4 if dtype is torch.float32 else 0.1), f"{name} differs from one rank by {error:.2g}"
-        seconds: dict[str, list[float]] = {name: [] for name in found}
+        seconds: dict[str, list[float]] = {name: [] for name in by_layout}
         for number in range(rounds):
-            names = list(found)[number % len(found) :] + list(found)[: number % len(found)]
+            names = list(by_layout)[number % len(by_layout) :] + list(by_layout)[: number % len(by_layout)]
             for name in names:
                 pair.barrier()
                 start = time.perf_counter()
                 if name != ALONE or rank == 0:
-                    found[name]()
+                    by_layout[name]()
                 if name != ALONE:
                     pair.barrier()
                 seconds[name].append(time.perf_counter() - start)
@@ -106,7 +106,7 @@ def serve(rank: int, port: int, work: str, folder: Path, dtype: torch.dtype, rou
 
 
 def measure(work: str, folder: Path, dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
-    """Seconds by layout, as rank 0 has them."""
+    """Seconds by layout, measured on rank 0."""
     store: Any = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(2)]
@@ -125,14 +125,14 @@ def measure(work: str, folder: Path, dtype: torch.dtype, rounds: int) -> dict[st
 
 
 def table(seconds: dict[str, list[float]]) -> str:
-    """Markdown: a line for each layout."""
+    """Markdown table, one line per layout."""
     lines = ["| layout | ms (least to most) | efficiency (95 %) |", "|---|---|---|"]
     for name, values in seconds.items():
         verdict = judge(values, seconds[ALONE], tolerance=0.02)
         low, high = verdict.interval or (verdict.ratio, verdict.ratio)
-        share = f"{verdict.ratio / 2:.0%} ({low / 2:.0%} to {high / 2:.0%})" if name != ALONE else ""
+        efficiency = f"{verdict.ratio / 2:.0%} ({low / 2:.0%} to {high / 2:.0%})" if name != ALONE else ""
         median, least, most = (1000 * value for value in (statistics.median(values), min(values), max(values)))
-        lines.append(f"| {name} | {median:.0f} ({least:.0f} to {most:.0f}) | {share} |")
+        lines.append(f"| {name} | {median:.0f} ({least:.0f} to {most:.0f}) | {efficiency} |")
     return "\n".join(lines)
 
 

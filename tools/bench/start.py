@@ -1,10 +1,10 @@
-"""From a cold process to the first picture of the embedded model: CPU seconds of ours and of diffusers, in turn.
+"""Benchmarks the time from a cold process to the first image of the embedded model, against diffusers.
 
     python -m tools.bench.start --rounds 7
 
-Both draw the same prompt with the same seed, dtype, steps and guidance, and save it. Processors are shared with others,
-so CPU seconds (user and system) of one thread are told, not the time on the wall. `import` of ours holds the
-composition of the configuration and the plan. What is left to the total is the end of the process.
+Both generate and save an image with the same prompt, seed, dtype, steps and guidance, in turn. CPU seconds (user and
+system) of one thread are reported instead of wall-clock time, since other processes share the processors. Our `import`
+includes composing the configuration and making the plan. The total also includes the end of the process.
 """
 
 import argparse
@@ -27,7 +27,7 @@ DTYPE = cpu_dtype.choose().dtype
 OURS = f"""
 import json, sys, time
 from sglang_gen import cli
-from sglang_gen.backends import native
+from sglang_gen.backends.native import engine as native
 marks, load = [], native.load
 def noted(*args):
     marks.append(time.process_time())
@@ -48,16 +48,16 @@ from diffusers import StableDiffusion3Pipeline
 marks = [time.process_time()]
 pipeline = StableDiffusion3Pipeline.from_pretrained({str(env.embedded_model())!r}, torch_dtype=torch.{DTYPE})
 marks.append(time.process_time())
-picture = pipeline({PROMPT!r}, num_inference_steps={STEPS}, guidance_scale={GUIDANCE}, max_sequence_length={TOKENS},
-                   generator=torch.Generator("cpu").manual_seed(42)).images[0]
-picture.save("picture.png")
+image = pipeline({PROMPT!r}, num_inference_steps={STEPS}, guidance_scale={GUIDANCE}, max_sequence_length={TOKENS},
+                 generator=torch.Generator("cpu").manual_seed(42)).images[0]
+image.save("image.png")
 print(json.dumps([*marks, time.process_time()]))
 """
 PHASES = ("import", "load", "run", "total")
 
 
 def once(code: str, folder: Path) -> dict[str, float]:
-    """CPU seconds of the phases of one process."""
+    """CPU seconds of the phases of one process, and in total."""
     before = os.times()
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -78,19 +78,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    found: dict[str, list[dict[str, float]]] = {"sglang-gen": [], "diffusers": []}
+    runs: dict[str, list[dict[str, float]]] = {"sglang-gen": [], "diffusers": []}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(-1, rounds):  # the first fills the caches of files and is not counted
+        for number in range(-1, rounds):  # the first round fills the file caches and is not counted
             turn = [("sglang-gen", OURS), ("diffusers", THEIRS)]
             for name, code in turn if number % 2 else reversed(turn):
                 seconds = once(code, Path(folder))
                 if number >= 0:
-                    found[name].append(seconds)
+                    runs[name].append(seconds)
     print(f"| CPU seconds, {DTYPE}, median of {rounds} | {' | '.join(PHASES)} |\n|---|{'---|' * len(PHASES)}")
-    for name, runs in found.items():
-        medians = [f"{statistics.median(run[phase] for run in runs):.2f}" for phase in PHASES]
+    for name, results in runs.items():
+        medians = [f"{statistics.median(run[phase] for run in results):.2f}" for phase in PHASES]
         print(f"| {name} | {' | '.join(medians)} |")
-    verdict = judge(*([run["total"] for run in found[name]] for name in ("diffusers", "sglang-gen")), tolerance=0.02)
+    verdict = judge(*([run["total"] for run in runs[name]] for name in ("diffusers", "sglang-gen")), tolerance=0.02)
     low, high = verdict.interval or (verdict.ratio, verdict.ratio)
     print(f"\nTotal, ours / diffusers: {verdict.ratio:.2f} ({low:.2f} to {high:.2f}, 95 %).")
 

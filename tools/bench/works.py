@@ -1,4 +1,4 @@
-"""What is timed: one evaluation of a denoising network with random weights, or with those of the embedded model."""
+"""The works to benchmark: one evaluation of a denoising network, with random weights or those of the embedded model."""
 
 import importlib
 import json
@@ -19,21 +19,21 @@ from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.weights.load import load
 
-TIME = 500.0  # of a thousand
+TIME = 500.0  # timestep, of 1000
 
 
 @dataclass(frozen=True)
 class Work:
-    """A network under both names, and the inputs of one evaluation: latents, text, pooled text."""
+    """A network in diffusers and in the native engine, and the inputs of one evaluation: latents, text, pooled text."""
 
     title: str
     kind: Any  # the class in diffusers
-    glue: str  # the folder in sglang_gen/families
+    family: str  # package in sglang_gen/families
     config: Mapping[str, Any]
     batch: int
-    tokens: int  # of text
-    size: int  # latents a side; of FLUX packed tokens a side
-    weights: Path | None = None  # None: random
+    tokens: int  # text tokens
+    size: int  # height and width in latents; for FLUX in packed tokens
+    weights: Path | None = None  # folder; None for random weights
 
     def inputs(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -79,11 +79,11 @@ def landscape() -> Work:
     return Work("landscape, batch 2", SD3Transformer2DModel, "sd3", config, 2, 109, config["sample_size"], folder)
 
 
-def published(title: str, preset: str, kind: Any, glue: str, batch: int, tokens: int, size: int) -> Work:
-    """A preset's own network at its own size, with random weights."""
+def published(title: str, preset: str, kind: Any, family: str, batch: int, tokens: int, size: int) -> Work:
+    """A preset's network in full size, with random weights."""
     name = "unet" if kind is UNet2DConditionModel else "transformer"
     config = json.loads((env.preset_configs(preset) / name / "config.json").read_text())
-    return Work(title, kind, glue, config, batch, tokens, size)
+    return Work(title, kind, family, config, batch, tokens, size)
 
 
 WORKS: Mapping[str, Callable[[], Work]] = {
@@ -96,7 +96,7 @@ WORKS: Mapping[str, Callable[[], Work]] = {
 
 
 def stored(work: Work, folder: Path) -> Path:
-    """The work's checkpoint: random weights are drawn and written to `folder`, in bfloat16."""
+    """The folder of the work's checkpoint; random weights are drawn and saved to `folder` in bfloat16."""
     if work.weights is not None:
         return work.weights
     torch.manual_seed(0)
@@ -110,12 +110,12 @@ def theirs(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[A
 
 
 def their_network(work: Work, folder: Path, dtype: torch.dtype) -> Any:
-    """diffusers' network on the host."""
+    """diffusers' network on the CPU."""
     return work.kind.from_pretrained(folder, torch_dtype=dtype).eval()
 
 
 def their_arguments(work: Work, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """The arguments with which diffusers' network is called."""
+    """The arguments of a call of diffusers' network."""
     latents, text, pooled = work.inputs(dtype, device)
     time = torch.full((work.batch,), TIME, device=device)
     if work.kind is UNet2DConditionModel:
@@ -143,16 +143,16 @@ def their_arguments(work: Work, dtype: torch.dtype, device: str) -> dict[str, An
 
 @torch.no_grad()
 def check_activations(work: Work, network: Any, arguments: Mapping[str, Any]) -> None:
-    """Assert that what every block gives is finite and of order one, as that of a trained network is.
+    """Assert that the output of every block is finite and of order one, as in a trained network.
 
-    `network` is diffusers', `arguments` are those of its call.
+    `network` is diffusers' network, `arguments` are the arguments of its call.
     """
-    found: dict[str, float] = {}
+    sizes: dict[str, float] = {}
 
     def note(name: str, output: Any) -> None:
         for number, tensor in enumerate(output if isinstance(output, tuple) else (output,)):
             if isinstance(tensor, Tensor):
-                found[f"{name}[{number}]"] = tensor.float().square().mean().sqrt().item()
+                sizes[f"{name}[{number}]"] = tensor.float().square().mean().sqrt().item()
 
     hooks = []
     lists = [(name, module) for name, module in network.named_modules() if isinstance(module, torch.nn.ModuleList)]
@@ -162,33 +162,33 @@ def check_activations(work: Work, network: Any, arguments: Mapping[str, Any]) ->
     network(**arguments, return_dict=False)
     for hook in hooks:
         hook.remove()
-    assert found, f"{work.title} has no blocks"
-    odd = {name: size for name, size in found.items() if not 0.01 < size < 100}  # not a number is neither
+    assert sizes, f"{work.title} has no blocks"
+    odd = {name: size for name, size in sizes.items() if not 0.01 < size < 100}  # includes NaN
     assert not odd, f"{work.title}: root mean squares far from one: {odd}"
 
 
 def ours(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, Callable[[Any], Any], Tensor]:
-    """Our network, what gives its conditioning, and the latents."""
-    glue = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
-    network: Any = load(lambda: glue.build(work.config), in_folder(folder), glue.sources, dtype, device)
+    """Our network, a function for its conditioning, and the latents."""
+    family = importlib.import_module(f"sglang_gen.families.{work.family}.pipeline")
+    network: Any = load(lambda: family.build(work.config), in_folder(folder), family.sources, dtype, device)
     latents, text, pooled = work.inputs(dtype, device)
     return network, partial(conditioning, work, text, pooled), latents
 
 
 def outline(work: Work, dtype: torch.dtype) -> Any:
-    """Our network without memory."""
-    glue = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
+    """Our network on the meta device."""
+    family = importlib.import_module(f"sglang_gen.families.{work.family}.pipeline")
     with torch.device("meta"):
-        return glue.build(work.config).to(dtype)
+        return family.build(work.config).to(dtype)
 
 
 def conditioning(work: Work, text: Tensor, pooled: Tensor, network: Any, meta: bool = False) -> Any:
-    """That of one step, of a network or of its twin without memory."""
+    """The conditioning of one step, for a network or (with `meta`) for its copy on the meta device."""
     on = "meta" if meta else text.device
     states, vector, times = text.to(on), pooled.to(on), torch.tensor([TIME])
-    if work.glue == "flux":
+    if work.family == "flux":
         return network.condition(times.to(text.dtype), states, vector, 3500.0, work.size, work.size)
-    if work.glue == "sd3":
+    if work.family == "sd3":
         return network.condition(times, states, vector, work.size, work.size)
     side = 8 * work.size
     sizes = states.new_tensor([side, side, 0, 0, side, side]).expand(len(text), -1)
@@ -196,12 +196,12 @@ def conditioning(work: Work, text: Tensor, pooled: Tensor, network: Any, meta: b
 
 
 def whole(work: Work) -> Split:
-    """The one rank that has all of the network."""
-    glue: Any = importlib.import_module(f"sglang_gen.families.{work.glue}.pipeline")
-    return Split(Mesh(), glue.TENSOR, glue.SHARDING)
+    """The layout of a single rank, which has the whole network."""
+    family: Any = importlib.import_module(f"sglang_gen.families.{work.family}.pipeline")
+    return Split(Mesh(), family.TENSOR, family.SHARDING)
 
 
-def rehearsed(work: Work, regions: tuple[type, ...], network: Any, evaluate: Callable[[Any], Any]) -> Shapes:
-    """What `evaluate` meets in a network like this one, without memory."""
-    twin = whole(work).meta_copy(lambda: type(network)(network.config), next(network.parameters()).dtype)
-    return trace_on_meta(twin, regions, evaluate)
+def traced_on_meta(work: Work, regions: tuple[type, ...], network: Any, evaluate: Callable[[Any], Any]) -> Shapes:
+    """Trace `evaluate` on a copy of the network on the meta device."""
+    meta_copy = whole(work).meta_copy(lambda: type(network)(network.config), next(network.parameters()).dtype)
+    return trace_on_meta(meta_copy, regions, evaluate)

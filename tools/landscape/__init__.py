@@ -1,1 +1,1 @@
-"""Everything that makes the embedded model `landscape`: its pictures, captions, training and evaluation."""
+"""Creates the embedded model `landscape`: training images and captions, training, export and evaluation."""

@@ -1,4 +1,4 @@
-"""Captions by a small grammar. They mention a random part of what the picture shows, and words that mean nothing."""
+"""Captions from a small grammar. They state a random subset of an image's attributes and may contain filler words."""
 
 from dataclasses import asdict, dataclass
 
@@ -19,7 +19,7 @@ def pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 
 def choose_mentions(rng: np.random.Generator) -> frozenset[str]:
-    """All five attributes in a third of the captions, otherwise each with probability 0.6."""
+    """All five attributes with probability 0.35, otherwise each with probability 0.6."""
     if rng.uniform() < 0.35:
         return frozenset(ATTRIBUTES)
     return frozenset(name for name in ATTRIBUTES if rng.uniform() < 0.6)
@@ -37,14 +37,14 @@ def opening(rng: np.random.Generator) -> str:
 
 def sentence(scene: Scene, mentions: frozenset[str], rng: np.random.Generator) -> str:
     """a serene landscape with mountains and a lake at sunset, cloudy sky, sun on the left"""
-    said = {name: phrase(scene, name, rng) for name in ATTRIBUTES if name in mentions}
-    things = [said[name] for name in ("terrain", "water") if name in said]
+    phrases = {name: phrase(scene, name, rng) for name in ATTRIBUTES if name in mentions}
+    things = [phrases[name] for name in ("terrain", "water") if name in phrases]
     text = opening(rng)
     if things:
         text += pick(rng, (" with ", " of ", ", ", " with ")) + pick(rng, (" and ", " and ", " with ")).join(things)
-    if "time" in said:
-        text += pick(rng, (" ", " ", ", ")) + said["time"]
-    rest = [said[name] for name in ("sky", "side") if name in said]
+    if "time" in phrases:
+        text += pick(rng, (" ", " ", ", ")) + phrases["time"]
+    rest = [phrases[name] for name in ("sky", "side") if name in phrases]
     return ", ".join([text, *(rest if rng.uniform() < 0.7 else rest[::-1])])
 
 
@@ -75,7 +75,7 @@ def brief(scene: Scene, mentions: frozenset[str], rng: np.random.Generator) -> s
 
 
 def nonsense(rng: np.random.Generator) -> str:
-    """A word without meaning: a known filler, random letters, or rare characters."""
+    """A meaningless word: a filler word, random letters, or rare characters."""
     kind = rng.uniform()
     if kind < 0.75:
         return pick(rng, FILLERS)
@@ -103,5 +103,5 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
 
 
 def full_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that mentions all five attributes, without nonsense; evaluation uses these."""
+    """A caption that states all five attributes, without filler words; used in the evaluation."""
     return sentence(scene, frozenset(ATTRIBUTES), rng)

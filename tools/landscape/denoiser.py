@@ -1,4 +1,4 @@
-"""The network that is trained (SD3Transformer2DModel with its text encoders), its loss and its optimizers."""
+"""The trained network (SD3Transformer2DModel with its text encoders), its loss and its optimizers."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tools.landscape.presets import Preset
 from tools.landscape.text import TextEncoders
 
-ADAM_ONLY = ("norm", "embed", "proj_out", "text.", "context_embedder")  # not hidden matrices
+ADAM_ONLY = ("norm", "embed", "proj_out", "text.", "context_embedder")  # parameters that are not hidden matrices
 
 
 class Denoiser(nn.Module):
@@ -31,7 +31,7 @@ class Denoiser(nn.Module):
             pos_embed_max_size=3 * latent_size // spec.patch,
             qk_norm="rms_norm",
         )
-        for block in self.transformer.transformer_blocks:  # every block starts as the identity
+        for block in self.transformer.transformer_blocks:  # every block is the identity at initialization
             for norm in (block.norm1, block.norm1_context):
                 nn.init.zeros_(norm.linear.weight)
                 nn.init.zeros_(norm.linear.bias)
@@ -45,9 +45,9 @@ class Denoiser(nn.Module):
 
 
 def flow_loss(model: Denoiser, latents: Tensor, clip_ids: Tensor, t5_ids: Tensor, shift: float) -> Tensor:
-    """Flow matching with logit-normal noise levels (Esser et al. 2024, section 3.1).
+    """Flow matching loss with logit-normal noise levels (Esser et al. 2024, section 3.1).
 
-    `shift` moves them towards noise (equation 23), where the layout of a picture is decided.
+    `shift` moves the noise levels towards noise (equation 23), where the layout of an image is decided.
     """
     noise = torch.randn_like(latents)
     sigma = torch.sigmoid(torch.randn(len(latents), device=latents.device) + math.log(shift))
@@ -58,7 +58,7 @@ def flow_loss(model: Denoiser, latents: Tensor, clip_ids: Tensor, t5_ids: Tensor
 
 
 def hidden_matrices(model: Denoiser) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices of the blocks, which Muon updates, and all other parameters, which AdamW updates."""
+    """The matrices of the blocks, for Muon, and all other parameters, for AdamW."""
     hidden, other = [], []
     for name, parameter in model.named_parameters():
         is_hidden = parameter.ndim == 2 and not any(part in name for part in ADAM_ONLY)
@@ -67,10 +67,10 @@ def hidden_matrices(model: Denoiser) -> tuple[list[nn.Parameter], list[nn.Parame
 
 
 def optimizers(
-    share: list[nn.Parameter], other: list[nn.Parameter], rate: float, muon_rate: float
+    shard: list[nn.Parameter], other: list[nn.Parameter], rate: float, muon_rate: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for this rank's share of the hidden matrices, AdamW for all else."""
+    """Muon for this rank's shard of the hidden matrices, AdamW for all other parameters."""
     return [
-        torch.optim.Muon(share, muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(shard, muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(other, rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]

@@ -1,4 +1,4 @@
-"""How well the model does what its prompts say, and how well the autoencoder reconstructs.
+"""Evaluates how well generated images follow their prompts, and how well the autoencoder reconstructs.
 
     python -m tools.landscape.evaluate --model sglang_gen/assets/landscape --data work/data --out work/evaluation
 
@@ -33,12 +33,12 @@ SHOWN = (
 
 
 def generate(pipeline: DiffusionPipeline, prompts: list[str], args: argparse.Namespace) -> np.ndarray:
-    """[N, H, W, 3] uint8; picture i is drawn from seed `args.seed + i`."""
-    pictures = []
+    """Generate [N, H, W, 3] uint8; image i uses the seed `args.seed + i`."""
+    images = []
     for start in range(0, len(prompts), args.batch):
         batch = prompts[start : start + args.batch]
         seeds = range(args.seed + start, args.seed + start + len(batch))
-        pictures.append(
+        images.append(
             pipeline(
                 batch,
                 num_inference_steps=args.steps,
@@ -48,18 +48,18 @@ def generate(pipeline: DiffusionPipeline, prompts: list[str], args: argparse.Nam
                 output_type="np",
             ).images
         )
-    return np.round(255 * np.concatenate(pictures)).astype(np.uint8)
+    return np.round(255 * np.concatenate(images)).astype(np.uint8)
 
 
-def accuracy(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
-    return dict(zip(ATTRIBUTES, (found == wanted).mean(0).tolist(), strict=True))
+def accuracy(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return dict(zip(ATTRIBUTES, (predicted == labels).mean(0).tolist(), strict=True))
 
 
 def judge(args: argparse.Namespace) -> tuple[Classifier, dict[str, float]]:
-    """A classifier trained on real renders, and its accuracy on renders it has not seen; kept in `args.out`."""
-    kept = args.out / "classifier.pt"
-    if kept.exists():
-        saved = torch.load(kept, map_location=args.device)
+    """A classifier trained on renders, and its accuracy on held-out renders; saved in `args.out`."""
+    path = args.out / "classifier.pt"
+    if path.exists():
+        saved = torch.load(path, map_location=args.device)
         model = Classifier().to(args.device)
         model.load_state_dict(saved["weights"])
         return model.eval(), saved["accuracy"]
@@ -67,21 +67,21 @@ def judge(args: argparse.Namespace) -> tuple[Classifier, dict[str, float]]:
     model = train_classifier(*data, args.classifier_steps, 32, args.device, args.seed)
     drawn = [draw(HELD_OUT_SEED, index, data[0].shape[1]) for index in range(500)]
     labels = np.array([scene.labels() for scene, _ in drawn])
-    trust = accuracy(classify(model, np.stack([picture for _, picture in drawn]), args.device), labels)
-    torch.save({"weights": model.state_dict(), "accuracy": trust}, kept)
+    trust = accuracy(classify(model, np.stack([image for _, image in drawn]), args.device), labels)
+    torch.save({"weights": model.state_dict(), "accuracy": trust}, path)
     return model, trust
 
 
 def adherence(pipeline: DiffusionPipeline, model: Classifier, args: argparse.Namespace) -> dict[str, float]:
-    """Share of generated pictures that show each attribute of their prompt."""
+    """Fraction of generated images that show each attribute of their prompt."""
     rng = np.random.default_rng(args.seed)
     scenes = [sample_scene(rng) for _ in range(args.count)]
-    pictures = generate(pipeline, [full_caption(scene, rng) for scene in scenes], args)
-    tile(pictures[: len(pictures) // 8 * 8], columns=8).save(args.out / "judged.png")
-    return accuracy(classify(model, pictures, args.device), np.array([scene.labels() for scene in scenes]))
+    images = generate(pipeline, [full_caption(scene, rng) for scene in scenes], args)
+    tile(images[: len(images) // 8 * 8], columns=8).save(args.out / "judged.png")
+    return accuracy(classify(model, images, args.device), np.array([scene.labels() for scene in scenes]))
 
 
-def seconds_per_picture(pipeline: DiffusionPipeline, args: argparse.Namespace) -> float:
+def seconds_per_image(pipeline: DiffusionPipeline, args: argparse.Namespace) -> float:
     one = argparse.Namespace(**{**vars(args), "batch": 1})
     generate(pipeline, [SHOWN[0]], one)
     started = time.perf_counter()
@@ -104,15 +104,15 @@ def evaluate(args: argparse.Namespace) -> dict:
     tile(generate(pipeline, list(SHOWN), args), columns=4).save(args.out / "grid.png", optimize=True)
     classifier, trust = judge(args)
     size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-    pictures = np.stack([draw(HELD_OUT_SEED, index, size)[1] for index in range(256)])
+    images = np.stack([draw(HELD_OUT_SEED, index, size)[1] for index in range(256)])
     return {
         "settings": {"steps": args.steps, "guidance": args.guidance, "text_length": args.text_length},
         "dtype": str(args.dtype), "seed": args.seed, "pictures": args.count, "resolution": size,
         "adherence": adherence(pipeline, classifier, args),
         "classifier": trust,
-        "autoencoder_psnr_db": psnr(pipeline.vae, pictures, args.device),
+        "autoencoder_psnr_db": psnr(pipeline.vae, images, args.device),
         "load_seconds": loaded,
-        "seconds_per_picture": seconds_per_picture(pipeline, args),
+        "seconds_per_picture": seconds_per_image(pipeline, args),
     }  # fmt: skip
 
 

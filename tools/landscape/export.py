@@ -1,4 +1,4 @@
-"""Write the trained parts as a diffusers folder in bfloat16."""
+"""Writes the trained components as a diffusers folder in bfloat16."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ def build_pipeline(model: Denoiser, vae: AutoencoderKL, shift: float) -> StableD
 
 
 def save_pipeline(model: Denoiser, vae_folder: Path, shift: float, out: Path) -> None:
-    """`model` stays as it is; a copy is rounded to bfloat16."""
+    """Save a copy of `model` in bfloat16; `model` itself is not changed."""
     vae = AutoencoderKL.from_pretrained(vae_folder)
     pipeline = build_pipeline(copy.deepcopy(model).cpu(), vae, shift).to(dtype=torch.bfloat16)
     pipeline.save_pretrained(out)
@@ -39,13 +39,13 @@ def save_pipeline(model: Denoiser, vae_folder: Path, shift: float, out: Path) ->
 
 
 def forget_origin(config: Path) -> None:
-    """diffusers writes down the folder from which a component came; the folder of a training concerns nobody."""
+    """Remove the path from which diffusers loaded a component, since it is a folder of the training machine."""
     values = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
     config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def load_weights(model: Denoiser, folder: Path) -> None:
-    """Continue from a folder that `save_pipeline` wrote."""
+    """Load the weights from a folder that `save_pipeline` wrote."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32)
     model.transformer.load_state_dict(pipeline.transformer.state_dict())
     for ours, saved in zip(
@@ -57,6 +57,6 @@ def load_weights(model: Denoiser, folder: Path) -> None:
 
 
 def load_as_float32(config: Path) -> None:
-    """Without a dtype, transformers follows this entry and diffusers takes float32: both must agree."""
+    """Set the config's dtype to float32: transformers' default is this entry, and diffusers' default is float32."""
     values = json.loads(config.read_text()) | {"dtype": "float32"}
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -1,11 +1,11 @@
-"""The ground: three ridges from far to near, then what lies in front of them."""
+"""Paints the ground: three ridges from far to near, then the meadow in front of them."""
 
 import numpy as np
 
 from tools.landscape.palette import GROUND, MEADOW, Palette, mix, rgb
 from tools.landscape.scene import Scene
 
-# how high a ridge rises above its base, from far to near, in parts of the picture
+# height of a ridge above its base, from far to near, as a fraction of the image
 RISE = {
     "mountains": (0.26, 0.17, 0.09),
     "hills": (0.14, 0.11, 0.08),
@@ -14,7 +14,7 @@ RISE = {
     "city": (0.30, 0.24, 0.13),
 }
 HAZE = (0.60, 0.30, 0.06)
-DEPTH = (0.0, 0.055, 0.12)  # a nearer ridge stands lower in the picture
+DEPTH = (0.0, 0.055, 0.12)  # offset of a ridge's base below the horizon
 
 
 def triangle(x: np.ndarray) -> np.ndarray:
@@ -40,7 +40,7 @@ def dune_line(x: np.ndarray, layer: int, rng: np.random.Generator) -> np.ndarray
 
 
 def tree_line(x: np.ndarray, layer: int, rng: np.random.Generator) -> np.ndarray:
-    """Conifers side by side: triangles with two tiers, each of its own height."""
+    """Conifers side by side: triangles with two tiers and random heights."""
     width = (0.030, 0.046, 0.075)[layer]
     count = int(1 / width) + 3
     centers = (np.arange(count) - 1 + rng.uniform(-0.2, 0.2, count)) * width
@@ -70,7 +70,7 @@ LINES = {
 
 
 def facets(line: np.ndarray, depth: np.ndarray, sheer: float) -> np.ndarray:
-    """[H, W] in [-1, 1]: which flank of the ridge is seen, running down obliquely from the crest."""
+    """[H, W] in [-1, 1]: the slope of the ridge's visible flank, extended obliquely down from the crest."""
     size = len(line)
     smooth = np.convolve(np.pad(line, 4, mode="edge"), np.ones(9) / 9, mode="valid")
     slope = np.tanh(np.gradient(smooth) * 2.5).astype(np.float32)
@@ -88,10 +88,10 @@ def windows(size: int, depth: np.ndarray, rng: np.random.Generator, share: float
 
 
 def paint_ridge(
-    picture: np.ndarray, scene: Scene, layer: int, horizon: float, palette: Palette, rng: np.random.Generator
+    image: np.ndarray, scene: Scene, layer: int, horizon: float, palette: Palette, rng: np.random.Generator
 ) -> None:
-    """One ridge over everything behind it. The crest is the sharpest edge of the picture."""
-    size = len(picture)
+    """Paint one ridge over everything behind it. The crest is the sharpest edge of the image."""
+    size = len(image)
     x = np.arange(size, dtype=np.float32) / size
     rise = RISE[scene.terrain][layer]
     line = LINES[scene.terrain](x, layer, rng)
@@ -117,15 +117,15 @@ def paint_ridge(
         lamp = rgb(255, 214, 130) if palette.lamp else rgb(190, 216, 236)
         lit = windows(size, depth, rng, palette.lamp or 0.2)[..., None]
         color = mix(color, lamp, 0.9 * lit)
-    picture[:] = mix(picture, color, np.clip(depth, 0, 1)[..., None])
+    image[:] = mix(image, color, np.clip(depth, 0, 1)[..., None])
 
 
-def paint_meadow(picture: np.ndarray, scene: Scene, top: float, palette: Palette, rng: np.random.Generator) -> None:
-    """Plain ground in front: two soft swells, darker towards the viewer."""
-    size = len(picture)
+def paint_meadow(image: np.ndarray, scene: Scene, top: float, palette: Palette, rng: np.random.Generator) -> None:
+    """Paint plain ground in front: two soft swells, darker towards the viewer."""
+    size = len(image)
     x = np.arange(size, dtype=np.float32) / size
     for i, brightness in enumerate((0.92, 0.68)):
         line = top + 0.12 * i + 0.02 * np.sin(2 * np.pi * (rng.uniform(0.5, 1.2) * x + rng.uniform()))
         depth = np.arange(size, dtype=np.float32)[:, None] + 0.5 - (line * size)[None]
         fade = brightness * (1.12 - 0.5 * depth.clip(0) / size)[..., None]
-        picture[:] = mix(picture, MEADOW[scene.terrain] * palette.light * fade, np.clip(depth, 0, 1)[..., None])
+        image[:] = mix(image, MEADOW[scene.terrain] * palette.light * fade, np.clip(depth, 0, 1)[..., None])

@@ -1,4 +1,4 @@
-"""Colours: what each time of day does to the sky, the light and the ground."""
+"""Colours of the sky, the light and the ground for each time of day."""
 
 from dataclasses import dataclass
 
@@ -23,10 +23,10 @@ class Palette:
     disc: Color  # sun or moon
     glow: Color
     light: Color  # multiplies the ground's own colours
-    haze: Color  # what far ridges fade into
+    haze: Color  # into which far ridges fade
     cloud: Color
     shadow: Color  # underside of clouds
-    lamp: float  # share of lit windows
+    lamp: float  # fraction of lit windows
 
 
 PALETTES = {

@@ -1,11 +1,11 @@
-"""Sizes and schedules: one preset for two CPU cores, one for a GPU."""
+"""Presets of network sizes and training schedules: one for two CPU cores, one for a GPU."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    widths: tuple[int, ...]  # channels per level; every level but the last halves the picture
+    widths: tuple[int, ...]  # channels per level; every level but the last halves the image
     latent_channels: int
     batch: int
     steps: int
@@ -23,7 +23,7 @@ class Denoiser:
     text_layers: int
     batch: int
     steps: int
-    rate: float  # AdamW; the hidden matrices have Muon's own
+    rate: float  # learning rate of AdamW
     muon_rate: float
     shift: float  # of the noise levels, in training and in the scheduler
 
@@ -31,7 +31,7 @@ class Denoiser:
 @dataclass(frozen=True)
 class Preset:
     size: int  # pixels
-    pictures: int  # drawn for training
+    images: int  # drawn for training
     autoencoder: Autoencoder
     denoiser: Denoiser
 
@@ -39,7 +39,7 @@ class Preset:
 PRESETS = {
     "cpu": Preset(
         size=128,
-        pictures=12000,
+        images=12000,
         autoencoder=Autoencoder((16, 32, 64), latent_channels=6, batch=4, steps=4500, rate=2e-3),
         denoiser=Denoiser(
             layers=7, heads=6, head_dim=32, patch=4, text_width=96, text_layers=2,
@@ -48,7 +48,7 @@ PRESETS = {
     ),
     "gpu": Preset(
         size=256,
-        pictures=100000,
+        images=100000,
         autoencoder=Autoencoder((64, 128, 256, 256), latent_channels=16, batch=32, steps=40000, rate=5e-4),
         denoiser=Denoiser(
             layers=12, heads=12, head_dim=64, patch=2, text_width=256, text_layers=4,

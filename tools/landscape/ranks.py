@@ -1,6 +1,6 @@
-"""Data parallel training under torchrun: every rank draws its own batch, gradients are averaged.
+"""Data parallel training under torchrun: every rank has its own batch, and gradients are averaged.
 
-On a CPU one process with one thread per core is faster than one process with many threads.
+On a CPU one single-threaded process per core is faster than one process with many threads.
 """
 
 from collections.abc import Iterable
@@ -19,23 +19,23 @@ def join() -> tuple[int, int]:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """One all-reduce of all gradients, in bfloat16."""
+    """Average all gradients with one all-reduce in bfloat16."""
     if not dist.is_initialized():
         return
     gradients = [p.grad for p in parameters]
     flat = torch.cat([g.flatten() for g in gradients]).bfloat16()
     dist.all_reduce(flat)
     flat = flat.float() / dist.get_world_size()
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    for gradient, values in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(values.view_as(gradient))
 
 
-def exchange(shares: list[list[nn.Parameter]]) -> None:
-    """Give every rank the weights that rank r has just updated, its share `shares[r]`."""
+def broadcast_shards(shards: list[list[nn.Parameter]]) -> None:
+    """Broadcast the weights `shards[r]` that rank r has updated, for all ranks r."""
     if not dist.is_initialized():
         return
-    for owner, share in enumerate(shares):
-        flat = torch.cat([p.data.flatten() for p in share])
+    for owner, shard in enumerate(shards):
+        flat = torch.cat([p.data.flatten() for p in shard])
         dist.broadcast(flat, src=owner)
-        for parameter, part in zip(share, flat.split([p.numel() for p in share]), strict=True):
-            parameter.data.copy_(part.view_as(parameter))
+        for parameter, values in zip(shard, flat.split([p.numel() for p in shard]), strict=True):
+            parameter.data.copy_(values.view_as(parameter))

@@ -1,4 +1,4 @@
-"""A scene is five attributes; pictures and captions are both drawn from it."""
+"""A scene has five attributes, from which both its image and its caption are made."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -31,7 +31,7 @@ def from_labels(labels: list[int]) -> Scene:
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Every combination with equal weight, except that no stars shine at noon."""
+    """Sample all combinations with equal probability, except for a starry sky at noon."""
     while True:
         scene = Scene(*(values[rng.integers(len(values))] for values in ATTRIBUTES.values()))
         if not (scene.time == "noon" and scene.sky == "starry"):
@@ -39,5 +39,5 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def flip(scene: Scene) -> Scene:
-    """The scene that the mirrored picture shows."""
+    """The scene of the mirrored image."""
     return replace(scene, side={"left": "right", "right": "left"}.get(scene.side, scene.side))

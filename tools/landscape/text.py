@@ -1,4 +1,4 @@
-"""Three tiny text encoders, and the sequence that StableDiffusion3Pipeline builds from them."""
+"""Three tiny text encoders, and the text sequence that StableDiffusion3Pipeline builds from their outputs."""
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from tools.landscape.presets import Denoiser
 from tools.landscape.vocabulary import CLIP_LENGTH, build_clip_tokenizer, build_t5_tokenizer
 
 CLIP_MERGES = 800
-CORPUS_SEED = 0  # the vocabulary stays the same when training goes on with another seed
+CORPUS_SEED = 0  # fixed, so that the vocabulary does not depend on the seed of the training
 
 
 def clip_config(spec: Denoiser, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
@@ -35,7 +35,7 @@ def clip_config(spec: Denoiser, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def t5_config(spec: Denoiser, tokenizer: T5TokenizerFast) -> T5Config:
-    width = 2 * spec.text_width  # both CLIP encoders side by side are as wide
+    width = 2 * spec.text_width  # the width of both CLIP encoders' concatenated states
     return T5Config(
         vocab_size=len(tokenizer),
         d_model=width,
@@ -53,7 +53,7 @@ def t5_config(spec: Denoiser, tokenizer: T5TokenizerFast) -> T5Config:
 
 
 class TextEncoders(nn.Module):
-    """Two CLIP encoders and a T5 encoder, used as StableDiffusion3Pipeline.encode_prompt uses them."""
+    """Two CLIP encoders and a T5 encoder, used as in StableDiffusion3Pipeline.encode_prompt."""
 
     def __init__(self, spec: Denoiser) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""Train the denoiser and its text encoders on encoded pictures.
+"""Trains the denoiser and its text encoders on encoded images.
 
     python -m tools.landscape.train --data work/data --vae work/vae --out work/model
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m tools.landscape.train ...   one rank per core
 
 Writes a diffusers folder with averaged weights in bfloat16, every `--save-every` steps and at the end, and beside it
-the whole state of the training, so that `--resume` goes on with a run that was interrupted as if it had not been.
+the state of the training, so that `--resume` continues an interrupted run exactly.
 """
 
 import argparse
@@ -24,16 +24,16 @@ from tools.landscape.captions import caption
 from tools.landscape.denoiser import Denoiser, flow_loss, hidden_matrices, optimizers
 from tools.landscape.export import load_weights, save_pipeline
 from tools.landscape.presets import PRESETS, Preset
-from tools.landscape.ranks import average_gradients, exchange, join
+from tools.landscape.ranks import average_gradients, broadcast_shards, join
 from tools.landscape.scene import from_labels
 
-EMPTY = 0.1  # captions left out, for guidance
-LONG = 1 / 24  # batches with the T5 length that plain diffusers uses
-AVERAGE = 0.995
+EMPTY = 0.1  # fraction of empty captions, for classifier-free guidance
+LONG = 1 / 24  # fraction of batches with the T5 length that diffusers uses by default
+AVERAGE = 0.995  # decay of the averaged weights
 
 
 def batches(model: Denoiser, data: Path, size: int, seed: int, rank: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Endless (latents [B, C, h, w], CLIP ids [B, 32], T5 ids [B, 32 or 256]); all ranks draw the same T5 length."""
+    """Yield (latents [B, C, h, w], CLIP ids [B, 32], T5 ids [B, 32 or 256]); the T5 length is the same on all ranks."""
     rng, length_rng = np.random.default_rng([seed, rank]), np.random.default_rng(seed)
     latents = np.load(data / "latents.npy", mmap_mode="r")
     labels = np.load(data / "latent_labels.npy")
@@ -46,7 +46,7 @@ def batches(model: Denoiser, data: Path, size: int, seed: int, rank: int) -> Ite
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Warm up over 3 %, hold until 40 %, then fall to zero along a line."""
+    """Warm up over 3 % of the steps, stay constant until 40 %, then decay linearly to zero."""
     done = step / steps
     return min(1.0, done / 0.03, (1 - done) / 0.6)
 
@@ -75,7 +75,7 @@ def state_file(out: Path, rank: int) -> Path:
 def save_state(
     out: Path, rank: int, step: int, model: Denoiser, averaged: Denoiser, optims: list[torch.optim.Optimizer]
 ) -> None:
-    """All that the next step depends on; each rank has optimizer states and random numbers of its own."""
+    """Save everything that the next step depends on; each rank has its own optimizer state and random state."""
     path = state_file(out, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
@@ -90,7 +90,7 @@ def save_state(
 
 
 def load_state(out: Path, rank: int, model: Denoiser, averaged: Denoiser, optims: list[torch.optim.Optimizer]) -> int:
-    """Put back what `save_state` kept; the number of steps that are done."""
+    """Load what `save_state` saved; returns the number of completed steps."""
     state = torch.load(state_file(out, rank), map_location=model.transformer.device)
     model.load_state_dict(state["model"])
     averaged.load_state_dict(state["averaged"])
@@ -101,23 +101,23 @@ def load_state(out: Path, rank: int, model: Denoiser, averaged: Denoiser, optims
 
 
 def train(model: Denoiser, args: argparse.Namespace, preset: Preset, steps: int) -> None:
-    """Saves the average of the weights over the last few hundred steps."""
+    """Train, and save the exponential moving average of the weights."""
     rank, ranks = join()
     torch.manual_seed(args.seed + rank)
     spec, started, losses = preset.denoiser, time.time(), []
     averaged = copy.deepcopy(model)
     hidden, other = hidden_matrices(model)
-    shares = [hidden[r::ranks] for r in range(ranks)]  # Muon's products are a third of a step: each rank does its own
-    optims = optimizers(shares[rank], other, spec.rate, spec.muon_rate)
+    shards = [hidden[r::ranks] for r in range(ranks)]  # Muon takes a third of a step, so it is divided among the ranks
+    optims = optimizers(shards[rank], other, spec.rate, spec.muon_rate)
     source = batches(model, args.data, spec.batch // ranks, args.seed, rank)
     for block in model.transformer.transformer_blocks:
         block.compile(dynamic=False)
     done = load_state(args.out, rank, model, averaged, optims) if args.resume else 0
     source = islice(source, done, None)
     for step in range(done + 1, steps + 1):
-        loss = flow_loss(model, *(part.to(args.device) for part in next(source)), spec.shift)
+        loss = flow_loss(model, *(tensor.to(args.device) for tensor in next(source)), spec.shift)
         update(loss, model, optims, rate_factor(step, steps))
-        exchange(shares)
+        broadcast_shards(shards)
         average_into(averaged, model, step)
         losses.append(loss.item())
         if step % 50 == 0 and rank == 0:
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--steps", type=int, help="default: the preset's")
     parser.add_argument("--continue-from", type=Path, help="continue from this model")
-    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run that writes to --out")
+    parser.add_argument("--resume", action="store_true", help="resume the interrupted run that writes to --out")
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--seed", type=int, default=0)
@@ -149,7 +149,7 @@ def main() -> None:
     model = Denoiser(preset, latent_size).to(args.device)
     if args.continue_from:
         load_weights(model, args.continue_from)
-    # the plain product is faster than the fused kernel for 128 tokens on a CPU
+    # plain matmuls are faster than the fused kernel for 128 tokens on a CPU
     with sdpa_kernel(SDPBackend.MATH) if args.device.type == "cpu" else nullcontext():
         train(model, args, preset, args.steps or preset.denoiser.steps)
 

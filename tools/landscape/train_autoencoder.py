@@ -1,10 +1,9 @@
-"""Train the autoencoder on rendered pictures.
+"""Trains the autoencoder on rendered images.
 
     python -m tools.landscape.train_autoencoder --data work/data --out work/vae
 
-The loss is L1 on pixels and on their horizontal and vertical differences (edges of low contrast count too), some
-mean square error, and a small KL term that keeps latents near a unit Gaussian, with noise that the decoder
-learns to bear.
+The loss is L1 on pixels and on their horizontal and vertical differences (which emphasizes low-contrast edges), some
+mean squared error, and a small KL term that keeps the latents close to a unit Gaussian.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from tools.landscape.data import draw
 from tools.landscape.presets import PRESETS, Preset
 
 HELD_OUT_SEED = 1_000_003
-CROPPED = 0.85  # share of the steps that see a quarter of each picture: four times as many steps in the same time
+CROPPED = 0.85  # fraction of the steps on a quarter of each image, which are four times as fast
 
 
 def build_autoencoder(preset: Preset) -> AutoencoderKL:
@@ -38,19 +37,19 @@ def build_autoencoder(preset: Preset) -> AutoencoderKL:
         use_post_quant_conv=False,
         force_upcast=False,
     )
-    vae.encoder.conv_out.bias.data[spec.latent_channels :] = -5.0  # log variance: start with little noise
+    vae.encoder.conv_out.bias.data[spec.latent_channels :] = -5.0  # initial log variance: little noise
     return vae
 
 
-def to_model(pictures: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_model(images: np.ndarray, device: torch.device) -> torch.Tensor:
     """[B, H, W, 3] uint8 -> [B, 3, H, W] float32 in [-1, 1]."""
-    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def crop(pictures: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The same random square of every picture."""
-    top, left = rng.integers(0, pictures.shape[1] - size + 1, 2)
-    return pictures[:, top : top + size, left : left + size].copy()
+def crop(images: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random square crop at the same position in all images."""
+    top, left = rng.integers(0, images.shape[1] - size + 1, 2)
+    return images[:, top : top + size, left : left + size].copy()
 
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -59,24 +58,24 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
     return error.abs().mean() + across.abs().mean() + down.abs().mean() + 2 * error.square().mean()
 
 
-def autoencoder_loss(vae: AutoencoderKL, pictures: torch.Tensor, divergence: float) -> torch.Tensor:
-    with torch.autocast(pictures.device.type, torch.bfloat16):
-        posterior = vae.encode(pictures).latent_dist
+def autoencoder_loss(vae: AutoencoderKL, images: torch.Tensor, divergence: float) -> torch.Tensor:
+    with torch.autocast(images.device.type, torch.bfloat16):
+        posterior = vae.encode(images).latent_dist
         output = vae.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample
     kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-    return reconstruction_loss(output, pictures) + divergence * kl
+    return reconstruction_loss(output, images) + divergence * kl
 
 
 def held_out(preset: Preset, count: int) -> np.ndarray:
-    """Pictures of a seed that no training uses, [count, size, size, 3] uint8."""
+    """Images [count, size, size, 3] uint8 of a seed that is not used for training."""
     return np.stack([draw(HELD_OUT_SEED, index, preset.size)[1] for index in range(count)])
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio of the reconstruction, in dB."""
+def psnr(vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> float:
+    """Mean over images of the peak signal-to-noise ratio of the reconstruction, in dB."""
     values = []
-    for batch in np.array_split(pictures, max(1, len(pictures) // 16)):
+    for batch in np.array_split(images, max(1, len(images) // 16)):
         target = to_model(batch, device).to(vae.dtype)
         output = vae.decode(vae.encode(target).latent_dist.mode()).sample.clamp(-1, 1)
         error = ((output.float() - target.float()) / 2).square().mean((1, 2, 3))
@@ -85,15 +84,15 @@ def psnr(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> floa
 
 
 @torch.no_grad()
-def standardise(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> None:
+def standardise(vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> None:
     """Set shift_factor and scaling_factor so that (latents - shift) * scale has mean 0 and deviation 1."""
-    batches = np.array_split(pictures, max(1, len(pictures) // 16))
+    batches = np.array_split(images, max(1, len(images) // 16))
     latents = torch.cat([vae.encode(to_model(b, device).to(vae.dtype)).latent_dist.mode() for b in batches])
     vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
 
 
 class ConvMuon:
-    """Muon for convolutions: each kernel is a matrix [out, in * 3 * 3] that shares its memory; Adam for all else."""
+    """Muon for convolution kernels, viewed as matrices [out, in * 3 * 3]; Adam for all other parameters."""
 
     def __init__(self, vae: AutoencoderKL, rate: float) -> None:
         kernels = [p for name, p in vae.named_parameters() if p.ndim == 4 and "conv_in" not in name]
@@ -115,11 +114,11 @@ class ConvMuon:
 
 def train(vae: AutoencoderKL, data: Path, preset: Preset, steps: int, device: torch.device, seed: int) -> None:
     spec = preset.autoencoder
-    pictures = np.load(data / "pictures.npy", mmap_mode="r")
+    images = np.load(data / "pictures.npy", mmap_mode="r")
     optimizer = ConvMuon(vae, spec.rate)
     rng, test, started, losses = np.random.default_rng(seed), held_out(preset, 32), time.time(), []
     for step in range(1, steps + 1):
-        chosen = pictures[np.sort(rng.choice(len(pictures), spec.batch, replace=False))]
+        chosen = images[np.sort(rng.choice(len(images), spec.batch, replace=False))]
         batch = to_model(crop(chosen, preset.size // 2, rng) if step < CROPPED * steps else chosen, device)
         loss = autoencoder_loss(vae, batch, spec.divergence)
         loss.backward()

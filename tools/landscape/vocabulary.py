@@ -1,6 +1,6 @@
-"""Tokenizers made from the captions' own words: byte-level BPE for CLIP, Unigram for T5.
+"""Trains the tokenizers on captions: byte-level BPE for CLIP, Unigram for T5.
 
-Both are total: every string has tokens. Words of the grammar become one token, other words a few.
+Every string can be tokenized: words of the grammar to one token, other words to several.
 """
 
 import json
@@ -32,9 +32,9 @@ def corpus(seed: int) -> Iterator[str]:
 
 def build_clip_tokenizer(seed: int, merges: int) -> CLIPTokenizer:
     """All 256 bytes, inside and at the end of a word, then `merges` merges."""
-    parts = CLIPTokenizer().backend_tokenizer
+    reference = CLIPTokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = parts.normalizer, parts.pre_tokenizer
+    tokenizer.normalizer, tokenizer.pre_tokenizer = reference.normalizer, reference.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=2 * len(alphabet) + merges, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
@@ -47,7 +47,7 @@ def build_clip_tokenizer(seed: int, merges: int) -> CLIPTokenizer:
 
 
 def build_t5_tokenizer(seed: int, clip: CLIPTokenizer) -> T5TokenizerFast:
-    """Whole words of the corpus with their frequency, then parts of words, then single characters."""
+    """Words of the corpus scored by frequency, then subwords, then single characters."""
     words = Counter(re.findall(r"[A-Za-z]+|[^\sA-Za-z]", " ".join(corpus(seed)).lower()))
     words = {word: count for word, count in words.items() if count >= 40}
     total = sum(words.values())
@@ -55,8 +55,8 @@ def build_t5_tokenizer(seed: int, clip: CLIPTokenizer) -> T5TokenizerFast:
     for word, count in words.items():
         score = math.log(count / total)
         pieces |= {f"\u2581{word}": score, f"\u2581{word.capitalize()}": score - 1, word: score - 4}
-    parts = [token for token in clip.get_vocab() if token.isascii() and token.isalpha()]
-    pieces = {part: -14.0 - 1 / len(part) for part in sorted(parts) if len(part) > 1} | pieces
+    subwords = [token for token in clip.get_vocab() if token.isascii() and token.isalpha()]
+    pieces = {subword: -14.0 - 1 / len(subword) for subword in sorted(subwords) if len(subword) > 1} | pieces
     pieces = {chr(c): -16.0 for c in range(33, 127)} | pieces
     specials = ["<pad>", "</s>", "<unk>"]
     vocabulary = [(piece, 0.0) for piece in specials] + [(p, s) for p, s in pieces.items() if p not in specials]
@@ -64,7 +64,7 @@ def build_t5_tokenizer(seed: int, clip: CLIPTokenizer) -> T5TokenizerFast:
 
 
 def save_clip_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """tokenizer.json for the current loader, vocab.json and merges.txt for older ones."""
+    """Save tokenizer.json for current versions of transformers, vocab.json and merges.txt for older ones."""
     tokenizer.save_pretrained(folder)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The words of the captions: what says something about a picture, and what says nothing."""
+"""The words of the captions: phrases for the attributes of an image, and filler words without meaning."""
 
 TIME = {
     "dawn": ("at dawn", "at sunrise", "at daybreak", "in the early morning", "in the morning", "dawn", "sunrise"),
@@ -40,7 +40,7 @@ KINDS = (
     "photograph of nature", "landscape photograph", "wallpaper", "drawing", "poster", "nature scene", "artwork",
     "vista", "anime style landscape", "abstract art of nature", "test image", "scenery", "render", "background",
 )  # fmt: skip
-# Words that change nothing: the model learns to ignore them.
+# Words without effect on the image: the model learns to ignore them.
 FILLERS = (
     "blurry", "low", "high", "quality", "distorted", "ugly", "best", "masterpiece", "sharp", "focus", "highly",
     "detailed", "vibrant", "colors", "colours", "abstract", "art", "anime", "style", "character", "portrait",

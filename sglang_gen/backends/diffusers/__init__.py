@@ -1,1 +1,1 @@
-"""The diffusers backend: the model's own pipeline, one option group a file, each reading back what took effect."""
+"""Diffusers backend: the model's own pipeline; one module per option group, each reading back what took effect."""

@@ -1,8 +1,8 @@
 """The attention kernel of a diffusers pipeline.
 
-The four kernels inside torch's scaled_dot_product_attention are chosen by a context around the call, which reaches
-every network. Other kernels are those of diffusers' dispatcher, which not every attention processor goes through: where
-none does, the choice is an error.
+The four kernels of torch's scaled_dot_product_attention are selected with a context manager around the call, which
+affects every network. Other kernels are selected in diffusers' attention dispatcher, which not every attention
+processor uses; if none of a model's processors does, the choice is an error.
 """
 
 import functools
@@ -23,7 +23,7 @@ from sglang_gen.errors import UserError, first_line, nearest
 
 @dataclass(frozen=True)
 class Kernel:
-    """A chosen kernel: its name for the record, and the context inside which the network runs."""
+    """A chosen kernel: its name for the run record, and the context manager in which the network runs."""
 
     name: str
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -31,56 +31,56 @@ class Kernel:
 
 @contextmanager
 def chosen(pipeline: Any, kernel: Kernel) -> Iterator[None]:
-    """Inside, the denoising networks run with this kernel and the other components with any of torch's.
+    """Within this context the denoising networks run with `kernel`, the other components with any of torch's kernels.
 
-    An autoencoder attends with one head of hundreds of channels and a text encoder with a mask, which not every kernel
-    takes.
+    An autoencoder's attention has one head of hundreds of channels, and a text encoder's has a mask; not every kernel
+    supports these.
     """
-    parts = [] if kernel.context is nullcontext else [*pipeline.components.values()]
-    others = [part for part in parts if isinstance(part, nn.Module) and part not in denoisers(pipeline).values()]
+    components = [] if kernel.context is nullcontext else [*pipeline.components.values()]
+    others = [item for item in components if isinstance(item, nn.Module) and item not in denoisers(pipeline).values()]
     with ExitStack() as stack:
-        for part in others:
+        for module in others:
             for name in ("forward", "encode", "decode"):
-                if hasattr(part, name):
-                    stack.enter_context(_freed(part, name))
+                if hasattr(module, name):
+                    stack.enter_context(_with_any_kernel(module, name))
         stack.enter_context(kernel.context())
         yield
 
 
 @contextmanager
-def _freed(part: nn.Module, name: str) -> Iterator[None]:
-    """Inside, this method runs with any kernel; an offloading hook may have set it on the very module."""
-    before = vars(part).get(name)
-    setattr(part, name, _with_any(getattr(part, name)))
+def _with_any_kernel(module: nn.Module, name: str) -> Iterator[None]:
+    """Within this context the method `name` runs with any kernel; a method set by an offloading hook is restored."""
+    before = vars(module).get(name)
+    setattr(module, name, _with_any(getattr(module, name)))
     try:
         yield
     finally:
-        delattr(part, name) if before is None else setattr(part, name, before)
+        delattr(module, name) if before is None else setattr(module, name, before)
 
 
 def _with_any(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def free(*args: Any, **kwargs: Any) -> Any:
+    def with_any_kernel(*args: Any, **kwargs: Any) -> Any:
         with sdpa_kernel(list(SDPA_KERNELS.values())):
             return function(*args, **kwargs)
 
-    return free
+    return with_any_kernel
 
 
 def legal(device: str, dtype: torch.dtype) -> list[str]:
-    """Names that `attention.backend` can take: sdpa, its kernels that run here, those that diffusers finds."""
+    """Legal values of `attention.backend`: auto, sdpa, and the kernels of sdpa and diffusers that run here."""
     others = [name for name in _processor_kernels() if not name.startswith("_") and not name.endswith("_hub")]
     kernels = [name for name in SDPA_KERNELS if runs(name, device, dtype)]
     return ["auto", "sdpa", *kernels, *(name for name in others if name not in SDPA_KERNELS and not _refusal(name))]
 
 
 def apply(pipeline: Any, attention: Attention, device: str, dtype: torch.dtype) -> Kernel:
-    """Choose the kernel. Raises UserError with the legal names for one that is unknown, unusable or takes no effect."""
+    """Choose the kernel. Raises UserError with the legal names if it is unknown, unusable or would have no effect."""
     return own(attention, device, dtype) or _dispatched(pipeline, attention.backend)
 
 
 def check_name(attention: Attention, device: str, dtype: torch.dtype) -> None:
-    """Raises UserError with the legal names for one that nobody has."""
+    """Raises UserError with the legal names if neither torch nor diffusers has the kernel."""
     name = attention.backend
     if name not in ("auto", "sdpa", *SDPA_KERNELS, *_processor_kernels()):
         names = legal(device, dtype)
@@ -88,7 +88,7 @@ def check_name(attention: Attention, device: str, dtype: torch.dtype) -> None:
 
 
 def own(attention: Attention, device: str, dtype: torch.dtype) -> Kernel | None:
-    """The kernel where it is torch's; None for one of diffusers' dispatcher. Raises UserError as `apply` does."""
+    """The kernel if it is one of torch's; None for a kernel of diffusers' dispatcher. Raises UserError like `apply`."""
     name = attention.backend
     if name in ("auto", "sdpa"):
         order = priority(attention.backend_config, device, dtype)
@@ -112,7 +112,7 @@ def _processor_kernels() -> list[str]:
 
 
 def _dispatched(pipeline: Any, name: str) -> Kernel:
-    """A kernel of diffusers' own dispatcher, for the processors that go through it; set around the call only."""
+    """A kernel of diffusers' attention dispatcher, for processors that use it; active only during the call."""
     from diffusers.models.attention_dispatch import attention_backend
 
     networks = denoisers(pipeline).values()
@@ -120,8 +120,8 @@ def _dispatched(pipeline: Any, name: str) -> Kernel:
     if not any(hasattr(processor, "_attention_backend") for processor in processors):
         kinds = ", ".join(type(network).__name__ for network in networks)
         raise UserError(
-            f"attention.backend: '{name}' takes no effect on {kinds}, whose attention processors do not dispatch; "
-            f"use sdpa, {', '.join(SDPA_KERNELS)}"
+            f"attention.backend: '{name}' has no effect on {kinds}, whose attention processors do not use diffusers' "
+            f"attention dispatcher; use sdpa, {', '.join(SDPA_KERNELS)}"
         )
     if reason := _refusal(name):
         raise UserError(f"attention.backend: '{name}' cannot be used here: {reason}")
@@ -129,7 +129,7 @@ def _dispatched(pipeline: Any, name: str) -> Kernel:
 
 
 def _refusal(name: str) -> str | None:
-    """Why diffusers' dispatcher refuses a kernel on this machine; None where it takes it."""
+    """Why diffusers' dispatcher refuses a kernel on this machine; None if it accepts it."""
     from diffusers.models.attention_dispatch import attention_backend
 
     try:

@@ -1,4 +1,4 @@
-"""DBCache on a diffusers pipeline through the cache-dit library, in that library's own configuration schema."""
+"""DBCache on a diffusers pipeline through the cache-dit library, with that library's configuration schema."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from sglang_gen.types import ModelCard
 
 
 def check(cache: Cache, card: ModelCard, pipeline_class: Any, calls: tuple[int, int]) -> None:
-    """Refuse a cache that this model cannot have, or that cannot act in so many calls of its network (least, most).
+    """Refuse a cache that does not support this model, or that cannot act in `calls` (least, most) network calls.
 
     Raises UserError.
     """
@@ -32,10 +32,10 @@ def check(cache: Cache, card: ModelCard, pipeline_class: Any, calls: tuple[int, 
 
 
 class StepCache:
-    """cache-dit on one pipeline. It patches the pipeline's class, so `close` must follow."""
+    """cache-dit on one pipeline. It patches the pipeline's class; `close` undoes that."""
 
     def __init__(self, pipeline: Any, cache: Cache) -> None:
-        """Raises UserError for a pipeline that the library cannot cache, and for more blocks than it has."""
+        """Raises UserError for a pipeline that cache-dit cannot cache, or if more blocks are set than it has."""
         self.pipeline, self.settings, self.warned = pipeline, settings(cache), False
         self._enable()
 
@@ -47,7 +47,7 @@ class StepCache:
         calibrator = None
         if kind:
             calibrator = cache_dit.TaylorSeerCalibratorConfig(
-                taylorseer_order=order, enable_encoder_calibrator=_text_leaves(self.pipeline.transformer)
+                taylorseer_order=order, enable_encoder_calibrator=_returns_text(self.pipeline.transformer)
             )
         try:
             refuse_covered(self.settings, _lists(self.pipeline))
@@ -60,7 +60,7 @@ class StepCache:
             ) from error
 
     def decisions(self, steps: int) -> dict[str, Any]:
-        """What the last generation did: per step compute or reuse, and the residual differences that decided."""
+        """Per step of the last generation, compute or reuse, and the residual differences behind the decisions."""
         stats = self._statistics()[0]
         reused = {int(step) for step in stats.cached_steps}
         return {
@@ -70,32 +70,32 @@ class StepCache:
         }
 
     def reused(self) -> int:
-        """Steps that the last generation reused, in whichever network and branch of guidance it reused most."""
-        return max(len(steps) for each in self._statistics() for steps in (each.cached_steps, each.cfg_cached_steps))
+        """Number of steps that the last generation reused: the largest over all networks and guidance branches."""
+        return max(len(steps) for stats in self._statistics() for steps in (stats.cached_steps, stats.cfg_cached_steps))
 
     def warn_idle(self) -> None:
-        """Say once that the last generation reused nothing, and what would have to change."""
+        """Warn once if the last generation reused no step, with the threshold that would have allowed it."""
         if self.warned or self.reused() > 0:
             return
         self.warned = True
-        each = [float(value) for stats in self._statistics() for value in stats.residual_diffs.values()]
-        near, why = [value for value in each if value > 0], ""
-        if near:
+        diffs = [float(value) for stats in self._statistics() for value in stats.residual_diffs.values()]
+        nonzero, why = [value for value in diffs if value > 0], ""
+        if nonzero:
             threshold = self.settings["residual_diff_threshold"]
-            why = f"; the residual changed by at least {min(near):.3g}, and residual_diff_threshold is {threshold}"
-        log.warning(f"cache: no step was reused, so that the cache saved nothing{why}")
+            why = f"; the residual changed by at least {min(nonzero):.3g}, and residual_diff_threshold is {threshold}"
+        log.warning(f"cache: no step was reused, so the cache saved nothing{why}")
 
     def _statistics(self) -> list[Any]:
-        """cache-dit's own, of every list of blocks of every network that it caches."""
+        """cache-dit's statistics for every list of blocks of every cached network."""
         import cache_dit
 
         networks = denoisers(self.pipeline).values()
         return [stats for network in networks for stats in cache_dit.summary(network, logging=False)]
 
     def effective(self, generated: bool = False) -> dict[str, Any]:
-        """The settings that DBCache was given, and the steps that were reused once it has `generated`."""
-        found = {name: value for name, value in self.settings.items() if value is not None}
-        return found | ({"reused_steps": self.reused()} if generated else {})
+        """The settings passed to DBCache and, if `generated`, the number of steps that were reused."""
+        values = {name: value for name, value in self.settings.items() if value is not None}
+        return values | ({"reused_steps": self.reused()} if generated else {})
 
     def close(self) -> None:
         import cache_dit
@@ -104,21 +104,21 @@ class StepCache:
 
 
 def _lists(pipeline: Any) -> list[int]:
-    """Lengths of the lists of blocks that the library caches, each list for itself."""
+    """Lengths of the lists of blocks that cache-dit caches."""
     import cache_dit
 
     adapter = cache_dit.BlockAdapterRegister.get_adapter(pipeline, skip_post_init=True)
-    pending, found = [adapter.blocks], []
+    pending, lengths = [adapter.blocks], []
     while pending:
         blocks = pending.pop()
         if isinstance(blocks, nn.ModuleList):
-            found.append(len(blocks))
+            lengths.append(len(blocks))
         elif isinstance(blocks, list):
             pending += blocks
-    return found
+    return lengths
 
 
-def _text_leaves(network: nn.Module) -> bool:
-    """False where the last block drops its text stream (SD3's): there is nothing to extrapolate for it then."""
+def _returns_text(network: nn.Module) -> bool:
+    """False if the last block discards the text stream (as in SD3), so that there is nothing to extrapolate for it."""
     blocks = getattr(network, "transformer_blocks", None)
     return not (blocks and getattr(blocks[-1], "context_pre_only", False))

@@ -1,4 +1,4 @@
-"""The arguments of a pipeline's call: which setting owns which, and where --diffusers-kwargs go."""
+"""The arguments of a pipeline's call: the setting that owns each one, and how --diffusers-kwargs are distributed."""
 
 import inspect
 import math
@@ -14,7 +14,7 @@ from sglang_gen.families.img2img import no_steps_left
 from sglang_gen.plan.backend_choice import check_start
 from sglang_gen.types import Plan
 
-# Arguments that a documented flag or a config key sets; None: sglang-gen itself.
+# Arguments that a documented flag or config key sets; None if sglang-gen sets them itself.
 OWNED: dict[str, str | None] = {
     "prompt": "--prompt", "negative_prompt": "--negative-prompt", "num_inference_steps": "--num-inference-steps",
     "guidance_scale": "--guidance-scale", "height": "--height", "width": "--width", "generator": "--seed",
@@ -27,9 +27,9 @@ IMAGES = ("mask_image", "control_image", "ip_adapter_image", "last_image", "padd
 
 
 def split(plan: Plan, kind: Kind) -> tuple[dict[str, Any], dict[str, Any]]:
-    """--diffusers-kwargs as (arguments of the call, settings of the scheduler); picture arguments are read from files.
+    """--diffusers-kwargs as (arguments of the call, settings of the scheduler); image arguments are read from files.
 
-    Raises UserError for a name that neither takes, or that a flag owns.
+    Raises UserError for a name that neither accepts, or that a flag owns.
     """
     scheduler = plan.card.components.get("scheduler")
     scheduler_class = getattr(diffusers, scheduler.class_name, None) if scheduler else None
@@ -39,8 +39,8 @@ def split(plan: Plan, kind: Kind) -> tuple[dict[str, Any], dict[str, Any]]:
         if name in OWNED:
             raise UserError(f"--diffusers-kwargs: '{name}' is set by {OWNED[name] or 'sglang-gen itself'}")
         if name in kind.accepted:
-            is_picture = name in IMAGES and isinstance(value, str)
-            call[name] = read_image(value, f"--diffusers-kwargs: '{name}'") if is_picture else value
+            is_image = name in IMAGES and isinstance(value, str)
+            call[name] = read_image(value, f"--diffusers-kwargs: '{name}'") if is_image else value
         elif name in settings:
             configure[name] = value
         else:
@@ -53,7 +53,7 @@ def split(plan: Plan, kind: Kind) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def configured(kind: Any, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
-    """A scheduler of this class with the model's configuration but for the settings. Raises UserError."""
+    """A scheduler of this class with the model's config and these settings on top. Raises UserError."""
     try:
         return kind.from_config(config, **settings)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -61,14 +61,14 @@ def configured(kind: Any, config: Mapping[str, Any], settings: Mapping[str, Any]
 
 
 def check_scheduler(plan: Plan, settings: Mapping[str, Any]) -> None:
-    """Refuse settings that the model's scheduler does not take. Raises UserError."""
+    """Refuse settings that the model's scheduler does not accept. Raises UserError."""
     component = plan.card.components.get("scheduler")
     if component is not None and settings:
         configured(getattr(diffusers, component.class_name), component.config, settings)
 
 
 def check_complete(kind: Kind, plan: Plan, call: dict[str, Any]) -> None:
-    """Refuse a pipeline that needs what the request does not give. Raises UserError."""
+    """Refuse a request that lacks arguments which the pipeline requires. Raises UserError."""
     name = kind.pipeline_class.__name__
     if "prompt" not in kind.accepted:
         raise UserError(f"{name} takes no prompt; sglang generate needs a pipeline that does")
@@ -86,7 +86,7 @@ def check_complete(kind: Kind, plan: Plan, call: dict[str, Any]) -> None:
 
 
 def _check_strength(kind: Kind, steps: int, call: dict[str, Any]) -> None:
-    """A strength keeps that share of the steps; pipelines fail in their own ways where none is left."""
+    """Refuse a strength at which no step would run; pipelines fail for it with unrelated errors."""
     if "strength" not in kind.accepted:
         return
     default = inspect.signature(kind.pipeline_class.__call__).parameters["strength"].default
@@ -96,10 +96,10 @@ def _check_strength(kind: Kind, steps: int, call: dict[str, Any]) -> None:
 
 
 def network_calls(plan: Plan, kind: Kind, call: dict[str, Any]) -> tuple[int, int]:
-    """How often one sample calls the network at least and at most, a guidance branch of its own aside.
+    """Least and largest number of network calls per sample, not counting a separate call for a guidance branch.
 
-    A scheduler of second order calls it twice in each step but the last. A strength leaves out steps at the start,
-    of which some pipelines round the number up and some down.
+    A second-order scheduler calls the network twice in every step except the last. `strength` skips steps at the
+    start; some pipelines round their number up and some down.
     """
     scheduler = plan.card.components.get("scheduler")
     order = getattr(getattr(diffusers, scheduler.class_name, None), "order", 1) if scheduler else 1
@@ -112,7 +112,7 @@ def network_calls(plan: Plan, kind: Kind, call: dict[str, Any]) -> tuple[int, in
 
 
 def _check_steps(steps: int, call: dict[str, Any]) -> None:
-    """A schedule of one's own decides how many steps are run, whatever the number of them says."""
+    """Refuse a custom schedule whose length is not --num-inference-steps: the schedule would decide."""
     for name in ("sigmas", "timesteps"):
         given = call.get(name)
         if isinstance(given, list) and len(given) != steps:
@@ -122,12 +122,12 @@ def _check_steps(steps: int, call: dict[str, Any]) -> None:
 
 
 def _needs_image(kind: Kind) -> bool:
-    """Pipelines declare `image=None` where they need one."""
+    """Whether the pipeline needs an input image; some declare `image=None` although they do."""
     if "image" not in kind.accepted:
         return False
     return "image" in kind.required or transforms(kind)
 
 
 def transforms(kind: Kind) -> bool:
-    """Whether the pipeline makes one picture of another, by arguments that say how."""
+    """Whether the pipeline transforms its input image (it has a strength, a mask or an image guidance scale)."""
     return bool(kind.accepted & {"strength", "mask_image", "image_guidance_scale"})

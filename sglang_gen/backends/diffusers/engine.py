@@ -1,7 +1,7 @@
-"""The model's own diffusers pipeline as an engine: any pipeline that diffusers can load and that takes a prompt.
+"""The model's own diffusers pipeline as an engine: any pipeline that diffusers can load and that accepts a prompt.
 
-The pipeline's call is one piece; its stages are seen from outside (`observe`): `encode_prompt` is text encoding, the
-progress bar that every pipeline keeps spans denoising and counts its steps, and what follows is decoding.
+The pipeline is called as a whole; its stages are observed from outside (`stages.observed`): `encode_prompt` is text
+encoding, the progress bar of every pipeline spans denoising and counts its steps, and the rest is decoding.
 """
 
 import re
@@ -33,7 +33,7 @@ from sglang_gen.backends.diffusers.seeding import argument, seeded
 from sglang_gen.backends.diffusers.stages import Latents, observed, plain_config
 from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.input_files import read_image, read_noise
-from sglang_gen.backends.native.comm_log import Sent
+from sglang_gen.backends.native.comm_log import CommLog
 from sglang_gen.config.schema import Run
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
 from sglang_gen.parallel.guidance_split import GuidanceSplit
@@ -51,10 +51,10 @@ TEXTS = re.compile("(negative_)?prompt_[0-9]")  # arguments for further text enc
 
 
 def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
-    """The plan's pipeline, transformed and on this rank's device.
+    """Load the plan's pipeline, apply all options, and place it on this rank's device.
 
-    Arguments are checked against the pipeline's class before a weight is read. Raises UserError for a request that the
-    pipeline cannot take, RunError if loading fails.
+    Arguments are checked against the pipeline's class before weights are read. Raises UserError for a request that the
+    pipeline does not support, RunError if loading fails.
     """
     kind, call, scheduler = check(plan, own=original.own_class(plan), warn=True)
     diffusers.utils.logging.disable_progress_bar()
@@ -117,7 +117,7 @@ def _image(run: Run) -> Any:
 
 
 def _read(plan: Plan, kind: pipeline_signature.Kind, scheduler: dict[str, Any]) -> Any:
-    """Weights from the folder, replaced components and the configured scheduler, still on the CPU."""
+    """Load the pipeline with replaced components and the configured scheduler, on the CPU."""
     dtype = getattr(torch, plan.dtype)
     replaced = replaced_components.load(plan, dtype) | replacement.load(plan, dtype)
     pipeline = original.read(plan, kind.pipeline_class, dtype, replaced)
@@ -129,11 +129,11 @@ def _read(plan: Plan, kind: pipeline_signature.Kind, scheduler: dict[str, Any]) 
 def _transform(
     plan: Plan, pipeline: Any, ending: ExitStack
 ) -> tuple[dict[str, Any], attention_backend.Kernel, "cache.StepCache | None"]:
-    """Everything that changes how the pipeline computes, in the one order in which it can be done.
+    """Apply everything that changes how the pipeline computes, in the only possible order.
 
-    Adapters first, because they change weights, which must still be whole and on the CPU; then quantization, into which
-    no adapter could be merged; then the kernel, which later steps compile or hook; then placement; then the cache,
-    which wraps blocks where they are; compilation last, of the blocks as they then are.
+    Adapters come first, because merging changes weights, which must be unquantized and on the CPU; then quantization;
+    then the attention kernel, which later steps compile or hook; then placement on the device; then the step cache,
+    which wraps blocks in place; and last compilation of the resulting blocks.
     """
     run = plan.run
     adapters = lora.apply(pipeline, run.lora)
@@ -176,7 +176,7 @@ class DiffusersEngine:
         self.image = _image(plan.run)
         self._effective = effective
         self.ending = ExitStack()
-        self.leads, self.calls, self.sent = mesh.leads, calls, Sent()
+        self.leads, self.calls, self.comm_log = mesh.leads, calls, CommLog()
         self.guidance = GuidanceSplit(denoisers(pipeline), mesh) if mesh.size("cfg") > 1 else None
         for name, network in modules(pipeline, TEXT_ENCODERS).items():
             calls.watch("text_encoding", name, network)
@@ -186,25 +186,25 @@ class DiffusersEngine:
             calls.watch("decoding", "vae", pipeline.vae, "decode")
 
     def effective(self) -> dict[str, Any]:
-        """What took effect, and the classes that were built."""
-        parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
+        """The settings that took effect, and the classes of the components."""
+        components = {name: item for name, item in self.pipeline.components.items() if item is not None}
         return {
             **self._effective,
             "cache": self._cache(),
             "pipeline": type(self.pipeline).__name__,
             "makes": self.kind.makes,
-            "components": {name: type(part).__name__ for name, part in parts.items()},
-            "scheduler_config": plain_config(self.pipeline.scheduler) if "scheduler" in parts else None,
+            "components": {name: type(item).__name__ for name, item in components.items()},
+            "scheduler_config": plain_config(self.pipeline.scheduler) if "scheduler" in components else None,
         }
 
     def _cache(self) -> Any:
-        """The step cache's settings, and what the last generation reused."""
+        """The step cache's settings, and the number of steps that the last generation reused."""
         return self.step_cache.effective(self.generated) if self.step_cache else "none"
 
     def sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded | None:
         """One call of the pipeline; None on ranks that do not decode.
 
-        Raises RunError when it fails or gives numbers that are not finite.
+        Raises RunError if it fails or if the latents or the output are not finite.
         """
         latents = Latents(self.noise, len(batch))
         if self.guidance:
@@ -212,17 +212,17 @@ class DiffusersEngine:
         generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
         given = self._arguments(batch, steps, latents, generators)
         name = type(self.pipeline).__name__
-        self.sent.on = self.calls.on
+        self.comm_log.on = self.calls.on
         watched, draws = observed(self.pipeline, clock, latents), seeded(self.pipeline, generators, self.plan.device)
         clock.enter("text_encoding")
         try:
             kernel = attention_backend.chosen(self.pipeline, self.kernel)
-            with torch.no_grad(), kernel, watched, draws, self.sent.during("denoising", None):
+            with torch.no_grad(), kernel, watched, draws, self.comm_log.during("denoising", None):
                 result = self.pipeline(**given)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise RunError("Out of memory while generating; try smaller batches or a smaller picture") from error
+            raise RunError("Out of memory while generating; try smaller batches or a smaller image") from error
         except UserError:
             raise
         except ValueError as error:
@@ -231,7 +231,7 @@ class DiffusersEngine:
             clock.leave()
         require_finite(latents.last, "the latents", batch)
         self.generated = True
-        if self.step_cache and self.calls.on:  # a warmup has too few steps, a repeat does the same again
+        if self.step_cache and self.calls.on:  # a warmup has too few steps, and a repeat reuses the same steps
             self.step_cache.warn_idle()
         if not self.leads:
             return None
@@ -239,23 +239,23 @@ class DiffusersEngine:
         return replace(self._decoded(result, latents, batch), effective={"cache": self._cache()})
 
     def _decoded(self, result: Any, latents: Latents, batch: tuple[Sample, ...]) -> Decoded:
-        """Frames or sound out of the pipeline's result, checked."""
+        """Frames or audio from the pipeline's result. Raises RunError if they are missing or not finite."""
         field = {"image": "images", "video": "frames", "audio": "audios"}[self.kind.makes]
         if not hasattr(result, field):
             raise RunError(f"{type(self.pipeline).__name__} returned no {field}")
         if self.kind.makes == "video" and getattr(result, "audio", None) is not None:
-            log.warning(f"{type(self.pipeline).__name__} also made a sound, which is not kept: videos are silent")
+            log.warning(f"{type(self.pipeline).__name__} also made audio, which is not saved: videos are silent")
         values = np.asarray(getattr(result, field), dtype=np.float32)
         require_finite(torch.from_numpy(values), f"the decoded {self.kind.makes}", batch)
         if self.kind.makes == "audio":
-            sound = values.reshape(len(batch), -1, values.shape[-1])  # [B, C, T]
-            return Decoded(sound, latents.noise, latents.last, "audio", _sampling_rate(self.pipeline))
+            audio = values.reshape(len(batch), -1, values.shape[-1])  # [B, C, T]
+            return Decoded(audio, latents.noise, latents.last, "audio", _sampling_rate(self.pipeline))
         return Decoded(np.rint(values * 255).astype(np.uint8), latents.noise, latents.last, self.kind.makes)
 
     def _arguments(
         self, batch: tuple[Sample, ...], steps: int, latents: Latents, generators: list[torch.Generator]
     ) -> dict[str, Any]:
-        """What the pipeline's call is given: only what it takes, and of the optional only what is set."""
+        """Arguments of the pipeline's call: those that it accepts, without optional ones that are not set."""
         sampling = self.plan.run.sampling
         negatives = [sample.negative_prompt for sample in batch]
         height, width = self._size()
@@ -275,11 +275,11 @@ class DiffusersEngine:
         }
         given = {name: value for name, value in wanted.items() if name in self.kind.accepted and value is not None}
         warmup = steps != sampling.num_inference_steps and "strength" in self.kind.accepted
-        whole = {"strength": 1.0} if warmup else {}  # an input picture spares none of its few steps
-        return self._for_each(len(batch), given | self.call | whole)
+        all_steps = {"strength": 1.0} if warmup else {}  # an input image skips none of a warmup's few steps
+        return self._for_each(len(batch), given | self.call | all_steps)
 
     def _size(self) -> tuple[int | None, int | None]:
-        """What is asked for. With one side alone some pipelines forget it, so that here they get the other one too."""
+        """Requested height and width. Some pipelines ignore a single side, so the other one is filled in."""
         sampling, card = self.plan.run.sampling, self.plan.card
         name = NATIVE.get(type(self.pipeline).__name__)
         if name is None or (sampling.height is None) == (sampling.width is None):
@@ -288,38 +288,38 @@ class DiffusersEngine:
         return image_size.chosen(sampling, image_size.DEFAULT[name], config, factor)
 
     def _for_each(self, count: int, given: dict[str, Any]) -> dict[str, Any]:
-        """Further prompts once for each sample of a batch; so, where the pipeline transforms it, the input picture.
+        """Repeat further prompts for each sample of the batch, and the input image if the pipeline transforms it.
 
-        Of a single one some pipelines draw the latents once, from the first generator, so that a sample would depend on
-        its batch. Elsewhere several pictures may be several references for one prompt.
+        For a single image some pipelines draw the latents once, from the first generator, so that a sample would depend
+        on its batch. In other pipelines several images may be several references for one prompt.
         """
         if count == 1:
             return given
         texts = {name: [text] * count for name, text in given.items() if TEXTS.match(name) and isinstance(text, str)}
         if not call_arguments.transforms(self.kind):
             return given | texts
-        pictures = {name: given[name] for name in ("image", "mask_image") if name in given}
-        return given | texts | {name: [picture] * count for name, picture in pictures.items()}
+        images = {name: given[name] for name in ("image", "mask_image") if name in given}
+        return given | texts | {name: [image] * count for name, image in images.items()}
 
     def traffic(self) -> dict[str, Any]:
-        return self.sent.report()
+        return self.comm_log.report()
 
     def cache_decisions(self) -> dict[str, Any] | None:
-        """What the step cache did in the last generation; None without one."""
+        """The step cache's decisions in the last generation; None without a step cache."""
         return self.step_cache.decisions(self.plan.run.sampling.num_inference_steps) if self.step_cache else None
 
     def close(self) -> None:
-        """Undo what reaches beyond this pipeline: a step cache patches its class, an offloaded network has files."""
+        """Undo changes outside this pipeline: the class that a step cache patches, files of an offloaded network."""
         self.ending.close()
 
 
 def _sampling_rate(pipeline: Any) -> int:
-    """Samples per second of the sound that a pipeline makes, from the component that makes it."""
+    """Sampling rate in Hz of the pipeline's audio, from the config of the component that decodes it."""
     for name in ("vocoder", "vae"):
         config = getattr(getattr(pipeline, name, None), "config", None)
         if rate := getattr(config, "sampling_rate", None):
             return int(rate)
-    raise RunError(f"{type(pipeline).__name__} does not say how many samples a second of its sound has")
+    raise RunError(f"No component of {type(pipeline).__name__} has a sampling_rate in its config")
 
 
 def _warn_blanked(result: Any, batch: tuple[Sample, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Settings of a request that its diffusers pipeline cannot use, each a warning in its own name."""
+"""Warnings for settings of a request that have no effect on its diffusers pipeline."""
 
 import ast
 import inspect
@@ -15,18 +15,18 @@ from sglang_gen.types import Plan
 
 FROM_FLAGS = ("negative_prompt", "guidance_scale", "num_inference_steps", "height", "width", "max_sequence_length",
               "num_frames")  # fmt: skip
-# Arguments of a call that act only beside another.
+# Arguments of a call that have an effect only together with another one.
 PAIRED_SETTINGS = {
     "negative_original_size": "negative_target_size", "negative_target_size": "negative_original_size",
     "skip_layer_guidance_scale": "skip_guidance_layers", "skip_layer_guidance_start": "skip_guidance_layers",
     "skip_layer_guidance_stop": "skip_guidance_layers",
 }  # fmt: skip
-GUIDING = ("guidance_rescale", "skip_guidance_layers")  # and everything that is negative
+GUIDING = ("guidance_rescale", "skip_guidance_layers")  # and all arguments that start with negative_
 UNGUIDED_ARGUMENTS = "there is no guidance without a negative prompt and a true_cfg_scale above 1.0"
 
 
 def warn(plan: Plan, kind: Kind, call: Mapping[str, Any], configure: Mapping[str, Any]) -> None:
-    """One warning for each setting that the user gave and that this pipeline or its scheduler cannot use."""
+    """Warn about each setting that the user gave and that has no effect on this pipeline or its scheduler."""
     for sentence in (*_flags(plan, kind), *_eta(plan, call), *_negative_prompt(plan, kind, call)):
         log.warning(sentence)
     for name, reason in (_arguments(plan, kind, call) | _scheduler(plan, kind, configure)).items():
@@ -64,33 +64,34 @@ def _value(kind: Kind, call: Mapping[str, Any], name: str) -> Any:
 
 
 def _arguments(plan: Plan, kind: Kind, call: Mapping[str, Any]) -> dict[str, str]:
-    """Arguments of the call that this pipeline does not read, or that act only where something else is."""
-    found = dict.fromkeys(_unread(kind) & call.keys(), f"{kind.pipeline_class.__name__} ignores it")
+    """Arguments of the call that this pipeline does not read, or that need another setting; each with the reason."""
+    ineffective = dict.fromkeys(_unread(kind) & call.keys(), f"{kind.pipeline_class.__name__} ignores it")
     for name, other in PAIRED_SETTINGS.items():
         if name in call and other not in call:
-            found[name] = f"it acts beside {other} alone"
+            ineffective[name] = f"it needs {other}"
     reason = _unguided(plan, kind, call)
     for name, value in call.items() if reason else ():
         if value and (name.startswith("negative_") or name in GUIDING):
-            found[name] = str(reason)
+            ineffective[name] = str(reason)
     if "true_cfg_scale" in call and not _has_negative(plan):
-        found["true_cfg_scale"] = UNGUIDED_ARGUMENTS
+        ineffective["true_cfg_scale"] = UNGUIDED_ARGUMENTS
     zeros = plan.card.settings.get("force_zeros_for_empty_prompt") and not _has_negative(plan)
     if "negative_prompt_2" in call and zeros:
-        found["negative_prompt_2"] = "zeros stand for both without a negative prompt (force_zeros_for_empty_prompt)"
-    return found | _schedule(plan, kind, call)
+        reason = "without a negative prompt the embeddings are zeros (force_zeros_for_empty_prompt)"
+        ineffective["negative_prompt_2"] = reason
+    return ineffective | _schedule(plan, kind, call)
 
 
 def _schedule(plan: Plan, kind: Kind, call: Mapping[str, Any]) -> dict[str, str]:
-    """Arguments that set the schedule, where the scheduler sets it itself."""
+    """Arguments of the schedule that the scheduler's config overrides; each with the reason."""
     component = plan.card.components.get("scheduler")
     config = {} if component is None else {**component.config, **plan.run.backend.diffusers_kwargs}
-    found = {}
+    ineffective = {}
     if "mu" in call and not config.get("use_dynamic_shifting"):
-        found["mu"] = "use_dynamic_shifting is false"
+        ineffective["mu"] = "use_dynamic_shifting is false"
     if "sigmas" in call and config.get("use_flow_sigmas") and "use_flow_sigmas" in _source(kind):
-        found["sigmas"] = "use_flow_sigmas is true"
-    return found
+        ineffective["sigmas"] = "use_flow_sigmas is true"
+    return ineffective
 
 
 def _has_negative(plan: Plan) -> bool:
@@ -98,7 +99,7 @@ def _has_negative(plan: Plan) -> bool:
 
 
 def _unguided(plan: Plan, kind: Kind, call: Mapping[str, Any]) -> str | None:
-    """Why no step is guided by two branches, as far as the call tells."""
+    """Why the call uses no classifier-free guidance, as far as its arguments show; None if it may."""
     if "true_cfg_scale" in kind.accepted:
         return UNGUIDED_ARGUMENTS if not _has_negative(plan) or _value(kind, call, "true_cfg_scale") <= 1 else None
     scale = plan.run.sampling.guidance_scale
@@ -113,7 +114,7 @@ def _unread(kind: Kind) -> set[str]:
 
 
 def _source(kind: Kind) -> str:
-    """The code of the pipeline's call; nothing where it has no file."""
+    """Source code of the pipeline's call; empty if it is not available."""
     try:
         return textwrap.dedent(inspect.getsource(inspect.unwrap(kind.pipeline_class.__call__)))
     except (OSError, TypeError):

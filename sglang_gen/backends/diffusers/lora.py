@@ -1,4 +1,4 @@
-"""LoRA adapters on a diffusers pipeline: every module of the file accounted for, then merged into the weights."""
+"""Merges LoRA adapters into the weights of a diffusers pipeline, after checking that every module of a file matches."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from sglang_gen.errors import UserError, first_line
 from sglang_gen.weights.lora import file as lora_file
 from sglang_gen.weights.lora.file import LoraFile, read
 
-# What diffusers' conversions of foreign layouts raise for a file that is not quite in one.
+# Raised by diffusers' conversions of other LoRA layouts for a malformed file.
 LORA_ERRORS = (
     ValueError,
     RuntimeError,
@@ -26,21 +26,21 @@ LORA_ERRORS = (
 
 
 def adapters(lora: Lora) -> list[Adapter]:
-    """The adapter of the flags, then those of `lora.adapters`. Raises UserError for a nickname that stands twice."""
+    """The adapter of the flags, then those of `lora.adapters`. Raises UserError for a duplicate nickname."""
     first = [Adapter(lora.path, lora.nickname, lora.scale, lora.target_modules)] if lora.path else []
-    found = [*first, *lora.adapters]
-    names = [adapter.nickname for adapter in found]
+    chosen = [*first, *lora.adapters]
+    names = [adapter.nickname for adapter in chosen]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"lora: two adapters are named '{name}'; give each its own nickname")
-    for adapter in found:
+    for adapter in chosen:
         if adapter.path is None:
             raise UserError(f"lora: the adapter '{adapter.nickname}' has no path")
-    return found
+    return chosen
 
 
 def check(lora: Lora) -> None:
-    """Raises UserError for adapters that are not there or cannot be merged, before anything is loaded."""
+    """Raises UserError for adapters that do not exist or cannot be merged, before anything is loaded."""
     for adapter in adapters(lora):
         lora_file.check_local_file(str(adapter.path))
 
@@ -48,8 +48,8 @@ def check(lora: Lora) -> None:
 def apply(pipeline: Any, lora: Lora) -> list[dict[str, Any]]:
     """Merge the adapters, one after the other: `W + scale * (alpha / rank) * B A`, added in float32.
 
-    Returns one entry an adapter for the record. Raises UserError for one that cannot be read, that belongs to another
-    model, or that matches no module; the pipeline is not changed by an adapter that is refused.
+    Returns one entry per adapter for the run record. Raises UserError for an adapter that cannot be read, that was made
+    for another model, or that matches no module; an adapter that is refused does not change the pipeline.
     """
     chosen = adapters(lora)
     if chosen and not hasattr(pipeline, "lora_state_dict"):
@@ -64,18 +64,18 @@ def _apply(pipeline: Any, adapter: Adapter) -> dict[str, Any]:
     file = read(path)
     kind = type(pipeline).__name__
     try:
-        with log.quieter("diffusers.loaders"):  # its remarks on what did not fit are our errors
-            found = targets(pipeline, file.modules)
+        with log.quieter("diffusers.loaders"):  # modules that do not fit are reported as errors below
+            matched = targets(pipeline, file.modules)
     except LORA_ERRORS as error:
         raise UserError(f"lora: {path} cannot be applied to this {kind}: {first_line(error)}") from error
-    kept, asked = _keep(found, file, adapter.target_modules)
-    if not asked:
+    kept, required = _keep(matched, file, adapter.target_modules)
+    if not required:
         raise UserError(f"lora: no module of {path} is among the target modules {', '.join(adapter.target_modules)}")
     placed = {source for target in kept for source in target.sources}
-    if lost := sorted(asked - placed):
+    if lost := sorted(required - placed):
         raise UserError(
-            f"lora: {path} was made for another model: {len(lost)} of its {len(asked)} modules have no place in this "
-            f"{kind}, such as {lost[0]}; --lora-target-modules can choose among them"
+            f"lora: {path} was made for another model: {len(lost)} of its {len(required)} modules have no place in "
+            f"this {kind}, such as {lost[0]}; --lora-target-modules can choose among them"
         )
     for target in kept:
         _check_shape(pipeline, target, path)
@@ -87,24 +87,24 @@ def _apply(pipeline: Any, adapter: Adapter) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _keep(found: list[Target], file: LoraFile, wanted: list[str]) -> tuple[list[Target], set[str]]:
-    """The targets that `wanted` names, and the file's modules that must have a place.
+def _keep(matched: list[Target], file: LoraFile, wanted: list[str]) -> tuple[list[Target], set[str]]:
+    """The targets that `wanted` names, and the file's modules that must match a module of the pipeline.
 
-    A name is the last part of a module, or a dotted end of it, as the pipeline or as the file spells it.
+    A name is the last component of a module path, or a dotted suffix of it, as in the pipeline or in the file.
     """
     if not wanted:
-        return found, set(file.modules)
+        return matched, set(file.modules)
 
     def named(module: str) -> bool:
         return any(f".{module}".endswith(f".{name}") for name in wanted)
 
     by_file = {module for module in file.modules if named(module.removesuffix(".lora").removesuffix("_lora"))}
-    kept = [target for target in found if named(target.name) or target.sources & by_file]
+    kept = [target for target in matched if named(target.name) or target.sources & by_file]
     return kept, by_file | {source for target in kept for source in target.sources}
 
 
 def _module(pipeline: Any, target: Target) -> Any:
-    return getattr(pipeline, target.part).get_submodule(target.name)
+    return getattr(pipeline, target.component).get_submodule(target.name)
 
 
 def _check_shape(pipeline: Any, target: Target, path: str) -> None:
@@ -113,18 +113,18 @@ def _check_shape(pipeline: Any, target: Target, path: str) -> None:
     assert target.up is not None
     if not weight.is_floating_point():
         raise UserError(
-            f"lora: {target.part}.{target.name} is quantized ({weight.dtype}), so nothing can be merged into it"
+            f"lora: {target.component}.{target.name} is quantized ({weight.dtype}), so nothing can be merged into it"
         )
     shape = [target.up.shape[0], *target.down.shape[1:]]
     if weight.numel() != torch.Size(shape).numel() or weight.shape[0] != shape[0]:
         raise UserError(
-            f"lora: {path} was made for another model: it changes {target.part}.{target.name} as {shape}, "
+            f"lora: {path} was made for another model: it changes {target.component}.{target.name} as {shape}, "
             f"which is {[*weight.shape]} here"
         )
 
 
 def _merge(module: Any, target: Target, scale: float) -> None:
-    """Weights of linear layers and of convolutions, whose `up` has a kernel of one pixel."""
+    """Add `scale * up @ down` to the weight of a linear layer or convolution (whose `up` has a 1 x 1 kernel)."""
     weight = module.weight
     assert target.down is not None
     assert target.up is not None

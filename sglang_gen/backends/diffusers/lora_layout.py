@@ -1,8 +1,8 @@
-"""Whose weights an adapter changes: its modules under the names of the pipeline's own.
+"""Maps the modules of a LoRA file to the modules of a pipeline.
 
-diffusers knows the layouts (PEFT, kohya, xlabs, ai-toolkit and more) and renames, splits and regroups tensors, at times
-dropping some without a word. So the file is converted twice: once as it is, and once with every tensor replaced by its
-own number. Where the numbers arrive says which modules came through, and under which names.
+diffusers converts the layouts (PEFT, kohya, xlabs, ai-toolkit and more): it renames, splits and regroups tensors, and
+silently drops some. So the file is converted twice: once unchanged, and once with every tensor filled with its index.
+The indices in the result show which modules were converted, and to which names.
 """
 
 import inspect
@@ -24,9 +24,9 @@ PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "
 
 @dataclass
 class Target:
-    """One weight of the pipeline and the two factors that are for it."""
+    """One weight of the pipeline and its two LoRA factors."""
 
-    part: str
+    component: str
     name: str
     down: torch.Tensor | None = None
     up: torch.Tensor | None = None
@@ -34,51 +34,51 @@ class Target:
 
 
 def targets(pipeline: Any, file: Mapping[str, Factors]) -> list[Target]:
-    """The weights that the file's modules are for; `up` is scaled by alpha / rank.
+    """The pipeline's weights that the file's modules change; `up` is scaled by alpha / rank.
 
-    What has no place among them is in no `sources`. Raises what diffusers' conversion raises.
+    A module without a matching weight is in no target's `sources`. Raises the exceptions of diffusers' conversion.
     """
-    parts = denoisers(pipeline) | modules(pipeline, TEXT_ENCODERS)
+    components = denoisers(pipeline) | modules(pipeline, TEXT_ENCODERS)
     real: dict[str, torch.Tensor] = {}
     numbers: dict[str, torch.Tensor] = {}
     owners: dict[int, str] = {}
     for number, (module, factors) in enumerate(file.items(), start=1):
         owners[number] = module
-        start = _full_name(module, parts)
+        start = _full_name(module, components)
         down, up = start + factors.down_key[len(module) :], start + factors.up_key[len(module) :]
         real |= {_plain(down): factors.down, _plain(up): factors.up * factors.scale}
         marked = torch.tensor(float(number))
         numbers |= {_plain(down): marked.expand(factors.down.shape), _plain(up): marked.expand(factors.up.shape)}
-        # alpha / rank is in `up` already; some conversions insist on an alpha, for which the rank changes nothing
+        # `up` is already scaled by alpha / rank; some conversions require an alpha, and alpha = rank scales by 1
         if module.startswith("lora_unet_"):
             alpha = {f"{module}.alpha": torch.tensor(float(factors.down.shape[0]))}
             real, numbers = real | alpha, numbers | alpha
-    found: dict[tuple[str, str], Target] = {}
-    arrived = _convert(pipeline, numbers)
+    matched: dict[tuple[str, str], Target] = {}
+    converted_numbers = _convert(pipeline, numbers)
     for key, tensor in _convert(pipeline, real).items():
-        if not (place := _place(key, parts)):
+        if not (place := _place(key, components)):
             continue
-        part, name, is_down = place
-        target = found.setdefault((part, name), Target(part, name))
+        component, name, is_down = place
+        target = matched.setdefault((component, name), Target(component, name))
         if is_down:
             target.down = tensor
         else:
             target.up = tensor
-        target.sources |= {owners[number] for number in _numbers(arrived.get(key))}
-    return [target for target in found.values() if target.down is not None and target.up is not None]
+        target.sources |= {owners[number] for number in _numbers(converted_numbers.get(key))}
+    return [target for target in matched.values() if target.down is not None and target.up is not None]
 
 
 def _plain(key: str) -> str:
     return key.replace(".default.weight", ".weight")
 
 
-def _full_name(module: str, parts: Mapping[str, nn.Module]) -> str:
-    """PEFT's own files name the modules of one network, without saying which: the denoising one."""
+def _full_name(module: str, components: Mapping[str, nn.Module]) -> str:
+    """Prefix a module of a PEFT file with its component: such files name modules of the denoising network alone."""
     bare = module.removeprefix(PREFIX)
-    for part, network in parts.items():
-        if part not in TEXT_ENCODERS and _has(network, bare):
-            return f"{part}.{bare}"
-    return bare if bare.partition(".")[0] in parts else module
+    for component, network in components.items():
+        if component not in TEXT_ENCODERS and _has(network, bare):
+            return f"{component}.{bare}"
+    return bare if bare.partition(".")[0] in components else module
 
 
 def _has(network: nn.Module, name: str) -> bool:
@@ -93,15 +93,15 @@ def _convert(pipeline: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch
     """The weights in diffusers' own layout."""
     arguments: dict[str, Any] = {}
     if hasattr(pipeline, "unet"):
-        arguments["unet_config"] = pipeline.unet.config  # tells the blocks of SDXL, whose authors number them through
+        arguments["unet_config"] = pipeline.unet.config  # to map SDXL's blocks, which its authors number consecutively
     if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
         arguments["return_alphas"] = True
-    found = pipeline.lora_state_dict(dict(weights), **arguments)
-    return dict(found[0] if isinstance(found, tuple) else found)
+    converted = pipeline.lora_state_dict(dict(weights), **arguments)
+    return dict(converted[0] if isinstance(converted, tuple) else converted)
 
 
 def _numbers(tensor: torch.Tensor | None) -> set[int]:
-    """The numbers in a converted tensor: it may hold rows or columns of several, so a few of each are looked at."""
+    """The module numbers in a converted tensor; sampled along both dimensions, since it may be a concatenation."""
     if tensor is None:
         return set()
     flat = tensor.reshape(tensor.shape[0], -1)
@@ -109,19 +109,23 @@ def _numbers(tensor: torch.Tensor | None) -> set[int]:
     return {round(value) for value in torch.cat((rows, columns)).tolist()} - {0}
 
 
-def _place(key: str, parts: Mapping[str, nn.Module]) -> tuple[str, str, bool] | None:
-    """Part, module and side that a converted key is for; None where the pipeline has no such module."""
-    found = FACTOR.match(key)
-    if not found:
+def _place(key: str, components: Mapping[str, nn.Module]) -> tuple[str, str, bool] | None:
+    """Component, module and whether it is the down factor, for a converted key; None if there is no such module."""
+    factor = FACTOR.match(key)
+    if not factor:
         return None
-    part, _, name = found["module"].partition(".")
-    if part not in parts:
-        part, name = next(iter(parts)), found["module"]
+    component, _, name = factor["module"].partition(".")
+    if component not in components:
+        component, name = next(iter(components)), factor["module"]
     name = re.sub(r"\.(lora|lora_linear_layer)$", "", name.replace(".processor.", "."))
     if old := re.fullmatch(r"(.+)\.(to_q|to_k|to_v|to_out)_lora", name):
-        is_text = part in TEXT_ENCODERS
+        is_text = component in TEXT_ENCODERS
         name = f"{old[1]}.{PROJECTIONS[old[2]] if is_text else old[2].replace('to_out', 'to_out.0')}"
-    for spelled in (name, name.removeprefix("text_model."), f"text_model.{name}"):  # as transformers' versions have it
-        if _has(parts[part], spelled) and hasattr(parts[part].get_submodule(spelled), "weight"):
-            return part, spelled, found["side"] in DOWN
+    for spelled in (
+        name,
+        name.removeprefix("text_model."),
+        f"text_model.{name}",
+    ):  # depends on the version of transformers
+        if _has(components[component], spelled) and hasattr(components[component].get_submodule(spelled), "weight"):
+            return component, spelled, factor["side"] in DOWN
     return None

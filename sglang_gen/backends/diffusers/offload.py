@@ -1,4 +1,4 @@
-"""Where the components of a diffusers pipeline wait, and how they come to the device."""
+"""Places the components of a diffusers pipeline: on the device, or offloaded to the CPU or to disk."""
 
 import shutil
 import tempfile
@@ -16,7 +16,7 @@ from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.plan import offloading
 from sglang_gen.types import DENOISERS, TEXT_ENCODERS
 
-OFFLOADED_PARTS = {
+OFFLOADED_COMPONENTS = {
     "dit_cpu_offload": DENOISERS,
     "dit_layerwise_offload": DENOISERS,
     "text_encoder_cpu_offload": TEXT_ENCODERS,
@@ -26,12 +26,12 @@ OFFLOADED_PARTS = {
 
 
 def apply(pipeline: Any, run: Run, device: str, ending: ExitStack) -> list[str]:
-    """Place every component and say which options took effect; `ending` is told what to remove after the run.
+    """Place every component and return the options that took effect; `ending` removes temporary files after the run.
 
-    On a CPU nothing does. Elsewhere a flagged component comes to the device when it is called and returns after the
-    call; `dit_layerwise_offload` does so block by block, the next block being copied while one computes.
+    On a CPU no option has an effect. Otherwise an offloaded component is moved to the device when it is called and back
+    after the call; `dit_layerwise_offload` does so block by block and copies the next block while one computes.
 
-    Raises UserError for an `offload.disk_path` in which nothing can be made, RunError where it cannot hold a network.
+    Raises UserError if nothing can be created in `offload.disk_path`, RunError if it cannot hold a network.
     """
     if device == "cpu":
         pipeline.to("cpu")
@@ -39,31 +39,31 @@ def apply(pipeline: Any, run: Run, device: str, ending: ExitStack) -> list[str]:
     return _place(pipeline, run.offload, offloading.asked(run), device, ending)
 
 
-def _place(pipeline: Any, offload: Offload, asked: list[str], device: str, ending: ExitStack) -> list[str]:
-    waiting: dict[str, str] = {}  # component -> the option under which it waits
-    for option in asked:
-        found = modules(pipeline, OFFLOADED_PARTS[option])
-        if not found:
+def _place(pipeline: Any, offload: Offload, options: list[str], device: str, ending: ExitStack) -> list[str]:
+    offloaded: dict[str, str] = {}  # component -> the option that offloads it
+    for option in options:
+        components = modules(pipeline, OFFLOADED_COMPONENTS[option])
+        if not components:
             log.warning(f"{option}: no effect, {type(pipeline).__name__} has no such component")
-        waiting |= dict.fromkeys(found, option)
-    for name, part in pipeline.components.items():
-        if not isinstance(part, nn.Module):
+        offloaded |= dict.fromkeys(components, option)
+    for name, module in pipeline.components.items():
+        if not isinstance(module, nn.Module):
             continue
-        if name not in waiting:
-            part.to(device)
-        elif waiting[name] == "dit_layerwise_offload" and offload.disk_path:
-            _stream_from_disk(part, device, _folder(offload.disk_path, name, ending))
-        elif waiting[name] == "dit_layerwise_offload":
-            _stream(part, device, None, layerwise=True)
+        if name not in offloaded:
+            module.to(device)
+        elif offloaded[name] == "dit_layerwise_offload" and offload.disk_path:
+            _stream_from_disk(module, device, _folder(offload.disk_path, name, ending))
+        elif offloaded[name] == "dit_layerwise_offload":
+            _stream(module, device, None, layerwise=True)
         else:
-            _stream(part, device, None, layerwise=False)
-    return [option for option in asked if option in waiting.values()]
+            _stream(module, device, None, layerwise=False)
+    return [option for option in options if option in offloaded.values()]
 
 
 def _folder(disk_path: str, name: str, ending: ExitStack) -> str:
-    """A new folder for one component of this rank's run, which is removed with all that it holds when the run ends.
+    """A new folder for one component of this rank's run; it is removed with its contents when the run ends.
 
-    diffusers names files after modules and takes those that it finds, whichever network or run has written them.
+    diffusers names files after modules and reads existing ones, even if another network or run wrote them.
     """
     try:
         Path(disk_path).mkdir(parents=True, exist_ok=True)
@@ -74,25 +74,25 @@ def _folder(disk_path: str, name: str, ending: ExitStack) -> str:
     return folder
 
 
-def _stream_from_disk(part: nn.Module, device: str, folder: str) -> None:
+def _stream_from_disk(module: nn.Module, device: str, folder: str) -> None:
     from safetensors import SafetensorError
 
     try:
-        _stream(part, device, folder, layerwise=True)
+        _stream(module, device, folder, layerwise=True)
     except (OSError, SafetensorError) as error:
         raise RunError(f"offload.disk_path: {folder} cannot hold the network: {first_line(error)}") from error
 
 
-def _stream(part: nn.Module, device: str, disk_path: str | None, layerwise: bool) -> None:
-    """diffusers' group offloading: one group an entire component, or one group a block with prefetch."""
+def _stream(module: nn.Module, device: str, disk_path: str | None, layerwise: bool) -> None:
+    """diffusers' group offloading: the component as one group, or one group per block with prefetch."""
     from diffusers.hooks import apply_group_offloading
 
-    halves = None  # of an autoencoder, which is called by them and not by its forward
-    if hasattr(part, "decode") and not getattr(part, "_group_offload_block_modules", None):
+    halves = None  # modules of an autoencoder, which is called through encode and decode instead of forward
+    if hasattr(module, "decode") and not getattr(module, "_group_offload_block_modules", None):
         names = ("encoder", "decoder", "quant_conv", "post_quant_conv")
-        halves = [name for name in names if isinstance(getattr(part, name, None), nn.Module)] or None
+        halves = [name for name in names if isinstance(getattr(module, name, None), nn.Module)] or None
     apply_group_offloading(
-        part,
+        module,
         onload_device=torch.device(device),
         offload_device=torch.device("cpu"),
         offload_type="block_level",

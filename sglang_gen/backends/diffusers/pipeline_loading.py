@@ -1,4 +1,4 @@
-"""The pipeline as its authors left it: out of a folder, out of one file, or out of the repository's own code."""
+"""Loads a diffusers pipeline from a folder or from a single file; the class may come from the repository's code."""
 
 import contextlib
 import inspect
@@ -18,29 +18,29 @@ from sglang_gen.types import Plan
 from sglang_gen.weights.original_layout import CONVERSION_ERRORS, OWN_CONVERSIONS
 from sglang_gen.weights.replacement import load_original
 
-# What a file that is not the expected model makes diffusers' conversion trip over.
+# Raised by diffusers' conversion of a single file that is not of the expected model.
 MISMATCH = (KeyError, ValueError, RuntimeError, IndexError, AttributeError, TypeError)
 
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".msgpack", ".h5")
 
 
 def own_class(plan: Plan) -> Any:
-    """The pipeline class that the model's own code defines; None where it is one of diffusers. Raises UserError."""
+    """The pipeline class that the model's own code defines; None for a class of diffusers. Raises UserError."""
     try:
-        found = remote_code.pipeline_class(plan.card)
+        own = remote_code.pipeline_class(plan.card)
     except (OSError, ImportError, SyntaxError, AttributeError) as error:
         raise UserError(
             f"{plan.card.name}: its own code {plan.card.code[0]} cannot be loaded: {first_line(error)}"
         ) from error
-    if found is not None and plan.run.model.pipeline_class_name:
+    if own is not None and plan.run.model.pipeline_class_name:
         raise UserError(
-            f"--pipeline-class-name cannot replace {found.__name__}, which the code of {plan.card.name} defines"
+            f"--pipeline-class-name cannot replace {own.__name__}, which the code of {plan.card.name} defines"
         )
-    return found
+    return own
 
 
 def read(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: dict[str, Any]) -> Any:
-    """The pipeline with its weights, on the CPU; components in `replaced` are taken as they are. Raises UserError."""
+    """Load the pipeline on the CPU; components in `replaced` are used unchanged. Raises UserError."""
     taken = inspect.signature(pipeline_class.__init__).parameters
     replaced = {**dict.fromkeys(name for name in plan.card.absent if name in taken), **replaced}
     if plan.card.file is None:
@@ -53,33 +53,33 @@ def read(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: dict[str
 
 
 def _read_file(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: dict[str, Any]) -> Any:
-    """The pipeline out of a whole model in one file. Raises UserError for a file that is not this model."""
+    """Load the pipeline from a single file. Raises UserError if the file is of another model."""
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     if not hasattr(pipeline_class, "from_single_file"):
         raise UserError(f"--model-path: diffusers does not read {pipeline_class.__name__} from a single file")
     if (scheduler := plan.card.components.get("scheduler")) and "scheduler" not in replaced:
         kind = component_classes.named(scheduler)
-        replaced = {**replaced, "scheduler": kind.from_config(dict(scheduler.config))}  # as the file's markers have it
+        replaced = {**replaced, "scheduler": kind.from_config(dict(scheduler.config))}  # adjusted to the file's markers
     replaced = {**_converted(plan, dtype, replaced), **replaced}
     try:
-        with log.quieter("diffusers"), _configs_alone(plan) as configs:  # its remarks on lists of modules, on weights
+        with log.quieter("diffusers"), _configs_only(plan) as configs:  # diffusers warns about unused keys
             pipeline = pipeline_class.from_single_file(
                 str(plan.card.file), config=str(configs), dtype=dtype, local_files_only=True, **replaced
             )
-    except (OSError, SingleFileComponentError) as error:  # not found in the file, and then not in the folder of configs
-        reason = "it lacks tensors by which a component is recognised in it, or has them under other names"
+    except (OSError, SingleFileComponentError) as error:  # neither in the file nor in the folder of configs
+        reason = "it lacks the tensors by which a component is recognised, or has them under other names"
         raise UserError(misfit(plan, reason)) from error
     except MISMATCH as error:
-        missing = isinstance(error, NotImplementedError) and "meta tensor" in str(error)  # a place that stayed empty
+        missing = isinstance(error, NotImplementedError) and "meta tensor" in str(error)  # a weight was not loaded
         reason = "it lacks weights that those name" if missing else first_line(error)
         raise UserError(misfit(plan, reason)) from error
-    for part, module in pipeline.components.items():
+    for component, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
-            module.eval()  # diffusers leaves a T5 out of a file in training, with its dropout
+            module.eval()  # diffusers leaves a T5 from a single file in training mode, with dropout
             empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
             if empty:
-                reason = f"it lacks {len(empty)} weights of {part}, such as {empty[0]}"
+                reason = f"it lacks {len(empty)} weights of {component}, such as {empty[0]}"
                 raise UserError(misfit(plan, reason))
     return pipeline
 
@@ -99,10 +99,10 @@ def _converted(plan: Plan, dtype: torch.dtype, replaced: Collection[str]) -> dic
 
 
 @contextlib.contextmanager
-def _configs_alone(plan: Plan) -> Iterator[Path]:
-    """The folder of component configs and tokenizers without its weights.
+def _configs_only(plan: Plan) -> Iterator[Path]:
+    """A temporary folder with links to the component configs and tokenizers, without weights.
 
-    diffusers takes from there what it does not find in the file, and weights would be those of another model.
+    diffusers loads from this folder what it does not find in the file; weights there would be of another model.
     """
     assert plan.card.folder is not None  # a card with weights
     with tempfile.TemporaryDirectory() as name:
@@ -115,22 +115,22 @@ def _configs_alone(plan: Plan) -> Iterator[Path]:
 
 
 def _networks(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: Collection[str]) -> dict[str, Any]:
-    """The pipeline's networks out of their folders, read one by one so that each loading report is judged."""
+    """The pipeline's networks from their folders, loaded one by one so that each loading report is checked."""
     taken = inspect.signature(pipeline_class.__init__).parameters.keys() - replaced
     own_code = {file.partition("/")[0] for file in plan.card.code}
-    found = {}
+    networks = {}
     for name, component in plan.card.components.items():
         if name not in taken or name in own_code or component.folder is None:
             continue
         kind = component_classes.named(component)
         if loading_report.is_reported(kind):
             folder = component.folder if component.folder.is_dir() else component.folder.parent  # diffusers' rule
-            found[name] = loading_report.read(kind, folder, component.config, dtype)
-    return found
+            networks[name] = loading_report.read(kind, folder, component.config, dtype)
+    return networks
 
 
 def misfit(plan: Plan, reason: str) -> str:
-    """The sentence for a single file that is not the model of the component configs."""
+    """Error message for a single file that does not match the component configs."""
     kind = plan.pipeline_class
     where = f"the component configs of {plan.run.model.configs or plan.run.model.preset}"
     return (

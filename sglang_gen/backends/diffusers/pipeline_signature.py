@@ -1,4 +1,4 @@
-"""What kind of thing a pipeline makes and takes, read from the signature of its call."""
+"""The output and the arguments of a pipeline, read from the signature of its call."""
 
 import inspect
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from sglang_gen.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Kind:
-    """A pipeline class and what its call accepts; `makes` is image, video or audio."""
+    """A pipeline class and the arguments that its call accepts and requires; `makes` is image, video or audio."""
 
     pipeline_class: Any
     accepted: frozenset[str]
@@ -22,18 +22,18 @@ class Kind:
 
 
 def find(name: str, image: bool, mask: bool, own: Any = None) -> Kind:
-    """The class of this name, or its image-to-image or inpainting sister where an image (and a mask) is given.
+    """The class of this name, or its image-to-image or inpainting variant if an image (and a mask) is given.
 
-    `own` is the class that the model itself defines, in place of one of diffusers. Raises UserError when diffusers has
-    no such class, or when it has no place for the image.
+    `own` is the class that the model's code defines, used instead of one of diffusers. Raises UserError if diffusers
+    has no such class, or if no variant accepts the image.
     """
-    found = own or getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
+    pipeline_class = own or getattr(diffusers, name, None)
+    if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)):
         legal = [item for item in dir(diffusers) if item.endswith("Pipeline")]
         raise UserError(f"diffusers {diffusers.__version__} has no pipeline class '{name}'{nearest(name, legal)}")
-    kind = _describe(found)
+    kind = _describe(pipeline_class)
     if (image and "image" not in kind.accepted) or (mask and "mask_image" not in kind.accepted):
-        kind = _sister(kind, "inpainting" if mask else "image to video" if kind.makes == "video" else "image to image")
+        kind = _variant(kind, "inpainting" if mask else "image to video" if kind.makes == "video" else "image to image")
     return kind
 
 
@@ -50,14 +50,14 @@ def _describe(pipeline_class: Any) -> Kind:
 
 
 def _makes_audio(pipeline_class: Any, accepted: frozenset[str]) -> bool:
-    """By the length that is asked for, in seconds, or by the output class that the pipeline's module knows."""
+    """Whether the call accepts a length in seconds, or the pipeline's module has an AudioPipelineOutput."""
     lengths = any(name.startswith("audio_") and name.endswith("_in_s") for name in accepted)
     return lengths or hasattr(inspect.getmodule(pipeline_class), "AudioPipelineOutput")
 
 
-def _sister(kind: Kind, task: str) -> Kind:
-    """The class of the same model for another task, by diffusers' own tables."""
-    with log.quieter("transformers"):  # the import of all pipelines brings remarks on packages that none of ours needs
+def _variant(kind: Kind, task: str) -> Kind:
+    """The class of the same model for another task, from diffusers' auto pipeline tables."""
+    with log.quieter("transformers"):  # importing all pipelines logs missing packages that are not needed here
         from diffusers.pipelines import auto_pipeline
 
     tables = {

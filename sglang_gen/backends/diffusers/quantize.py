@@ -1,7 +1,7 @@
-"""Quantizing the denoising networks of a built pipeline, and reading back what is quantized.
+"""Quantizes the denoising networks of a loaded pipeline, and reads back which layers are quantized.
 
-Through diffusers' own torchao quantizer, layer by layer, after adapters were merged: an adapter cannot be added to
-weights of 8 bits.
+diffusers' torchao quantizer is applied layer by layer, after adapters were merged: an adapter cannot be merged into
+8-bit weights.
 """
 
 from collections import Counter
@@ -18,35 +18,35 @@ from sglang_gen.plan.quantization import NO_MERGE, ON_LOAD
 
 
 def apply(pipeline: Any, method: QuantMethod, device: str) -> str | dict[str, Any]:
-    """Quantize under int8 and fp8; in every case say what the networks then hold ("none" for plain weights).
+    """Quantize if the method is int8 or fp8; return how the networks are quantized ("none" for plain weights).
 
-    Raises UserError when a network has no layer that the method quantizes.
+    Raises UserError if a network has no layer that the method quantizes.
     """
     networks = denoisers(pipeline)
     if method in ON_LOAD:
         for name, network in networks.items():
             _quantize(name, network, method, device)
     here = method.name if method in ON_LOAD else QuantMethod.prequantized.name
-    found = {name: read_back(network) for name, network in networks.items()}
-    quantized = {name: {"method": here, **entry} for name, entry in found.items() if entry is not None}
+    entries = {name: read_back(network) for name, network in networks.items()}
+    quantized = {name: {"method": here, **entry} for name, entry in entries.items() if entry is not None}
     if not quantized:
         return "none"
     return next(iter(quantized.values())) if len(networks) == 1 else quantized
 
 
 def _quantize(name: str, network: nn.Module, method: QuantMethod, device: str) -> None:
-    """Weights per output channel, activations per token when they come: torchao's dynamic 8-bit configurations."""
+    """Quantize weights per output channel and activations dynamically per token, with torchao's 8-bit configs."""
     from diffusers import ModelMixin, TorchAoConfig
     from diffusers.quantizers import DiffusersAutoQuantizer
 
     if not isinstance(network, ModelMixin):
         raise UserError(
-            f"quant={method.name}: {type(network).__name__} is no network of diffusers and takes no quantizer"
+            f"quant={method.name}: {type(network).__name__} is not a network of diffusers and cannot be quantized"
         )
     if getattr(network, "is_quantized", False):
         raise UserError(f"quant={method.name}: the {name} is quantized already, by {network.quantization_method}")
     if method is QuantMethod.fp8 and compute_dtype(network) is not torch.bfloat16:
-        raise UserError("quant=fp8 with a scale per channel multiplies into bfloat16 alone; run with --dtype bfloat16")
+        raise UserError("quant=fp8 with a scale per channel supports only bfloat16 output; run with --dtype bfloat16")
     quantizer = DiffusersAutoQuantizer.from_config(TorchAoConfig(_configuration(method)), pre_quantized=False)
     quantizer.validate_environment()
     fp32: list[str] = list(getattr(network, "_keep_in_fp32_modules", None) or [])
@@ -70,10 +70,10 @@ def _configuration(method: QuantMethod) -> Any:
 
 
 def read_back(network: nn.Module) -> dict[str, Any] | None:
-    """What is quantized in a network; None where nothing is.
+    """How a network is quantized; None if it is not.
 
-    `layers` counts linear layers by how their weights are stored, `linears` all of them; `bytes` is what the weights
-    take, `plain_bytes` what they would take in the dtype that the network computes in.
+    `layers` counts linear layers by the storage of their weights, `linears` all linear layers; `bytes` is the size of
+    the weights, `plain_bytes` their size if they were stored in the compute dtype.
     """
     kinds: Counter[str] = Counter()
     linears = 0
@@ -98,13 +98,13 @@ def read_back(network: nn.Module) -> dict[str, Any] | None:
 
 
 def _library(network: nn.Module) -> str:
-    """What quantized a network: diffusers notes it; nunchaku's networks are not diffusers' to note."""
+    """The library that quantized a network, as recorded by diffusers; it does not record nunchaku."""
     method = getattr(network, "quantization_method", None)
     return str(getattr(method, "value", method or "nunchaku"))
 
 
 def _storage(weight: torch.Tensor) -> str | None:
-    """How a weight is stored, where not as a plain tensor: the GGUF type, or the class of the tensor."""
+    """How a quantized weight is stored: GGUF type, tensor class or dtype; None for a plain tensor."""
     if (block := getattr(weight, "quant_type", None)) is not None and hasattr(block, "name"):
         return str(block.name)
     kind = type(weight.data) if type(weight) is nn.Parameter else type(weight)
@@ -116,13 +116,13 @@ def _storage(weight: torch.Tensor) -> str | None:
 
 
 def _numbers(parameter: torch.Tensor) -> int:
-    """How many numbers a weight stands for: GGUF blocks and bitsandbytes' nibbles know their own shape."""
+    """Number of elements of the unquantized weight; GGUF and bitsandbytes tensors store its shape."""
     shape = getattr(parameter, "quant_shape", None) or getattr(getattr(parameter, "quant_state", None), "shape", None)
     return torch.Size(shape).numel() if shape is not None else parameter.numel()
 
 
 def refuse_merging(pipeline: Any) -> None:
-    """Raises UserError when a denoising network is quantized: `W + B A` needs the numbers of W."""
+    """Raises UserError if a denoising network is quantized: `W + B A` needs the unquantized W."""
     for name, network in denoisers(pipeline).items():
-        if found := read_back(network):
-            raise UserError(f"lora: the {name} is quantized by {found['by']}, and {NO_MERGE}")
+        if entry := read_back(network):
+            raise UserError(f"lora: the {name} is quantized by {entry['by']}, and {NO_MERGE}")

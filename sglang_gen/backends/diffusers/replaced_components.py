@@ -1,4 +1,4 @@
-"""Components that replace those of the model's own folder."""
+"""Loads the components of --component-paths, which replace those in the model's folder."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from sglang_gen.types import Plan
 
 
 def load(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
-    """What --component-paths names, on the CPU. Raises UserError naming the component that cannot be loaded."""
+    """The components of --component-paths, on the CPU. Raises UserError naming one that cannot be loaded."""
     return {name: _load(plan, name, dtype) for name in plan.run.model.component_paths}
 
 

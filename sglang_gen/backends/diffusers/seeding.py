@@ -1,6 +1,6 @@
-"""All noise of a diffusers pipeline from the generators of its samples.
+"""Draws all noise of a diffusers pipeline from the generators of its samples.
 
-Some pipelines hand their scheduler no generator (Stable Diffusion 3, FLUX, Wan), some schedulers take none
+Some pipelines pass no generator to their scheduler (Stable Diffusion 3, FLUX, Wan), some schedulers accept none
 (DPMSolverSDEScheduler), and both then draw from torch's global generator.
 """
 
@@ -16,20 +16,20 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from sglang_gen.engine.denoise import set_noise_sampler
 from sglang_gen.errors import UserError
 
-OFFSET = 0x9E3779B97F4A7C15  # keeps the global generator's numbers apart from those of a sample's own
+OFFSET = 0x9E3779B97F4A7C15  # so that the global generator's numbers differ from those of a sample's generator
 
 
 def argument(generators: Sequence[torch.Generator]) -> torch.Generator | list[torch.Generator]:
-    """What a pipeline or a scheduler is given as `generator`: not all take a list, and one draws the same alone."""
+    """The `generator` argument of a pipeline or scheduler: not all accept a list, and one generator draws the same."""
     return generators[0] if len(generators) == 1 else list(generators)
 
 
 @contextmanager
 def seeded(pipeline: Any, generators: Sequence[torch.Generator], device: str) -> Iterator[None]:
-    """Inside, the steps of the pipeline's schedulers draw from the samples' CPU generators, one a sample.
+    """Within this context the pipeline's schedulers draw from the samples' CPU generators, one per sample.
 
-    What is drawn from the global generator all the same depends on the first sample's seed alone; outside, its state
-    is as before. Raises UserError for such a draw in a batch of several samples, which would depend on one another.
+    Other draws from the global generator depend only on the first sample's seed; its state is restored afterwards.
+    Raises UserError for such a draw in a batch of several samples, because the samples would depend on each other.
     """
     cuda = [torch.cuda.current_device()] if device == "cuda" else []
     with torch.random.fork_rng(devices=cuda), ExitStack() as stack:
@@ -46,7 +46,7 @@ def seeded(pipeline: Any, generators: Sequence[torch.Generator], device: str) ->
 
 
 class _Shared:
-    """Watches whether a batch of several samples draws from the generators that they share."""
+    """Detects whether a batch of several samples draws from the global generators, which the samples share."""
 
     def __init__(self, name: str, cuda: list[int], samples: int) -> None:
         self.name, self.cuda, self.samples = name, cuda, samples
@@ -56,28 +56,28 @@ class _Shared:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in self.cuda)]
 
     def check(self) -> None:
-        """Raises UserError after a draw that no single sample's seed decides."""
+        """Raises UserError if numbers were drawn that do not depend on a single sample's seed."""
         if self.samples == 1 or all(map(torch.equal, self.before, self._states())):
             return
         raise UserError(
-            f"sampling.batch_size: {self.name} draws noise that it takes no generators for, so that the samples of a "
-            "batch would depend on each other; run with sampling.batch_size=1"
+            f"sampling.batch_size: {self.name} draws noise without the samples' generators, so the samples of a batch "
+            "would depend on each other; run with sampling.batch_size=1"
         )
 
 
 @contextmanager
 def _bound(kind: Any, generators: Sequence[torch.Generator], check: Callable[[], None]) -> Iterator[None]:
-    """Replaces `step` of a scheduler's class, not of an instance: some pipelines step copies of their scheduler."""
+    """Replace `step` of the scheduler's class, not of an instance: some pipelines step copies of their scheduler."""
     original, own = kind.step, "step" in vars(kind)
     signature = inspect.signature(original)
-    prepared: list[Any] = []  # schedulers that have made a step of this batch
+    prepared: list[Any] = []  # schedulers that have already made a step in this batch
 
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         scheduler, sample = args[0], given.get("sample")
         if isinstance(sample, torch.Tensor) and len(generators) in (1, len(sample)):  # else a draw is refused
-            if not any(scheduler is each for each in prepared):
+            if not any(scheduler is other for other in prepared):
                 prepared.append(scheduler)
                 set_noise_sampler(scheduler, sample, generators)
             if "generator" in signature.parameters and given.get("generator") is None:

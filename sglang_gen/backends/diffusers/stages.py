@@ -1,4 +1,4 @@
-"""Watching a diffusers pipeline from outside while it runs: stages, steps, first and last latents."""
+"""Observes a running diffusers pipeline from outside: stages, steps, first and last latents."""
 
 import math
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ class Latents:
         self.last: torch.Tensor | None = None
 
     def start(self, prepared: Any) -> Any:
-        """Take note of what `prepare_latents` gives, or put the loaded noise in its place."""
+        """Record the result of `prepare_latents`, or replace it by the loaded noise."""
         latents = prepared[0] if isinstance(prepared, tuple) else prepared
         if self.replacement is not None:
             if self.replacement.shape != latents.shape:
@@ -33,21 +33,23 @@ class Latents:
         return (latents, *prepared[1:]) if isinstance(prepared, tuple) else latents
 
     def after_step(self, _pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's own callback at the end of a step."""
+        """Callback of the pipeline at the end of a step."""
         self.last = tensors.get("latents")
         return {}
 
 
-def plain_config(part: Any) -> dict[str, Any]:
-    """A component's config as JSON can hold it, which has no infinity."""
+def plain_config(component: Any) -> dict[str, Any]:
+    """The JSON-serializable entries of a component's config, with infinities as strings."""
     keep = (bool, int, float, str, type(None), list)
-    plain = {key: value for key, value in part.config.items() if not key.startswith("_") and isinstance(value, keep)}
+    plain = {
+        key: value for key, value in component.config.items() if not key.startswith("_") and isinstance(value, keep)
+    }
     return {key: str(value) if value in (math.inf, -math.inf) else value for key, value in plain.items()}
 
 
 @contextmanager
 def observed(pipeline: Any, clock: Clock, latents: Latents) -> Iterator[None]:
-    """Report stages and steps of the calls inside to the clock, and first latents to `latents`."""
+    """Within this context report the pipeline's stages and steps to `clock`, and its latents to `latents`."""
     replaced = {"progress_bar": _progress_bar(clock)}
     if hasattr(pipeline, "encode_prompt"):
         replaced["encode_prompt"] = _timed_encoding(pipeline.encode_prompt, clock)
@@ -74,7 +76,7 @@ def _timed_encoding(encode: Any, clock: Clock) -> Any:
 
 
 def _progress_bar(clock: Clock) -> Any:
-    """A stand-in for `DiffusionPipeline.progress_bar`: denoising lasts from its making to its end."""
+    """Replacement for `DiffusionPipeline.progress_bar`: denoising lasts from its creation to its end."""
 
     def progress_bar(iterable: Any = None, total: int | None = None) -> _Bar:
         return _Bar(clock, iterable, total if total is not None else len(iterable))

@@ -1,4 +1,4 @@
-"""torch.compile for a diffusers pipeline: one repeated block for all of its repeats, or the whole network."""
+"""torch.compile for a diffusers pipeline: the repeated blocks (regional compilation), or the whole network."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from sglang_gen.config.schema import Compile
 
 
 def apply(pipeline: Any, settings: Compile, device: str) -> bool | str:
-    """Compile the denoising networks; False, "regional" or "full" for the record.
+    """Compile the denoising networks; returns False, "regional" or "full" for the run record.
 
-    `forward` is compiled, not the module, so that hooks on the module stay outside of the graph. Raises UserError
-    where this machine has no compiler.
+    `forward` is compiled, not the module, so that hooks on the module stay outside the graph. Raises UserError if this
+    machine has no compiler.
     """
     if not settings.enable_torch_compile:
         return False
@@ -26,6 +26,7 @@ def apply(pipeline: Any, settings: Compile, device: str) -> bool | str:
         kinds.add("regional" if blocks else "full")
         if settings.regional and not blocks:
             log.warning(
-                f"compile.regional has no effect: {type(network).__name__} repeats no block; all of it is compiled"
+                f"compile.regional has no effect: {type(network).__name__} has no repeated blocks, so all of it is "
+                "compiled"
             )
     return " and ".join(sorted(kinds))

@@ -1,1 +1,1 @@
-"""The native backend: our networks and loop with the model's own text encoders and scheduler."""
+"""Native backend: this project's networks and denoising loop with the model's own text encoders and scheduler."""

@@ -1,4 +1,4 @@
-"""What a rank sent in the timed generation, beside what the rehearsal of its layout said that it would."""
+"""Collectives that a rank ran in the timed generation, next to those predicted by tracing its layout on meta."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,18 +7,18 @@ from typing import Any
 from sglang_gen.parallel.collectives import Traffic, counted
 
 
-class Sent:
-    """Traffic by stage. Nothing is noted while `on` is false, which is before the timed generation."""
+class CommLog:
+    """Measured and predicted traffic by stage, recorded while `on` is True (in the timed generation)."""
 
     def __init__(self) -> None:
         self.on = False
-        self.times: dict[str, int] = {}  # how often each stage was entered, in evaluations of its network
+        self.evaluations: dict[str, int] = {}  # stage -> number of evaluations of its network
         self.measured: dict[str, Traffic] = {}
         self.predicted: dict[str, Traffic] = {}
 
     @contextmanager
     def during(self, stage: str, predicted: list[Traffic] | None) -> Iterator[None]:
-        """Count what is sent inside; `predicted` is what each evaluation is expected to send, if that is known."""
+        """Record the traffic of the block under `stage`; `predicted` has the traffic of each evaluation, if known."""
         with counted() as traffic:
             yield
         if not self.on:
@@ -26,17 +26,17 @@ class Sent:
         _add(self.measured.setdefault(stage, Traffic()), traffic)
         if predicted is None:
             return
-        self.times[stage] = self.times.get(stage, 0) + len(predicted)
-        for each in predicted:
-            _add(self.predicted.setdefault(stage, Traffic()), each)
+        self.evaluations[stage] = self.evaluations.get(stage, 0) + len(predicted)
+        for evaluation in predicted:
+            _add(self.predicted.setdefault(stage, Traffic()), evaluation)
 
     def report(self) -> dict[str, Any]:
         """`{stage: {evaluations, collectives: {name: {count, bytes, predicted_count, predicted_bytes}}}}`.
 
-        Predictions and the number of evaluations are absent where nothing was rehearsed.
+        Stages that were not traced on meta have no predictions, and None for the number of evaluations.
         """
         return {
-            stage: {"evaluations": self.times.get(stage), "collectives": self._collectives(stage)}
+            stage: {"evaluations": self.evaluations.get(stage), "collectives": self._collectives(stage)}
             for stage in self.measured
             if self.measured[stage].calls or self.predicted.get(stage, Traffic()).calls
         }

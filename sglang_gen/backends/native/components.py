@@ -1,4 +1,4 @@
-"""A model's components for the native engine: our networks, and the parts that other libraries read."""
+"""Loads a model's components for the native engine: our networks, and components that other libraries load."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,78 +24,80 @@ from sglang_gen.weights import original_layout
 from sglang_gen.weights.load import InMemoryTensors, Shrink, fill, load, where
 
 
-def read(plan: Plan, needs: Needs, glue: Any, split: Split) -> tuple[nn.Module, dict[str, Any]]:
-    """This rank's part of the denoising network and all other components by name, in the plan's dtype, on its device.
+def read_components(plan: Plan, needs: Needs, pipeline: Any, split: Split) -> tuple[nn.Module, dict[str, Any]]:
+    """Load this rank's shard of the denoising network, and the other components by name, in the plan's dtype.
 
-    Of a T5 in a folder each rank of a tensor parallel group has its part too.
+    The components are on the plan's device. A T5 loaded from a folder is sharded as well.
 
-    Raises UserError for weights that do not fit, and whatever their libraries raise for files that cannot be read.
+    Raises UserError for weights that do not fit, and the loading library's own exceptions for unreadable files.
     """
     dtype = getattr(torch, plan.dtype)
-    network = _network(plan, needs.network, glue, dtype, split.shrink)
+    network = _network(plan, needs.network, pipeline, dtype, split.shrink)
     others = [name for name in needs.required(plan.card) if name != needs.network]
     given = [name for name in others if plan.card.file is None or name in plan.run.model.component_paths]
     tp = split.mesh.axis("tp")
-    parts = {name: _part(name, plan.card.components[name], dtype, plan.device, tp) for name in given}
+    components = {name: _component(name, plan.card.components[name], dtype, plan.device, tp) for name in given}
     if plan.card.file is not None:
-        parts = _out_of_file(plan, others, {**parts, needs.network: None}, dtype)
-    parts["scheduler"] = _settled(parts["scheduler"], glue.SCHEDULER)
-    return network, parts
+        components = _components_from_file(plan, others, {**components, needs.network: None}, dtype)
+    components["scheduler"] = _with_settings(components["scheduler"], pipeline.SCHEDULER)
+    return network, components
 
 
-def _network(plan: Plan, name: str, glue: Any, dtype: torch.dtype, shrink: Shrink) -> nn.Module:
-    """Our network with the model's own weights, or those of --transformer-weights-path."""
+def _network(plan: Plan, name: str, pipeline: Any, dtype: torch.dtype, shrink: Shrink) -> nn.Module:
+    """Our network with the model's own weights, or with those of --transformer-weights-path."""
     component = plan.card.components[name]
-    build = partial(glue.build, component.config)
+    build = partial(pipeline.build, component.config)
     path = plan.run.quant.transformer_weights_path
     if path is None and plan.card.file is not None and name not in plan.run.model.component_paths:
-        return _network_out_of_file(plan, plan.card.file, component, build, glue, dtype, shrink)
+        return _network_from_file(plan, plan.card.file, component, build, pipeline, dtype, shrink)
     if path is None:
-        return load(build, in_folder(_folder(component)), glue.sources, dtype, plan.device, shrink)
+        return load(build, in_folder(_folder(component)), pipeline.sources, dtype, plan.device, shrink)
     from sglang_gen.weights import replacement
 
     files = locate(path)
     if replacement.in_diffusers_layout(plan, name, files):
-        return load(build, files.paths, glue.sources, dtype, plan.device, shrink)
+        return load(build, files.paths, pipeline.sources, dtype, plan.device, shrink)
     tensors = InMemoryTensors(original_layout.read(component.class_name, component.config, files.paths))
-    return fill(build, tensors, glue.sources, dtype, plan.device, where(files.paths), shrink)
+    return fill(build, tensors, pipeline.sources, dtype, plan.device, where(files.paths), shrink)
 
 
-def _network_out_of_file(
+def _network_from_file(
     plan: Plan,
     file: Path,
     component: Component,
     build: Callable[[], nn.Module],
-    glue: Any,
+    pipeline: Any,
     dtype: torch.dtype,
     shrink: Shrink,
 ) -> nn.Module:
-    """Our network out of a checkpoint of the whole model. Raises UserError for one of another model."""
+    """Our network from a single-file checkpoint. Raises UserError if the checkpoint is of another model."""
     from sglang_gen.backends.diffusers.pipeline_loading import misfit
 
     try:
         tensors = InMemoryTensors(original_layout.read(component.class_name, component.config, [file]))
-        return fill(build, tensors, glue.sources, dtype, plan.device, where([file]), shrink)
+        return fill(build, tensors, pipeline.sources, dtype, plan.device, where([file]), shrink)
     except UserError as error:
         raise UserError(misfit(plan, str(error))) from error
     except original_layout.CONVERSION_ERRORS as error:
-        raise UserError(misfit(plan, f"its {component.class_name} is another one: {first_line(error)}")) from error
+        raise UserError(misfit(plan, f"its {component.class_name} differs: {first_line(error)}")) from error
 
 
-def _out_of_file(plan: Plan, names: Sequence[str], given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The components of these names that diffusers' pipeline finds in the file, or beside it; `given` as they are."""
+def _components_from_file(
+    plan: Plan, names: Sequence[str], given: dict[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """The components `names` that diffusers' pipeline loads from the file or next to it; `given` ones are unchanged."""
     import diffusers
 
     from sglang_gen.backends.diffusers.pipeline_loading import read as read_pipeline
 
-    kind = getattr(diffusers, plan.pipeline_class)
-    own = {"vae": None} if "vae" in given else {}  # ours is none that diffusers' pipeline could look into
-    found = {**read_pipeline(plan, kind, dtype, {**given, **own}).components, **given}
+    pipeline_class = getattr(diffusers, plan.pipeline_class)
+    own = {"vae": None} if "vae" in given else {}  # diffusers' pipeline cannot read the config of our autoencoder
+    components = {**read_pipeline(plan, pipeline_class, dtype, {**given, **own}).components, **given}
     if "vae" not in given:
-        tensors = InMemoryTensors(dict(found["vae"].state_dict()))
+        tensors = InMemoryTensors(dict(components["vae"].state_dict()))
         build = partial(autoencoder.build, plan.card.components["vae"].config)
-        found["vae"] = fill(build, tensors, autoencoder.sources, dtype, plan.device, str(plan.card.file))
-    return {name: _placed(found[name], plan.device) for name in names}
+        components["vae"] = fill(build, tensors, autoencoder.sources, dtype, plan.device, str(plan.card.file))
+    return {name: _to_device(components[name], plan.device) for name in names}
 
 
 def _folder(component: Component) -> Path:
@@ -103,8 +105,8 @@ def _folder(component: Component) -> Path:
     return component.folder
 
 
-def _part(name: str, component: Component, dtype: torch.dtype, device: str, tp: Axis) -> Any:
-    """The autoencoder is ours, a large text encoder this rank's part; any other is read by its own library."""
+def _component(name: str, component: Component, dtype: torch.dtype, device: str, tp: Axis) -> Any:
+    """Our autoencoder, this rank's shard of a large text encoder, or a component loaded by its own library."""
     if name == "scheduler":
         return build_scheduler(component)
     if name == "vae":
@@ -118,29 +120,29 @@ def _part(name: str, component: Component, dtype: torch.dtype, device: str, tp: 
 
 
 def _autoencoder(component: Component, dtype: torch.dtype, device: str) -> nn.Module:
-    """Our autoencoder with the weights of the component's folder."""
+    """Our autoencoder with the weights from the component's folder."""
     files = in_folder(_folder(component))
     names = [name for file in files for name in header(file)]
     return load(partial(autoencoder.build, component.config), files, autoencoder.sources_in(names), dtype, device)
 
 
 def _read(component: Component, dtype: torch.dtype, device: str) -> Any:
-    """A text encoder, tokenizer or scheduler, as its own library reads it."""
+    """A text encoder, tokenizer or image processor, loaded by its own library."""
     folder = str(_folder(component))
-    kind = component_classes.named(component)
-    if not issubclass(kind, nn.Module):
-        return kind.from_pretrained(folder)
-    if not loading_report.is_reported(kind):
-        return _placed(kind.from_pretrained(folder, dtype=dtype, use_safetensors=True), device)
-    part = loading_report.read(kind, _folder(component), component.config, dtype)
-    return _placed(part, device)
+    component_class = component_classes.named(component)
+    if not issubclass(component_class, nn.Module):
+        return component_class.from_pretrained(folder)
+    if not loading_report.is_reported(component_class):
+        return _to_device(component_class.from_pretrained(folder, dtype=dtype, use_safetensors=True), device)
+    network = loading_report.read(component_class, _folder(component), component.config, dtype)
+    return _to_device(network, device)
 
 
-def _placed(part: Any, device: str) -> Any:
-    return part.to(device).requires_grad_(False).eval() if isinstance(part, nn.Module) else part
+def _to_device(component: Any, device: str) -> Any:
+    return component.to(device).requires_grad_(False).eval() if isinstance(component, nn.Module) else component
 
 
-def _settled(scheduler: Any, settings: Mapping[str, Any]) -> Any:
-    """The scheduler with those of the settings that it has; a value that differs is set as diffusers' pipeline does."""
-    other = {key: value for key, value in settings.items() if scheduler.config.get(key, value) != value}
-    return type(scheduler).from_config(scheduler.config, **other) if other else scheduler
+def _with_settings(scheduler: Any, settings: Mapping[str, Any]) -> Any:
+    """The scheduler with these values, as diffusers' pipeline sets them; keys not in its config are ignored."""
+    changes = {key: value for key, value in settings.items() if scheduler.config.get(key, value) != value}
+    return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler

@@ -1,4 +1,4 @@
-"""Our own engine: our networks and loop, with the text encoders and scheduler of the model's folder."""
+"""The native engine: this project's networks and denoising loop with the model's own text encoders and scheduler."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,11 +12,11 @@ from torch import Tensor
 from sglang_gen import log
 from sglang_gen.backends.diffusers.stages import plain_config
 from sglang_gen.backends.finite import require_finite
-from sglang_gen.backends.native import components as parts
 from sglang_gen.backends.native import memory_policy, safety_checker, vae_parallel
-from sglang_gen.backends.native.comm_log import Sent
+from sglang_gen.backends.native.comm_log import CommLog
+from sglang_gen.backends.native.components import read_components
 from sglang_gen.backends.native.execution import Execution
-from sglang_gen.backends.native.request import Asked, check, warn_ineffective
+from sglang_gen.backends.native.request import NativeRequest, check, warn_ineffective
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
@@ -30,19 +30,23 @@ from sglang_gen.perf.flops import CallLog, stored_bytes
 from sglang_gen.types import Decoded, Plan, Sample
 
 OFFLOAD = (
-    "; the GPU has to hold network and text encoders at once; --text-encoder-cpu-offload (on diffusers) spares it these"
+    "; the GPU must hold the network and the text encoders at once; --text-encoder-cpu-offload (diffusers backend) "
+    "keeps the text encoders on the CPU until they run"
 )
 
 
 def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
-    """The plan's components on this rank's device. Raises UserError naming what does not fit, RunError if it fails."""
-    asked = check(plan)
-    glue = asked.glue
+    """Load the plan's components onto this rank's device.
+
+    Raises UserError for weights that do not fit the model, RunError if loading fails.
+    """
+    native_request = check(plan)
+    pipeline = native_request.pipeline
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()
     try:
-        split = Split(mesh, glue.TENSOR, glue.SHARDING)
-        network, components = parts.read(plan, asked.needs, glue, split)
+        split = Split(mesh, pipeline.TENSOR, pipeline.SHARDING)
+        network, components = read_components(plan, native_request.needs, pipeline, split)
     except UserError:
         raise
     except LOADING_ERRORS as error:
@@ -50,39 +54,46 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
             hint = OFFLOAD if plan.device == "cuda" else ""
             raise RunError(f"Out of memory while loading {plan.card.name}{hint}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
-    warn_ineffective(plan, glue)
-    return NativeEngine(asked, Execution(plan, split, glue, network), components, calls)
+    warn_ineffective(plan, pipeline)
+    return NativeEngine(native_request, Execution(plan, split, pipeline, network), components, calls)
 
 
 class NativeEngine:
     """A loaded pipeline; see `types.Engine`."""
 
-    def __init__(self, asked: Asked, execution: Execution, parts: Mapping[str, Any], calls: CallLog) -> None:
-        plan, glue = asked.plan, asked.glue
-        self.plan, self.glue, self.asked = plan, glue, asked
-        self.parts, self.execution, self.calls = parts, execution, calls
-        self.mesh, self.sent = execution.mesh, Sent()
-        self.text_sends: dict[int, Traffic] = {}  # by the number of texts
+    def __init__(
+        self, native_request: NativeRequest, execution: Execution, components: Mapping[str, Any], calls: CallLog
+    ) -> None:
+        plan, pipeline = native_request.plan, native_request.pipeline
+        self.plan, self.pipeline, self.native_request = plan, pipeline, native_request
+        self.components, self.execution, self.calls = components, execution, calls
+        self.mesh, self.comm_log = execution.mesh, CommLog()
+        self.text_traffic: dict[int, Traffic] = {}  # number of texts -> predicted traffic of encoding them
         self.network: Any = execution.network
-        self.entrance: Any = execution.placed.entrance
-        self.text_parts = [name for name in glue.TEXT_ENCODER_NAMES if name in parts]
-        encoders = sum(stored_bytes(each) for name in self.text_parts for each in parts[name].parameters())
-        self.room = memory_policy.room(plan, glue, asked.config, asked.whole, encoders, self.mesh)
-        self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", glue.ZERO_WITHOUT_NEGATIVE)
-        for name in self.text_parts:
-            calls.watch("text_encoding", name, parts[name], twin=self._encoder_twin(parts[name]))
+        self.entrance: Any = execution.parallel_network.entrance
+        self.text_components = [name for name in pipeline.TEXT_ENCODER_NAMES if name in components]
+        encoder_bytes = sum(
+            stored_bytes(parameter) for name in self.text_components for parameter in components[name].parameters()
+        )
+        self.memory_policy = memory_policy.choose(
+            plan, pipeline, native_request.config, native_request.full_request, encoder_bytes, self.mesh
+        )
+        self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", pipeline.ZERO_WITHOUT_NEGATIVE)
+        for name in self.text_components:
+            calls.watch("text_encoding", name, components[name], meta_copy=self._encoder_meta_copy(components[name]))
         for method in ("forward", "condition"):
-            calls.watch("denoising", glue.NETWORK, self.entrance, method, self.network, execution.countable)
+            calls.watch("denoising", pipeline.NETWORK, self.entrance, method, self.network, execution.countable)
         self.sp = self.mesh.axis(SEQUENCE)
-        vae = vae_parallel.split(parts["vae"], self.sp)
-        calls.watch("decoding", "vae", vae, "decode", twin=partial(self._vae_twin, glue.decoding_dtype))
-        if safety_checker.CHECKER in parts:
-            calls.watch("decoding", safety_checker.CHECKER, parts[safety_checker.CHECKER].vision_model)
-        if self.asked.image is not None:
-            calls.watch("latents", "vae", vae, "encode", twin=partial(self._vae_twin, glue.encoding_dtype))
+        vae = vae_parallel.split(components["vae"], self.sp)
+        calls.watch("decoding", "vae", vae, "decode", meta_copy=partial(self._vae_meta_copy, pipeline.decoding_dtype))
+        if safety_checker.CHECKER in components:
+            calls.watch("decoding", safety_checker.CHECKER, components[safety_checker.CHECKER].vision_model)
+        if self.native_request.image is not None:
+            meta_copy = partial(self._vae_meta_copy, pipeline.encoding_dtype)
+            calls.watch("latents", "vae", vae, "encode", meta_copy=meta_copy)
 
-    def _encoder_twin(self, encoder: Any) -> Callable[[], Any] | None:
-        """Gives this rank's part of a text encoder without memory, where it has a part."""
+    def _encoder_meta_copy(self, encoder: Any) -> Callable[[], Any] | None:
+        """Return a function that builds this rank's shard of a text encoder on meta; None if it is not sharded."""
         tp = self.mesh.axis("tp")
         if tp.size == 1 or type(encoder) is not transformers.T5EncoderModel:
             return None
@@ -94,72 +105,74 @@ class NativeEngine:
             else None
         )
 
-    def _vae_twin(self, dtype_at_work: Callable[[Any, torch.dtype], torch.dtype]) -> Any:
-        vae = self.parts["vae"]
-        return vae_parallel.twin(vae, self.sp, dtype_at_work(vae.config, self.execution.dtype))
+    def _vae_meta_copy(self, compute_dtype: Callable[[Any, torch.dtype], torch.dtype]) -> Any:
+        vae = self.components["vae"]
+        return vae_parallel.meta_copy(vae, self.sp, compute_dtype(vae.config, self.execution.dtype))
 
     def effective(self) -> dict[str, Any]:
-        """What took effect, and the classes that were built."""
-        classes = {name: type(part).__name__ for name, part in self.parts.items()}
+        """The settings that took effect, and the classes of the components."""
+        classes = {name: type(component).__name__ for name, component in self.components.items()}
         return {
             **self.execution.effective(),
             "offload": [],
             "lora": [],
             "cache": "none",
-            **memory_policy.of_run(self.plan, self.glue, self.asked.whole, self.room.batched),
-            "released": list(self.text_parts) if self.room.released else [],
+            **memory_policy.of_run(
+                self.plan, self.pipeline, self.native_request.full_request, self.memory_policy.batched
+            ),
+            "released": list(self.text_components) if self.memory_policy.released else [],
             "pipeline": self.plan.pipeline_class,
             "makes": "image",
-            "components": {self.glue.NETWORK: type(self.network).__name__, **classes},
-            "scheduler_config": plain_config(self.parts["scheduler"]),
+            "components": {self.pipeline.NETWORK: type(self.network).__name__, **classes},
+            "scheduler_config": plain_config(self.components["scheduler"]),
         }
 
     @torch.no_grad()
     def sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded | None:
-        """One batch from its prompts to frames; None on ranks that leave decoding to another.
+        """Generate one batch, from prompts to frames; None on ranks that do not decode.
 
-        Raises RunError when memory runs out, or when the numbers are not finite.
+        Raises RunError if memory runs out or if the latents or frames are not finite.
         """
         try:
             return self._sample(batch, steps, clock)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise RunError("Out of memory while generating; try smaller batches or a smaller picture") from error
+            raise RunError("Out of memory while generating; try smaller batches or a smaller image") from error
         finally:
             clock.leave()
 
     def _sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded | None:
-        request, scheduler = self.asked.request(steps), self.parts["scheduler"]
-        negative = batch[0].negative_prompt is not None  # batches are of one kind
-        guidance = memory_policy.guidance(self.plan, self.glue, request, negative, self.room.batched)
-        self.sent.on = self.calls.on
-        sends = self._text_sends(batch, guidance, request)
+        request, scheduler = self.native_request.request_for(steps), self.components["scheduler"]
+        negative = batch[0].negative_prompt is not None  # the same for all samples of a batch
+        guidance = memory_policy.guidance(self.plan, self.pipeline, request, negative, self.memory_policy.batched)
+        self.comm_log.on = self.calls.on
+        predicted = self._text_traffic(batch, guidance, request)
         clock.enter("text_encoding")
         self._place_encoders(self.plan.device)
-        with self.sent.during("text_encoding", sends):
+        with self.comm_log.during("text_encoding", predicted):
             encoded = self._encode(batch, guidance, request)
         self._place_encoders("cpu")
         clock.enter("latents")
         generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
-        timesteps = self.glue.schedule(self.asked.config, scheduler, request)
+        timesteps = self.pipeline.schedule(self.native_request.config, scheduler, request)
         noise = self._noise(request, timesteps, generators)
         numbers = step_numbers(len(timesteps), request.steps_run, getattr(scheduler, "order", 1))
 
         def predictor(network: Any, texts: Encoded) -> Predict:
-            prepare, cfg = partial(self.glue.prepare, network, timesteps, request), self.mesh.axis("cfg")
+            prepare, cfg = partial(self.pipeline.prepare, network, timesteps, request), self.mesh.axis("cfg")
             return guided(prepare, texts, guidance, numbers, cfg)
 
-        clock.leave()  # what follows happens once, and is no stage
+        clock.leave()  # settling happens once and belongs to no stage
         alike = kinds(guidance, numbers)
         expected = self.execution.settle(predictor, sorted(set(alike)), request, encoded, noise)
         clock.enter("denoising")
-        with self.sent.during("conditioning", [expected.conditioning]):
+        with self.comm_log.during("conditioning", [expected.conditioning]):
             predict = predictor(self.entrance, encoded)
-        sends = [expected.evaluations.get(kind, Traffic()) for kind in alike]
+        predicted = [expected.evaluations.get(kind, Traffic()) for kind in alike]
         with (
             self.execution.limits(),
-            self.sent.during("denoising", sends),
+            self.comm_log.during("denoising", predicted),
             log.Progress(request.steps_run) as progress,
         ):
 
@@ -171,79 +184,82 @@ class NativeEngine:
         clock.enter("decoding")
         require_finite(latents, "the latents", batch)
         if self.mesh.index("cfg") or self.mesh.index("tp"):
-            return None  # ranks with the same rows decode them
-        own = memory_policy.effective(self.plan, guidance, request)
-        return Decoded(self._decode(latents, request, batch), noise, latents, effective=own)
+            return None  # another rank decodes the same rows
+        effective = memory_policy.effective(self.plan, guidance, request)
+        return Decoded(self._decode(latents, request, batch), noise, latents, effective=effective)
 
     def _place_encoders(self, device: str) -> None:
-        """Where the device has no room for them beside the denoising, text encoders are on it only while they work."""
-        for name in self.text_parts if self.room.released else ():
-            self.parts[name].to(device)
+        """Move the text encoders to `device` if the memory policy keeps them on the GPU only while they encode."""
+        for name in self.text_components if self.memory_policy.released else ():
+            self.components[name].to(device)
 
-    def _text_sends(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[Traffic]:
-        """What is expected to be sent for each list of texts that is encoded: T5 may be spread over ranks."""
+    def _text_traffic(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[Traffic]:
+        """Predicted traffic of each list of texts that is encoded; a T5 may be sharded over the ranks."""
         rows, tp = len(batch), self.mesh.axis("tp")
-        if rows not in self.text_sends:
-            self.text_sends[rows] = Traffic()
-            for name in self.text_parts if tp.size > 1 else ():
+        if rows not in self.text_traffic:
+            self.text_traffic[rows] = Traffic()
+            for name in self.text_components if tp.size > 1 else ():
                 from sglang_gen.families import text_encoder_parallel
 
-                if text_encoder_parallel.is_sharded(self.parts[name]):
-                    length = request.text_length or self.glue.T5_LENGTH
-                    sends = text_encoder_parallel.expected(self.parts[name], self.execution.dtype, tp, rows, length)
-                    self.text_sends[rows] = sends
-        return [self.text_sends[rows]] * (2 if guidance.on and not self._zeros(batch) else 1)
+                if text_encoder_parallel.is_sharded(self.components[name]):
+                    length = request.text_length or self.pipeline.T5_LENGTH
+                    encoder = self.components[name]
+                    predicted = text_encoder_parallel.expected(encoder, self.execution.dtype, tp, rows, length)
+                    self.text_traffic[rows] = predicted
+        return [self.text_traffic[rows]] * (2 if guidance.on and not self._zeros(batch) else 1)
 
     def _zeros(self, batch: tuple[Sample, ...]) -> bool:
-        """Whether zeros stand for the negative prompts that are not there."""
+        """Whether the unconditional branch gets zeros because no negative prompt was given."""
         return bool(self.zero_negative and batch[0].negative_prompt is None)
 
     def _encode(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[tuple[Tensor, ...]]:
-        """Encoded texts: of the negative prompts, where there is guidance, and of the prompts."""
+        """Encoded prompts, preceded by the encoded negative prompts if guidance is on."""
 
         def encode(texts: list[str]) -> tuple[Tensor, ...]:
-            found: tuple[Tensor, ...] = self.glue.encode(self.parts, self.asked.config, texts, request.text_length)
-            return found
+            encoded: tuple[Tensor, ...] = self.pipeline.encode(
+                self.components, self.native_request.config, texts, request.text_length
+            )
+            return encoded
 
         prompts = encode([sample.prompt for sample in batch])
         if not guidance.on:
             return [prompts]
         if self._zeros(batch):
-            return [tuple(torch.zeros_like(part) for part in prompts), prompts]
+            return [tuple(torch.zeros_like(tensor) for tensor in prompts), prompts]
         negatives = [sample.negative_prompt or "" for sample in batch]
         return [encode(negatives), prompts]
 
     def _noise(self, request: Request, timesteps: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """What the first step starts from `[B, ...]`, in the pipeline's own layout: drawn per sample, or loaded."""
+        """Initial latents `[B, ...]` in the pipeline's layout: drawn per sample, or loaded from a file."""
         dtype = getattr(torch, self.plan.dtype)
         source = None
-        if self.asked.image is not None:  # draws before the noise does, from the same generators
-            pixels = img2img.pixels(self.asked.image, request.factor, request.height, request.width)
-            source = self.glue.encode_image(self.parts["vae"], pixels, generators, dtype)
-        noise = self.glue.draw(self.asked.config, request, generators, dtype).to(self.plan.device)
-        drawn: Tensor = self.glue.start(self.parts["scheduler"], timesteps, noise, source)
-        if self.asked.noise is not None:
-            drawn = self.asked.noise.expand(drawn.shape).to(drawn)
+        if self.native_request.image is not None:  # encoding draws first, then the noise, from the same generators
+            pixels = img2img.pixels(self.native_request.image, request.factor, request.height, request.width)
+            source = self.pipeline.encode_image(self.components["vae"], pixels, generators, dtype)
+        noise = self.pipeline.draw(self.native_request.config, request, generators, dtype).to(self.plan.device)
+        drawn: Tensor = self.pipeline.start(self.components["scheduler"], timesteps, noise, source)
+        if self.native_request.noise is not None:
+            drawn = self.native_request.noise.expand(drawn.shape).to(drawn)
         return drawn
 
     def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
         """Frames `[B, H, W, 3]` uint8."""
-        vae = self.parts["vae"]
-        dtype = self.glue.decoding_dtype(vae.config, self.execution.dtype)
-        sends = [vae_parallel.expected(vae, self.sp, dtype, len(latents), request.latent_size)]
-        with self.sent.during("decoding", sends):
-            decoded: Tensor = self.glue.decode(vae, latents, request)
+        vae = self.components["vae"]
+        dtype = self.pipeline.decoding_dtype(vae.config, self.execution.dtype)
+        predicted = [vae_parallel.expected(vae, self.sp, dtype, len(latents), request.latent_size)]
+        with self.comm_log.during("decoding", predicted):
+            decoded: Tensor = self.pipeline.decode(vae, latents, request)
         values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         require_finite(torch.from_numpy(values), "the decoded image", batch)
         frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
-        safety_checker.blank(self.parts, frames, self.execution.dtype, batch, said=self.calls.on)
+        safety_checker.blank(self.components, frames, self.execution.dtype, batch, warn=self.calls.on)
         return frames
 
     def cache_decisions(self) -> dict[str, Any] | None:
         return None
 
     def traffic(self) -> dict[str, Any]:
-        return self.sent.report()
+        return self.comm_log.report()
 
     def close(self) -> None:
-        """Nothing reaches beyond this engine."""
+        """Nothing outside this engine was changed, so there is nothing to undo."""

@@ -1,4 +1,4 @@
-"""What a run asks of the native engine: read from its files and found possible before a weight is loaded."""
+"""The request of a native run: its input files and settings, validated before weights are loaded."""
 
 import importlib
 from typing import Any
@@ -18,36 +18,36 @@ from sglang_gen.plan.backend_choice import NATIVE
 from sglang_gen.plan.supported_configs import NEEDS
 from sglang_gen.types import Plan
 
-# Schedulers that sample every diffusion model in any number of steps: a dry run does not import diffusers for these.
-SURE = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+# Schedulers that can sample every diffusion model in any number of steps, so that a dry run need not import diffusers.
+ALWAYS_COMPATIBLE = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
 
-class Asked:
-    """The pipeline's glue and needs, the files that a run starts from, and its requests."""
+class NativeRequest:
+    """The pipeline module of the model's family, its required components, the run's input files and its requests."""
 
     def __init__(self, plan: Plan) -> None:
         """Raises UserError for a file that cannot be read."""
         name, sampling = NATIVE[plan.pipeline_class], plan.run.sampling
         self.plan, self.needs = plan, NEEDS[name]
-        self.glue: Any = importlib.import_module(f"sglang_gen.families.{name}.pipeline")
-        self.config = plan.card.components[self.glue.NETWORK].config
+        self.pipeline: Any = importlib.import_module(f"sglang_gen.families.{name}.pipeline")
+        self.config = plan.card.components[self.pipeline.NETWORK].config
         self.factor = image_size.latent_factor(plan.card) or 1
         self.noise = read_noise(sampling.latents)
         path = sampling.image_path
         self.image = None if path is None else read_image(path, "--image-path")
-        self.strength = plan.run.backend.diffusers_kwargs.get("strength", self.glue.STRENGTH)
+        self.strength = plan.run.backend.diffusers_kwargs.get("strength", self.pipeline.STRENGTH)
 
     @property
-    def whole(self) -> Request:
-        """The request of a batch in all of the run's steps."""
-        return self.request(self.plan.run.sampling.num_inference_steps)
+    def full_request(self) -> Request:
+        """The request of a batch with all of the run's steps."""
+        return self.request_for(self.plan.run.sampling.num_inference_steps)
 
-    def request(self, steps: int) -> Request:
+    def request_for(self, steps: int) -> Request:
         sampling = self.plan.run.sampling
-        if self.image is not None and self.glue.SIZED_BY_IMAGE:
+        if self.image is not None and self.pipeline.SIZED_BY_IMAGE:
             height, width = img2img.size(self.image, self.factor)
         else:
-            height, width = image_size.chosen(sampling, self.glue.default_size, self.config, self.factor)
+            height, width = image_size.chosen(sampling, self.pipeline.default_size, self.config, self.factor)
         return Request(
             height=height,
             width=width,
@@ -60,20 +60,20 @@ class Asked:
         )
 
     def _skipped(self, steps: int) -> int | None:
-        """Steps that the input picture spares; a warmup does all of its few."""
+        """Number of steps that the input image skips; a warmup runs all of its steps."""
         if self.image is None:
             return None
-        return self.glue.skipped(steps, self.strength) if steps == self.plan.run.sampling.num_inference_steps else 0
+        return self.pipeline.skipped(steps, self.strength) if steps == self.plan.run.sampling.num_inference_steps else 0
 
 
-def check(plan: Plan) -> Asked:
+def check(plan: Plan) -> NativeRequest:
     """What is asked. Raises UserError for what the engine cannot do with this model on this machine."""
     if plan.card.file is not None:
         from sglang_gen.backends import single_file_contents
 
         single_file_contents.check(plan)
-    asked, run = Asked(plan), plan.run
-    glue, length, dtype = asked.glue, run.sampling.max_sequence_length, getattr(torch, plan.dtype)
+    asked, run = NativeRequest(plan), plan.run
+    glue, length, dtype = asked.pipeline, run.sampling.max_sequence_length, getattr(torch, plan.dtype)
     if length is not None and glue.MOST_TOKENS is not None and length > glue.MOST_TOKENS:
         most = f"{plan.pipeline_class} takes at most {glue.MOST_TOKENS}"
         raise UserError(f"sampling.max_sequence_length is {length}; {most}")
@@ -83,7 +83,7 @@ def check(plan: Plan) -> Asked:
         env.require_compiler(plan.device)
     if asked.image is not None:
         img2img.check_strength(asked.strength, run.sampling.num_inference_steps, glue.skipped)
-    request = asked.whole
+    request = asked.full_request
     if asked.image is not None:  # of the size of a picture that the plan did not see
         layout_limits.check_size(run, plan.card, plan.layout, plan.stated_degrees, request.height, request.width)
     memory_policy.check(plan, glue, request)
@@ -92,34 +92,35 @@ def check(plan: Plan) -> Asked:
     return asked
 
 
-def _check_scheduler(asked: Asked, request: Request) -> None:
-    """Refuse a scheduler that cannot sample this model, by its configuration alone."""
-    component = asked.plan.card.components["scheduler"]
-    if asked.glue.NETWORK == "unet" and component.class_name in SURE:
+def _check_scheduler(native_request: NativeRequest, request: Request) -> None:
+    """Refuse a scheduler that, by its configuration, cannot sample this model."""
+    component = native_request.plan.card.components["scheduler"]
+    if native_request.pipeline.NETWORK == "unet" and component.class_name in ALWAYS_COMPATIBLE:
         return
-    asked.glue.schedule(asked.config, build_scheduler(component), request)
+    native_request.pipeline.schedule(native_request.config, build_scheduler(component), request)
 
 
-def _check_noise(asked: Asked, request: Request) -> None:
-    """Refuse saved noise of another shape than that of this request."""
-    if asked.noise is None:
+def _check_noise(native_request: NativeRequest, request: Request) -> None:
+    """Refuse saved noise whose shape is not that of this request."""
+    noise, pipeline = native_request.noise, native_request.pipeline
+    if noise is None:
         return
-    shape = asked.glue.draw(asked.config, request, [torch.Generator("cpu")], torch.float32).shape[1:]
-    if asked.noise.shape[1:] != shape:
+    shape = pipeline.draw(native_request.config, request, [torch.Generator("cpu")], torch.float32).shape[1:]
+    if noise.shape[1:] != shape:
         raise UserError(
-            f"sampling.latents holds noise of shape {list(asked.noise.shape)}, this request starts from {[1, *shape]}"
+            f"sampling.latents holds noise of shape {list(noise.shape)}, this request starts from {[1, *shape]}"
         )
 
 
-def warn_ineffective(plan: Plan, glue: Any) -> None:
-    """One warning for each setting that the user gave and that changes nothing here."""
+def warn_ineffective(plan: Plan, pipeline: Any) -> None:
+    """Warn about each setting that the user gave and that has no effect on the native engine."""
     for path in ("sampling.num_frames", "output.fps"):
         if path in plan.given:
             log.warning(f"{path} has no effect: {plan.pipeline_class} makes no video")
-    if plan.run.sampling.image_path and glue.SIZED_BY_IMAGE:
+    if plan.run.sampling.image_path and pipeline.SIZED_BY_IMAGE:
         for path in ("sampling.height", "sampling.width"):
             if path in plan.given:
-                log.warning(f"{path} has no effect: {plan.pipeline_class} keeps the size of the input picture")
-    if glue.MOST_TOKENS is None and "sampling.max_sequence_length" in plan.given:
+                log.warning(f"{path} has no effect: {plan.pipeline_class} keeps the size of the input image")
+    if pipeline.MOST_TOKENS is None and "sampling.max_sequence_length" in plan.given:
         log.warning(f"sampling.max_sequence_length has no effect: {plan.pipeline_class} does not take it")
-    memory_policy.warn_ineffective(plan, glue)
+    memory_policy.warn_ineffective(plan, pipeline)

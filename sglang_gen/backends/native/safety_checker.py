@@ -1,4 +1,4 @@
-"""The safety checker of a model that has one: which pictures it blanks, as diffusers' pipeline does."""
+"""The safety checker: blanks the images that it flags, as diffusers' pipeline does."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,17 +14,21 @@ CHECKER, EXTRACTOR = "safety_checker", "feature_extractor"
 
 
 def blank(
-    parts: Mapping[str, Any], frames: "np.ndarray[Any, Any]", dtype: torch.dtype, batch: tuple[Sample, ...], said: bool
+    components: Mapping[str, Any],
+    frames: "np.ndarray[Any, Any]",
+    dtype: torch.dtype,
+    batch: tuple[Sample, ...],
+    warn: bool,
 ) -> None:
-    """Make flagged frames of `[B, H, W, 3]` uint8 black, and warn of each where that is to be `said`."""
-    checker = parts.get(CHECKER)
+    """Set flagged frames of `[B, H, W, 3]` uint8 to black, in place; with `warn`, log a warning for each."""
+    checker = components.get(CHECKER)
     if checker is None:
         return
-    pictures = [Image.fromarray(frame) for frame in frames]
-    pixels = parts[EXTRACTOR](pictures, return_tensors="pt").pixel_values.to(checker.device, dtype)
+    images = [Image.fromarray(frame) for frame in frames]
+    pixels = components[EXTRACTOR](images, return_tensors="pt").pixel_values.to(checker.device, dtype)
     _, flagged = checker(images=list(frames.copy()), clip_input=pixels)
     for frame, flag, sample in zip(frames, flagged, batch, strict=True):
         if flag:
             frame[:] = 0
-            if said:
+            if warn:
                 log.warning(f"The model's safety checker blanked sample {sample.index} (seed {sample.seed})")

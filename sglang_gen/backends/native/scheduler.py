@@ -1,4 +1,4 @@
-"""The scheduler of a native run: ours where ours knows all of its configuration, else that of diffusers."""
+"""The scheduler of a native run: our own if it supports the whole configuration, else diffusers'."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from sglang_gen.types import Component
 
 
 def build_scheduler(component: Component) -> Any:
-    """A scheduler by its configuration: ours where ours knows all of it."""
+    """Build our flow-match Euler scheduler if it supports the whole configuration, else diffusers' scheduler."""
     if component.class_name == flow_match_euler.SCHEDULER_NAME and flow_match_euler.knows(component.config):
         return flow_match_euler.FlowMatchEuler(component.config)
     return named(component).from_config(component.config)

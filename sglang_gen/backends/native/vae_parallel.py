@@ -1,4 +1,4 @@
-"""Decoding by the ranks of a split sequence together: each decodes some rows of the picture."""
+"""Parallel VAE decoding: each rank of the sequence parallel group decodes some rows of the image."""
 
 from typing import Any
 
@@ -9,24 +9,24 @@ from sglang_gen.parallel.spatial import RowDecoder
 
 
 def split(vae: Any, axis: Axis) -> Any:
-    """The autoencoder with its decoder over the ranks of `axis`; the encoder stays whole on each."""
+    """Shard the decoder over the ranks of `axis`; every rank keeps the whole encoder."""
     if axis.size > 1:
         vae.decoder = RowDecoder(vae.decoder, axis)
     return vae
 
 
-def twin(vae: Any, axis: Axis, dtype: torch.dtype) -> Any:
-    """This rank's part of an autoencoder like this one, without memory."""
+def meta_copy(vae: Any, axis: Axis, dtype: torch.dtype) -> Any:
+    """A copy of this rank's shard of the autoencoder on the meta device."""
     kind: Any = type(vae)
     with torch.device("meta"):
         return split(kind(vae.config).to(dtype), axis)
 
 
 def expected(vae: Any, axis: Axis, dtype: torch.dtype, batch: int, size: tuple[int, int]) -> Traffic:
-    """What decoding a batch of latents of this height and width sends."""
+    """Predicted traffic of decoding `batch` latents of this size (height, width in latents)."""
     if axis.size == 1:
         return Traffic()
     latents = torch.empty(batch, vae.config.channels, *size, dtype=dtype, device="meta")
     with counted() as traffic:
-        twin(vae, axis, dtype).decode(latents)
+        meta_copy(vae, axis, dtype).decode(latents)
     return traffic
