@@ -22,7 +22,7 @@ generate: $(STAMP)  ## a picture from the embedded model, outputs/generated_imag
 	$(BIN)/sglang generate --prompt "$(PROMPT)" --seed 42
 
 # Two processes of one thread; a file's tests run in one of them, and so do all that share ranks (tests/lib/tiers.py).
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider --numprocesses 2 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile
 
 check: lint types $(STAMP)  ## lint, types and the tests that start nothing: in under 3 minutes, before every commit
 	$(PYTEST) -m "not whole and not slow and not bench"
@@ -39,7 +39,7 @@ test-lowest: constraints-lowest.txt  ## the test suite with the lowest versions 
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
-	.venv-lowest/bin/python -m pytest -n 2 --dist loadgroup -W default # what old versions warn of is mended in new ones
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -W default # what old versions warn of is mended in new ones
 
 lint: $(STAMP)  ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -32,10 +32,19 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     return val.__name__ if isinstance(val, FunctionType) else None
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        tiers.sort(item)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    tiers.sort(item)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Grouped(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return tiers.group(config.rootpath / nodeid.partition("::")[0])
+
+    return Grouped(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,28 +7,38 @@ generate code; one marked `slow` or `bench` may do anything, and is whole or not
 
 import functools
 import multiprocessing.process
+import re
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-RANKS = {"ranks": "gloo", "pool": "ranks"}  # fixtures that start ranks, and the group of tests that shares them
+RANKS = ("ranks", "pool", "run_on_ranks")  # fixtures that start ranks
 WHOLE = (*RANKS, "traced", "props", "example")  # and those that have torch trace, run a page or one of its examples
+COMPILED = ("generated",)  # that have torch generate code
+USES_RANKS = re.compile(rf"^def test_.*\b(?:{'|'.join(RANKS)})\b", re.MULTILINE)
 ANYTHING = ("slow", "bench")
 
 
 def sort(item: pytest.Item) -> None:
-    """Give a test the mark of its tier by what it uses, and the group that runs in one process of pytest-xdist.
-
-    The tests of a file are one group, for the sake of its fixtures; those that share ranks are one across files.
-    """
+    """Give a test the mark of its tier by what it uses."""
     used = set(getattr(item, "fixturenames", ()))
     if used & set(WHOLE):
         item.add_marker("whole")
-    groups = [group for name, group in RANKS.items() if name in used]
-    item.add_marker(pytest.mark.xdist_group(groups[0] if groups else item.nodeid.partition("::")[0]))
+    if used & set(COMPILED):
+        item.add_marker("slow")
+
+
+@functools.cache
+def group(file: Path) -> str:
+    """The tests of a file run in one process, for the sake of its fixtures; those of all files that use ranks in one.
+
+    Groups of pytest-xdist by mark would be finer; version 3.8 does not find them with pytest 9.2.
+    """
+    return "ranks" if USES_RANKS.search(file.read_text(encoding="utf-8")) else file.name
 
 
 def limit(item: pytest.Item, patch: pytest.MonkeyPatch) -> None:
