@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from sglang_gen.engine.attention_kernels import summing
-from sglang_gen.parallel.collectives import Axis, put_along
+from sglang_gen.engine.attention_kernels import kernel_with_lse
+from sglang_gen.parallel.collectives import Axis, finish_gather_along
 from sglang_gen.parallel.sequence import Lengths, merged
-from sglang_gen.parallel.sequence_boundary import cut, part
-from sglang_gen.parallel.tensor import Part, ranges
+from sglang_gen.parallel.sequence_boundary import shard, shard_sizes
+from sglang_gen.parallel.tensor import Shard, ranges
 from sglang_gen.weights.load import _read
 
 
@@ -47,7 +47,7 @@ def test_a_rank_reads_its_part_of_every_tensor_that_is_joined(index):
     """Query, key, value and a feed-forward of four times the width stand one below the other."""
     pieces = {name: torch.arange(width)[:, None] + start for name, width, start in
               (("q", 4, 100), ("k", 4, 200), ("v", 4, 300), ("ff", 16, 400))}  # fmt: skip
-    slot = Part(0, ranges(28, (1, 1, 1, 4), Axis("tp", 2, index)), 28)
+    slot = Shard(0, ranges(28, (1, 1, 1, 4), Axis("tp", 2, index)), 28)
     rows = _read(Checkpoint(**pieces), list(pieces), slot)
     expected = [piece.chunk(2)[index] for piece in pieces.values()]
     assert torch.equal(torch.cat([row for (row,) in rows]), torch.cat(expected))
@@ -55,7 +55,7 @@ def test_a_rank_reads_its_part_of_every_tensor_that_is_joined(index):
 
 def test_a_rank_reads_its_part_of_both_sections_of_a_layers_inputs():
     weight = torch.arange(20.0).view(2, 10)
-    slot = Part(1, ranges(10, (1, 4), Axis("tp", 2, 1)), 10)
+    slot = Shard(1, ranges(10, (1, 4), Axis("tp", 2, 1)), 10)
     (pieces,) = _read(Checkpoint(w=weight), ["w"], slot)
     assert torch.equal(torch.cat(pieces, dim=1), weight[:, [1, 6, 7, 8, 9]])
 
@@ -63,7 +63,7 @@ def test_a_rank_reads_its_part_of_both_sections_of_a_layers_inputs():
 @given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 6), st.integers(0, 3))
 def test_ranks_share_out_rows_as_equally_as_units_allow(units, unit, ranks, left_over):
     size = units * unit + min(left_over, unit - 1)
-    lengths = cut(size, unit, ranks)
+    lengths = shard_sizes(size, unit, ranks)
     assert sum(lengths) == size
     assert len(lengths) == ranks
     assert all(length % unit == 0 for length in lengths[:-1])
@@ -71,12 +71,12 @@ def test_ranks_share_out_rows_as_equally_as_units_allow(units, unit, ranks, left
     assert max(whole) - min(whole) <= 1
     assert whole == sorted(whole, reverse=True)
     rows = torch.arange(size)[None]
-    assert torch.equal(torch.cat([part(rows, 1, lengths, rank) for rank in range(ranks)], dim=1), rows)
+    assert torch.equal(torch.cat([shard(rows, 1, lengths, rank) for rank in range(ranks)], dim=1), rows)
 
 
 def test_what_was_padded_to_travel_is_cut_off_where_it_arrives():
     found = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [0.0], [0.0]]])  # [ranks, longest, ...]
-    assert put_along(found, 1, [3, 1]).tolist() == [[1.0, 2.0, 3.0, 4.0]]
+    assert finish_gather_along(found, 1, [3, 1]).tolist() == [[1.0, 2.0, 3.0, 4.0]]
 
 
 def test_groups_of_ulysses_are_neighbours_and_ring_goes_from_group_to_group():
@@ -90,7 +90,7 @@ def test_attention_to_some_keys_after_the_other_merges_to_attention_to_all(lengt
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 3, 5, 8, dtype=torch.float64, generator=generator)
     k, v = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64, generator=generator)
-    kernel = summing("math", "cpu", torch.float64)
+    kernel = kernel_with_lse("math", "cpu", torch.float64)
     found = None
     for keys, values in zip(k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True):
         each = kernel(q, 3 * keys, values)  # sharp, so that the parts weigh differently

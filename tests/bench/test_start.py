@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_gen.config.compose import Choices, compose
+from sglang_gen.config.choices import Choices
+from sglang_gen.config.compose import compose
 
 pytestmark = pytest.mark.bench
 PROMPT = "A serene landscape with mountains and a lake at sunset"
