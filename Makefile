@@ -24,10 +24,10 @@ generate: $(STAMP)  ## a picture from the embedded model, outputs/generated_imag
 # Two processes of one thread; a file's tests run in one of them, and so do all that share ranks (tests/lib/tiers.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile
 
-check: lint types $(STAMP)  ## lint, types and the tests that start nothing: in under 3 minutes, before every commit
+check: lint types $(STAMP)  ## lint, types and the tests that start nothing: before every commit
 	$(PYTEST) -m "not whole and not slow and not bench"
 
-test: $(STAMP)  ## the test suite: those of make check, and whole runs, ranks, pages (at most 8 minutes on two cores)
+test: $(STAMP)  ## the test suite: those of make check, and whole runs, ranks, pages
 	$(PYTEST)
 
 test-slow: $(STAMP)  ## what make test leaves out: compilation, training, sweeps, variants of what another test says
