@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import zeros
 
 from sglang_gen.backends.diffusers import engine
-from sglang_gen.backends.native import components
+from sglang_gen.backends.native import engine as native_engine
 from sglang_gen.hub import resolve
 
 
@@ -29,7 +29,7 @@ def no_weights(monkeypatch):
     def read(*_):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(components, "read", read)
+    monkeypatch.setattr(native_engine, "read_components", read)
 
 
 @pytest.mark.parametrize(
