@@ -1,4 +1,4 @@
-"""The spine: configuration -> plan -> engine -> batches of frames -> files, with a clock beside it."""
+"""The steps of a run in order: configuration, plan, preflight, launch."""
 
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def generate(*overrides: str, config: str | Path | None = None, **flags: Any) -> Result | None:
-    """Generate from Python what `sglang generate` generates from a shell.
+    """Run `sglang generate` from Python.
 
     `overrides` are Hydra's ("model=sdxl", "parallel=tp2"), keywords are flags with underscores (prompt="a lake",
     num_inference_steps=28), whose values may be paths and numpy's numbers too. Returns None for a dry run, which only
@@ -81,7 +81,7 @@ def execute(composed: "Composed") -> Result | None:
 
 
 def _may_be_downloaded(plan: "Plan") -> bool:
-    """Whether this process should look at what the backend refuses before the model comes from a hub.
+    """Whether this process runs the preflight before the model is downloaded from a hub.
 
     On GPUs a launcher of several ranks leaves that to them: it would take memory of a GPU for as long as they run.
     """
@@ -90,7 +90,7 @@ def _may_be_downloaded(plan: "Plan") -> bool:
 
 
 def _from_weights(composed: "Composed", expected: "Plan") -> "Plan":
-    """The plan once the model's files are here; says what only they show. Raises UserError as `make.complete` does."""
+    """The plan with the model's local files; logs what only they show. Raises UserError as `make.complete` does."""
     from sglang_gen.hub import resolve
     from sglang_gen.plan import make
 

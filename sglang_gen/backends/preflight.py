@@ -1,12 +1,12 @@
-"""What a plan's backend refuses before it reads a weight; of a hub's model, before one is downloaded."""
+"""Checks of a plan by its backend, before weights are downloaded or read."""
 
 from sglang_gen.types import Plan
 
 
 def check(plan: Plan, warn: bool = False) -> None:
-    """With `warn` the backend also says what has no effect, as it does when it loads.
+    """Ask the backend of a plan; `warn` also logs settings without effect.
 
-    Raises UserError. What a repository's own code takes, it alone knows: that is refused while it loads.
+    Raises UserError. The arguments of a pipeline that a repository defines are known only once its code is loaded.
     """
     if plan.backend == "sglang":
         from sglang_gen.backends.native import request

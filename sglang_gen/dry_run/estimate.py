@@ -96,8 +96,8 @@ def trace_network(
     """Trace one rank's conditioning and one guided step of a batch of `rows` images; `fused` models compiled code."""
     configs = {name: component.config for name, component in card.components.items()}
     config = configs[pipeline.NETWORK]
-    twin = split.meta_copy(lambda: pipeline.build(config), dtype)
-    held = [*twin.network.parameters(), *twin.network.buffers()]
+    meta_copy = split.meta_copy(lambda: pipeline.build(config), dtype)
+    held = [*meta_copy.network.parameters(), *meta_copy.network.buffers()]
     trace = NetworkTrace(sum(map(stored_bytes, held)), kernels=Kernels(fused))
     with torch.device("meta"):
         latents = torch.empty(rows, *pipeline.latents_shape(config, request), dtype=dtype)
@@ -115,7 +115,7 @@ def trace_network(
             predict(latents, step)
 
     with Alive([*held, latents, *texts]) as alive:
-        trace_on_meta(twin, (), evaluate, trace.kernels.add_attention)
+        trace_on_meta(meta_copy, (), evaluate, trace.kernels.add_attention)
     trace.alive = alive.most
     return trace
 
@@ -192,27 +192,29 @@ def estimate(plan: Plan) -> dict[str, Any]:
     if plan.backend != "sglang":
         return {"reason": f"not estimated ({plan.backend})"}
     native_request = NativeRequest(plan)
-    glue, request, batch = native_request.pipeline, native_request.full_request, max(plan.batches, key=len)
+    pipeline, request, batch = native_request.pipeline, native_request.full_request, max(plan.batches, key=len)
     layout_limits.check_size(plan.run, plan.card, plan.layout, plan.stated_degrees, request.height, request.width)
     negative = any(sample.negative_prompt is not None for samples in plan.batches for sample in samples)
     together = plan.run.sampling.guidance_batching is not GuidanceBatching.sequential
-    guidance = memory_policy.guidance(plan, glue, request, negative, together)
+    guidance = memory_policy.guidance(plan, pipeline, request, negative, together)
     ranks = busiest(plan.layout, _shard_sizes(native_request, request))
     meshes, dtype = [Mesh(plan.layout, rank) for rank in ranks], getattr(torch, plan.dtype)
-    splits = [Split(mesh, glue.TENSOR, glue.SHARDING) for mesh in meshes]
+    splits = [Split(mesh, pipeline.TENSOR, pipeline.SHARDING) for mesh in meshes]
     fused = plan.run.compile.enable_torch_compile
-    traces = [trace_network(glue, split, plan.card, request, len(batch), guidance, dtype, fused) for split in splits]
+    traces = [
+        trace_network(pipeline, split, plan.card, request, len(batch), guidance, dtype, fused) for split in splits
+    ]
     trace = max(traces, key=lambda one: sum(one.step.bytes.values()))
     trace.alive = max(one.alive for one in traces)
     trace.kernels = max((one.kernels for one in traces), key=lambda kernels: kernels.flops)
     decoded, traffic = max(
-        (trace_decoding(glue, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype) for mesh in meshes),
+        (trace_decoding(pipeline, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype) for mesh in meshes),
         key=lambda one: sum(one[1].bytes.values()),
     )
     weights = weights_of(plan, native_request.needs, trace.weights)
     alive = {"step": trace.alive, "decoding": decoded}
     if plan.run.sampling.image_path:
-        alive["encoding"] = trace_encoding(glue, plan.card, request, dtype)
+        alive["encoding"] = trace_encoding(pipeline, plan.card, request, dtype)
     total = sum(weights.values()) + max(alive.values())
     return {
         "memory": {"weights": weights, "alive": alive, "total": total, "there": _available_memory(plan)},

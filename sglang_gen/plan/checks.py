@@ -1,4 +1,4 @@
-"""Checks of a composed request: what is refused before the model is looked at, and what is warned of."""
+"""Checks and warnings of a composed request that need no model."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -33,14 +33,14 @@ from sglang_gen.types import Sample
 if TYPE_CHECKING:
     from sglang_gen.config.compose import Composed
 
-# What this version cannot do yet: the config paths, and the sentence for a run that asks for one of them.
+# Config paths that this version does not support yet, and the error for a run that sets one of them.
 UNAVAILABLE: tuple[tuple[tuple[str, ...], str], ...] = (
     (("cache.interval",), "DeepCache is not available in this version; run with cache=none"),
 )
 
 
 def check_request(composed: "Composed") -> None:
-    """Refuse what needs no look at the model to be refused. Raises UserError."""
+    """Raises UserError for a request that no model could run."""
     _check_values(composed.run)
     _check_files(composed.run)
     refuse_missing(composed.run, composed.sources)
@@ -52,7 +52,7 @@ def check_request(composed: "Composed") -> None:
     objective.check(composed.run)
 
 
-# Settings that act only together with another: the prefixes of the one, whether the other is there, and its name.
+# Settings that need another one: their prefixes, whether the other one is set, and its name.
 SETTINGS_THAT_NEED_ANOTHER: tuple[tuple[str | tuple[str, ...], Callable[[Run], bool], str], ...] = (
     (("lora.nickname", "lora.scale", "lora.target_modules"), lambda run: bool(run.lora.path), "lora.path"),
     (
@@ -73,7 +73,7 @@ SETTINGS_THAT_NEED_ANOTHER: tuple[tuple[str | tuple[str, ...], Callable[[Run], b
 
 
 def refuse_missing(run: Run, sources: Mapping[str, str]) -> None:
-    """Refuse, by name, every setting that differs from the schema's and whose engine work does not exist yet."""
+    """Raises UserError for a setting of `UNAVAILABLE` that differs from the schema's default."""
     plainest = Run()
     for path in leaves():
         for prefixes, sentence in UNAVAILABLE:
@@ -112,7 +112,7 @@ def _check_values(run: Run) -> None:
 
 
 def _check_name(path: str, value: str) -> None:
-    """Texts that are not prompts name things: files, folders, models."""
+    """Raises UserError for a text that cannot name a file, a folder or a model."""
     if not value.strip():
         raise UserError(f"{path} is blank; leave it out instead")
     if "\0" in value:
@@ -124,7 +124,7 @@ def _check_name(path: str, value: str) -> None:
 
 
 def _check_files(run: Run) -> None:
-    """Refuse names of files and folders that are taken by something else."""
+    """Raises UserError for an output path that something else occupies."""
     folder = Path(run.output.path)
     files.check_folder(folder)
     if run.tracking.name is Tracker.csv:
@@ -132,7 +132,7 @@ def _check_files(run: Run) -> None:
 
 
 def noise_warnings(run: Run, batches: tuple[tuple[Sample, ...], ...]) -> list[str]:
-    """Samples that one saved noise makes alike, whatever their seeds."""
+    """Warn of samples that `sampling.latents` makes identical, whatever their seeds."""
     samples = [sample for batch in batches for sample in batch]
     if run.sampling.latents is None or len({(each.prompt, each.negative_prompt) for each in samples}) == len(samples):
         return []
@@ -153,7 +153,7 @@ def objective_warnings(run: Run, sources: Mapping[str, str], in_sweep: bool) -> 
 
 
 def request_warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str | None]) -> list[str]:
-    """Settings that the user gave and that change nothing, and a record that was made elsewhere."""
+    """Warnings of settings that have no effect, and of a record that was made with other versions."""
     found = []
     for path in leaves():
         for prefix, present, name in SETTINGS_THAT_NEED_ANOTHER:

@@ -1,4 +1,4 @@
-"""Decides everything once, from pure facts, and refuses the impossible in one sentence.
+"""The plan: every decision of a run that needs no weight, made once from facts.
 
 In: the composed `Run`, the model's card, the machine. Out: a frozen `Plan` that every later step obeys.
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def make_plan(composed: "Composed", card: ModelCard) -> Plan:
-    """The plan of a run that passed `check`. Raises UserError when the run cannot be what it asks to be."""
+    """The plan of a run that passed `checks.check_request`. Raises UserError if model or machine rule it out."""
     run, sources = composed.run, composed.sources
     stated = layout.stated(sources)
     degrees = layout.infer(run.parallel, stated, layout_limits.common_heads(card))
@@ -102,11 +102,11 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
 
 
 def complete(composed: "Composed", expected: Plan, card: ModelCard) -> Plan:
-    """The plan with the card of a model whose files are on this machine.
+    """The plan with the card of a model whose files are local.
 
-    Before, a preset was described by the component configs in the package. Where the model's own configs say the same,
-    only the files are filled in; where they differ, everything that depends on them is decided again. Raises UserError
-    where the files do not allow what was planned.
+    The expected plan of a preset was made from the component configs in the package. If the model's own configs are the
+    same, only the files are filled in; if they differ, everything that depends on them is decided again. Raises
+    UserError if the files do not allow what was planned.
     """
     if _described_alike(expected.card, card):
         return stored_dtype.require(replace(expected, card=card))
@@ -127,11 +127,11 @@ def _described_alike(expected: ModelCard, card: ModelCard) -> bool:
     return without_files[0] == without_files[1]
 
 
-CAPTURING = ("cuda",)  # devices whose work can be captured into graphs
+CAPTURING = ("cuda",)  # devices with CUDA graphs
 
 
 def choose_device(wanted: Device) -> str:
-    """cpu or cuda. Raises UserError where cuda is asked for and absent."""
+    """`cpu` or `cuda`. Raises UserError if cuda is requested and torch sees no CUDA device."""
     import torch
 
     if wanted is Device.cuda and not torch.cuda.is_available():
@@ -157,7 +157,7 @@ def choose_dtype(wanted: DType, device: str) -> tuple[str, dict[str, Any]]:
 
 
 def requested(run: Run) -> dict[str, Any]:
-    """The request where a choice can differ from what takes effect."""
+    """Requested settings whose effective values can differ."""
     degrees = {name: value for name in DEGREES if (value := getattr(run.parallel, name)) is not None}
     return {
         "backend": run.backend.name.name,
@@ -175,13 +175,13 @@ def requested(run: Run) -> dict[str, Any]:
 
 
 def _cache(run: Run) -> str:
-    """The step cache by its method's name; --cache-dit-config alone asks for cache-dit's."""
+    """The name of the requested step cache; `--cache-dit-config` without a method requests DBCache."""
     method = run.cache.method
     return (CacheMethod.dbcache if method is CacheMethod.none and run.cache.cache_dit_config else method).name
 
 
 def _effective(run: Run, backend: str, degrees: Layout, device: str, dtype: str) -> dict[str, Any]:
-    """What the plan expects to take effect; the engine replaces it by what it reads back once it is built."""
+    """The settings that are expected to take effect; the built engine replaces them by what it reads back."""
     asked = requested(run)
     return {
         "backend": backend,

@@ -78,9 +78,9 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
 def check(
     plan: Plan, own: Any = None, warn: bool = False
 ) -> tuple[pipeline_signature.Kind, dict[str, Any], dict[str, Any]]:
-    """What the pipeline is, the arguments of its call, and settings of its scheduler, before a weight is read.
+    """The pipeline's class, the arguments of its call and the settings of its scheduler, before a weight is read.
 
-    `own` is the class that the model's own code defines; with `warn` what has no effect is said too. Raises UserError
+    `own` is the class that the model's own code defines; `warn` also logs settings without effect. Raises UserError
     for a request that the pipeline cannot take.
     """
     run = plan.run

@@ -67,29 +67,29 @@ class NativeRequest:
 
 
 def check(plan: Plan) -> NativeRequest:
-    """What is asked. Raises UserError for what the engine cannot do with this model on this machine."""
+    """What is native_request. Raises UserError for what the engine cannot do with this model on this machine."""
     if plan.card.file is not None:
         from sglang_gen.backends import single_file_contents
 
         single_file_contents.check(plan)
-    asked, run = NativeRequest(plan), plan.run
-    glue, length, dtype = asked.pipeline, run.sampling.max_sequence_length, getattr(torch, plan.dtype)
-    if length is not None and glue.MOST_TOKENS is not None and length > glue.MOST_TOKENS:
-        most = f"{plan.pipeline_class} takes at most {glue.MOST_TOKENS}"
+    native_request, run = NativeRequest(plan), plan.run
+    pipeline, length, dtype = native_request.pipeline, run.sampling.max_sequence_length, getattr(torch, plan.dtype)
+    if length is not None and pipeline.MOST_TOKENS is not None and length > pipeline.MOST_TOKENS:
+        most = f"{plan.pipeline_class} takes at most {pipeline.MOST_TOKENS}"
         raise UserError(f"sampling.max_sequence_length is {length}; {most}")
     watermark.check_library(plan.card.settings)
     attention_kernels.choose(run.attention, plan.device, dtype, ())
     if run.compile.enable_torch_compile:
         env.require_compiler(plan.device)
-    if asked.image is not None:
-        img2img.check_strength(asked.strength, run.sampling.num_inference_steps, glue.skipped)
-    request = asked.full_request
-    if asked.image is not None:  # of the size of a picture that the plan did not see
+    if native_request.image is not None:
+        img2img.check_strength(native_request.strength, run.sampling.num_inference_steps, pipeline.skipped)
+    request = native_request.full_request
+    if native_request.image is not None:  # sized by the input image, which the plan has not seen
         layout_limits.check_size(run, plan.card, plan.layout, plan.stated_degrees, request.height, request.width)
-    memory_policy.check(plan, glue, request)
-    _check_scheduler(asked, request)
-    _check_noise(asked, request)
-    return asked
+    memory_policy.check(plan, pipeline, request)
+    _check_scheduler(native_request, request)
+    _check_noise(native_request, request)
+    return native_request
 
 
 def _check_scheduler(native_request: NativeRequest, request: Request) -> None:
