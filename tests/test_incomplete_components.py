@@ -87,6 +87,19 @@ def test_a_component_with_a_tensor_of_another_shape_is_refused(pipelines, genera
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_shared_tensor_of_another_shape_is_refused_in_our_own_words(pipelines, generate, backend):
+    """T5 stores its token embedding under one of two names; a file may hold both."""
+    model = copied(pipelines["flux"])
+    rewrite(
+        weights_of(model / "text_encoder_2"),
+        lambda tensors: tensors | {"encoder.embed_tokens.weight": torch.zeros(3)},
+    )
+    done = generate("--model-path", model, "--backend", backend)
+    refused(done, "model/text_encoder_2 is not a checkpoint of this T5EncoderModel", "shape")
+    assert "aten" not in done.err
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_tensors_that_a_text_encoder_has_no_place_for_are_reported(pipelines, generate, backend):
     model = copied(pipelines["sd15"])
     more = {"encoder.layers.9.mlp.fc1.weight": torch.ones(2, 2), "logit_scale": torch.ones(())}

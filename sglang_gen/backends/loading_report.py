@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sglang_gen import log
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError
 from sglang_gen.hub.weight_files import few
 
 # Tensors of other networks in the same checkpoint (a CLIP text model is often saved with its vision model, a T5 encoder
@@ -41,7 +41,10 @@ def read(kind: Any, folder: Path, config: Mapping[str, Any], dtype: torch.dtype)
                 ignore_mismatched_sizes=not declared,
             )  # fmt: skip
     except NotImplementedError as error:  # a tied tensor has another shape
-        raise UserError(f"{folder} is not a checkpoint of {kind.__name__}: {first_line(error)}") from error
+        raise UserError(
+            f"{folder} is not a checkpoint of this {kind.__name__}: a tensor that two of its modules share has another "
+            "shape"
+        ) from error
     judge(report, kind.__name__, str(folder))
     return network
 

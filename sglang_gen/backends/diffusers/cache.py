@@ -54,6 +54,8 @@ class StepCache:
             cache_dit.enable_cache(
                 self.pipeline, cache_config=cache_dit.DBCacheConfig(**values), calibrator_config=calibrator
             )
+        except UserError:  # a ValueError too: its sentence is whole
+            raise
         except (ValueError, AssertionError, NotImplementedError) as error:
             raise UserError(
                 f"cache: cache-dit cannot cache {type(self.pipeline).__name__}: {first_line(error)}"
