@@ -199,7 +199,7 @@ def command_debug(argv: Sequence[str]) -> int:
     if given.get("help"):
         print(command.PARITY_HELP)
         return 0
-    command.check(given)
+    command.check_parity_options(given)
     from sglang_gen.config.compose import compose
 
     return command.parity(compose(_choices(given, overrides)), given)

@@ -69,9 +69,9 @@ def execute(composed: "Composed") -> Result | None:
         log.info(f"Seed: {plan.run.sampling.seed} (drawn; --seed gives it again)")
     started = time.perf_counter()
     if _may_be_downloaded(plan):
-        from sglang_gen.backends.preflight import check
+        from sglang_gen.backends.preflight import check_backend
 
-        check(plan)
+        check_backend(plan)
     plan = _from_weights(composed, plan)
     if composed.place is not None:
         from sglang_gen.launch import torchrun

@@ -53,6 +53,21 @@ def _commit() -> None:
     env.commit_hash()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _unchanged_checkout() -> Iterator[None]:
+    """No test adds a file to the folders of the checkout, where other tests would find it."""
+    before = _checkout()
+    yield
+    assert _checkout() == before
+
+
+def _checkout() -> set[Path]:
+    root = Path(__file__).parents[1]
+    folders = ("conf", "docs", "sglang_gen", "sweeps")
+    found = {path for folder in folders for path in (root / folder).rglob("*")}
+    return {path for path in found if "__pycache__" not in path.parts}
+
+
 @pytest.fixture(autouse=True)
 def _nothing_beyond_the_tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test of `make check` starts no process and no compiler."""

@@ -193,5 +193,5 @@ def test_what_a_plugin_registers_may_be_instantiated(monkeypatch):
     store.store(group="hydra/sweeper", name="tpe", node={"sampler": {"_target_": "optuna.samplers.TPESampler"}})
     installed = hydra_loader.instantiable.__wrapped__()
     assert "optuna.samplers.TPESampler" in installed
-    hydra_code.check({"hydra": {"sweeper": {"sampler": {"_target_": "optuna.samplers.TPESampler"}}}}, installed)
+    hydra_code.check_targets({"hydra": {"sweeper": {"sampler": {"_target_": "optuna.samplers.TPESampler"}}}}, installed)
     assert "optuna.samplers.TPESampler" not in hydra_loader.instantiable()

@@ -3,7 +3,7 @@
 from sglang_gen.types import Plan
 
 
-def check(plan: Plan, warn: bool = False) -> None:
+def check_backend(plan: Plan, warn: bool = False) -> None:
     """Ask the backend of a plan; `warn` also logs settings without effect.
 
     Raises UserError. The arguments of a pipeline that a repository defines are known only once its code is loaded.
@@ -11,10 +11,10 @@ def check(plan: Plan, warn: bool = False) -> None:
     if plan.backend == "sglang":
         from sglang_gen.backends.native import request
 
-        found = request.check(plan)
+        found = request.check_native_request(plan)
         if warn:
             request.warn_ineffective(plan, found.pipeline)
     elif not plan.card.code:
         from sglang_gen.backends.diffusers import engine
 
-        engine.check(plan, warn=warn)
+        engine.check_pipeline_call(plan, warn=warn)

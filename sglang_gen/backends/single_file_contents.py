@@ -27,7 +27,7 @@ from sglang_gen.weights.original_layout import CONVERSION_ERRORS, conversion
 SAMPLES = 64  # entries along each dimension of a converted tensor that are inspected
 
 
-def check(plan: Plan) -> None:
+def check_single_file(plan: Plan) -> None:
     """Compare the single file of a plan's model with its components, and warn of tensors that no component uses.
 
     Raises UserError if tensors of a network or an autoencoder are missing or have another shape.

@@ -20,7 +20,7 @@ from sglang_gen.config import presets, record_limits
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.config_file import FileValues, read_config_file
 from sglang_gen.config.hydra_loader import Loader, group_options, line_of, open_loader, parse, user_errors
-from sglang_gen.config.overrides import check, check_option, covers, dict_path
+from sglang_gen.config.overrides import check_option, check_overrides, covers, dict_path
 from sglang_gen.config.schema import LOCAL, Run, get, leaves, put
 from sglang_gen.errors import UserError
 
@@ -51,7 +51,7 @@ def compose_partly(choices: Choices) -> tuple[Composed, bool]:
     loader = open_loader(choices.config_dir)
     words = parse(loader, choices.overrides)
     options_of = group_options(loader, choices)
-    check(words, choices.flags, options_of)
+    check_overrides(words, choices.flags, options_of)
     file = read_config_file(choices.file) if choices.file is not None else FileValues()
     typed = {word.key: word for word in words if not word.is_hydra}
     stated = {key: word.values[0] for key, word in typed.items() if word.values}
@@ -96,7 +96,9 @@ def withheld_values(choices: Choices, file: FileValues, covered: Collection[str]
     Raises UserError if the run cannot work without one of them.
     """
     withheld = {path: value for path, value in file.withheld.items() if not {path, path.partition(".")[0]} & {*covered}}
-    record_limits.check(withheld, str(choices.file), choices.flags.get("model.path", file.values.get("model.path")))
+    record_limits.check_trusted_code(
+        withheld, str(choices.file), choices.flags.get("model.path", file.values.get("model.path"))
+    )
     return withheld
 
 

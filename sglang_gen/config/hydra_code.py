@@ -29,7 +29,7 @@ TEXT = re.compile(r"\$\{(oc\.env|now):[^{}]*\}|(\$\{[^{}]*\}[^${}]*){2,}")  # in
 REFERENCE = re.compile(r"\$\{(\w+(?:\.\w+)*)\}")
 
 
-def check(config: Mapping[str, Any], installed: Collection[str]) -> None:
+def check_targets(config: Mapping[str, Any], installed: Collection[str]) -> None:
     """Raises UserError for a class that is neither in `installed` nor allowed in a logging configuration."""
     hydra = config["hydra"]
     _check_folder(hydra.get("output_subdir"))

@@ -63,7 +63,9 @@ class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
         Raises UserError for a configuration that would run code from other packages.
         """
         cfg: DictConfig = super().load_configuration(*args, **kwargs)
-        hydra_code.check(typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False)), instantiable())
+        hydra_code.check_targets(
+            typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False)), instantiable()
+        )
         return cfg
 
     def _process_config_searchpath(

@@ -48,7 +48,7 @@ def _is_dict(kind: Any) -> bool:
     return getattr(kind, "__origin__", None) is dict
 
 
-def check(
+def check_overrides(
     words: Iterable[Word], flags: Mapping[str, Any], options_of: Callable[[str], list[str]], multirun: bool = False
 ) -> None:
     """Raises UserError for the first invalid override.

@@ -42,7 +42,7 @@ def _lies_in(folder: str, places: Collection[Path]) -> bool:
     return any(real.is_relative_to(place) for place in places)
 
 
-def check(withheld: Mapping[str, Any], record: str, model: Any) -> None:
+def check_trusted_code(withheld: Mapping[str, Any], record: str, model: Any) -> None:
     """Raises UserError for a record that sets trust_remote_code if the command line does not. See `withhold`."""
     if CODE in withheld:
         raise UserError(

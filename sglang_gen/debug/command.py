@@ -65,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", dest="json", action="store_true")
 
 
-def check(given: Mapping[str, Any]) -> None:
+def check_parity_options(given: Mapping[str, Any]) -> None:
     """Raises UserError for an option of `sglang generate` that has no meaning here, and for an invalid tolerance."""
     for name in FOREIGN:
         if name in given:

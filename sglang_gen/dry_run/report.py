@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from sglang_gen.backends.preflight import check
+from sglang_gen.backends.preflight import check_backend
 from sglang_gen.config.schema import plain
 from sglang_gen.dry_run.estimate import estimate
 from sglang_gen.perf import quality
@@ -15,7 +15,7 @@ def describe(plan: Plan) -> str:
 
     Raises UserError for requests that the backend would refuse before it reads a weight.
     """
-    check(plan, warn=True)
+    check_backend(plan, warn=True)
     if plan.run.quality.reference is not None:
         quality.counterparts(plan.run.quality.reference, [plain(sample) for batch in plan.batches for sample in batch])
     return json.dumps(_as_dict(plan), indent=2, ensure_ascii=False) if plan.run.dry_run == "json" else _as_table(plan)

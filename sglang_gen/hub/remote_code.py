@@ -72,14 +72,14 @@ def _pipeline_modules() -> frozenset[str]:
     return frozenset(path.stem for path in pipelines.iterdir() if path.is_dir() or path.suffix == ".py")
 
 
-def check(card: ModelCard, trusted: bool) -> None:
+def check_trusted(card: ModelCard, trusted: bool) -> None:
     """Raises UserError for a model that runs custom code without --trust-remote-code."""
     if card.code and not trusted:
         raise UserError(refusal(card.name, ", ".join(card.code)))
 
 
 def check_component(path: str, name: str, component: Component, trusted: bool) -> None:
-    """`check` for a component given with --component-paths."""
+    """`check_trusted` for a component given with --component-paths."""
     code = in_component(name, component)
     if code and not trusted:
         raise UserError(f"--component-paths: {refusal(path, ', '.join(code))}")

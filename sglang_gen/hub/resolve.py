@@ -94,7 +94,7 @@ def _packaged(model: Model) -> Path | None:
 
 def _allowed(card: ModelCard, model: Model) -> ModelCard:
     """Return the card. Raises UserError if the repository would run code without permission."""
-    remote_code.check(card, model.trust_remote_code)
+    remote_code.check_trusted(card, model.trust_remote_code)
     return card
 
 

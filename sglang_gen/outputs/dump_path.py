@@ -15,7 +15,7 @@ RUNS = "runs.csv"  # file of tracking=csv
 OF_A_SWEEP = re.compile(r"job\.json|table\..*|multirun\.yaml")
 
 
-def check(path: str) -> None:
+def check_dump_path(path: str) -> None:
     """Raises UserError for a path with the name of another kind of result, or one that would replace another file."""
     name = os.path.basename(path)
     if os.path.isdir(path):

@@ -24,7 +24,7 @@ OPEN = ("work", "machine", "comm", "ranks", "repeats", "denoise_steps_ms", "requ
         "samples", "cache", "quality.samples")  # fmt: skip
 
 
-def check(run: Run) -> None:
+def check_objective(run: Run) -> None:
     """Refuse a key that the dump of this run cannot have. Raises UserError."""
     key = run.perf.objective
     if key is None:

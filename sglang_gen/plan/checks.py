@@ -44,12 +44,12 @@ def check_request(composed: "Composed") -> None:
     _check_values(composed.run)
     _check_files(composed.run)
     refuse_missing(composed.run, composed.sources)
-    guidance.check(composed.run)
-    quantization.check(composed.run)
-    stored_dtype.check(composed.run)
-    offloading.check(composed.run)
-    step_cache.check(composed.run)
-    objective.check(composed.run)
+    guidance.check_interval(composed.run)
+    quantization.check_quantization(composed.run)
+    stored_dtype.check_single_dtype(composed.run)
+    offloading.check_offloading(composed.run)
+    step_cache.check_cache_settings(composed.run)
+    objective.check_objective(composed.run)
 
 
 # Settings that need another one: their prefixes, whether the other one is set, and its name.
@@ -120,7 +120,7 @@ def _check_name(path: str, value: str) -> None:
     if any(len(part.encode()) > 255 for part in value.split("/")):
         raise UserError(f"{path} is too long to name anything: '{value[:40]}...'")
     if path == dump_path.KEY:
-        dump_path.check(value)
+        dump_path.check_dump_path(value)
 
 
 def _check_files(run: Run) -> None:

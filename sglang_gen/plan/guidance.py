@@ -5,7 +5,7 @@ from sglang_gen.errors import UserError
 from sglang_gen.types import ModelCard
 
 
-def check(run: Run) -> None:
+def check_interval(run: Run) -> None:
     """Raises UserError for an invalid guidance interval, or one that contains no step of the run."""
     interval = run.sampling.guidance_interval
     if interval is None:

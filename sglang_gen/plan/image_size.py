@@ -72,7 +72,7 @@ def multiple(card: ModelCard) -> int | None:
     return factor * patch if factor and isinstance(patch, int) else None
 
 
-def check(run: Run, card: ModelCard) -> None:
+def check_size(run: Run, card: ModelCard) -> None:
     """Raises UserError for a size that is not a multiple of the model's patch size or exceeds its maximum."""
     step, most = multiple(card), _most(card)
     for name in ("height", "width"):

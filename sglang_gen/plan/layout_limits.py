@@ -167,7 +167,7 @@ def _listed(numbers: Sequence[int]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def check(
+def check_layout(
     run: Run,
     card: ModelCard,
     backend: str,

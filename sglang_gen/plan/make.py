@@ -50,8 +50,8 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         backend_choice.check_start(run)
     run = prompts.pin(run)
     batches = prompts.batches(prompts.samples(run), run.sampling.batch_size)
-    image_size.check(run, card)
-    layout_limits.check(run, card, backend, reason, degrees, stated, batches)
+    image_size.check_size(run, card)
+    layout_limits.check_layout(run, card, backend, reason, degrees, stated, batches)
     here = degrees.ranks if composed.place is None else composed.place.here
     layout_limits.check_machine(here, device)
     dump_path.check_ranks(run.output.perf_dump_path, degrees.ranks)

@@ -9,7 +9,7 @@ def asked(run: Run) -> list[str]:
     return [name for name, value in vars(run.offload).items() if value is True]
 
 
-def check(run: Run) -> None:
+def check_offloading(run: Run) -> None:
     """Raises UserError for contradictory options."""
     if run.offload.disk_path and not run.offload.dit_layerwise_offload:
         raise UserError("offload.disk_path is the folder of layerwise offloading; add --dit-layerwise-offload")

@@ -43,7 +43,7 @@ def is_requested(run: Run) -> bool:
     return run.quant.method is not QuantMethod.none or bool(run.quant.transformer_weights_path) or wants_nunchaku(run)
 
 
-def check(run: Run) -> None:
+def check_quantization(run: Run) -> None:
     """Raises UserError for settings that are invalid for every model and machine."""
     quant = run.quant
     _check_nunchaku_config(quant.nunchaku_config)

@@ -59,7 +59,7 @@ def wanted(cache: Cache) -> bool:
     return cache.method is not CacheMethod.none or bool(cache.cache_dit_config)
 
 
-def check(run: Run) -> None:
+def check_cache_settings(run: Run) -> None:
     """Raises UserError for settings that are invalid for every model and number of steps."""
     if run.cache.method is not CacheMethod.deepcache and wanted(run.cache):
         settings(run.cache)

@@ -10,7 +10,7 @@ from sglang_gen.plan.quantization import denoisers
 from sglang_gen.types import ModelCard, Plan
 
 
-def check(run: Run) -> None:
+def check_single_dtype(run: Run) -> None:
     """Raises UserError if two settings determine the dtype."""
     if run.compile.disable_autocast and run.dtype is not DType.auto:
         raise UserError(

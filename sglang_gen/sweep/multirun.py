@@ -22,7 +22,7 @@ from sglang_gen.config.compose import withheld_values
 from sglang_gen.config.config_file import read_config_file
 from sglang_gen.config.flags import BY_PATH
 from sglang_gen.config.hydra_loader import group_options, line_of, open_loader, parse, user_errors
-from sglang_gen.config.overrides import Word, check
+from sglang_gen.config.overrides import Word, check_overrides
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.files import check_file, check_folder
 from sglang_gen.outputs import dump_path
@@ -74,7 +74,7 @@ def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
     """
     hydra = Hydra(task_name="generate", config_loader=open_loader(choices.config_dir))
     words = parse(hydra.config_loader, choices.overrides)
-    check(words, choices.flags, group_options(hydra.config_loader, choices), multirun=True)
+    check_overrides(words, choices.flags, group_options(hydra.config_loader, choices), multirun=True)
     if choices.file is not None:
         withheld_values(choices, read_config_file(choices.file), {*choices.flags, *(word.key for word in words)})
     for name in _stated(choices, words, dump_path.KEY):

@@ -12,7 +12,7 @@ from sglang_gen.plan.step_cache import check_blocks, check_steps, refuse_covered
 from sglang_gen.types import ModelCard
 
 
-def check(cache: Cache, card: ModelCard, pipeline_class: Any, calls: tuple[int, int]) -> None:
+def check_cache_support(cache: Cache, card: ModelCard, pipeline_class: Any, calls: tuple[int, int]) -> None:
     """Refuse a cache that does not support this model, or that cannot act in `calls` (least, most) network calls.
 
     Raises UserError.

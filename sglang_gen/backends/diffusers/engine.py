@@ -56,7 +56,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
     Arguments are checked against the pipeline's class before weights are read. Raises UserError for a request that the
     pipeline does not support, RunError if loading fails.
     """
-    kind, call, scheduler = check(plan, own=original.own_class(plan), warn=True)
+    kind, call, scheduler = check_pipeline_call(plan, own=original.own_class(plan), warn=True)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()
@@ -75,7 +75,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
     return engine
 
 
-def check(
+def check_pipeline_call(
     plan: Plan, own: Any = None, warn: bool = False
 ) -> tuple[pipeline_signature.Kind, dict[str, Any], dict[str, Any]]:
     """The pipeline's class, the arguments of its call and the settings of its scheduler, before a weight is read.
@@ -87,7 +87,7 @@ def check(
     if plan.card.file is not None:
         from sglang_gen.backends import single_file_contents
 
-        single_file_contents.check(plan)
+        single_file_contents.check_single_file(plan)
     kind = pipeline_signature.find(
         plan.pipeline_class,
         image=run.sampling.image_path is not None,
@@ -104,8 +104,8 @@ def check(
     if run.compile.enable_torch_compile:
         env.require_compiler(plan.device)
     attention_backend.own(run.attention, plan.device, getattr(torch, plan.dtype))
-    lora.check(run.lora)
-    cache.check(run.cache, plan.card, kind.pipeline_class, call_arguments.network_calls(plan, kind, call))
+    lora.check_local_adapters(run.lora)
+    cache.check_cache_support(run.cache, plan.card, kind.pipeline_class, call_arguments.network_calls(plan, kind, call))
     if warn:
         ineffective_settings.warn(plan, kind, call, scheduler)
     return kind, call, scheduler

@@ -39,7 +39,7 @@ def adapters(lora: Lora) -> list[Adapter]:
     return chosen
 
 
-def check(lora: Lora) -> None:
+def check_local_adapters(lora: Lora) -> None:
     """Raises UserError for adapters that do not exist or cannot be merged, before anything is loaded."""
     for adapter in adapters(lora):
         lora_file.check_local_file(str(adapter.path))

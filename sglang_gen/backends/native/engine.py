@@ -16,7 +16,7 @@ from sglang_gen.backends.native import memory_policy, safety_checker, vae_parall
 from sglang_gen.backends.native.comm_log import CommLog
 from sglang_gen.backends.native.components import read_components
 from sglang_gen.backends.native.execution import Execution
-from sglang_gen.backends.native.request import NativeRequest, check, warn_ineffective
+from sglang_gen.backends.native.request import NativeRequest, check_native_request, warn_ineffective
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
@@ -40,7 +40,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
 
     Raises UserError for weights that do not fit the model, RunError if loading fails.
     """
-    native_request = check(plan)
+    native_request = check_native_request(plan)
     pipeline = native_request.pipeline
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()

@@ -68,7 +68,7 @@ def effective(plan: Plan, guidance: Guidance, request: Request) -> dict[str, Any
     return {"guidance_batching": how, "guided_steps": [steps.start, steps.stop]}
 
 
-def check(plan: Plan, pipeline: Any, request: Request) -> None:
+def check_guidance_plan(plan: Plan, pipeline: Any, request: Request) -> None:
     """Refuse an interval that lies in the steps an input image skips, and CFG parallelism without guidance.
 
     Raises UserError.

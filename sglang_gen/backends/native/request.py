@@ -66,12 +66,12 @@ class NativeRequest:
         return self.pipeline.skipped(steps, self.strength) if steps == self.plan.run.sampling.num_inference_steps else 0
 
 
-def check(plan: Plan) -> NativeRequest:
+def check_native_request(plan: Plan) -> NativeRequest:
     """What is native_request. Raises UserError for what the engine cannot do with this model on this machine."""
     if plan.card.file is not None:
         from sglang_gen.backends import single_file_contents
 
-        single_file_contents.check(plan)
+        single_file_contents.check_single_file(plan)
     native_request, run = NativeRequest(plan), plan.run
     pipeline, length, dtype = native_request.pipeline, run.sampling.max_sequence_length, getattr(torch, plan.dtype)
     if length is not None and pipeline.MOST_TOKENS is not None and length > pipeline.MOST_TOKENS:
@@ -86,7 +86,7 @@ def check(plan: Plan) -> NativeRequest:
     request = native_request.full_request
     if native_request.image is not None:  # sized by the input image, which the plan has not seen
         layout_limits.check_size(run, plan.card, plan.layout, plan.stated_degrees, request.height, request.width)
-    memory_policy.check(plan, pipeline, request)
+    memory_policy.check_guidance_plan(plan, pipeline, request)
     _check_scheduler(native_request, request)
     _check_noise(native_request, request)
     return native_request
