@@ -17,7 +17,8 @@ def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, dict):
         return {name: mapped(function, item) for name, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{name: mapped(function, item) for name, item in vars(value).items()})
+        fields = [field.name for field in dataclasses.fields(value)]
+        return dataclasses.replace(value, **{name: mapped(function, getattr(value, name)) for name in fields})
     return value
 
 

@@ -17,13 +17,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from sglang_gen.engine import attention_kernels
 from sglang_gen.engine import compile as compiling
 from sglang_gen.families.sd3 import pipeline
-from sglang_gen.models.unet import SelfAttention
+from sglang_gen.models.attention import SelfAttention
+from sglang_gen.models.layers import Conv2d
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.sequence import Lengths, Ring, Ulysses
 from sglang_gen.parallel.sequence_boundary import shard_sizes
 from sglang_gen.parallel.sharded_network import Split
-from sglang_gen.parallel.spatial import RowAttention, RowConv
+from sglang_gen.parallel.spatial import RowAttention, split_rows
 from sglang_gen.types import Layout
 
 CALL = re.compile(r"(?:(buf\d+) = )?(?:torch\.ops\.\w+|extern_kernels)\.(\w+)(?:\.default)?\((.*)")
@@ -53,7 +54,8 @@ def kept(module: nn.Module, x: torch.Tensor) -> list[str]:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("rank", range(3))
 def test_every_rank_keeps_the_exchange_of_rows(stride, rank):
-    conv = RowConv(nn.Conv2d(2, 2, 3, stride=stride, padding=1), Axis("ring", 3, rank, "a group"))
+    conv = Conv2d(2, 2, 3, stride=stride, padding=1)
+    split_rows(conv, Axis("ring", 3, rank, "a group"))
     with torch.no_grad():
         assert kept(conv, torch.zeros(1, 2, 4, 6))[:2] == ["exchange", "arrived"]
 

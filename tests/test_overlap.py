@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_gen.models.unet import SelfAttention
+from sglang_gen.models.attention import SelfAttention
 from sglang_gen.parallel import sequence, spatial
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.sequence import Lengths, Ring
@@ -50,7 +50,7 @@ def test_rows_compute_their_queries_while_keys_and_values_are_gathered(events, m
     with torch.device("meta"):
         attention = SelfAttention(16, 2)
         rows = spatial.RowAttention(attention, Axis("ring", 3, 1), Lengths(3, 1, (6, 5, 4)))
-        monkeypatch.setattr(spatial.F, "linear", projected)
+        monkeypatch.setattr(torch.nn.functional, "linear", projected)
         attention.attend.kernel = lambda q, k, v: (events.append(f"attended {k.shape[2]}"), q)[1]
         out = rows(torch.empty(2, 5, 16))
     assert out.shape == (2, 5, 16)

@@ -9,22 +9,22 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_gen.engine.attention_kernels import kernel_with_lse
-from sglang_gen.parallel.collectives import Axis, finish_gather_along
+from sglang_gen.models.layers import Shard, cut_sections
+from sglang_gen.parallel.collectives import finish_gather_along
 from sglang_gen.parallel.sequence import Lengths, merged
 from sglang_gen.parallel.sequence_boundary import shard, shard_sizes
-from sglang_gen.parallel.tensor import Shard, ranges
 from sglang_gen.weights.load import _read
 
 
-def parts_of(whole: int, sections: tuple[int, ...], ranks: int) -> list[tuple[tuple[int, int], ...]]:
-    return [ranges(whole, sections, Axis("tp", ranks, index)) for index in range(ranks)]
+def ranges(widths: list[int], rank: int, ranks: int) -> tuple[tuple[int, int], ...]:
+    return cut_sections({str(index): width for index, width in enumerate(widths)}, rank, ranks)[1]
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 3))
 def test_ranks_share_out_every_channel_of_every_section_once(sections, ranks, times):
     """Section s of a layer stands at its own place, in proportion to its width, and rank r has its r-th part."""
     unit = times * ranks
-    found = parts_of(unit * sum(sections), tuple(sections), ranks)
+    found = [ranges([unit * section for section in sections], rank, ranks) for rank in range(ranks)]
     start = 0
     for number, section in enumerate(sections):
         held = [range(*each[number]) for each in found]
@@ -34,7 +34,7 @@ def test_ranks_share_out_every_channel_of_every_section_once(sections, ranks, ti
 
 
 def test_the_wide_section_of_a_layer_may_stand_first():
-    assert parts_of(6, (2, 1), 2) == [((0, 2), (4, 5)), ((2, 4), (5, 6))]
+    assert [ranges([4, 2], rank, 2) for rank in range(2)] == [((0, 2), (4, 5)), ((2, 4), (5, 6))]
 
 
 class Checkpoint:
@@ -47,7 +47,7 @@ def test_a_rank_reads_its_part_of_every_tensor_that_is_joined(index):
     """Query, key, value and a feed-forward of four times the width stand one below the other."""
     pieces = {name: torch.arange(width)[:, None] + start for name, width, start in
               (("q", 4, 100), ("k", 4, 200), ("v", 4, 300), ("ff", 16, 400))}  # fmt: skip
-    slot = Shard(0, ranges(28, (1, 1, 1, 4), Axis("tp", 2, index)), 28)
+    slot = Shard(0, ranges([4, 4, 4, 16], index, 2), 28)
     rows = _read(Checkpoint(**pieces), list(pieces), slot)
     expected = [piece.chunk(2)[index] for piece in pieces.values()]
     assert torch.equal(torch.cat([row for (row,) in rows]), torch.cat(expected))
@@ -55,7 +55,7 @@ def test_a_rank_reads_its_part_of_every_tensor_that_is_joined(index):
 
 def test_a_rank_reads_its_part_of_both_sections_of_a_layers_inputs():
     weight = torch.arange(20.0).view(2, 10)
-    slot = Shard(1, ranges(10, (1, 4), Axis("tp", 2, 1)), 10)
+    slot = Shard(1, ranges([2, 8], 1, 2), 10)
     (pieces,) = _read(Checkpoint(w=weight), ["w"], slot)
     assert torch.equal(torch.cat(pieces, dim=1), weight[:, [1, 6, 7, 8, 9]])
 

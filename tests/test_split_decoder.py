@@ -11,8 +11,9 @@ from split import by_rows, decode
 from torch import nn
 
 from sglang_gen.families import autoencoder
+from sglang_gen.models.layers import Conv2d, GroupNorm
 from sglang_gen.parallel.collectives import Axis
-from sglang_gen.parallel.spatial import RowConv, RowDecoder, RowNorm
+from sglang_gen.parallel.spatial import RowDecoder, split_rows
 from sglang_gen.types import Layout
 
 LAYOUTS = {"ring2": Layout(ring=2), "ulysses3": Layout(ulysses=3), "usp4": Layout(ring=2, ulysses=2)}
@@ -66,9 +67,9 @@ def test_pictures_in_float32_and_bfloat16_are_those_of_one_process(ranks):
 
 
 LAYERS = {
-    "a convolution": lambda: nn.Conv2d(8, 4, 3, padding=1),
-    "a convolution of every second row": lambda: nn.Conv2d(8, 4, 3, padding=1, stride=2),
-    "a group norm": lambda: nn.GroupNorm(4, 8),
+    "a convolution": lambda: Conv2d(8, 4, 3, padding=1),
+    "a convolution of every second row": lambda: Conv2d(8, 4, 3, padding=1, stride=2),
+    "a group norm": lambda: GroupNorm(4, 8),
 }
 
 
@@ -94,15 +95,15 @@ def test_a_split_layer_keeps_channels_where_they_are_in_memory(layer, rank, last
     """Otherwise each convolution would convert its input, a crop of a map's rows too."""
     layout = torch.channels_last if last else torch.contiguous_format
     axis, whole = Axis("ring", 3, rank), LAYERS[layer]().to("meta", torch.bfloat16, memory_format=layout)
-    split = RowConv(whole, axis) if isinstance(whole, nn.Conv2d) else RowNorm(whole, axis)
+    split_rows(whole, axis)
     kept = []  # what the convolution is given, and what the norm gives
     if isinstance(whole, nn.Conv2d):
-        whole.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+        whole.halo.register_forward_hook(lambda *args: kept.append(args[2]))
     else:
-        split.register_forward_hook(lambda *args: kept.append(args[2]))
+        whole.register_forward_hook(lambda *args: kept.append(args[2]))
     x = torch.empty(2, 8, 6, 5, device="meta", dtype=torch.bfloat16, memory_format=layout)
     for mine in (x, x[:, :, :4]):
-        split(mine)
+        whole(mine)
         assert kept[-1].is_contiguous(memory_format=layout)
         assert not kept[-1].is_contiguous(memory_format=torch.contiguous_format if last else torch.channels_last)
     assert len(kept) == 2
@@ -110,7 +111,7 @@ def test_a_split_layer_keeps_channels_where_they_are_in_memory(layer, rank, last
 
 def test_a_norm_of_numbers_far_from_zero_keeps_their_variance_in_float32(ranks):
     """Merged moments are about each rank's own mean, which sums of squares are not."""
-    norm, x = nn.GroupNorm(2, 8).double(), 1e4 + draw(2, 8, 9, 5)
+    norm, x = GroupNorm(2, 8).double(), 1e4 + draw(2, 8, 9, 5)
     with torch.no_grad():
         expected = norm(x)
     answers = ranks.run(Layout(ring=3), by_rows, norm.float(), x.float(), (3, 5, 1))

@@ -7,30 +7,31 @@ import torch
 from torch import nn
 
 from sglang_gen.models.vae import Autoencoder, Config, Scaling
-from sglang_gen.weights.load import Sources, renamed
+from sglang_gen.weights.load import Rules, Sources, renamed
 
 # Dotted parts of our tensor names -> the corresponding parts in a diffusers checkpoint.
-NAMES = {
-    "down": ("down_blocks",),
-    "middle": ("mid_block",),
-    "up": ("up_blocks",),
-    "residuals": ("resnets",),
-    "downsample": ("downsamplers.0",),
-    "upsample": ("upsamplers.0",),
-    "norm_1": ("norm1",),
-    "norm_2": ("norm2",),
-    "conv_1": ("conv1",),
-    "conv_2": ("conv2",),
-    "shortcut": ("conv_shortcut",),
-    "attention.norm": ("attentions.0.group_norm",),
-    "attention.to_qkv": ("attentions.0.to_q", "attentions.0.to_k", "attentions.0.to_v"),
-    "attention.to_out": ("attentions.0.to_out.0",),
-    "norm_out": ("conv_norm_out",),
+NAMES: Rules = {
+    "down": "down_blocks",
+    "middle": "mid_block",
+    "up": "up_blocks",
+    "residuals": "resnets",
+    "downsample": "downsamplers.0",
+    "upsample": "upsamplers.0",
+    "norm_1": "norm1",
+    "norm_2": "norm2",
+    "conv_1": "conv1",
+    "conv_2": "conv2",
+    "shortcut": "conv_shortcut",
+    "attention.norm": "attentions.0.group_norm",
+    "attention.to_qkv": {"q": "attentions.0.to_q", "k": "attentions.0.to_k", "v": "attentions.0.to_v"},
+    "attention.to_out": "attentions.0.to_out.0",
+    "norm_out": "conv_norm_out",
 }
 # Attention weights in checkpoints saved before diffusers 0.15, such as Stable Diffusion 1.5.
-OLD_NAMES = NAMES | {
-    "attention.to_qkv": ("attentions.0.query", "attentions.0.key", "attentions.0.value"),
-    "attention.to_out": ("attentions.0.proj_attn",),
+OLD_NAMES: Rules = {
+    **NAMES,
+    "attention.to_qkv": {"q": "attentions.0.query", "k": "attentions.0.key", "v": "attentions.0.value"},
+    "attention.to_out": "attentions.0.proj_attn",
 }
 
 # diffusers' defaults for keys that a config leaves out, as old configs do.
@@ -41,12 +42,12 @@ DEFAULTS: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def sources(name: str) -> list[str]:
-    """Names of the checkpoint tensors that are concatenated into our tensor `name`."""
+def sources(name: str) -> dict[str, str]:
+    """Names of the checkpoint tensors of our tensor `name`, each with its section of the layer."""
     return renamed(name, NAMES)
 
 
-def old_sources(name: str) -> list[str]:
+def old_sources(name: str) -> dict[str, str]:
     """Like `sources`, for a checkpoint with the attention names of diffusers before 0.15."""
     return renamed(name, OLD_NAMES)
 

@@ -34,7 +34,8 @@ def pixels(image: Any, factor: int, height: int, width: int) -> Tensor:
 
 def encode(vae: Autoencoder, image: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Unscaled latents `[B, C, h, w]` of one image `[1, 3, H, W]`; row i is sampled with generator i."""
-    posterior = vae.encode(image.to(vae.encoder.conv_in.weight))
+    parameter = next(vae.parameters())
+    posterior = vae.encode(image.to(parameter.device, parameter.dtype))
     return torch.cat([posterior.sample(generator) for generator in generators])
 
 

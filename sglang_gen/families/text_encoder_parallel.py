@@ -11,6 +11,7 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 from sglang_gen.hub.component_folder import in_folder
+from sglang_gen.models.layers import WHOLE
 from sglang_gen.parallel import tensor
 from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.tensor import Biases, Columns, Heads, Rows
@@ -42,8 +43,8 @@ class Checkpoint(load.Checkpoint):
     def names(self) -> Set[str]:
         return self.place.keys() - ({EMBEDDING_ALIAS} if EMBEDDING in self.place else set())
 
-    def sources(self, name: str) -> list[str]:
-        return [EMBEDDING_ALIAS] if name == EMBEDDING and EMBEDDING not in self.place else [name]
+    def sources(self, name: str) -> dict[str, str]:
+        return {EMBEDDING_ALIAS if name == EMBEDDING and EMBEDDING not in self.place else name: WHOLE}
 
 
 def can_shard(component: Component, dtype: torch.dtype, axis: Axis) -> bool:

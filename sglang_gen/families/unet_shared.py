@@ -17,7 +17,7 @@ from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.sequence_boundary import Sharding, TokensByKind
 from sglang_gen.parallel.tensor import Columns, Heads, Rows
 from sglang_gen.plan.supported_configs import UNET_DEFAULTS, for_each_level
-from sglang_gen.weights.load import renamed
+from sglang_gen.weights.load import Rules, renamed
 
 NETWORK = "unet"
 REGIONS = (Residual, Block)  # classes whose forward is compiled once for all of their modules
@@ -25,34 +25,34 @@ CLIP_LENGTH = 77  # tokens, transformers' default if the config has no max_posit
 SIZED_BY_IMAGE = True  # an input image keeps its size; the requested size is ignored
 
 # Dotted parts of our tensor names -> the corresponding parts in a diffusers checkpoint.
-NAMES = {
-    "time_embedder": ("time_embedding",),
-    "added_embedder": ("add_embedding",),
-    "down": ("down_blocks",),
-    "middle": ("mid_block",),
-    "up": ("up_blocks",),
-    "residuals": ("resnets",),
-    "transformers": ("attentions",),
-    "downsample": ("downsamplers.0",),
-    "upsample": ("upsamplers.0",),
-    "norm_1": ("norm1",),
-    "norm_2": ("norm2",),
-    "norm_3": ("norm3",),
-    "conv_1": ("conv1",),
-    "conv_2": ("conv2",),
-    "time": ("time_emb_proj",),
-    "shortcut": ("conv_shortcut",),
-    "project_in": ("proj_in",),
-    "project_out": ("proj_out",),
-    "blocks": ("transformer_blocks",),
-    "self_attention.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-    "self_attention.to_out": ("attn1.to_out.0",),
-    "cross_attention.to_q": ("attn2.to_q",),
-    "cross_attention.to_kv": ("attn2.to_k", "attn2.to_v"),
-    "cross_attention.to_out": ("attn2.to_out.0",),
-    "ff.up": ("ff.net.0.proj",),
-    "ff.down": ("ff.net.2",),
-    "norm_out": ("conv_norm_out",),
+NAMES: Rules = {
+    "time_embedder": "time_embedding",
+    "added_embedder": "add_embedding",
+    "down": "down_blocks",
+    "middle": "mid_block",
+    "up": "up_blocks",
+    "residuals": "resnets",
+    "transformers": "attentions",
+    "downsample": "downsamplers.0",
+    "upsample": "upsamplers.0",
+    "norm_1": "norm1",
+    "norm_2": "norm2",
+    "norm_3": "norm3",
+    "conv_1": "conv1",
+    "conv_2": "conv2",
+    "time": "time_emb_proj",
+    "shortcut": "conv_shortcut",
+    "project_in": "proj_in",
+    "project_out": "proj_out",
+    "blocks": "transformer_blocks",
+    "self_attention.to_qkv": {"q": "attn1.to_q", "k": "attn1.to_k", "v": "attn1.to_v"},
+    "self_attention.to_out": "attn1.to_out.0",
+    "cross_attention.to_q": "attn2.to_q",
+    "cross_attention.to_kv": {"k": "attn2.to_k", "v": "attn2.to_v"},
+    "cross_attention.to_out": "attn2.to_out.0",
+    "ff.up": "ff.net.0.proj",
+    "ff.down": "ff.net.2",
+    "norm_out": "conv_norm_out",
 }
 
 # Residual blocks are sharded along the channels between their convolutions, so norm_2 keeps whole groups.
@@ -63,17 +63,17 @@ TENSOR = {
     "*.residuals.*.conv_2": Rows(),
     "*.self_attention": Heads(),
     "*.cross_attention": Heads(),
-    "*.to_qkv": Columns((1, 1, 1)),
+    "*.to_qkv": Columns(),
     "*.to_q": Columns(),
-    "*.to_kv": Columns((1, 1)),
+    "*.to_kv": Columns(),
     "*.to_out": Rows(),
-    "*.up": Columns((1, 1)),
+    "*.up": Columns(),
     "*.down": Rows(),
 }
 
 
-def sources(name: str) -> list[str]:
-    """Names of the checkpoint tensors that are concatenated into our tensor `name`."""
+def sources(name: str) -> dict[str, str]:
+    """Names of the checkpoint tensors of our tensor `name`, each with its section of the layer."""
     return renamed(name, NAMES)
 
 

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+
+from sglang_gen.models.layers import Linear
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -19,3 +22,22 @@ class Attend(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.kernel(q, k, v)
+
+
+QKV = ("q", "k", "v")
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with a fused projection to query, key and value."""
+
+    def __init__(self, width: int, heads: int, bias: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = Linear(width, dict.fromkeys(QKV, width), bias)
+        self.attend = Attend()
+        self.to_out = Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, L, C]` -> the same shape."""
+        q, k, v = rearrange(self.to_qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)
+        return self.to_out(rearrange(self.attend(q, k, v), "b h l d -> b l (h d)"))

@@ -4,15 +4,18 @@ The first blocks have separate text and image streams with joint attention; the 
 parallel attention and feed-forward (Dehghani et al. 2023). As in SD3, `condition` computes all steps' modulations.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sglang_gen.models.attention import Attend
-from sglang_gen.models.layers import Embedder, FeedForward, Modulation, modulate, sinusoid
+from sglang_gen.models import chain
+from sglang_gen.models.attention import QKV, Attend
+from sglang_gen.models.chain import Chain
+from sglang_gen.models.layers import Embedder, FeedForward, Linear, Modulation, modulate, sinusoid
 
 THETA = 10000.0  # base of the rotary frequencies
 
@@ -41,21 +44,16 @@ class Conditioning:
 
     text: Tensor  # [B, T, D]
     rotary: tuple[Tensor, Tensor]  # cosines and sines [T + L, head_dim]
-    image_modulations: list[Tensor]  # for each block [S, B, 6, D]
-    text_modulations: list[Tensor]  # for each block [S, B, 6, D]
-    single_modulations: list[Tensor]  # for each single block [S, B, 3, D]
+    blocks: list[tuple[Tensor, ...]]  # modulations [S, B, 6, D] of image and text; [S, B, 3, D] of a single block
     out_modulation: Tensor  # [S, B, 2, D]
 
-    def at(self, step: int) -> "Conditioning":
-        """The conditioning of one step, without the dimension S."""
-        return Conditioning(
-            self.text,
-            self.rotary,
-            [m[step] for m in self.image_modulations],
-            [m[step] for m in self.text_modulations],
-            [m[step] for m in self.single_modulations],
-            self.out_modulation[step],
-        )
+    @cached_property
+    def steps(self) -> "list[Conditioning]":
+        """The conditioning of each step, without the dimension S."""
+        return [
+            replace(self, blocks=chain.at(step, self.blocks), out_modulation=modulation)
+            for step, modulation in enumerate(self.out_modulation)
+        ]
 
 
 def rotary_table(positions: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -97,9 +95,9 @@ class Stream(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.modulation = Modulation(config.width, 6)
-        self.to_qkv = nn.Linear(config.width, 3 * config.width)
+        self.to_qkv = Linear(config.width, dict.fromkeys(QKV, config.width))
         self.norms = Norms(config.head_dim)
-        self.to_out = nn.Linear(config.width, config.width)
+        self.to_out = Linear(config.width, config.width)
         self.ff = FeedForward(config.width)
 
     def qkv(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,34 +136,37 @@ class SingleBlock(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.modulation = Modulation(config.width, 3)
-        self.to_qkv_ff = nn.Linear(config.width, 7 * config.width)
+        self.to_qkv_ff = Linear(config.width, dict.fromkeys(QKV, config.width) | {"ff": 4 * config.width})
         self.norms = Norms(config.head_dim)
         self.attend = Attend()
-        self.to_out = nn.Linear(5 * config.width, config.width)
+        self.to_out = Linear({"attended": config.width, "ff": 4 * config.width}, config.width)
 
-    def forward(self, x: Tensor, m: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Text and image `[B, T + L, D]`, their modulation `[B, 3, D]`."""
+    def forward(self, x: Tensor, text: Tensor, m: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Image `[B, L, D]`, text `[B, T, D]`, the modulation of both `[B, 3, D]`."""
         shift, scale, gate = m.split(1, dim=1)
-        width = self.to_qkv_ff.out_features // 7
-        qkv, inner = self.to_qkv_ff(modulate(x, shift, scale)).split([3 * width, 4 * width], dim=-1)
+        both = torch.cat([modulate(text, shift, scale), modulate(x, shift, scale)], dim=1)
+        qkv, inner = self.to_qkv_ff.split(self.to_qkv_ff(both), QKV, ("ff",))
         q, k, v = self.norms(qkv, self.heads)
         attended = rearrange(self.attend(rotate(q, rotary), rotate(k, rotary), v), "b h l d -> b l (h d)")
-        return x + gate * self.to_out(torch.cat([attended, F.gelu(inner, approximate="tanh")], dim=-1))
+        out = gate * self.to_out(torch.cat([attended, F.gelu(inner, approximate="tanh")], dim=-1))
+        text_out, x_out = out.split([text.shape[1], x.shape[1]], dim=1)
+        return x + x_out, text + text_out  # new tensors: compiled code guards on strides
 
 
 class Flux(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.tokens = nn.Linear(config.channels_in, config.width)
+        self.tokens = Linear(config.channels_in, config.width)
         self.timestep_embedder = Embedder(256, config.width)
         self.guidance_embedder = Embedder(256, config.width) if config.guidance else None
         self.pooled_embedder = Embedder(config.pooled_width, config.width)
-        self.text_embedder = nn.Linear(config.text_width, config.width)
+        self.text_embedder = Linear(config.text_width, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_layers))
         self.out_modulation = Modulation(config.width, 2)
-        self.out = nn.Linear(config.width, config.channels_out)
+        self.out = Linear(config.width, config.channels_out)
+        self.chain = Chain()
 
     def condition(
         self, timesteps: Tensor, text: Tensor, pooled: Tensor, guidance: float, rows: int, columns: int
@@ -183,26 +184,23 @@ class Flux(nn.Module):
         return Conditioning(
             self.text_embedder(text),
             rotary_table(_positions(text.shape[1], rows, columns).to(text.device), self.config.axes),
-            [block.image.modulation(vector) for block in self.blocks],
-            [block.text.modulation(vector) for block in self.blocks],
-            [block.modulation(vector) for block in self.single_blocks],
+            [
+                *((block.image.modulation(vector), block.text.modulation(vector)) for block in self.blocks),
+                *((block.modulation(vector),) for block in self.single_blocks),
+            ],
             self.out_modulation(vector),
         )
 
     def forward(self, latents: Tensor, conditioning: Conditioning, step: int) -> Tensor:
         """Velocity `[B, L, C]` of packed latents at the step's timestep."""
-        return self.evaluate(latents, conditioning.at(step))
+        return self.evaluate(latents, conditioning.steps[step])
 
     def evaluate(self, latents: Tensor, c: Conditioning) -> Tensor:
         """`forward` for the conditioning of one step."""
-        x, text = self.tokens(latents), c.text
-        for block, m, n in zip(self.blocks, c.image_modulations, c.text_modulations, strict=True):
-            x, text = block(x, text, m, n, c.rotary)
-        both = torch.cat([text, x], dim=1)
-        for block, m in zip(self.single_blocks, c.single_modulations, strict=True):
-            both = block(both, m, c.rotary)
+        blocks = [*self.blocks, *self.single_blocks]
+        x, _ = self.chain(blocks, (self.tokens(latents), c.text), c.blocks, c.rotary)
         scale, shift = c.out_modulation.split(1, dim=1)
-        return self.out(modulate(both[:, text.shape[1] :], shift, scale))
+        return self.out(modulate(x, shift, scale))
 
 
 def _positions(text: int, rows: int, columns: int) -> Tensor:

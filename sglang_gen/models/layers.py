@@ -1,11 +1,258 @@
-"""Layers shared by several networks."""
+"""Layers shared by several networks.
+
+`Linear`, `Conv2d` and `GroupNorm` own their tensors: they say which tensors a checkpoint must provide, take them, cut
+them to one rank's part and compute with them. No other code reads their weights, so a layer may store them in any form.
+Without hooks they compute what torch's layers of the same name compute.
+"""
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Shapes = dict[str, tuple[int, ...]]  # name of a layer's tensor -> shape
+Widths = dict[str, int]  # name of a section -> its width
+WHOLE = ""  # name of the only section of a layer that is not fused
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a checkpoint tensor that a layer keeps: concatenated ranges of one dimension."""
+
+    dim: int
+    ranges: tuple[tuple[int, int], ...]
+    whole: int  # length of the dimension in the checkpoint
+
+
+def cut_sections(sections: Mapping[str, int], rank: int, ranks: int) -> tuple[Widths, tuple[tuple[int, int], ...]]:
+    """The widths of the sections on one of `ranks` ranks, and this rank's range of each in the whole dimension.
+
+    The plan has checked that every section divides by the number of ranks.
+    """
+    widths, ranges, start = {}, [], 0
+    for name, width in sections.items():
+        mine, left = divmod(width, ranks)
+        assert not left, f"{width} channels do not divide by {ranks}"
+        widths[name] = mine
+        ranges.append((start + rank * mine, start + (rank + 1) * mine))
+        start += width
+    return widths, tuple(ranges)
+
+
+def own_tensors(module: nn.Module) -> Shapes:
+    """The parameters and saved buffers of a module itself, without its children, by name."""
+    values = {**module._parameters, **module._buffers}
+    unsaved = module._non_persistent_buffers_set
+    return {name: tuple(value.shape) for name, value in values.items() if value is not None and name not in unsaved}
+
+
+def place(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set the parameter or buffer `name` of a module itself."""
+    if name in module._parameters:
+        module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[name] = tensor
+
+
+class OwnTensors(nn.Module):
+    """A layer that owns its tensors; by default each is a parameter of the same name and shape."""
+
+    def tensors(self) -> Shapes:
+        """The tensors that a checkpoint must provide: this rank's part of them, once the layer is cut."""
+        return own_tensors(self)
+
+    def place(self, name: str, tensor: Tensor) -> None:
+        """Take the tensor `name`, which has the shape that `tensors` says."""
+        place(self, name, tensor)
+
+    def cut(self, dim: int, rank: int, ranks: int) -> dict[str, Shard]:
+        """Keep one rank's part of the outputs (`dim` 0) or inputs (`dim` 1), before tensors are placed.
+
+        Returns the shards of the tensors that were cut, by name.
+        """
+        raise NotImplementedError
+
+    def shrink_tensor(self, name: str, shard: Shard) -> None:
+        """Replace the storage of tensor `name` by that of this rank's part, uninitialised."""
+        parameter: Tensor = getattr(self, name)
+        shape = list(parameter.shape)
+        shape[shard.dim] = sum(stop - start for start, stop in shard.ranges)
+        self.place(name, parameter.new_empty(shape))
+
+
+class Linear(nn.Linear, OwnTensors):
+    """y = x W^T + b, where outputs and inputs may be fused sections such as query, key and value.
+
+    `layer(x, only=("k", "v"))` computes these sections alone. `reduce` is set on a row parallel layer, whose product is
+    a partial sum: it is applied before the bias is added. `gather` is set on a column parallel layer whose outputs are
+    needed on every rank.
+    """
+
+    reduce: nn.Module | None
+    gather: nn.Module | None
+
+    def __init__(
+        self, inputs: int | Mapping[str, int], outputs: int | Mapping[str, int], bias: bool = True, **kwargs: Any
+    ) -> None:
+        self_inputs = dict(inputs) if isinstance(inputs, Mapping) else {WHOLE: inputs}
+        self_outputs = dict(outputs) if isinstance(outputs, Mapping) else {WHOLE: outputs}
+        super().__init__(sum(self_inputs.values()), sum(self_outputs.values()), bias, **kwargs)
+        self.input_sections, self.sections = self_inputs, self_outputs
+        self.reduce = self.gather = None
+
+    def cut(self, dim: int, rank: int, ranks: int) -> dict[str, Shard]:
+        sections, whole = (self.input_sections, self.in_features) if dim else (self.sections, self.out_features)
+        widths, ranges = cut_sections(sections, rank, ranks)
+        shard = Shard(dim, ranges, whole)
+        names = [name for name, shape in self.tensors().items() if len(shape) > dim]  # the bias has no inputs
+        if dim:
+            self.input_sections, self.in_features = widths, whole // ranks
+        else:
+            self.sections, self.out_features = widths, whole // ranks
+        for name in names:
+            self.shrink_tensor(name, shard)
+        return dict.fromkeys(names, shard)
+
+    def product(self, x: Tensor, rows: slice | None, bias: bool) -> Tensor:
+        """x W^T for the outputs in `rows` (None: all), with or without the bias."""
+        if rows is None:
+            return F.linear(x, self.weight, self.bias if bias else None)
+        return F.linear(x, self.weight[rows], self.bias[rows] if bias and self.bias is not None else None)
+
+    def forward(self, x: Tensor, only: Sequence[str] = ()) -> Tensor:
+        """`[..., inputs]` -> `[..., outputs]`, or the sections `only`, in the order of the layer's sections."""
+        parts = [self._rows(x, rows) for rows in self._slices(only)] if only else [self._rows(x, None)]
+        y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return y if self.gather is None else self.gather(y)
+
+    def _rows(self, x: Tensor, rows: slice | None) -> Tensor:
+        if self.reduce is None:
+            return self.product(x, rows, bias=True)
+        total: Tensor = self.reduce(self.product(x, rows, bias=False))
+        if self.bias is None:
+            return total
+        return total + (self.bias if rows is None else self.bias[rows])
+
+    def _slices(self, only: Sequence[str]) -> list[slice]:
+        """The outputs of these sections; neighbouring sections are one slice."""
+        slices: list[slice] = []
+        start = 0
+        for name, width in self.sections.items():
+            if name in only:
+                if slices and slices[-1].stop == start:
+                    slices[-1] = slice(slices[-1].start, start + width)
+                else:
+                    slices.append(slice(start, start + width))
+            start += width
+        return slices
+
+    def split(self, y: Tensor, *groups: Sequence[str]) -> tuple[Tensor, ...]:
+        """The outputs `[..., outputs]` as one view for each group of neighbouring sections, which are all of them."""
+        assert [name for group in groups for name in group] == [*self.sections], f"{groups} of {self.sections}"
+        return torch.split(y, [sum(self.sections[name] for name in group) for group in groups], dim=-1)
+
+
+class Conv2d(nn.Conv2d, OwnTensors):
+    """A convolution. `halo` adds the rows of neighbouring ranks, `reduce` sums the outputs of row parallel ranks."""
+
+    halo: nn.Module | None
+    reduce: nn.Module | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.halo = self.reduce = None
+
+    def cut(self, dim: int, rank: int, ranks: int) -> dict[str, Shard]:
+        whole = self.in_channels if dim else self.out_channels
+        widths, ranges = cut_sections({WHOLE: whole}, rank, ranks)
+        names = [name for name, shape in self.tensors().items() if len(shape) > dim]
+        shard = Shard(dim, ranges, whole)
+        if dim:
+            self.in_channels = widths[WHOLE]
+        else:
+            self.out_channels = widths[WHOLE]
+        for name in names:
+            self.shrink_tensor(name, shard)
+        return dict.fromkeys(names, shard)
+
+    def add_halo(self, halo: nn.Module) -> None:
+        """Pad rows by `halo(x)`, which returns `x` with a row above and below, instead of zeros."""
+        assert self.kernel_size == (3, 3), self
+        self.halo = halo
+        self.padding = (0, self.padding[1])  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, h, w]` -> `[B, C', h', w']`."""
+        if self.halo is not None:
+            x = self.halo(x)
+        if self.reduce is None:
+            return super().forward(x)
+        total: Tensor = self.reduce(self._conv_forward(x, self.weight, None))
+        return total if self.bias is None else total + self.bias[:, None, None]
+
+
+class GroupNorm(nn.GroupNorm, OwnTensors):
+    """A group norm. `moments` merges the mean and variance of this rank's rows with those of other ranks."""
+
+    moments: nn.Module | None
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
+        super().__init__(groups, channels, eps)
+        self.moments = None
+
+    def cut(self, dim: int, rank: int, ranks: int) -> dict[str, Shard]:
+        assert dim == 0, "a norm has no inputs to cut"
+        assert self.num_groups % ranks == 0, f"{self.num_groups} groups do not divide by {ranks}"
+        widths, ranges = cut_sections({WHOLE: self.num_channels}, rank, ranks)
+        names, shard = [*self.tensors()], Shard(0, ranges, self.num_channels)
+        self.num_channels, self.num_groups = widths[WHOLE], self.num_groups // ranks
+        for name in names:
+            self.shrink_tensor(name, shard)
+        return dict.fromkeys(names, shard)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, ...]` -> the same shape."""
+        if self.moments is None:
+            return super().forward(x)
+        groups = torch.unflatten(x, 1, (self.num_groups, -1))  # [B, G, C / G, ...], a view in any memory format
+        wide = groups.to(torch.promote_types(x.dtype, torch.float32))
+        expand = (..., *[None] * (wide.ndim - 2))
+        mean, variance = self.moments(wide)  # [B, G] each
+        normed = ((wide - mean[expand]) * torch.rsqrt(variance + self.eps)[expand]).flatten(1, 2)
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return (normed * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
+class Embedding(nn.Embedding, OwnTensors):
+    """A table of vectors, which tensor parallelism cuts along the vectors' channels."""
+
+    def cut(self, dim: int, rank: int, ranks: int) -> dict[str, Shard]:
+        assert dim == 1, "the rows of a table are not cut"
+        widths, ranges = cut_sections({WHOLE: self.embedding_dim}, rank, ranks)
+        shard = Shard(1, ranges, self.embedding_dim)
+        self.embedding_dim = widths[WHOLE]
+        self.shrink_tensor("weight", shard)
+        return {"weight": shard}
+
+
+def adopted(layer: nn.Module) -> OwnTensors:
+    """A layer of torch's, such as transformers' networks have, as one that owns its tensors. The tensors are shared."""
+    own: OwnTensors
+    with torch.device("meta"):
+        if isinstance(layer, nn.Linear):
+            own = Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        elif isinstance(layer, nn.Embedding):
+            own = Embedding(layer.num_embeddings, layer.embedding_dim)
+        else:
+            raise TypeError(f"a {type(layer).__name__} cannot be cut")
+    for name, parameter in layer.named_parameters(recurse=False):
+        own.place(name, parameter)
+    return own.train(layer.training)
 
 
 def sinusoid(values: Tensor, width: int) -> Tensor:
@@ -21,8 +268,8 @@ class Embedder(nn.Module):
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(inputs, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1 = Linear(inputs, width)
+        self.linear_2 = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -33,8 +280,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.up = Linear(width, 4 * width)
+        self.down = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"))
@@ -46,7 +293,7 @@ class Modulation(nn.Module):
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
         self.count = count
-        self.linear = nn.Linear(width, count * width)
+        self.linear = Linear(width, count * width)
 
     def forward(self, vector: Tensor) -> Tensor:
         return rearrange(self.linear(F.silu(vector)), "... (n d) -> ... n d", n=self.count)

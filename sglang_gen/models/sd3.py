@@ -4,14 +4,17 @@ Text and image are two streams with separate weights and joint attention. Their 
 and the pooled text, so `condition` computes them for all steps at once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sglang_gen.models.attention import Attend
-from sglang_gen.models.layers import Embedder, FeedForward, Modulation, modulate, sinusoid
+from sglang_gen.models import chain
+from sglang_gen.models.attention import QKV, Attend
+from sglang_gen.models.chain import Chain
+from sglang_gen.models.layers import Conv2d, Embedder, FeedForward, Linear, Modulation, modulate, sinusoid
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,16 @@ class Conditioning:
 
     text: Tensor  # [B, T, D]
     positions: Tensor  # [L, D]
-    image_modulations: list[Tensor]  # for each block [S, B, 6 or 9, D]
-    text_modulations: list[Tensor]  # for each block [S, B, 6, D]; for the last [S, B, 2, D]
+    blocks: list[tuple[Tensor, ...]]  # modulations of image [S, B, 6 or 9, D] and text [S, B, 6, D], last [S, B, 2, D]
     out_modulation: Tensor  # [S, B, 2, D]
 
-    def at(self, step: int) -> "Conditioning":
-        """The conditioning of one step, without the dimension S."""
-        return Conditioning(
-            self.text,
-            self.positions,
-            [m[step] for m in self.image_modulations],
-            [m[step] for m in self.text_modulations],
-            self.out_modulation[step],
-        )
+    @cached_property
+    def steps(self) -> "list[Conditioning]":
+        """The conditioning of each step, without the dimension S."""
+        return [
+            replace(self, blocks=chain.at(step, self.blocks), out_modulation=modulation)
+            for step, modulation in enumerate(self.out_modulation)
+        ]
 
 
 class Projections(nn.Module):
@@ -60,7 +60,7 @@ class Projections(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.heads = config.heads
-        self.to_qkv = nn.Linear(config.width, 3 * config.width)
+        self.to_qkv = Linear(config.width, dict.fromkeys(QKV, config.width))
         self.norm_q = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
 
@@ -77,7 +77,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.image = Projections(config)
         self.attend = Attend()
-        self.to_out = nn.Linear(config.width, config.width)
+        self.to_out = Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.to_out(rearrange(self.attend(*self.image(x)), "b h l d -> b l (h d)"))
@@ -90,8 +90,8 @@ class JointAttention(nn.Module):
         super().__init__()
         self.image, self.text = Projections(config), Projections(config)
         self.attend = Attend()
-        self.to_out = nn.Linear(config.width, config.width)
-        self.to_text_out = None if last else nn.Linear(config.width, config.width)
+        self.to_out = Linear(config.width, config.width)
+        self.to_text_out = None if last else Linear(config.width, config.width)
 
     def forward(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
         pairs = zip(self.image(x), self.text(text), strict=True)
@@ -140,14 +140,15 @@ class SD3(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.patches = nn.Conv2d(config.channels_in, config.width, config.patch, stride=config.patch)
+        self.patches = Conv2d(config.channels_in, config.width, config.patch, stride=config.patch)
         self.register_buffer("positions", torch.empty(1, config.positions**2, config.width))
         self.timestep_embedder = Embedder(256, config.width)
         self.pooled_embedder = Embedder(config.pooled_width, config.width)
-        self.text_embedder = nn.Linear(config.text_width, config.width)
+        self.text_embedder = Linear(config.text_width, config.width)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
         self.out_modulation = Modulation(config.width, 2)
-        self.out = nn.Linear(config.width, config.patch**2 * config.channels_out)
+        self.out = Linear(config.width, config.patch**2 * config.channels_out)
+        self.chain = Chain()
 
     def condition(self, timesteps: Tensor, text: Tensor, pooled: Tensor, height: int, width: int) -> Conditioning:
         """Timesteps `[S]` in 0..1000, text `[B, T, C]`, pooled text `[B, P]`; latents are `height` x `width`."""
@@ -156,22 +157,19 @@ class SD3(nn.Module):
         return Conditioning(
             self.text_embedder(text),
             self._crop(height // self.config.patch, width // self.config.patch),
-            [block.modulation(vector) for block in self.blocks],
-            [block.text_modulation(vector) for block in self.blocks],
+            [(block.modulation(vector), block.text_modulation(vector)) for block in self.blocks],
             self.out_modulation(vector),
         )
 
     def forward(self, latents: Tensor, conditioning: Conditioning, step: int) -> Tensor:
         """Velocity `[B, C, h, w]` of the latents at the step's timestep."""
-        return self.evaluate(latents, conditioning.at(step))
+        return self.evaluate(latents, conditioning.steps[step])
 
     def evaluate(self, latents: Tensor, c: Conditioning) -> Tensor:
         """`forward` for the conditioning of one step."""
         patch = self.config.patch
         x = rearrange(self.patches(latents), "b d h w -> b (h w) d") + c.positions
-        text = c.text
-        for block, m, n in zip(self.blocks, c.image_modulations, c.text_modulations, strict=True):
-            x, text = block(x, text, m, n)
+        x, _ = self.chain([*self.blocks], (x, c.text), c.blocks)
         scale, shift = c.out_modulation.split(1, dim=1)
         x = self.out(modulate(x, shift, scale))
         rows = latents.shape[-2] // patch

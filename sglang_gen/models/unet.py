@@ -6,15 +6,18 @@ Neither depends on the latents, so `condition` computes all steps' projections a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sglang_gen.models.attention import Attend
-from sglang_gen.models.layers import Embedder, sinusoid
+from sglang_gen.models.attention import Attend, SelfAttention
+from sglang_gen.models.chain import Chain
+from sglang_gen.models.layers import Conv2d, Embedder, GroupNorm, Linear, sinusoid
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,26 @@ class Config:
         return self.down[0].width
 
 
+Skips = tuple[Tensor, ...]  # feature maps of skip connections, the last pushed one at the end
+State = tuple[Tensor, Skips]  # of the chain of stages: feature map [B, C, h, w] and skip connections
+Texts = list[Tensor]  # for each layer of a transformer: keys and values of the text [2, B, H, T, D]
+
+
 @dataclass(frozen=True)
 class Conditioning:
-    """Inputs that are computed once for all steps, in the order in which `forward` uses them.
+    """Inputs that are computed once for all steps. S steps, batch B, C channels of the block."""
 
-    S steps, batch B, C channels of the block, H heads, T text tokens, D channels per head.
-    """
+    # For each stage with a residual block: projected times [S, B or 1, C] and texts; for a resampling stage nothing.
+    blocks: list[tuple[Tensor, Texts] | tuple[()]]
+    count: int  # S
 
-    times: list[Tensor]  # for each residual block [S, B or 1, C]
-    texts: list[list[Tensor]]  # for each transformer, for each layer: keys and values [2, B, H, T, D]
-
-    def at(self, step: int) -> "Conditioning":
-        """The conditioning of one step, without the dimension S."""
-        return Conditioning([time[step] for time in self.times], self.texts)
+    @cached_property
+    def steps(self) -> "list[Conditioning]":
+        """The conditioning of each step, without the dimension S."""
+        return [
+            Conditioning([(block[0][step], block[1]) if block else () for block in self.blocks], 1)
+            for step in range(self.count)
+        ]
 
 
 class Residual(nn.Module):
@@ -65,30 +75,17 @@ class Residual(nn.Module):
 
     def __init__(self, config: Config, width_in: int, width: int) -> None:
         super().__init__()
-        self.norm_1 = nn.GroupNorm(config.groups, width_in, config.eps)
-        self.conv_1 = nn.Conv2d(width_in, width, 3, padding=1)
-        self.time = nn.Linear(4 * config.width, width)
-        self.norm_2 = nn.GroupNorm(config.groups, width, config.eps)
-        self.conv_2 = nn.Conv2d(width, width, 3, padding=1)
-        self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
+        self.norm_1 = GroupNorm(config.groups, width_in, config.eps)
+        self.conv_1 = Conv2d(width_in, width, 3, padding=1)
+        self.time = Linear(4 * config.width, width)
+        self.norm_2 = GroupNorm(config.groups, width, config.eps)
+        self.conv_2 = Conv2d(width, width, 3, padding=1)
+        self.shortcut = Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """`[B, C, h, w]` and the projected time embedding `[B or 1, C]`."""
         inner = self.conv_1(F.silu(self.norm_1(x))) + time[:, :, None, None]
         return self.shortcut(x) + self.conv_2(F.silu(self.norm_2(inner)))
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.attend = Attend()
-        self.to_out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.to_qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)
-        return self.to_out(rearrange(self.attend(q, k, v), "b h l d -> b l (h d)"))
 
 
 class CrossAttention(nn.Module):
@@ -97,10 +94,10 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int, text_width: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_kv = nn.Linear(text_width, 2 * width, bias=False)
+        self.to_q = Linear(width, width, bias=False)
+        self.to_kv = Linear(text_width, {"k": width, "v": width}, bias=False)
         self.attend = Attend()
-        self.to_out = nn.Linear(width, width)
+        self.to_out = Linear(width, width)
 
     def read(self, text: Tensor) -> Tensor:
         """Keys and values `[2, B, H, T, D]` of the text `[B, T, C]`."""
@@ -116,8 +113,8 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 8 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.up = Linear(width, {"value": 4 * width, "gate": 4 * width})
+        self.down = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.up(x).chunk(2, dim=-1)
@@ -146,10 +143,10 @@ class Transformer(nn.Module):
 
     def __init__(self, config: Config, level: LevelConfig) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(config.groups, level.width, eps=1e-6)
-        self.project_in = nn.Linear(level.width, level.width)
+        self.norm = GroupNorm(config.groups, level.width, eps=1e-6)
+        self.project_in = Linear(level.width, level.width)
         self.blocks = nn.ModuleList(Block(level.width, level.heads, config.text_width) for _ in range(level.depth))
-        self.project_out = nn.Linear(level.width, level.width)
+        self.project_out = Linear(level.width, level.width)
 
     def forward(self, x: Tensor, texts: list[Tensor]) -> Tensor:
         """`[B, C, h, w]` and, for each block, keys and values of the text `[2, B, H, T, D]`."""
@@ -162,7 +159,7 @@ class Transformer(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.conv = Conv2d(width, width, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
@@ -171,7 +168,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv = Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """Upsample to the next finer level's size, which is odd if downsampling rounded it up."""
@@ -188,23 +185,50 @@ class Level(nn.Module):
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
 
-    def stages(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+    def pairs(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+        """Each residual block and the transformer after it."""
         return zip_longest(self.residuals, self.transformers)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One link of the chain: modules that share a place in it, and the skip connections that it pushes and pops."""
+
+    residual: Any = None
+    transformer: Any = None
+    downsample: Any = None
+    upsample: Any = None
+    pushes: int = 0
+    pops: int = 0
+
+    def __call__(self, x: Tensor, skips: Skips, time: Tensor | None = None, texts: Texts | None = None) -> State:
+        if self.pops:
+            x, skips = torch.cat([x, skips[-1]], dim=1), skips[:-1]
+        if self.residual is not None:
+            x = self.residual(x, time)
+        if self.transformer is not None:
+            x = self.transformer(x, texts)
+        if self.downsample is not None:
+            x = self.downsample(x)
+        if self.upsample is not None:
+            x = self.upsample(x, *skips[-1].shape[-2:])
+        return x, (*skips, x) if self.pushes else skips
 
 
 class UNet(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.conv_in = nn.Conv2d(config.channels_in, config.width, 3, padding=1)
+        self.conv_in = Conv2d(config.channels_in, config.width, 3, padding=1)
         self.time_embedder = Embedder(config.width, 4 * config.width)
         self.added_embedder = Embedder(config.added_width, 4 * config.width) if config.added_width else None
         self.down, skips = _down(config)
         middle = config.middle
         self.middle = Level(config, middle, [middle.width] * 2, transformers=1)
         self.up = _up(config, skips)
-        self.norm_out = nn.GroupNorm(config.groups, config.width, config.eps)
-        self.conv_out = nn.Conv2d(config.width, config.channels_out, 3, padding=1)
+        self.norm_out = GroupNorm(config.groups, config.width, config.eps)
+        self.conv_out = Conv2d(config.width, config.channels_out, 3, padding=1)
+        self.chain = Chain()
 
     def levels(self) -> list[Level]:
         """All levels in the order of `forward`."""
@@ -221,42 +245,37 @@ class UNet(nn.Module):
             embedded = sinusoid(sizes, self.config.size_width).to(text.dtype)  # [B, 6, size_width]
             vector = vector + self.added_embedder(torch.cat([pooled, embedded.flatten(1)], dim=1))  # [S, B, 4 width]
         vector = F.silu(vector)
-        times = [block.time(vector) for level in self.levels() for block in level.residuals]
-        texts = [
-            [block.cross_attention.read(text) for block in transformer.blocks]
-            for level in self.levels()
-            for transformer in level.transformers
-        ]
-        return Conditioning(times, texts)
+        blocks: list[tuple[Tensor, Texts] | tuple[()]] = []
+        for stage in self.stages():
+            if stage.residual is None:
+                blocks.append(())
+                continue
+            layers = () if stage.transformer is None else stage.transformer.blocks
+            blocks.append((stage.residual.time(vector), [block.cross_attention.read(text) for block in layers]))
+        return Conditioning(blocks, len(timesteps))
+
+    def stages(self) -> list[Stage]:
+        """The stages of the chain, in order."""
+        stages: list[Stage] = []
+        for level in self.down:
+            stages += [Stage(residual, transformer, pushes=1) for residual, transformer in level.pairs()]
+            if level.downsample is not None:
+                stages.append(Stage(downsample=level.downsample, pushes=1))
+        stages += [Stage(residual, transformer) for residual, transformer in self.middle.pairs()]
+        for level in self.up:
+            stages += [Stage(residual, transformer, pops=1) for residual, transformer in level.pairs()]
+            if level.upsample is not None:
+                stages.append(Stage(upsample=level.upsample))
+        return stages
 
     def forward(self, latents: Tensor, conditioning: Conditioning, step: int) -> Tensor:
         """The prediction (noise or velocity) `[B, C, h, w]` at the step's timestep."""
-        return self.evaluate(latents, conditioning.at(step))
+        return self.evaluate(latents, conditioning.steps[step])
 
     def evaluate(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
         """`forward` for the conditioning of one step."""
-        times, texts = iter(conditioning.times), iter(conditioning.texts)
-
-        def stage(x: Tensor, residual: nn.Module, transformer: nn.Module | None) -> Tensor:
-            x = residual(x, next(times))
-            return x if transformer is None else transformer(x, next(texts))
-
         x = self.conv_in(latents)
-        skips = [x]
-        for level in self.down:
-            for pair in level.stages():
-                x = stage(x, *pair)
-                skips.append(x)
-            if level.downsample is not None:
-                x = level.downsample(x)
-                skips.append(x)
-        for pair in self.middle.stages():
-            x = stage(x, *pair)
-        for level in self.up:
-            for pair in level.stages():
-                x = stage(torch.cat([x, skips.pop()], dim=1), *pair)
-            if level.upsample is not None:
-                x = level.upsample(x, *skips[-1].shape[-2:])
+        x, _ = self.chain(self.stages(), (x, (x,)), conditioning.blocks)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

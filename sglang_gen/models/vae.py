@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sglang_gen.models.attention import Attend
+from sglang_gen.models.attention import QKV, Attend
+from sglang_gen.models.layers import Conv2d, GroupNorm, Linear
 
 EPS = 1e-6  # of the group norms
 
@@ -70,11 +71,11 @@ class Residual(nn.Module):
 
     def __init__(self, groups: int, width_in: int, width: int) -> None:
         super().__init__()
-        self.norm_1 = nn.GroupNorm(groups, width_in, EPS)
-        self.conv_1 = nn.Conv2d(width_in, width, 3, padding=1)
-        self.norm_2 = nn.GroupNorm(groups, width, EPS)
-        self.conv_2 = nn.Conv2d(width, width, 3, padding=1)
-        self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
+        self.norm_1 = GroupNorm(groups, width_in, EPS)
+        self.conv_1 = Conv2d(width_in, width, 3, padding=1)
+        self.norm_2 = GroupNorm(groups, width, EPS)
+        self.conv_2 = Conv2d(width, width, 3, padding=1)
+        self.shortcut = Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.conv_1(F.silu(self.norm_1(x)))
@@ -86,10 +87,10 @@ class Attention(nn.Module):
 
     def __init__(self, groups: int, width: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, EPS)
-        self.to_qkv = nn.Linear(width, 3 * width)
+        self.norm = GroupNorm(groups, width, EPS)
+        self.to_qkv = Linear(width, dict.fromkeys(QKV, width))
         self.attend = Attend()
-        self.to_out = nn.Linear(width, width)
+        self.to_out = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, h, w]`."""
@@ -117,7 +118,7 @@ class Downsample(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
+        self.conv = Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -128,7 +129,7 @@ class Upsample(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv = Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -156,13 +157,13 @@ class Encoder(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         finest, coarsest = config.widths[0], config.widths[-1]
-        self.conv_in = nn.Conv2d(config.channels_in, finest, 3, padding=1)
+        self.conv_in = Conv2d(config.channels_in, finest, 3, padding=1)
         self.down = _levels(config, config.widths, config.blocks)
         for level, width in zip(self.down[:-1], config.widths, strict=False):
             level.downsample = Downsample(width)
         self.middle = Middle(config)
-        self.norm_out = nn.GroupNorm(config.groups, coarsest, EPS)
-        self.conv_out = nn.Conv2d(coarsest, 2 * config.channels, 3, padding=1)
+        self.norm_out = GroupNorm(config.groups, coarsest, EPS)
+        self.conv_out = Conv2d(coarsest, 2 * config.channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` -> means and log variances `[B, 2 C, h, w]`."""
@@ -176,13 +177,13 @@ class Decoder(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         widths = config.widths[::-1]
-        self.conv_in = nn.Conv2d(config.channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.channels, widths[0], 3, padding=1)
         self.middle = Middle(config)
         self.up = _levels(config, widths, config.blocks + 1)
         for level, width in zip(self.up[:-1], widths, strict=False):
             level.upsample = Upsample(width)
-        self.norm_out = nn.GroupNorm(config.groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.channels_out, 3, padding=1)
+        self.norm_out = GroupNorm(config.groups, widths[-1], EPS)
+        self.conv_out = Conv2d(widths[-1], config.channels_out, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` -> images `[B, 3, H, W]`."""
@@ -207,10 +208,8 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         both = 2 * config.channels
-        self.quant_conv = nn.Conv2d(both, both, 1) if config.quant_conv else nn.Identity()
-        self.post_quant_conv = (
-            nn.Conv2d(config.channels, config.channels, 1) if config.post_quant_conv else nn.Identity()
-        )
+        self.quant_conv = Conv2d(both, both, 1) if config.quant_conv else nn.Identity()
+        self.post_quant_conv = Conv2d(config.channels, config.channels, 1) if config.post_quant_conv else nn.Identity()
 
     def encode(self, images: Tensor) -> Posterior:
         """The distribution of the latents `[B, C, h, w]` of images `[B, 3, H, W]` in -1..1."""

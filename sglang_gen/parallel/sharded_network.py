@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglang_gen.models.attention import Attend, Kernel
-from sglang_gen.models.unet import SelfAttention
+from sglang_gen.models.attention import Attend, Kernel, SelfAttention
+from sglang_gen.models.layers import Shard
 from sglang_gen.parallel import tensor
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.sequence import Gathering, KernelWithLSE, Lengths, Ring, Ulysses
@@ -24,7 +24,7 @@ class Split:
     table: tensor.Table
     sharding: Sharding
 
-    def shrink(self, network: nn.Module) -> dict[str, tensor.Shard]:
+    def shrink(self, network: nn.Module) -> dict[str, Shard]:
         """Shrink a network on the meta device to this rank's tensor parallel shard; returns each tensor's shard."""
         axis = self.mesh.axis("tp")
         return tensor.shrink(network, self.table, axis) if axis.size > 1 else {}

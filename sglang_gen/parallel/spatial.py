@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sglang_gen.models.attention import Attend
-from sglang_gen.models.unet import SelfAttention
+from sglang_gen.models.attention import Attend, SelfAttention
+from sglang_gen.models.layers import Conv2d, GroupNorm
 from sglang_gen.parallel.collectives import (
     Axis,
     exchange,
@@ -26,21 +25,20 @@ from sglang_gen.parallel.sequence import Gathering, Lengths
 from sglang_gen.parallel.sequence_boundary import shard, shard_sizes
 
 
-class RowConv(nn.Module):
-    """A 3 x 3 convolution with padding 1 whose halo rows are on neighbouring ranks.
+class Halo(nn.Module):
+    """Adds the rows next to this rank's shard, which are on neighbouring ranks, for a convolution with padding 1.
 
     With stride 2 a shard begins at an even row, so the row below it is never read.
     """
 
-    def __init__(self, conv: nn.Conv2d, axis: Axis) -> None:
+    def __init__(self, axis: Axis, below: bool) -> None:
         super().__init__()
-        self.conv, self.axis, self.below = conv, axis, conv.stride[0] == 1
-        conv.padding = (0, conv.padding[1])  # type: ignore[assignment]
+        self.axis, self.below = axis, below
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, h, w]` -> `[B, C, h + 2, w]`."""
         above, below = neighbours(x, self.axis, self.below)
-        out: Tensor = self.conv(torch.cat([above, x, below], dim=2))
-        return out
+        return torch.cat([above, x, below], dim=2)
 
 
 def neighbours(x: Tensor, axis: Axis, below: bool) -> tuple[Tensor, Tensor]:
@@ -70,31 +68,24 @@ def neighbours(x: Tensor, axis: Axis, below: bool) -> tuple[Tensor, Tensor]:
     return (halo[0] if index > 0 else zeros), (halo[-1] if index < last and below else zeros)
 
 
-class RowNorm(nn.Module):
-    """A group norm over the rows of all ranks, which merges their moments (Chan et al. 1979, equation 2.1)."""
+class RowMoments(nn.Module):
+    """Moments of a group norm over the rows of all ranks (Chan et al. 1979, equation 2.1)."""
 
-    def __init__(self, norm: nn.GroupNorm, axis: Axis) -> None:
+    def __init__(self, axis: Axis) -> None:
         super().__init__()
-        self.norm, self.axis = norm, axis
+        self.axis = axis
 
-    def forward(self, x: Tensor) -> Tensor:
-        groups = torch.unflatten(x, 1, (self.norm.num_groups, -1))  # [B, G, C / G, ...], a view in any memory format
-        wide = groups.to(torch.promote_types(x.dtype, torch.float32))
-        inside = tuple(range(2, wide.ndim))
-        expand = (..., *[None] * len(inside))
-        mean = wide.mean(dim=inside)
-        squares = (wide - mean[expand]).square().sum(dim=inside)
-        count = torch.full_like(mean, wide[0, 0].numel())
+    def forward(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's rows by group, `[B, G, C / G, ...]` -> mean and variance `[B, G]`."""
+        inside = tuple(range(2, groups.ndim))
+        mean = groups.mean(dim=inside)
+        squares = (groups - mean[(..., *[None] * len(inside))]).square().sum(dim=inside)
+        count = torch.full_like(mean, groups[0, 0].numel())
         means, squares, counts = gather(torch.stack([mean, squares, count]), self.axis).wait().unbind(1)  # [R, B, G]
         total = counts.sum(dim=0)
         mean = (means * counts).sum(dim=0) / total
         squares = squares.sum(dim=0) + (counts * (means - mean).square()).sum(dim=0)
-        scale = torch.rsqrt(squares / total + self.norm.eps)
-        normed = ((wide - mean[expand]) * scale[expand]).flatten(1, 2)
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        weight, bias = self.norm.weight.view(shape), self.norm.bias.view(shape)
-        out: Tensor = (normed * weight + bias).to(x.dtype)
-        return out
+        return mean, squares / total
 
 
 class RowAttention(nn.Module):
@@ -106,10 +97,9 @@ class RowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner: Any = self.attention
-        query, rest = inner.to_qkv.weight.split([inner.to_qkv.out_features // 3, inner.to_qkv.out_features // 3 * 2])
         tokens = self.lengths.of_groups()
-        coming = start_gather_along(F.linear(x, rest), 1, tokens, self.axis)
-        q = rearrange(F.linear(x, query), "b l (h d) -> b h l d", h=inner.heads)
+        coming = start_gather_along(inner.to_qkv(x, only=("k", "v")), 1, tokens, self.axis)
+        q = rearrange(inner.to_qkv(x, only=("q",)), "b l (h d) -> b h l d", h=inner.heads)
         k, v = rearrange(finish_gather_along(coming.wait(), 1, tokens), "b l (n h d) -> n b h l d", n=2, h=inner.heads)
         out: Tensor = inner.to_out(rearrange(inner.attend(q, k, v), "b h l d -> b l (h d)"))
         return out
@@ -144,13 +134,12 @@ class RowDecoder(nn.Module):
 
 
 def split_rows(network: nn.Module, axis: Axis) -> None:
-    """Replace every 3 x 3 convolution and every group norm by its version for rows sharded over `axis`.
+    """Let every 3 x 3 convolution and every group norm compute rows that are sharded over `axis`.
 
     This includes group norms over flattened tokens, whose moments are the same.
     """
-    for name, module in list(network.named_modules()):
-        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
-            assert module.kernel_size == (3, 3), module
-            network.set_submodule(name, RowConv(module, axis))
-        elif isinstance(module, nn.GroupNorm):
-            network.set_submodule(name, RowNorm(module, axis))
+    for module in network.modules():
+        if isinstance(module, Conv2d) and module.kernel_size != (1, 1):
+            module.add_halo(Halo(axis, below=module.stride[0] == 1))
+        elif isinstance(module, GroupNorm):
+            module.moments = RowMoments(axis)

@@ -1,7 +1,7 @@
 """Tensor parallelism by tables (Shoeybi et al. 2019): each rank holds a shard of a layer's channels.
 
-A table maps layer names to sharding rules. Before loading, `shrink` reduces the layers to this rank's shard and returns
-the slice of each tensor to load; after loading, `insert_collectives` adds the all-reduces and all-gathers.
+A table maps layer names to sharding rules. Before loading, `shrink` lets each layer cut itself to this rank's shard and
+returns the slice of each tensor to load; after loading, `insert_collectives` adds the all-reduces and all-gathers.
 """
 
 from collections.abc import Mapping
@@ -12,21 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sglang_gen.models.layers import OwnTensors, Shard, adopted
 from sglang_gen.parallel.collectives import Axis, all_reduce, gather
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Shard output channels, or a norm's groups. Fused layers shard each of their `sections`, such as q, k and v."""
-
-    sections: tuple[int, ...] = (1,)  # relative widths
+    """Shard output channels, or a norm's groups; a fused layer shards each of its sections, such as q, k and v."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Shard input channels; the outputs are partial sums that need an all-reduce."""
-
-    sections: tuple[int, ...] = (1,)
+    """Shard input channels, of every section; the outputs are partial sums that need an all-reduce."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +46,6 @@ class Biases:
 Table = Mapping[str, Columns | Rows | Gathered | Heads | Biases]  # patterns of module names
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The part of a tensor that a rank holds: concatenated ranges of one dimension."""
-
-    dim: int
-    ranges: tuple[tuple[int, int], ...]
-    whole: int  # unsharded length of the dimension
-
-
-def ranges(whole: int, sections: tuple[int, ...], axis: Axis) -> tuple[tuple[int, int], ...]:
-    """This rank's range in each section of a dimension. The plan has checked divisibility."""
-    unit, sharded, start = whole // sum(sections), [], 0
-    for section in sections:
-        length, left = divmod(section * unit, axis.size)
-        assert not left, f"{section * unit} channels do not divide by {axis.size}"
-        sharded.append((start + axis.index * length, start + (axis.index + 1) * length))
-        start += section * unit
-    return tuple(sharded)
-
-
 def matched(network: nn.Module, table: Table) -> list[tuple[str, nn.Module, Any]]:
     """(name, module, rule) of every module that matches a pattern of the table."""
     return [
@@ -80,33 +57,19 @@ def matched(network: nn.Module, table: Table) -> list[tuple[str, nn.Module, Any]
 
 
 def shrink(network: nn.Module, table: Table, axis: Axis) -> dict[str, Shard]:
-    """Shrink the layers of a network on the meta device to this rank's shard; returns the shards by tensor name."""
+    """Cut the layers of a network on the meta device to this rank's shard; returns the shards by tensor name."""
     shards: dict[str, Shard] = {}
     for name, module, rule in matched(network, table):
         if isinstance(rule, Heads):
             for count in rule.counts:
                 setattr(module, count, _per_rank(getattr(module, count), axis))
             continue
+        if not isinstance(module, OwnTensors):
+            module = adopted(module)
+            network.set_submodule(name, module)
         dim = 1 if isinstance(rule, (Rows, Biases)) else 0
-        sections = rule.sections if isinstance(rule, (Columns, Rows)) else (1,)
-        for key, tensor in list(module.named_parameters(recurse=False)):
-            if tensor.ndim <= dim:
-                continue  # the bias of a row parallel layer is not sharded; it is added after the all-reduce
-            shard = Shard(dim, ranges(tensor.shape[dim], sections, axis), tensor.shape[dim])
-            shape = list(tensor.shape)
-            shape[dim] //= axis.size
-            setattr(module, key, nn.Parameter(tensor.new_empty(shape), requires_grad=False))
-            shards[f"{name}.{key}"] = shard
-        _count(module, dim, axis)
+        shards |= {f"{name}.{key}": shard for key, shard in module.cut(dim, axis.index, axis.size).items()}
     return shards
-
-
-def _count(module: nn.Module, dim: int, axis: Axis) -> None:
-    """Divide a layer's attributes that count its channels or groups."""
-    kept = ("in_features", "in_channels") if dim else ("out_features", "out_channels", "num_groups", "num_channels")
-    for attribute in kept:
-        if hasattr(module, attribute):
-            setattr(module, attribute, _per_rank(getattr(module, attribute), axis))
 
 
 def _per_rank(count: int, axis: Axis) -> int:
@@ -115,41 +78,33 @@ def _per_rank(count: int, axis: Axis) -> int:
     return count // axis.size
 
 
-class RowParallel(nn.Module):
-    """A row parallel layer: all-reduces the partial outputs and adds the bias once."""
+class AllReduce(nn.Module):
+    """Sums the partial outputs of a row parallel layer over the ranks."""
 
-    def __init__(self, layer: Any, axis: Axis) -> None:
+    def __init__(self, axis: Axis) -> None:
         super().__init__()
-        self.bias, layer.bias = layer.bias, None
-        self.layer, self.axis, self.of_maps = layer, axis, layer.weight.ndim == 4
-
-    @property
-    def weight(self) -> Tensor:
-        """The layer's weight; transformers reads its dtype."""
-        weight: Tensor = self.layer.weight
-        return weight
+        self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        total = all_reduce(self.layer(x), self.axis)
-        if self.bias is not None:
-            total = total + (self.bias[:, None, None] if self.of_maps else self.bias)
-        return total
+        return all_reduce(x, self.axis)
 
 
-class GatherOutput(nn.Module):
-    """A column parallel layer that all-gathers its output channels, the last dimension."""
+class AllGather(nn.Module):
+    """Gathers the output channels of a column parallel layer, the last dimension, from all ranks."""
 
-    def __init__(self, layer: nn.Module, axis: Axis) -> None:
+    def __init__(self, axis: Axis) -> None:
         super().__init__()
-        self.layer, self.axis = layer, axis
+        self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(gather(self.layer(x), self.axis).wait().unbind(), dim=-1)
+        return torch.cat(gather(x, self.axis).wait().unbind(), dim=-1)
 
 
 def insert_collectives(network: nn.Module, table: Table, axis: Axis) -> None:
-    """Wrap the layers of `Rows` and `Gathered` rules with their collectives."""
-    for name, module, rule in matched(network, table):
-        if isinstance(rule, (Rows, Gathered)):
-            kind = RowParallel if isinstance(rule, Rows) else GatherOutput
-            network.set_submodule(name, kind(module, axis))
+    """Set the collectives on the layers of `Rows` and `Gathered` rules."""
+    for _, module, rule in matched(network, table):
+        layer: Any = module
+        if isinstance(rule, Rows):
+            layer.reduce = AllReduce(axis)
+        elif isinstance(rule, Gathered):
+            layer.gather = AllGather(axis)

@@ -92,7 +92,7 @@ def _signature(leaf: Any) -> Any:
 def _leaves(value: Any) -> Iterator[Any]:
     """The tensors and plain values inside lists, tuples, dicts and dataclasses."""
     if dataclasses.is_dataclass(value):
-        value = vars(value)
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, (list, tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _leaves(item)

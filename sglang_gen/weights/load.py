@@ -1,8 +1,9 @@
 """Loads checkpoints of diffusers folders into our networks, tensor by tensor, with all names and shapes checked."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,15 +12,50 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sglang_gen.errors import UserError
-from sglang_gen.parallel.tensor import Shard
+from sglang_gen.models.layers import WHOLE, OwnTensors, Shard, own_tensors, place
 
-Sources = Callable[[str], Sequence[str]]  # our tensor name -> checkpoint names, concatenated along dimension 0
+# Our tensor name -> checkpoint names, each with the section of the layer's outputs that it fills (WHOLE: all of them).
+Sources = Callable[[str], Mapping[str, str]]
 Shrink = Callable[[nn.Module], Mapping[str, Shard]]  # shrinks a network to this rank's shard; the shards by tensor name
 
 
 def unsharded(network: nn.Module) -> Mapping[str, Shard]:
     """A `Shrink` that keeps the whole network."""
     return {}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of one module of a network, to be filled from a checkpoint."""
+
+    name: str  # in the network
+    module: nn.Module
+    key: str  # in the module
+    shape: tuple[int, ...]
+    sections: tuple[str, ...] = ()  # of the layer's outputs, in their order
+
+    def place(self, tensor: Tensor) -> None:
+        if isinstance(self.module, OwnTensors):
+            self.module.place(self.key, tensor)
+        else:
+            place(self.module, self.key, tensor)
+
+    def ordered(self, sources: Mapping[str, str]) -> list[str]:
+        """The checkpoint names in the order of the layer's sections."""
+        if [*sources.values()] == [WHOLE]:
+            return [*sources]
+        by_section = {section: name for name, section in sources.items()}
+        assert by_section.keys() == {*self.sections}, f"{self.name} has the sections {self.sections}, not {sources}"
+        return [by_section[section] for section in self.sections]
+
+
+def slots(network: nn.Module) -> Iterator[Slot]:
+    """The tensors of a network that a checkpoint must provide; a layer that owns its tensors says which."""
+    for path, module in network.named_modules():
+        shapes = module.tensors() if isinstance(module, OwnTensors) else own_tensors(module)
+        for key, shape in shapes.items():
+            sections = tuple(getattr(module, "sections", ()))
+            yield Slot(f"{path}.{key}".lstrip("."), module, key, shape, sections)
 
 
 class Tensors(Protocol):
@@ -62,17 +98,18 @@ def fill(
     """
     with torch.device("meta"):
         network = build()
-    _check_names(network, tensors.names(), sources, where)
-    slots = network.state_dict()
-    for name, slot in slots.items():
-        _check_shape([_as_linear(tensors.shape(source), slot) for source in sources(name)], slot, sources(name), where)
+    names = {slot.name: slot.ordered(sources(slot.name)) for slot in slots(network)}
+    _check_names(network, tensors.names(), {source for each in names.values() for source in each}, where)
+    for slot in slots(network):
+        shapes = [_as_linear(tensors.shape(source), slot.shape) for source in names[slot.name]]
+        _check_shape(shapes, slot.shape, names[slot.name], where)
     shards = shrink(network)
-    for name, slot in network.state_dict().items():
-        rows = _read(tensors, sources(name), shards.get(name))
-        if name not in shards and len(rows) == 1:
-            _assign(network, name, rows[0][0].to(device, dtype).view(slot.shape))
+    for slot in slots(network):
+        rows = _read(tensors, names[slot.name], shards.get(slot.name))
+        if slot.name not in shards and len(rows) == 1:
+            slot.place(rows[0][0].to(device, dtype).view(slot.shape))
         else:
-            _assign(network, name, _joined(rows, slot, dtype, device))
+            slot.place(_joined(rows, slot.shape, dtype, device))
     return network.eval()
 
 
@@ -92,33 +129,23 @@ def _read(tensors: Tensors, names: Sequence[str], shard: Shard | None) -> list[l
     return rows
 
 
-def _as_linear(shape: Sequence[int], slot: Tensor) -> tuple[int, ...]:
+def _as_linear(shape: Sequence[int], needed: Sequence[int]) -> tuple[int, ...]:
     """The shape of a checkpoint tensor; a 1 x 1 convolution counts as a matrix if the network has a linear layer."""
-    return tuple(shape[:2] if len(shape) == 4 and tuple(shape[2:]) == (1, 1) and slot.ndim == 2 else shape)
+    return tuple(shape[:2] if len(shape) == 4 and tuple(shape[2:]) == (1, 1) and len(needed) == 2 else shape)
 
 
-def _joined(rows: list[list[Tensor]], slot: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+def _joined(rows: list[list[Tensor]], shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
     """One tensor with every piece copied straight to its place, without a concatenated copy in between."""
-    joined = torch.empty(slot.shape, dtype=dtype, device=device)
+    joined = torch.empty(shape, dtype=dtype, device=device)
     heights = [len(pieces[0]) for pieces in rows]
     for row, pieces in zip(torch.split(joined, heights), rows, strict=True):
         start = 0
         for piece in pieces:
             width = piece.shape[1] if len(pieces) > 1 else 0
-            place = row[:, start : start + width] if width else row
-            place.copy_(piece.view(place.shape) if piece.is_contiguous() else piece.reshape(place.shape))
+            there = row[:, start : start + width] if width else row
+            there.copy_(piece.view(there.shape) if piece.is_contiguous() else piece.reshape(there.shape))
             start += width
     return joined
-
-
-def _assign(network: nn.Module, name: str, tensor: Tensor) -> None:
-    """Set the parameter or buffer `name` of the network to `tensor`."""
-    path, _, last = name.rpartition(".")
-    module = network.get_submodule(path)
-    if last in module._parameters:
-        module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[last] = tensor
 
 
 class Checkpoint:
@@ -158,8 +185,7 @@ class InMemoryTensors:
         return self.tensors.pop(name)
 
 
-def _check_names(network: nn.Module, names: Set[str], sources: Sources, where: str) -> None:
-    wanted = {source for name in network.state_dict() for source in sources(name)}
+def _check_names(network: nn.Module, names: Set[str], wanted: Set[str], where: str) -> None:
     missing, surplus = sorted(wanted - names), sorted(names - wanted)
     if missing or surplus:
         kind = type(network).__name__
@@ -168,18 +194,18 @@ def _check_names(network: nn.Module, names: Set[str], sources: Sources, where: s
         raise UserError(f"{where} is not a checkpoint of this {kind}: it {' and '.join(problems)}")
 
 
-def _check_shape(shapes: list[tuple[int, ...]], slot: Tensor, names: Sequence[str], where: str) -> None:
-    """Raises UserError that names the first tensor whose shape does not fit into the slot."""
+def _check_shape(shapes: list[tuple[int, ...]], needed: tuple[int, ...], names: Sequence[str], where: str) -> None:
+    """Raises UserError that names the first tensor whose shape does not fit."""
     for name, shape in zip(names, shapes, strict=True):
-        if shape[1:] != slot.shape[1:] or (len(shapes) == 1 and shape != slot.shape):
-            needed = slot.shape if len(shapes) == 1 else ("...", *slot.shape[1:])
+        if shape[1:] != needed[1:] or (len(shapes) == 1 and shape != needed):
+            shown = needed if len(shapes) == 1 else ("...", *needed[1:])
             raise UserError(
-                f"{where}: {name} has the shape {list(shape)}, this network needs [{', '.join(map(str, needed))}]"
+                f"{where}: {name} has the shape {list(shape)}, this network needs [{', '.join(map(str, shown))}]"
             )
-    if sum(shape[0] for shape in shapes) != len(slot):
+    if sum(shape[0] for shape in shapes) != needed[0]:
         raise UserError(
             f"{where}: {', '.join(names)} have {sum(shape[0] for shape in shapes)} rows together, "
-            f"this network needs {len(slot)}"
+            f"this network needs {needed[0]}"
         )
 
 
@@ -192,14 +218,19 @@ def where(files: Sequence[Path]) -> str:
     return str(files[0] if len(files) == 1 else files[0].parent)
 
 
-def renamed(name: str, rules: Mapping[str, Sequence[str]]) -> list[str]:
-    """The checkpoint names of our tensor `name`.
+Rules = Mapping[str, str | Mapping[str, str]]  # dotted part of our names -> part, or part by section, of theirs
 
-    A rule replaces a dotted part of our name; a rule with several replacements means that the checkpoint's tensors are
-    concatenated. The longest matching rule wins.
+
+def renamed(name: str, rules: Rules) -> dict[str, str]:
+    """The checkpoint names of our tensor `name`, each with its section of the layer's outputs.
+
+    A rule replaces a dotted part of our name. A rule with a name for each section means that the checkpoint has one
+    tensor for each. The longest matching rule wins.
     """
     patterns = "|".join(re.escape(part) for part in sorted(rules, key=len, reverse=True))
-    names = [""]
+    names = {"": WHOLE}
     for part in re.findall(rf"(?<![^.])(?:{patterns})(?![^.])|[^.]+|\.", name):
-        names = [start + end for start in names for end in rules.get(part, (part,))]
+        rule = rules.get(part, part)
+        ends = {WHOLE: rule} if isinstance(rule, str) else rule
+        names = {start + end: before or section for start, before in names.items() for section, end in ends.items()}
     return names

@@ -22,8 +22,8 @@ from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.sequence import KernelWithLSE, Ring
 from sglang_gen.parallel.sequence_boundary import shard
 from sglang_gen.parallel.sharded_network import Split
-from sglang_gen.parallel.spatial import RowAttention, RowConv, RowDecoder, RowNorm
-from sglang_gen.parallel.tensor import RowParallel
+from sglang_gen.parallel.spatial import Halo, RowAttention, RowDecoder, RowMoments, split_rows
+from sglang_gen.parallel.tensor import AllReduce
 from sglang_gen.weights.load import load
 
 GLUE = {"sd3": sd3, "flux": pipeline, "unet": unet_shared}
@@ -45,9 +45,13 @@ def _modules(network: nn.Module, kind: type) -> list[Any]:
     return [module for module in network.modules() if isinstance(module, kind)]
 
 
+def _row_parallel(network: nn.Module) -> list[Any]:
+    """Layers whose inputs are cut."""
+    return [module for module in network.modules() if isinstance(getattr(module, "reduce", None), AllReduce)]
+
+
 def _last_weight(network: nn.Module) -> torch.Tensor:
-    """Of the last layer whose inputs are cut."""
-    return _modules(network, RowParallel)[-1].layer.weight
+    return _row_parallel(network)[-1].weight
 
 
 def _silent_part(network: nn.Module, mesh: Mesh) -> None:
@@ -62,7 +66,7 @@ def _swapped_channels(network: nn.Module, mesh: Mesh) -> None:
 
 
 def _bias_twice(network: nn.Module, mesh: Mesh) -> None:
-    _modules(network, RowParallel)[0].bias.mul_(2)
+    _row_parallel(network)[0].bias.mul_(2)
 
 
 def _own_tokens_alone(network: nn.Module, mesh: Mesh) -> None:
@@ -77,13 +81,15 @@ def _another_order(network: nn.Module, mesh: Mesh) -> None:
 
 
 def _no_neighbours(network: nn.Module, mesh: Mesh) -> None:
-    for conv in _modules(network, RowConv)[:1]:
-        conv.conv.padding, conv.forward = (1, 1), conv.conv.forward
+    for conv in [module for module in network.modules() if isinstance(getattr(module, "halo", None), Halo)][:1]:
+        conv.halo, conv.padding = None, (1, 1)
 
 
 def _own_moments(network: nn.Module, mesh: Mesh) -> None:
-    for norm in _modules(network, RowNorm)[:1]:
-        norm.forward = norm.norm.forward
+    for norm in [module for module in network.modules() if isinstance(getattr(module, "moments", None), RowMoments)][
+        :1
+    ]:
+        norm.moments = None
 
 
 def _plain_mean(network: nn.Module, mesh: Mesh) -> None:
@@ -185,6 +191,6 @@ def by_rows(mesh: Mesh, layer: nn.Module, x: torch.Tensor, rows: tuple[int, ...]
     On the ranks `last` channels are last in memory.
     """
     axis = mesh.axis(SEQUENCE)
-    split = RowConv(layer, axis) if isinstance(layer, nn.Conv2d) else RowNorm(layer, axis)
+    split_rows(layer, axis)
     mine = shard(x, 2, rows, axis.index)
-    return split(mine.contiguous(memory_format=torch.channels_last) if axis.index in last else mine)
+    return layer(mine.contiguous(memory_format=torch.channels_last) if axis.index in last else mine)

@@ -41,7 +41,7 @@ def laid_out(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     if dtype.itemsize == 2:
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
 

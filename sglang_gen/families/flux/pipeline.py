@@ -21,7 +21,7 @@ from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.sequence_boundary import Sharding, TokensByKind, shard, shard_sizes
 from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows
 from sglang_gen.plan import image_size
-from sglang_gen.weights.load import renamed
+from sglang_gen.weights.load import Rules, renamed
 
 NETWORK = "transformer"
 encode_image, skipped = flow_matching.encode_image, flow_matching.skipped
@@ -41,33 +41,33 @@ ZERO_WITHOUT_NEGATIVE = False
 SCHEDULER: Mapping[str, Any] = {}
 
 # Dotted parts of our tensor names -> the corresponding parts in a diffusers checkpoint.
-NAMES = {
-    "tokens": ("x_embedder",),
-    "timestep_embedder": ("time_text_embed.timestep_embedder",),
-    "guidance_embedder": ("time_text_embed.guidance_embedder",),
-    "pooled_embedder": ("time_text_embed.text_embedder",),
-    "text_embedder": ("context_embedder",),
-    "blocks": ("transformer_blocks",),
-    "single_blocks": ("single_transformer_blocks",),
-    "modulation": ("norm",),
-    "image.modulation": ("norm1",),
-    "text.modulation": ("norm1_context",),
-    "out_modulation": ("norm_out",),
-    "out": ("proj_out",),
-    "image.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "text.to_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "image.norms": ("attn",),
-    "text.norms.norm_q": ("attn.norm_added_q",),
-    "text.norms.norm_k": ("attn.norm_added_k",),
-    "image.to_out": ("attn.to_out.0",),
-    "text.to_out": ("attn.to_add_out",),
-    "image.ff": ("ff",),
-    "text.ff": ("ff_context",),
-    "norms": ("attn",),
-    "to_qkv_ff": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "to_out": ("proj_out",),
-    "up": ("net.0.proj",),
-    "down": ("net.2",),
+NAMES: Rules = {
+    "tokens": "x_embedder",
+    "timestep_embedder": "time_text_embed.timestep_embedder",
+    "guidance_embedder": "time_text_embed.guidance_embedder",
+    "pooled_embedder": "time_text_embed.text_embedder",
+    "text_embedder": "context_embedder",
+    "blocks": "transformer_blocks",
+    "single_blocks": "single_transformer_blocks",
+    "modulation": "norm",
+    "image.modulation": "norm1",
+    "text.modulation": "norm1_context",
+    "out_modulation": "norm_out",
+    "out": "proj_out",
+    "image.to_qkv": {"q": "attn.to_q", "k": "attn.to_k", "v": "attn.to_v"},
+    "text.to_qkv": {"q": "attn.add_q_proj", "k": "attn.add_k_proj", "v": "attn.add_v_proj"},
+    "image.norms": "attn",
+    "text.norms.norm_q": "attn.norm_added_q",
+    "text.norms.norm_k": "attn.norm_added_k",
+    "image.to_out": "attn.to_out.0",
+    "text.to_out": "attn.to_add_out",
+    "image.ff": "ff",
+    "text.ff": "ff_context",
+    "norms": "attn",
+    "to_qkv_ff": {"q": "attn.to_q", "k": "attn.to_k", "v": "attn.to_v", "ff": "proj_mlp"},
+    "to_out": "proj_out",
+    "up": "net.0.proj",
+    "down": "net.2",
 }
 
 TENSOR = {
@@ -76,12 +76,12 @@ TENSOR = {
     "blocks.*.text": Heads(),
     "single_blocks.?": Heads(),
     "single_blocks.??": Heads(),
-    "*.to_qkv": Columns((1, 1, 1)),
+    "*.to_qkv": Columns(),
     "blocks.*.to_out": Rows(),
     "*.up": Columns(),
     "*.down": Rows(),
-    "*.to_qkv_ff": Columns((1, 1, 1, 4)),
-    "single_blocks.*.to_out": Rows((1, 4)),
+    "*.to_qkv_ff": Columns(),
+    "single_blocks.*.to_out": Rows(),
 }
 
 
@@ -116,8 +116,8 @@ SHARDING = Sharding(
 )
 
 
-def sources(name: str) -> list[str]:
-    """Names of the checkpoint tensors that are concatenated into our tensor `name`."""
+def sources(name: str) -> dict[str, str]:
+    """Names of the checkpoint tensors of our tensor `name`, each with its section of the layer."""
     return renamed(name, NAMES)
 
 

@@ -19,7 +19,7 @@ from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.sequence_boundary import Sharding, TokensByKind, shard, shard_sizes
 from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows
 from sglang_gen.plan import image_size
-from sglang_gen.weights.load import renamed
+from sglang_gen.weights.load import Rules, renamed
 
 NETWORK = "transformer"
 encode_image, start, skipped = flow_matching.encode_image, flow_matching.start, flow_matching.skipped
@@ -38,37 +38,37 @@ ZERO_WITHOUT_NEGATIVE = False
 SCHEDULER: Mapping[str, Any] = {}
 
 # Dotted parts of our tensor names -> the corresponding parts in a diffusers checkpoint.
-NAMES = {
-    "patches": ("pos_embed.proj",),
-    "positions": ("pos_embed.pos_embed",),
-    "timestep_embedder": ("time_text_embed.timestep_embedder",),
-    "pooled_embedder": ("time_text_embed.text_embedder",),
-    "text_embedder": ("context_embedder",),
-    "blocks": ("transformer_blocks",),
-    "modulation": ("norm1",),
-    "text_modulation": ("norm1_context",),
-    "out_modulation": ("norm_out",),
-    "out": ("proj_out",),
-    "attention.image": ("attn",),
-    "attention.image.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "attention.text.to_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "attention.text.norm_q": ("attn.norm_added_q",),
-    "attention.text.norm_k": ("attn.norm_added_k",),
-    "attention.to_out": ("attn.to_out.0",),
-    "attention.to_text_out": ("attn.to_add_out",),
-    "attention_2.image": ("attn2",),
-    "attention_2.image.to_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "attention_2.to_out": ("attn2.to_out.0",),
-    "ff_text": ("ff_context",),
-    "up": ("net.0.proj",),
-    "down": ("net.2",),
+NAMES: Rules = {
+    "patches": "pos_embed.proj",
+    "positions": "pos_embed.pos_embed",
+    "timestep_embedder": "time_text_embed.timestep_embedder",
+    "pooled_embedder": "time_text_embed.text_embedder",
+    "text_embedder": "context_embedder",
+    "blocks": "transformer_blocks",
+    "modulation": "norm1",
+    "text_modulation": "norm1_context",
+    "out_modulation": "norm_out",
+    "out": "proj_out",
+    "attention.image": "attn",
+    "attention.image.to_qkv": {"q": "attn.to_q", "k": "attn.to_k", "v": "attn.to_v"},
+    "attention.text.to_qkv": {"q": "attn.add_q_proj", "k": "attn.add_k_proj", "v": "attn.add_v_proj"},
+    "attention.text.norm_q": "attn.norm_added_q",
+    "attention.text.norm_k": "attn.norm_added_k",
+    "attention.to_out": "attn.to_out.0",
+    "attention.to_text_out": "attn.to_add_out",
+    "attention_2.image": "attn2",
+    "attention_2.image.to_qkv": {"q": "attn2.to_q", "k": "attn2.to_k", "v": "attn2.to_v"},
+    "attention_2.to_out": "attn2.to_out.0",
+    "ff_text": "ff_context",
+    "up": "net.0.proj",
+    "down": "net.2",
 }
 
 TENSOR = {
     "*modulation.linear": Gathered(),
     "blocks.*.attention*.image": Heads(),
     "blocks.*.attention.text": Heads(),
-    "blocks.*.to_qkv": Columns((1, 1, 1)),
+    "blocks.*.to_qkv": Columns(),
     "blocks.*.to_out": Rows(),
     "blocks.*.to_text_out": Rows(),
     "blocks.*.up": Columns(),
@@ -114,8 +114,8 @@ SHARDING = Sharding(
 )
 
 
-def sources(name: str) -> list[str]:
-    """Names of the checkpoint tensors that are concatenated into our tensor `name`."""
+def sources(name: str) -> dict[str, str]:
+    """Names of the checkpoint tensors of our tensor `name`, each with its section of the layer."""
     return renamed(name, NAMES)
 
 
