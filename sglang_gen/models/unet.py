@@ -57,7 +57,7 @@ Texts = list[Tensor]  # for each layer of a transformer: keys and values of the 
 class Conditioning:
     """Inputs that are computed once for all steps. S steps, batch B, C channels of the block."""
 
-    # For each stage with a residual block: projected times [S, B or 1, C] and texts; for a resampling stage nothing.
+    # For each stage with a residual block: projected times [S, B or 1, C] and texts; for downsampling nothing.
     blocks: list[tuple[Tensor, Texts] | tuple[()]]
     count: int  # S
 
@@ -192,7 +192,11 @@ class Level(nn.Module):
 
 @dataclass(frozen=True)
 class Stage:
-    """One link of the chain: modules that share a place in it, and the skip connections that it pushes and pops."""
+    """One link of the chain: modules that share a place in it, and the skip connections that it pushes and pops.
+
+    Upsampling belongs to the stage that pops the first skip connection of the finer level, so stages that push as many
+    skip connections as they pop can be left out together.
+    """
 
     residual: Any = None
     transformer: Any = None
@@ -202,6 +206,8 @@ class Stage:
     pops: int = 0
 
     def __call__(self, x: Tensor, skips: Skips, time: Tensor | None = None, texts: Texts | None = None) -> State:
+        if self.upsample is not None:
+            x = self.upsample(x, *skips[-1].shape[-2:])
         if self.pops:
             x, skips = torch.cat([x, skips[-1]], dim=1), skips[:-1]
         if self.residual is not None:
@@ -210,8 +216,6 @@ class Stage:
             x = self.transformer(x, texts)
         if self.downsample is not None:
             x = self.downsample(x)
-        if self.upsample is not None:
-            x = self.upsample(x, *skips[-1].shape[-2:])
         return x, (*skips, x) if self.pushes else skips
 
 
@@ -262,10 +266,12 @@ class UNet(nn.Module):
             if level.downsample is not None:
                 stages.append(Stage(downsample=level.downsample, pushes=1))
         stages += [Stage(residual, transformer) for residual, transformer in self.middle.pairs()]
+        upsample = None
         for level in self.up:
-            stages += [Stage(residual, transformer, pops=1) for residual, transformer in level.pairs()]
-            if level.upsample is not None:
-                stages.append(Stage(upsample=level.upsample))
+            for residual, transformer in level.pairs():
+                stages.append(Stage(residual, transformer, upsample=upsample, pops=1))
+                upsample = None
+            upsample = level.upsample
         return stages
 
     def forward(self, latents: Tensor, conditioning: Conditioning, step: int) -> Tensor:

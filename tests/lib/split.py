@@ -17,6 +17,7 @@ from sglang_gen.families.flux import pipeline
 from sglang_gen.families.sd3 import pipeline as sd3
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.models.attention import Attend
+from sglang_gen.models.chain import Chain
 from sglang_gen.parallel.collectives import counted
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.sequence import KernelWithLSE, Ring
@@ -128,10 +129,29 @@ MUTATIONS = {
 }
 
 
+class Skipping(Chain):
+    """A chain that leaves blocks out."""
+
+    def __init__(self, skipped: range) -> None:
+        super().__init__()
+        self.skipped = skipped
+
+    def forward(self, blocks: Any, state: Any, conditions: Any, *shared: Any) -> Any:
+        kept = [index for index in range(len(blocks)) if index not in self.skipped]
+        return super().forward([blocks[index] for index in kept], state, [conditions[index] for index in kept], *shared)
+
+
 def evaluate(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype, latents: Any, conditions: Any,
-             steps: tuple[int, ...] = (0,), summing: bool = True, mutation: str | None = None):  # fmt: skip
-    """(outputs of the steps, collectives of the last of them)."""
+             steps: tuple[int, ...] = (0,), summing: bool = True, mutation: str | None = None,
+             skipped: range | None = None, compiled: bool = False):  # fmt: skip
+    """(outputs of the steps, collectives of the last of them), of a network without the blocks `skipped`."""
     whole = placed(mesh, name, folder, config, dtype, summing)
+    if skipped is not None:
+        whole.network.chain = Skipping(skipped)
+    if compiled:
+        from sglang_gen.engine.compile import Compiled
+
+        Compiled(whole.network, GLUE[name].REGIONS, "cpu", mesh.layout.ranks)
     if mutation is not None:
         MUTATIONS[mutation](whole.network, mesh)
     network = whole.entrance

@@ -1,0 +1,184 @@
+"""The chain of blocks: any block can be left out from outside, and each reads its own conditioning."""
+
+import copy
+from pathlib import Path
+
+import network_flux
+import network_sd3
+import network_unet
+import pytest
+import torch
+from parity import error
+from split import GLUE, Skipping, evaluate
+from test_split_networks import KIND, given
+from torch import nn
+from torch.nn import functional as F
+
+from sglang_gen.hub.component_folder import in_folder
+from sglang_gen.models.chain import Chain
+from sglang_gen.models.layers import sinusoid
+from sglang_gen.models.unet import UNet
+from sglang_gen.types import Layout
+from sglang_gen.weights.load import load
+
+REFERENCES = {"sd3": network_sd3, "flux": network_flux, "sd15": network_unet}
+STEPS = (0, 2)
+# Levels of one width, so that stages may be left out on the way down and on the way up.
+EVEN = network_unet.SD15 | {"block_out_channels": (16, 16, 16), "attention_head_dim": 4}
+
+
+def inputs(name: str, dtype: torch.dtype):
+    """(config, latents, arguments of `condition`)."""
+    config, latents, conditions = given(name, dtype)
+    return (EVEN if name == "sd15" else config), latents, conditions
+
+
+def loaded(name: str, config: dict, dtype: torch.dtype = torch.float64):
+    """The network, and the folder of its weights."""
+    folder = Path("network").absolute()
+    REFERENCES[name].reference(**config).save_pretrained(folder)
+    glue = GLUE[KIND[name]]
+    return load(lambda: glue.build(config), in_folder(folder), glue.sources, dtype, "cpu"), folder
+
+
+def evaluated(network, latents, conditions) -> torch.Tensor:
+    conditioning = network.condition(*conditions)
+    return torch.stack([network(latents, conditioning, step) for step in STEPS])
+
+
+def shortened(network: nn.Module, skipped: range) -> nn.Module:
+    """A transformer that was built without these blocks."""
+    network = copy.deepcopy(network)
+    network.chain = Chain()
+    lists = [network.blocks, getattr(network, "single_blocks", nn.ModuleList())]
+    for index in reversed(skipped):
+        blocks, place = (lists[0], index) if index < len(lists[0]) else (lists[1], index - len(lists[0]))
+        del blocks[place]
+    return network
+
+
+def by_hand(network: UNet, latents, conditions, skipped: range, step: int) -> torch.Tensor:
+    """A UNet's evaluation as nested loops over its levels, in which the stages `skipped` do nothing."""
+    timesteps, text = conditions
+    embedded = network.time_embedder(sinusoid(timesteps[step], network.config.width).to(text))
+    index = -1
+
+    def stage(x, residual, transformer):
+        x = residual(x, residual.time(F.silu(embedded))[None])
+        if transformer is None:
+            return x
+        return transformer(x, [block.cross_attention.read(text) for block in transformer.blocks])
+
+    def runs() -> bool:
+        nonlocal index
+        index += 1
+        return index not in skipped
+
+    x = network.conv_in(latents)
+    skips = [x]
+    for level in network.down:
+        for residual, transformer in level.pairs():
+            if runs():
+                x = stage(x, residual, transformer)
+                skips.append(x)
+        if level.downsample is not None and runs():
+            x = level.downsample(x)
+            skips.append(x)
+    for residual, transformer in network.middle.pairs():
+        if runs():
+            x = stage(x, residual, transformer)
+    upsample = None
+    for level in network.up:
+        for residual, transformer in level.pairs():
+            if runs():
+                if upsample is not None:
+                    x = upsample(x, *skips[-1].shape[-2:])
+                x = stage(torch.cat([x, skips.pop()], dim=1), residual, transformer)
+            upsample = None
+        upsample = level.upsample
+    assert not skips
+    return network.conv_out(F.silu(network.norm_out(x)))
+
+
+def balanced(network: UNet) -> list[range]:
+    """Ranges of stages that push as many skip connections as they pop, and of which each pops one of its own."""
+    stages = network.stages()
+    found = []
+    for start in range(len(stages)):
+        depth = 0
+        for stop in range(start + 1, len(stages) + 1):
+            depth += stages[stop - 1].pushes - stages[stop - 1].pops
+            if depth < 0:
+                break
+            if depth == 0:
+                found.append(range(start, stop))
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_a_transformer_without_a_block_is_one_that_was_built_without_it(name):
+    config, latents, conditions = inputs(name, torch.float64)
+    network, _ = loaded(name, config)
+    whole, count = evaluated(network, latents, conditions), config["num_layers"] + config.get("num_single_layers", 0)
+    ranges = [range(start, stop) for start in range(count) for stop in range(start + 1, count + 1)]
+    for skipped in ranges:
+        network.chain = Skipping(skipped)
+        without = evaluated(network, latents, conditions)
+        assert error(without, evaluated(shortened(network, skipped), latents, conditions)) == 0
+        assert error(without, whole) > 1e-6
+
+
+@torch.no_grad()
+def test_a_unet_without_stages_is_one_written_by_hand_without_them():
+    config, latents, conditions = inputs("sd15", torch.float64)
+    network, _ = loaded("sd15", config)
+    ranges = balanced(network)
+    assert {len(skipped) for skipped in ranges} >= {1, 2, 4, len(network.stages()) - 1}
+    for skipped in [range(0), *ranges]:
+        network.chain = Skipping(skipped)
+        expected = torch.stack([by_hand(network, latents, conditions, skipped, step) for step in STEPS])
+        assert error(evaluated(network, latents, conditions), expected) <= 1e-12
+
+
+def test_stages_of_a_unet_declare_skip_connections_that_meet():
+    with torch.device("meta"):
+        stages = GLUE["unet"].build(EVEN).stages()
+    depth = 1  # the feature map of the first convolution
+    for stage in stages:
+        assert stage.pops <= depth
+        depth += stage.pushes - stage.pops
+    assert depth == 0
+
+
+SKIPPED = {"flux": range(1, 3), "sd3": range(0, 1), "sd15": range(4, 14)}
+LAYOUTS = {"tp2": Layout(tp=2), "ring2": Layout(ring=2)}
+
+
+@torch.no_grad()
+@pytest.mark.whole
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SKIPPED)
+def test_ranks_leave_out_the_blocks_that_one_process_leaves_out(ranks, name, layout):
+    config, latents, conditions = inputs(name, torch.float64)
+    network, folder = loaded(name, config)
+    network.chain = Skipping(SKIPPED[name])
+    expected = evaluated(network, latents, conditions)
+    arguments = (KIND[name], folder, config, torch.float64, latents, conditions, STEPS)
+    for outputs, _ in ranks.run(LAYOUTS[layout], evaluate, *arguments, True, None, SKIPPED[name]):
+        assert error(outputs, expected) <= 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["single", *LAYOUTS])
+@pytest.mark.parametrize("name", SKIPPED)
+def test_compiled_blocks_may_be_left_out_too(ranks, name, layout):
+    config, latents, conditions = inputs(name, torch.float64)
+    network, folder = loaded(name, config)
+    network.chain = Skipping(SKIPPED[name])
+    expected = evaluated(network, latents, conditions)
+    arguments = (KIND[name], folder, config, torch.float64, latents, conditions, STEPS)
+    layouts = {"single": Layout(), **LAYOUTS}
+    for outputs, _ in ranks.run(layouts[layout], evaluate, *arguments, True, None, SKIPPED[name], True):
+        assert error(outputs, expected) <= 1e-10
