@@ -151,6 +151,8 @@ def evaluate(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dty
     if compiled:
         from sglang_gen.engine.compile import Compiled
 
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 64  # of a class of blocks, which a run sets by the shapes it expects
         Compiled(whole.network, GLUE[name].REGIONS, "cpu", mesh.layout.ranks)
     if mutation is not None:
         MUTATIONS[mutation](whole.network, mesh)
