@@ -2,28 +2,21 @@
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 
-import network_flux
-import network_sd3
 import network_unet
 import pytest
 import torch
+from network_cases import KIND, STEPS, evaluated, given, loaded
 from parity import error
-from split import GLUE, Skipping, evaluate
-from test_split_networks import KIND, given
+from split import GLUE, Changes, Skipping, evaluate
 from torch import nn
 from torch.nn import functional as F
 
-from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.models.chain import Chain
 from sglang_gen.models.layers import sinusoid
 from sglang_gen.models.unet import UNet
 from sglang_gen.types import Layout
-from sglang_gen.weights.load import load
 
-REFERENCES = {"sd3": network_sd3, "flux": network_flux, "sd15": network_unet}
-STEPS = (0, 2)
 # Levels of one width, so that stages may be left out on the way down and on the way up.
 EVEN = network_unet.SD15 | {"block_out_channels": (16, 16, 16), "attention_head_dim": 4}
 
@@ -32,19 +25,6 @@ def inputs(name: str, dtype: torch.dtype):
     """(config, latents, arguments of `condition`)."""
     config, latents, conditions = given(name, dtype)
     return (EVEN if name == "sd15" else config), latents, conditions
-
-
-def loaded(name: str, config: dict, dtype: torch.dtype = torch.float64):
-    """The network, and the folder of its weights."""
-    folder = Path("network").absolute()
-    REFERENCES[name].reference(**config).save_pretrained(folder)
-    glue = GLUE[KIND[name]]
-    return load(lambda: glue.build(config), in_folder(folder), glue.sources, dtype, "cpu"), folder
-
-
-def evaluated(network, latents, conditions) -> torch.Tensor:
-    conditioning = network.condition(*conditions)
-    return torch.stack([network(latents, conditioning, step) for step in STEPS])
 
 
 def shortened(network: nn.Module, skipped: range) -> nn.Module:
@@ -161,7 +141,7 @@ def test_ranks_leave_out_the_blocks_that_one_process_leaves_out(ranks, name, lay
     network.chain = Skipping(SKIPPED[name])
     expected = evaluated(network, latents, conditions)
     arguments = (KIND[name], folder, config, torch.float64, latents, conditions, STEPS)
-    for outputs, _ in ranks.run(LAYOUTS[layout], evaluate, *arguments, True, None, SKIPPED[name]):
+    for outputs, _ in ranks.run(LAYOUTS[layout], evaluate, *arguments, True, None, Changes(SKIPPED[name])):
         assert error(outputs, expected) <= 1e-10
 
 
@@ -176,5 +156,7 @@ def test_compiled_blocks_may_be_left_out_too(ranks, name, layout):
     expected = evaluated(network, latents, conditions)
     arguments = (KIND[name], folder, config, torch.float64, latents, conditions, STEPS)
     layouts = {"single": Layout(), **LAYOUTS}
-    for outputs, _ in ranks.run(layouts[layout], evaluate, *arguments, True, None, SKIPPED[name], True):
+    for outputs, _ in ranks.run(
+        layouts[layout], evaluate, *arguments, True, None, Changes(SKIPPED[name], compiled=True)
+    ):
         assert error(outputs, expected) <= 1e-10

@@ -1,5 +1,6 @@
 """Networks spread over ranks beside the same network in one process: what runs on the ranks of the pool."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sglang_gen.families.sd3 import pipeline as sd3
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.chain import Chain
+from sglang_gen.models.layers import Linear, Shard
 from sglang_gen.parallel.collectives import counted
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.sequence import KernelWithLSE, Ring
@@ -30,11 +32,63 @@ from sglang_gen.weights.load import load
 GLUE = {"sd3": sd3, "flux": pipeline, "unet": unet_shared}
 
 
-def placed(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype, summing: bool = True):
+class Transposed(Linear):
+    """A linear layer that stores its weight transposed and four times as large."""
+
+    stored: nn.Parameter
+
+    def __init__(self, inputs: Any, outputs: Any, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, bias)
+        del self.weight
+        self.stored = nn.Parameter(torch.empty(self.in_features, self.out_features), requires_grad=False)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        shapes = {"weight": (self.out_features, self.in_features)}
+        return shapes if self.bias is None else {**shapes, "bias": (self.out_features,)}
+
+    def place(self, name: str, tensor: torch.Tensor) -> None:
+        if name == "weight":
+            self.stored = nn.Parameter(4 * tensor.T.contiguous(), requires_grad=False)
+        else:
+            super().place(name, tensor)
+
+    def shrink_tensor(self, name: str, shard: Shard) -> None:
+        if name == "weight":
+            self.stored = nn.Parameter(self.stored.new_empty(self.in_features, self.out_features), requires_grad=False)
+        else:
+            super().shrink_tensor(name, shard)
+
+    def product(self, x: torch.Tensor, rows: slice | None, bias: bool) -> torch.Tensor:
+        rows = rows or slice(None)
+        y = x @ self.stored[:, rows] / 4
+        return y + self.bias[rows] if bias and self.bias is not None else y
+
+
+def transposed(network: nn.Module) -> nn.Module:
+    """The network with every linear layer replaced."""
+    for name, module in list(network.named_modules()):
+        if type(module) is Linear:
+            made = Transposed(module.input_sections, module.sections, module.bias is not None)
+            network.set_submodule(name, made)
+    return network
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Changes to the network: blocks that are left out, compiled blocks, layers of another storage."""
+
+    skipped: range | None = None
+    compiled: bool = False
+    stored: bool = False
+
+
+def placed(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype, summing: bool = True,
+           stored: bool = False):  # fmt: skip
     """The network on this rank, and the tensors that it holds by name."""
     glue = GLUE[name]
     split = Split(mesh, glue.TENSOR, glue.SHARDING)
-    network = load(partial(glue.build, config), in_folder(folder), glue.sources, dtype, "cpu", split.shrink)
+    build = (lambda: transposed(glue.build(config))) if stored else partial(glue.build, config)
+    network = load(build, in_folder(folder), glue.sources, dtype, "cpu", split.shrink)
     whole = split.parallelize(network)
     whole.set_kernel(
         scaled_dot_product_attention, attention_kernels.kernel_with_lse("sdpa", "cpu", dtype) if summing else None
@@ -129,6 +183,9 @@ MUTATIONS = {
 }
 
 
+UNCHANGED = Changes()
+
+
 class Skipping(Chain):
     """A chain that leaves blocks out."""
 
@@ -143,12 +200,12 @@ class Skipping(Chain):
 
 def evaluate(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype, latents: Any, conditions: Any,
              steps: tuple[int, ...] = (0,), summing: bool = True, mutation: str | None = None,
-             skipped: range | None = None, compiled: bool = False):  # fmt: skip
-    """(outputs of the steps, collectives of the last of them), of a network without the blocks `skipped`."""
-    whole = placed(mesh, name, folder, config, dtype, summing)
-    if skipped is not None:
-        whole.network.chain = Skipping(skipped)
-    if compiled:
+             changes: Changes = UNCHANGED):  # fmt: skip
+    """(outputs of the steps, collectives of the last of them)."""
+    whole = placed(mesh, name, folder, config, dtype, summing, changes.stored)
+    if changes.skipped is not None:
+        whole.network.chain = Skipping(changes.skipped)
+    if changes.compiled:
         from sglang_gen.engine.compile import Compiled
 
         torch._dynamo.reset()

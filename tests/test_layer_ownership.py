@@ -1,0 +1,73 @@
+"""Layers own their tensors: one with another storage is loaded, cut, run and copied to meta as any other."""
+
+import network_flux
+import network_sd3
+import network_unet
+import pytest
+import torch
+from network_cases import KIND, both, evaluated, given, loaded
+from parity import error
+from split import GLUE, Changes, Transposed, evaluate, transposed
+
+from sglang_gen.models.layers import Linear
+from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.parallel.sharded_network import Split
+from sglang_gen.types import Layout
+from sglang_gen.weights.load import slots
+
+LAYOUTS = {"single": Layout(), "tp2": Layout(tp=2), "ring2": Layout(ring=2)}
+CONFIGS = {"sd3": network_sd3.PLAIN, "flux": network_flux.DEV, "unet": network_unet.SD15 | {"attention_head_dim": 4}}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd3", "flux", "sd15"])
+def test_a_network_of_layers_with_another_storage_computes_the_same_in_one_process(name):
+    config, latents, conditions = given(name, torch.float64)
+    network, folder = loaded(name, config)
+    expected = evaluated(network, latents, conditions)
+    arguments = (KIND[name], folder, config, torch.float64, latents, conditions, (0, 2))
+    outputs, _ = evaluate(Mesh(), *arguments, changes=Changes(stored=True))
+    assert error(outputs, expected) <= 1e-10
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("layout", ["tp2", "ring2"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "sd15"])
+def test_ranks_cut_layers_that_store_their_weights_in_another_form(ranks, name, layout):
+    expected, answers = both(ranks, name, LAYOUTS[layout], torch.float64, changes=Changes(stored=True))
+    for outputs, _ in answers:
+        assert error(outputs, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_meta_copy_of_such_a_network_holds_the_same_parts(name, layout):
+    """The last rank's tensors as a checkpoint provides them, and the bytes that it stores."""
+    glue, mesh = GLUE[name], Mesh(LAYOUTS[layout], LAYOUTS[layout].ranks - 1)
+    split = Split(mesh, glue.TENSOR, glue.SHARDING)
+    plain = split.meta_copy(lambda: glue.build(CONFIGS[name]), torch.bfloat16).network
+    stored = split.meta_copy(lambda: transposed(glue.build(CONFIGS[name])), torch.bfloat16).network
+    assert sum(isinstance(module, Transposed) for module in stored.modules()) > 5
+    assert {slot.name: slot.shape for slot in slots(stored)} == {slot.name: slot.shape for slot in slots(plain)}
+    sizes = [sum(weight.nbytes for weight in network.parameters()) for network in (plain, stored)]
+    assert sizes[0] == sizes[1]
+    assert all(weight.is_meta for weight in stored.parameters())
+
+
+def test_a_layer_computes_only_the_sections_that_it_is_asked_for():
+    torch.manual_seed(0)
+    layer, x = Linear(6, {"q": 4, "k": 2, "v": 2, "ff": 8}).double(), torch.randn(3, 6).double()
+    q, k, v, ff = layer.split(layer(x), ("q",), ("k",), ("v",), ("ff",))
+    for only, expected in ((("k", "v"), (k, v)), (("q",), (q,)), (("q", "ff"), (q, ff)), (("ff", "k"), (k, ff))):
+        assert error(layer(x, only=only), torch.cat(expected, dim=-1)) <= 1e-14
+    layer.reduce = torch.nn.Hardtanh(-0.1, 0.1)  # stands for the sum over ranks, before the bias
+    assert error(layer(x, only=("k",)), (k - layer.bias[4:6]).clamp(-0.1, 0.1) + layer.bias[4:6]) <= 1e-14
+
+
+def test_a_name_table_that_misses_a_section_is_not_used():
+    """Otherwise the query of a checkpoint could be read as its value."""
+    layer = torch.nn.Sequential(Linear(2, {"q": 2, "k": 2}))
+    (weight, _) = slots(layer)
+    assert weight.ordered({"to_k": "k", "to_q": "q"}) == ["to_q", "to_k"]
+    with pytest.raises(AssertionError, match="has the sections"):
+        weight.ordered({"to_q": "q", "to_v": "v"})
