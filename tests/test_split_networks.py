@@ -10,7 +10,7 @@ import rehearsed
 import torch
 from cases import mostly_slow
 from parity import error
-from split import GLUE, MUTATIONS, evaluate, guide
+from split import FAMILIES, MUTATIONS, evaluate, guide
 
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.parallel.mesh import Mesh
@@ -35,7 +35,7 @@ def given(name: str, dtype: torch.dtype, **size):
 
 
 REFERENCES = {"sd3": network_sd3, "flux": network_flux, "sdxl": network_unet, "sd15": network_unet}
-KIND = {"sd3": "sd3", "flux": "flux", "sdxl": "unet", "sd15": "unet"}
+KIND = {"sd3": "sd3", "flux": "flux", "sdxl": "sdxl", "sd15": "sd"}
 
 
 @torch.no_grad()
@@ -44,8 +44,8 @@ def both(ranks, name, layout, dtype, summing=True, mutation=None, text=None, **s
     config, latents, conditions = given(name, dtype, **size)
     conditions = (conditions[0], conditions[1][:, :text], *conditions[2:])
     REFERENCES[name].reference(**config).save_pretrained(folder)
-    glue = GLUE[KIND[name]]
-    alone = load(lambda: glue.build(config), in_folder(folder), glue.sources, dtype, "cpu")
+    family = FAMILIES[KIND[name]]
+    alone = load(lambda: family.build(config), in_folder(folder), family.sources, dtype, "cpu")
     conditioning = alone.condition(*conditions)
     expected = torch.stack([alone(latents, conditioning, step) for step in (0, 2)])
     network = (KIND[name], folder.absolute(), config, dtype)

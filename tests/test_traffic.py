@@ -80,26 +80,30 @@ class Met(Layers):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.glue = rehearsed.GLUE[name]
-        placed = Split(Mesh(Layout()), {}, self.glue.SHARDING).meta_copy(
-            lambda: self.glue.build(CONFIGS[name]), torch.float32
+        self.family = rehearsed.FAMILIES[name]
+        placed = Split(Mesh(Layout()), {}, self.family.sharding).meta_copy(
+            lambda: self.family.build(CONFIGS[name]), torch.float32
         )
         placed.set_kernel(lambda q, k, v: torch.empty_like(q), None)
         self.network = placed.network
         self.sharded = {id(leaf) for leaves in placed.attention_ops.values() for leaf in leaves}
         request = Request(HEIGHT, WIDTH, rehearsed.FACTOR, steps=2, guidance=3.5, text_length=TEXT)
         configs = {key: part.config for key, part in card(name).components.items()}
-        shapes = (*self.glue.encoded_shapes(configs, TEXT), self.glue.latents_shape(CONFIGS[name], request))
+        shapes = (*self.family.encoded_shapes(configs, TEXT), self.family.latents_shape(CONFIGS[name], request))
         *texts, latents = (torch.empty(ROWS, *shape, device="meta") for shape in shapes)
         with torch.no_grad():
-            predict = self.glue.prepare(self.network, torch.zeros(2), request, [tuple(texts)])
+            predict = self.family.prepare(self.network, torch.zeros(2), request, [tuple(texts)])
             for key, module in self.network.named_modules():
                 module.register_forward_hook(partial(self.note, key))
             predict(latents, 0)
 
     def outputs(self, kind: Any) -> list[tuple[int, ...]]:
         """Outputs of the layers that a rule of the table names, in an evaluation."""
-        named = [name for name, _, rule in tensor.matched(self.network, self.glue.TENSOR) if isinstance(rule, kind)]
+        named = [
+            name
+            for name, _, rule in tensor.matched(self.network, self.family.tensor_parallel)
+            if isinstance(rule, kind)
+        ]
         return [self.layers[name][2] for name in named if name in self.layers]
 
     def attentions(self) -> list[tuple[int, ...]]:

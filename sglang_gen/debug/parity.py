@@ -62,7 +62,7 @@ def run(ours: Plan, theirs: Plan, tolerance: Tolerance) -> Report:
 
 def beside(plan: Plan, ours: Any, theirs: Any, tolerance: Tolerance) -> Engines:
     """Two loaded engines with their networks matched."""
-    network = getattr(theirs.pipeline, ours.pipeline.NETWORK)
+    network = getattr(theirs.pipeline, ours.pipeline.spec.network)
     pairs = correspond(ours.network, network, ours.pipeline.sources)
     autoencoders = decoders.beside(ours.components["vae"], theirs.pipeline.vae, tolerance.module)
     return Engines(plan, ours, theirs, Networks(ours.network, network, pairs, tolerance.module), autoencoders)

@@ -12,9 +12,7 @@ from sglang_gen.backends.native import vae_parallel
 from sglang_gen.engine import attention_kernels
 from sglang_gen.engine.cfg import Guidance, guided
 from sglang_gen.families import autoencoder as autoencoder
-from sglang_gen.families import prediction, text_encoder_parallel, unet_shared
-from sglang_gen.families.flux import pipeline
-from sglang_gen.families.sd3 import pipeline as sd3
+from sglang_gen.families import prediction, registry, text_encoder_parallel
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.models.attention import Attend
 from sglang_gen.parallel.collectives import counted
@@ -26,14 +24,14 @@ from sglang_gen.parallel.spatial import RowAttention, RowConv, RowDecoder, RowNo
 from sglang_gen.parallel.tensor import RowParallel
 from sglang_gen.weights.load import load
 
-GLUE = {"sd3": sd3, "flux": pipeline, "unet": unet_shared}
+FAMILIES = {spec.name: registry.pipeline(spec) for spec in registry.specs()}
 
 
 def placed(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype, summing: bool = True):
     """The network on this rank, and the tensors that it holds by name."""
-    glue = GLUE[name]
-    split = Split(mesh, glue.TENSOR, glue.SHARDING)
-    network = load(partial(glue.build, config), in_folder(folder), glue.sources, dtype, "cpu", split.shrink)
+    family = FAMILIES[name]
+    split = Split(mesh, family.tensor_parallel, family.sharding)
+    network = load(partial(family.build, config), in_folder(folder), family.sources, dtype, "cpu", split.shrink)
     whole = split.parallelize(network)
     whole.set_kernel(
         scaled_dot_product_attention, attention_kernels.kernel_with_lse("sdpa", "cpu", dtype) if summing else None
@@ -167,7 +165,7 @@ def decode(mesh: Mesh, folder: Path, config: dict, latents: torch.Tensor, mutati
 
 
 def read_text(mesh: Mesh, folder: Path, dtype: torch.dtype, tokens: torch.Tensor, mutation: str | None = None):
-    """(what T5 makes of the tokens, what was sent for it, what a rehearsal says is sent)."""
+    """(what the text encoder makes of the tokens, what was sent for it, what a rehearsal says is sent)."""
     axis = mesh.axis("tp")
     encoder: Any = text_encoder_parallel.read(folder, dtype, "cpu", axis)
     assert text_encoder_parallel.is_sharded(encoder)
