@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import network_unet
 import pytest
 import rehearsed
 import torch
@@ -12,6 +11,7 @@ from cases import mostly_slow
 from diffusers import AutoencoderKL
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
+from reference import Reference
 from torch.utils.flop_counter import FlopCounterMode
 
 from sglang_gen import env
@@ -287,7 +287,7 @@ UNEVEN = [
 @pytest.mark.whole
 @pytest.mark.parametrize(("layout", "bands", "more"), mostly_slow(UNEVEN, UNEVEN[2], UNEVEN[4]))
 def test_no_rank_has_more_to_do_than_those_that_are_estimated(layout, bands, more):
-    config = network_unet.SDXL | {"attention_head_dim": 4}
+    config = Reference("sdxl").variants["sdxl"] | {"attention_head_dim": 4}
     unit = 2 ** (len(config["block_out_channels"]) - 1)
     height = (bands * unit + more) * rehearsed.FACTOR  # rows of latents beside those of whole bands: `more`
     lengths = shard_sizes(bands * unit + more, unit, layout.ranks)

@@ -1,18 +1,9 @@
 """A family is described by its folder alone: the contract holds, and no module elsewhere names a model."""
 
 import ast
-import dataclasses
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
-
-from sglang_gen.families import registry
-from sglang_gen.families.contract import Spec
-from sglang_gen.families.pipeline_contract import Pipeline
 
 ROOT = Path(__file__).parents[1]
 MODEL = re.compile(r"flux|sd3|sdxl|stable.?diffusion|unet|clip|t5", re.IGNORECASE)

@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-import network_flux
-import network_sd3
-import network_unet
 import pytest
 import rehearsed
 import torch
 from cases import mostly_slow
 from parity import error
+from reference import Reference
 from split import FAMILIES, MUTATIONS, evaluate, guide
 
 from sglang_gen.hub.component_folder import in_folder
@@ -20,21 +18,19 @@ from sglang_gen.weights.load import load
 
 def given(name: str, dtype: torch.dtype, **size):
     """(config, latents, what `condition` takes) of a network."""
-    if name == "sd3":
-        config = network_sd3.PLAIN | {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
-        latents, *texts = network_sd3.inputs(config, dtype, **size)
-        return config, latents, (network_sd3.TIMESTEPS, *texts, *latents.shape[-2:])
-    if name == "flux":
-        config = network_flux.DEV | {"num_attention_heads": 4, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4)}
-        latents, *texts = network_flux.inputs(config, dtype)
-        grid = (network_flux.ROWS, network_flux.COLUMNS)
-        return config, latents, (network_flux.TIMESTEPS, *texts, 3500.0, *grid)
-    config = getattr(network_unet, name.upper()) | {"attention_head_dim": 4}
-    latents, *texts = network_unet.inputs(config, dtype, **size)
-    return config, latents, (network_unet.TIMESTEPS, *texts)
+    reference, config = REFERENCES[name], CONFIGS[name]
+    latents, *texts = reference.inputs(config, dtype, **size)
+    return config, latents, reference.conditions(latents, tuple(texts))
 
 
-REFERENCES = {"sd3": network_sd3, "flux": network_flux, "sdxl": network_unet, "sd15": network_unet}
+REFERENCES = {"sd3": Reference("sd3"), "flux": Reference("flux"), "sdxl": Reference("sdxl"), "sd15": Reference("sd")}
+CONFIGS = {
+    "sd3": REFERENCES["sd3"].variants["sd35-medium"],
+    "flux": REFERENCES["flux"].variants["dev"]
+    | {"num_attention_heads": 4, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4)},
+    "sdxl": REFERENCES["sdxl"].variants["sdxl"] | {"attention_head_dim": 4},
+    "sd15": REFERENCES["sd15"].variants["sd15"] | {"attention_head_dim": 4},
+}
 KIND = {"sd3": "sd3", "flux": "flux", "sdxl": "sdxl", "sd15": "sd"}
 
 
@@ -43,7 +39,7 @@ def both(ranks, name, layout, dtype, summing=True, mutation=None, text=None, **s
     folder = Path("network")
     config, latents, conditions = given(name, dtype, **size)
     conditions = (conditions[0], conditions[1][:, :text], *conditions[2:])
-    REFERENCES[name].reference(**config).save_pretrained(folder)
+    REFERENCES[name].network(**config).save_pretrained(folder)
     family = FAMILIES[KIND[name]]
     alone = load(lambda: family.build(config), in_folder(folder), family.sources, dtype, "cpu")
     conditioning = alone.condition(*conditions)
@@ -76,7 +72,7 @@ def test_every_layout_computes_what_one_process_computes(ranks, name, layout):
 def test_branches_of_guidance_on_two_ranks_predict_what_one_process_predicts(ranks, name, layout):
     """In float64, a batch of three; other texts without guidance's own order would be another picture."""
     folder, (config, latents, conditions) = Path("network"), given(name, torch.float64)
-    REFERENCES[name].reference(**config).save_pretrained(folder)
+    REFERENCES[name].network(**config).save_pretrained(folder)
     texts = [value for value in conditions[1:] if isinstance(value, torch.Tensor)]
     negatives = [text.roll(1, -1) for text in texts]
     network = (KIND[name], folder.absolute(), config, torch.float64)
@@ -132,7 +128,7 @@ def described(name: str, latents: torch.Tensor, text: torch.Tensor) -> tuple[Mod
     """(a model with texts of that length, height and width in pixels, the length to ask for)."""
     config, rows, columns = given(name, torch.float32)[0], *latents.shape[-2:]
     if name == "flux":
-        rows, columns = 2 * network_flux.ROWS, 2 * network_flux.COLUMNS
+        rows, columns = (2 * side for side in REFERENCES[name].size)
     clip = text.shape[1] - 4 if name == "sd3" else text.shape[1]
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"] if (
         name == "sdxl") else 0  # fmt: skip

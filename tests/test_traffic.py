@@ -8,12 +8,10 @@ from functools import partial
 from math import ceil, prod
 from typing import Any
 
-import network_flux
-import network_sd3
-import network_unet
 import pytest
 import rehearsed
 import torch
+from reference import Reference
 from torch import nn
 
 from sglang_gen.backends.native import vae_parallel
@@ -29,13 +27,17 @@ from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.types import Layout
 
+SD3, FLUX, SDXL, SD15 = (
+    Reference(family).variants[variant]
+    for family, variant in (("sd3", "sd3"), ("flux", "dev"), ("sdxl", "sdxl"), ("sd", "sd15"))
+)
 HEIGHT = WIDTH = 256  # pixels: 32 latents, which every layout here divides
 ROWS, TEXT, ITEM = 2, 8, 4  # pictures, tokens of each text encoder, bytes of a number
 CONFIGS = {
-    "sd3": network_sd3.PLAIN | {"dual_attention_layers": (0, 1), "num_attention_heads": 8, "attention_head_dim": 4},
-    "flux": network_flux.DEV | {"num_attention_heads": 4, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4)},
-    "sdxl": network_unet.SDXL | {"attention_head_dim": 4},
-    "sd": network_unet.SD15 | {"attention_head_dim": 4},
+    "sd3": SD3 | {"dual_attention_layers": (0, 1), "num_attention_heads": 8, "attention_head_dim": 4},
+    "flux": FLUX | {"num_attention_heads": 4, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4)},
+    "sdxl": SDXL | {"attention_head_dim": 4},
+    "sd": SD15 | {"attention_head_dim": 4},
 }
 DECODER = {
     "block_out_channels": (8, 16), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4,

@@ -1,4 +1,4 @@
-"""Finds the model families by their folders. Imports torch only for a pipeline or a conversion."""
+"""Finds the model families by their folders. Imports torch only for pipelines, conversions and examples."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -11,6 +11,7 @@ from sglang_gen.families.contract import Spec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sglang_gen.families.examples_contract import Examples
     from sglang_gen.families.pipeline_contract import Pipeline
 
     Conversion = Callable[[Mapping[str, Any], dict[str, Tensor]], dict[str, Tensor]]  # (config, tensors by name)
@@ -57,6 +58,12 @@ def file_prefixes(component: str) -> tuple[str, ...]:
 def pipeline(spec: Spec) -> "Pipeline":
     """A new pipeline of this family."""
     created: Pipeline = _module(spec.name, "pipeline").PIPELINE(spec)
+    return created
+
+
+def examples(spec: Spec) -> "Examples":
+    """The family's examples, for tests, benchmarks and comparisons."""
+    created: Examples = _module(spec.name, "examples").EXAMPLES(spec)
     return created
 
 
