@@ -36,7 +36,7 @@ FACTS = (
     "families.text_encoders", "families.encoder_sizes", "families.nunchaku_classes",
 )  # fmt: skip
 # Modules of one name: what every family, every backend or every command has.
-ROLES = {"pipeline", "spec", "engine", "report", "command"}
+ROLES = {"pipeline", "spec", "examples", "engine", "report", "command"}
 
 
 def package(module: str) -> str:
@@ -112,7 +112,7 @@ def test_the_root_holds_at_most_twelve_modules():
 
 
 def test_modules_and_tables_have_names_of_their_own():
-    """Apart from what every family, backend or command has: its pipeline, engine, report or command."""
+    """Apart from what every family, backend or command has, such as its pipeline, engine or report."""
     names: dict[str, list[str]] = {}
     for module, path in modules().items():
         if path.stem not in ROLES and "__" not in path.stem:

@@ -10,6 +10,13 @@ from torch import Tensor
 
 from sglang_gen.families.contract import ComponentConfig, Spec
 
+# Our name of each tensor that `encode` returns, in its order, and the names of diffusers' argument (one of them).
+EncodedNames = tuple[tuple[str, tuple[str, ...]], ...]
+ENCODED_NAMES: EncodedNames = (
+    ("text", ("encoder_hidden_states",)),
+    ("pooled text", ("pooled_projections", "text_embeds")),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkBenchmark:
@@ -51,6 +58,7 @@ class Examples(ABC):
     variants: ClassVar[Mapping[str, ComponentConfig]]  # small networks that differ in what their configs switch on
     timesteps: ClassVar[tuple[float, ...]] = (987.6, 500.0, 7.5)
     size: ClassVar[tuple[int, int]] = (12, 18)  # height and width
+    encoded: ClassVar[EncodedNames] = ENCODED_NAMES
     networks: ClassVar[Mapping[str, NetworkBenchmark]] = {}
     runs: ClassVar[Mapping[str, RunBenchmark]] = {}
 
