@@ -42,6 +42,8 @@ def test_a_spec_is_frozen_and_names_components_that_it_has(name):
     for each in fields(Spec):
         with pytest.raises(FrozenInstanceError):
             setattr(spec, each.name, None)
+    with pytest.raises(TypeError):
+        spec.components["another"] = ()
     known = {**spec.components, **spec.optional}
     assert {spec.network, "vae", "scheduler"} <= spec.components.keys()
     assert spec.network_classes

@@ -6,7 +6,8 @@ which are those of a transformer on patches that is trained by flow matching.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 from sglang_gen.errors import UserError
@@ -129,9 +130,9 @@ def any_size(config: ComponentConfig) -> int | None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Spec:
-    """Facts about a model family."""
+    """Facts about a model family. Its mappings are read-only too."""
 
     name: str  # of its folder in families/
     pipeline_class: str  # in model_index.json
@@ -169,9 +170,14 @@ class Spec:
     # Parallelism: functions of the denoising network's config
     heads: Callable[[ComponentConfig], tuple[int, ...]] = configured_heads
     channels: Callable[[ComponentConfig], tuple[tuple[int, str], ...]] = no_channels
-    units: Callable[[ComponentConfig, int, int, int], tuple[int, str]] = (
-        rows_of_patches  # (config, height, width, factor)
-    )
+    # (config, height, width, factor) -> number and name of the units that sequence parallelism distributes
+    units: Callable[[ComponentConfig, int, int, int], tuple[int, str]] = rows_of_patches
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, each.name, MappingProxyType(dict(value)))
 
     @property
     def text_encoders(self) -> tuple[str, ...]:

@@ -188,8 +188,8 @@ def _openvino(work: works.Work, folder: Path) -> Call:
 
 def ceilings(work: works.Work, device: str) -> tuple[dict[str, Call], dict[str, int]]:
     """Calls that measure the machine's rates in the same rounds, and the FLOPs of each and of the network."""
-    latents, text, pooled = work.inputs(torch.bfloat16, device)
-    network, condition = works.outline(work, torch.bfloat16), partial(works.conditioning, work, text, pooled)
+    latents, *given = work.inputs(torch.bfloat16, device)
+    network, condition = works.outline(work, torch.bfloat16), partial(works.conditioning, work, given)
     side, rate = SIDES[device], rate_name(device)
     x, w = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
     counter = FlopCounterMode(display=False)
