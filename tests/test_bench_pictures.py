@@ -21,7 +21,7 @@ FLUX: folders.Configs = {
         "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6),
     },
     "vae": pictures.TINY["vae"],
-    "text_encoder": pictures.CLIP,
+    "text_encoder": pictures.TINY["text_encoder"],
     "text_encoder_2": {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 1, "num_heads": 2},
 }  # fmt: skip
 

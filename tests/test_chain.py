@@ -3,12 +3,11 @@
 import copy
 from collections.abc import Iterator
 
-import network_unet
 import pytest
 import torch
-from network_cases import KIND, STEPS, evaluated, given, loaded
+from network_cases import CONFIGS, KIND, STEPS, evaluated, given, loaded
 from parity import error
-from split import GLUE, Changes, Skipping, evaluate
+from split import FAMILIES, Changes, Skipping, evaluate
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,7 +17,7 @@ from sglang_gen.models.unet import UNet
 from sglang_gen.types import Layout
 
 # Levels of one width, so that stages may be left out on the way down and on the way up.
-EVEN = network_unet.SD15 | {"block_out_channels": (16, 16, 16), "attention_head_dim": 4}
+EVEN = CONFIGS["sd15"] | {"block_out_channels": (16, 16, 16), "attention_head_dim": 4}
 
 
 def inputs(name: str, dtype: torch.dtype):
@@ -119,7 +118,7 @@ def test_a_unet_without_stages_is_one_written_by_hand_without_them():
 
 def test_stages_of_a_unet_declare_skip_connections_that_meet():
     with torch.device("meta"):
-        stages = GLUE["unet"].build(EVEN).stages()
+        stages = FAMILIES["sd"].build(EVEN).stages()
     depth = 1  # the feature map of the first convolution
     for stage in stages:
         assert stage.pops <= depth

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import network_unet
 import pytest
 import rehearsed
 import torch
@@ -12,6 +11,7 @@ from cases import mostly_slow
 from diffusers import AutoencoderKL
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
+from reference import Reference
 from torch.utils.flop_counter import FlopCounterMode
 
 from sglang_gen import env
@@ -20,12 +20,10 @@ from sglang_gen.config import presets
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
 from sglang_gen.config.schema import Machine
-from sglang_gen.dry_run import encoder_sizes
 from sglang_gen.dry_run.estimate import Alive, busiest, estimate, predicted, trace_decoding
 from sglang_gen.dry_run.roofline import Kernels
-from sglang_gen.families import autoencoder
+from sglang_gen.families import autoencoder, encoder_sizes
 from sglang_gen.families.contract import Request
-from sglang_gen.families.sdxl import pipeline
 from sglang_gen.hub import resolve
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.sequence_boundary import shard_sizes
@@ -110,7 +108,7 @@ def test_products_are_those_that_torch_counts_and_two_ranks_have_half():
     card = rehearsed.card_of("sd3", CONFIG, {"text_encoder": {"max_position_embeddings": 8}})
     found = rehearsed.rank("sd3", card, Layout(), 0, 128, 128, text_length=8)
     with torch.device("meta"):  # on the CPU the counter sees no attention
-        network = rehearsed.GLUE["sd3"].build(CONFIG)
+        network = rehearsed.FAMILIES["sd3"].build(CONFIG)
         conditioning = network.condition(torch.zeros(2), torch.zeros(1, 16, 8), torch.zeros(1, 8), 16, 16)
         latents = torch.zeros(1, 4, 16, 16)
     with FlopCounterMode(display=False) as counter:
@@ -128,8 +126,8 @@ def test_products_are_those_that_torch_counts_and_two_ranks_have_half():
 def test_decoding_by_rows_needs_less_memory_and_sends_what_its_ranks_send():
     card = resolve.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
     request = Request(1024, 768, rehearsed.FACTOR, steps=1, guidance=1.0, text_length=None)
-    alone, nothing = trace_decoding(pipeline, Axis("sp", 1, 0), card, request, 2, torch.float16)
-    half, sent = trace_decoding(pipeline, Axis("sp", 2, 0), card, request, 2, torch.float16)
+    alone, nothing = trace_decoding(rehearsed.FAMILIES["sdxl"], Axis("sp", 1, 0), card, request, 2, torch.float16)
+    half, sent = trace_decoding(rehearsed.FAMILIES["sdxl"], Axis("sp", 2, 0), card, request, 2, torch.float16)
     widest = 2 * 256 * 1024 * 768 * 4  # bytes of a batch of maps after the last upsampling, in float32
     assert alone == pytest.approx(3 * widest, rel=0.01)  # what a residual adds to, what it convolves, what that gives
     assert half == pytest.approx(4 * widest / 2, rel=0.01)  # and the same with its neighbours' rows beside it
@@ -289,7 +287,7 @@ UNEVEN = [
 @pytest.mark.whole
 @pytest.mark.parametrize(("layout", "bands", "more"), mostly_slow(UNEVEN, UNEVEN[2], UNEVEN[4]))
 def test_no_rank_has_more_to_do_than_those_that_are_estimated(layout, bands, more):
-    config = network_unet.SDXL | {"attention_head_dim": 4}
+    config = Reference("sdxl").variants["sdxl"] | {"attention_head_dim": 4}
     unit = 2 ** (len(config["block_out_channels"]) - 1)
     height = (bands * unit + more) * rehearsed.FACTOR  # rows of latents beside those of whole bands: `more`
     lengths = shard_sizes(bands * unit + more, unit, layout.ranks)

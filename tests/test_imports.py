@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ PACKAGE = Path(sglang_gen.__file__).parent
 # A module imports from its own package and from lower layers, nothing else. Packages, and modules of the root.
 LAYERS = (
     ("errors", "log", "destination", "types", "tensor_tree", "models"),
+    ("family facts",),
     ("env", "files", "parallel"),
     ("config",),
     ("hub", "perf"),
@@ -28,13 +30,22 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
+# Modules of families/ that the plan and the hub read. They import no torch, and count as a package of their own.
+FACTS = (
+    "families.contract", "families.registry", "families.accepted", "families.*.spec", "families.unet_spec",
+    "families.text_encoders", "families.encoder_sizes", "families.nunchaku_classes",
+)  # fmt: skip
 # Modules of one name: what every family, every backend or every command has.
-ROLES = {"pipeline", "engine", "report", "command"}
+ROLES = {"pipeline", "spec", "examples", "engine", "report", "command"}
+
+
+def package(module: str) -> str:
+    return "family facts" if any(fnmatch(module, facts) for facts in FACTS) else module.partition(".")[0]
 
 
 def layer(module: str) -> int:
     for index, names in enumerate(LAYERS):
-        if module.partition(".")[0] in names:
+        if package(module) in names:
             return index
     raise AssertionError(f"the module {module} has no layer")
 
@@ -75,7 +86,7 @@ def test_modules_import_from_their_own_package_and_from_lower_layers():
         f"{module} imports {target}"
         for module, path in known.items()
         for target in imports(path)
-        if module.partition(".")[0] != target.partition(".")[0] and layer(target) >= layer(module)
+        if package(module) != package(target) and layer(target) >= layer(module)
     ]
     assert wrong == []
 
@@ -101,7 +112,7 @@ def test_the_root_holds_at_most_twelve_modules():
 
 
 def test_modules_and_tables_have_names_of_their_own():
-    """Apart from what every family, backend or command has: its pipeline, engine, report or command."""
+    """Apart from what every family, backend or command has, such as its pipeline, engine or report."""
     names: dict[str, list[str]] = {}
     for module, path in modules().items():
         if path.stem not in ROLES and "__" not in path.stem:
@@ -123,6 +134,17 @@ def test_networks_stand_on_torch_and_einops_alone():
         names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         roots = {name.partition(".")[0] for name in names if not name.startswith("sglang_gen.models")}
         assert roots - sys.stdlib_module_names <= {"torch", "einops"}, path
+
+
+def test_the_facts_about_families_import_no_torch_and_nothing_that_might():
+    known = {module: path for module, path in modules().items() if package(module) == "family facts"}
+    assert len(known) >= 11
+    for module, path in known.items():
+        names = {name for name in imports(path) if package(name) != "family facts"}
+        assert names <= {"errors", "types"}, module
+        tree = ast.parse(path.read_text())
+        tops = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        assert set(tops) <= sys.stdlib_module_names, module
 
 
 def test_every_package_has_only_a_docstring_in_its_init():

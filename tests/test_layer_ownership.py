@@ -1,13 +1,10 @@
 """Layers own their tensors: one with another storage is loaded, cut, run and copied to meta as any other."""
 
-import network_flux
-import network_sd3
-import network_unet
 import pytest
 import torch
-from network_cases import KIND, both, evaluated, given, loaded
+from network_cases import CONFIGS, KIND, both, evaluated, given, loaded
 from parity import error
-from split import GLUE, Changes, Transposed, evaluate, transposed
+from split import FAMILIES, Changes, Transposed, evaluate, transposed
 
 from sglang_gen.models.layers import Linear
 from sglang_gen.parallel.mesh import Mesh
@@ -16,7 +13,6 @@ from sglang_gen.types import Layout
 from sglang_gen.weights.load import slots
 
 LAYOUTS = {"single": Layout(), "tp2": Layout(tp=2), "ring2": Layout(ring=2)}
-CONFIGS = {"sd3": network_sd3.PLAIN, "flux": network_flux.DEV, "unet": network_unet.SD15 | {"attention_head_dim": 4}}
 
 
 @torch.no_grad()
@@ -43,10 +39,10 @@ def test_ranks_cut_layers_that_store_their_weights_in_another_form(ranks, name, 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_meta_copy_of_such_a_network_holds_the_same_parts(name, layout):
     """The last rank's tensors as a checkpoint provides them, and the bytes that it stores."""
-    glue, mesh = GLUE[name], Mesh(LAYOUTS[layout], LAYOUTS[layout].ranks - 1)
-    split = Split(mesh, glue.TENSOR, glue.SHARDING)
-    plain = split.meta_copy(lambda: glue.build(CONFIGS[name]), torch.bfloat16).network
-    stored = split.meta_copy(lambda: transposed(glue.build(CONFIGS[name])), torch.bfloat16).network
+    family, mesh = FAMILIES[KIND[name]], Mesh(LAYOUTS[layout], LAYOUTS[layout].ranks - 1)
+    split = Split(mesh, family.tensor_parallel, family.sharding)
+    plain = split.meta_copy(lambda: family.build(CONFIGS[name]), torch.bfloat16).network
+    stored = split.meta_copy(lambda: transposed(family.build(CONFIGS[name])), torch.bfloat16).network
     assert sum(isinstance(module, Transposed) for module in stored.modules()) > 5
     assert {slot.name: slot.shape for slot in slots(stored)} == {slot.name: slot.shape for slot in slots(plain)}
     sizes = [sum(weight.nbytes for weight in network.parameters()) for network in (plain, stored)]

@@ -16,11 +16,10 @@ from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import Composed, compose
 from sglang_gen.config.schema import Parallel
 from sglang_gen.errors import UserError
+from sglang_gen.families import registry
 from sglang_gen.hub import resolve
 from sglang_gen.plan import checks, layout_limits, make
 from sglang_gen.plan import degrees as layout
-from sglang_gen.plan.backend_choice import NATIVE
-from sglang_gen.plan.supported_configs import NEEDS
 from sglang_gen.types import Layout, ModelCard, Plan
 
 LAYOUTS = sorted(path.stem for path in (env.conf_dir() / "parallel").glob("*.yaml"))
@@ -34,7 +33,7 @@ def card_of(model: str) -> ModelCard:
 
 
 NAMES = [preset.name for preset in presets.load() if preset.name != "custom"]
-PRESETS = [name for name in NAMES if card_of(name).pipeline_class in NATIVE]
+PRESETS = [name for name in NAMES if registry.by_pipeline_class(card_of(name).pipeline_class)]
 
 
 def composed(*words: str, **flags: object) -> Composed:
@@ -80,12 +79,12 @@ LONG = {"sd15", "sd21", "sd35_large", "flux_dev"}
 @pytest.mark.parametrize("model", mostly_slow(PRESETS, *sorted(set(PRESETS) - LONG)))
 def test_every_layout_of_a_preset_plans_and_runs_or_neither(options, model):
     card = card_of(model)
-    pipeline = NATIVE[card.pipeline_class]
-    part = card.components[NEEDS[pipeline].network]
+    spec = registry.by_pipeline_class(card.pipeline_class)
+    part = card.components[spec.network]
     thin = replace(card, components=card.components | {
-        NEEDS[pipeline].network: replace(part, config=rehearsed.shallow(part.config))
+        spec.network: replace(part, config=rehearsed.shallow(part.config))
     })  # fmt: skip
-    one = composed(f"model={model}", "sampling.guidance_scale=3", *([TRUE_CFG] if pipeline == "flux" else []))
+    one = composed(f"model={model}", "sampling.guidance_scale=3", *([TRUE_CFG] if spec.guidance.embedded else []))
     side = one.run.sampling.height or 128
     ran: dict[Layout, bool] = {}
     for name, option in options.items():
@@ -94,14 +93,14 @@ def test_every_layout_of_a_preset_plans_and_runs_or_neither(options, model):
         whole = layout.infer(run.run.parallel, layout.stated(run.sources), layout_limits.common_heads(card))
         split = Layout(ring=whole.ring, ulysses=whole.ulysses, tp=whole.tp)
         if split not in ran:
-            ran[split] = rehearsed.runs(pipeline, thin, split, side, side)
+            ran[split] = rehearsed.runs(spec.name, thin, split, side, side)
         sentence = refusal(run, card)
         assert (sentence is None) == ran[split], name
         assert sentence is None or re.search(": take .*, such as parallel[.]", sentence), sentence
 
 
 def limits(pipeline: str, config: dict, height: int, width: int | None = None) -> layout_limits.Limits:
-    return layout_limits.limits(pipeline, config, height, width or height, rehearsed.FACTOR)
+    return registry.by_name(pipeline).limits(config, height, width or height, rehearsed.FACTOR)
 
 
 DEGREES = st.sampled_from([1, 1, 2, 3, 4])

@@ -15,14 +15,14 @@ from transformers import T5Config, T5EncoderModel
 WIDTH, TEXT = 1024, 512
 # Loads the tiny model first, so that what is imported and kept by libraries is there before the measurement.
 LOAD = """
-import gc, importlib, json, sys
+import gc, json, sys
 from pathlib import Path
 import torch
 from sglang_gen import log
 from sglang_gen.backends.native import components
 from sglang_gen.backends.native import engine as native
+from sglang_gen.families import registry
 from sglang_gen.hub import resolve
-from sglang_gen.plan.backend_choice import NATIVE
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
 from sglang_gen.parallel.mesh import Mesh
@@ -30,7 +30,6 @@ from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory, host_anon_mb
 from sglang_gen.plan.make import make_plan
-from sglang_gen.plan.supported_configs import NEEDS
 from sglang_gen.types import Layout
 
 PLACES = {"whole": None, "rank 0 of 2": 0, "rank 1 of 2": 1}
@@ -41,10 +40,9 @@ def load(path, rank):
     if rank is None:
         engine = native.load(plan, Mesh(), CallLog())
         return engine.network, engine.components
-    name = NATIVE[plan.card.pipeline_class]
-    glue = importlib.import_module(f"sglang_gen.families.{name}.pipeline")
-    split = Split(Mesh(Layout(tp=2), rank), glue.TENSOR, glue.SHARDING)
-    return components.read_components(plan, NEEDS[name], glue, split)  # what that rank reads
+    family = registry.pipeline(registry.by_pipeline_class(plan.card.pipeline_class))
+    split = Split(Mesh(Layout(tp=2), rank), family.tensor_parallel, family.sharding)
+    return components.read_components(plan, family, split)  # what that rank reads
 
 log.setup("error")
 for rank in PLACES.values():

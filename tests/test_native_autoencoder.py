@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from sglang_gen import env
 from sglang_gen.backends.native import components
 from sglang_gen.errors import UserError
-from sglang_gen.families import autoencoder
+from sglang_gen.families import autoencoder, registry
 from sglang_gen.families.contract import Request
-from sglang_gen.families.sdxl import pipeline
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.models.vae import posterior
 from sglang_gen.types import Component
@@ -264,7 +263,9 @@ def test_an_autoencoder_in_float16_decodes_in_float32_where_its_config_says_so(
     forward = type(our.decoder).forward
     monkeypatch.setattr(type(our.decoder), "forward", lambda self, x: (seen.append(x.dtype), forward(self, x))[1])
     with torch.no_grad():
-        found = pipeline.decode(our, given, Request(48, 32, 8, steps=1, guidance=1.0))
+        found = registry.pipeline(registry.by_name("sdxl")).decode(
+            our, given, Request(48, 32, 8, steps=1, guidance=1.0)
+        )
     their = AutoencoderKL.from_pretrained(folder, dtype=half).to(dtype)
     with torch.no_grad():
         wanted = their.decode(given.to(dtype) / config["scaling_factor"], return_dict=False)[0]

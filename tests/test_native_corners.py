@@ -5,13 +5,13 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import network_unet
 import numpy as np
 import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel
 from native import COMMON, assert_both_make_the_same, assert_same, edited, picture, record, runner, with_scheduler
+from reference import Reference
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -181,7 +181,7 @@ def test_the_published_transformer_has_the_published_tensors(preset):
 
 @pytest.mark.parametrize(("dtype", "last"), [(torch.bfloat16, True), (torch.float32, False)])
 def test_convolutions_of_half_precision_have_their_channels_last(dtype, last):
-    network = laid_out(unet_shared.build(network_unet.SD15).to(dtype), dtype)
+    network = laid_out(unet_shared.build(Reference("sd").variants["sd15"]).to(dtype), dtype)
     weights = [module.weight for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
     wide = [weight for weight in weights if weight.shape[1] > 1 and weight.shape[2] > 1]
     assert wide
@@ -191,7 +191,7 @@ def test_convolutions_of_half_precision_have_their_channels_last(dtype, last):
 def test_a_sparse_kernel_is_for_the_picture_and_not_for_its_text():
     """Where a picture has as many tokens as its text, their number does not tell them apart."""
     placed = Split(Mesh(Layout()), {}, unet_shared.SHARDING).meta_copy(
-        partial(unet_shared.build, network_unet.SDXL), torch.float32
+        partial(unet_shared.build, Reference("sdxl").variants["sdxl"]), torch.float32
     )
 
     def sparse(q, k, v):

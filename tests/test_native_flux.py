@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.transformers import transformer_flux
-from network_flux import DEV, TIMESTEPS, VARIANTS, inputs, ours, reference, theirs
 from parity import error, pair
+from reference import Reference
 
 from sglang_gen.families.flux import pipeline
+
+FLUX = Reference("flux")
+VARIANTS, TIMESTEPS = FLUX.variants, FLUX.timesteps
+inputs, ours, theirs, reference = FLUX.inputs, FLUX.ours, FLUX.theirs, FLUX.network
+DEV = FLUX.variants["dev"]
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def test_the_network_computes_what_diffusers_computes(variant):
     their, our = pair(reference(**VARIANTS[variant]), pipeline, Path("network"), torch.float32)
     given = inputs(VARIANTS[variant], torch.float32)
     for step in range(len(TIMESTEPS)):
-        assert error(ours(our, *given, step), theirs(their, *given, step)) <= 1e-5
+        assert error(ours(our, *given, step=step), theirs(their, *given, step=step)) <= 1e-5
 
 
 @pytest.mark.usefixtures("exact")
@@ -39,7 +44,7 @@ def test_in_double_precision_nothing_but_rounding_is_left(variant):
     their, our = pair(reference(**VARIANTS[variant]), pipeline, Path("network"), torch.float64)
     given = inputs(VARIANTS[variant], torch.float64)
     for step in range(len(TIMESTEPS)):
-        assert error(ours(our, *given, step), theirs(their, *given, step)) <= 1e-10
+        assert error(ours(our, *given, step=step), theirs(their, *given, step=step)) <= 1e-10
 
 
 def swap_heads(qkv: torch.Tensor, width: int = 16) -> None:
@@ -69,14 +74,14 @@ def test_a_planted_defect_breaks_the_parity(whole, mutation):
     broken = copy.deepcopy(our)
     with torch.no_grad():
         MUTATIONS[mutation](broken)
-    assert error(ours(broken, *given, 0), theirs(their, *given, 0)) > 1e-3
+    assert error(ours(broken, *given, step=0), theirs(their, *given, step=0)) > 1e-3
 
 
 def test_prompt_guidance_and_position_matter():
     _, our = pair(reference(**DEV), pipeline, Path("network"), torch.float32)
     latents, text, pooled = inputs(DEV, torch.float32)
-    first = ours(our, latents, text, pooled, 0)
-    assert error(ours(our, latents, text.flip(0), pooled, 0), first) > 1e-3
-    assert error(ours(our, latents, text, pooled.flip(0), 0), first) > 1e-3
-    assert error(ours(our, latents, text, pooled, 0, guidance=7.0), first) > 1e-3
-    assert error(ours(our, latents.flip(1), text, pooled, 0).flip(1), first) > 1e-3
+    first = ours(our, latents, text, pooled, step=0)
+    assert error(ours(our, latents, text.flip(0), pooled, step=0), first) > 1e-3
+    assert error(ours(our, latents, text, pooled.flip(0), step=0), first) > 1e-3
+    assert error(ours(our, latents, text, pooled, step=0, guidance=7.0), first) > 1e-3
+    assert error(ours(our, latents.flip(1), text, pooled, step=0).flip(1), first) > 1e-3

@@ -1,7 +1,6 @@
 """Guidance of the native engine: in an interval of the steps, and with both branches at once or in turn."""
 
 import contextlib
-import importlib
 import json
 import weakref
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import CLIPPreTrainedModel
 from sglang_gen import env
 from sglang_gen.engine import cfg
 from sglang_gen.engine.denoise import step_numbers
+from sglang_gen.families import registry
 from sglang_gen.families.contract import Request
 from sglang_gen.models.flux import Flux
 from sglang_gen.models.sd3 import SD3
@@ -310,31 +310,31 @@ CONDITIONS = {"sd15": [(77, 768)], "sdxl": [(77, 2048), (1280,), (6,)], "sd3_med
 
 
 @pytest.mark.parametrize(
-    ("preset", "glue_name"), [("sd15", "sd"), ("sdxl", "sdxl"), ("sd3_medium", "sd3"), ("flux_dev", "flux")]
+    ("preset", "name"), [("sd15", "sd"), ("sdxl", "sdxl"), ("sd3_medium", "sd3"), ("flux_dev", "flux")]
 )
 @pytest.mark.parametrize("rows", mostly_slow([1, 2], 2))
-def test_the_memory_that_is_reckoned_covers_what_a_network_holds(monkeypatch, preset, glue_name, rows):
+def test_the_memory_that_is_reckoned_covers_what_a_network_holds(monkeypatch, preset, name, rows):
     """Counted on meta, at the published sizes, with attention that keeps no matrix."""
-    glue = importlib.import_module(f"sglang_gen.families.{glue_name}.pipeline")
-    config = json.loads((env.preset_configs(preset) / glue.NETWORK / "config.json").read_text())
+    family = registry.pipeline(registry.by_name(name))
+    config = json.loads((env.preset_configs(preset) / family.spec.network / "config.json").read_text())
     request = Request(height=1024, width=768, factor=8, steps=2, guidance=3.5)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
     with torch.device("meta"), torch.no_grad(), contextlib.ExitStack() as stack:
-        network = glue.build(config).to(torch.bfloat16)
+        network = family.build(config).to(torch.bfloat16)
         encoded = [tuple(torch.empty(rows, *shape, dtype=torch.bfloat16) for shape in CONDITIONS[preset])]
         if preset == "sdxl":
             encoded = [encoded[0][:2]]
-        noise = torch.empty(rows, 16 if glue_name in ("sd3", "flux") else 4, 128, 96, dtype=torch.bfloat16)
-        latents = noise.reshape(rows, -1, 64) if glue_name == "flux" else noise
-        predict = glue.prepare(network, torch.ones(2), request, encoded)
+        noise = torch.empty(rows, 16 if name in ("sd3", "flux") else 4, 128, 96, dtype=torch.bfloat16)
+        latents = noise.reshape(rows, -1, 64) if name == "flux" else noise
+        predict = family.prepare(network, torch.ones(2), request, encoded)
         kept = [cell.cell_contents for cell in predict.__closure__]
         tensors = [leaf for value in kept for leaf in tree_leaves(vars(value)) if isinstance(leaf, torch.Tensor)]
         live = stack.enter_context(Live([*network.parameters(), *network.buffers(), latents, *tensors]))
         predict(latents, 0)
-    reckoned = cfg.MAPS * rows * 2 * glue.widest_map(config, request)
+    reckoned = cfg.MAPS * rows * 2 * family.widest_map(config, request)
     assert live.peak < reckoned < 4 * live.peak
-    assert cfg.batch_fits(live.peak, rows, 2 * glue.widest_map(config, request)) is False
-    assert cfg.batch_fits(reckoned, rows, 2 * glue.widest_map(config, request)) is True
+    assert cfg.batch_fits(live.peak, rows, 2 * family.widest_map(config, request)) is False
+    assert cfg.batch_fits(reckoned, rows, 2 * family.widest_map(config, request)) is True
 
 
 def test_a_rescaled_sample_is_the_same_alone_and_in_a_batch():

@@ -14,13 +14,9 @@ from diffusers import AutoencoderKL
 from native import assert_both_make_the_same, edited, error, picture, record, runner, tensors, with_scheduler
 from PIL import Image
 
-from sglang_gen.families.flux import pipeline as flux
-from sglang_gen.families.sd import pipeline as sd
-from sglang_gen.families.sd3 import pipeline as sd3
-from sglang_gen.families.sdxl import pipeline as sdxl
+from sglang_gen.families import registry
 
 NAMES = ["sd15", "sdxl", "sd3", "flux"]
-GLUE = {"sd15": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 PIPELINES = {
     "sd15": diffusers.StableDiffusionImg2ImgPipeline, "sdxl": diffusers.StableDiffusionXLImg2ImgPipeline,
     "sd3": diffusers.StableDiffusion3Img2ImgPipeline, "flux": diffusers.FluxImg2ImgPipeline,
@@ -62,10 +58,11 @@ def test_a_strength_spares_as_many_steps_as_in_diffusers(name):
     """Parts of a step are dropped or run, by the family."""
     scheduler = SimpleNamespace(order=1, timesteps=torch.arange(40))
     counting = SimpleNamespace(scheduler=scheduler)
+    family = registry.pipeline(registry.by_name(name.removesuffix("15")))
     for steps in (1, 3, 5, 7, 28):
         for value in (0.0, 0.1, 0.3, 0.5, 0.6, 0.75, 0.99, 1.0):
             _, run = PIPELINES[name].get_timesteps(counting, steps, value, "cpu")
-            assert GLUE[name].skipped(steps, value) == steps - run, (steps, value)
+            assert family.skipped(steps, value) == steps - run, (steps, value)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,14 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from network_sd3 import PLAIN, TIMESTEPS, VARIANTS, inputs, ours, reference, theirs
 from parity import compare, error, pair
+from reference import Reference
 from safetensors.torch import load_file, save_file
 
 from sglang_gen.errors import UserError
 from sglang_gen.families.sd3 import pipeline
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.weights.load import load
+
+SD3 = Reference("sd3")
+VARIANTS, TIMESTEPS = SD3.variants, SD3.timesteps
+inputs, ours, theirs, reference = SD3.inputs, SD3.ours, SD3.theirs, SD3.network
+PLAIN = SD3.variants["sd3"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -49,23 +54,23 @@ def test_a_planted_defect_breaks_the_parity(whole, mutation):
     broken = copy.deepcopy(our)
     with torch.no_grad():
         MUTATIONS[mutation](broken.blocks[1])
-    assert error(ours(broken, *given, 0), theirs(their, *given, 0)) > 1e-3
+    assert error(ours(broken, *given, step=0), theirs(their, *given, step=0)) > 1e-3
 
 
 def test_another_prompt_and_another_timestep_give_another_output():
     _, our = pair(reference(**PLAIN), pipeline, Path("network"), torch.float32)
     latents, text, pooled = inputs(PLAIN, torch.float32)
-    first = ours(our, latents, text, pooled, 0)
-    assert error(ours(our, latents, text.flip(0), pooled, 0), first) > 1e-3
-    assert error(ours(our, latents, text, pooled.flip(0), 0), first) > 1e-3
-    assert error(ours(our, latents, text, pooled, 1), first) > 1e-3
+    first = ours(our, latents, text, pooled, step=0)
+    assert error(ours(our, latents, text.flip(0), pooled, step=0), first) > 1e-3
+    assert error(ours(our, latents, text, pooled.flip(0), step=0), first) > 1e-3
+    assert error(ours(our, latents, text, pooled, step=1), first) > 1e-3
 
 
 def test_rows_of_a_batch_do_not_see_each_other():
     _, our = pair(reference(**PLAIN), pipeline, Path("network"), torch.float64)
     given = inputs(PLAIN, torch.float64)
-    alone = ours(our, *(tensor[1:2] for tensor in given), 0)
-    assert error(ours(our, *given, 0)[1:2], alone) <= 1e-10
+    alone = ours(our, *(tensor[1:2] for tensor in given), step=0)
+    assert error(ours(our, *given, step=0)[1:2], alone) <= 1e-10
 
 
 @pytest.mark.parametrize(

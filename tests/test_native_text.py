@@ -1,12 +1,11 @@
 """Texts as the native engine encodes them: those of the pipeline's own `encode_prompt`, however long they are."""
 
-import importlib
-
 import diffusers
 import pytest
 import torch
 
 from sglang_gen import log
+from sglang_gen.families import registry
 from sglang_gen.families.text_encoding import expanded, tokens
 
 # In letters, of which each is a token; CLIP has room for 75 beside its start and end.
@@ -50,10 +49,10 @@ def theirs(name: str, pipeline: diffusers.DiffusionPipeline, texts: list[str], l
 @torch.no_grad()
 def test_a_text_of_any_length_is_encoded_as_the_pipeline_does(load, name, length, letters):
     pipeline = load(name)
-    glue = importlib.import_module(f"sglang_gen.families.{name.removesuffix('15')}.pipeline")
+    family = registry.pipeline(registry.by_name(name.removesuffix("15")))
     texts = [text(letters), "a cat"]  # in a batch with a short one
-    config = getattr(pipeline, glue.NETWORK).config
-    ours, expected = glue.encode(pipeline.components, config, texts, length), theirs(name, pipeline, texts, length)
+    config = getattr(pipeline, family.spec.network).config
+    ours, expected = family.encode(pipeline.components, config, texts, length), theirs(name, pipeline, texts, length)
     assert len(ours) == len(expected)
     for mine, its in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)

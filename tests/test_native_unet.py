@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from network_unet import SD15, SDXL, TIMESTEPS, VARIANTS, inputs, ours, reference, theirs
 from parity import compare, error, pair
+from reference import Reference
 from safetensors.torch import load_file, save_file
 
 from sglang_gen import env
@@ -17,6 +17,11 @@ from sglang_gen.errors import UserError
 from sglang_gen.families import unet_shared
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.weights.load import load
+
+UNET = Reference("sdxl")
+VARIANTS, TIMESTEPS = Reference("sd").variants | UNET.variants, UNET.timesteps
+inputs, ours, theirs, reference = UNET.inputs, UNET.ours, UNET.theirs, UNET.network
+SD15, SDXL = VARIANTS["sd15"], VARIANTS["sdxl"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

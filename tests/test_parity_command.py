@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from copy import copy
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -25,8 +26,6 @@ from sglang_gen.debug import parity as parity_of_engines
 from sglang_gen.debug.correspondence import correspond
 from sglang_gen.debug.verdict import PARITY_TOLERANCES, Report, Row, Tolerance, Verdict
 from sglang_gen.engine.cfg import Guidance
-from sglang_gen.families.sd import pipeline
-from sglang_gen.families.sd3 import pipeline as sd3
 from sglang_gen.models import flux as flux_model
 from sglang_gen.models import sd3 as sd3_model
 from sglang_gen.parallel.mesh import Mesh
@@ -323,9 +322,14 @@ def request_values(request) -> dict:
 
 
 def changed_pipeline(**functions):
-    """Replace functions of SD3's pipeline module by what `functions` make of them."""
-    changes = {name: change(getattr(sd3, name)) for name, change in functions.items()}
-    return lambda engine: setattr(engine, "pipeline", SimpleNamespace(**{**vars(sd3), **changes}))
+    """Replace methods of the family's pipeline by what `functions` make of them."""
+
+    def change(engine) -> None:
+        engine.pipeline = copy(engine.pipeline)
+        for name, made in functions.items():
+            setattr(engine.pipeline, name, made(getattr(engine.pipeline, name)))
+
+    return change
 
 
 def louder_pooled(text, pooled):
@@ -364,14 +368,17 @@ def test_a_wrong_scale_of_guidance_shows_in_the_prediction_and_not_in_a_module(f
 
 @pytest.mark.whole
 def test_generators_that_have_gone_on_show_in_the_noise_that_a_scheduler_draws(found, pipelines):
-    def draw(config, request, generators, dtype):
-        noise = pipeline.draw(config, request, generators, dtype)
-        torch.randn(1, generator=generators[0])
-        return noise
+    def drawn(draw):
+        def and_one_more(config, request, generators, dtype):
+            noise = draw(config, request, generators, dtype)
+            torch.randn(1, generator=generators[0])
+            return noise
+
+        return and_one_more
 
     differs = found(
         str(with_scheduler(pipelines["sd15"], "EulerAncestralDiscreteScheduler")),
-        lambda engine: setattr(engine, "pipeline", SimpleNamespace(**{**vars(pipeline), "draw": draw})),
+        changed_pipeline(draw=drawn),
     )
     assert report.sentence(differs).startswith("different: step 1, scheduler, next latents (theirs: latents) by ")
 

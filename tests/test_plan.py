@@ -14,10 +14,11 @@ from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import Composed, compose
 from sglang_gen.config.schema import Device, DType
 from sglang_gen.errors import UserError
+from sglang_gen.families import registry
 from sglang_gen.hub import resolve
 from sglang_gen.launch import rank
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.plan import backend_choice, checks, image_size, make
+from sglang_gen.plan import backend_choice, checks, make
 from sglang_gen.types import Layout, Plan
 
 
@@ -114,7 +115,7 @@ def test_a_size_that_the_model_does_not_take_names_the_nearest(model, word, sent
 )
 def test_only_a_configuration_of_before_0_9_is_an_old_one(config, side):
     """What those say of the size is wrong where it is small."""
-    assert image_size.configured_long_ago(config, 8) == (side, side)
+    assert registry.by_name("sd").default_size(config, 8) == (side, side)
 
 
 def test_sd3_is_not_asked_for_more_than_its_table_of_positions():

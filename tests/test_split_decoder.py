@@ -27,7 +27,10 @@ def both(ranks, layout, config, given, mutation=None):
 
 
 @pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, "ulysses3"))
-@pytest.mark.parametrize("variant", ["that of stable diffusion", "that of flux", "without attention"])
+@pytest.mark.parametrize(
+    "variant",
+    ["with convolutions around the latents", "with a shift and without these convolutions", "without attention"],
+)
 def test_ranks_decode_the_pictures_of_one_process(ranks, variant, layout):
     config = VARIANTS[variant]
     expected, answers = both(ranks, LAYOUTS[layout], config, latents(config, torch.float64, 3, 7, 5))

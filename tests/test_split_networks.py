@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import network_flux
 import pytest
 import rehearsed
 import torch
@@ -37,7 +36,7 @@ def test_every_layout_computes_what_one_process_computes(ranks, name, layout):
 def test_branches_of_guidance_on_two_ranks_predict_what_one_process_predicts(ranks, name, layout):
     """In float64, a batch of three; other texts without guidance's own order would be another picture."""
     folder, (config, latents, conditions) = Path("network"), given(name, torch.float64)
-    REFERENCES[name].reference(**config).save_pretrained(folder)
+    REFERENCES[name].network(**config).save_pretrained(folder)
     texts = [value for value in conditions[1:] if isinstance(value, torch.Tensor)]
     negatives = [text.roll(1, -1) for text in texts]
     network = (KIND[name], folder.absolute(), config, torch.float64)
@@ -93,7 +92,7 @@ def described(name: str, latents: torch.Tensor, text: torch.Tensor) -> tuple[Mod
     """(a model with texts of that length, height and width in pixels, the length to ask for)."""
     config, rows, columns = given(name, torch.float32)[0], *latents.shape[-2:]
     if name == "flux":
-        rows, columns = 2 * network_flux.ROWS, 2 * network_flux.COLUMNS
+        rows, columns = (2 * side for side in REFERENCES[name].size)
     clip = text.shape[1] - 4 if name == "sd3" else text.shape[1]
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"] if (
         name == "sdxl") else 0  # fmt: skip

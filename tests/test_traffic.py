@@ -8,12 +8,10 @@ from functools import partial
 from math import ceil, prod
 from typing import Any
 
-import network_flux
-import network_sd3
-import network_unet
 import pytest
 import rehearsed
 import torch
+from reference import Reference
 from torch import nn
 
 from sglang_gen.backends.native import vae_parallel
@@ -29,13 +27,17 @@ from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.types import Layout
 
+SD3, FLUX, SDXL, SD15 = (
+    Reference(family).variants[variant]
+    for family, variant in (("sd3", "sd3"), ("flux", "dev"), ("sdxl", "sdxl"), ("sd", "sd15"))
+)
 HEIGHT = WIDTH = 256  # pixels: 32 latents, which every layout here divides
 ROWS, TEXT, ITEM = 2, 8, 4  # pictures, tokens of each text encoder, bytes of a number
 CONFIGS = {
-    "sd3": network_sd3.PLAIN | {"dual_attention_layers": (0, 1), "num_attention_heads": 8, "attention_head_dim": 4},
-    "flux": network_flux.DEV | {"num_attention_heads": 4, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4)},
-    "sdxl": network_unet.SDXL | {"attention_head_dim": 4},
-    "sd": network_unet.SD15 | {"attention_head_dim": 4},
+    "sd3": SD3 | {"dual_attention_layers": (0, 1), "num_attention_heads": 8, "attention_head_dim": 4},
+    "flux": FLUX | {"num_attention_heads": 4, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4)},
+    "sdxl": SDXL | {"attention_head_dim": 4},
+    "sd": SD15 | {"attention_head_dim": 4},
 }
 DECODER = {
     "block_out_channels": (8, 16), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4,
@@ -80,26 +82,30 @@ class Met(Layers):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.glue = rehearsed.GLUE[name]
-        placed = Split(Mesh(Layout()), {}, self.glue.SHARDING).meta_copy(
-            lambda: self.glue.build(CONFIGS[name]), torch.float32
+        self.family = rehearsed.FAMILIES[name]
+        placed = Split(Mesh(Layout()), {}, self.family.sharding).meta_copy(
+            lambda: self.family.build(CONFIGS[name]), torch.float32
         )
         placed.set_kernel(lambda q, k, v: torch.empty_like(q), None)
         self.network = placed.network
         self.sharded = {id(leaf) for leaves in placed.attention_ops.values() for leaf in leaves}
         request = Request(HEIGHT, WIDTH, rehearsed.FACTOR, steps=2, guidance=3.5, text_length=TEXT)
         configs = {key: part.config for key, part in card(name).components.items()}
-        shapes = (*self.glue.encoded_shapes(configs, TEXT), self.glue.latents_shape(CONFIGS[name], request))
+        shapes = (*self.family.encoded_shapes(configs, TEXT), self.family.latents_shape(CONFIGS[name], request))
         *texts, latents = (torch.empty(ROWS, *shape, device="meta") for shape in shapes)
         with torch.no_grad():
-            predict = self.glue.prepare(self.network, torch.zeros(2), request, [tuple(texts)])
+            predict = self.family.prepare(self.network, torch.zeros(2), request, [tuple(texts)])
             for key, module in self.network.named_modules():
                 module.register_forward_hook(partial(self.note, key))
             predict(latents, 0)
 
     def outputs(self, kind: Any) -> list[tuple[int, ...]]:
         """Outputs of the layers that a rule of the table names, in an evaluation."""
-        named = [name for name, _, rule in tensor.matched(self.network, self.glue.TENSOR) if isinstance(rule, kind)]
+        named = [
+            name
+            for name, _, rule in tensor.matched(self.network, self.family.tensor_parallel)
+            if isinstance(rule, kind)
+        ]
         return [self.layers[name][2] for name in named if name in self.layers]
 
     def attentions(self) -> list[tuple[int, ...]]:

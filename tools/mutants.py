@@ -32,9 +32,7 @@ from tools.planted import MUTANTS, Mutant
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("sglang_gen", "conf", "tests", "pyproject.toml")
 LIBRARIES = (
-    "diffusers.pipelines.flux.pipeline_flux", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3", "diffusers.hooks", "hydra", "hypothesis",
-    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", "torch.utils.flop_counter",
+    "diffusers.pipelines.auto_pipeline", "diffusers.hooks", "hydra", "hypothesis", "torch.utils.flop_counter",
 )  # fmt: skip
 SECONDS = 240.0  # of one selection of tests
 FAILED, NO_TESTS = 1, 5  # exit codes of pytest; others are errors of its own, such as a file that does not import

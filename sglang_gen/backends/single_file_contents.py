@@ -21,7 +21,7 @@ from sglang_gen.hub import component_classes, single_file
 from sglang_gen.hub.safetensors_header import header
 from sglang_gen.hub.weight_files import few
 from sglang_gen.plan.quantization import denoisers
-from sglang_gen.types import Component, Plan
+from sglang_gen.types import TEXT_ENCODERS, Component, Plan
 from sglang_gen.weights.original_layout import CONVERSION_ERRORS, conversion
 
 SAMPLES = 64  # entries along each dimension of a converted tensor that are inspected
@@ -45,7 +45,7 @@ def check_single_file(plan: Plan) -> None:
                 _check_component(file, name, component, shapes)
             except UserError as error:
                 raise UserError(misfit(plan, str(error))) from error
-    for name in single_file.CLIP_PREFIXES.keys() | {"text_encoder_3"}:
+    for name in TEXT_ENCODERS:
         component = plan.card.components.get(name)
         if component is not None and name not in replaced:
             _check_text_encoder(file, name, component, shapes)

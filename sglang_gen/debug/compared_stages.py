@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sglang_gen.debug.native_runs import Free
-from sglang_gen.debug.recording import TEXT_STAGES, Recording, Step
+from sglang_gen.debug.recording import Recording, Step
 from sglang_gen.debug.tensor_match import relative_error
 from sglang_gen.debug.verdict import Row, Tolerance, Verdict, judge
 from sglang_gen.types import Decoded
@@ -14,7 +14,7 @@ from sglang_gen.types import Decoded
 def texts(free: Free, recording: Recording, tolerance: Tolerance) -> list[Row]:
     """The encoded text as passed to each network, including the rows of the negative prompt."""
     ours, theirs = _text_tensors(free.encoded), _text_tensors(recording.encoded())
-    names = [(name, keys) for name, keys in TEXT_STAGES][: max(len(ours), len(theirs))]
+    names = recording.encoded_names[: max(len(ours), len(theirs))]
     rows = []
     for index, (name, keys) in enumerate(names):
         our, their = (tensors[index] if index < len(tensors) else None for tensors in (ours, theirs))

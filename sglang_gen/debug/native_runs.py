@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import wraps
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -73,12 +72,12 @@ def run_led(engine: Any, generate: Generate, recording: Recording) -> Led:
     Network, guidance, scheduler and decoding are the engine's. Its generators are used as in a normal run, so that a
     scheduler that draws noise draws the same noise.
     """
-    led, pipeline, scheduler = Led(), engine.pipeline, engine.components["scheduler"]
+    led, scheduler, prepare_timesteps = Led(), engine.components["scheduler"], engine.pipeline.prepare
     assert recording.decoded is not None
     noise, begin, step = recording.decoded.noise, engine._noise, scheduler.step
 
     def prepare(network: Any, timesteps: Tensor, *args: Any) -> Any:
-        return pipeline.prepare(network, recording.schedule["timesteps"][-len(timesteps) :], *args)
+        return prepare_timesteps(network, recording.schedule["timesteps"][-len(timesteps) :], *args)
 
     def start(*args: Any) -> Tensor:
         drawn: Tensor = begin(*args)
@@ -93,7 +92,7 @@ def run_led(engine: Any, generate: Generate, recording: Recording) -> Led:
 
     with ExitStack() as stack:
         for owner, name, other in (
-            (engine, "pipeline", SimpleNamespace(**{**vars(pipeline), "prepare": prepare})),
+            (engine.pipeline, "prepare", prepare),
             (engine, "_encode", lambda *_: recording.encoded()),
             (engine, "_noise", start),
             (scheduler, "step", led_step),

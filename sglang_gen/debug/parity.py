@@ -16,6 +16,7 @@ from sglang_gen.debug.native_runs import Free, Led, predict_once, run_free, run_
 from sglang_gen.debug.networks import Networks
 from sglang_gen.debug.recording import Call, Recording, recorded
 from sglang_gen.debug.verdict import Cause, Report, Row, Tolerance, Verdict, first_difference
+from sglang_gen.families import registry
 from sglang_gen.launch import numerics
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.clock import Clock, synchroniser
@@ -62,7 +63,7 @@ def run(ours: Plan, theirs: Plan, tolerance: Tolerance) -> Report:
 
 def beside(plan: Plan, ours: Any, theirs: Any, tolerance: Tolerance) -> Engines:
     """Two loaded engines with their networks matched."""
-    network = getattr(theirs.pipeline, ours.pipeline.NETWORK)
+    network = getattr(theirs.pipeline, ours.pipeline.spec.network)
     pairs = correspond(ours.network, network, ours.pipeline.sources)
     autoencoders = decoders.beside(ours.components["vae"], theirs.pipeline.vae, tolerance.module)
     return Engines(plan, ours, theirs, Networks(ours.network, network, pairs, tolerance.module), autoencoders)
@@ -108,7 +109,8 @@ def _generate(plan: Plan, engine: Any) -> Decoded:
 
 def _record(engines: Engines) -> Recording:
     pipeline = engines.theirs.pipeline
-    with recorded(engines.networks.theirs, pipeline.scheduler, pipeline.vae) as recording:
+    encoded = registry.examples(engines.ours.pipeline.spec).encoded
+    with recorded(engines.networks.theirs, pipeline.scheduler, pipeline.vae, encoded) as recording:
         recording.decoded = _generate(engines.plan, engines.theirs)
     return recording
 

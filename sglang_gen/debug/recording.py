@@ -10,17 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from sglang_gen.debug.watching import copied, replaced
+from sglang_gen.families.examples_contract import EncodedNames
 from sglang_gen.types import Decoded
-
-# Our name and diffusers' argument names of the tensors that a family's `encode` returns, in its order.
-TEXT_STAGES = (("text", ("encoder_hidden_states",)), ("pooled text", ("pooled_projections", "text_embeds")))
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the denoising network: its arguments by name, in order."""
+    """One call of the denoising network: its arguments by name, in order, and how those of the text are called."""
 
     arguments: Mapping[str, Any]
+    encoded: EncodedNames
 
     @property
     def latents(self) -> Tensor:
@@ -31,7 +30,7 @@ class Call:
     def texts(self) -> tuple[Tensor, ...]:
         """The tensors of the encoded text."""
         given = {**self.arguments, **(self.arguments.get("added_cond_kwargs") or {})}
-        tensors = [next((given[key] for key in keys if given.get(key) is not None), None) for _, keys in TEXT_STAGES]
+        tensors = [next((given[key] for key in keys if given.get(key) is not None), None) for _, keys in self.encoded]
         return tuple(tensor for tensor in tensors if tensor is not None)
 
 
@@ -48,6 +47,7 @@ class Step:
 class Recording:
     """A recorded generation; `decoded` and `schedule` are set after it has ended."""
 
+    encoded_names: EncodedNames
     calls: list[Call] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     schedule: dict[str, Tensor] = field(default_factory=dict)
@@ -72,13 +72,16 @@ def schedule(scheduler: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def recorded(network: nn.Module, scheduler: Any, vae: Any) -> Iterator[Recording]:
-    """Within this context record the calls of the network, the scheduler and the autoencoder."""
-    recording = Recording()
+def recorded(network: nn.Module, scheduler: Any, vae: Any, encoded: EncodedNames) -> Iterator[Recording]:
+    """Within this context record the calls of the network, the scheduler and the autoencoder.
+
+    `encoded` are the names of the network's arguments for the encoded text.
+    """
+    recording = Recording(encoded)
     signature = inspect.signature(network.forward)
 
     def note_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recording.calls.append(Call(copied(dict(signature.bind(*args, **kwargs).arguments))))
+        recording.calls.append(Call(copied(dict(signature.bind(*args, **kwargs).arguments)), encoded))
 
     step = scheduler.step
 

@@ -21,16 +21,18 @@ from sglang_gen.backends.native import memory_policy
 from sglang_gen.backends.native import vae_parallel as decoders
 from sglang_gen.backends.native.request import NativeRequest
 from sglang_gen.config.schema import GuidanceBatching, Machine
-from sglang_gen.dry_run.encoder_sizes import COUNT
 from sglang_gen.dry_run.roofline import Kernels, seconds
 from sglang_gen.engine.cfg import Encoded, Guidance, guided
 from sglang_gen.engine.meta_trace import trace_on_meta
 from sglang_gen.families import autoencoder as autoencoder
-from sglang_gen.families.contract import Request
+from sglang_gen.families import text_encoders
+from sglang_gen.families.contract import Request, Spec
+from sglang_gen.families.encoder_sizes import COUNT
+from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.mesh import AXES, SEQUENCE, Mesh, coordinates
-from sglang_gen.parallel.sequence_boundary import Sharding, shard_sizes
+from sglang_gen.parallel.sequence_boundary import shard_sizes
 from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.perf.flops import stored_bytes
 from sglang_gen.plan import layout_limits
@@ -84,7 +86,7 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def trace_network(
-    pipeline: Any,
+    pipeline: Pipeline,
     split: Split,
     card: ModelCard,
     request: Request,
@@ -95,7 +97,7 @@ def trace_network(
 ) -> NetworkTrace:
     """Trace one rank's conditioning and one guided step of a batch of `rows` images; `fused` models compiled code."""
     configs = {name: component.config for name, component in card.components.items()}
-    config = configs[pipeline.NETWORK]
+    config = configs[pipeline.spec.network]
     meta_copy = split.meta_copy(lambda: pipeline.build(config), dtype)
     held = [*meta_copy.network.parameters(), *meta_copy.network.buffers()]
     trace = NetworkTrace(sum(map(stored_bytes, held)), kernels=Kernels(fused))
@@ -121,7 +123,7 @@ def trace_network(
 
 
 def trace_decoding(
-    pipeline: Any, axis: Axis, card: ModelCard, request: Request, rows: int, dtype: torch.dtype
+    pipeline: Pipeline, axis: Axis, card: ModelCard, request: Request, rows: int, dtype: torch.dtype
 ) -> tuple[int, Traffic]:
     """Peak bytes of live tensors, without weights, and the communication of decoding a batch of `rows` images.
 
@@ -136,7 +138,7 @@ def trace_decoding(
     return alive.most, sent
 
 
-def trace_encoding(pipeline: Any, card: ModelCard, request: Request, dtype: torch.dtype) -> int:
+def trace_encoding(pipeline: Pipeline, card: ModelCard, request: Request, dtype: torch.dtype) -> int:
     """Peak bytes of live tensors, without weights, of encoding an input image, which every rank encodes completely."""
     config = autoencoder.config(card.components["vae"].config)
     with torch.device("meta"):
@@ -161,19 +163,17 @@ def busiest(layout: Layout, lengths: Sequence[int]) -> tuple[int, ...]:
     return tuple(rank for rank in range(layout.ranks) if coordinates(layout, rank) in places)
 
 
-def weights_of(plan: Plan, needs: Any, network: int) -> dict[str, int]:
-    """Bytes of each component's weights on one rank; `network` is the denoising network's. T5 is tensor parallel."""
+def weights_of(plan: Plan, spec: Spec, network: int) -> dict[str, int]:
+    """Bytes of each component's weights on one rank; `network` is the denoising network's."""
     size = getattr(torch, plan.dtype).itemsize
     sizes = {}
-    for name in needs.required(plan.card):
+    for name in spec.required(plan.card):
         component = plan.card.components[name]
-        if name == needs.network:
+        if name == spec.network:
             sizes[name] = network
         elif component.class_name in COUNT:
             sizes[name] = COUNT[component.class_name](component.config, _encoder_ranks(plan, name)) * size
-            if component.class_name == "T5EncoderModel" and plan.dtype == "float16":
-                c = component.config
-                sizes[name] += 2 * c["num_layers"] * c["d_model"] * c["d_ff"]  # `wo` stays in float32
+            sizes[name] += text_encoders.bytes_kept_in_float32(component, plan.dtype)
     return sizes
 
 
@@ -181,7 +181,7 @@ def _encoder_ranks(plan: Plan, name: str) -> int:
     """Ranks that share a text encoder's weights; one out of a single file is not sharded."""
     part, tp = plan.card.components[name], plan.layout.tp
     in_file = plan.card.file is not None and name not in plan.run.model.component_paths
-    return 1 if in_file else layout_limits.encoder_ranks(part, plan.dtype, tp)
+    return 1 if in_file else text_encoders.ranks(part, plan.dtype, tp)
 
 
 def estimate(plan: Plan) -> dict[str, Any]:
@@ -196,10 +196,10 @@ def estimate(plan: Plan) -> dict[str, Any]:
     layout_limits.check_size(plan.run, plan.card, plan.layout, plan.stated_degrees, request.height, request.width)
     negative = any(sample.negative_prompt is not None for samples in plan.batches for sample in samples)
     together = plan.run.sampling.guidance_batching is not GuidanceBatching.sequential
-    guidance = memory_policy.guidance(plan, pipeline, request, negative, together)
+    guidance = memory_policy.guidance(plan, pipeline.spec.guidance, request, negative, together)
     ranks = busiest(plan.layout, _shard_sizes(native_request, request))
     meshes, dtype = [Mesh(plan.layout, rank) for rank in ranks], getattr(torch, plan.dtype)
-    splits = [Split(mesh, pipeline.TENSOR, pipeline.SHARDING) for mesh in meshes]
+    splits = [Split(mesh, pipeline.tensor_parallel, pipeline.sharding) for mesh in meshes]
     fused = plan.run.compile.enable_torch_compile
     traces = [
         trace_network(pipeline, split, plan.card, request, len(batch), guidance, dtype, fused) for split in splits
@@ -211,7 +211,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         (trace_decoding(pipeline, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype) for mesh in meshes),
         key=lambda one: sum(one[1].bytes.values()),
     )
-    weights = weights_of(plan, native_request.needs, trace.weights)
+    weights = weights_of(plan, pipeline.spec, trace.weights)
     alive = {"step": trace.alive, "decoding": decoded}
     if plan.run.sampling.image_path:
         alive["encoding"] = trace_encoding(pipeline, plan.card, request, dtype)
@@ -227,7 +227,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
 
 def _shard_sizes(native_request: NativeRequest, request: Request) -> tuple[int, ...]:
     """Sizes of the image's shards on the sequence parallel ranks."""
-    sharding: Sharding = native_request.pipeline.SHARDING
+    sharding = native_request.pipeline.sharding
     size = native_request.pipeline.latents_shape(native_request.config, request)[sharding.dim - 1]
     with torch.device("meta"):
         unit = sharding.unit(native_request.pipeline.build(native_request.config).config)

@@ -1,1 +1,1 @@
-"""Model families of the native engine: text encoding, schedule, latents, decoding, and tables for sharding."""
+"""Model families of the native engine: facts, pipelines from text to images, and examples, one folder each."""

@@ -76,10 +76,5 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
     return Autoencoder(config(diffusers_config))
 
 
-def own_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which most pipelines encode and decode: the dtype that the autoencoder is loaded in."""
-    return dtype
-
-
 def dtype(vae: Autoencoder) -> torch.dtype:
     return next(vae.parameters()).dtype

@@ -1,6 +1,20 @@
-"""Run settings that a family's pipeline needs."""
+"""The contract of a model family: the facts that the plan reads, with their defaults. Imports no torch.
 
-from dataclasses import dataclass
+A family is a folder with `spec.py`, which defines `SPEC`, and `pipeline.py`, which defines `PIPELINE`, a subclass of
+`pipeline_contract.Pipeline`. `registry` finds it by its folder. A spec states what differs from the defaults here,
+which are those of a transformer on patches that is trained by flow matching.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+from sglang_gen.errors import UserError
+from sglang_gen.types import TEXT_ENCODERS, ModelCard
+
+ComponentConfig = Mapping[str, Any]  # a component's config.json
+Accepts = Callable[[Any], bool]  # whether the native engine supports a value of a config
 
 
 @dataclass(frozen=True)
@@ -28,3 +42,163 @@ class Request:
     def latent_size(self) -> tuple[int, int]:
         """Height and width of the latents."""
         return self.height // self.factor, self.width // self.factor
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Parallelism limits of a network at one image size."""
+
+    heads: tuple[int, ...]  # distinct head counts of the attention layers
+    channels: tuple[tuple[int, str], ...] = ()  # other sizes that tensor parallelism divides, with a description
+    units: int = 1  # number of units that sequence parallelism distributes over ranks
+    unit: str = "parts"  # name of these units
+
+
+@dataclass(frozen=True)
+class GuidanceKind:
+    """Where a family's classifier-free guidance takes its scale from, and what a run without guidance is told.
+
+    `input_setting` is the setting of the network's config that is true if --guidance-scale is an input of the network;
+    then `true_cfg_scale` and a negative prompt request classifier-free guidance. None: --guidance-scale requests it.
+    """
+
+    unguided: str  # why there is no guidance; may contain {scale}
+    ineffective_negative: str  # warning about a negative prompt without guidance; may contain {scale}
+    input_setting: str | None = None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether --guidance-scale is an input of the network."""
+        return self.input_setting is not None
+
+    def scale(self, guidance: float, true_cfg: float, negative: bool) -> float:
+        """Scale of classifier-free guidance; `negative`: there is a negative prompt. 1 or less: no guidance."""
+        if not self.embedded:
+            return guidance
+        return true_cfg if negative else 1.0
+
+
+CLASSIFIER_FREE = GuidanceKind(
+    unguided="there is no guidance at a scale of {scale}",
+    ineffective_negative="The negative prompt has no effect at a guidance scale of {scale}",
+)
+EMBEDDED = GuidanceKind(
+    unguided="there is no guidance without a negative prompt and a true_cfg_scale above 1.0",
+    ineffective_negative=(
+        "The negative prompt has no effect at a true_cfg_scale of 1.0; raise it with "
+        """--diffusers-kwargs '{{"true_cfg_scale": 4.0}}'"""
+    ),
+    input_setting="guidance_embeds",
+)
+
+
+def configured_size(config: ComponentConfig, factor: int) -> tuple[int, int]:
+    """Default height and width in pixels from the network's sample_size; `factor` pixels per latent.
+
+    Raises UserError if the configuration has no sample_size.
+    """
+    side = config.get("sample_size")
+    if not isinstance(side, int):
+        raise UserError("The model's configuration has no default image size; give --height and --width")
+    return side * factor, side * factor
+
+
+def head_counts(counts: set[Any]) -> tuple[int, ...]:
+    """The positive integers among `counts`, smallest first."""
+    return tuple(sorted(count for count in counts if isinstance(count, int) and count > 0))
+
+
+def configured_heads(config: ComponentConfig) -> tuple[int, ...]:
+    """Distinct head counts of the attention layers, smallest first: those of a transformer."""
+    return head_counts({config.get("num_attention_heads")})
+
+
+def no_channels(config: ComponentConfig) -> tuple[tuple[int, str], ...]:
+    """Tensor parallelism divides only the heads of a transformer: its widths are multiples of their number."""
+    return ()
+
+
+def configured_patch(config: ComponentConfig) -> Any:
+    return config.get("patch_size", 1)
+
+
+def rows_of_patches(config: ComponentConfig, height: int, width: int, factor: int) -> tuple[int, str]:
+    return height // factor // config["patch_size"], "rows of patches"
+
+
+def any_size(config: ComponentConfig) -> int | None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spec:
+    """Facts about a model family. Its mappings are read-only too."""
+
+    name: str  # of its folder in families/
+    pipeline_class: str  # in model_index.json
+
+    # Components: accepted classes by name (none: any class), and accepted settings of the denoising network's config.
+    components: Mapping[str, tuple[str, ...]]
+    settings: Mapping[str, Accepts]
+    network: str = "transformer"  # name of the denoising network
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # all required if the model has the first
+    file_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of text encoders, in a single file
+    converts_original: bool = False  # the family's `original.py` converts the authors' layout, instead of diffusers
+
+    # Requests
+    arguments: frozenset[str] = frozenset()  # keys of --diffusers-kwargs that the native engine supports
+    guidance: GuidanceKind = CLASSIFIER_FREE
+    strength: float = 0.6  # default noise strength of image-to-image
+    keeps_image_size: bool = False  # an input image keeps its size; the requested size is ignored
+    text_length: int | None = None  # default number of text tokens; None: the tokenizers' own length
+    most_text_tokens: int | None = None  # largest sampling.max_sequence_length; None: the family does not take it
+    zero_without_negative: bool = False  # default of force_zeros_for_empty_prompt in model_index.json
+    ineffective: Mapping[str, str] = field(  # config paths without effect, and what the pipeline does
+        default_factory=lambda: {"sampling.num_frames": "makes no video", "output.fps": "makes no video"}
+    )
+
+    # Scheduler
+    scheduler_settings: Mapping[str, Any] = field(default_factory=dict)  # override outdated values of old configs
+    schedulers: tuple[str, ...] = ()  # classes that sample every model of the family in any number of steps
+
+    # Sizes: functions of the denoising network's config
+    default_size: Callable[[ComponentConfig, int], tuple[int, int]] = configured_size  # (config, factor) -> pixels
+    patch: Callable[[ComponentConfig], Any] = configured_patch  # latents per token in each dimension
+    packs_like: tuple[str, ...] = ()  # parts of class names of networks of diffusers with the same `patch`
+    most_patches: Callable[[ComponentConfig], int | None] = any_size  # largest number of patches along a side
+
+    # Parallelism: functions of the denoising network's config
+    heads: Callable[[ComponentConfig], tuple[int, ...]] = configured_heads
+    channels: Callable[[ComponentConfig], tuple[tuple[int, str], ...]] = no_channels
+    # (config, height, width, factor) -> number and name of the units that sequence parallelism distributes
+    units: Callable[[ComponentConfig, int, int, int], tuple[int, str]] = rows_of_patches
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, each.name, MappingProxyType(dict(value)))
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Names of the text encoders, the optional ones included."""
+        return tuple(name for name in TEXT_ENCODERS if name in self.components or name in self.optional)
+
+    @property
+    def network_classes(self) -> tuple[str, ...]:
+        """Accepted classes of the denoising network in diffusers."""
+        return self.components[self.network]
+
+    def tokens(self, length: int | None) -> int:
+        """Number of text tokens: `length` (sampling.max_sequence_length) if it is given, else the family's default."""
+        assert self.text_length is not None, f"{self.name} takes no length"
+        return length or self.text_length
+
+    def required(self, card: ModelCard) -> dict[str, tuple[str, ...]]:
+        """The components that this model must have, with their accepted classes."""
+        more = self.optional if any(name in card.components for name in [*self.optional][:1]) else {}
+        return {**self.components, **more}
+
+    def limits(self, config: ComponentConfig, height: int, width: int, factor: int) -> Limits:
+        """Parallelism limits at this image size in pixels; `factor` pixels per latent."""
+        return Limits(self.heads(config), self.channels(config), *self.units(config, height, width, factor))

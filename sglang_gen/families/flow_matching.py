@@ -1,4 +1,4 @@
-"""Shared by the flow matching pipelines: timesteps, and the initial latents of text-to-image and image-to-image."""
+"""Shared by the flow matching pipelines: timesteps, initial latents, image-to-image and decoding."""
 
 import inspect
 from collections.abc import Sequence
@@ -9,10 +9,8 @@ from torch import Tensor
 
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.families import img2img
+from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.models.vae import Autoencoder
-
-SIZED_BY_IMAGE = False  # an input image is resized to the requested size
-STRENGTH = 0.6  # default noise strength of image-to-image
 
 
 def set_timesteps(scheduler: Any, steps: int, tokens: int, max_shift: float, sigmas: list[float] | None = None) -> None:
@@ -43,30 +41,32 @@ def set_timesteps(scheduler: Any, steps: int, tokens: int, max_shift: float, sig
         raise UserError(f"{kind} refuses {steps} steps: {first_line(error)}") from error
 
 
-def skipped(steps: int, strength: float) -> int:
-    """Steps that image-to-image skips at a noise `strength` in 0..1; a fraction of a step counts as a step."""
-    return int(max(steps - min(steps * strength, steps), 0))
+class FlowMatching(Pipeline):
+    """Image-to-image, initial latents and decoding of the flow matching pipelines."""
 
+    def skipped(self, steps: int, strength: float) -> int:
+        """Steps that image-to-image skips at a noise `strength` in 0..1; a fraction of a step counts as a step."""
+        return int(max(steps - min(steps * strength, steps), 0))
 
-def encode_image(vae: Autoencoder, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
-    """Latents `[B, C, h, w]` of the image `[1, 3, H, W]`, sampled once per generator."""
-    scaling = vae.config.scaling
-    return (img2img.encode(vae, pixels, generators) - scaling.shift) * scaling.factor
+    def encode_image(
+        self, vae: Autoencoder, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype
+    ) -> Tensor:
+        """Latents `[B, C, h, w]` of the image `[1, 3, H, W]`, sampled once per generator."""
+        scaling = vae.config.scaling
+        return (img2img.encode(vae, pixels, generators) - scaling.shift) * scaling.factor
 
+    def start(self, scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
+        """Initial latents `[B, C, h, w]`: noise, or the input image's latents `source` with noise added.
 
-def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
-    """Images `[B, 3, H, W]` in -1..1 from latents `[B, C, h, w]`."""
-    scaling = vae.config.scaling
-    return vae.decode(latents / scaling.factor + scaling.shift)
+        Raises UserError if the scheduler cannot add noise to an image.
+        """
+        if source is None:
+            return noise
+        if not hasattr(scheduler, "scale_noise"):
+            raise UserError(f"{type(scheduler).__name__} cannot add noise to an image, so it cannot start from one")
+        return scheduler.scale_noise(source, timesteps[:1].repeat(len(noise)), noise).to(noise.dtype)
 
-
-def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
-    """Initial latents `[B, C, h, w]`: noise, or the input image's latents `source` with noise added.
-
-    Raises UserError if the scheduler cannot add noise to an image.
-    """
-    if source is None:
-        return noise
-    if not hasattr(scheduler, "scale_noise"):
-        raise UserError(f"{type(scheduler).__name__} cannot add noise to an image, so it cannot start from one")
-    return scheduler.scale_noise(source, timesteps[:1].repeat(len(noise)), noise).to(noise.dtype)
+    def decode_scaled(self, vae: Autoencoder, latents: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` in -1..1 from latents `[B, C, h, w]`."""
+        scaling = vae.config.scaling
+        return vae.decode(latents / scaling.factor + scaling.shift)

@@ -23,8 +23,3 @@ def predictor(network: Any, *conditions: Any) -> Predict:
         return prediction
 
     return predict
-
-
-def guidance_scale(guidance: float, true_cfg: float, negative: bool) -> float:
-    """Scale of classifier-free guidance, for families where --guidance-scale sets it."""
-    return guidance

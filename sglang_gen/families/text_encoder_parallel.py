@@ -10,12 +10,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
+from sglang_gen.families import text_encoders
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.models.layers import WHOLE
 from sglang_gen.parallel import tensor
 from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.tensor import Biases, Columns, Heads, Rows
-from sglang_gen.plan.layout_limits import encoder_ranks
 from sglang_gen.types import Component
 from sglang_gen.weights import load
 
@@ -49,7 +49,7 @@ class Checkpoint(load.Checkpoint):
 
 def can_shard(component: Component, dtype: torch.dtype, axis: Axis) -> bool:
     """Whether each rank of the axis holds a shard of this text encoder."""
-    return encoder_ranks(component, str(dtype).removeprefix("torch."), axis.size) > 1
+    return text_encoders.ranks(component, str(dtype).removeprefix("torch."), axis.size) > 1
 
 
 def is_sharded(network: Any) -> bool:

@@ -1,28 +1,24 @@
 """Shared by the UNet pipelines: weight names, config, sharding, timesteps and initial latents."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from sglang_gen.engine.denoise import draw_noise
 from sglang_gen.engine.sparse_attention import Grid
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.families import img2img
-from sglang_gen.families.contract import Request
+from sglang_gen.families.contract import ComponentConfig, Request
+from sglang_gen.families.pipeline_contract import Pipeline
+from sglang_gen.families.unet_spec import UNET_DEFAULTS, for_each_level
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.unet import Block, Conditioning, Config, LevelConfig, Residual, UNet
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.sequence_boundary import Sharding, TokensByKind
-from sglang_gen.parallel.tensor import Columns, Heads, Rows
-from sglang_gen.plan.supported_configs import UNET_DEFAULTS, for_each_level
+from sglang_gen.parallel.tensor import Columns, Heads, Rows, Table
 from sglang_gen.weights.load import Rules, renamed
 
-NETWORK = "unet"
-REGIONS = (Residual, Block)  # classes whose forward is compiled once for all of their modules
 CLIP_LENGTH = 77  # tokens, transformers' default if the config has no max_position_embeddings
-SIZED_BY_IMAGE = True  # an input image keeps its size; the requested size is ignored
 
 # Dotted parts of our tensor names -> the corresponding parts in a diffusers checkpoint.
 NAMES: Rules = {
@@ -108,20 +104,6 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
     return UNet(config(diffusers_config))
 
 
-def text_shape(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
-    """Tokens and channels of an encoded prompt, from the component configs."""
-    width = {**UNET_DEFAULTS, **configs[NETWORK]}["cross_attention_dim"]
-    return configs["text_encoder"].get("max_position_embeddings", CLIP_LENGTH), width
-
-
-def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
-    """The token grid of every level; each level halves rows and columns, rounded up."""
-    sizes = [request.latent_size]
-    for _ in config.down[1:]:
-        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
-    return [Grid(*size) for size in sizes]
-
-
 def attention_ops(network: UNet) -> dict[str, list[Attend]]:
     """Self-attention ops by the number of downsamplings before them."""
     ops: dict[str, list[Attend]] = {}
@@ -159,43 +141,57 @@ SHARDING = Sharding(
 )
 
 
-def skipped(steps: int, strength: float) -> int:
-    """Steps that image-to-image skips at a noise `strength` in 0..1."""
-    return steps - min(int(steps * strength), steps)
+class UNetPipeline(Pipeline):
+    """Network, schedule and initial latents of the UNet pipelines."""
 
+    tensor_parallel = cast(Table, TENSOR)
+    sharding = SHARDING
+    regions = (Residual, Block)
 
-def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
-    """Set the timesteps and return those to run, `[S]`. Raises UserError if the scheduler cannot sample a UNet."""
-    kind = type(scheduler).__name__
-    try:
-        scheduler.set_timesteps(request.steps)
-    except ValueError as error:
-        raise UserError(f"{kind} refuses {request.steps} steps: {first_line(error)}") from error
-    if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
-        raise UserError(f"{kind} is not a scheduler for diffusion models, so it cannot sample from this UNet")
-    return img2img.remaining_timesteps(scheduler, request.skipped)
+    def build(self, diffusers_config: ComponentConfig) -> nn.Module:
+        return build(diffusers_config)
 
+    def sources(self, name: str) -> Mapping[str, str]:
+        return sources(name)
 
-def latents_shape(diffusers_config: Mapping[str, Any], request: Request) -> tuple[int, ...]:
-    """Shape of one sample's latents, without the batch dimension."""
-    return diffusers_config.get("in_channels", 4), *request.latent_size
+    def text_shape(self, configs: Mapping[str, ComponentConfig]) -> tuple[int, int]:
+        """Tokens and channels of an encoded prompt, from the component configs."""
+        width = {**UNET_DEFAULTS, **configs[self.spec.network]}["cross_attention_dim"]
+        return configs["text_encoder"].get("max_position_embeddings", CLIP_LENGTH), width
 
+    def grids(self, config: Any, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
+        """The token grid of every level; each level halves rows and columns, rounded up."""
+        sizes = [request.latent_size]
+        for _ in config.down[1:]:
+            sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+        return [Grid(*size) for size in sizes]
 
-def draw(
-    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
-) -> Tensor:
-    """Noise `[B, C, h, w]`."""
-    return draw_noise(latents_shape(diffusers_config, request), generators, dtype)
+    def skipped(self, steps: int, strength: float) -> int:
+        """Steps that image-to-image skips at a noise `strength` in 0..1."""
+        return steps - min(int(steps * strength), steps)
 
+    def schedule(self, diffusers_config: ComponentConfig, scheduler: Any, request: Request) -> Tensor:
+        """Set the timesteps and return those to run, `[S]`. Raises UserError if the scheduler cannot sample a UNet."""
+        kind = type(scheduler).__name__
+        try:
+            scheduler.set_timesteps(request.steps)
+        except ValueError as error:
+            raise UserError(f"{kind} refuses {request.steps} steps: {first_line(error)}") from error
+        if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
+            raise UserError(f"{kind} is not a scheduler for diffusion models, so it cannot sample from this UNet")
+        return img2img.remaining_timesteps(scheduler, request.skipped)
 
-def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
-    """Elements of the largest feature map of one sample: the one at the first level."""
-    height, width = request.latent_size
-    return int({**UNET_DEFAULTS, **diffusers_config}["block_out_channels"][0]) * height * width
+    def latents_shape(self, diffusers_config: ComponentConfig, request: Request) -> tuple[int, ...]:
+        """Shape of one sample's latents, without the batch dimension."""
+        return diffusers_config.get("in_channels", 4), *request.latent_size
 
+    def widest_map(self, diffusers_config: ComponentConfig, request: Request) -> int:
+        """Elements of the largest feature map of one sample: the one at the first level."""
+        height, width = request.latent_size
+        return int({**UNET_DEFAULTS, **diffusers_config}["block_out_channels"][0]) * height * width
 
-def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
-    """Initial latents `[B, C, h, w]`: noise, or the input image's latents `source` with noise added."""
-    if source is None:
-        return noise * scheduler.init_noise_sigma
-    return scheduler.add_noise(source, noise, timesteps[:1].repeat(len(noise)))
+    def start(self, scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
+        """Initial latents `[B, C, h, w]`: noise, or the input image's latents `source` with noise added."""
+        if source is None:
+            return noise * scheduler.init_noise_sigma
+        return scheduler.add_noise(source, noise, timesteps[:1].repeat(len(noise)))

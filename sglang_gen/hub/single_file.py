@@ -1,24 +1,19 @@
 """Single-file checkpoints of a whole model in their authors' layout, whose components are found by tensor names."""
 
 from collections.abc import Collection, Mapping
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
 from sglang_gen.errors import UserError
+from sglang_gen.families import registry, text_encoders
 from sglang_gen.hub.plain_numbers import require_plain
 from sglang_gen.hub.safetensors_header import Header, read_header, refuse_other_formats
-from sglang_gen.types import Component
+from sglang_gen.types import TEXT_ENCODERS, Component
 
 NETWORKS = ("unet", "transformer")
 INSIDE = "model.diffusion_model."  # prefix of the denoising network in a checkpoint of the whole model
 VAE_PREFIXES = ("first_stage_model.", "vae.")
-T5_PREFIXES = ("text_encoders.t5xxl.",)
-# Prefixes of text encoders in the layouts of SD 1.5 and 2, SDXL, its refiner, SD3 and FLUX.
-CLIP_PREFIXES = {
-    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.transformer.", "text_encoders.clip_l."),
-    "text_encoder_2": ("conditioner.embedders.1.", "conditioner.embedders.0.model.", "text_encoders.clip_g."),
-}
-OTHERS = (*VAE_PREFIXES, *T5_PREFIXES, *CLIP_PREFIXES["text_encoder"], *CLIP_PREFIXES["text_encoder_2"])
 BARE = ("double_blocks.", "joint_blocks.", "blocks.", "transformer_blocks.", "down_blocks.", "input_blocks.")
 # Training state, which is not used: averaged weights, the noise schedule (which the scheduler computes), the loss.
 TRAINING = (
@@ -41,10 +36,16 @@ def read(path: Path) -> Header:
         )
     if not _network(shapes):
         raise UserError(f"--model-path: {path} holds no denoising network, so it is not a whole model")
-    if not _any(shapes, OTHERS):
+    if not _any(shapes, _others()):
         raise UserError(f"--model-path: {path} holds only a denoising network; {_whole_model(path)}")
     require_plain(path, header)
     return header
+
+
+def _others() -> tuple[str, ...]:
+    """Prefixes of all components but the denoising network."""
+    encoders = [registry.file_prefixes(name) for name in TEXT_ENCODERS]
+    return (*VAE_PREFIXES, *chain(*text_encoders.FILE_PREFIXES.values(), *encoders))
 
 
 def _whole_model(path: Path) -> str:
@@ -79,10 +80,10 @@ def _prefixes(component_name: str, component: Component) -> tuple[str, ...] | No
         return (INSIDE, *BARE)
     if component_name == "vae":
         return VAE_PREFIXES
-    if component.class_name == "T5EncoderModel":
-        return T5_PREFIXES
+    if component.class_name in text_encoders.FILE_PREFIXES:
+        return text_encoders.FILE_PREFIXES[component.class_name]
     if component_name.startswith("text_encoder"):
-        return CLIP_PREFIXES.get(component_name, ("text_encoders.",))
+        return registry.file_prefixes(component_name) or ("text_encoders.",)
     return None
 
 
@@ -91,13 +92,14 @@ def of_component(names: Collection[str], component_name: str) -> set[str]:
     if component_name == "vae":
         return {name for name in names if name.startswith(VAE_PREFIXES)}
     inside = {name for name in names if name.startswith(INSIDE)}
-    return inside or {name for name in names if not name.startswith((*OTHERS, *TRAINING))}
+    others = (*_others(), *TRAINING)
+    return inside or {name for name in names if not name.startswith(others)}
 
 
 def of_text_encoder(names: Collection[str], component_name: str, component: Component) -> dict[str, str]:
     """Map transformers' tensor names of a text encoder to the names in a checkpoint.
 
-    Empty for OpenCLIP's layout, from which Stable Diffusion 2 omits the last layer on purpose.
+    Empty for the layout with `resblocks`, from which some models omit the last layer on purpose.
     """
     mapping: dict[str, str] = {}
     for prefix in _prefixes(component_name, component) or ():

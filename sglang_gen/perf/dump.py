@@ -137,7 +137,7 @@ def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
         "components": effective.get("components"),
         "steps": sampling.num_inference_steps,
         "guided": sampling.guidance_scale > 1,
-        "true_cfg": negatives if "true_cfg_scale" in kwargs else 0,  # FLUX: a second branch for a negative prompt
+        "true_cfg": negatives if "true_cfg_scale" in kwargs else 0,  # a second branch for a negative prompt
         "size": [effective.get("height"), effective.get("width")],
         "batches": [len(batch) for batch in plan.batches],
         "max_sequence_length": sampling.max_sequence_length,

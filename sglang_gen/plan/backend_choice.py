@@ -4,25 +4,20 @@ from collections.abc import Callable, Iterator
 
 from sglang_gen.config.schema import BackendName, CacheMethod, GuidanceBatching, QuantMethod, Run
 from sglang_gen.errors import UserError
+from sglang_gen.families import registry
+from sglang_gen.families.contract import Spec
 from sglang_gen.hub import weight_files
 from sglang_gen.plan import offloading
-from sglang_gen.plan.supported_configs import NEEDS, unsupported
+from sglang_gen.plan.supported_configs import unsupported
 from sglang_gen.types import ModelCard
 
-# Pipelines of the native engine: the class named in model_index.json, and the package in families/.
-NATIVE = {
-    "StableDiffusion3Pipeline": "sd3",
-    "FluxPipeline": "flux",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionPipeline": "sd",
-}
 # Names of the native engine's attention kernels; the machine determines which of them run.
 ATTENTION = ("auto", "sdpa", "flash", "efficient", "cudnn", "math", "flash_attn", "flash_attn_3", "sage", "flex")
-ARGUMENTS = {  # keys of --diffusers-kwargs that the native engine supports
-    "FluxPipeline": {"true_cfg_scale"},
-    "StableDiffusionXLPipeline": {"guidance_rescale"},
-    "StableDiffusionPipeline": {"guidance_rescale"},
-}
+
+
+def family(run: Run, card: ModelCard) -> Spec | None:
+    """The model's family; None if the native engine has none for its pipeline."""
+    return registry.by_pipeline_class(run.model.pipeline_class_name or card.pipeline_class)
 
 
 def choose(run: Run, card: ModelCard, device: str) -> tuple[str, str | None]:
@@ -64,10 +59,11 @@ NATIVE_ONLY: tuple[tuple[str, Callable[[Run], bool]], ...] = (
 
 def _obstacles(run: Run, card: ModelCard, device: str) -> Iterator[str]:
     """Reasons why the native engine cannot run a request, the most important first."""
-    name = run.model.pipeline_class_name or card.pipeline_class
-    if name not in NATIVE:
-        yield f"it has no {name} (it has {', '.join(NATIVE)})"
-    understood = ARGUMENTS.get(name, set()) | ({"strength"} if run.sampling.image_path else set())
+    spec = family(run, card)
+    if spec is None:
+        has = ", ".join(known.pipeline_class for known in registry.specs())
+        yield f"it has no {run.model.pipeline_class_name or card.pipeline_class} (it has {has})"
+    understood = (spec.arguments if spec else set()) | ({"strength"} if run.sampling.image_path else set())
     foreign = run.backend.diffusers_kwargs.keys() - understood
     if foreign:
         yield f"'{min(foreign)}' of --diffusers-kwargs is an argument of the diffusers pipeline"
@@ -81,7 +77,7 @@ def _obstacles(run: Run, card: ModelCard, device: str) -> Iterator[str]:
         yield reason
     if run.sampling.image_path and card.settings.get("requires_aesthetics_score"):
         yield "it does not support the aesthetic score that this model takes with an input image"
-    if name in NATIVE and (reason := unsupported(NEEDS[NATIVE[name]], card)):
+    if spec and (reason := unsupported(spec, card)):
         yield reason
     yield from (reason for is_requested, reason in NATIVE_LACKS if is_requested(run))
 

@@ -2,7 +2,8 @@
 
 from sglang_gen.config.schema import Run
 from sglang_gen.errors import UserError
-from sglang_gen.types import ModelCard
+from sglang_gen.families import registry
+from sglang_gen.types import DENOISERS, ModelCard
 
 
 def check_interval(run: Run) -> None:
@@ -21,14 +22,11 @@ def check_interval(run: Run) -> None:
 
 def warnings(run: Run, gave: bool, card: ModelCard) -> list[str]:
     """Warns about a guidance scale that the user `gave` if the model does not take one."""
-    network = card.components.get("transformer")
-    if (
-        gave
-        and network
-        and network.class_name == "FluxTransformer2DModel"
-        and not network.config.get("guidance_embeds")
-    ):
-        return ["--guidance-scale has no effect: this model takes no guidance as an input (guidance_embeds)"]
+    network = card.components.get(DENOISERS[0])
+    spec = registry.by_network_class(network.class_name) if gave and network else None
+    setting = spec.guidance.input_setting if spec else None
+    if network and setting and not network.config.get(setting):
+        return [f"--guidance-scale has no effect: this model takes no guidance as an input ({setting})"]
     return []
 
 

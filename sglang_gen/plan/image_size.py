@@ -1,58 +1,18 @@
 """Image sizes: a model's default, and the sizes that it supports."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 from sglang_gen.config.schema import Run, Sampling
 from sglang_gen.errors import UserError
-from sglang_gen.plan.backend_choice import NATIVE
-from sglang_gen.plan.supported_configs import NEEDS
+from sglang_gen.families import registry
+from sglang_gen.families.contract import ComponentConfig, Spec
 from sglang_gen.types import DENOISERS, ModelCard, Plan
 
-Default = Callable[[Mapping[str, Any], int], tuple[int, int]]
-FLUX_SIDE = 128  # default size in latents; FLUX's configuration has no sample_size
-OLD_SIDE = 64  # minimum size in latents for configurations of diffusers before 0.9, whose sample_size is too small
 
-
-def configured(config: Mapping[str, Any], factor: int) -> tuple[int, int]:
-    """Default height and width in pixels from the network's sample_size; `factor` pixels per latent.
-
-    Raises UserError if the configuration has no sample_size.
-    """
-    side = config.get("sample_size")
-    if not isinstance(side, int):
-        raise UserError("The model's configuration has no default image size; give --height and --width")
-    return side * factor, side * factor
-
-
-def configured_long_ago(config: Mapping[str, Any], factor: int) -> tuple[int, int]:
-    """`configured` for Stable Diffusion 1 and 2, whose configurations may be those of diffusers before 0.9."""
-    size = config.get("sample_size")
-    if isinstance(size, Sequence):
-        return int(size[0]) * factor, int(size[1]) * factor
-    height, width = configured(config, 1)
-    version = config.get("_diffusers_version", "0.9").split(".")
-    if (int(version[0]), int(version[1])) < (0, 9) and height < OLD_SIDE:
-        height = width = OLD_SIDE
-    return height * factor, width * factor
-
-
-def of_flux(config: Mapping[str, Any], factor: int) -> tuple[int, int]:
-    return FLUX_SIDE * factor, FLUX_SIDE * factor
-
-
-def chosen(sampling: Sampling, default: Default, config: Mapping[str, Any], factor: int) -> tuple[int, int]:
+def chosen(sampling: Sampling, spec: Spec, config: ComponentConfig, factor: int) -> tuple[int, int]:
     """Requested height and width in pixels, completed by the model's default. Raises UserError if it has none."""
     if sampling.height and sampling.width:
         return sampling.height, sampling.width
-    height, width = default(config, factor)
+    height, width = spec.default_size(config, factor)
     return sampling.height or height, sampling.width or width
-
-
-# Default sizes of the native engine's pipelines.
-DEFAULT: Mapping[str, Default] = {
-    "sd3": configured, "flux": of_flux, "sdxl": configured, "sd": configured_long_ago,
-}  # fmt: skip
 
 
 def latent_factor(card: ModelCard) -> int | None:
@@ -66,9 +26,7 @@ def latent_factor(card: ModelCard) -> int | None:
 def multiple(card: ModelCard) -> int | None:
     """Number of pixels of which height and width must be multiples: VAE downsampling factor times patch size."""
     factor, network = latent_factor(card), card.components.get(DENOISERS[0])
-    patch = network.config.get("patch_size", 1) if network else 1
-    if network and "Flux" in network.class_name:
-        patch = 2  # FLUX packs 2 x 2 latents into one token outside of the network
+    patch = registry.packing(network.class_name)(network.config) if network else 1
     return factor * patch if factor and isinstance(patch, int) else None
 
 
@@ -86,11 +44,13 @@ def check_size(run: Run, card: ModelCard) -> None:
 
 
 def _most(card: ModelCard) -> int | None:
-    """Maximum height and width in pixels of SD3's table of position embeddings; None for other models."""
+    """Maximum height and width in pixels that a network has positions for; None without a limit."""
     step, network = multiple(card), card.components.get(DENOISERS[0])
-    if step is None or network is None or network.class_name != "SD3Transformer2DModel":
+    spec = registry.by_network_class(network.class_name) if network else None
+    if step is None or network is None or spec is None:
         return None
-    return int(network.config.get("pos_embed_max_size", 96)) * step
+    patches = spec.most_patches(network.config)
+    return None if patches is None else patches * step
 
 
 def expected(plan: Plan) -> tuple[int, int] | None:
@@ -98,10 +58,9 @@ def expected(plan: Plan) -> tuple[int, int] | None:
     sampling, card = plan.run.sampling, plan.card
     if sampling.image_path:
         return None
-    if plan.backend == "sglang":
-        pipeline = NATIVE[plan.pipeline_class]
-        config = card.components[NEEDS[pipeline].network].config
-        return chosen(sampling, DEFAULT[pipeline], config, latent_factor(card) or 1)
+    spec = registry.by_pipeline_class(plan.pipeline_class)
+    if plan.backend == "sglang" and spec:
+        return chosen(sampling, spec, card.components[spec.network].config, latent_factor(card) or 1)
     if sampling.height and sampling.width and multiple(card):
         return sampling.height, sampling.width
     return None

@@ -5,53 +5,16 @@ with the same number of ranks.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
 
 from sglang_gen import env
 from sglang_gen.config.schema import CacheMethod, Run
 from sglang_gen.errors import UserError
-from sglang_gen.plan import image_size
-from sglang_gen.plan.backend_choice import NATIVE
-from sglang_gen.plan.supported_configs import NEEDS, UNET_DEFAULTS, for_each_level
-from sglang_gen.types import DENOISERS, Component, Layout, ModelCard, Sample
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Parallelism limits of a network at one image size."""
-
-    heads: tuple[int, ...]  # distinct head counts of the attention layers
-    channels: tuple[tuple[int, str], ...] = ()  # other sizes that tensor parallelism divides, with a description
-    units: int = 1  # number of units that sequence parallelism distributes over ranks
-    unit: str = "parts"  # name of these units
-
-
-def attention_heads(config: Mapping[str, Any], is_unet: bool) -> tuple[int, ...]:
-    """Distinct head counts of the attention layers, smallest first. For a UNet: of its middle block and levels with
-    attention.
-
-    `attention_head_dim` of a UNet is its number of heads, a naming error that diffusers keeps for its checkpoints.
-    """
-    if not is_unet:
-        counts = {config.get("num_attention_heads")}
-    else:
-        c = {**UNET_DEFAULTS, **config}
-        heads = for_each_level(c.get("num_attention_heads") or c["attention_head_dim"], len(c["block_out_channels"]))
-        levels = [*zip(heads, c["down_block_types"], strict=False), (heads[-1], "CrossAttn")]
-        levels += zip(reversed(heads), c["up_block_types"], strict=False)
-        counts = {count for count, kind in levels if "Attn" in kind}
-    return tuple(sorted(count for count in counts if isinstance(count, int) and count > 0))
-
-
-def encoder_ranks(component: Component, dtype: str, tp: int) -> int:
-    """Ranks that share the weights of a text encoder: T5 where its layers divide by `tp`, otherwise one.
-
-    In float16 transformers keeps some layers of T5 in float32, and it is not sharded.
-    """
-    divides = component.class_name == "T5EncoderModel" and dtype != "float16"
-    return tp if divides and not any(component.config[key] % tp for key in ("num_heads", "d_ff")) else 1
+from sglang_gen.families import registry
+from sglang_gen.families.contract import Limits, Spec, configured_heads
+from sglang_gen.plan import backend_choice, image_size
+from sglang_gen.types import DENOISERS, Layout, ModelCard, Sample
 
 
 def common_heads(card: ModelCard) -> int | None:
@@ -59,28 +22,10 @@ def common_heads(card: ModelCard) -> int | None:
     for name in DENOISERS:
         if name in card.components:
             network = card.components[name]
-            heads = attention_heads(network.config, network.class_name == "UNet2DConditionModel")
+            spec = registry.by_network_class(network.class_name)
+            heads = (spec.heads if spec else configured_heads)(network.config)
             return math.gcd(*heads) if heads else None
     return None
-
-
-def limits(pipeline: str, config: Mapping[str, Any], height: int, width: int, factor: int) -> Limits:
-    """Parallelism limits of the native engine's `pipeline` at this image size; `factor` pixels per latent.
-
-    In a transformer tensor parallelism divides only heads, because the widths of its layers are multiples of their
-    number.
-    """
-    is_unet = NEEDS[pipeline].network == "unet"
-    heads = attention_heads(config, is_unet)
-    if pipeline == "flux":
-        return Limits(heads, (), (height // factor // 2) * (width // factor // 2), "tokens")
-    if pipeline == "sd3":
-        return Limits(heads, (), height // factor // config["patch_size"], "rows of patches")
-    c = {**UNET_DEFAULTS, **config}
-    channels = [(c["norm_num_groups"], "group norms of {} groups")]
-    channels += [(count, "residual blocks of {} channels") for count in sorted(set(c["block_out_channels"]))]
-    band = factor * 2 ** (len(c["block_out_channels"]) - 1)  # rows of pixels per row of the coarsest level
-    return Limits(heads, tuple(channels), height // band, f"bands of {band} rows of pixels")
 
 
 def obstacle(network: Limits, layout: Layout) -> tuple[str, str] | None:
@@ -197,7 +142,7 @@ def check_layout(
             "raise --num-samples or lower sampling.batch_size or dp_size"
         )
     if layout.cfg > 1:
-        _check_branches(run, backend, NATIVE.get(run.model.pipeline_class_name or card.pipeline_class), batches)
+        _check_branches(run, backend, backend_choice.family(run, card), batches)
     if backend == "sglang" and layout.ring * layout.ulysses * layout.tp > 1:
         _check_split(run, card, layout, stated)
 
@@ -206,16 +151,14 @@ def _degrees(layout: Layout) -> str:
     return f"dp {layout.dp}, cfg {layout.cfg}, ring {layout.ring}, ulysses {layout.ulysses}, tp {layout.tp}"
 
 
-def _check_branches(run: Run, backend: str, pipeline: str | None, batches: Sequence[Sequence[Sample]]) -> None:
+def _check_branches(run: Run, backend: str, spec: Spec | None, batches: Sequence[Sequence[Sample]]) -> None:
     """Raises UserError for guidance parallelism without a second branch."""
-    if backend == "sglang" and pipeline == "flux":
+    if backend == "sglang" and spec and spec.guidance.embedded:
         scale = run.backend.diffusers_kwargs.get("true_cfg_scale", 1.0)
         negative = any(sample.negative_prompt is not None for batch in batches for sample in batch)
         if not negative or (isinstance(scale, (int, float)) and scale <= 1):
-            raise UserError(
-                "parallel.enable_cfg_parallel: there is no guidance without a negative prompt and a true_cfg_scale "
-                "above 1.0; run with parallel=single or another axis"
-            )
+            reason = spec.guidance.unguided.format(scale=run.sampling.guidance_scale)
+            raise UserError(f"parallel.enable_cfg_parallel: {reason}; run with parallel=single or another axis")
     elif run.sampling.guidance_scale <= 1:
         raise UserError(
             f"parallel.enable_cfg_parallel: without guidance (--guidance-scale {run.sampling.guidance_scale}) "
@@ -236,28 +179,27 @@ def _check_split(run: Run, card: ModelCard, layout: Layout, stated: Set[str]) ->
             f"({_degrees(layout)}) splits them over ranks; use another kernel, or only tp_size, dp_size or "
             "enable_cfg_parallel"
         )
-    pipeline = _pipeline(run, card)
-    config = card.components[NEEDS[pipeline].network].config
-    if run.sampling.image_path and NEEDS[pipeline].network == "unet":
+    spec = _family(run, card)
+    if run.sampling.image_path and spec.keeps_image_size:
         check_size(run, card, layout, stated, None, None)  # the size of the input image is not known yet
     else:
-        height, width = image_size.chosen(
-            run.sampling, image_size.DEFAULT[pipeline], config, image_size.latent_factor(card) or 1
-        )
-        check_size(run, card, layout, stated, height, width)
+        config, factor = card.components[spec.network].config, image_size.latent_factor(card) or 1
+        check_size(run, card, layout, stated, *image_size.chosen(run.sampling, spec, config, factor))
 
 
-def _pipeline(run: Run, card: ModelCard) -> str:
-    return NATIVE[run.model.pipeline_class_name or card.pipeline_class]
+def _family(run: Run, card: ModelCard) -> Spec:
+    spec = backend_choice.family(run, card)
+    assert spec is not None  # the native engine was chosen
+    return spec
 
 
 def check_size(
     run: Run, card: ModelCard, layout: Layout, stated: Set[str], height: int | None, width: int | None
 ) -> None:
     """Raises UserError for a layout that the network does not support at this image size; None: an unknown size."""
-    pipeline = _pipeline(run, card)
-    config = card.components[NEEDS[pipeline].network].config
-    network = limits(pipeline, config, height or 0, width or 0, image_size.latent_factor(card) or 1)
+    spec = _family(run, card)
+    config, factor = card.components[spec.network].config, image_size.latent_factor(card) or 1
+    network = spec.limits(config, height or 0, width or 0, factor)
     if not (height and width):
         network = replace(network, units=layout.ranks)
     check_network(network, layout, stated)

@@ -12,15 +12,11 @@ from typing import Any
 import torch
 
 from sglang_gen.errors import UserError, first_line
+from sglang_gen.families.nunchaku_classes import NUNCHAKU_CLASSES
 from sglang_gen.hub.weight_files import FLAG, WeightFiles
 from sglang_gen.plan import quantization
 from sglang_gen.types import Plan
 
-CLASSES = {
-    "FluxTransformer2DModel": "NunchakuFluxTransformer2dModel",
-    "SanaTransformer2DModel": "NunchakuSanaTransformer2DModel",
-    "QwenImageTransformer2DModel": "NunchakuQwenImageTransformer2DModel",
-}
 NUNCHAKU_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, AssertionError)
 
 
@@ -33,14 +29,14 @@ def load(plan: Plan, class_name: str, files: WeightFiles, metadata: Mapping[str,
     precision = check_file(files.given, metadata, plan.run.quant.nunchaku_config)
     if sentence := quantization.refuse_nunchaku(quantization.facts_of(plan.device), precision):
         raise UserError(sentence)
-    if class_name not in CLASSES:
-        raise UserError(f"nunchaku has no network for {class_name}; it has {', '.join(sorted(CLASSES))}")
+    if class_name not in NUNCHAKU_CLASSES:
+        raise UserError(f"nunchaku has no network for {class_name}; it has {', '.join(sorted(NUNCHAKU_CLASSES))}")
     if len(files.paths) > 1:
         raise UserError(
             f"{FLAG}: {files.given} is in the older format with several files; give one svdq-*.safetensors file"
         )
     try:
-        kind = getattr(importlib.import_module("nunchaku"), CLASSES[class_name])
+        kind = getattr(importlib.import_module("nunchaku"), NUNCHAKU_CLASSES[class_name])
         network = kind.from_pretrained(str(files.paths[0]), torch_dtype=dtype, device=plan.device)
         if implementation := plan.run.quant.nunchaku_config.get("attention"):
             network.set_attention_impl(implementation)

@@ -6,35 +6,24 @@ from typing import Any
 
 from torch import Tensor
 
+from sglang_gen.families import registry
 from sglang_gen.hub.single_file import INSIDE
-from sglang_gen.weights import original_flux
 
 # Exceptions of diffusers' conversions for the file of another network.
 CONVERSION_ERRORS = (KeyError, ValueError, RuntimeError, IndexError, AttributeError, TypeError, NameError)
 Conversion = Callable[[Mapping[str, Any], dict[str, Tensor]], dict[str, Tensor]]  # of a config and tensors by name
 
 
-def _convert_flux(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    inside = {name: tensor for name, tensor in tensors.items() if name.startswith(INSIDE)} or tensors
-    return original_flux.convert({name.removeprefix(INSIDE): tensor for name, tensor in inside.items()}, width)
-
-
-# Conversions of our own, which replace diffusers' on both backends: its conversion of FLUX splits joined projections at
-# the published width only, and copies them.
-OWN_CONVERSIONS: Mapping[str, Conversion] = {"FluxTransformer2DModel": _convert_flux}
-
-
 def conversion(names: Sequence[str]) -> Conversion | None:
     """The conversion into diffusers' layout for a class of diffusers, given by its name and those of its bases.
 
-    None where neither diffusers nor this package has one.
+    A family's own conversion replaces diffusers' on both backends. None where neither has one.
     """
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     for name in names:
-        if name in OWN_CONVERSIONS:
-            return OWN_CONVERSIONS[name]
+        if own := registry.conversion(name):
+            return own
         if name in SINGLE_FILE_LOADABLE_CLASSES:
             mapping = SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
             return lambda config, tensors: _present(mapping(config=dict(config), checkpoint=tensors))
@@ -49,8 +38,9 @@ def _present(converted: Mapping[str, Any]) -> dict[str, Tensor]:
 def read(class_name: str, config: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Tensor]:
     """The tensors of diffusers' `class_name` under its names, in the dtypes of the files.
 
-    Tensors that are only renamed are views of the memory-mapped files; split fused projections are copies (views for
-    FLUX), which the caller releases one by one. Raises one of `CONVERSION_ERRORS` for another network's files.
+    Tensors that are only renamed are views of the memory-mapped files; split fused projections are copies (views if
+    the family converts them), which the caller releases one by one. Raises one of `CONVERSION_ERRORS` for the files of
+    another network.
     """
     from safetensors.torch import load_file
 

@@ -18,6 +18,7 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from sglang_gen import log
 from sglang_gen.config.schema import QuantMethod
 from sglang_gen.errors import LOADING_ERRORS, UserError, first_line
+from sglang_gen.families import registry
 from sglang_gen.hub import component_classes, weight_files
 from sglang_gen.hub.plain_numbers import quantized
 from sglang_gen.hub.safetensors_header import Header, Tensor
@@ -208,7 +209,7 @@ def _write_config(component: Component, folder: Path) -> None:
 
 def load_original(kind: Any, component: Component, paths: Sequence[Path], dtype: torch.dtype) -> Any:
     """A network of diffusers with weights in the original layout, by our conversion where we have one."""
-    if component.class_name not in original_layout.OWN_CONVERSIONS:
+    if registry.conversion(component.class_name) is None:
         return _load_single_file(kind, component, paths, {"dtype": dtype})
     tensors = original_layout.read(component.class_name, _config(component), paths)
     with init_empty_weights():

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import tiny
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sglang_gen.models.flux import Flux
-from sglang_gen.models.sd3 import SD3
-from sglang_gen.models.unet import UNet
+from sglang_gen.families import registry
 
 COMMON = ("--seed", "7", "output.latents=true")
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
@@ -75,8 +75,8 @@ def runner(pipelines: dict[str, Path], sglang):
 
 
 def assert_both_make_the_same(run, name, *words, **kwargs) -> None:
-    """At a scale of 3 unless the words say otherwise: 7.5 makes more than 1e-5 of the tiny SDXL's own rounding."""
-    if name not in ("sd3", "flux", "sd15") and "--guidance-scale" not in words:
+    """At a scale of 3 unless the words say otherwise: 7.5 makes more than 1e-5 of rounding in some tiny pipelines."""
+    if name not in tiny.CALM and "--guidance-scale" not in words:
         words = (*words, "--guidance-scale", "3")
     for backend in ("sglang", "diffusers"):
         done = run(name, *words, "--backend", backend, folder=backend, **kwargs)
@@ -85,10 +85,17 @@ def assert_both_make_the_same(run, name, *words, **kwargs) -> None:
     assert_same("sglang", "diffusers", len(list(Path("diffusers").glob("*.png"))))
 
 
+def network_classes() -> set[type]:
+    """Our networks of all families."""
+    with torch.device("meta"):
+        built = [registry.pipeline(spec).build(registry.examples(spec).tiny) for spec in registry.specs()]
+    return {type(network) for network in built}
+
+
 def counted_rows(monkeypatch) -> list[int]:
     """The number of rows of every call of a network, in order."""
     seen: list[int] = []
-    for network in {UNet, SD3, Flux}:
+    for network in network_classes():
         inner = network.forward
 
         def forward(self, latents, *args, inner=inner):

@@ -14,8 +14,8 @@ def widths(*channels: int) -> dict:
 PLAIN = widths(8, 12, 16) | {"layers_per_block": 2}
 NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
 VARIANTS = {
-    "that of stable diffusion": PLAIN,
-    "that of flux": PLAIN | NO_QUANT | {"latent_channels": 6, "shift_factor": 0.1},
+    "with convolutions around the latents": PLAIN,
+    "with a shift and without these convolutions": PLAIN | NO_QUANT | {"latent_channels": 6, "shift_factor": 0.1},
     "without attention": widths(8, 16) | {"mid_block_add_attention": False},
     "a convolution behind the encoder alone": widths(8, 8, 16) | {"use_post_quant_conv": False},
     "a convolution before the decoder alone": widths(16, 8) | {"use_quant_conv": False, "layers_per_block": 3},

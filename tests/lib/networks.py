@@ -5,12 +5,15 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
+import tiny
 from PIL import Image
 
+from sglang_gen.families import registry
+
 CLASSES = {
-    "flux": (diffusers.FluxPipeline, diffusers.FluxTransformer2DModel, "transformer"),
-    "sd3": (diffusers.StableDiffusion3Pipeline, diffusers.SD3Transformer2DModel, "transformer"),
-    "sdxl": (diffusers.StableDiffusionXLPipeline, diffusers.UNet2DConditionModel, "unet"),
+    spec.name: (getattr(diffusers, spec.pipeline_class), getattr(diffusers, spec.network_classes[0]), spec.network)
+    for spec in registry.specs()
+    if spec.name in tiny.BUILDERS
 }
 
 

@@ -20,11 +20,11 @@ def exact_norms(network: nn.Module) -> nn.Module:
     return network
 
 
-def pair(reference: nn.Module, glue, folder: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+def pair(reference: nn.Module, family, folder: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     """(diffusers' network, ours) with the weights of `reference`, which are saved to `folder` on the way."""
     reference.save_pretrained(folder)
     config = dict(reference.config)
-    ours = load(lambda: glue.build(config), in_folder(folder), glue.sources, dtype, "cpu")
+    ours = load(lambda: family.build(config), in_folder(folder), family.sources, dtype, "cpu")
     theirs = type(reference).from_pretrained(folder, dtype=dtype)
     return exact_norms(theirs) if dtype is torch.float64 else theirs, ours
 
@@ -35,7 +35,7 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-def compare(reference: nn.Module, glue, inputs, ours, theirs, steps: int) -> None:
+def compare(reference: nn.Module, family, inputs, ours, theirs, steps: int) -> None:
     """In float64 both compute the same to 1e-10.
 
     In float32 to 1e-5, or to three times what diffusers' own rounding is where that is more: processors round in
@@ -43,7 +43,7 @@ def compare(reference: nn.Module, glue, inputs, ours, theirs, steps: int) -> Non
     """
     exact = []
     for dtype in (torch.float64, torch.float32):
-        their, our = pair(reference, glue, Path("network"), dtype)
+        their, our = pair(reference, family, Path("network"), dtype)
         given = inputs(dtype)
         for step in range(steps):
             output, expected = ours(our, *given, step=step), theirs(their, *given, step=step)

@@ -7,16 +7,13 @@ import torch
 
 from sglang_gen.dry_run.estimate import NetworkTrace, trace_network
 from sglang_gen.engine.cfg import Guidance
+from sglang_gen.families import registry
 from sglang_gen.families.contract import Request
-from sglang_gen.families.flux import pipeline as flux
-from sglang_gen.families.sd import pipeline as sd
-from sglang_gen.families.sd3 import pipeline as sd3
-from sglang_gen.families.sdxl import pipeline as sdxl
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.types import Component, Layout, ModelCard
 
-GLUE = {"sd3": sd3, "flux": flux, "sdxl": sdxl, "sd": sd}
+FAMILIES = {spec.name: registry.pipeline(spec) for spec in registry.specs()}
 FACTOR = 8  # pixels a side of one latent
 SHALLOW = {
     "num_layers": 1, "num_single_layers": 1, "dual_attention_layers": (0,), "layers_per_block": 1,
@@ -32,7 +29,7 @@ def shallow(config: Mapping[str, Any]) -> dict[str, Any]:
 def card_of(pipeline: str, config: Mapping[str, Any], encoders: Mapping[str, Any] | None = None) -> ModelCard:
     """A model with this network; of its text encoders only their lengths and widths matter."""
     parts = {"text_encoder": {}, "text_encoder_2": {"projection_dim": 8}, **(encoders or {}),
-             GLUE[pipeline].NETWORK: config}  # fmt: skip
+             FAMILIES[pipeline].spec.network: config}  # fmt: skip
     return ModelCard("a model", None, "", {name: Component("", "", None, part) for name, part in parts.items()})
 
 
@@ -41,9 +38,10 @@ def rank(
     dtype: torch.dtype = torch.float32, rows: int = 1, text_length: int | None = None, fused: bool = False,
 ) -> NetworkTrace:  # fmt: skip
     """One rank's step for pictures of so many pixels."""
-    split = Split(Mesh(layout, number), GLUE[pipeline].TENSOR, GLUE[pipeline].SHARDING)
+    family = FAMILIES[pipeline]
+    split = Split(Mesh(layout, number), family.tensor_parallel, family.sharding)
     request = Request(height, width, FACTOR, steps=2, guidance=3.5, text_length=text_length)
-    return trace_network(GLUE[pipeline], split, card, request, rows, Guidance(scale), dtype, fused)
+    return trace_network(family, split, card, request, rows, Guidance(scale), dtype, fused)
 
 
 def runs(pipeline: str, card: ModelCard, layout: Layout, height: int, width: int) -> bool:

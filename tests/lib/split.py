@@ -13,9 +13,7 @@ from sglang_gen.backends.native import vae_parallel
 from sglang_gen.engine import attention_kernels
 from sglang_gen.engine.cfg import Guidance, guided
 from sglang_gen.families import autoencoder as autoencoder
-from sglang_gen.families import prediction, text_encoder_parallel, unet_shared
-from sglang_gen.families.flux import pipeline
-from sglang_gen.families.sd3 import pipeline as sd3
+from sglang_gen.families import prediction, registry, text_encoder_parallel
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.chain import Chain
@@ -29,7 +27,7 @@ from sglang_gen.parallel.spatial import Halo, RowAttention, RowDecoder, RowMomen
 from sglang_gen.parallel.tensor import AllReduce
 from sglang_gen.weights.load import load
 
-GLUE = {"sd3": sd3, "flux": pipeline, "unet": unet_shared}
+FAMILIES = {spec.name: registry.pipeline(spec) for spec in registry.specs()}
 
 
 class Transposed(Linear):
@@ -85,10 +83,10 @@ class Changes:
 def placed(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype, summing: bool = True,
            stored: bool = False):  # fmt: skip
     """The network on this rank, and the tensors that it holds by name."""
-    glue = GLUE[name]
-    split = Split(mesh, glue.TENSOR, glue.SHARDING)
-    build = (lambda: transposed(glue.build(config))) if stored else partial(glue.build, config)
-    network = load(build, in_folder(folder), glue.sources, dtype, "cpu", split.shrink)
+    family = FAMILIES[name]
+    split = Split(mesh, family.tensor_parallel, family.sharding)
+    build = (lambda: transposed(family.build(config))) if stored else partial(family.build, config)
+    network = load(build, in_folder(folder), family.sources, dtype, "cpu", split.shrink)
     whole = split.parallelize(network)
     whole.set_kernel(
         scaled_dot_product_attention, attention_kernels.kernel_with_lse("sdpa", "cpu", dtype) if summing else None
@@ -210,7 +208,7 @@ def evaluate(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dty
 
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = 64  # of a class of blocks, which a run sets by the shapes it expects
-        Compiled(whole.network, GLUE[name].REGIONS, "cpu", mesh.layout.ranks)
+        Compiled(whole.network, FAMILIES[name].regions, "cpu", mesh.layout.ranks)
     if mutation is not None:
         MUTATIONS[mutation](whole.network, mesh)
     network = whole.entrance
@@ -252,7 +250,7 @@ def decode(mesh: Mesh, folder: Path, config: dict, latents: torch.Tensor, mutati
 
 
 def read_text(mesh: Mesh, folder: Path, dtype: torch.dtype, tokens: torch.Tensor, mutation: str | None = None):
-    """(what T5 makes of the tokens, what was sent for it, what a rehearsal says is sent)."""
+    """(what the text encoder makes of the tokens, what was sent for it, what a rehearsal says is sent)."""
     axis = mesh.axis("tp")
     encoder: Any = text_encoder_parallel.read(folder, dtype, "cpu", axis)
     assert text_encoder_parallel.is_sharded(encoder)

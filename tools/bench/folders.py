@@ -18,9 +18,9 @@ import torch
 import transformers
 
 from sglang_gen import env
+from sglang_gen.types import DENOISERS
 
 SHARD = "4GB"
-TOKENIZERS = {"CLIPTokenizer": "tokenizer", "T5TokenizerFast": "tokenizer_3"}  # of the embedded model
 Configs = Mapping[str, Mapping[str, Any]]  # component name -> config
 
 
@@ -35,7 +35,7 @@ def write(
 ) -> Path:
     """Write the model to `folder` unless it is complete already. `check` is called with the denoising network."""
     index = json.loads((env.preset_configs(preset) / "model_index.json").read_text())
-    component_configs = configs(preset, changes)
+    component_configs, tokenizers = configs(preset, changes), _embedded_tokenizers()
     if (folder / "model_index.json").exists():  # written last
         return folder
     transformers.utils.logging.disable_progress_bar()
@@ -43,16 +43,18 @@ def write(
         if not isinstance(entry, list):
             continue
         library, kind = entry
-        if kind in TOKENIZERS:
+        if kind.removesuffix("Fast") in tokenizers:
             encoder = component_configs[name.replace("tokenizer", "text_encoder")]
-            _write_tokenizer(TOKENIZERS[kind], folder / name, encoder.get("max_position_embeddings", 512))
+            _write_tokenizer(
+                tokenizers[kind.removesuffix("Fast")], folder / name, encoder.get("max_position_embeddings", 512)
+            )
         elif name == "scheduler":
             _write_json(folder / name / "scheduler_config.json", component_configs[name])
         else:
             component = _drawn(
                 {"diffusers": diffusers, "transformers": transformers}[library], kind, component_configs[name], device
             )
-            if check is not None and name in ("transformer", "unet"):
+            if check is not None and name in DENOISERS:
                 check(component)
             component.save_pretrained(folder / name, max_shard_size=SHARD)
             del component
@@ -61,6 +63,12 @@ def write(
                 torch.cuda.empty_cache()
     _write_json(folder / "model_index.json", index)
     return folder
+
+
+def _embedded_tokenizers() -> dict[str, str]:
+    """The embedded model's tokenizers by class, without the suffix of the fast variant."""
+    index = json.loads((env.embedded_model() / "model_index.json").read_text())
+    return {entry[1].removesuffix("Fast"): name for name, entry in reversed(index.items()) if "tokenizer" in name}
 
 
 def _drawn(library: Any, kind: str, config: Mapping[str, Any], device: str) -> Any:

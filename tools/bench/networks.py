@@ -1,7 +1,7 @@
 """Benchmarks one denoising step of the native engine and of other engines, interleaved in one process.
 
-    python -m tools.bench.networks                       # the embedded model, a UNet and a DiT that suit a laptop
-    python -m tools.bench.networks --device cuda --work sdxl,flux_dev
+    python -m tools.bench.networks                       # the embedded model, and networks that suit a laptop
+    python -m tools.bench.networks --device cuda --work NAME,NAME
 
 The others are diffusers in its default dtype (float32), in bfloat16, in bfloat16 with torch.compile, and OpenVINO with
 its bfloat16 hint if it is installed. Our networks use the attention kernel that attention=auto, the default of a run,
@@ -12,8 +12,8 @@ A slow machine never makes the benchmark fail.
 
 On a GPU all our networks share one copy of the weights, which stays there. The weights of the others are kept on the
 host, and those of one network at a time are copied to the GPU before its call in every round; the network is then
-called once untimed, since the GPU was idle. So FLUX dev needs some 71 GiB of GPU memory (22 for ours, 44 for float32,
-graphs, activations) and 67 of host memory.
+called once untimed, since the GPU was idle. So a network of 12 billion parameters needs some 71 GiB of GPU memory (22
+for ours, 44 for float32, graphs, activations) and 67 of host memory.
 
 `tools.bench.pictures` benchmarks whole generations.
 """
@@ -60,10 +60,10 @@ def kernel_of_auto(work: works.Work, device: str, dtype: torch.dtype = torch.bfl
     """The kernel that attention=auto chooses for this work, as in `Execution`: torch's default in float32."""
     if dtype is torch.float32:
         return attention_kernels.sdpa()
-    latents, text, pooled = (tensor.to("meta") for tensor in work.inputs(dtype, "cpu"))
+    latents, *given = (tensor.to("meta") for tensor in work.inputs(dtype, "cpu"))
     shapes = works.traced_on_meta(
         work, (), works.outline(work, dtype),
-        lambda network: network(latents, works.conditioning(work, text, pooled, network, meta=True), 0),
+        lambda network: network(latents, works.conditioning(work, given, network, meta=True), 0),
     ).attention  # fmt: skip
     names = attention_kernels.candidates(shapes, device, dtype)
     timed = {name: attention_kernels.named(name).kernel for name in names}
@@ -145,11 +145,11 @@ def our_call(
         if graphs:
             Graphs(network)
         return lambda: network(latents, conditioning, 0)
-    family = importlib.import_module(f"sglang_gen.families.{work.family}.pipeline")
+    regions = work.pipeline.regions
     shapes = works.traced_on_meta(
-        work, family.REGIONS, network, lambda copied: copied(to_meta(latents), condition(copied, meta=True), 0)
+        work, regions, network, lambda copied: copied(to_meta(latents), condition(copied, meta=True), 0)
     )
-    blocks = Compiled(network, family.REGIONS, device)
+    blocks = Compiled(network, regions, device)
     blocks.expect(shapes)
     if graphs:
         Graphs(network)
@@ -188,8 +188,8 @@ def _openvino(work: works.Work, folder: Path) -> Call:
 
 def ceilings(work: works.Work, device: str) -> tuple[dict[str, Call], dict[str, int]]:
     """Calls that measure the machine's rates in the same rounds, and the FLOPs of each and of the network."""
-    latents, text, pooled = work.inputs(torch.bfloat16, device)
-    network, condition = works.outline(work, torch.bfloat16), partial(works.conditioning, work, text, pooled)
+    latents, *given = work.inputs(torch.bfloat16, device)
+    network, condition = works.outline(work, torch.bfloat16), partial(works.conditioning, work, given)
     side, rate = SIDES[device], rate_name(device)
     x, w = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
     counter = FlopCounterMode(display=False)
@@ -300,7 +300,7 @@ def clear(device: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default="landscape,unet,dit", help=f"of {', '.join(works.WORKS)}")
+    parser.add_argument("--work", default=f"landscape,{works.LAPTOP}", help=f"of {', '.join(works.WORKS)}")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args()

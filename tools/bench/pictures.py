@@ -2,19 +2,19 @@
 
     python -m tools.bench.pictures                                  # the embedded model
     python -m tools.bench.pictures --work tiny --rounds 1           # takes seconds, to see that it works
-    python -m tools.bench.pictures --device cuda --work sdxl,flux_dev --rounds 1 --pictures 5 --folder bench
+    python -m tools.bench.pictures --device cuda --work NAME,NAME --rounds 1 --pictures 5 --folder bench
 
 `sglang generate` itself is timed: text encoders, scheduler, guidance, all steps, decoding. Compared are the native
 engine, eager and compiled and on a GPU also as CUDA graphs, and diffusers' pipeline, eager and with torch.compile. All
 numbers are from the perf dumps of the runs; denoising is synchronized after every step in all of them.
 
-Six pipelines of FLUX dev of 34 GB each do not fit on one GPU. So the entries are not interleaved image by image: a
+Six pipelines of 34 GB each do not fit on one GPU. So the entries are not interleaved image by image: a
 round is one process per entry, one after the other, starting with another entry each time, and a process loads the
 model, warms up untimed and generates `--pictures` images. Images of one process are correlated, so each round counts as
 one observation, the median of its images. With a single round the images are the observations, and the interval does
 not include differences between processes. With `--folder` models and dumps are kept, and a later call adds its rounds
 to those of the same code and machine, so `--work` and `--rounds` can divide the job among calls; `--rounds 0` prints
-the table of the existing dumps. FLUX dev takes 34 GB there, SDXL 7; without `--folder` a work's model is deleted when
+the table of the existing dumps. The largest model takes 34 GB there; without `--folder` a work's model is deleted when
 its table is printed.
 
 The exit code is 1 if a run of the native engine failed. The table says which runs of diffusers failed.
@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -35,10 +36,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from sglang_gen import env
+from sglang_gen.families import registry
+from sglang_gen.families.contract import Spec
+from sglang_gen.families.examples_contract import RunBenchmark
 from sglang_gen.perf.quality import psnr
 from sglang_gen.perf.statistics import judge
 from tools.bench import folders, works
@@ -54,27 +57,6 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
 }
 OURS, REFERENCE = "sglang", "diffusers"  # the entry for ratios of times, and the entry for comparing images
 ON_GPU = ("sglang-graphs", "sglang-regional-graphs")
-CLIP = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "projection_dim": 32,
-}
-TINY: folders.Configs = {
-    "unet": {
-        "sample_size": 16, "block_out_channels": (32, 64), "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1,
-        "transformer_layers_per_block": (1, 2), "attention_head_dim": (1, 2), "cross_attention_dim": 64,
-        "projection_class_embeddings_input_dim": 6 * 256 + 32,
-    },
-    "vae": {
-        "block_out_channels": (32, 64), "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1,
-    },
-    "text_encoder": CLIP,
-    "text_encoder_2": CLIP,
-}  # fmt: skip
 Dump = dict[str, Any]
 Run = Callable[[Sequence[str], Path], str | None]
 
@@ -94,28 +76,19 @@ class Generation:
         return self.words[0].removeprefix("model=")
 
 
-def _tiny_work() -> works.Work:
-    return works.Work("tiny", UNet2DConditionModel, "sdxl", folders.configs("sdxl", TINY)["unet"], 2, 77, 16)
+def _generation(spec: Spec, run: RunBenchmark) -> Generation:
+    """The generation of a family's benchmark."""
+    settings = {"height": run.side, "width": run.side, "num_inference_steps": run.steps}
+    words = (f"model={run.preset}", *(f"sampling.{name}={value}" for name, value in settings.items()))
+    work = partial(works.work_of, spec, run.network, run.changes.get(spec.network))
+    return Generation(run.title, words, work, run.changes, run.target)
 
 
 WORKS: Mapping[str, Generation] = {
-    "tiny": Generation(
-        "a tiny SDXL, 32 x 32, 3 steps with guidance",
-        ("model=sdxl", "sampling.height=32", "sampling.width=32", "sampling.num_inference_steps=3"),
-        _tiny_work, TINY,
-    ),
     "landscape": Generation("landscape, 128 x 128, 28 steps with guidance", ("model=landscape",)),
-    "sdxl": Generation(
-        "SDXL, 1024 x 1024, 50 steps with guidance",
-        ("model=sdxl", "sampling.height=1024", "sampling.width=1024", "sampling.num_inference_steps=50"),
-        works.WORKS["sdxl"], target=1.6,
-    ),
-    "flux_dev": Generation(
-        "FLUX.1 dev, 1024 x 1024, 28 steps",
-        ("model=flux_dev", "sampling.height=1024", "sampling.width=1024", "sampling.num_inference_steps=28"),
-        works.WORKS["flux_dev"], target=3.3,
-    ),
-}  # fmt: skip
+    **{name: _generation(spec, run) for spec in registry.specs() for name, run in registry.examples(spec).runs.items()},
+}
+TINY = WORKS["tiny"].changes
 
 
 def model_of(generation: Generation, folder: Path, device: str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Profiles one evaluation of a network: the fraction of the time that each kind of operator takes.
 
-    python -m tools.bench.profiles --work unet --dtype bfloat16
+    python -m tools.bench.profiles --work dit --dtype bfloat16
 
 Profiled are our network, eager and with compiled blocks, and diffusers' network in the same dtype. Times are self times
 of torch.profiler: of operators on a CPU, of kernels on a GPU. Profiling takes time itself, so rely on the fractions,
@@ -87,7 +87,7 @@ def measured(work: works.Work, device: str, dtype: torch.dtype) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default="unet,dit", help=f"of {', '.join(works.WORKS)} (default unet,dit)")
+    parser.add_argument("--work", default=works.LAPTOP, help=f"of {', '.join(works.WORKS)} (default {works.LAPTOP})")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     given = parser.parse_args()

@@ -1,6 +1,6 @@
 """Benchmarks one denoising step on one rank and on two, with one thread each, interleaved.
 
-    python -m tools.bench.ranks                     # a UNet and a DiT that suit a laptop
+    python -m tools.bench.ranks                     # networks that suit a laptop
     python -m tools.bench.ranks --work dit --rounds 9 --dtype bfloat16
 
 A round is one step of every layout, all with the same weights; a step ends when both ranks have its result. Efficiency
@@ -9,7 +9,6 @@ the benchmark the result of every layout is compared with that of one rank.
 """
 
 import argparse
-import importlib
 import multiprocessing
 import statistics
 import tempfile
@@ -59,8 +58,8 @@ def _with_layout(pair: Mesh, layout: Layout) -> Mesh:
 def _split(
     work: works.Work, folder: Path, dtype: torch.dtype, ranks: Mesh, condition: Callable[[Any], Any], latents: Tensor
 ) -> Step:
-    family: Any = importlib.import_module(f"sglang_gen.families.{work.family}.pipeline")
-    split = Split(ranks, family.TENSOR, family.SHARDING)
+    family = work.pipeline
+    split = Split(ranks, family.tensor_parallel, family.sharding)
     network = load(lambda: family.build(work.config), in_folder(folder), family.sources, dtype, "cpu", split.shrink)
     placed = split.parallelize(network)
     placed.set_kernel(scaled_dot_product_attention, attention_kernels.kernel_with_lse("sdpa", "cpu", dtype))
@@ -71,8 +70,8 @@ def _split(
 def _halved(work: works.Work, network: Any, latents: Tensor, pair: Mesh) -> Step:
     """A step with one row of the batch on each rank."""
     rows = slice(pair.rank, pair.rank + 1)
-    _, text, pooled = work.inputs(latents.dtype, "cpu")
-    conditioning = works.conditioning(work, text[rows], pooled[rows], network)
+    _, *given = work.inputs(latents.dtype, "cpu")
+    conditioning = works.conditioning(work, [tensor[rows] for tensor in given], network)
 
     def step() -> Tensor:
         return gather(network(latents[rows], conditioning, 0), pair.axis("cfg")).wait().flatten(0, 1)
@@ -138,7 +137,7 @@ def table(seconds: dict[str, list[float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default="unet,dit", help=f"of {', '.join(works.WORKS)}")
+    parser.add_argument("--work", default=works.LAPTOP, help=f"of {', '.join(works.WORKS)}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     arguments = parser.parse_args()

@@ -22,6 +22,7 @@ from sglang_gen.perf import cpu_dtype
 from sglang_gen.perf.statistics import judge
 
 PROMPT, STEPS, GUIDANCE, TOKENS = "A serene landscape with mountains and a lake at sunset", 28, 4.0, 32
+PIPELINE = json.loads((env.embedded_model() / "model_index.json").read_text())["_class_name"]
 DTYPE = cpu_dtype.choose().dtype
 
 OURS = f"""
@@ -44,9 +45,9 @@ finally:
 THEIRS = f"""
 import json, sys, time
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import {PIPELINE}
 marks = [time.process_time()]
-pipeline = StableDiffusion3Pipeline.from_pretrained({str(env.embedded_model())!r}, torch_dtype=torch.{DTYPE})
+pipeline = {PIPELINE}.from_pretrained({str(env.embedded_model())!r}, torch_dtype=torch.{DTYPE})
 marks.append(time.process_time())
 image = pipeline({PROMPT!r}, num_inference_steps={STEPS}, guidance_scale={GUIDANCE}, max_sequence_length={TOKENS},
                  generator=torch.Generator("cpu").manual_seed(42)).images[0]

@@ -1,98 +1,83 @@
 """The works to benchmark: one evaluation of a denoising network, with random weights or those of the embedded model."""
 
-import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor
 
 from sglang_gen import env
 from sglang_gen.engine.meta_trace import Shapes, trace_on_meta
+from sglang_gen.families import registry
+from sglang_gen.families.contract import ComponentConfig, Spec
+from sglang_gen.families.examples_contract import Examples, NetworkBenchmark
+from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.weights.load import load
 
-TIME = 500.0  # timestep, of 1000
+TIME, GUIDANCE = 500.0, 3.5  # timestep, of 1000
 
 
 @dataclass(frozen=True)
 class Work:
-    """A network in diffusers and in the native engine, and the inputs of one evaluation: latents, text, pooled text."""
+    """A network in diffusers and in the native engine, and the inputs of one evaluation."""
 
     title: str
-    kind: Any  # the class in diffusers
-    family: str  # package in sglang_gen/families
+    spec: Spec
     config: Mapping[str, Any]
     batch: int
     tokens: int  # text tokens
-    size: int  # height and width in latents; for FLUX in packed tokens
+    size: int  # height and width in latents, or in tokens for families that pack latents
     weights: Path | None = None  # folder; None for random weights
 
-    def inputs(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def examples(self) -> Examples:
+        return registry.examples(self.spec)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return registry.pipeline(self.spec)
+
+    @property
+    def kind(self) -> Any:
+        """The class in diffusers."""
+        return getattr(diffusers, self.spec.network_classes[0])
+
+    def inputs(self, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+        """Latents, encoded texts, and further tensors of the conditioning."""
         generator = torch.Generator().manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
-
-        c = self.config
-        flux = self.kind is FluxTransformer2DModel
-        latents = (self.size**2, c["in_channels"]) if flux else (c["in_channels"], self.size, self.size)
-        width = c.get("joint_attention_dim") or c["cross_attention_dim"]
-        pooled = c.get("pooled_projection_dim") or c["projection_class_embeddings_input_dim"] - 6 * 256
-        return draw(self.batch, *latents), draw(self.batch, self.tokens, width), draw(self.batch, pooled)
+        shapes = self.examples.shapes(self.config, self.tokens, self.size, self.size)
+        drawn = [torch.randn((self.batch, *shape), generator=generator).to(device, dtype) for shape in shapes]
+        return (*drawn, *self.examples.further(self.config, drawn[0], self.size, self.size))
 
 
-DIT = Work(
-    "FLUX-shaped DiT, 285 M, 1024 + 128 tokens", FluxTransformer2DModel, "flux",
-    {
-        "patch_size": 1, "in_channels": 64, "num_layers": 4, "num_single_layers": 8, "attention_head_dim": 128,
-        "num_attention_heads": 8, "joint_attention_dim": 1024, "pooled_projection_dim": 768, "guidance_embeds": True,
-        "axes_dims_rope": (16, 56, 56),
-    },
-    batch=1, tokens=128, size=32,
-)  # fmt: skip
-UNET = Work(
-    "SDXL-shaped UNet, 64 x 64 latents, batch 2", UNet2DConditionModel, "sdxl",
-    {
-        "sample_size": 64, "in_channels": 4, "out_channels": 4,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (128, 256, 512), "layers_per_block": 2, "transformer_layers_per_block": (1, 2, 6),
-        "attention_head_dim": (2, 4, 8), "cross_attention_dim": 1024, "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 6 * 256 + 768,
-        "use_linear_projection": True,
-    },
-    batch=2, tokens=77, size=64,
-)  # fmt: skip
+def work_of(spec: Spec, benchmark: NetworkBenchmark, changes: ComponentConfig | None = None) -> Work:
+    """The work of a family's benchmark; `changes` to the config of a preset's network."""
+    folder = None
+    if benchmark.config is not None:
+        config: dict[str, Any] = dict(benchmark.config)
+    else:
+        configs = env.preset_configs(benchmark.preset) if benchmark.preset else env.embedded_model()
+        folder = None if benchmark.preset else configs / spec.network
+        config = json.loads((configs / spec.network / "config.json").read_text()) | dict(changes or {})
+    size = benchmark.side or config["sample_size"]
+    return Work(benchmark.title, spec, config, benchmark.batch, benchmark.tokens, size, folder)
 
 
-def landscape() -> Work:
-    folder = env.embedded_model() / "transformer"
-    config = json.loads((folder / "config.json").read_text())
-    return Work("landscape, batch 2", SD3Transformer2DModel, "sd3", config, 2, 109, config["sample_size"], folder)
-
-
-def published(title: str, preset: str, kind: Any, family: str, batch: int, tokens: int, size: int) -> Work:
-    """A preset's network in full size, with random weights."""
-    name = "unet" if kind is UNet2DConditionModel else "transformer"
-    config = json.loads((env.preset_configs(preset) / name / "config.json").read_text())
-    return Work(title, kind, family, config, batch, tokens, size)
-
-
-WORKS: Mapping[str, Callable[[], Work]] = {
-    "landscape": landscape,
-    "unet": lambda: UNET,
-    "dit": lambda: DIT,
-    "sdxl": lambda: published("SDXL, 1024 x 1024, batch 2", "sdxl", UNet2DConditionModel, "sdxl", 2, 77, 128),
-    "flux_dev": lambda: published("FLUX.1 dev, 1024 x 1024", "flux_dev", FluxTransformer2DModel, "flux", 1, 512, 64),
+BENCHMARKS = {
+    name: (spec, benchmark) for spec in registry.specs() for name, benchmark in registry.examples(spec).networks.items()
 }
+WORKS: Mapping[str, Callable[[], Work]] = {
+    name: partial(work_of, spec, benchmark) for name, (spec, benchmark) in BENCHMARKS.items()
+}
+LAPTOP = ",".join(name for name, (_, benchmark) in BENCHMARKS.items() if benchmark.config is not None)
 
 
 def stored(work: Work, folder: Path) -> Path:
@@ -116,29 +101,9 @@ def their_network(work: Work, folder: Path, dtype: torch.dtype) -> Any:
 
 def their_arguments(work: Work, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """The arguments of a call of diffusers' network."""
-    latents, text, pooled = work.inputs(dtype, device)
-    time = torch.full((work.batch,), TIME, device=device)
-    if work.kind is UNet2DConditionModel:
-        sizes = torch.tensor([[8.0 * work.size, 8 * work.size, 0, 0, 8 * work.size, 8 * work.size]] * work.batch)
-        added = {"text_embeds": pooled, "time_ids": sizes.to(device, dtype)}
-        return {
-            "sample": latents,
-            "timestep": time[0],
-            "encoder_hidden_states": text,
-            "added_cond_kwargs": added,
-        }
-    arguments = {"hidden_states": latents, "encoder_hidden_states": text, "pooled_projections": pooled}
-    if work.kind is not FluxTransformer2DModel:
-        return {**arguments, "timestep": time}
-    grid = torch.zeros(work.size, work.size, 3)
-    grid[..., 1], grid[..., 2] = torch.arange(work.size)[:, None], torch.arange(work.size)
-    return {
-        **arguments,
-        "timestep": time.to(dtype) / 1000,
-        "guidance": torch.full((work.batch,), 3.5, device=device),
-        "img_ids": grid.view(-1, 3).to(device, dtype),
-        "txt_ids": torch.zeros(work.tokens, 3, device=device, dtype=dtype),
-    }
+    latents, *given = work.inputs(dtype, device)
+    times = torch.full((work.batch,), TIME, device=device)
+    return work.examples.arguments(work.config, latents, tuple(given), times, work.size, work.size, GUIDANCE)
 
 
 @torch.no_grad()
@@ -169,36 +134,28 @@ def check_activations(work: Work, network: Any, arguments: Mapping[str, Any]) ->
 
 def ours(work: Work, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, Callable[[Any], Any], Tensor]:
     """Our network, a function for its conditioning, and the latents."""
-    family = importlib.import_module(f"sglang_gen.families.{work.family}.pipeline")
+    family = work.pipeline
     network: Any = load(lambda: family.build(work.config), in_folder(folder), family.sources, dtype, device)
-    latents, text, pooled = work.inputs(dtype, device)
-    return network, partial(conditioning, work, text, pooled), latents
+    latents, *given = work.inputs(dtype, device)
+    return network, partial(conditioning, work, given), latents
 
 
 def outline(work: Work, dtype: torch.dtype) -> Any:
     """Our network on the meta device."""
-    family = importlib.import_module(f"sglang_gen.families.{work.family}.pipeline")
     with torch.device("meta"):
-        return family.build(work.config).to(dtype)
+        return work.pipeline.build(work.config).to(dtype)
 
 
-def conditioning(work: Work, text: Tensor, pooled: Tensor, network: Any, meta: bool = False) -> Any:
+def conditioning(work: Work, given: Sequence[Tensor], network: Any, meta: bool = False) -> Any:
     """The conditioning of one step, for a network or (with `meta`) for its copy on the meta device."""
-    on = "meta" if meta else text.device
-    states, vector, times = text.to(on), pooled.to(on), torch.tensor([TIME])
-    if work.family == "flux":
-        return network.condition(times.to(text.dtype), states, vector, 3500.0, work.size, work.size)
-    if work.family == "sd3":
-        return network.condition(times, states, vector, work.size, work.size)
-    side = 8 * work.size
-    sizes = states.new_tensor([side, side, 0, 0, side, side]).expand(len(text), -1)
-    return network.condition(times, states, vector, sizes)
+    on = "meta" if meta else given[0].device
+    tensors = tuple(tensor.to(on) for tensor in given)
+    return network.condition(torch.tensor([TIME]), *work.examples.conditions(tensors, work.size, work.size, GUIDANCE))
 
 
 def whole(work: Work) -> Split:
     """The layout of a single rank, which has the whole network."""
-    family: Any = importlib.import_module(f"sglang_gen.families.{work.family}.pipeline")
-    return Split(Mesh(), family.TENSOR, family.SHARDING)
+    return Split(Mesh(), work.pipeline.tensor_parallel, work.pipeline.sharding)
 
 
 def traced_on_meta(work: Work, regions: tuple[type, ...], network: Any, evaluate: Callable[[Any], Any]) -> Shapes:

@@ -121,6 +121,6 @@ def _lists(pipeline: Any) -> list[int]:
 
 
 def _returns_text(network: nn.Module) -> bool:
-    """False if the last block discards the text stream (as in SD3), so that there is nothing to extrapolate for it."""
+    """False if the last block discards the text stream, so that there is nothing to extrapolate for it."""
     blocks = getattr(network, "transformer_blocks", None)
     return not (blocks and getattr(blocks[-1], "context_pre_only", False))

@@ -36,14 +36,13 @@ from sglang_gen.backends.input_files import read_image, read_noise
 from sglang_gen.backends.native.comm_log import CommLog
 from sglang_gen.config.schema import Run
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
+from sglang_gen.families import registry
 from sglang_gen.parallel.guidance_split import GuidanceSplit
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.clock import Clock
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.plan import image_size
-from sglang_gen.plan.backend_choice import NATIVE
 from sglang_gen.plan.step_cache import wanted
-from sglang_gen.plan.supported_configs import NEEDS
 from sglang_gen.types import TEXT_ENCODERS, Decoded, Plan, Sample
 from sglang_gen.weights import replacement
 
@@ -281,11 +280,11 @@ class DiffusersEngine:
     def _size(self) -> tuple[int | None, int | None]:
         """Requested height and width. Some pipelines ignore a single side, so the other one is filled in."""
         sampling, card = self.plan.run.sampling, self.plan.card
-        name = NATIVE.get(type(self.pipeline).__name__)
-        if name is None or (sampling.height is None) == (sampling.width is None):
+        spec = registry.by_pipeline_class(type(self.pipeline).__name__)
+        if spec is None or (sampling.height is None) == (sampling.width is None):
             return sampling.height, sampling.width
-        config, factor = card.components[NEEDS[name].network].config, image_size.latent_factor(card) or 1
-        return image_size.chosen(sampling, image_size.DEFAULT[name], config, factor)
+        config, factor = card.components[spec.network].config, image_size.latent_factor(card) or 1
+        return image_size.chosen(sampling, spec, config, factor)
 
     def _for_each(self, count: int, given: dict[str, Any]) -> dict[str, Any]:
         """Repeat further prompts for each sample of the batch, and the input image if the pipeline transforms it.

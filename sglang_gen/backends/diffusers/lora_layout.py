@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sglang_gen.backends.diffusers.roles import denoisers, modules
-from sglang_gen.types import TEXT_ENCODERS
+from sglang_gen.types import DENOISERS, TEXT_ENCODERS
 from sglang_gen.weights.lora.file import DOWN, FACTOR, Factors
 from sglang_gen.weights.lora.settings import PREFIX
 
@@ -50,7 +50,7 @@ def targets(pipeline: Any, file: Mapping[str, Factors]) -> list[Target]:
         marked = torch.tensor(float(number))
         numbers |= {_plain(down): marked.expand(factors.down.shape), _plain(up): marked.expand(factors.up.shape)}
         # `up` is already scaled by alpha / rank; some conversions require an alpha, and alpha = rank scales by 1
-        if module.startswith("lora_unet_"):
+        if module.startswith(f"lora_{DENOISERS[-1]}_"):  # kohya's prefix for every denoising network
             alpha = {f"{module}.alpha": torch.tensor(float(factors.down.shape[0]))}
             real, numbers = real | alpha, numbers | alpha
     matched: dict[tuple[str, str], Target] = {}
@@ -92,8 +92,9 @@ def _has(network: nn.Module, name: str) -> bool:
 def _convert(pipeline: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights in diffusers' own layout."""
     arguments: dict[str, Any] = {}
-    if hasattr(pipeline, "unet"):
-        arguments["unet_config"] = pipeline.unet.config  # to map SDXL's blocks, which its authors number consecutively
+    network = getattr(pipeline, DENOISERS[-1], None)
+    if network is not None:  # to map blocks that their authors number consecutively
+        arguments[f"{DENOISERS[-1]}_config"] = network.config
     if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
         arguments["return_alphas"] = True
     converted = pipeline.lora_state_dict(dict(weights), **arguments)

@@ -12,10 +12,11 @@ import torch
 from sglang_gen import log
 from sglang_gen.backends import loading_report
 from sglang_gen.errors import UserError, first_line
+from sglang_gen.families import registry
 from sglang_gen.hub import component_classes, remote_code
 from sglang_gen.hub.safetensors_header import PICKLES
 from sglang_gen.types import Plan
-from sglang_gen.weights.original_layout import CONVERSION_ERRORS, OWN_CONVERSIONS
+from sglang_gen.weights.original_layout import CONVERSION_ERRORS
 from sglang_gen.weights.replacement import load_original
 
 # Raised by diffusers' conversion of a single file that is not of the expected model.
@@ -89,7 +90,7 @@ def _converted(plan: Plan, dtype: torch.dtype, replaced: Collection[str]) -> dic
     assert plan.card.file is not None
     converted = {}
     for name, component in plan.card.components.items():
-        if name not in replaced and component.class_name in OWN_CONVERSIONS:
+        if name not in replaced and registry.conversion(component.class_name):
             kind = component_classes.named(component)
             try:
                 converted[name] = load_original(kind, component, [plan.card.file], dtype)

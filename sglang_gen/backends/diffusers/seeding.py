@@ -1,6 +1,6 @@
 """Draws all noise of a diffusers pipeline from the generators of its samples.
 
-Some pipelines pass no generator to their scheduler (Stable Diffusion 3, FLUX, Wan), some schedulers accept none
+Some pipelines pass no generator to their scheduler (those of flow matching), some schedulers accept none
 (DPMSolverSDEScheduler), and both then draw from torch's global generator.
 """
 

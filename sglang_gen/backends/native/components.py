@@ -12,38 +12,39 @@ from sglang_gen.backends import loading_report
 from sglang_gen.backends.native.scheduler import build_scheduler
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.families import autoencoder
+from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.hub import component_classes
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.hub.safetensors_header import header
 from sglang_gen.hub.weight_files import locate
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.sharded_network import Split
-from sglang_gen.plan.supported_configs import Needs
 from sglang_gen.types import Component, Plan
 from sglang_gen.weights import original_layout
 from sglang_gen.weights.load import InMemoryTensors, Shrink, fill, load, where
 
 
-def read_components(plan: Plan, needs: Needs, pipeline: Any, split: Split) -> tuple[nn.Module, dict[str, Any]]:
+def read_components(plan: Plan, pipeline: Pipeline, split: Split) -> tuple[nn.Module, dict[str, Any]]:
     """Load this rank's shard of the denoising network, and the other components by name, in the plan's dtype.
 
-    The components are on the plan's device. A T5 loaded from a folder is sharded as well.
+    The components are on the plan's device. A large text encoder that is loaded from a folder is
+    sharded as well.
 
     Raises UserError for weights that do not fit, and the loading library's own exceptions for unreadable files.
     """
-    dtype = getattr(torch, plan.dtype)
-    network = _network(plan, needs.network, pipeline, dtype, split.shrink)
-    others = [name for name in needs.required(plan.card) if name != needs.network]
+    spec, dtype = pipeline.spec, getattr(torch, plan.dtype)
+    network = _network(plan, spec.network, pipeline, dtype, split.shrink)
+    others = [name for name in spec.required(plan.card) if name != spec.network]
     given = [name for name in others if plan.card.file is None or name in plan.run.model.component_paths]
     tp = split.mesh.axis("tp")
     components = {name: _component(name, plan.card.components[name], dtype, plan.device, tp) for name in given}
     if plan.card.file is not None:
-        components = _components_from_file(plan, others, {**components, needs.network: None}, dtype)
-    components["scheduler"] = _with_settings(components["scheduler"], pipeline.SCHEDULER)
+        components = _components_from_file(plan, others, {**components, spec.network: None}, dtype)
+    components["scheduler"] = _with_settings(components["scheduler"], spec.scheduler_settings)
     return network, components
 
 
-def _network(plan: Plan, name: str, pipeline: Any, dtype: torch.dtype, shrink: Shrink) -> nn.Module:
+def _network(plan: Plan, name: str, pipeline: Pipeline, dtype: torch.dtype, shrink: Shrink) -> nn.Module:
     """Our network with the model's own weights, or with those of --transformer-weights-path."""
     component = plan.card.components[name]
     build = partial(pipeline.build, component.config)
@@ -66,7 +67,7 @@ def _network_from_file(
     file: Path,
     component: Component,
     build: Callable[[], nn.Module],
-    pipeline: Any,
+    pipeline: Pipeline,
     dtype: torch.dtype,
     shrink: Shrink,
 ) -> nn.Module:

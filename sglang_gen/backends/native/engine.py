@@ -45,8 +45,8 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()
     try:
-        split = Split(mesh, pipeline.TENSOR, pipeline.SHARDING)
-        network, components = read_components(plan, native_request.needs, pipeline, split)
+        split = Split(mesh, pipeline.tensor_parallel, pipeline.sharding)
+        network, components = read_components(plan, pipeline, split)
     except UserError:
         raise
     except LOADING_ERRORS as error:
@@ -71,18 +71,18 @@ class NativeEngine:
         self.text_traffic: dict[int, Traffic] = {}  # number of texts -> predicted traffic of encoding them
         self.network: Any = execution.network
         self.entrance: Any = execution.parallel_network.entrance
-        self.text_components = [name for name in pipeline.TEXT_ENCODER_NAMES if name in components]
+        self.text_components = [name for name in pipeline.spec.text_encoders if name in components]
         encoder_bytes = sum(
             stored_bytes(parameter) for name in self.text_components for parameter in components[name].parameters()
         )
         self.memory_policy = memory_policy.choose(
             plan, pipeline, native_request.config, native_request.full_request, encoder_bytes, self.mesh
         )
-        self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", pipeline.ZERO_WITHOUT_NEGATIVE)
+        self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", pipeline.spec.zero_without_negative)
         for name in self.text_components:
             calls.watch("text_encoding", name, components[name], meta_copy=self._encoder_meta_copy(components[name]))
         for method in ("forward", "condition"):
-            calls.watch("denoising", pipeline.NETWORK, self.entrance, method, self.network, execution.countable)
+            calls.watch("denoising", pipeline.spec.network, self.entrance, method, self.network, execution.countable)
         self.sp = self.mesh.axis(SEQUENCE)
         vae = vae_parallel.split(components["vae"], self.sp)
         calls.watch("decoding", "vae", vae, "decode", meta_copy=partial(self._vae_meta_copy, pipeline.decoding_dtype))
@@ -95,7 +95,7 @@ class NativeEngine:
     def _encoder_meta_copy(self, encoder: Any) -> Callable[[], Any] | None:
         """Return a function that builds this rank's shard of a text encoder on meta; None if it is not sharded."""
         tp = self.mesh.axis("tp")
-        if tp.size == 1 or type(encoder) is not transformers.T5EncoderModel:
+        if tp.size == 1:
             return None
         from sglang_gen.families import text_encoder_parallel
 
@@ -118,12 +118,12 @@ class NativeEngine:
             "lora": [],
             "cache": "none",
             **memory_policy.of_run(
-                self.plan, self.pipeline, self.native_request.full_request, self.memory_policy.batched
+                self.plan, self.pipeline.spec.guidance, self.native_request.full_request, self.memory_policy.batched
             ),
             "released": list(self.text_components) if self.memory_policy.released else [],
             "pipeline": self.plan.pipeline_class,
             "makes": "image",
-            "components": {self.pipeline.NETWORK: type(self.network).__name__, **classes},
+            "components": {self.pipeline.spec.network: type(self.network).__name__, **classes},
             "scheduler_config": plain_config(self.components["scheduler"]),
         }
 
@@ -145,7 +145,9 @@ class NativeEngine:
     def _sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded | None:
         request, scheduler = self.native_request.request_for(steps), self.components["scheduler"]
         negative = batch[0].negative_prompt is not None  # the same for all samples of a batch
-        guidance = memory_policy.guidance(self.plan, self.pipeline, request, negative, self.memory_policy.batched)
+        guidance = memory_policy.guidance(
+            self.plan, self.pipeline.spec.guidance, request, negative, self.memory_policy.batched
+        )
         self.comm_log.on = self.calls.on
         predicted = self._text_traffic(batch, guidance, request)
         clock.enter("text_encoding")
@@ -194,7 +196,7 @@ class NativeEngine:
             self.components[name].to(device)
 
     def _text_traffic(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[Traffic]:
-        """Predicted traffic of each list of texts that is encoded; a T5 may be sharded over the ranks."""
+        """Predicted traffic of each list of texts that is encoded; a large text encoder may be sharded."""
         rows, tp = len(batch), self.mesh.axis("tp")
         if rows not in self.text_traffic:
             self.text_traffic[rows] = Traffic()
@@ -202,7 +204,7 @@ class NativeEngine:
                 from sglang_gen.families import text_encoder_parallel
 
                 if text_encoder_parallel.is_sharded(self.components[name]):
-                    length = request.text_length or self.pipeline.T5_LENGTH
+                    length = self.pipeline.spec.tokens(request.text_length)
                     encoder = self.components[name]
                     predicted = text_encoder_parallel.expected(encoder, self.execution.dtype, tp, rows, length)
                     self.text_traffic[rows] = predicted
@@ -216,10 +218,7 @@ class NativeEngine:
         """Encoded prompts, preceded by the encoded negative prompts if guidance is on."""
 
         def encode(texts: list[str]) -> tuple[Tensor, ...]:
-            encoded: tuple[Tensor, ...] = self.pipeline.encode(
-                self.components, self.native_request.config, texts, request.text_length
-            )
-            return encoded
+            return self.pipeline.encode(self.components, self.native_request.config, texts, request.text_length)
 
         prompts = encode([sample.prompt for sample in batch])
         if not guidance.on:
@@ -237,7 +236,7 @@ class NativeEngine:
             pixels = img2img.pixels(self.native_request.image, request.factor, request.height, request.width)
             source = self.pipeline.encode_image(self.components["vae"], pixels, generators, dtype)
         noise = self.pipeline.draw(self.native_request.config, request, generators, dtype).to(self.plan.device)
-        drawn: Tensor = self.pipeline.start(self.components["scheduler"], timesteps, noise, source)
+        drawn = self.pipeline.start(self.components["scheduler"], timesteps, noise, source)
         if self.native_request.noise is not None:
             drawn = self.native_request.noise.expand(drawn.shape).to(drawn)
         return drawn
@@ -248,7 +247,7 @@ class NativeEngine:
         dtype = self.pipeline.decoding_dtype(vae.config, self.execution.dtype)
         predicted = [vae_parallel.expected(vae, self.sp, dtype, len(latents), request.latent_size)]
         with self.comm_log.during("decoding", predicted):
-            decoded: Tensor = self.pipeline.decode(vae, latents, request)
+            decoded = self.pipeline.decode(vae, latents, request)
         values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         require_finite(torch.from_numpy(values), "the decoded image", batch)
         frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)

@@ -14,6 +14,7 @@ from sglang_gen.engine.cuda_graphs import Graphs
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.engine.meta_trace import Shapes, trace_on_meta
 from sglang_gen.families.contract import Request
+from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.parallel.collectives import Traffic, counted
 from sglang_gen.parallel.sharded_network import ParallelNetwork, Split
 from sglang_gen.tensor_tree import to_meta
@@ -57,7 +58,7 @@ class Execution:
     A batch with a new shape allows further graphs.
     """
 
-    def __init__(self, plan: Plan, split: Split, pipeline: Any, network: nn.Module) -> None:
+    def __init__(self, plan: Plan, split: Split, pipeline: Pipeline, network: nn.Module) -> None:
         """Raises UserError for a kernel that does not run on this machine, or if there is no compiler."""
         self.plan, self.split, self.mesh, self.pipeline = plan, split, split.mesh, pipeline
         self.dtype = getattr(torch, plan.dtype)
@@ -65,7 +66,7 @@ class Execution:
         self.parallel_network = split.parallelize(network)
         self.expected: dict[Any, ExpectedTraffic] = {}  # by the shapes of a batch
         settings = plan.run.compile
-        self.regions = pipeline.REGIONS if settings.regional else ()
+        self.regions = pipeline.regions if settings.regional else ()
         compiles, ranks = settings.enable_torch_compile, self.mesh.layout.ranks
         self.compiled = _compile(network, self.regions, plan.device, ranks) if compiles else None
         self.graphs = Graphs(network) if settings.cuda_graphs else None

@@ -9,17 +9,18 @@ from sglang_gen import log
 from sglang_gen.config.schema import GuidanceBatching
 from sglang_gen.engine.cfg import Guidance, batch_fits, free_memory
 from sglang_gen.errors import UserError
-from sglang_gen.families.contract import Request
+from sglang_gen.families.contract import GuidanceKind, Request
+from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.plan.guidance import guided_steps
 from sglang_gen.types import Plan
 
 
-def guidance(plan: Plan, pipeline: Any, request: Request, negative: bool, batched: bool) -> Guidance:
+def guidance(plan: Plan, kind: GuidanceKind, request: Request, negative: bool, batched: bool) -> Guidance:
     """Guidance of a batch with or without negative prompts."""
     interval = plan.run.sampling.guidance_interval
     return Guidance(
-        _scale(plan, pipeline, negative),
+        _scale(plan, kind, negative),
         rescale=_number(plan, "guidance_rescale", 0.0),
         steps=None if interval is None else guided_steps(interval, request.steps, request.skipped or 0),
         batched=batched,
@@ -35,7 +36,7 @@ class MemoryPolicy:
 
 
 def choose(
-    plan: Plan, pipeline: Any, network_config: Any, request: Request, encoder_bytes: int, mesh: Mesh
+    plan: Plan, pipeline: Pipeline, network_config: Any, request: Request, encoder_bytes: int, mesh: Mesh
 ) -> MemoryPolicy:
     """Choose by the memory that is free after loading; `encoder_bytes` is the size of the text encoders. Collective.
 
@@ -50,13 +51,17 @@ def choose(
     batched = requested is GuidanceBatching.batched
     if requested is GuidanceBatching.auto:
         batched = batch_fits(None if free is None else free + encoder_bytes, 2 * rows, row)
-    pair = batched and plan.layout.cfg == 1 and guidance(plan, pipeline, request, _any_negative(plan), batched).on
+    pair = (
+        batched
+        and plan.layout.cfg == 1
+        and guidance(plan, pipeline.spec.guidance, request, _any_negative(plan), batched).on
+    )
     return MemoryPolicy(batched, released=not batch_fits(free, 2 * rows if pair else rows, row))
 
 
-def of_run(plan: Plan, pipeline: Any, request: Request, batched: bool) -> dict[str, Any]:
+def of_run(plan: Plan, kind: GuidanceKind, request: Request, batched: bool) -> dict[str, Any]:
     """`effective` for the batches with guidance, if there are any."""
-    return effective(plan, guidance(plan, pipeline, request, _any_negative(plan), batched), request)
+    return effective(plan, guidance(plan, kind, request, _any_negative(plan), batched), request)
 
 
 def effective(plan: Plan, guidance: Guidance, request: Request) -> dict[str, Any]:
@@ -68,13 +73,13 @@ def effective(plan: Plan, guidance: Guidance, request: Request) -> dict[str, Any
     return {"guidance_batching": how, "guided_steps": [steps.start, steps.stop]}
 
 
-def check_guidance_plan(plan: Plan, pipeline: Any, request: Request) -> None:
+def check_guidance_plan(plan: Plan, kind: GuidanceKind, request: Request) -> None:
     """Refuse an interval that lies in the steps an input image skips, and CFG parallelism without guidance.
 
     Raises UserError.
     """
-    if plan.layout.cfg > 1 and not guidance(plan, pipeline, request, _any_negative(plan), True).on:
-        reason = pipeline.UNGUIDED.format(scale=plan.run.sampling.guidance_scale)
+    if plan.layout.cfg > 1 and not guidance(plan, kind, request, _any_negative(plan), True).on:
+        reason = kind.unguided.format(scale=plan.run.sampling.guidance_scale)
         raise UserError(f"parallel.enable_cfg_parallel: {reason}; run with parallel=single or another axis")
     interval = plan.run.sampling.guidance_interval
     if not guided_steps(interval, request.steps, request.skipped or 0):
@@ -84,33 +89,30 @@ def check_guidance_plan(plan: Plan, pipeline: Any, request: Request) -> None:
         )
 
 
-def warn_ineffective(plan: Plan, pipeline: Any) -> None:
+def warn_ineffective(plan: Plan, kind: GuidanceKind) -> None:
     """Warn about each guidance setting that the user gave for a run without guidance."""
     negative = _any_negative(plan)
     if plan.layout.cfg > 1 and "sampling.guidance_batching" in plan.given:
         log.warning("sampling.guidance_batching has no effect: each guidance branch runs on its own rank")
-    if _scale(plan, pipeline, negative) > 1:
+    if _scale(plan, kind, negative) > 1:
         return
     scale = plan.run.sampling.guidance_scale
     if any(sample.negative_prompt for batch in plan.batches for sample in batch):
-        log.warning(pipeline.INEFFECTIVE_NEGATIVE.format(scale=scale))
+        log.warning(kind.ineffective_negative.format(scale=scale))
     for path in ("sampling.guidance_interval", "sampling.guidance_batching"):
         if path in plan.given:
-            log.warning(f"{path} has no effect: {pipeline.UNGUIDED.format(scale=scale)}")
+            log.warning(f"{path} has no effect: {kind.unguided.format(scale=scale)}")
     for name in ("guidance_rescale",) if negative else ("guidance_rescale", "true_cfg_scale"):
         if _number(plan, name, 0.0) > 0 and name in plan.run.backend.diffusers_kwargs:
-            log.warning(f"--diffusers-kwargs: {name} has no effect: {pipeline.UNGUIDED.format(scale=scale)}")
+            log.warning(f"--diffusers-kwargs: {name} has no effect: {kind.unguided.format(scale=scale)}")
 
 
 def _any_negative(plan: Plan) -> bool:
     return any(sample.negative_prompt is not None for batch in plan.batches for sample in batch)
 
 
-def _scale(plan: Plan, pipeline: Any, negative: bool) -> float:
-    scale: float = pipeline.guidance_scale(
-        plan.run.sampling.guidance_scale, _number(plan, "true_cfg_scale", 1.0), negative
-    )
-    return scale
+def _scale(plan: Plan, kind: GuidanceKind, negative: bool) -> float:
+    return kind.scale(plan.run.sampling.guidance_scale, _number(plan, "true_cfg_scale", 1.0), negative)
 
 
 def _number(plan: Plan, name: str, default: float) -> float:

@@ -1,8 +1,5 @@
 """The request of a native run: its input files and settings, validated before weights are loaded."""
 
-import importlib
-from typing import Any
-
 import torch
 
 from sglang_gen import env, log
@@ -11,31 +8,27 @@ from sglang_gen.backends.native import memory_policy
 from sglang_gen.backends.native.scheduler import build_scheduler
 from sglang_gen.engine import attention_kernels
 from sglang_gen.errors import UserError
-from sglang_gen.families import img2img, watermark
+from sglang_gen.families import img2img, registry, watermark
 from sglang_gen.families.contract import Request
+from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.plan import image_size, layout_limits
-from sglang_gen.plan.backend_choice import NATIVE
-from sglang_gen.plan.supported_configs import NEEDS
 from sglang_gen.types import Plan
-
-# Schedulers that can sample every diffusion model in any number of steps, so that a dry run need not import diffusers.
-ALWAYS_COMPATIBLE = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
 
 class NativeRequest:
-    """The pipeline module of the model's family, its required components, the run's input files and its requests."""
+    """The pipeline of the model's family, the run's input files and its requests."""
 
     def __init__(self, plan: Plan) -> None:
         """Raises UserError for a file that cannot be read."""
-        name, sampling = NATIVE[plan.pipeline_class], plan.run.sampling
-        self.plan, self.needs = plan, NEEDS[name]
-        self.pipeline: Any = importlib.import_module(f"sglang_gen.families.{name}.pipeline")
-        self.config = plan.card.components[self.pipeline.NETWORK].config
+        spec, sampling = registry.by_pipeline_class(plan.pipeline_class), plan.run.sampling
+        assert spec is not None  # the plan chose the native engine
+        self.plan, self.spec, self.pipeline = plan, spec, registry.pipeline(spec)
+        self.config = plan.card.components[spec.network].config
         self.factor = image_size.latent_factor(plan.card) or 1
         self.noise = read_noise(sampling.latents)
         path = sampling.image_path
         self.image = None if path is None else read_image(path, "--image-path")
-        self.strength = plan.run.backend.diffusers_kwargs.get("strength", self.pipeline.STRENGTH)
+        self.strength = plan.run.backend.diffusers_kwargs.get("strength", spec.strength)
 
     @property
     def full_request(self) -> Request:
@@ -44,10 +37,10 @@ class NativeRequest:
 
     def request_for(self, steps: int) -> Request:
         sampling = self.plan.run.sampling
-        if self.image is not None and self.pipeline.SIZED_BY_IMAGE:
+        if self.image is not None and self.spec.keeps_image_size:
             height, width = img2img.size(self.image, self.factor)
         else:
-            height, width = image_size.chosen(sampling, self.pipeline.default_size, self.config, self.factor)
+            height, width = image_size.chosen(sampling, self.spec, self.config, self.factor)
         return Request(
             height=height,
             width=width,
@@ -73,20 +66,21 @@ def check_native_request(plan: Plan) -> NativeRequest:
 
         single_file_contents.check_single_file(plan)
     native_request, run = NativeRequest(plan), plan.run
-    pipeline, length, dtype = native_request.pipeline, run.sampling.max_sequence_length, getattr(torch, plan.dtype)
-    if length is not None and pipeline.MOST_TOKENS is not None and length > pipeline.MOST_TOKENS:
-        most = f"{plan.pipeline_class} takes at most {pipeline.MOST_TOKENS}"
+    spec, length, dtype = native_request.spec, run.sampling.max_sequence_length, getattr(torch, plan.dtype)
+    if length is not None and spec.most_text_tokens is not None and length > spec.most_text_tokens:
+        most = f"{plan.pipeline_class} takes at most {spec.most_text_tokens}"
         raise UserError(f"sampling.max_sequence_length is {length}; {most}")
     watermark.check_library(plan.card.settings)
     attention_kernels.choose(run.attention, plan.device, dtype, ())
     if run.compile.enable_torch_compile:
         env.require_compiler(plan.device)
     if native_request.image is not None:
-        img2img.check_strength(native_request.strength, run.sampling.num_inference_steps, pipeline.skipped)
+        skipped = native_request.pipeline.skipped
+        img2img.check_strength(native_request.strength, run.sampling.num_inference_steps, skipped)
     request = native_request.full_request
     if native_request.image is not None:  # sized by the input image, which the plan has not seen
         layout_limits.check_size(run, plan.card, plan.layout, plan.stated_degrees, request.height, request.width)
-    memory_policy.check_guidance_plan(plan, pipeline, request)
+    memory_policy.check_guidance_plan(plan, spec.guidance, request)
     _check_scheduler(native_request, request)
     _check_noise(native_request, request)
     return native_request
@@ -95,8 +89,8 @@ def check_native_request(plan: Plan) -> NativeRequest:
 def _check_scheduler(native_request: NativeRequest, request: Request) -> None:
     """Refuse a scheduler that, by its configuration, cannot sample this model."""
     component = native_request.plan.card.components["scheduler"]
-    if native_request.pipeline.NETWORK == "unet" and component.class_name in ALWAYS_COMPATIBLE:
-        return
+    if component.class_name in native_request.spec.schedulers:
+        return  # so that a dry run need not import diffusers
     native_request.pipeline.schedule(native_request.config, build_scheduler(component), request)
 
 
@@ -112,15 +106,16 @@ def _check_noise(native_request: NativeRequest, request: Request) -> None:
         )
 
 
-def warn_ineffective(plan: Plan, pipeline: Any) -> None:
+def warn_ineffective(plan: Plan, pipeline: Pipeline) -> None:
     """Warn about each setting that the user gave and that has no effect on the native engine."""
-    for path in ("sampling.num_frames", "output.fps"):
+    spec = pipeline.spec
+    for path, reason in spec.ineffective.items():
         if path in plan.given:
-            log.warning(f"{path} has no effect: {plan.pipeline_class} makes no video")
-    if plan.run.sampling.image_path and pipeline.SIZED_BY_IMAGE:
+            log.warning(f"{path} has no effect: {plan.pipeline_class} {reason}")
+    if plan.run.sampling.image_path and spec.keeps_image_size:
         for path in ("sampling.height", "sampling.width"):
             if path in plan.given:
                 log.warning(f"{path} has no effect: {plan.pipeline_class} keeps the size of the input image")
-    if pipeline.MOST_TOKENS is None and "sampling.max_sequence_length" in plan.given:
+    if spec.most_text_tokens is None and "sampling.max_sequence_length" in plan.given:
         log.warning(f"sampling.max_sequence_length has no effect: {plan.pipeline_class} does not take it")
-    memory_policy.warn_ineffective(plan, pipeline)
+    memory_policy.warn_ineffective(plan, spec.guidance)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,34 +11,17 @@ from torch import Tensor, nn
 
 from sglang_gen.engine.denoise import Predict, draw_noise
 from sglang_gen.engine.sparse_attention import Grid
-from sglang_gen.families import autoencoder as autoencoder
 from sglang_gen.families import flow_matching, img2img, prediction, text_encoding
-from sglang_gen.families.contract import Request
+from sglang_gen.families.contract import ComponentConfig, Request
+from sglang_gen.families.flow_matching import FlowMatching
+from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.flux import Block, Conditioning, Config, Flux, SingleBlock
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.sequence_boundary import Sharding, TokensByKind, shard, shard_sizes
-from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows
-from sglang_gen.plan import image_size
+from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows, Table
 from sglang_gen.weights.load import Rules, renamed
-
-NETWORK = "transformer"
-encode_image, skipped = flow_matching.encode_image, flow_matching.skipped
-SIZED_BY_IMAGE, STRENGTH = flow_matching.SIZED_BY_IMAGE, flow_matching.STRENGTH
-default_size = image_size.of_flux
-encoding_dtype = decoding_dtype = autoencoder.own_dtype
-TEXT_ENCODER_NAMES = ("text_encoder", "text_encoder_2")
-UNGUIDED = "there is no guidance without a negative prompt and a true_cfg_scale above 1.0"
-INEFFECTIVE_NEGATIVE = (
-    "The negative prompt has no effect at a true_cfg_scale of 1.0; raise it with "
-    """--diffusers-kwargs '{{"true_cfg_scale": 4.0}}'"""
-)
-REGIONS = (Block, SingleBlock)  # classes whose forward is compiled once for all of their modules
-T5_LENGTH = 512
-MOST_TOKENS = 512
-ZERO_WITHOUT_NEGATIVE = False
-SCHEDULER: Mapping[str, Any] = {}
 
 # Dotted parts of our tensor names -> the corresponding parts in a diffusers checkpoint.
 NAMES: Rules = {
@@ -136,80 +119,90 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
     return Flux(config(diffusers_config))
 
 
-def guidance_scale(guidance: float, true_cfg: float, negative: bool) -> float:
-    """Scale of classifier-free guidance: `true_cfg`, if there is a negative prompt; `guidance` is an input instead."""
-    return true_cfg if negative else 1.0
-
-
-def encode(
-    components: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
-) -> tuple[Tensor, Tensor]:
-    """T5 hidden states `[B, T, C]` and the pooled CLIP embedding `[B, P]`."""
-    pooled = text_encoding.clip_pooled(*text_encoding.encoder_inputs(components, "", texts))
-    return text_encoding.t5(*text_encoding.encoder_inputs(components, "_2", texts), length or T5_LENGTH), pooled
-
-
-def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the outputs of `encode` for one text, without the batch dimension, from the component configs."""
-    network = configs[NETWORK]
-    return (length or T5_LENGTH, network["joint_attention_dim"]), (network["pooled_projection_dim"],)
-
-
-def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
-    """Set the timesteps and return those to run, `[S]`."""
-    rows, columns = _grid(request)
-    sigmas = np.linspace(1.0, 1 / request.steps, request.steps).tolist()
-    flow_matching.set_timesteps(scheduler, request.steps, rows * columns, 1.15, sigmas)
-    return img2img.remaining_timesteps(scheduler, request.skipped)
-
-
-def latents_shape(diffusers_config: Mapping[str, Any], request: Request) -> tuple[int, ...]:
-    """Shape of one sample's packed latents `(L, C)`."""
-    rows, columns = _grid(request)
-    return rows * columns, diffusers_config["in_channels"]
-
-
-def draw(
-    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
-) -> Tensor:
-    """Unpacked noise `[B, C, h, w]`."""
-    rows, columns = _grid(request)
-    return draw_noise((diffusers_config["in_channels"] // 4, 2 * rows, 2 * columns), generators, dtype)
-
-
-def start(scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
-    """Initial latents, packed in 2 x 2 patches: `[B, L, C]`; see `flow_matching.start`."""
-    latents = flow_matching.start(scheduler, timesteps, noise, source)
-    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
-
-
 def _grid(request: Request) -> tuple[int, int]:
     """Rows and columns of packed tokens."""
     return request.height // (2 * request.factor), request.width // (2 * request.factor)
 
 
-def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
-    """Position of the image tokens in the attention sequence: after the text."""
-    return [Grid(*_grid(request), before=encoded[0][0].shape[1])]
+class FluxPipeline(FlowMatching):
+    """FLUX.1. The network sees latents that are packed in 2 x 2 patches, `[B, L, C]`."""
+
+    tensor_parallel = cast(Table, TENSOR)
+    sharding = SHARDING
+    regions = (Block, SingleBlock)
+
+    def build(self, diffusers_config: ComponentConfig) -> nn.Module:
+        return build(diffusers_config)
+
+    def sources(self, name: str) -> Mapping[str, str]:
+        return sources(name)
+
+    def encode(
+        self, components: Mapping[str, Any], diffusers_config: ComponentConfig, texts: list[str], length: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """T5 hidden states `[B, T, C]` and the pooled CLIP embedding `[B, P]`."""
+        pooled = text_encoding.clip_pooled(*text_encoding.encoder_inputs(components, "", texts))
+        return text_encoding.t5(
+            *text_encoding.encoder_inputs(components, "_2", texts), self.spec.tokens(length)
+        ), pooled
+
+    def encoded_shapes(self, configs: Mapping[str, ComponentConfig], length: int | None) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the outputs of `encode` for one text, without the batch dimension, from the component configs."""
+        network = configs[self.spec.network]
+        return (self.spec.tokens(length), network["joint_attention_dim"]), (network["pooled_projection_dim"],)
+
+    def schedule(self, diffusers_config: ComponentConfig, scheduler: Any, request: Request) -> Tensor:
+        """Set the timesteps and return those to run, `[S]`."""
+        rows, columns = _grid(request)
+        sigmas = np.linspace(1.0, 1 / request.steps, request.steps).tolist()
+        flow_matching.set_timesteps(scheduler, request.steps, rows * columns, 1.15, sigmas)
+        return img2img.remaining_timesteps(scheduler, request.skipped)
+
+    def latents_shape(self, diffusers_config: ComponentConfig, request: Request) -> tuple[int, ...]:
+        """Shape of one sample's packed latents `(L, C)`."""
+        rows, columns = _grid(request)
+        return rows * columns, diffusers_config["in_channels"]
+
+    def draw(
+        self,
+        diffusers_config: ComponentConfig,
+        request: Request,
+        generators: Sequence[torch.Generator],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Unpacked noise `[B, C, h, w]`."""
+        rows, columns = _grid(request)
+        return draw_noise((diffusers_config["in_channels"] // 4, 2 * rows, 2 * columns), generators, dtype)
+
+    def start(self, scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
+        """Initial latents, packed in 2 x 2 patches: `[B, L, C]`; see `FlowMatching.start`."""
+        latents = super().start(scheduler, timesteps, noise, source)
+        return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+
+    def grids(self, config: Any, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
+        """Position of the image tokens in the attention sequence: after the text."""
+        return [Grid(*_grid(request), before=encoded[0][0].shape[1])]
+
+    def widest_map(self, diffusers_config: ComponentConfig, request: Request) -> int:
+        """Elements of the largest activation of one sample: all image and text tokens."""
+        rows, columns = _grid(request)
+        return (rows * columns + self.spec.tokens(request.text_length)) * config(diffusers_config).width
+
+    def prepare(
+        self, network: Flux, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
+    ) -> Predict:
+        """The network as a velocity predictor, with the conditioning of all steps computed once."""
+        states, pooled = prediction.joined(encoded)
+        dtype = states.dtype  # diffusers rounds timesteps and guidance to it before it multiplies them by 1000
+        times = timesteps.to(dtype) / 1000 * 1000
+        guidance = (torch.tensor(request.guidance, dtype=dtype, device="cpu") * 1000).item()
+        return prediction.predictor(network, times, states, pooled, guidance, *_grid(request))
+
+    def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
+        """Images `[B, 3, H, W]` in -1..1."""
+        rows, _ = _grid(request)
+        unpacked = rearrange(latents, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
+        return self.decode_scaled(vae, unpacked)
 
 
-def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
-    """Elements of the largest activation of one sample: all image and text tokens."""
-    rows, columns = _grid(request)
-    return (rows * columns + (request.text_length or T5_LENGTH)) * config(diffusers_config).width
-
-
-def prepare(network: Flux, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:
-    """The network as a velocity predictor, with the conditioning of all steps computed once."""
-    states, pooled = prediction.joined(encoded)
-    dtype = states.dtype  # diffusers rounds timesteps and guidance to it before it multiplies them by 1000
-    times = timesteps.to(dtype) / 1000 * 1000
-    guidance = (torch.tensor(request.guidance, dtype=dtype, device="cpu") * 1000).item()
-    return prediction.predictor(network, times, states, pooled, guidance, *_grid(request))
-
-
-def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-    """Images `[B, 3, H, W]` in -1..1."""
-    rows, _ = _grid(request)
-    unpacked = rearrange(latents, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
-    return flow_matching.decode(vae, unpacked)
+PIPELINE: type[Pipeline] = FluxPipeline

@@ -2,40 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sglang_gen.engine.denoise import Predict, draw_noise
+from sglang_gen.engine.denoise import Predict
 from sglang_gen.engine.sparse_attention import Grid
-from sglang_gen.families import autoencoder as autoencoder
 from sglang_gen.families import flow_matching, img2img, prediction, text_encoding
-from sglang_gen.families.contract import Request
+from sglang_gen.families.contract import ComponentConfig, Request
+from sglang_gen.families.flow_matching import FlowMatching
+from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.sd3 import SD3, Block, Conditioning, Config
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.sequence_boundary import Sharding, TokensByKind, shard, shard_sizes
-from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows
-from sglang_gen.plan import image_size
+from sglang_gen.parallel.tensor import Columns, Gathered, Heads, Rows, Table
 from sglang_gen.weights.load import Rules, renamed
 
-NETWORK = "transformer"
-encode_image, start, skipped = flow_matching.encode_image, flow_matching.start, flow_matching.skipped
-SIZED_BY_IMAGE, STRENGTH = flow_matching.SIZED_BY_IMAGE, flow_matching.STRENGTH
-default_size = image_size.configured
-guidance_scale = prediction.guidance_scale
-encoding_dtype = decoding_dtype = autoencoder.own_dtype
-TEXT_ENCODER_NAMES = ("text_encoder", "text_encoder_2", "text_encoder_3")
-UNGUIDED = "there is no guidance at a scale of {scale}"
-INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
-REGIONS = (Block,)  # classes whose forward is compiled once for all of their modules
 CLIP_LENGTH = 77  # tokens
-T5_LENGTH = 256  # tokens, unless sampling.max_sequence_length says otherwise
-MOST_TOKENS = 512
-ZERO_WITHOUT_NEGATIVE = False
-SCHEDULER: Mapping[str, Any] = {}
 
 # Dotted parts of our tensor names -> the corresponding parts in a diffusers checkpoint.
 NAMES: Rules = {
@@ -134,69 +120,73 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
     return SD3(config(diffusers_config))
 
 
-def encode(
-    components: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
-) -> tuple[Tensor, Tensor]:
-    """Hidden states `[B, T, C]` and pooled embeddings `[B, P]`.
+class SD3Pipeline(FlowMatching):
+    """Stable Diffusion 3 and 3.5."""
 
-    Both CLIP encoders are concatenated along the channels, T5's tokens are appended. Without a T5 its tokens are zeros,
-    as in diffusers.
-    """
-    first, pooled = text_encoding.clip(components["text_encoder"], components["tokenizer"], texts)
-    second, pooled_2 = text_encoding.clip(components["text_encoder_2"], components["tokenizer_2"], texts)
-    both = torch.cat([first, second], dim=-1)
-    width, length = diffusers_config["joint_attention_dim"], length or T5_LENGTH
-    if "text_encoder_3" in components:
-        t5 = text_encoding.t5(components["text_encoder_3"], components["tokenizer_3"], texts, length)
-    else:
-        t5 = both.new_zeros(len(texts), length, width)
-    return torch.cat([text_encoding.pad_channels(both, width), t5], dim=1), torch.cat([pooled, pooled_2], dim=-1)
+    tensor_parallel = cast(Table, TENSOR)
+    sharding = SHARDING
+    regions = (Block,)
+
+    def build(self, diffusers_config: ComponentConfig) -> nn.Module:
+        return build(diffusers_config)
+
+    def sources(self, name: str) -> Mapping[str, str]:
+        return sources(name)
+
+    def encode(
+        self, components: Mapping[str, Any], diffusers_config: ComponentConfig, texts: list[str], length: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states `[B, T, C]` and pooled embeddings `[B, P]`.
+
+        Both CLIP encoders are concatenated along the channels, T5's tokens are appended. Without a T5 its tokens are
+        zeros, as in diffusers.
+        """
+        first, pooled = text_encoding.clip(components["text_encoder"], components["tokenizer"], texts)
+        second, pooled_2 = text_encoding.clip(components["text_encoder_2"], components["tokenizer_2"], texts)
+        both = torch.cat([first, second], dim=-1)
+        width, length = diffusers_config["joint_attention_dim"], self.spec.tokens(length)
+        if "text_encoder_3" in components:
+            t5 = text_encoding.t5(components["text_encoder_3"], components["tokenizer_3"], texts, length)
+        else:
+            t5 = both.new_zeros(len(texts), length, width)
+        return torch.cat([text_encoding.pad_channels(both, width), t5], dim=1), torch.cat([pooled, pooled_2], dim=-1)
+
+    def encoded_shapes(self, configs: Mapping[str, ComponentConfig], length: int | None) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the outputs of `encode` for one text, without the batch dimension, from the component configs."""
+        network, clip = configs[self.spec.network], configs["text_encoder"].get("max_position_embeddings", CLIP_LENGTH)
+        return (clip + self.spec.tokens(length), network["joint_attention_dim"]), (network["pooled_projection_dim"],)
+
+    def schedule(self, diffusers_config: ComponentConfig, scheduler: Any, request: Request) -> Tensor:
+        """Set the timesteps and return those to run, `[S]`."""
+        height, width = request.latent_size
+        patch = diffusers_config["patch_size"]
+        flow_matching.set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
+        return img2img.remaining_timesteps(scheduler, request.skipped)
+
+    def grids(self, config: Any, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
+        """Position of the image tokens in the attention sequences: before the text, or without text."""
+        rows, columns = (size // config.patch for size in request.latent_size)
+        return [Grid(rows, columns, after=encoded[0][0].shape[1]), Grid(rows, columns)]
+
+    def latents_shape(self, diffusers_config: ComponentConfig, request: Request) -> tuple[int, ...]:
+        """Shape of one sample's latents, without the batch dimension."""
+        return diffusers_config["in_channels"], *request.latent_size
+
+    def widest_map(self, diffusers_config: ComponentConfig, request: Request) -> int:
+        """Elements of the largest activation of one sample: all image and text tokens."""
+        height, width = (side // diffusers_config["patch_size"] for side in request.latent_size)
+        tokens = height * width + CLIP_LENGTH + self.spec.tokens(request.text_length)
+        return tokens * config(diffusers_config).width
+
+    def prepare(
+        self, network: SD3, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
+    ) -> Predict:
+        """The network as a velocity predictor, with the conditioning of all steps computed once."""
+        return prediction.predictor(network, timesteps, *prediction.joined(encoded), *request.latent_size)
+
+    def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
+        """Images `[B, 3, H, W]` in -1..1."""
+        return self.decode_scaled(vae, latents)
 
 
-def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the outputs of `encode` for one text, without the batch dimension, from the component configs."""
-    network, clip = configs[NETWORK], configs["text_encoder"].get("max_position_embeddings", CLIP_LENGTH)
-    return (clip + (length or T5_LENGTH), network["joint_attention_dim"]), (network["pooled_projection_dim"],)
-
-
-def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
-    """Set the timesteps and return those to run, `[S]`."""
-    height, width = request.latent_size
-    patch = diffusers_config["patch_size"]
-    flow_matching.set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
-    return img2img.remaining_timesteps(scheduler, request.skipped)
-
-
-def grids(config: Config, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
-    """Position of the image tokens in the attention sequences: before the text, or without text."""
-    rows, columns = (size // config.patch for size in request.latent_size)
-    return [Grid(rows, columns, after=encoded[0][0].shape[1]), Grid(rows, columns)]
-
-
-def latents_shape(diffusers_config: Mapping[str, Any], request: Request) -> tuple[int, ...]:
-    """Shape of one sample's latents, without the batch dimension."""
-    return diffusers_config["in_channels"], *request.latent_size
-
-
-def draw(
-    diffusers_config: Mapping[str, Any], request: Request, generators: Sequence[torch.Generator], dtype: torch.dtype
-) -> Tensor:
-    """Noise `[B, C, h, w]`."""
-    return draw_noise(latents_shape(diffusers_config, request), generators, dtype)
-
-
-def widest_map(diffusers_config: Mapping[str, Any], request: Request) -> int:
-    """Elements of the largest activation of one sample: all image and text tokens."""
-    height, width = (side // diffusers_config["patch_size"] for side in request.latent_size)
-    tokens = height * width + CLIP_LENGTH + (request.text_length or T5_LENGTH)
-    return tokens * config(diffusers_config).width
-
-
-def prepare(network: SD3, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:
-    """The network as a velocity predictor, with the conditioning of all steps computed once."""
-    return prediction.predictor(network, timesteps, *prediction.joined(encoded), *request.latent_size)
-
-
-def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-    """Images `[B, 3, H, W]` in -1..1."""
-    return flow_matching.decode(vae, latents)
+PIPELINE: type[Pipeline] = SD3Pipeline

@@ -9,90 +9,74 @@ from torch import Tensor
 
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.families import autoencoder as autoencoder
-from sglang_gen.families import img2img, prediction, text_encoding, unet_shared, watermark
-from sglang_gen.families.contract import Request
+from sglang_gen.families import img2img, prediction, text_encoding, watermark
+from sglang_gen.families.contract import ComponentConfig, Request
+from sglang_gen.families.pipeline_contract import Pipeline
+from sglang_gen.families.unet_shared import UNetPipeline
 from sglang_gen.models.unet import UNet
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.models.vae import Config as AutoencoderConfig
-from sglang_gen.plan import image_size
 
-NETWORK, REGIONS, build, sources, grids = (
-    unet_shared.NETWORK,
-    unet_shared.REGIONS,
-    unet_shared.build,
-    unet_shared.sources,
-    unet_shared.grids,
-)
-draw, start, widest_map = unet_shared.draw, unet_shared.start, unet_shared.widest_map
-skipped, SIZED_BY_IMAGE = unet_shared.skipped, unet_shared.SIZED_BY_IMAGE
-TENSOR, SHARDING, latents_shape = unet_shared.TENSOR, unet_shared.SHARDING, unet_shared.latents_shape
-default_size = image_size.configured
-guidance_scale = prediction.guidance_scale
-TEXT_ENCODER_NAMES = ("text_encoder", "text_encoder_2")
-MOST_TOKENS = None  # prompts always have the tokenizers' length
-UNGUIDED = "there is no guidance at a scale of {scale}"
-INEFFECTIVE_NEGATIVE = "The negative prompt has no effect at a guidance scale of {scale}"
-ZERO_WITHOUT_NEGATIVE = True  # default of force_zeros_for_empty_prompt in model_index.json
-SCHEDULER: Mapping[str, Any] = {}
 POOLED = 512  # channels of the pooled embedding, transformers' default if the config has no projection_dim
-STRENGTH = 0.3  # default noise strength of image-to-image
 
 
-def encode(
-    components: Mapping[str, Any], diffusers_config: Mapping[str, Any], texts: list[str], length: int | None
-) -> tuple[Tensor, Tensor]:
-    """Penultimate hidden states `[B, T, C]` of both encoders, concatenated; pooled embedding `[B, P]` of the second."""
-    first, _ = text_encoding.clip(*text_encoding.encoder_inputs(components, "", texts))
-    second, pooled = text_encoding.clip(*text_encoding.encoder_inputs(components, "_2", texts))
-    return torch.cat([first, second], dim=-1), pooled
+class SDXLPipeline(UNetPipeline):
+    """Stable Diffusion XL."""
 
+    def encode(
+        self, components: Mapping[str, Any], diffusers_config: ComponentConfig, texts: list[str], length: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Penultimate hidden states `[B, T, C]` of both encoders, joined; pooled output `[B, P]` of the second."""
+        first, _ = text_encoding.clip(*text_encoding.encoder_inputs(components, "", texts))
+        second, pooled = text_encoding.clip(*text_encoding.encoder_inputs(components, "_2", texts))
+        return torch.cat([first, second], dim=-1), pooled
 
-def encoded_shapes(configs: Mapping[str, Mapping[str, Any]], length: int | None) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the outputs of `encode` for one text, without the batch dimension, from the component configs."""
-    pooled = configs["text_encoder_2"].get("projection_dim", POOLED)
-    return unet_shared.text_shape(configs), (pooled,)
+    def encoded_shapes(self, configs: Mapping[str, ComponentConfig], length: int | None) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the outputs of `encode` for one text, without the batch dimension, from the component configs."""
+        pooled = configs["text_encoder_2"].get("projection_dim", POOLED)
+        return self.text_shape(configs), (pooled,)
 
+    def schedule(self, diffusers_config: ComponentConfig, scheduler: Any, request: Request) -> Tensor:
+        """Set the timesteps and return those to run, `[S]`; begins at index 0 if the first timestep occurs twice."""
+        timesteps = super().schedule(diffusers_config, scheduler, request)
+        return timesteps if request.skipped is not None else img2img.remaining_timesteps(scheduler, 0)
 
-def schedule(diffusers_config: Mapping[str, Any], scheduler: Any, request: Request) -> Tensor:
-    """Set the timesteps and return those to run, `[S]`; begins at index 0 even if the first timestep occurs twice."""
-    timesteps = unet_shared.schedule(diffusers_config, scheduler, request)
-    return timesteps if request.skipped is not None else img2img.remaining_timesteps(scheduler, 0)
+    def prepare(
+        self, network: UNet, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
+    ) -> Predict:
+        """The network as a predictor, with the conditioning of all steps computed once."""
+        states, pooled = prediction.joined(encoded)
+        size = (request.height, request.width)
+        sizes = states.new_tensor([*size, 0, 0, *size])  # original size, top left corner of the crop, target size
+        return prediction.predictor(network, timesteps, states, pooled, sizes.expand(len(states), -1))
 
+    def encoding_dtype(self, config: AutoencoderConfig, dtype: torch.dtype) -> torch.dtype:
+        """Dtype in which an autoencoder loaded in `dtype` encodes: float32 if it overflows in float16."""
+        return torch.float32 if config.upcast else dtype
 
-def prepare(network: UNet, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, Tensor]]) -> Predict:
-    """The network as a predictor, with the conditioning of all steps computed once."""
-    states, pooled = prediction.joined(encoded)
-    size = (request.height, request.width)
-    sizes = states.new_tensor([*size, 0, 0, *size])  # original size, top left corner of the crop, target size
-    return prediction.predictor(network, timesteps, states, pooled, sizes.expand(len(states), -1))
+    def encode_image(
+        self, vae: Autoencoder, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype
+    ) -> Tensor:
+        """Latents `[B, C, h, w]` of the image `[1, 3, H, W]`, sampled once per generator."""
+        with _in_float32(vae, self.encoding_dtype(vae.config, dtype) != dtype):
+            latents = img2img.encode(vae, pixels.to(dtype), generators).to(
+                dtype
+            )  # rounds pixels first, as diffusers does
+        if (moments := _moments(vae, latents)) is None:
+            return vae.config.scaling.factor * latents
+        mean, deviation = moments
+        return (latents - mean) * vae.config.scaling.factor / deviation
 
+    def decoding_dtype(self, config: AutoencoderConfig, dtype: torch.dtype) -> torch.dtype:
+        """Dtype in which an autoencoder loaded in `dtype` decodes: float32 if it overflows in float16."""
+        return torch.float32 if dtype == torch.float16 and config.upcast else dtype
 
-def encoding_dtype(config: AutoencoderConfig, dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which an autoencoder loaded in `dtype` encodes: float32 if it overflows in float16."""
-    return torch.float32 if config.upcast else dtype
-
-
-def encode_image(vae: Autoencoder, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
-    """Latents `[B, C, h, w]` of the image `[1, 3, H, W]`, sampled once per generator."""
-    with _in_float32(vae, encoding_dtype(vae.config, dtype) != dtype):
-        latents = img2img.encode(vae, pixels.to(dtype), generators).to(dtype)  # rounds pixels first, as diffusers does
-    if (moments := _moments(vae, latents)) is None:
-        return vae.config.scaling.factor * latents
-    mean, deviation = moments
-    return (latents - mean) * vae.config.scaling.factor / deviation
-
-
-def decoding_dtype(config: AutoencoderConfig, dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which an autoencoder loaded in `dtype` decodes: float32 if it overflows in float16."""
-    return torch.float32 if dtype == torch.float16 and config.upcast else dtype
-
-
-def decode(vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-    """Images `[B, 3, H, W]` in -1..1."""
-    dtype = autoencoder.dtype(vae)
-    with _in_float32(vae, decoding_dtype(vae.config, dtype) != dtype):
-        images = vae.decode(_unscaled(vae, latents.to(autoencoder.dtype(vae))))
-    return watermark.watermarked(images, request.watermark)
+    def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
+        """Images `[B, 3, H, W]` in -1..1."""
+        dtype = autoencoder.dtype(vae)
+        with _in_float32(vae, self.decoding_dtype(vae.config, dtype) != dtype):
+            images = vae.decode(_unscaled(vae, latents.to(autoencoder.dtype(vae))))
+        return watermark.watermarked(images, request.watermark)
 
 
 @contextmanager
@@ -122,3 +106,6 @@ def _moments(vae: Autoencoder, latents: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     mean, deviation = (latents.new_tensor(each).view(1, -1, 1, 1) for each in (scaling.mean, scaling.deviation))
     return mean, deviation
+
+
+PIPELINE: type[Pipeline] = SDXLPipeline

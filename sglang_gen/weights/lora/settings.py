@@ -95,7 +95,7 @@ class Settings:
 
 
 def load(name: str, path: Path, config: Path | None) -> Settings:
-    """Settings from adapter_config.json, else from diffusers' metadata in the file, such as `unet.lora_alpha`.
+    """Settings from adapter_config.json, else from diffusers' metadata in the file, such as `transformer.lora_alpha`.
 
     Raises UserError for settings that cannot be read, and for those that plain factors cannot express.
     """

@@ -1,6 +1,6 @@
 """Parameter counts of text encoders and autoencoders, computed from their configurations.
 
-A dry run does not import their libraries, which takes seconds.
+For the dry run, which does not import their libraries: that takes seconds. Imports no torch.
 """
 
 from collections.abc import Callable, Mapping

@@ -4,8 +4,11 @@ diffusers' own conversion splits fused projections only at the published width, 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
+
+from sglang_gen.hub.single_file import INSIDE
 
 # The authors' modules -> diffusers' modules; several are concatenated along dimension 0 in the authors' tensor.
 OUTSIDE: Mapping[str, tuple[str, ...]] = {
@@ -47,7 +50,14 @@ LAST = {"weight": "weight", "bias": "bias", "scale": "weight"}
 BLOCKS = {"double_blocks": ("transformer_blocks", DOUBLE), "single_blocks": ("single_transformer_blocks", SINGLE)}
 
 
-def convert(tensors: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
+def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under diffusers' names, from those of the network or of a whole model; see `convert_network`."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    inside = {name: tensor for name, tensor in tensors.items() if name.startswith(INSIDE)} or tensors
+    return convert_network({name.removeprefix(INSIDE): tensor for name, tensor in inside.items()}, width)
+
+
+def convert_network(tensors: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
     """The tensors under diffusers' names; an unknown tensor keeps its name. `width` is the width of the network."""
     converted: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

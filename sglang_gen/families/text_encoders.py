@@ -1,0 +1,26 @@
+"""Facts about kinds of text encoders, by their class in transformers. Imports no torch."""
+
+from collections.abc import Mapping
+
+from sglang_gen.families.accepted import T5
+from sglang_gen.types import Component
+
+# Prefixes of an encoder's tensors in single files, for classes that have the same prefix in all families.
+FILE_PREFIXES: Mapping[str, tuple[str, ...]] = dict.fromkeys(T5, ("text_encoders.t5xxl.",))
+
+
+def ranks(component: Component, dtype: str, tp: int) -> int:
+    """Ranks that share the weights of a text encoder: T5 where its layers divide by `tp`, otherwise one.
+
+    In float16 transformers keeps some layers of T5 in float32, and it is not sharded.
+    """
+    divides = component.class_name in T5 and dtype != "float16"
+    return tp if divides and not any(component.config[key] % tp for key in ("num_heads", "d_ff")) else 1
+
+
+def bytes_kept_in_float32(component: Component, dtype: str) -> int:
+    """Bytes by which the weights exceed those in `dtype`, because transformers keeps some layers in float32."""
+    if component.class_name not in T5 or dtype != "float16":
+        return 0
+    c = component.config
+    return int(2 * c["num_layers"] * c["d_model"] * c["d_ff"])  # `wo`
