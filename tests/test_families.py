@@ -92,7 +92,6 @@ LEFT_OUT = ("sglang_gen/families/", "sglang_gen/models/", "tools/landscape/", "t
 EXAMPLE = "the example of a command in help, an error or a docstring names a preset"
 COMPONENT = "a name of a component in model_index.json, which diffusers gives"
 SENTENCE = "a refusal of the diffusers backend says what the library cannot cache"
-PARALLEL = "the layer of a network that is split by rows"
 REVIEWED: dict[tuple[str, str], str] = {  # (module, text that stands in it) -> reason
     ("sglang_gen/types.py", "unet"): COMPONENT,
     ("sglang_gen/hub/single_file.py", "unet"): COMPONENT,
@@ -107,8 +106,6 @@ REVIEWED: dict[tuple[str, str], str] = {  # (module, text that stands in it) -> 
     ("sglang_gen/backends/native/safety_checker.py", "clip_input"): "an argument of diffusers' safety checker",
     ("sglang_gen/hub/component_folder.py", "ByT5"): "a tokenizer of transformers that has no vocabulary file",
     ("sglang_gen/env.py", "transformer_flux.py"): "a file that tells two packages named nunchaku apart",
-    ("sglang_gen/parallel/sharded_network.py", "sglang_gen.models.unet"): PARALLEL,
-    ("sglang_gen/parallel/spatial.py", "sglang_gen.models.unet"): PARALLEL,
 }
 
 

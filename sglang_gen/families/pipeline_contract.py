@@ -48,7 +48,7 @@ class Pipeline(ABC):
 
     @abstractmethod
     def sources(self, name: str) -> Mapping[str, str]:
-        """Names of the checkpoint tensors of the network's tensor `name`, each with its section of the layer ("": all)."""
+        """Checkpoint names of the network's tensor `name`, each with its section of the layer ("": the whole)."""
 
     # Text
 
