@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from sglang_gen.backends.comm_log import CommLog
     from sglang_gen.config.schema import Run
     from sglang_gen.perf.clock import Clock
 
@@ -119,8 +120,8 @@ class Engine(Protocol):
         """Decisions of the step cache in the last generation; None without a step cache."""
         ...
 
-    def traffic(self) -> dict[str, Any]:
-        """What this rank sent to others in the timed generation, by stage; see `backends.native.comm_log`."""
+    def traffic(self) -> "CommLog":
+        """What this rank sent to others in the timed generation."""
         ...
 
     def close(self) -> None:

@@ -170,14 +170,14 @@ def weights_of(plan: Plan, needs: Any, network: int) -> dict[str, int]:
         if name == needs.network:
             sizes[name] = network
         elif component.class_name in COUNT:
-            sizes[name] = COUNT[component.class_name](component.config, _encoder_ranks(plan, name)) * size
+            sizes[name] = COUNT[component.class_name](component.config, ranks_of_encoder(plan, name)) * size
             if component.class_name == "T5EncoderModel" and plan.dtype == "float16":
                 c = component.config
                 sizes[name] += 2 * c["num_layers"] * c["d_model"] * c["d_ff"]  # `wo` stays in float32
     return sizes
 
 
-def _encoder_ranks(plan: Plan, name: str) -> int:
+def ranks_of_encoder(plan: Plan, name: str) -> int:
     """Ranks that share a text encoder's weights; one out of a single file is not sharded."""
     part, tp = plan.card.components[name], plan.layout.tp
     in_file = plan.card.file is not None and name not in plan.run.model.component_paths

@@ -12,7 +12,7 @@ from transformers import T5Config, T5EncoderModel
 
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.parallel import tensor
-from sglang_gen.parallel.collectives import Axis, Traffic, counted
+from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.tensor import Biases, Columns, Heads, Rows
 from sglang_gen.plan.layout_limits import encoder_ranks
 from sglang_gen.types import Component
@@ -59,21 +59,13 @@ def is_sharded(network: Any) -> bool:
     return bool(attention.n_heads != network.config.num_heads)
 
 
-def meta_copy(network: Any, dtype: torch.dtype, axis: Axis) -> nn.Module:
-    """This rank's shard of a T5 with the same config, on the meta device."""
+def meta_copy(config: T5Config, dtype: torch.dtype, axis: Axis) -> nn.Module:
+    """This rank's shard of a T5 with this config, on the meta device."""
     with torch.device("meta"):
-        copy = type(network)(network.config).to(dtype).eval()
+        copy = T5EncoderModel(config).to(dtype).eval()
     tensor.shrink(copy, TENSOR, axis)
     tensor.insert_collectives(copy, TENSOR, axis)
     return copy
-
-
-def expected(network: Any, dtype: torch.dtype, axis: Axis, rows: int, length: int) -> Traffic:
-    """Traffic of this rank's shard while it encodes `rows` texts of `length` tokens."""
-    tokens = torch.zeros(rows, length, dtype=torch.long, device="meta")
-    with torch.no_grad(), counted() as traffic:
-        meta_copy(network, dtype, axis)(tokens)
-    return traffic
 
 
 def read(folder: Path, dtype: torch.dtype, device: str, axis: Axis) -> nn.Module:

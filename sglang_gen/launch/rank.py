@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sglang_gen import env, files, log
-from sglang_gen.config.schema import plain
+from sglang_gen.config.schema import Tracker, plain
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.launch import numerics
 from sglang_gen.outputs import tracking
@@ -29,6 +29,7 @@ from sglang_gen.plan import image_size
 from sglang_gen.types import Decoded, Engine, Plan, Result, Sample
 
 BACKENDS = {"sglang": "sglang_gen.backends.native.engine", "diffusers": "sglang_gen.backends.diffusers.engine"}
+PREDICTIONS = "sglang_gen.dry_run.traffic"
 
 
 def run(plan: Plan, mesh: Mesh, started: float) -> Result | None:
@@ -97,7 +98,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
         ]
     finally:
         engine.close()
-    sent, rate = engine.traffic(), _link(plan, mesh)
+    sent, rate = _communication(plan, mesh, engine), _link(plan, mesh)
     ranks = mesh.gather_all(dump.describe_rank(mesh.rank, phases) | {"comm": sent})
     if ranks is None:
         return None
@@ -115,6 +116,14 @@ def _warm_up(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> None:
             engine.sample(batch, steps, clock)
     except UserError as error:
         raise UserError(f"The warmup of compile.warmup_steps={steps} cannot be made: {error}") from error
+
+
+def _communication(plan: Plan, mesh: Mesh, engine: Engine) -> dict[str, Any]:
+    """This rank's measured traffic by stage, next to the predicted traffic in a run whose report shows it."""
+    log, shown = engine.traffic(), plan.run.output.perf_dump_path or plan.run.tracking.name is Tracker.wandb
+    if not shown or plan.layout.ranks == 1:
+        return log.report({})
+    return log.report(importlib.import_module(PREDICTIONS).predict(plan, mesh, log))
 
 
 def _link(plan: Plan, mesh: Mesh) -> float | None:

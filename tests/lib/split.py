@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_gen.backends.native import vae_parallel
+from sglang_gen.dry_run.traffic import trace_encoder
 from sglang_gen.engine import attention_kernels
 from sglang_gen.engine.cfg import Guidance, guided
 from sglang_gen.families import autoencoder as autoencoder
@@ -24,6 +25,7 @@ from sglang_gen.parallel.sequence_boundary import shard
 from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.parallel.spatial import RowAttention, RowConv, RowDecoder, RowNorm
 from sglang_gen.parallel.tensor import RowParallel
+from sglang_gen.types import Component
 from sglang_gen.weights.load import load
 
 GLUE = {"sd3": sd3, "flux": pipeline, "unet": unet_shared}
@@ -163,7 +165,9 @@ def decode(mesh: Mesh, folder: Path, config: dict, latents: torch.Tensor, mutati
         MUTATIONS[mutation](vae.decoder, mesh)
     with counted() as traffic:
         pictures = vae.decode(latents)
-    return pictures, traffic, vae_parallel.expected(vae, axis, dtype, len(latents), latents.shape[2:])
+    with counted() as predicted:
+        vae_parallel.meta_copy(vae, axis, dtype).decode(latents.to("meta"))
+    return pictures, traffic, predicted
 
 
 def read_text(mesh: Mesh, folder: Path, dtype: torch.dtype, tokens: torch.Tensor, mutation: str | None = None):
@@ -171,7 +175,8 @@ def read_text(mesh: Mesh, folder: Path, dtype: torch.dtype, tokens: torch.Tensor
     axis = mesh.axis("tp")
     encoder: Any = text_encoder_parallel.read(folder, dtype, "cpu", axis)
     assert text_encoder_parallel.is_sharded(encoder)
-    predicted = text_encoder_parallel.expected(encoder, dtype, axis, *tokens.shape)
+    described = Component("transformers", "T5EncoderModel", folder, encoder.config.to_dict())
+    predicted = trace_encoder(described, axis, dtype, *tokens.shape)
     if mutation is not None:
         MUTATIONS[mutation](encoder, mesh)
     with counted() as traffic:

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from sglang_gen import env, log
+from sglang_gen.backends.comm_log import CommLog
 from sglang_gen.backends.diffusers import (
     attention_backend,
     cache,
@@ -33,7 +34,6 @@ from sglang_gen.backends.diffusers.seeding import argument, seeded
 from sglang_gen.backends.diffusers.stages import Latents, observed, plain_config
 from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.input_files import read_image, read_noise
-from sglang_gen.backends.native.comm_log import CommLog
 from sglang_gen.config.schema import Run
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
 from sglang_gen.parallel.guidance_split import GuidanceSplit
@@ -217,7 +217,7 @@ class DiffusersEngine:
         clock.enter("text_encoding")
         try:
             kernel = attention_backend.chosen(self.pipeline, self.kernel)
-            with torch.no_grad(), kernel, watched, draws, self.comm_log.during("denoising", None):
+            with torch.no_grad(), kernel, watched, draws, self.comm_log.during("denoising"):
                 result = self.pipeline(**given)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -301,8 +301,8 @@ class DiffusersEngine:
         images = {name: given[name] for name in ("image", "mask_image") if name in given}
         return given | texts | {name: [image] * count for name, image in images.items()}
 
-    def traffic(self) -> dict[str, Any]:
-        return self.comm_log.report()
+    def traffic(self) -> CommLog:
+        return self.comm_log
 
     def cache_decisions(self) -> dict[str, Any] | None:
         """The step cache's decisions in the last generation; None without a step cache."""

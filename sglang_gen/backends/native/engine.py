@@ -10,10 +10,10 @@ import transformers
 from torch import Tensor
 
 from sglang_gen import log
+from sglang_gen.backends.comm_log import CommLog, GeneratedBatch, described
 from sglang_gen.backends.diffusers.stages import plain_config
 from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.native import memory_policy, safety_checker, vae_parallel
-from sglang_gen.backends.native.comm_log import CommLog
 from sglang_gen.backends.native.components import read_components
 from sglang_gen.backends.native.execution import Execution
 from sglang_gen.backends.native.request import NativeRequest, check_native_request, warn_ineffective
@@ -22,7 +22,6 @@ from sglang_gen.engine.denoise import Predict, denoise, step_numbers
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
 from sglang_gen.families import img2img
 from sglang_gen.families.contract import Request
-from sglang_gen.parallel.collectives import Traffic
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.perf.clock import Clock
@@ -68,7 +67,6 @@ class NativeEngine:
         self.plan, self.pipeline, self.native_request = plan, pipeline, native_request
         self.components, self.execution, self.calls = components, execution, calls
         self.mesh, self.comm_log = execution.mesh, CommLog()
-        self.text_traffic: dict[int, Traffic] = {}  # number of texts -> predicted traffic of encoding them
         self.network: Any = execution.network
         self.entrance: Any = execution.parallel_network.entrance
         self.text_components = [name for name in pipeline.TEXT_ENCODER_NAMES if name in components]
@@ -100,7 +98,7 @@ class NativeEngine:
         from sglang_gen.families import text_encoder_parallel
 
         return (
-            partial(text_encoder_parallel.meta_copy, encoder, self.execution.dtype, tp)
+            partial(text_encoder_parallel.meta_copy, encoder.config, self.execution.dtype, tp)
             if text_encoder_parallel.is_sharded(encoder)
             else None
         )
@@ -147,10 +145,10 @@ class NativeEngine:
         negative = batch[0].negative_prompt is not None  # the same for all samples of a batch
         guidance = memory_policy.guidance(self.plan, self.pipeline, request, negative, self.memory_policy.batched)
         self.comm_log.on = self.calls.on
-        predicted = self._text_traffic(batch, guidance, request)
+        lists = 2 if guidance.on and not self._zeros(batch) else 1
         clock.enter("text_encoding")
         self._place_encoders(self.plan.device)
-        with self.comm_log.during("text_encoding", predicted):
+        with self.comm_log.during("text_encoding", lists):
             encoded = self._encode(batch, guidance, request)
         self._place_encoders("cpu")
         clock.enter("latents")
@@ -164,15 +162,15 @@ class NativeEngine:
             return guided(prepare, texts, guidance, numbers, cfg)
 
         clock.leave()  # settling happens once and belongs to no stage
-        alike = kinds(guidance, numbers)
-        expected = self.execution.settle(predictor, sorted(set(alike)), request, encoded, noise)
+        self.execution.settle(predictor, sorted(set(kinds(guidance, numbers))), request, encoded, noise)
+        texts = tuple(tuple(map(described, text)) for text in encoded)
+        self.comm_log.note(GeneratedBatch(request, guidance, tuple(numbers), texts, lists, described(noise)))
         clock.enter("denoising")
-        with self.comm_log.during("conditioning", [expected.conditioning]):
+        with self.comm_log.during("conditioning", 1):
             predict = predictor(self.entrance, encoded)
-        predicted = [expected.evaluations.get(kind, Traffic()) for kind in alike]
         with (
             self.execution.limits(),
-            self.comm_log.during("denoising", predicted),
+            self.comm_log.during("denoising", len(numbers)),
             log.Progress(request.steps_run) as progress,
         ):
 
@@ -192,21 +190,6 @@ class NativeEngine:
         """Move the text encoders to `device` if the memory policy keeps them on the GPU only while they encode."""
         for name in self.text_components if self.memory_policy.released else ():
             self.components[name].to(device)
-
-    def _text_traffic(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[Traffic]:
-        """Predicted traffic of each list of texts that is encoded; a T5 may be sharded over the ranks."""
-        rows, tp = len(batch), self.mesh.axis("tp")
-        if rows not in self.text_traffic:
-            self.text_traffic[rows] = Traffic()
-            for name in self.text_components if tp.size > 1 else ():
-                from sglang_gen.families import text_encoder_parallel
-
-                if text_encoder_parallel.is_sharded(self.components[name]):
-                    length = request.text_length or self.pipeline.T5_LENGTH
-                    encoder = self.components[name]
-                    predicted = text_encoder_parallel.expected(encoder, self.execution.dtype, tp, rows, length)
-                    self.text_traffic[rows] = predicted
-        return [self.text_traffic[rows]] * (2 if guidance.on and not self._zeros(batch) else 1)
 
     def _zeros(self, batch: tuple[Sample, ...]) -> bool:
         """Whether the unconditional branch gets zeros because no negative prompt was given."""
@@ -244,11 +227,8 @@ class NativeEngine:
 
     def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
         """Frames `[B, H, W, 3]` uint8."""
-        vae = self.components["vae"]
-        dtype = self.pipeline.decoding_dtype(vae.config, self.execution.dtype)
-        predicted = [vae_parallel.expected(vae, self.sp, dtype, len(latents), request.latent_size)]
-        with self.comm_log.during("decoding", predicted):
-            decoded: Tensor = self.pipeline.decode(vae, latents, request)
+        with self.comm_log.during("decoding", 1):
+            decoded: Tensor = self.pipeline.decode(self.components["vae"], latents, request)
         values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         require_finite(torch.from_numpy(values), "the decoded image", batch)
         frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
@@ -258,8 +238,8 @@ class NativeEngine:
     def cache_decisions(self) -> dict[str, Any] | None:
         return None
 
-    def traffic(self) -> dict[str, Any]:
-        return self.comm_log.report()
+    def traffic(self) -> CommLog:
+        return self.comm_log
 
     def close(self) -> None:
         """Nothing outside this engine was changed, so there is nothing to undo."""

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,6 @@ from sglang_gen.engine.cuda_graphs import Graphs
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.engine.meta_trace import Shapes, trace_on_meta
 from sglang_gen.families.contract import Request
-from sglang_gen.parallel.collectives import Traffic, counted
 from sglang_gen.parallel.sharded_network import ParallelNetwork, Split
 from sglang_gen.tensor_tree import to_meta
 from sglang_gen.types import Plan
@@ -23,14 +21,6 @@ if TYPE_CHECKING:
     from sglang_gen.engine.compile import Compiled
 
 Predictor = Callable[[Any, Encoded], Predict]  # (network, encoded texts) -> prediction function
-
-
-@dataclass
-class ExpectedTraffic:
-    """Traffic of a batch predicted on meta: of conditioning, and of one evaluation of each kind."""
-
-    conditioning: Traffic = field(default_factory=Traffic)
-    evaluations: dict[int, Traffic] = field(default_factory=dict)
 
 
 def laid_out(network: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -63,7 +53,7 @@ class Execution:
         self.dtype = getattr(torch, plan.dtype)
         self.network: Any = laid_out(network, self.dtype)
         self.parallel_network = split.parallelize(network)
-        self.expected: dict[Any, ExpectedTraffic] = {}  # by the shapes of a batch
+        self.settled: set[Any] = set()  # shapes of batches
         settings = plan.run.compile
         self.regions = pipeline.REGIONS if settings.regional else ()
         compiles, ranks = settings.enable_torch_compile, self.mesh.layout.ranks
@@ -88,41 +78,36 @@ class Execution:
 
     def settle(
         self, predictor: Predictor, kinds: Sequence[int], request: Request, encoded: Encoded, latents: Tensor
-    ) -> ExpectedTraffic:
+    ) -> None:
         """Prepare for evaluating the network on `latents` and `encoded`. Collective on the first call.
 
         `kinds` lists the evaluations that differ in shape.
         """
         texts = [tuple(tensor.shape) for text in encoded for tensor in text]
         shape = (request.steps_run, tuple(latents.shape), *texts, *kinds)  # a warmup conditions fewer steps
-        if shape not in self.expected:
-            self.expected[shape] = self._settle(predictor, kinds, request, encoded, latents)
-        return self.expected[shape]
+        if shape not in self.settled:
+            self._settle(predictor, kinds, request, encoded, latents)
+            self.settled.add(shape)
 
     def _settle(
         self, predictor: Predictor, kinds: Sequence[int], request: Request, encoded: Encoded, latents: Tensor
-    ) -> ExpectedTraffic:
-        first = not self.expected
-        if not (self.compiled or (first and self.waits) or self.mesh.layout.ranks > 1):
+    ) -> None:
+        first = not self.settled
+        if not (self.compiled or (first and self.waits)):
             self._place_kernel()
-            return ExpectedTraffic()
+            return
         empty = torch.empty_like(latents, device="meta")
 
-        expected = ExpectedTraffic()
-
         def evaluate(meta_copy: Any) -> None:
-            with counted() as expected.conditioning:
-                predict = predictor(meta_copy, [to_meta(text) for text in encoded])
+            predict = predictor(meta_copy, [to_meta(text) for text in encoded])
             for kind in kinds:
-                with counted() as expected.evaluations[kind]:
-                    predict(empty, kind)
+                predict(empty, kind)
 
         shapes = trace_on_meta(self._meta_copy(), self.regions or (type(self.network),), evaluate)
         if first:
             self._set_kernel(shapes, self.pipeline.grids(self.network.config, request, encoded))
         if self.compiled:
             self.compiled.expect(shapes)
-        return expected
 
     def _set_kernel(self, shapes: Shapes, grids: list[Any]) -> None:
         if self.attention.backend == "flex":

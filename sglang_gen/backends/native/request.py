@@ -22,14 +22,19 @@ from sglang_gen.types import Plan
 ALWAYS_COMPATIBLE = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
 
+def pipeline_of(plan: Plan) -> Any:
+    """The pipeline module of the model's family."""
+    return importlib.import_module(f"sglang_gen.families.{NATIVE[plan.pipeline_class]}.pipeline")
+
+
 class NativeRequest:
     """The pipeline module of the model's family, its required components, the run's input files and its requests."""
 
     def __init__(self, plan: Plan) -> None:
         """Raises UserError for a file that cannot be read."""
-        name, sampling = NATIVE[plan.pipeline_class], plan.run.sampling
-        self.plan, self.needs = plan, NEEDS[name]
-        self.pipeline: Any = importlib.import_module(f"sglang_gen.families.{name}.pipeline")
+        sampling = plan.run.sampling
+        self.plan, self.needs = plan, NEEDS[NATIVE[plan.pipeline_class]]
+        self.pipeline: Any = pipeline_of(plan)
         self.config = plan.card.components[self.pipeline.NETWORK].config
         self.factor = image_size.latent_factor(plan.card) or 1
         self.noise = read_noise(sampling.latents)
