@@ -139,6 +139,23 @@ def evaluate(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dty
     return torch.stack(outputs), traffic
 
 
+def in_turn(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype, latents: Any, several: Any,
+            compiled: str = "") -> list[torch.Tensor]:  # fmt: skip
+    """Outputs of two steps, in which conditionings of other lengths take turns; blocks, or all of it, are compiled."""
+    whole = placed(mesh, name, folder, config, dtype)
+    regions = {"regional": GLUE[name].REGIONS, "full": (type(whole.network),)}.get(compiled, ())
+    method = "evaluate" if compiled == "full" else "forward"
+    for module in whole.network.modules():
+        if isinstance(module, regions):
+            function = torch.compile(getattr(module, method), backend="aot_eager", fullgraph=True, dynamic=False)
+            setattr(module, method, function)
+    conditionings = [whole.entrance.condition(*conditions) for conditions in several]
+    try:
+        return [whole.entrance(latents, conditioning, step) for step in (0, 2) for conditioning in conditionings]
+    finally:
+        torch._dynamo.reset()
+
+
 def guide(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype, latents: Any, conditions: Any,
           negatives: Any) -> torch.Tensor:  # fmt: skip
     """Guided predictions of the first and the last timestep: `negatives` stand for the tensors among `conditions`."""
