@@ -22,7 +22,7 @@ from sglang_gen.parallel import bandwidth
 from sglang_gen.parallel.guidance_split import rounds
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf import dump, quality
-from sglang_gen.perf.clock import Clock, synchroniser
+from sglang_gen.perf.clock import Clock, timer
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory
 from sglang_gen.plan import image_size
@@ -73,9 +73,9 @@ def _clear_frames(error: BaseException, before: BaseException | None) -> None:
 
 
 def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | None:
-    wait = synchroniser(plan.device)
+    times = timer(plan.device)
     phases = dump.Phases(
-        load=Clock(wait, memory), generate=Clock(wait, memory), calls=CallLog(), replays=plan.run.compile.cuda_graphs
+        load=Clock(times, memory), generate=Clock(times, memory), calls=CallLog(), replays=plan.run.compile.cuda_graphs
     )
     backend = importlib.import_module(BACKENDS[plan.backend])  # takes seconds and is timed separately from loading
     reference = _reference(plan) if mesh.rank == 0 else None
@@ -86,7 +86,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
     try:
         log.info("Model loaded successfully")
         if plan.run.compile.warmup:
-            phases.warmup = Clock(wait, memory)
+            phases.warmup = Clock(times, memory)
             _warm_up(plan, mesh, engine, phases.warmup)
         mesh.barrier()
         phases.calls.on = True
@@ -94,7 +94,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
         phases.calls.on = False
         decisions = engine.cache_decisions()
         phases.repeats = [
-            _repeat(plan, mesh, engine, Clock(wait, memory), saved) for _ in range(plan.run.perf.repeat - 1)
+            _repeat(plan, mesh, engine, Clock(times, memory), saved) for _ in range(plan.run.perf.repeat - 1)
         ]
     finally:
         engine.close()
