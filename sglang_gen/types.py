@@ -113,7 +113,7 @@ class Engine(Protocol):
         ...
 
     def effective(self) -> dict[str, Any]:
-        """The settings that took effect, read from the built components."""
+        """The settings that take effect, the same whenever it is asked; a batch's own are in `Decoded.effective`."""
         ...
 
     def cache_decisions(self) -> dict[str, Any] | None:

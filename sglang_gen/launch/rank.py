@@ -176,7 +176,6 @@ def _generate(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Saved:
     saved = Saved(plan, {**plan.effective, **engine.effective()})
     for number, decoded in _generated(plan, mesh, engine, clock):
         clock.enter("saving")
-        saved.effective |= engine.effective()  # some settings are known only after the first batch
         saved.add(number, decoded)
         clock.leave()
     return saved

@@ -25,10 +25,11 @@ from sglang_gen.types import Plan
 
 
 def plan_of(*words: object) -> Plan:
-    """The plan of a run of a tiny pipeline with the native engine, in float32."""
-    small = ("sampling.height=32", "sampling.width=32", "sampling.num_inference_steps=2", "sampling.seed=7")
-    given = ("dtype=float32", "backend=sglang", "output.latents=true", *small, *map(str, words))
-    composed = compose(Choices(given))
+    """The plan of a run of a tiny pipeline; unless `words` say otherwise, of the native engine in float32."""
+    usual = ("dtype=float32", "backend=sglang", "output.latents=true", "sampling.height=32", "sampling.width=32",
+             "sampling.num_inference_steps=2", "sampling.seed=7")  # fmt: skip
+    given = {word.partition("=")[0]: word for word in (*usual, *map(str, words))}
+    composed = compose(Choices(tuple(given.values())))
     checks.check_request(composed)
     return make.make_plan(composed, resolve.find(composed.run.model, weights=True))
 
