@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from sglang_gen.backends.comm_log import CommLog
     from sglang_gen.config.schema import Run
     from sglang_gen.perf.clock import Clock
 
@@ -112,15 +113,15 @@ class Engine(Protocol):
         ...
 
     def effective(self) -> dict[str, Any]:
-        """The settings that took effect, read from the built components."""
+        """The settings that take effect, the same whenever it is asked; a batch's own are in `Decoded.effective`."""
         ...
 
     def cache_decisions(self) -> dict[str, Any] | None:
         """Decisions of the step cache in the last generation; None without a step cache."""
         ...
 
-    def traffic(self) -> dict[str, Any]:
-        """What this rank sent to others in the timed generation, by stage; see `backends.native.comm_log`."""
+    def traffic(self) -> "CommLog":
+        """What this rank sent to others in the timed generation."""
         ...
 
     def close(self) -> None:

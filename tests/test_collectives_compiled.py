@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,17 +138,18 @@ def test_what_compiled_ulysses_sends_is_written_once(generated):
     assert_what_is_sent_stays(calls)
 
 
-def dual_block(layout: Layout, rank: int) -> tuple[nn.Module, list[torch.Tensor]]:
+@contextmanager
+def dual_block(layout: Layout, rank: int) -> Iterator[tuple[nn.Module, list[torch.Tensor]]]:
     """A block with two attentions as one rank of two has it, and inputs of a picture and a text that do not halve."""
     groups = {axis: SimpleNamespace(group_name=axis) for axis in ("ring", "ulysses", SEQUENCE)}
     network = pipeline.build(DUAL).eval()
     placed = Split(Mesh(layout, rank, groups), {}, pipeline.SHARDING).parallelize(network)
     placed.set_kernel(scaled_dot_product_attention, attention_kernels.kernel_with_lse("sdpa", "cpu", torch.float32))
     texts = shard_sizes(9, 1, 2)
-    for kind, tokens in pipeline.tokens(network.config, (1, 4, 14, 8), shard_sizes(14, 2, 2), texts).items():
-        placed.lengths[kind].tokens = tokens
-    picture = placed.lengths["image"].tokens[rank]
-    return network.blocks[0], [torch.randn(2, *size, 64) for size in ((picture,), (texts[rank],), (9,), (6,))]
+    tokens = pipeline.tokens(network.config, (1, 4, 14, 8), shard_sizes(14, 2, 2), texts)
+    sizes = ((tokens["image"][rank],), (texts[rank],), (9,), (6,))
+    with placed.lengths["joint"].of(tokens["joint"]), placed.lengths["image"].of(tokens["image"]):
+        yield network.blocks[0], [torch.randn(2, *size, 64) for size in sizes]
 
 
 @pytest.mark.slow
@@ -157,8 +159,8 @@ def test_every_rank_starts_the_collectives_of_two_attentions_in_the_order_of_the
     """Nothing in their data says which attention of a dual block comes first, and shapes differ between ranks."""
     found = []
     for rank in range(2):
-        block, inputs = dual_block(layout, rank)
-        calls = generated(block.forward, *inputs)
+        with dual_block(layout, rank) as (block, inputs):
+            calls = generated(block.forward, *inputs)
         assert_what_is_sent_stays(calls)
         found.append([name for name in names(calls) if name != "mm"])
     assert found[0] == found[1]

@@ -1,10 +1,12 @@
 """What a run does for a GPU and no test of a CPU reaches by itself; a stand-in takes the GPU's place."""
 
 import gc
+import json
 import os
 import warnings
 import weakref
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from sglang_gen.errors import RunError, UserError
 from sglang_gen.launch import rank
 from sglang_gen.parallel import mesh
 from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.perf import clock
 from sglang_gen.plan import layout_limits
 
 
@@ -158,6 +161,61 @@ def test_every_group_of_ranks_is_connected_before_anything_is_timed(monkeypatch)
         (2, "second"),
         "waited",
     ]
+
+
+class Queue:
+    """Stands in for the GPU: work of 5 ms lies before each event, whose time is known once the host waited for it.
+
+    `order` has what the host did: "record", and "wait" for the device.
+    """
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.now = self.finished = 0.0
+
+    def wait(self) -> None:
+        self.order.append("wait")
+        self.finished = self.now
+
+    def event(self, enable_timing: bool) -> "Event":
+        assert enable_timing
+        return Event(self)
+
+
+class Event:
+    def __init__(self, queue: Queue) -> None:
+        self.queue, self.at = queue, 0.0
+
+    def record(self) -> None:
+        self.queue.order.append("record")
+        self.queue.now += 5.0
+        self.at = self.queue.now
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert self.at <= end.at <= self.queue.finished
+        return end.at - self.at
+
+
+@pytest.fixture
+def queue(monkeypatch) -> Queue:
+    """The device of all clocks of a run, which computes on the CPU."""
+    queue = Queue()
+    monkeypatch.setattr(torch.cuda, "Event", queue.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", queue.wait)
+    monkeypatch.setattr(rank, "timer", lambda _: clock.timer("cuda"))
+    return queue
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("backend", ["sglang", "diffusers"])
+def test_steps_are_timed_by_events_that_are_read_after_the_loop(run, queue, backend):
+    done = run("sd3", "--backend", backend, "--num-samples", "2", "sampling.batch_size=1",
+               "--perf-dump-path", "perf.json", steps=3)  # fmt: skip
+    assert done.code == 0, done.err
+    steps = json.loads(Path("perf.json").read_text())["denoise_steps_ms"]
+    assert steps == [{"step": step, "duration_ms": 5.0, "batch": batch} for batch in (0, 1) for step in range(3)]
+    loops = [stretch for stretch in " ".join(queue.order).split("wait") if stretch.split() != ["record"]]
+    assert [stretch.split() for stretch in loops if stretch.strip()] == [["record"] * 4] * 2
 
 
 def test_no_test_sees_a_gpu():

@@ -127,6 +127,21 @@ def test_modules_and_tables_have_names_of_their_own():
     assert {name: places for name, places in names.items() if len(places) > 1} == {}
 
 
+def test_no_constructor_takes_more_than_six_arguments():
+    """What belongs together is a frozen dataclass; configurations are dataclasses as a whole."""
+    long = {
+        f"{module}.{owner.name}": len(method.args.args) - 1
+        for module, path in modules().items()
+        for owner in ast.walk(ast.parse(path.read_text()))
+        if isinstance(owner, ast.ClassDef)
+        for method in owner.body
+        if isinstance(method, ast.FunctionDef)
+        and method.name == "__init__"
+        and len([*method.args.args, *method.args.kwonlyargs]) > 7
+    }
+    assert long == {}
+
+
 def test_networks_stand_on_torch_and_einops_alone():
     for path in (PACKAGE / "models").glob("*.py"):
         tree = ast.parse(path.read_text())

@@ -1,7 +1,10 @@
 """Kernels and compiled blocks of the native engine, as a user meets them."""
 
 import json
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +13,11 @@ from cases import mostly_slow
 from PIL import Image
 from safetensors.numpy import load_file
 from torch import nn
+from whole import plan_of
 
+from sglang_gen import log
+from sglang_gen.backends.diffusers import engine as diffusers
+from sglang_gen.backends.native import engine as native
 from sglang_gen.engine import attention_autotune
 from sglang_gen.engine import compile as compiling
 from sglang_gen.engine.meta_trace import Shapes, trace_on_meta
@@ -19,6 +26,9 @@ from sglang_gen.models.attention import Attend
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.sequence_boundary import Sharding
 from sglang_gen.parallel.sharded_network import Split
+from sglang_gen.perf.clock import Clock, timer
+from sglang_gen.perf.flops import CallLog
+from sglang_gen.perf.memory import Memory
 
 
 @pytest.fixture
@@ -82,6 +92,58 @@ def test_auto_times_the_kernels_on_the_shapes_of_the_run_and_its_record_pins_the
     assert effective("repeated", "attention") == "math"
     first, again = (np.asarray(Image.open(f"{folder}/generated_image_0.png")) for folder in ("outputs", "repeated"))
     assert np.array_equal(first, again)
+
+
+def engine_of(pipelines, name: str, *words: str, backend: Any = native):
+    """A loaded engine, a function that generates its first batch, and the calls that it notes."""
+    planned = plan_of(f"model.path={pipelines[name]}", "sampling.prompt=a cat", *words)
+    calls = CallLog()
+    log.setup("error")
+    engine = backend.load(planned, Mesh(), calls)
+    return engine, partial(engine.sample, planned.batches[0], 2, Clock(timer("cpu"), Memory("cpu"))), calls
+
+
+@pytest.mark.whole
+def test_the_kernel_that_auto_chooses_is_known_before_the_first_batch(pipelines, monkeypatch):
+    asked = []
+    monkeypatch.setattr(attention_autotune, "fastest", lambda kernels, shapes, *_: asked.append(shapes) or "math")
+    engine, generate, _ = engine_of(pipelines, "sd3", "dtype=bfloat16", "sampling.guidance_scale=3")
+    before = engine.effective()
+    assert before["attention"] == "math"
+    generate()
+    assert engine.effective() == before
+    (shapes,) = asked
+    met: Counter[tuple[int, ...]] = Counter()
+
+    def kernel(q, k, v):
+        met.update([(*q.shape[:3], k.shape[2], q.shape[3])])
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    engine.execution.parallel_network.set_kernel(kernel, None)
+    generate()
+    assert met == Counter({shape: 2 * count for shape, count in shapes.items()})  # the times are those of one step
+
+
+@pytest.mark.parametrize("backend", [native, diffusers])
+def test_calls_are_noted_where_they_are_made_and_no_network_has_another_method_for_it(pipelines, backend):
+    words = ("backend=diffusers",) if backend is diffusers else ()
+    engine, generate, calls = engine_of(pipelines, "sd3", *words, backend=backend)
+    generate()
+    assert not calls.calls  # only the timed generation is noted
+    calls.on = True
+    generate()
+    noted = Counter((call.network.stage, call.network.name, call.method) for call in calls.calls.values())
+    expected = {("denoising", "transformer", "forward"), ("decoding", "vae", "decode")}
+    expected |= {("text_encoding", name, "forward") for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
+    expected |= {("denoising", "transformer", "condition")} if backend is native else set()
+    assert noted.keys() == expected
+    vae, network = (
+        (engine.components["vae"], engine.network)
+        if backend is native
+        else (engine.pipeline.vae, engine.pipeline.transformer)
+    )
+    for module in (vae, network):
+        assert not {"forward", "condition", "decode", "encode"} & vars(module).keys()
 
 
 @pytest.mark.whole

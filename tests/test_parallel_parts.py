@@ -1,6 +1,7 @@
 """The arithmetic of parallelism in one process: whose part of a layer, of tokens and of rows is whose, and merging."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_gen.engine.attention_kernels import kernel_with_lse
 from sglang_gen.models.layers import Shard, cut_sections
-from sglang_gen.parallel.collectives import finish_gather_along
+from sglang_gen.parallel.collectives import Axis, Traffic, all_reduce, counted, finish_gather_along
 from sglang_gen.parallel.sequence import Lengths, merged
 from sglang_gen.parallel.sequence_boundary import shard, shard_sizes
 from sglang_gen.weights.load import _read
@@ -98,3 +99,32 @@ def test_attention_to_some_keys_after_the_other_merges_to_attention_to_all(lengt
     assert found is not None
     assert torch.allclose(found[0], scaled_dot_product_attention(q, 3 * k, v), rtol=0, atol=1e-12)
     assert torch.allclose(found[1], (3 * q @ k.mT / math.sqrt(8)).logsumexp(-1), rtol=0, atol=1e-12)
+
+
+def test_what_another_thread_sends_is_counted_by_that_thread_alone():
+    """A trace on meta beside a generation is not traffic of the generation, and neither counts for the other."""
+    x, axis = torch.empty(8, device="meta"), Axis("tp", 2, 0)
+
+    def trace(found: list[Traffic]) -> None:
+        all_reduce(x, axis)  # nobody counts in this thread yet
+        with counted() as traffic:
+            all_reduce(x, axis)
+        found.append(traffic)
+
+    found: list[Traffic] = []
+    with counted() as outer, counted() as inner:
+        all_reduce(x, axis)
+        thread = threading.Thread(target=trace, args=(found,))
+        thread.start()
+        thread.join()
+    with pytest.raises(RuntimeError), counted():
+        raise RuntimeError
+    all_reduce(x, axis)
+    assert [traffic.calls for traffic in (outer, inner, *found)] == [{"all_reduce tp": 1}] * 3
+
+
+def test_traffic_of_repeated_evaluations_is_that_of_one_as_often():
+    total, one = Traffic(), Traffic({"all_reduce tp": 2, "all_gather sp": 1}, {"all_reduce tp": 64, "all_gather sp": 8})
+    total.include(one, 3)
+    total.include(Traffic({"all_reduce tp": 1}, {"all_reduce tp": 5}))
+    assert total == Traffic({"all_reduce tp": 7, "all_gather sp": 3}, {"all_reduce tp": 197, "all_gather sp": 24})

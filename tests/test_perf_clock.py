@@ -3,7 +3,7 @@
 import pytest
 
 from sglang_gen.perf import clock, memory
-from sglang_gen.perf.clock import Clock
+from sglang_gen.perf.clock import Clock, Timer, timer
 from sglang_gen.perf.memory import Checkpoint, Memory
 
 
@@ -26,7 +26,7 @@ def now(monkeypatch) -> list[float]:
 
 
 def test_a_stage_that_is_entered_again_adds_to_its_time_and_keeps_its_higher_peak(now):
-    clock = Clock(lambda: None, Watched(30.0, 20.0, 10.0))
+    clock = Clock(timer("cpu"), Watched(30.0, 20.0, 10.0))
     for stage, seconds in (("latents", 1.0), ("decoding", 2.0), ("latents", 4.0)):
         clock.enter(stage)
         now[0] += seconds
@@ -38,23 +38,30 @@ def test_a_stage_that_is_entered_again_adds_to_its_time_and_keeps_its_higher_pea
     assert [clock.checkpoints[name].peak_allocated_mb for name in ("latents", "decoding")] == [30.0, 20.0]
 
 
-def test_a_stage_and_a_step_end_when_the_device_has_finished(now):
-    """Work of a second is queued for each; it costs its time where the clock waits for the device alone."""
+def test_a_stage_ends_when_the_device_has_finished_and_no_step_waits_for_it(now):
+    """The device takes a second for each step, and the host queues all of them at once."""
+    queued, waits = [0.0], []
 
     def wait() -> None:
-        now[0] += 1.0
+        waits.append(len(queued))
+        now[0] = 100.0 + queued[-1]
 
-    clock = Clock(wait, Watched(0.0, 0.0))
+    device = Timer(wait, lambda: queued[-1], lambda start, end: 1000 * (end - start))
+    clock = Clock(device, Watched(0.0, 0.0))
     clock.enter("denoising")
-    clock.step()
-    clock.step()
+    for seconds in (1.0, 2.0, 4.0):
+        queued.append(queued[-1] + seconds)
+        clock.step()
+    assert clock.steps_ms == []
+    queued.append(queued[-1] + 8.0)  # behind the last step, such as a cast of the latents
     clock.leave()
-    assert [duration for _, _, duration in clock.steps_ms] == pytest.approx([1000, 1000])
-    assert clock.stages_ms["denoising"] == pytest.approx(3000)
+    assert [duration for _, _, duration in clock.steps_ms] == pytest.approx([1000, 2000, 4000])
+    assert clock.stages_ms["denoising"] == pytest.approx(15000)
+    assert waits == [5]
 
 
 def test_steps_are_numbered_in_each_batch_from_where_their_denoising_begins(now):
-    clock = Clock(lambda: None, Watched(*[0.0] * 4))
+    clock = Clock(timer("cpu"), Watched(*[0.0] * 4))
     for batch in (0, 1):
         clock.batch = batch
         clock.enter("latents")
@@ -63,6 +70,7 @@ def test_steps_are_numbered_in_each_batch_from_where_their_denoising_begins(now)
         for seconds in (1.0, 2.0):
             now[0] += seconds
             clock.step()
+        clock.leave()
     expected = [(0, 0, 1000), (0, 1, 2000), (1, 0, 1000), (1, 1, 2000)]
     assert [(batch, step, round(duration)) for batch, step, duration in clock.steps_ms] == expected
 

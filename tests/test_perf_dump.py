@@ -126,7 +126,7 @@ class Small(ModelMixin, ConfigMixin):
 
 def test_the_work_of_a_linear_layer_and_attention_is_the_formula():
     model, log, x = Small(), flops.CallLog(on=True), torch.zeros(2, 7, 24)
-    log.watch("denoising", "small", model)
+    log.watch(flops.Watched("denoising", "small", model))
     for _ in range(3):
         model(x)
     model(torch.zeros(1, 5, 24))
@@ -148,7 +148,7 @@ def test_only_the_weights_that_a_call_uses_are_read():
             self.idle = nn.Linear(1000, 1000)
 
     model, log = Half(), flops.CallLog(on=True)
-    log.watch("denoising", "half", model)
+    log.watch(flops.Watched("denoising", "half", model))
     model(torch.zeros(1, 5, 24))
     found = flops.work(log, {"denoising": 1.0}, {}, {})["denoising"]
     assert found["bytes"] == pytest.approx(4 * (24 * 24 + 24) + 4 * 5 * 24, abs=8)
@@ -170,7 +170,7 @@ def test_a_network_that_cannot_be_counted_says_why():
             return x if x.sum().item() else x + 1
 
     model, log = Fickle(), flops.CallLog(on=True)
-    log.watch("denoising", "fickle", model)
+    log.watch(flops.Watched("denoising", "fickle", model))
     model(torch.zeros(1, 5, 24))
     found = flops.work(log, {"denoising": 1.0}, {}, {})
     assert set(found["denoising"]) == {"reason"}

@@ -8,9 +8,11 @@ import torch
 from cases import mostly_slow
 from network_cases import KIND, REFERENCES, both, given
 from parity import error
-from split import MUTATIONS, guide
+from split import MUTATIONS, guide, in_turn
 
+from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.parallel.sequence import CurrentLengths, Ring
 from sglang_gen.types import Layout, ModelCard
 
 LAYOUTS = {
@@ -86,6 +88,35 @@ def test_a_text_of_fewer_tokens_than_ranks_leaves_some_without(ranks, name):
     expected, answers = both(ranks, name, LAYOUTS["usp4"], torch.float64, text=1)
     for outputs, _ in answers:
         assert error(outputs, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("compiled", mostly_slow(["", "regional", "full"], ""))
+@pytest.mark.parametrize("layout", mostly_slow(["ring3", "usp4"], "usp4"))
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_texts_of_two_lengths_may_take_turns(ranks, name, layout, compiled):
+    """Each evaluation has the lengths of its own conditioning, and a compiled block those that it is called with."""
+    folder, (config, latents, conditions) = Path("network"), given(name, torch.float64)
+    several = [(conditions[0], conditions[1][:, :text], *conditions[2:]) for text in (9, 6)]
+    REFERENCES[name].network(**config).save_pretrained(folder)
+    network = (KIND[name], folder.absolute(), config, torch.float64)
+    with torch.no_grad():
+        expected = in_turn(Mesh(), *network, latents, several)
+    for outputs in ranks.run(LAYOUTS[layout], in_turn, *network, latents, several, compiled):
+        for output, alone in zip(outputs, expected, strict=True):
+            assert error(output, alone) <= 1e-10
+    assert error(expected[0], expected[1]) > 1e-3
+
+
+def test_attention_outside_of_an_evaluation_has_no_lengths_of_the_last_one():
+    lengths = CurrentLengths(2, 1)
+    ring = Ring(lambda q, k, v: (q, q[..., 0]), Axis("ring", 2, 0), lengths)
+    q = torch.empty(1, 2, 5, 4, device="meta")
+    with lengths.of((5, 4)):
+        with lengths.of((5, 3)):
+            assert lengths.of_groups() == (5, 3)
+        assert ring(q, q, q).shape == q.shape
+    with pytest.raises(AssertionError, match="outside of an evaluation"):
+        ring(q, q, q)
 
 
 def described(name: str, latents: torch.Tensor, text: torch.Tensor) -> tuple[ModelCard, int, int, int]:

@@ -283,3 +283,27 @@ def test_settings_that_act_only_with_another_are_warned_of(sglang, pipelines, se
     assert [line for line in done.lines if line.startswith("WARNING: cache: ")] == [
         f"WARNING: cache: {each}" for each in warnings
     ]
+
+
+def test_the_engine_says_the_same_before_and_after_a_generation(sglang, pipelines, monkeypatch):
+    """The reused steps are those of a batch, and the dump has those of the last one."""
+    seen, close = [], backend.DiffusersEngine.close
+    load = backend.load
+
+    def loaded(*args):
+        engine = load(*args)
+        seen.append(engine.effective())
+        return engine
+
+    def closed(engine):
+        seen.append(engine.effective())
+        close(engine)
+
+    monkeypatch.setattr(backend, "load", loaded)
+    monkeypatch.setattr(backend.DiffusersEngine, "close", closed)
+    settings = {**SMALL, "residual_diff_threshold": 10.0, "max_cached_steps": 1}
+    done = sglang(*asked(pipelines, "sd3", settings, 4, "--perf-dump-path", "perf.json", "perf=light"))
+    assert done.code == 0, done.err
+    assert seen[0] == seen[1]
+    assert "reused_steps" not in seen[0]["cache"]
+    assert json.loads(Path("perf.json").read_text())["effective"]["cache"]["reused_steps"] == 1

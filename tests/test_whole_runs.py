@@ -36,6 +36,23 @@ def test_data_parallel_groups_meet_once_a_round_and_send_nothing_while_they_deno
     assert_same("branches", "groups", 3)
 
 
+@pytest.mark.parametrize("dump", [True, False])
+def test_what_a_rank_sends_is_predicted_for_the_dump_and_after_the_last_picture(run, dump):
+    words = ("perf.work=false", "perf.machine_rates=false", f"output.perf_dump_path={Path('perf.json').absolute()}")
+    found = run("sd3", "pictures", "parallel=sp2_tp2", *(words if dump else ()))
+    for each in found:
+        assert each.order == ["sampled"] * 3 + ["predicted"] * dump
+        assert not each.on_meta.total()
+    for stage in ("text_encoding", "conditioning", "denoising", "decoding"):
+        collectives = found[0].report["comm"][stage]["collectives"].values()
+        assert collectives
+        for sent in collectives:
+            if dump:
+                assert (sent["count"], sent["bytes"]) == (sent["predicted_count"], sent["predicted_bytes"])
+            else:
+                assert sent.keys() == {"count", "bytes"}
+
+
 @pytest.fixture
 def capturing(monkeypatch):
     """Plans with CUDA graphs on this CPU."""

@@ -19,7 +19,7 @@ from sglang_gen.debug.verdict import Cause, Report, Row, Tolerance, Verdict, fir
 from sglang_gen.families import registry
 from sglang_gen.launch import numerics
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.perf.clock import Clock, synchroniser
+from sglang_gen.perf.clock import Clock, timer
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory
 from sglang_gen.types import Decoded, Plan
@@ -102,7 +102,7 @@ def _first_cause(stages: Sequence[tuple[Sequence[Row], Cause | None]]) -> Cause 
 
 def _generate(plan: Plan, engine: Any) -> Decoded:
     with Memory(plan.device) as memory:
-        clock = Clock(synchroniser(plan.device), memory)
+        clock = Clock(timer(plan.device), memory)
         decoded: Decoded = engine.sample(plan.batches[0], plan.run.sampling.num_inference_steps, clock)
     return decoded
 

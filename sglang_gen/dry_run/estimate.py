@@ -172,12 +172,12 @@ def weights_of(plan: Plan, spec: Spec, network: int) -> dict[str, int]:
         if name == spec.network:
             sizes[name] = network
         elif component.class_name in COUNT:
-            sizes[name] = COUNT[component.class_name](component.config, _encoder_ranks(plan, name)) * size
+            sizes[name] = COUNT[component.class_name](component.config, ranks_of_encoder(plan, name)) * size
             sizes[name] += text_encoders.bytes_kept_in_float32(component, plan.dtype)
     return sizes
 
 
-def _encoder_ranks(plan: Plan, name: str) -> int:
+def ranks_of_encoder(plan: Plan, name: str) -> int:
     """Ranks that share a text encoder's weights; one out of a single file is not sharded."""
     part, tp = plan.card.components[name], plan.layout.tp
     in_file = plan.card.file is not None and name not in plan.run.model.component_paths

@@ -60,21 +60,22 @@ def is_sharded(network: Any) -> bool:
     return bool(attention.n_heads != network.config.num_heads)
 
 
-def meta_copy(network: Any, dtype: torch.dtype, axis: Axis) -> nn.Module:
-    """This rank's shard of a T5 with the same config, on the meta device."""
+def meta_copy(config: T5Config, dtype: torch.dtype, axis: Axis) -> nn.Module:
+    """This rank's shard of a T5 with this config, on the meta device."""
     with torch.device("meta"):
-        copy = type(network)(network.config).to(dtype).eval()
+        copy = T5EncoderModel(config).to(dtype).eval()
     tensor.shrink(copy, TENSOR, axis)
     tensor.insert_collectives(copy, TENSOR, axis)
     return copy
 
 
-def expected(network: Any, dtype: torch.dtype, axis: Axis, rows: int, length: int) -> Traffic:
-    """Traffic of this rank's shard while it encodes `rows` texts of `length` tokens."""
+def traffic(component: Component, axis: Axis, dtype: torch.dtype, rows: int, length: int) -> Traffic:
+    """Traffic of this rank's shard while it encodes `rows` texts of `length` tokens, traced on meta."""
     tokens = torch.zeros(rows, length, dtype=torch.long, device="meta")
-    with torch.no_grad(), counted() as traffic:
-        meta_copy(network, dtype, axis)(tokens)
-    return traffic
+    encoder = meta_copy(T5Config.from_dict(dict(component.config)), dtype, axis)
+    with torch.no_grad(), counted() as sent:
+        encoder(tokens)
+    return sent
 
 
 def read(folder: Path, dtype: torch.dtype, device: str, axis: Axis) -> nn.Module:

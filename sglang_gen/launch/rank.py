@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sglang_gen import env, files, log
-from sglang_gen.config.schema import plain
+from sglang_gen.config.schema import Tracker, plain
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.launch import numerics
 from sglang_gen.outputs import tracking
@@ -22,13 +22,14 @@ from sglang_gen.parallel import bandwidth
 from sglang_gen.parallel.guidance_split import rounds
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf import dump, quality
-from sglang_gen.perf.clock import Clock, synchroniser
+from sglang_gen.perf.clock import Clock, timer
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory
 from sglang_gen.plan import image_size
 from sglang_gen.types import Decoded, Engine, Plan, Result, Sample
 
 BACKENDS = {"sglang": "sglang_gen.backends.native.engine", "diffusers": "sglang_gen.backends.diffusers.engine"}
+PREDICTIONS = "sglang_gen.dry_run.traffic"
 
 
 def run(plan: Plan, mesh: Mesh, started: float) -> Result | None:
@@ -72,9 +73,9 @@ def _clear_frames(error: BaseException, before: BaseException | None) -> None:
 
 
 def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | None:
-    wait = synchroniser(plan.device)
+    times = timer(plan.device)
     phases = dump.Phases(
-        load=Clock(wait, memory), generate=Clock(wait, memory), calls=CallLog(), replays=plan.run.compile.cuda_graphs
+        load=Clock(times, memory), generate=Clock(times, memory), calls=CallLog(), replays=plan.run.compile.cuda_graphs
     )
     backend = importlib.import_module(BACKENDS[plan.backend])  # takes seconds and is timed separately from loading
     reference = _reference(plan) if mesh.rank == 0 else None
@@ -85,7 +86,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
     try:
         log.info("Model loaded successfully")
         if plan.run.compile.warmup:
-            phases.warmup = Clock(wait, memory)
+            phases.warmup = Clock(times, memory)
             _warm_up(plan, mesh, engine, phases.warmup)
         mesh.barrier()
         phases.calls.on = True
@@ -93,11 +94,11 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
         phases.calls.on = False
         decisions = engine.cache_decisions()
         phases.repeats = [
-            _repeat(plan, mesh, engine, Clock(wait, memory), saved) for _ in range(plan.run.perf.repeat - 1)
+            _repeat(plan, mesh, engine, Clock(times, memory), saved) for _ in range(plan.run.perf.repeat - 1)
         ]
     finally:
         engine.close()
-    sent, rate = engine.traffic(), _link(plan, mesh)
+    sent, rate = _communication(plan, mesh, engine), _link(plan, mesh)
     ranks = mesh.gather_all(dump.describe_rank(mesh.rank, phases) | {"comm": sent})
     if ranks is None:
         return None
@@ -115,6 +116,14 @@ def _warm_up(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> None:
             engine.sample(batch, steps, clock)
     except UserError as error:
         raise UserError(f"The warmup of compile.warmup_steps={steps} cannot be made: {error}") from error
+
+
+def _communication(plan: Plan, mesh: Mesh, engine: Engine) -> dict[str, Any]:
+    """This rank's measured traffic by stage, next to the predicted traffic in a run whose report shows it."""
+    log, shown = engine.traffic(), plan.run.output.perf_dump_path or plan.run.tracking.name is Tracker.wandb
+    if not shown or plan.layout.ranks == 1:
+        return log.report({})
+    return log.report(importlib.import_module(PREDICTIONS).predict(plan, mesh, log))
 
 
 def _link(plan: Plan, mesh: Mesh) -> float | None:
@@ -167,7 +176,6 @@ def _generate(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Saved:
     saved = Saved(plan, {**plan.effective, **engine.effective()})
     for number, decoded in _generated(plan, mesh, engine, clock):
         clock.enter("saving")
-        saved.effective |= engine.effective()  # some settings are known only after the first batch
         saved.add(number, decoded)
         clock.leave()
     return saved

@@ -28,6 +28,8 @@ class Saved:
     def add(self, number: int, decoded: Decoded) -> None:
         """Save the images, videos or audio files of batch `number`."""
         self.effective |= _size(self.plan, decoded)
+        if "cache" in decoded.effective:  # with the number of steps that this batch reused
+            self.effective["cache"] = decoded.effective["cache"]
         for row, sample in enumerate(self.plan.batches[number]):
             path = self._save(sample, decoded, row)
             log.info(f"Generated {decoded.kind} saved to: {path}")

@@ -8,6 +8,7 @@ rank; an all-reduce over n ranks counts as 2 (n - 1) / n of the tensor, as in a 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,23 +40,32 @@ class Traffic:
         self.calls[collective] = self.calls.get(collective, 0) + 1
         self.bytes[collective] = self.bytes.get(collective, 0) + size
 
+    def include(self, other: "Traffic", times: int = 1) -> None:
+        """Add the calls and bytes of `other`, `times` over."""
+        for name, count in other.calls.items():
+            self.calls[name] = self.calls.get(name, 0) + times * count
+            self.bytes[name] = self.bytes.get(name, 0) + times * other.bytes[name]
 
-_listening: list[Traffic] = []
+
+# The traffic that is being counted. Operators of compiled code take only strings and numbers, so no recorder can be
+# handed to them, but they run in the thread that called the compiled code and see its context. Another thread counts
+# for itself: a trace on meta beside a generation is not taken for what the generation sent.
+_counting: ContextVar[tuple[Traffic, ...]] = ContextVar("counting", default=())
 
 
 @contextmanager
 def counted() -> Iterator[Traffic]:
-    """Count the collectives that are called inside the context."""
+    """Count the collectives that this thread calls inside the context."""
     traffic = Traffic()
-    _listening.append(traffic)
+    token = _counting.set((*_counting.get(), traffic))
     try:
         yield traffic
     finally:
-        _listening.remove(traffic)
+        _counting.reset(token)
 
 
 def _record(collective: str, axis: str, size: float) -> None:
-    for traffic in _listening:
+    for traffic in _counting.get():
         traffic.add(f"{collective} {axis}", math.ceil(size))
 
 

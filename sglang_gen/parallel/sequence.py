@@ -4,8 +4,9 @@ Ulysses (Jacobs et al. 2023) exchanges tokens for heads around the kernel. Ring 
 from rank to rank and merges the partial results by their log-sum-exp. If both are used, Ulysses wraps Ring.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,13 +18,13 @@ from sglang_gen.parallel.collectives import Axis, Pending, exchange, gather_alon
 KernelWithLSE = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Lengths:
-    """Tokens of each sequence parallel rank in one kind of attention; ring is the outer axis. Set by each forward."""
+    """Tokens of each sequence parallel rank in one kind of attention; ring is the outer axis."""
 
     ring: int
     ulysses: int
-    tokens: tuple[int, ...] = field(default=())
+    tokens: tuple[int, ...]
 
     def of_group(self, ring: int) -> tuple[int, ...]:
         """Tokens of each rank of one Ulysses group."""
@@ -34,10 +35,44 @@ class Lengths:
         return tuple(sum(self.of_group(ring)) for ring in range(self.ring))
 
 
+class CurrentLengths:
+    """The lengths of the evaluation that is running, as the attention ops of one kind read them.
+
+    There are none between evaluations, so that an op never reads those of another batch. They are an attribute, on
+    whose value compiled code has guards; torch.compile cannot trace a read of a context variable.
+    """
+
+    def __init__(self, ring: int, ulysses: int) -> None:
+        self.ring, self.ulysses = ring, ulysses
+        self.running: Lengths | None = None
+
+    @contextmanager
+    def of(self, tokens: tuple[int, ...]) -> Iterator[None]:
+        """Within this context the ranks have these numbers of tokens."""
+        before, self.running = self.running, Lengths(self.ring, self.ulysses, tokens)
+        try:
+            yield
+        finally:
+            self.running = before
+
+    def of_group(self, ring: int) -> tuple[int, ...]:
+        return self._known().of_group(ring)
+
+    def of_groups(self) -> tuple[int, ...]:
+        return self._known().of_groups()
+
+    def _known(self) -> Lengths:
+        assert self.running is not None, "attention over sharded tokens outside of an evaluation"
+        return self.running
+
+
+AnyLengths = Lengths | CurrentLengths
+
+
 class Ulysses:
     """Runs the kernel on all tokens of the Ulysses group and this rank's share of the heads."""
 
-    def __init__(self, kernel: Kernel, axis: Axis, ring: int, lengths: Lengths) -> None:
+    def __init__(self, kernel: Kernel, axis: Axis, ring: int, lengths: AnyLengths) -> None:
         """`ring` is this rank's coordinate on the ring axis, which selects its Ulysses group."""
         self.kernel, self.axis, self.ring, self.lengths = kernel, axis, ring, lengths
 
@@ -76,7 +111,7 @@ class Ulysses:
 class Ring:
     """Attention to the keys and values of all ranks, which arrive one rank at a time while this rank computes."""
 
-    def __init__(self, kernel: KernelWithLSE, axis: Axis, lengths: Lengths) -> None:
+    def __init__(self, kernel: KernelWithLSE, axis: Axis, lengths: AnyLengths) -> None:
         self.kernel, self.axis, self.lengths = kernel, axis, lengths
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -109,7 +144,7 @@ class Ring:
 class Gathering:
     """Attention to the gathered keys and values of all ranks, for kernels that do not return the log-sum-exp."""
 
-    def __init__(self, kernel: Kernel, axis: Axis, lengths: Lengths) -> None:
+    def __init__(self, kernel: Kernel, axis: Axis, lengths: AnyLengths) -> None:
         self.kernel, self.axis, self.lengths = kernel, axis, lengths
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

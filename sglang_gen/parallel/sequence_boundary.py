@@ -1,6 +1,7 @@
 """Where a sequence parallel network is entered and left: latents and text are sharded, the prediction is gathered."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from sglang_gen.models.attention import Attend
 from sglang_gen.parallel.collectives import Axis, gather_along
-from sglang_gen.parallel.sequence import Lengths
+from sglang_gen.parallel.sequence import CurrentLengths
 
 TokensByKind = Mapping[str, tuple[int, ...]]  # kind of attention -> tokens of every rank
 
@@ -57,8 +58,10 @@ class ShardedConditioning:
 class SequenceBoundary:
     """Has the interface of the unsharded network, and runs the network on this rank's shard of the tokens."""
 
-    def __init__(self, network: nn.Module, sharding: Sharding, axis: Axis, lengths: Mapping[str, Lengths]) -> None:
-        """`lengths` are read by the attention ops of each kind, and set here."""
+    def __init__(
+        self, network: nn.Module, sharding: Sharding, axis: Axis, lengths: Mapping[str, CurrentLengths]
+    ) -> None:
+        """`lengths` are what the attention ops of each kind read."""
         self.network: Any = network
         self.sharding, self.axis, self.lengths = sharding, axis, lengths
 
@@ -75,7 +78,9 @@ class SequenceBoundary:
         sharding, config = self.sharding, self.network.config
         lengths = shard_sizes(latents.shape[sharding.dim], sharding.unit(config), self.axis.size)
         assert all(lengths), f"{latents.shape[sharding.dim]} do not give each of {self.axis.size} ranks a shard"
-        for kind, tokens in sharding.tokens(config, latents.shape, lengths, sharded.text).items():
-            self.lengths[kind].tokens = tokens
         mine = shard(latents, sharding.dim, lengths, self.axis.index)
-        return gather_along(self.network(mine, sharded.conditioning, step), sharding.dim, lengths, self.axis)
+        with ExitStack() as evaluation:
+            for kind, tokens in sharding.tokens(config, latents.shape, lengths, sharded.text).items():
+                evaluation.enter_context(self.lengths[kind].of(tokens))
+            prediction = self.network(mine, sharded.conditioning, step)
+        return gather_along(prediction, sharding.dim, lengths, self.axis)

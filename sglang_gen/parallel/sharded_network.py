@@ -11,7 +11,7 @@ from sglang_gen.models.attention import Attend, Kernel, SelfAttention
 from sglang_gen.models.layers import Shard
 from sglang_gen.parallel import tensor
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
-from sglang_gen.parallel.sequence import Gathering, KernelWithLSE, Lengths, Ring, Ulysses
+from sglang_gen.parallel.sequence import CurrentLengths, Gathering, KernelWithLSE, Ring, Ulysses
 from sglang_gen.parallel.sequence_boundary import SequenceBoundary, Sharding
 from sglang_gen.parallel.spatial import RowAttention, split_rows
 
@@ -49,14 +49,14 @@ class ParallelNetwork:
     def __init__(self, network: nn.Module, split: Split) -> None:
         self.network, self.mesh, self.sharding = network, split.mesh, split.sharding
         self.entrance: Any = network
-        self.lengths: dict[str, Lengths] = {}
+        self.lengths: dict[str, CurrentLengths] = {}
         self.attention_ops = self.sharding.attention_ops(network)
         if self.mesh.axis(SEQUENCE).size > 1:
             self._split_sequence()
 
     def _split_sequence(self) -> None:
         ring, ulysses = self.mesh.size("ring"), self.mesh.size("ulysses")
-        self.lengths = {kind: Lengths(ring, ulysses) for kind in self.attention_ops}
+        self.lengths = {kind: CurrentLengths(ring, ulysses) for kind in self.attention_ops}
         axis = self.mesh.axis(SEQUENCE)
         self.entrance = SequenceBoundary(self.network, self.sharding, axis, self.lengths)
         if self.sharding.spatial:

@@ -21,7 +21,7 @@ from sglang_gen.parallel.collectives import (
     gather_along,
     start_gather_along,
 )
-from sglang_gen.parallel.sequence import Gathering, Lengths
+from sglang_gen.parallel.sequence import AnyLengths, CurrentLengths, Gathering
 from sglang_gen.parallel.sequence_boundary import shard, shard_sizes
 
 
@@ -91,7 +91,7 @@ class RowMoments(nn.Module):
 class RowAttention(nn.Module):
     """Attention to the rows of all ranks; keys and values are gathered while the queries are computed."""
 
-    def __init__(self, attention: SelfAttention, axis: Axis, lengths: Lengths) -> None:
+    def __init__(self, attention: SelfAttention, axis: Axis, lengths: AnyLengths) -> None:
         super().__init__()
         self.attention, self.axis, self.lengths = attention, axis, lengths
 
@@ -113,7 +113,7 @@ class RowDecoder(nn.Module):
 
     def __init__(self, decoder: nn.Module, axis: Axis) -> None:
         super().__init__()
-        self.whole, self.axis, self.lengths = decoder, axis, Lengths(axis.size, 1)
+        self.whole, self.axis, self.lengths = decoder, axis, CurrentLengths(axis.size, 1)
         self.decoder = copy.deepcopy(decoder, {id(weight): weight for weight in decoder.parameters()})
         split_rows(self.decoder, axis)
         for module in self.decoder.modules():
@@ -127,8 +127,8 @@ class RowDecoder(nn.Module):
             images: Tensor = self.whole(latents)
             return images
         rows = shard_sizes(height, 1, self.axis.size)
-        self.lengths.tokens = tuple(count * width for count in rows)
-        out: Tensor = self.decoder(shard(latents, 2, rows, self.axis.index))
+        with self.lengths.of(tuple(count * width for count in rows)):
+            out: Tensor = self.decoder(shard(latents, 2, rows, self.axis.index))
         factor = out.shape[3] // width
         return gather_along(out, 2, [count * factor for count in rows], self.axis)
 

@@ -1,8 +1,10 @@
-"""Wall-clock times of stages and denoising steps, synchronised with the device."""
+"""Times of stages and denoising steps. Only the end of a stage waits for the device."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 from sglang_gen.perf.memory import Checkpoint, Memory
 
@@ -18,15 +20,42 @@ def synchroniser(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize
 
 
+@dataclass(frozen=True)
+class Timer:
+    """Moments of a device: `mark()` is the end of all work that is queued now, `elapsed_ms` the time between two marks.
+
+    `synchronise` waits until all queued work is finished; marks are compared after that.
+    """
+
+    synchronise: Callable[[], None]
+    mark: Callable[[], Any]
+    elapsed_ms: Callable[[Any, Any], float]
+
+
+def timer(device: str) -> Timer:
+    """The timer of a device: events in the queue of a GPU, the host's clock on the CPU."""
+    if device != "cuda":
+        return Timer(synchroniser(device), lambda: time.perf_counter(), lambda start, end: 1000 * (end - start))
+    import torch
+
+    def mark() -> Any:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    return Timer(synchroniser(device), mark, lambda start, end: float(start.elapsed_time(end)))
+
+
 @dataclass
 class Clock:
     """Times of one phase of a run (loading, warmup or the timed generation).
 
     `enter(stage)` ends the previous stage; the times of a stage that is entered several times add up. `enter` also
-    starts the step timer, and `step()` ends a step.
+    begins the first step, and `step()` ends a step and begins the next. The times of the steps are known when their
+    stage is left, so that measuring them does not hold up the sampling loop.
     """
 
-    synchronise: Callable[[], None]
+    timer: Timer
     memory: Memory
     stages_ms: dict[str, float] = field(default_factory=dict)
     steps_ms: list[tuple[int, int, float]] = field(default_factory=list)  # (batch, step, milliseconds)
@@ -34,33 +63,31 @@ class Clock:
     batch: int = 0
     _stage: str | None = None
     _since: float = 0.0
-    _step_since: float = 0.0
-    _step: int = 0
+    _marks: list[Any] = field(default_factory=list)  # the beginning of the stage, and the end of each of its steps
 
     def enter(self, stage: str) -> None:
         """End the current stage and begin `stage`."""
         self.leave()
         self._stage, self._since = stage, time.perf_counter()
-        self._step_since, self._step = self._since, 0
+        self._marks = [self.timer.mark()]
 
     def leave(self) -> None:
         """End the current stage, if there is one, and record its memory."""
         if self._stage is None:
             return
-        self.synchronise()
+        self.timer.synchronise()
         elapsed = 1000 * (time.perf_counter() - self._since)
         self.stages_ms[self._stage] = self.stages_ms.get(self._stage, 0.0) + elapsed
+        for step, (begun, ended) in enumerate(pairwise(self._marks)):
+            self.steps_ms.append((self.batch, step, self.timer.elapsed_ms(begun, ended)))
         checkpoint = self.memory.checkpoint()
         before = self.checkpoints.get(self._stage)
         self.checkpoints[self._stage] = checkpoint.merge(before) if before else checkpoint
         self._stage = None
 
     def step(self) -> None:
-        """End one denoising step."""
-        self.synchronise()
-        now = time.perf_counter()
-        self.steps_ms.append((self.batch, self._step, 1000 * (now - self._step_since)))
-        self._step_since, self._step = now, self._step + 1
+        """End one denoising step, without waiting for it."""
+        self._marks.append(self.timer.mark())
 
     @property
     def total_ms(self) -> float:

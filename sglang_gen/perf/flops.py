@@ -7,8 +7,9 @@ on the meta device, where torch's FLOP counter sees every matrix product, attent
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from sglang_gen.tensor_tree import to_meta
 
 
-@dataclass
-class Call:
-    """One distinct call: the network, its method, the arguments as meta tensors, and the number of such calls."""
+@dataclass(frozen=True)
+class Watched:
+    """A network whose calls count as work of a stage.
+
+    `module` holds the weights; `meta_copy` builds what is called on meta, if that is not a copy of the module.
+    """
 
     stage: str
     name: str
     module: nn.Module
+    meta_copy: Callable[[], Any] | None = None
+
+
+@dataclass
+class Call:
+    """One distinct call: the network, its method, the arguments as meta tensors, and the number of such calls."""
+
+    network: Watched
     method: str
-    meta_copy: Callable[[], Any] | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     io_bytes: int
@@ -37,52 +48,58 @@ class Call:
 
 @dataclass
 class CallLog:
-    """Records the calls of the watched networks while `on` is True."""
+    """The calls of networks while `on` is True, as `watch`, `observed` or the caller of a network report them."""
 
     on: bool = False
     calls: dict[str, Call] = field(default_factory=dict)
 
-    def watch(
-        self,
-        stage: str,
-        name: str,
-        entrance: Any,
-        method: str = "forward",
-        module: nn.Module | None = None,
-        meta_copy: Callable[[], Any] | None = None,
-    ) -> None:
-        """Record every call of `entrance.method` under `stage`.
+    def watch(self, network: Watched) -> None:
+        """Record every call of the module itself, through a forward hook."""
 
-        `module` holds the weights if `entrance` is not the network itself; `meta_copy` builds an entrance on meta.
-        """
-        network = entrance if module is None else module
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.note(network, "forward", args, kwargs)
 
-        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.on:
-                self._note(Call(stage, name, network, method, meta_copy, args, kwargs, 0))
+        network.module.register_forward_pre_hook(hook, with_kwargs=True)
 
-        if method == "forward" and isinstance(entrance, nn.Module):
-            entrance.register_forward_pre_hook(lambda _module, args, kwargs: note(args, kwargs), with_kwargs=True)
+    def observed(self, network: Watched, entrance: Any, *methods: str) -> Any:
+        """`entrance` for callers whose calls of it, and of these methods of it, are recorded."""
+        return Observed(entrance, methods, partial(self.note, network))
+
+    def note(self, network: Watched, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record one call of a method."""
+        if not self.on:
             return
-        inner: Callable[..., Any] = getattr(entrance, method)
-
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            note(args, kwargs)
-            return inner(*args, **kwargs)
-
-        setattr(entrance, method, noted)
-
-    def _note(self, call: Call) -> None:
-        name, method, args, kwargs = call.name, call.method, call.args, call.kwargs
         leaves = list(_leaves((args, kwargs)))
-        key = repr((name, method, sorted(kwargs), [_signature(leaf) for leaf in leaves]))
+        key = repr((network.name, method, sorted(kwargs), [_signature(leaf) for leaf in leaves]))
         if key in self.calls:
             self.calls[key].count += 1
             return
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        call.io_bytes = sum(leaf.numel() * leaf.element_size() for leaf in tensors)
-        call.args, call.kwargs = to_meta((args, kwargs))
-        self.calls[key] = call
+        size = sum(leaf.numel() * leaf.element_size() for leaf in tensors)
+        self.calls[key] = Call(network, method, to_meta(args), to_meta(kwargs), size)
+
+
+class Observed:
+    """Has the interface of a network, and reports calls of it and of some of its methods before they run."""
+
+    def __init__(self, network: Any, methods: Collection[str], note: Callable[..., None]) -> None:
+        """`note(method, args, kwargs)` is called for each call."""
+        self._network, self._methods, self._note = network, methods, note
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._note("forward", args, kwargs)
+        return self._network(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._network, name)
+        if name not in self._methods:
+            return method
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self._note(name, args, kwargs)
+            return method(*args, **kwargs)
+
+        return noted
 
 
 def _signature(leaf: Any) -> Any:
@@ -112,13 +129,13 @@ def work(
     """
     stages: dict[str, dict[str, Any]] = {}
     for call in log.calls.values():
-        entry = stages.setdefault(call.stage, {"flops": 0, "bytes": 0})
+        entry = stages.setdefault(call.network.stage, {"flops": 0, "bytes": 0})
         counted = count(call)
         if isinstance(counted, str):
             entry["reason"] = counted
             continue
         flops, used_fraction = counted
-        weights = sum(stored_bytes(parameter) for parameter in call.module.parameters())
+        weights = sum(stored_bytes(parameter) for parameter in call.network.module.parameters())
         entry["flops"] += flops * call.count
         entry["bytes"] += (int(used_fraction * weights) + call.io_bytes) * call.count
     return {
@@ -166,13 +183,14 @@ def count(call: Call) -> tuple[int, float] | str:
 
     Returns the reason as a string if they cannot be counted.
     """
+    build, module = call.network.meta_copy, call.network.module
     try:
-        copy = call.meta_copy() if call.meta_copy else _meta_copy(call.module, _dtype_of(call))
+        copy = build() if build else _meta_copy(module, _dtype_of(call))
         weights = list((copy if isinstance(copy, nn.Module) else copy.network).parameters())
         with torch.no_grad(), Used(weights) as used, FlopCounterMode(display=False) as counter:
             getattr(copy, call.method)(*call.args, **call.kwargs)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        return f"{type(call.module).__name__} cannot be counted on meta: {str(error).splitlines()[0]}"
+        return f"{type(module).__name__} cannot be counted on meta: {str(error).splitlines()[0]}"
     return int(counter.get_total_flops()), used.fraction()
 
 
@@ -198,7 +216,7 @@ def _dtype_of(call: Call) -> torch.dtype:
     """The dtype of the meta copy; that of the first floating-point argument if no parameter is of a plain dtype."""
     tensors = [leaf for leaf in _leaves((call.args, call.kwargs)) if isinstance(leaf, torch.Tensor)]
     given = next((leaf.dtype for leaf in tensors if leaf.is_floating_point()), torch.float32)
-    return compute_dtype(call.module) or given
+    return compute_dtype(call.network.module) or given
 
 
 def _meta_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -25,6 +25,7 @@ from sglang_gen.parallel.sequence_boundary import shard
 from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.parallel.spatial import Halo, RowAttention, RowDecoder, RowMoments, split_rows
 from sglang_gen.parallel.tensor import AllReduce
+from sglang_gen.types import Component
 from sglang_gen.weights.load import load
 
 FAMILIES = {spec.name: registry.pipeline(spec) for spec in registry.specs()}
@@ -220,6 +221,23 @@ def evaluate(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dty
     return torch.stack(outputs), traffic
 
 
+def in_turn(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype, latents: Any, several: Any,
+            compiled: str = "") -> list[torch.Tensor]:  # fmt: skip
+    """Outputs of two steps, in which conditionings of other lengths take turns; blocks, or all of it, are compiled."""
+    whole = placed(mesh, name, folder, config, dtype)
+    regions = {"regional": FAMILIES[name].regions, "full": (type(whole.network),)}.get(compiled, ())
+    method = "evaluate" if compiled == "full" else "forward"
+    for module in whole.network.modules():
+        if isinstance(module, regions):
+            function = torch.compile(getattr(module, method), backend="aot_eager", fullgraph=True, dynamic=False)
+            setattr(module, method, function)
+    conditionings = [whole.entrance.condition(*conditions) for conditions in several]
+    try:
+        return [whole.entrance(latents, conditioning, step) for step in (0, 2) for conditioning in conditionings]
+    finally:
+        torch._dynamo.reset()
+
+
 def guide(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype, latents: Any, conditions: Any,
           negatives: Any) -> torch.Tensor:  # fmt: skip
     """Guided predictions of the first and the last timestep: `negatives` stand for the tensors among `conditions`."""
@@ -246,7 +264,9 @@ def decode(mesh: Mesh, folder: Path, config: dict, latents: torch.Tensor, mutati
         MUTATIONS[mutation](vae.decoder, mesh)
     with counted() as traffic:
         pictures = vae.decode(latents)
-    return pictures, traffic, vae_parallel.expected(vae, axis, dtype, len(latents), latents.shape[2:])
+    with counted() as predicted:
+        vae_parallel.meta_copy(vae, axis, dtype).decode(latents.to("meta"))
+    return pictures, traffic, predicted
 
 
 def read_text(mesh: Mesh, folder: Path, dtype: torch.dtype, tokens: torch.Tensor, mutation: str | None = None):
@@ -254,7 +274,8 @@ def read_text(mesh: Mesh, folder: Path, dtype: torch.dtype, tokens: torch.Tensor
     axis = mesh.axis("tp")
     encoder: Any = text_encoder_parallel.read(folder, dtype, "cpu", axis)
     assert text_encoder_parallel.is_sharded(encoder)
-    predicted = text_encoder_parallel.expected(encoder, dtype, axis, *tokens.shape)
+    described = Component("transformers", type(encoder).__name__, folder, encoder.config.to_dict())
+    predicted = text_encoder_parallel.traffic(described, axis, dtype, *tokens.shape)
     if mutation is not None:
         MUTATIONS[mutation](encoder, mesh)
     with counted() as traffic:

@@ -5,8 +5,9 @@ encoding, the progress bar of every pipeline spans denoising and counts its step
 """
 
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -15,6 +16,7 @@ import torch
 import transformers
 
 from sglang_gen import env, log
+from sglang_gen.backends.comm_log import CommLog
 from sglang_gen.backends.diffusers import (
     attention_backend,
     cache,
@@ -33,14 +35,13 @@ from sglang_gen.backends.diffusers.seeding import argument, seeded
 from sglang_gen.backends.diffusers.stages import Latents, observed, plain_config
 from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.input_files import read_image, read_noise
-from sglang_gen.backends.native.comm_log import CommLog
 from sglang_gen.config.schema import Run
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
 from sglang_gen.families import registry
 from sglang_gen.parallel.guidance_split import GuidanceSplit
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.clock import Clock
-from sglang_gen.perf.flops import CallLog
+from sglang_gen.perf.flops import CallLog, Watched
 from sglang_gen.plan import image_size
 from sglang_gen.plan.step_cache import wanted
 from sglang_gen.types import TEXT_ENCODERS, Decoded, Plan, Sample
@@ -61,15 +62,14 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
     log.adopt_libraries()
     with ExitStack() as ending:
         try:
-            pipeline = _read(plan, kind, scheduler)
-            effective, kernel, step_cache = _transform(plan, pipeline, ending)
+            built = _transform(plan, _read(plan, kind, scheduler), ending)
         except (UserError, RunError):
             raise
         except LOADING_ERRORS as error:
             if is_out_of_memory(error):
                 raise RunError(f"Out of memory while loading {plan.card.name}") from error
             raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
-        engine = DiffusersEngine(plan, mesh, kind, pipeline, call, calls, effective, kernel, step_cache)
+        engine = DiffusersEngine(plan, mesh, built, PipelineCall(kind, call), calls)
         engine.ending = ending.pop_all()
     return engine
 
@@ -125,9 +125,17 @@ def _read(plan: Plan, kind: pipeline_signature.Kind, scheduler: dict[str, Any]) 
     return pipeline
 
 
-def _transform(
-    plan: Plan, pipeline: Any, ending: ExitStack
-) -> tuple[dict[str, Any], attention_backend.Kernel, "cache.StepCache | None"]:
+@dataclass(frozen=True)
+class Built:
+    """A pipeline with all options applied: what took effect, its attention kernel and its step cache."""
+
+    pipeline: Any
+    effective: Mapping[str, Any]
+    kernel: attention_backend.Kernel
+    step_cache: "cache.StepCache | None"
+
+
+def _transform(plan: Plan, pipeline: Any, ending: ExitStack) -> Built:
     """Apply everything that changes how the pipeline computes, in the only possible order.
 
     Adapters come first, because merging changes weights, which must be unquantized and on the CPU; then quantization;
@@ -151,54 +159,50 @@ def _transform(
         "offload": placed,
         "compile": compiled,
     }
-    return effective, kernel, step_cache
+    return Built(pipeline, effective, kernel, step_cache)
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """How a pipeline is called: what its class accepts, and the arguments that the user gave."""
+
+    kind: pipeline_signature.Kind
+    arguments: dict[str, Any]
 
 
 class DiffusersEngine:
     """A loaded pipeline; see `types.Engine`."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        mesh: Mesh,
-        kind: pipeline_signature.Kind,
-        pipeline: Any,
-        call: dict[str, Any],
-        calls: CallLog,
-        effective: dict[str, Any],
-        kernel: attention_backend.Kernel,
-        step_cache: "cache.StepCache | None",
-    ) -> None:
-        self.plan, self.kind, self.pipeline, self.call = plan, kind, pipeline, call
-        self.kernel, self.step_cache, self.generated = kernel, step_cache, False
+    def __init__(self, plan: Plan, mesh: Mesh, built: Built, call: PipelineCall, calls: CallLog) -> None:
+        self.plan, self.kind, self.call = plan, call.kind, call.arguments
+        pipeline = self.pipeline = built.pipeline
+        self.kernel, self.step_cache = built.kernel, built.step_cache
         self.noise = read_noise(plan.run.sampling.latents)
         self.image = _image(plan.run)
-        self._effective = effective
+        self._effective = built.effective
         self.ending = ExitStack()
         self.leads, self.calls, self.comm_log = mesh.leads, calls, CommLog()
         self.guidance = GuidanceSplit(denoisers(pipeline), mesh) if mesh.size("cfg") > 1 else None
         for name, network in modules(pipeline, TEXT_ENCODERS).items():
-            calls.watch("text_encoding", name, network)
+            calls.watch(Watched("text_encoding", name, network))
         for name, network in denoisers(pipeline).items():
-            calls.watch("denoising", name, network)
-        if hasattr(getattr(pipeline, "vae", None), "decode"):
-            calls.watch("decoding", "vae", pipeline.vae, "decode")
+            calls.watch(Watched("denoising", name, network))
 
     def effective(self) -> dict[str, Any]:
         """The settings that took effect, and the classes of the components."""
         components = {name: item for name, item in self.pipeline.components.items() if item is not None}
         return {
             **self._effective,
-            "cache": self._cache(),
+            "cache": self._cache(generated=False),
             "pipeline": type(self.pipeline).__name__,
             "makes": self.kind.makes,
             "components": {name: type(item).__name__ for name, item in components.items()},
             "scheduler_config": plain_config(self.pipeline.scheduler) if "scheduler" in components else None,
         }
 
-    def _cache(self) -> Any:
-        """The step cache's settings, and the number of steps that the last generation reused."""
-        return self.step_cache.effective(self.generated) if self.step_cache else "none"
+    def _cache(self, generated: bool) -> Any:
+        """The step cache's settings, and if `generated` the number of steps that the last generation reused."""
+        return self.step_cache.effective(generated) if self.step_cache else "none"
 
     def sample(self, batch: tuple[Sample, ...], steps: int, clock: Clock) -> Decoded | None:
         """One call of the pipeline; None on ranks that do not decode.
@@ -212,11 +216,12 @@ class DiffusersEngine:
         given = self._arguments(batch, steps, latents, generators)
         name = type(self.pipeline).__name__
         self.comm_log.on = self.calls.on
-        watched, draws = observed(self.pipeline, clock, latents), seeded(self.pipeline, generators, self.plan.device)
+        watched = observed(self.pipeline, clock, latents, self._note_decode)
+        draws = seeded(self.pipeline, generators, self.plan.device)
         clock.enter("text_encoding")
         try:
             kernel = attention_backend.chosen(self.pipeline, self.kernel)
-            with torch.no_grad(), kernel, watched, draws, self.comm_log.during("denoising", None):
+            with torch.no_grad(), kernel, watched, draws, self.comm_log.during("denoising"):
                 result = self.pipeline(**given)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -229,13 +234,15 @@ class DiffusersEngine:
         finally:
             clock.leave()
         require_finite(latents.last, "the latents", batch)
-        self.generated = True
         if self.step_cache and self.calls.on:  # a warmup has too few steps, and a repeat reuses the same steps
             self.step_cache.warn_idle()
         if not self.leads:
             return None
         _warn_blanked(result, batch)
-        return replace(self._decoded(result, latents, batch), effective={"cache": self._cache()})
+        return replace(self._decoded(result, latents, batch), effective={"cache": self._cache(generated=True)})
+
+    def _note_decode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.calls.note(Watched("decoding", "vae", self.pipeline.vae), "decode", args, kwargs)
 
     def _decoded(self, result: Any, latents: Latents, batch: tuple[Sample, ...]) -> Decoded:
         """Frames or audio from the pipeline's result. Raises RunError if they are missing or not finite."""
@@ -300,8 +307,8 @@ class DiffusersEngine:
         images = {name: given[name] for name in ("image", "mask_image") if name in given}
         return given | texts | {name: [image] * count for name, image in images.items()}
 
-    def traffic(self) -> dict[str, Any]:
-        return self.comm_log.report()
+    def traffic(self) -> CommLog:
+        return self.comm_log
 
     def cache_decisions(self) -> dict[str, Any] | None:
         """The step cache's decisions in the last generation; None without a step cache."""

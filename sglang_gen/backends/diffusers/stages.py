@@ -1,7 +1,7 @@
 """Observes a running diffusers pipeline from outside: stages, steps, first and last latents."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,21 +48,45 @@ def plain_config(component: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def observed(pipeline: Any, clock: Clock, latents: Latents) -> Iterator[None]:
-    """Within this context report the pipeline's stages and steps to `clock`, and its latents to `latents`."""
-    replaced = {"progress_bar": _progress_bar(clock)}
+def observed(pipeline: Any, clock: Clock, latents: Latents, note_decode: Callable[..., None]) -> Iterator[None]:
+    """Within this context report the pipeline's stages and steps to `clock`, and its latents to `latents`.
+
+    `note_decode(args, kwargs)` is called with the arguments of the autoencoder's `decode`, if it has one.
+    """
+    functions = {"progress_bar": _progress_bar(clock)}
     if hasattr(pipeline, "encode_prompt"):
-        replaced["encode_prompt"] = _timed_encoding(pipeline.encode_prompt, clock)
+        functions["encode_prompt"] = _timed_encoding(pipeline.encode_prompt, clock)
     if hasattr(pipeline, "prepare_latents"):
         prepare = pipeline.prepare_latents
-        replaced["prepare_latents"] = lambda *args, **kwargs: latents.start(prepare(*args, **kwargs))
-    for name, function in replaced.items():
-        setattr(pipeline, name, function)
+        functions["prepare_latents"] = lambda *args, **kwargs: latents.start(prepare(*args, **kwargs))
+    vae: Any = getattr(pipeline, "vae", None)
+    noted = {"decode": _noted(vae.decode, note_decode)} if hasattr(vae, "decode") else {}
+    with _replaced(pipeline, functions), _replaced(vae, noted):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, functions: Mapping[str, Any]) -> Iterator[None]:
+    """Within this context these attributes of `owner` are the given functions."""
+    own = {name: vars(owner)[name] for name in functions if name in vars(owner)}
+    for name, function in functions.items():
+        setattr(owner, name, function)
     try:
         yield
     finally:
-        for name in replaced:
-            delattr(pipeline, name)
+        for name in functions:
+            if name in own:
+                setattr(owner, name, own[name])
+            else:
+                delattr(owner, name)
+
+
+def _noted(decode: Any, note: Callable[..., None]) -> Any:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        note(args, kwargs)
+        return decode(*args, **kwargs)
+
+    return noted
 
 
 def _timed_encoding(encode: Any, clock: Clock) -> Any:

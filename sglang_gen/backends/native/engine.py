@@ -1,6 +1,7 @@
 """The native engine: this project's networks and denoising loop with the model's own text encoders and scheduler."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,10 @@ import transformers
 from torch import Tensor
 
 from sglang_gen import log
+from sglang_gen.backends.comm_log import CommLog, GeneratedBatch, described
 from sglang_gen.backends.diffusers.stages import plain_config
 from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.native import memory_policy, safety_checker, vae_parallel
-from sglang_gen.backends.native.comm_log import CommLog
 from sglang_gen.backends.native.components import read_components
 from sglang_gen.backends.native.execution import Execution
 from sglang_gen.backends.native.request import NativeRequest, check_native_request, warn_ineffective
@@ -22,11 +23,10 @@ from sglang_gen.engine.denoise import Predict, denoise, step_numbers
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
 from sglang_gen.families import img2img
 from sglang_gen.families.contract import Request
-from sglang_gen.parallel.collectives import Traffic
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.perf.clock import Clock
-from sglang_gen.perf.flops import CallLog, stored_bytes
+from sglang_gen.perf.flops import CallLog, Watched, stored_bytes
 from sglang_gen.types import Decoded, Plan, Sample
 
 OFFLOAD = (
@@ -58,6 +58,17 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     return NativeEngine(native_request, Execution(plan, split, pipeline, network), components, calls)
 
 
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Turn an error of memory that runs out into one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError("Out of memory while generating; try smaller batches or a smaller image") from error
+
+
 class NativeEngine:
     """A loaded pipeline; see `types.Engine`."""
 
@@ -68,7 +79,6 @@ class NativeEngine:
         self.plan, self.pipeline, self.native_request = plan, pipeline, native_request
         self.components, self.execution, self.calls = components, execution, calls
         self.mesh, self.comm_log = execution.mesh, CommLog()
-        self.text_traffic: dict[int, Traffic] = {}  # number of texts -> predicted traffic of encoding them
         self.network: Any = execution.network
         self.entrance: Any = execution.parallel_network.entrance
         self.text_components = [name for name in pipeline.spec.text_encoders if name in components]
@@ -79,18 +89,23 @@ class NativeEngine:
             plan, pipeline, native_request.config, native_request.full_request, encoder_bytes, self.mesh
         )
         self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", pipeline.spec.zero_without_negative)
-        for name in self.text_components:
-            calls.watch("text_encoding", name, components[name], meta_copy=self._encoder_meta_copy(components[name]))
-        for method in ("forward", "condition"):
-            calls.watch("denoising", pipeline.spec.network, self.entrance, method, self.network, execution.countable)
         self.sp = self.mesh.axis(SEQUENCE)
-        vae = vae_parallel.split(components["vae"], self.sp)
-        calls.watch("decoding", "vae", vae, "decode", meta_copy=partial(self._vae_meta_copy, pipeline.decoding_dtype))
+        self._observe(vae_parallel.split(components["vae"], self.sp))
+
+    def _observe(self, vae: Any) -> None:
+        """Have the calls of networks recorded: those of other libraries by hooks, ours where the engine calls them."""
+        calls, components, pipeline = self.calls, self.components, self.pipeline
+        for name in self.text_components:
+            calls.watch(Watched("text_encoding", name, components[name], self._encoder_meta_copy(components[name])))
         if safety_checker.CHECKER in components:
-            calls.watch("decoding", safety_checker.CHECKER, components[safety_checker.CHECKER].vision_model)
-        if self.native_request.image is not None:
-            meta_copy = partial(self._vae_meta_copy, pipeline.encoding_dtype)
-            calls.watch("latents", "vae", vae, "encode", meta_copy=meta_copy)
+            vision = components[safety_checker.CHECKER].vision_model
+            calls.watch(Watched("decoding", safety_checker.CHECKER, vision))
+        network = Watched("denoising", pipeline.spec.network, self.network, self.execution.countable)
+        self.observed_network = calls.observed(network, self.entrance, "condition")
+        decoder = Watched("decoding", "vae", vae, partial(self._vae_meta_copy, pipeline.decoding_dtype))
+        self.decoder = calls.observed(decoder, vae, "decode")
+        encoder = Watched("latents", "vae", vae, partial(self._vae_meta_copy, pipeline.encoding_dtype))
+        self.encoder = calls.observed(encoder, vae, "encode")
 
     def _encoder_meta_copy(self, encoder: Any) -> Callable[[], Any] | None:
         """Return a function that builds this rank's shard of a text encoder on meta; None if it is not sharded."""
@@ -100,7 +115,7 @@ class NativeEngine:
         from sglang_gen.families import text_encoder_parallel
 
         return (
-            partial(text_encoder_parallel.meta_copy, encoder, self.execution.dtype, tp)
+            partial(text_encoder_parallel.meta_copy, encoder.config, self.execution.dtype, tp)
             if text_encoder_parallel.is_sharded(encoder)
             else None
         )
@@ -110,7 +125,9 @@ class NativeEngine:
         return vae_parallel.meta_copy(vae, self.sp, compute_dtype(vae.config, self.execution.dtype))
 
     def effective(self) -> dict[str, Any]:
-        """The settings that took effect, and the classes of the components."""
+        """The settings that take effect, and the classes of the components. Collective where kernels are timed."""
+        with _memory_explained():
+            self._time_kernels()
         classes = {name: type(component).__name__ for name, component in self.components.items()}
         return {
             **self.execution.effective(),
@@ -134,11 +151,9 @@ class NativeEngine:
         Raises RunError if memory runs out or if the latents or frames are not finite.
         """
         try:
-            return self._sample(batch, steps, clock)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise RunError("Out of memory while generating; try smaller batches or a smaller image") from error
+            with _memory_explained():
+                self._time_kernels()  # happens once and belongs to no stage
+                return self._sample(batch, steps, clock)
         finally:
             clock.leave()
 
@@ -149,10 +164,10 @@ class NativeEngine:
             self.plan, self.pipeline.spec.guidance, request, negative, self.memory_policy.batched
         )
         self.comm_log.on = self.calls.on
-        predicted = self._text_traffic(batch, guidance, request)
+        lists = 2 if guidance.on and not self._zeros(batch) else 1
         clock.enter("text_encoding")
         self._place_encoders(self.plan.device)
-        with self.comm_log.during("text_encoding", predicted):
+        with self.comm_log.during("text_encoding", lists):
             encoded = self._encode(batch, guidance, request)
         self._place_encoders("cpu")
         clock.enter("latents")
@@ -165,16 +180,16 @@ class NativeEngine:
             prepare, cfg = partial(self.pipeline.prepare, network, timesteps, request), self.mesh.axis("cfg")
             return guided(prepare, texts, guidance, numbers, cfg)
 
-        clock.leave()  # settling happens once and belongs to no stage
-        alike = kinds(guidance, numbers)
-        expected = self.execution.settle(predictor, sorted(set(alike)), request, encoded, noise)
+        clock.leave()  # settling happens once for a shape and belongs to no stage
+        self.execution.settle(predictor, sorted(set(kinds(guidance, numbers))), request, encoded, noise)
+        texts = tuple(tuple(map(described, text)) for text in encoded)
+        self.comm_log.note(GeneratedBatch(request, guidance, tuple(numbers), texts, lists, described(noise)))
         clock.enter("denoising")
-        with self.comm_log.during("conditioning", [expected.conditioning]):
-            predict = predictor(self.entrance, encoded)
-        predicted = [expected.evaluations.get(kind, Traffic()) for kind in alike]
+        with self.comm_log.during("conditioning", 1):
+            predict = predictor(self.observed_network, encoded)
         with (
             self.execution.limits(),
-            self.comm_log.during("denoising", predicted),
+            self.comm_log.during("denoising", len(numbers)),
             log.Progress(request.steps_run) as progress,
         ):
 
@@ -190,25 +205,22 @@ class NativeEngine:
         effective = memory_policy.effective(self.plan, guidance, request)
         return Decoded(self._decode(latents, request, batch), noise, latents, effective=effective)
 
+    def _time_kernels(self) -> None:
+        """With attention=auto choose the kernel on the shapes of the run's first batch, unless it is chosen."""
+        if self.execution.timed:
+            return
+        batch, request = self.plan.batches[0], self.native_request.full_request
+        negative = batch[0].negative_prompt is not None
+        guidance = memory_policy.guidance(
+            self.plan, self.pipeline.spec.guidance, request, negative, self.memory_policy.batched
+        )
+        self._place_encoders("cpu")  # they are moved back to encode
+        self.execution.time_kernels(guidance, request, len(batch))
+
     def _place_encoders(self, device: str) -> None:
         """Move the text encoders to `device` if the memory policy keeps them on the GPU only while they encode."""
         for name in self.text_components if self.memory_policy.released else ():
             self.components[name].to(device)
-
-    def _text_traffic(self, batch: tuple[Sample, ...], guidance: Guidance, request: Request) -> list[Traffic]:
-        """Predicted traffic of each list of texts that is encoded; a large text encoder may be sharded."""
-        rows, tp = len(batch), self.mesh.axis("tp")
-        if rows not in self.text_traffic:
-            self.text_traffic[rows] = Traffic()
-            for name in self.text_components if tp.size > 1 else ():
-                from sglang_gen.families import text_encoder_parallel
-
-                if text_encoder_parallel.is_sharded(self.components[name]):
-                    length = self.pipeline.spec.tokens(request.text_length)
-                    encoder = self.components[name]
-                    predicted = text_encoder_parallel.expected(encoder, self.execution.dtype, tp, rows, length)
-                    self.text_traffic[rows] = predicted
-        return [self.text_traffic[rows]] * (2 if guidance.on and not self._zeros(batch) else 1)
 
     def _zeros(self, batch: tuple[Sample, ...]) -> bool:
         """Whether the unconditional branch gets zeros because no negative prompt was given."""
@@ -234,7 +246,7 @@ class NativeEngine:
         source = None
         if self.native_request.image is not None:  # encoding draws first, then the noise, from the same generators
             pixels = img2img.pixels(self.native_request.image, request.factor, request.height, request.width)
-            source = self.pipeline.encode_image(self.components["vae"], pixels, generators, dtype)
+            source = self.pipeline.encode_image(self.encoder, pixels, generators, dtype)
         noise = self.pipeline.draw(self.native_request.config, request, generators, dtype).to(self.plan.device)
         drawn = self.pipeline.start(self.components["scheduler"], timesteps, noise, source)
         if self.native_request.noise is not None:
@@ -243,11 +255,8 @@ class NativeEngine:
 
     def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
         """Frames `[B, H, W, 3]` uint8."""
-        vae = self.components["vae"]
-        dtype = self.pipeline.decoding_dtype(vae.config, self.execution.dtype)
-        predicted = [vae_parallel.expected(vae, self.sp, dtype, len(latents), request.latent_size)]
-        with self.comm_log.during("decoding", predicted):
-            decoded = self.pipeline.decode(vae, latents, request)
+        with self.comm_log.during("decoding", 1):
+            decoded = self.pipeline.decode(self.decoder, latents, request)
         values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         require_finite(torch.from_numpy(values), "the decoded image", batch)
         frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
@@ -257,8 +266,8 @@ class NativeEngine:
     def cache_decisions(self) -> dict[str, Any] | None:
         return None
 
-    def traffic(self) -> dict[str, Any]:
-        return self.comm_log.report()
+    def traffic(self) -> CommLog:
+        return self.comm_log
 
     def close(self) -> None:
         """Nothing outside this engine was changed, so there is nothing to undo."""

@@ -2,20 +2,19 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sglang_gen.engine import attention_autotune, attention_kernels
-from sglang_gen.engine.cfg import Encoded
+from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.cuda_graphs import Graphs
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.engine.meta_trace import Shapes, trace_on_meta
 from sglang_gen.families.contract import Request
 from sglang_gen.families.pipeline_contract import Pipeline
-from sglang_gen.parallel.collectives import Traffic, counted
 from sglang_gen.parallel.sharded_network import ParallelNetwork, Split
 from sglang_gen.tensor_tree import to_meta
 from sglang_gen.types import Plan
@@ -24,14 +23,6 @@ if TYPE_CHECKING:
     from sglang_gen.engine.compile import Compiled
 
 Predictor = Callable[[Any, Encoded], Predict]  # (network, encoded texts) -> prediction function
-
-
-@dataclass
-class ExpectedTraffic:
-    """Traffic of a batch predicted on meta: of conditioning, and of one evaluation of each kind."""
-
-    conditioning: Traffic = field(default_factory=Traffic)
-    evaluations: dict[int, Traffic] = field(default_factory=dict)
 
 
 def laid_out(network: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -44,6 +35,16 @@ def laid_out(network: nn.Module, dtype: torch.dtype) -> nn.Module:
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
+
+
+def timed_by_shape(plan: Plan) -> bool:
+    """Whether the kernel is the fastest on the run's shapes: with attention=auto, unless the run is in float32.
+
+    There auto keeps torch's default kernel, as diffusers does: guidance would amplify other rounding beyond the
+    documented float32 tolerance.
+    """
+    attention = plan.run.attention
+    return attention.backend == "auto" and not attention.backend_config and plan.dtype != "float32"
 
 
 def _compile(network: nn.Module, regions: tuple[type, ...], device: str, ranks: int) -> "Compiled":
@@ -64,85 +65,91 @@ class Execution:
         self.dtype = getattr(torch, plan.dtype)
         self.network: Any = laid_out(network, self.dtype)
         self.parallel_network = split.parallelize(network)
-        self.expected: dict[Any, ExpectedTraffic] = {}  # by the shapes of a batch
+        self.settled: set[Any] = set()  # shapes of batches
         settings = plan.run.compile
         self.regions = pipeline.regions if settings.regional else ()
         compiles, ranks = settings.enable_torch_compile, self.mesh.layout.ranks
         self.compiled = _compile(network, self.regions, plan.device, ranks) if compiles else None
         self.graphs = Graphs(network) if settings.cuda_graphs else None
-        # Chosen here so that errors precede all computation; a kernel that waits is chosen again for the shapes.
+        # Chosen here so that errors precede all computation. `time_kernels` and the grids of flex replace it.
         self.kernel = attention_kernels.choose(self.attention, plan.device, self.dtype, ())
+        self.timed = not timed_by_shape(plan)
 
     @property
     def attention(self) -> Any:
         return self.plan.run.attention
 
-    @property
-    def waits(self) -> bool:
-        """Whether the kernel depends on the run's shapes: flex, and auto if it times the candidates.
+    def time_kernels(self, guidance: Guidance, request: Request, rows: int) -> None:
+        """Choose the kernel that is fastest on the shapes of a batch of `rows` samples, once. Collective.
 
-        In float32 auto keeps torch's default kernel, as diffusers does: guidance would amplify other rounding beyond
-        the documented float32 tolerance.
+        The shapes are those of a trace on meta, before anything is encoded, and rank 0 decides for all ranks.
         """
-        timed = self.attention.backend == "auto" and not self.attention.backend_config and self.plan.dtype != "float32"
-        return timed or self.attention.backend == "flex"
+        if self.timed:
+            return
+        self.timed, fastest = True, None
+        if self.mesh.rank == 0:
+            shapes = self._shapes(guidance, request, rows)
+            names = attention_kernels.candidates(shapes.attention, self.plan.device, self.dtype)
+            if self.parallel_network.merges:
+                names = [name for name in names if self._summing(name)]
+            kernels = {name: attention_kernels.named(name).kernel for name in names}
+            fastest = attention_autotune.fastest(kernels, shapes.attention, self.plan.device, self.dtype)
+        self.kernel = attention_kernels.named(self.mesh.broadcast(fastest))
+
+    def _shapes(self, guidance: Guidance, request: Request, rows: int) -> Shapes:
+        """Shapes of the evaluations of a batch, according to the configurations of the model's components."""
+        configs = {name: component.config for name, component in self.plan.card.components.items()}
+        steps, config = range(request.steps_run), configs[self.pipeline.spec.network]
+        with torch.device("meta"):
+            latents = torch.empty(rows, *self.pipeline.latents_shape(config, request), dtype=self.dtype)
+            shapes = self.pipeline.encoded_shapes(configs, request.text_length)
+            texts = tuple(torch.empty(rows, *shape, dtype=self.dtype) for shape in shapes)
+
+        def evaluate(network: Any) -> None:
+            prepare = partial(self.pipeline.prepare, network, torch.zeros(len(steps)), request)
+            encoded = [texts, texts] if guidance.on else [texts]
+            predict = guided(prepare, encoded, guidance, steps, self.mesh.axis("cfg"))
+            for kind in sorted(set(kinds(guidance, steps))):
+                predict(latents, kind)
+
+        return trace_on_meta(self._meta_copy(), self.regions or (type(self.network),), evaluate)
 
     def settle(
         self, predictor: Predictor, kinds: Sequence[int], request: Request, encoded: Encoded, latents: Tensor
-    ) -> ExpectedTraffic:
-        """Prepare for evaluating the network on `latents` and `encoded`. Collective on the first call.
+    ) -> None:
+        """Prepare for evaluating the network on `latents` and `encoded`.
 
         `kinds` lists the evaluations that differ in shape.
         """
         texts = [tuple(tensor.shape) for text in encoded for tensor in text]
         shape = (request.steps_run, tuple(latents.shape), *texts, *kinds)  # a warmup conditions fewer steps
-        if shape not in self.expected:
-            self.expected[shape] = self._settle(predictor, kinds, request, encoded, latents)
-        return self.expected[shape]
+        if shape not in self.settled:
+            self._settle(predictor, kinds, request, encoded, latents)
+            self.settled.add(shape)
 
     def _settle(
         self, predictor: Predictor, kinds: Sequence[int], request: Request, encoded: Encoded, latents: Tensor
-    ) -> ExpectedTraffic:
-        first = not self.expected
-        if not (self.compiled or (first and self.waits) or self.mesh.layout.ranks > 1):
-            self._place_kernel()
-            return ExpectedTraffic()
+    ) -> None:
+        if not self.settled:
+            self._place_kernel(request, encoded)
+        if self.compiled is None:
+            return
         empty = torch.empty_like(latents, device="meta")
 
-        expected = ExpectedTraffic()
-
         def evaluate(meta_copy: Any) -> None:
-            with counted() as expected.conditioning:
-                predict = predictor(meta_copy, [to_meta(text) for text in encoded])
+            predict = predictor(meta_copy, [to_meta(text) for text in encoded])
             for kind in kinds:
-                with counted() as expected.evaluations[kind]:
-                    predict(empty, kind)
+                predict(empty, kind)
 
-        shapes = trace_on_meta(self._meta_copy(), self.regions or (type(self.network),), evaluate)
-        if first:
-            self._set_kernel(shapes, self.pipeline.grids(self.network.config, request, encoded))
-        if self.compiled:
-            self.compiled.expect(shapes)
-        return expected
+        self.compiled.expect(trace_on_meta(self._meta_copy(), self.regions or (type(self.network),), evaluate))
 
-    def _set_kernel(self, shapes: Shapes, grids: list[Any]) -> None:
+    def _place_kernel(self, request: Request, encoded: Encoded) -> None:
+        """Set the kernel of all attention ops; a pattern of flex needs the grids of the image tokens."""
+        to_text = None
         if self.attention.backend == "flex":
+            grids = self.pipeline.grids(self.network.config, request, encoded)
             self.kernel = attention_kernels.choose(self.attention, self.plan.device, self.dtype, grids)
-        elif self.waits:
-            names = attention_kernels.candidates(shapes.attention, self.plan.device, self.dtype)
-            if self.parallel_network.merges:
-                names = [name for name in names if self._summing(name)]
-            timed = {name: attention_kernels.named(name).kernel for name in names}
-            fastest = (
-                attention_autotune.fastest(timed, shapes.attention, self.plan.device, self.dtype)
-                if self.mesh.rank == 0
-                else None
-            )
-            self.kernel = attention_kernels.named(self.mesh.broadcast(fastest))
-        self._place_kernel()
-
-    def _place_kernel(self) -> None:
-        to_text = torch.nn.functional.scaled_dot_product_attention if self.attention.backend == "flex" else None
+            to_text = torch.nn.functional.scaled_dot_product_attention
         self.parallel_network.set_kernel(self.kernel.kernel, self._summing(self.kernel.name), to_text)
 
     def _summing(self, name: str) -> Any:

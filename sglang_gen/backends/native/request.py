@@ -15,20 +15,27 @@ from sglang_gen.plan import image_size, layout_limits
 from sglang_gen.types import Plan
 
 
+def pipeline_of(plan: Plan) -> Pipeline:
+    """The pipeline of the model's family."""
+    spec = registry.by_pipeline_class(plan.pipeline_class)
+    assert spec is not None  # the plan chose the native engine
+    return registry.pipeline(spec)
+
+
 class NativeRequest:
     """The pipeline of the model's family, the run's input files and its requests."""
 
     def __init__(self, plan: Plan) -> None:
         """Raises UserError for a file that cannot be read."""
-        spec, sampling = registry.by_pipeline_class(plan.pipeline_class), plan.run.sampling
-        assert spec is not None  # the plan chose the native engine
-        self.plan, self.spec, self.pipeline = plan, spec, registry.pipeline(spec)
-        self.config = plan.card.components[spec.network].config
+        sampling = plan.run.sampling
+        self.plan, self.pipeline = plan, pipeline_of(plan)
+        self.spec = self.pipeline.spec
+        self.config = plan.card.components[self.spec.network].config
         self.factor = image_size.latent_factor(plan.card) or 1
         self.noise = read_noise(sampling.latents)
         path = sampling.image_path
         self.image = None if path is None else read_image(path, "--image-path")
-        self.strength = plan.run.backend.diffusers_kwargs.get("strength", spec.strength)
+        self.strength = plan.run.backend.diffusers_kwargs.get("strength", self.spec.strength)
 
     @property
     def full_request(self) -> Request:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from sglang_gen.parallel.collectives import Axis, Traffic, counted
+from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.spatial import RowDecoder
 
 
@@ -20,13 +20,3 @@ def meta_copy(vae: Any, axis: Axis, dtype: torch.dtype) -> Any:
     kind: Any = type(vae)
     with torch.device("meta"):
         return split(kind(vae.config).to(dtype), axis)
-
-
-def expected(vae: Any, axis: Axis, dtype: torch.dtype, batch: int, size: tuple[int, int]) -> Traffic:
-    """Predicted traffic of decoding `batch` latents of this size (height, width in latents)."""
-    if axis.size == 1:
-        return Traffic()
-    latents = torch.empty(batch, vae.config.channels, *size, dtype=dtype, device="meta")
-    with counted() as traffic:
-        meta_copy(vae, axis, dtype).decode(latents)
-    return traffic
