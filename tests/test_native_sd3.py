@@ -1,13 +1,12 @@
 """The native SD3 network against diffusers' class, and what breaks the parity when it is planted."""
 
 import copy
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from network_sd3 import PLAIN, TIMESTEPS, VARIANTS, inputs, ours, reference, theirs
-from parity import compare, error, pair
+from parity import compare, error, pairs_of
 from safetensors.torch import load_file, save_file
 
 from sglang_gen.errors import UserError
@@ -16,10 +15,15 @@ from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.weights.load import load
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """(diffusers' network, ours) of a configuration and a dtype."""
+    return pairs_of(reference, pipeline, tmp_path_factory)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_network_computes_what_diffusers_computes(variant):
-    config = VARIANTS[variant]
-    compare(reference(**config), pipeline, partial(inputs, config), ours, theirs, len(TIMESTEPS))
+def test_the_network_computes_what_diffusers_computes(pairs, variant):
+    compare(pairs, VARIANTS[variant], inputs, ours, theirs, len(TIMESTEPS))
 
 
 MUTATIONS = {
@@ -36,15 +40,9 @@ def swap_heads(qkv: torch.Tensor, width: int = 8) -> None:
     qkv[: 2 * width] = qkv[: 2 * width].roll(width, 0)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(diffusers' network, ours), of which tests that break one take a copy."""
-    return pair(reference(**VARIANTS["sd35-medium"]), pipeline, tmp_path_factory.mktemp("network"), torch.float32)
-
-
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_planted_defect_breaks_the_parity(whole, mutation):
-    their, our = whole
+def test_a_planted_defect_breaks_the_parity(pairs, mutation):
+    their, our = pairs(VARIANTS["sd35-medium"], torch.float32)
     given = inputs(PLAIN, torch.float32)
     broken = copy.deepcopy(our)
     with torch.no_grad():
@@ -52,8 +50,8 @@ def test_a_planted_defect_breaks_the_parity(whole, mutation):
     assert error(ours(broken, *given, 0), theirs(their, *given, 0)) > 1e-3
 
 
-def test_another_prompt_and_another_timestep_give_another_output():
-    _, our = pair(reference(**PLAIN), pipeline, Path("network"), torch.float32)
+def test_another_prompt_and_another_timestep_give_another_output(pairs):
+    _, our = pairs(PLAIN, torch.float32)
     latents, text, pooled = inputs(PLAIN, torch.float32)
     first = ours(our, latents, text, pooled, 0)
     assert error(ours(our, latents, text.flip(0), pooled, 0), first) > 1e-3
@@ -61,8 +59,8 @@ def test_another_prompt_and_another_timestep_give_another_output():
     assert error(ours(our, latents, text, pooled, 1), first) > 1e-3
 
 
-def test_rows_of_a_batch_do_not_see_each_other():
-    _, our = pair(reference(**PLAIN), pipeline, Path("network"), torch.float64)
+def test_rows_of_a_batch_do_not_see_each_other(pairs):
+    _, our = pairs(PLAIN, torch.float64)
     given = inputs(PLAIN, torch.float64)
     alone = ours(our, *(tensor[1:2] for tensor in given), 0)
     assert error(ours(our, *given, 0)[1:2], alone) <= 1e-10
