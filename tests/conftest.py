@@ -1,5 +1,6 @@
 """Shared by all tests: tiny pipelines built once per session, and the command run in process."""
 
+import gc
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -34,6 +35,13 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     tiers.sort(item)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage as rarely as the command does, and never again among the 500,000 objects of the imports."""
+    env.collect_rarely()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

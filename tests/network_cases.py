@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from reference import Reference
-from split import FAMILIES, UNCHANGED, evaluate
+from split import FAMILIES
 
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.weights.load import load
@@ -28,25 +28,20 @@ def given(name: str, dtype: torch.dtype, **size):
     return config, latents, reference.conditions(latents, tuple(texts))
 
 
+def read(name: str, config: dict, folder: Path, dtype: torch.dtype):
+    """Our network with the weights of a folder."""
+    family = FAMILIES[KIND[name]]
+    return load(lambda: family.build(config), in_folder(folder), family.sources, dtype, "cpu")
+
+
 def loaded(name: str, config: dict, dtype: torch.dtype = torch.float64):
-    """The network, and the folder of its weights."""
-    folder, family = Path("network").absolute(), FAMILIES[KIND[name]]
+    """Our network with the weights of diffusers' reference, and their folder."""
+    folder = Path("network").absolute()
     REFERENCES[name].network(**config).save_pretrained(folder)
-    return load(lambda: family.build(config), in_folder(folder), family.sources, dtype, "cpu"), folder
+    return read(name, config, folder, dtype), folder
 
 
 def evaluated(network, latents, conditions) -> torch.Tensor:
     """What the network predicts at both steps."""
     conditioning = network.condition(*conditions)
     return torch.stack([network(latents, conditioning, step) for step in STEPS])
-
-
-@torch.no_grad()
-def both(ranks, name, layout, dtype, summing=True, mutation=None, text=None, changes=UNCHANGED, **size):
-    config, latents, conditions = given(name, dtype, **size)
-    conditions = (conditions[0], conditions[1][:, :text], *conditions[2:])
-    alone, folder = loaded(name, config, dtype)
-    expected = evaluated(alone, latents, conditions)
-    network = (KIND[name], folder, config, dtype)
-    answers = ranks.run(layout, evaluate, *network, latents, conditions, STEPS, summing, mutation, changes)
-    return expected, answers

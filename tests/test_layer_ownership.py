@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from network_cases import CONFIGS, KIND, both, evaluated, given, loaded
+from network_cases import CONFIGS, KIND, STEPS, evaluated, given, loaded
 from parity import error
 from split import FAMILIES, Changes, Transposed, evaluate, transposed
 
@@ -21,7 +21,7 @@ def test_a_network_of_layers_with_another_storage_computes_the_same_in_one_proce
     config, latents, conditions = given(name, torch.float64)
     network, folder = loaded(name, config)
     expected = evaluated(network, latents, conditions)
-    arguments = (KIND[name], folder, config, torch.float64, latents, conditions, (0, 2))
+    arguments = (KIND[name], folder, config, torch.float64, latents, conditions, STEPS)
     outputs, _ = evaluate(Mesh(), *arguments, changes=Changes(stored=True))
     assert error(outputs, expected) <= 1e-10
 
@@ -30,8 +30,12 @@ def test_a_network_of_layers_with_another_storage_computes_the_same_in_one_proce
 @pytest.mark.parametrize("layout", ["tp2", "ring2"])
 @pytest.mark.parametrize("name", ["sd3", "flux", "sd15"])
 def test_ranks_cut_layers_that_store_their_weights_in_another_form(ranks, name, layout):
-    expected, answers = both(ranks, name, LAYOUTS[layout], torch.float64, changes=Changes(stored=True))
-    for outputs, _ in answers:
+    config, latents, conditions = given(name, torch.float64)
+    with torch.no_grad():
+        network, folder = loaded(name, config)
+        expected = evaluated(network, latents, conditions)
+    arguments = (KIND[name], folder, config, torch.float64, latents, conditions, STEPS)
+    for outputs, _ in ranks.run(LAYOUTS[layout], evaluate, *arguments, True, None, Changes(stored=True)):
         assert error(outputs, expected) <= 1e-10
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from native import assert_same, edited, record, runner
 from network_autoencoder import PLAIN, VARIANTS, draw, latents, pictures, reference, widths
-from parity import error, pair
+from parity import error, pair, pairs_of
 from safetensors.torch import load_file, save_file
 
 from sglang_gen import env
@@ -22,6 +22,12 @@ from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.models.vae import posterior
 from sglang_gen.types import Component
 from sglang_gen.weights.load import load
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """(diffusers' network, ours) of a configuration and a dtype."""
+    return pairs_of(reference, autoencoder, tmp_path_factory)
 
 
 @torch.no_grad()
@@ -37,9 +43,9 @@ def decoded(our, their, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_the_autoencoder_computes_what_diffusers_computes(variant, dtype, tolerance):
+def test_the_autoencoder_computes_what_diffusers_computes(pairs, variant, dtype, tolerance):
     config = VARIANTS[variant]
-    their, our = pair(reference(**config), autoencoder, Path("vae"), dtype)
+    their, our = pairs(config, dtype)
     assert error(*moments(our, their, pictures(config, dtype, 3, 32, 48))) <= tolerance
     assert error(*decoded(our, their, latents(config, dtype, 3, 6, 4))) <= tolerance
     assert our.config.factor == 2 ** (len(config["block_out_channels"]) - 1)
@@ -48,17 +54,17 @@ def test_the_autoencoder_computes_what_diffusers_computes(variant, dtype, tolera
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_it_rounds_as_diffusers_does_with_channels_first_and_last(dtype, batch, layout):
+def test_it_rounds_as_diffusers_does_with_channels_first_and_last(pairs, dtype, batch, layout):
     """A run that starts from a picture, whose channels are last in memory, starts from the same numbers."""
-    their, our = pair(reference(**PLAIN), autoencoder, Path("vae"), dtype)
+    their, our = pairs(PLAIN, dtype)
     given = pictures(PLAIN, dtype, batch, 44, 60).contiguous(memory_format=layout)
     assert torch.equal(*moments(our, their, given))
     assert torch.equal(*decoded(our, their, latents(PLAIN, dtype, batch, 6, 4)))
 
 
 @pytest.mark.parametrize("size", [(7, 12), (9, 5), (1, 3), (11, 11)])
-def test_sizes_that_are_odd_or_do_not_halve_evenly_are_the_same(size):
-    their, our = pair(reference(**PLAIN), autoencoder, Path("vae"), torch.float64)
+def test_sizes_that_are_odd_or_do_not_halve_evenly_are_the_same(pairs, size):
+    their, our = pairs(PLAIN, torch.float64)
     assert error(*decoded(our, their, latents(PLAIN, torch.float64, 2, *size))) <= 1e-10
     given = pictures(PLAIN, torch.float64, 2, 3 * size[0] + 4, 3 * size[1] + 4)
     assert error(*moments(our, their, given)) <= 1e-10
@@ -129,15 +135,9 @@ IN_THE_ENCODER = {
 DEFECTS = [("decoder", name) for name in IN_THE_DECODER] + [("encoder", name) for name in IN_THE_ENCODER]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(diffusers' network, ours), of which tests that break one take a copy."""
-    return pair(reference(**PLAIN), autoencoder, tmp_path_factory.mktemp("vae"), torch.float32)
-
-
 @pytest.mark.parametrize(("half", "name"), DEFECTS)
-def test_a_planted_defect_breaks_the_parity(whole, half, name):
-    their, our = whole
+def test_a_planted_defect_breaks_the_parity(pairs, half, name):
+    their, our = pairs(PLAIN, torch.float32)
     broken = copy.deepcopy(our)
     with torch.no_grad():
         {"decoder": IN_THE_DECODER, "encoder": IN_THE_ENCODER}[half][name](getattr(broken, half))
@@ -147,8 +147,8 @@ def test_a_planted_defect_breaks_the_parity(whole, half, name):
         assert error(*moments(broken, their, pictures(PLAIN, torch.float32, 2, 24, 32))) > 1e-3
 
 
-def test_rows_of_a_batch_do_not_see_each_other():
-    _, our = pair(reference(**PLAIN), autoencoder, Path("vae"), torch.float64)
+def test_rows_of_a_batch_do_not_see_each_other(pairs):
+    _, our = pairs(PLAIN, torch.float64)
     given = latents(PLAIN, torch.float64, 3, 5, 6)
     with torch.no_grad():
         assert error(our.decode(given)[1:2], our.decode(given[1:2])) <= 1e-10

@@ -1,12 +1,11 @@
 """The native FLUX network against diffusers' class, and what breaks the parity when it is planted."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.transformers import transformer_flux
-from parity import error, pair
+from parity import error, pairs_of
 from reference import Reference
 
 from sglang_gen.families.flux import pipeline
@@ -15,6 +14,12 @@ FLUX = Reference("flux")
 VARIANTS, TIMESTEPS = FLUX.variants, FLUX.timesteps
 inputs, ours, theirs, reference = FLUX.inputs, FLUX.ours, FLUX.theirs, FLUX.network
 DEV = FLUX.variants["dev"]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """(diffusers' network, ours) of a configuration and a dtype."""
+    return pairs_of(reference, pipeline, tmp_path_factory)
 
 
 @pytest.fixture
@@ -31,8 +36,8 @@ def exact(monkeypatch):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_network_computes_what_diffusers_computes(variant):
-    their, our = pair(reference(**VARIANTS[variant]), pipeline, Path("network"), torch.float32)
+def test_the_network_computes_what_diffusers_computes(pairs, variant):
+    their, our = pairs(VARIANTS[variant], torch.float32)
     given = inputs(VARIANTS[variant], torch.float32)
     for step in range(len(TIMESTEPS)):
         assert error(ours(our, *given, step=step), theirs(their, *given, step=step)) <= 1e-5
@@ -40,8 +45,8 @@ def test_the_network_computes_what_diffusers_computes(variant):
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_in_double_precision_nothing_but_rounding_is_left(variant):
-    their, our = pair(reference(**VARIANTS[variant]), pipeline, Path("network"), torch.float64)
+def test_in_double_precision_nothing_but_rounding_is_left(pairs, variant):
+    their, our = pairs(VARIANTS[variant], torch.float64)
     given = inputs(VARIANTS[variant], torch.float64)
     for step in range(len(TIMESTEPS)):
         assert error(ours(our, *given, step=step), theirs(their, *given, step=step)) <= 1e-10
@@ -61,15 +66,9 @@ MUTATIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(diffusers' network, ours), of which tests that break one take a copy."""
-    return pair(reference(**DEV), pipeline, tmp_path_factory.mktemp("network"), torch.float32)
-
-
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_planted_defect_breaks_the_parity(whole, mutation):
-    their, our = whole
+def test_a_planted_defect_breaks_the_parity(pairs, mutation):
+    their, our = pairs(DEV, torch.float32)
     given = inputs(DEV, torch.float32)
     broken = copy.deepcopy(our)
     with torch.no_grad():
@@ -77,8 +76,8 @@ def test_a_planted_defect_breaks_the_parity(whole, mutation):
     assert error(ours(broken, *given, step=0), theirs(their, *given, step=0)) > 1e-3
 
 
-def test_prompt_guidance_and_position_matter():
-    _, our = pair(reference(**DEV), pipeline, Path("network"), torch.float32)
+def test_prompt_guidance_and_position_matter(pairs):
+    _, our = pairs(DEV, torch.float32)
     latents, text, pooled = inputs(DEV, torch.float32)
     first = ours(our, latents, text, pooled, step=0)
     assert error(ours(our, latents, text.flip(0), pooled, step=0), first) > 1e-3

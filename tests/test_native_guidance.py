@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from cases import mostly_slow, mostly_whole
+from cases import mostly_slow
 from native import COMMON, counted_rows, error, record, runner, tensors, with_scheduler
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,14 +60,9 @@ def expected(folder, guided: range, steps: int, evaluations: int = 1, **given: o
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
-@pytest.mark.parametrize(
-    ("interval", "guided"),
-    mostly_whole(
-        [([0.2, 0.6], range(1, 3)), ([0.4, 1], range(2, 5)), ([0.32, 0.64], range(2, 3))], ([0.2, 0.6], range(1, 3))
-    ),
-)
-def test_guidance_starts_and_stops_at_a_step(pipelines, run, rows, name, interval, guided):
-    done = run(name, *WORDS[name], f"sampling.guidance_interval={interval}", steps=5)
+def test_guidance_starts_and_stops_at_a_step(pipelines, run, rows, name):
+    guided = range(1, 3)
+    done = run(name, *WORDS[name], "sampling.guidance_interval=[0.2,0.6]", steps=5)
     assert done.code == 0, done.err
     calls = rows[1:] if name == "sd15" else rows  # PNDM evaluates the first step twice
     assert calls == [2 if step in guided else 1 for step in range(5)]

@@ -84,14 +84,6 @@ def test_each_sample_of_a_batch_is_the_one_that_diffusers_makes_alone(pipelines,
 
 @pytest.mark.whole
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_is_the_same_on_both_backends(run, photo, name):
-    words = ("--image-path", photo, "--num-samples", "3", "sampling.batch_size=3")
-    size = (24, 40) if name in ("sd3", "flux") else None
-    assert_both_make_the_same(run, name, *words, steps=4, size=size)
-
-
-@pytest.mark.whole
-@pytest.mark.parametrize("name", NAMES)
 def test_a_strength_that_nobody_gives_is_that_of_the_pipeline(run, photo, name):
     assert run(name, "--image-path", photo, *strength(DEFAULTS[name]), folder="given", steps=6).code == 0
     assert run(name, "--image-path", photo, folder="left", steps=6).code == 0

@@ -1,12 +1,11 @@
 """The native SD3 network against diffusers' class, and what breaks the parity when it is planted."""
 
 import copy
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from parity import compare, error, pair
+from parity import compare, error, pairs_of
 from reference import Reference
 from safetensors.torch import load_file, save_file
 
@@ -21,10 +20,15 @@ inputs, ours, theirs, reference = SD3.inputs, SD3.ours, SD3.theirs, SD3.network
 PLAIN = SD3.variants["sd3"]
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """(diffusers' network, ours) of a configuration and a dtype."""
+    return pairs_of(reference, pipeline, tmp_path_factory)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_network_computes_what_diffusers_computes(variant):
-    config = VARIANTS[variant]
-    compare(reference(**config), pipeline, partial(inputs, config), ours, theirs, len(TIMESTEPS))
+def test_the_network_computes_what_diffusers_computes(pairs, variant):
+    compare(pairs, VARIANTS[variant], inputs, ours, theirs, len(TIMESTEPS))
 
 
 MUTATIONS = {
@@ -41,15 +45,9 @@ def swap_heads(qkv: torch.Tensor, width: int = 8) -> None:
     qkv[: 2 * width] = qkv[: 2 * width].roll(width, 0)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(diffusers' network, ours), of which tests that break one take a copy."""
-    return pair(reference(**VARIANTS["sd35-medium"]), pipeline, tmp_path_factory.mktemp("network"), torch.float32)
-
-
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_planted_defect_breaks_the_parity(whole, mutation):
-    their, our = whole
+def test_a_planted_defect_breaks_the_parity(pairs, mutation):
+    their, our = pairs(VARIANTS["sd35-medium"], torch.float32)
     given = inputs(PLAIN, torch.float32)
     broken = copy.deepcopy(our)
     with torch.no_grad():
@@ -57,8 +55,8 @@ def test_a_planted_defect_breaks_the_parity(whole, mutation):
     assert error(ours(broken, *given, step=0), theirs(their, *given, step=0)) > 1e-3
 
 
-def test_another_prompt_and_another_timestep_give_another_output():
-    _, our = pair(reference(**PLAIN), pipeline, Path("network"), torch.float32)
+def test_another_prompt_and_another_timestep_give_another_output(pairs):
+    _, our = pairs(PLAIN, torch.float32)
     latents, text, pooled = inputs(PLAIN, torch.float32)
     first = ours(our, latents, text, pooled, step=0)
     assert error(ours(our, latents, text.flip(0), pooled, step=0), first) > 1e-3
@@ -66,8 +64,8 @@ def test_another_prompt_and_another_timestep_give_another_output():
     assert error(ours(our, latents, text, pooled, step=1), first) > 1e-3
 
 
-def test_rows_of_a_batch_do_not_see_each_other():
-    _, our = pair(reference(**PLAIN), pipeline, Path("network"), torch.float64)
+def test_rows_of_a_batch_do_not_see_each_other(pairs):
+    _, our = pairs(PLAIN, torch.float64)
     given = inputs(PLAIN, torch.float64)
     alone = ours(our, *(tensor[1:2] for tensor in given), step=0)
     assert error(ours(our, *given, step=0)[1:2], alone) <= 1e-10

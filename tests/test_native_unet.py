@@ -2,13 +2,12 @@
 
 import copy
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from parity import compare, error, pair
+from parity import compare, error, pairs_of
 from reference import Reference
 from safetensors.torch import load_file, save_file
 
@@ -24,23 +23,28 @@ inputs, ours, theirs, reference = UNET.inputs, UNET.ours, UNET.theirs, UNET.netw
 SD15, SDXL = VARIANTS["sd15"], VARIANTS["sdxl"]
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """(diffusers' network, ours) of a configuration and a dtype."""
+    return pairs_of(reference, unet_shared, tmp_path_factory)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_network_computes_what_diffusers_computes(variant):
-    config = VARIANTS[variant]
-    compare(reference(**config), unet_shared, partial(inputs, config), ours, theirs, len(TIMESTEPS))
+def test_the_network_computes_what_diffusers_computes(pairs, variant):
+    compare(pairs, VARIANTS[variant], inputs, ours, theirs, len(TIMESTEPS))
 
 
 @pytest.mark.parametrize("size", [(7, 12), (9, 5), (11, 10), (4, 6)])
 @pytest.mark.parametrize("variant", ["sd15", "sdxl"])
-def test_sizes_that_do_not_halve_evenly_meet_again_on_the_way_up(variant, size):
+def test_sizes_that_do_not_halve_evenly_meet_again_on_the_way_up(pairs, variant, size):
     config = VARIANTS[variant]
-    their, our = pair(reference(**config), unet_shared, Path("network"), torch.float64)
+    their, our = pairs(config, torch.float64)
     given = inputs(config, torch.float64, 2, *size)
     assert error(ours(our, *given, step=1), theirs(their, *given, step=1)) <= 1e-10
 
 
-def test_fractions_of_timesteps_and_repeated_ones_are_taken():
-    _, our = pair(reference(**SD15), unet_shared, Path("network"), torch.float64)
+def test_fractions_of_timesteps_and_repeated_ones_are_taken(pairs):
+    _, our = pairs(SD15, torch.float64)
     latents, text = inputs(SD15, torch.float64)
     with torch.no_grad():
         conditioning = our.condition(torch.tensor([500.0, 500.0, 500.5]), text)
@@ -69,15 +73,9 @@ MUTATIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(diffusers' network, ours), of which tests that break one take a copy."""
-    return pair(reference(**SDXL), unet_shared, tmp_path_factory.mktemp("network"), torch.float32)
-
-
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_planted_defect_breaks_the_parity(whole, mutation):
-    their, our = whole
+def test_a_planted_defect_breaks_the_parity(pairs, mutation):
+    their, our = pairs(SDXL, torch.float32)
     given = inputs(SDXL, torch.float32)
     broken = copy.deepcopy(our)
     with torch.no_grad():
@@ -85,8 +83,8 @@ def test_a_planted_defect_breaks_the_parity(whole, mutation):
     assert error(ours(broken, *given, step=0), theirs(their, *given, step=0)) > 1e-3
 
 
-def test_another_prompt_size_and_timestep_give_another_output():
-    _, our = pair(reference(**SDXL), unet_shared, Path("network"), torch.float32)
+def test_another_prompt_size_and_timestep_give_another_output(pairs):
+    _, our = pairs(SDXL, torch.float32)
     latents, text, pooled, sizes = inputs(SDXL, torch.float32)
     first = ours(our, latents, text, pooled, sizes, step=0)
     assert error(ours(our, latents, text.flip(0), pooled, sizes, step=0), first) > 1e-3
@@ -96,8 +94,8 @@ def test_another_prompt_size_and_timestep_give_another_output():
 
 
 @pytest.mark.parametrize("variant", ["sd15", "sdxl"])
-def test_rows_of_a_batch_do_not_see_each_other(variant):
-    _, our = pair(reference(**VARIANTS[variant]), unet_shared, Path("network"), torch.float64)
+def test_rows_of_a_batch_do_not_see_each_other(pairs, variant):
+    _, our = pairs(VARIANTS[variant], torch.float64)
     given = inputs(VARIANTS[variant], torch.float64)
     alone = ours(our, *(tensor[1:2] for tensor in given), step=0)
     assert error(ours(our, *given, step=0)[1:2], alone) <= 1e-10

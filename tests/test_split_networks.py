@@ -1,19 +1,66 @@
 """Every axis and product of axes beside one process, for every native network."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 import rehearsed
 import torch
 from cases import mostly_slow
-from network_cases import KIND, REFERENCES, both, given
+from network_cases import CONFIGS, KIND, REFERENCES, STEPS, evaluated, given, read
 from parity import error
-from split import MUTATIONS, guide, in_turn
+from split import MUTATIONS, evaluate, guide, in_turn
 
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.sequence import CurrentLengths, Ring
 from sglang_gen.types import Layout, ModelCard
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of a network's weights, by name."""
+    root = tmp_path_factory.mktemp("networks")
+
+    @cache
+    def folder(name: str) -> Path:
+        REFERENCES[name].network(**CONFIGS[name]).save_pretrained(root / name)
+        return root / name
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(saved):
+    """What a network computes in one process."""
+
+    @cache
+    @torch.no_grad()
+    def outputs(name: str, dtype: torch.dtype, text: int | None, **size: int) -> torch.Tensor:
+        _, latents, conditions = inputs(name, dtype, text, **size)
+        return evaluated(read(name, CONFIGS[name], saved(name), dtype), latents, conditions)
+
+    return outputs
+
+
+@pytest.fixture
+def both(ranks, saved, alone):
+    """(what one process computes, what each rank of a layout computes and sends)."""
+
+    def computed(name, layout, dtype, summing=True, mutation=None, text=None, **size):
+        config, latents, conditions = inputs(name, dtype, text, **size)
+        network = (KIND[name], saved(name), config, dtype)
+        answers = ranks.run(layout, evaluate, *network, latents, conditions, STEPS, summing, mutation)
+        return alone(name, dtype, text, **size), answers
+
+    return computed
+
+
+def inputs(name: str, dtype: torch.dtype, text: int | None, **size: int):
+    """What `given` gives, with that many tokens of the text."""
+    config, latents, conditions = given(name, dtype, **size)
+    return config, latents, (conditions[0], conditions[1][:, :text], *conditions[2:])
+
 
 LAYOUTS = {
     "tp2": Layout(tp=2), "tp4": Layout(tp=4), "ulysses2": Layout(ulysses=2), "ring2": Layout(ring=2),
@@ -25,9 +72,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, "tp2", "ulysses2", "ring3", "usp4 tp2"))
 @pytest.mark.parametrize("name", ["sd3", "flux", "sdxl", "sd15"])
-def test_every_layout_computes_what_one_process_computes(ranks, name, layout):
+def test_every_layout_computes_what_one_process_computes(both, name, layout):
     size = {} if name == "flux" else {"height": 14, "width": 10} if name == "sd3" else {"height": 17, "width": 10}
-    expected, answers = both(ranks, name, LAYOUTS[layout], torch.float64, **size)
+    expected, answers = both(name, LAYOUTS[layout], torch.float64, **size)
     for outputs, _ in answers:
         assert error(outputs, expected) <= 1e-10
     assert all(torch.equal(outputs, answers[0][0]) for outputs, _ in answers)
@@ -35,13 +82,12 @@ def test_every_layout_computes_what_one_process_computes(ranks, name, layout):
 
 @pytest.mark.parametrize("layout", [Layout(cfg=2), Layout(cfg=2, ring=2), Layout(dp=2, cfg=2, tp=2)])
 @pytest.mark.parametrize("name", ["sd3", "flux", "sdxl", "sd15"])
-def test_branches_of_guidance_on_two_ranks_predict_what_one_process_predicts(ranks, name, layout):
+def test_branches_of_guidance_on_two_ranks_predict_what_one_process_predicts(ranks, saved, name, layout):
     """In float64, a batch of three; other texts without guidance's own order would be another picture."""
-    folder, (config, latents, conditions) = Path("network"), given(name, torch.float64)
-    REFERENCES[name].network(**config).save_pretrained(folder)
+    config, latents, conditions = given(name, torch.float64)
     texts = [value for value in conditions[1:] if isinstance(value, torch.Tensor)]
     negatives = [text.roll(1, -1) for text in texts]
-    network = (KIND[name], folder.absolute(), config, torch.float64)
+    network = (KIND[name], saved(name), config, torch.float64)
     with torch.no_grad():
         expected = guide(Mesh(), *network, latents, conditions, negatives)
         other = guide(Mesh(), *network, latents, (conditions[0], *negatives, *conditions[1 + len(texts) :]), texts)
@@ -52,18 +98,18 @@ def test_branches_of_guidance_on_two_ranks_predict_what_one_process_predicts(ran
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "sdxl"])
 @pytest.mark.parametrize("layout", mostly_slow(["tp2", "usp4", "ring2 tp2"], "usp4"))
-def test_in_float32_a_layout_is_as_near_to_the_exact_result_as_one_process(ranks, name, layout):
+def test_in_float32_a_layout_is_as_near_to_the_exact_result_as_one_process(both, name, layout):
     """Within three bits: the tiny SDXL makes a thousand times as much of a rounding, so that each one counts."""
     size = {"height": 17, "width": 10} if name == "sdxl" else {}
-    exact, _ = both(ranks, name, LAYOUTS[layout], torch.float64, **size)
-    alone, answers = both(ranks, name, LAYOUTS[layout], torch.float32, **size)
+    exact, _ = both(name, LAYOUTS[layout], torch.float64, **size)
+    alone, answers = both(name, LAYOUTS[layout], torch.float32, **size)
     assert error(answers[0][0].double(), exact) <= 8 * error(alone.double(), exact) <= 1e-2
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 @pytest.mark.parametrize("layout", ["ring3", "usp4"])
-def test_a_kernel_without_log_sum_exp_sees_all_keys_at_once(ranks, name, layout):
-    expected, answers = both(ranks, name, LAYOUTS[layout], torch.float64, summing=False)
+def test_a_kernel_without_log_sum_exp_sees_all_keys_at_once(both, name, layout):
+    expected, answers = both(name, LAYOUTS[layout], torch.float64, summing=False)
     assert error(answers[0][0], expected) <= 1e-10
     assert "all_gather ring" in answers[0][1].calls
 
@@ -78,14 +124,14 @@ PLANTED = [
 
 
 @pytest.mark.parametrize(("name", "layout", "mutation"), PLANTED)
-def test_a_defect_planted_in_a_layout_breaks_the_parity(ranks, name, layout, mutation):
-    expected, answers = both(ranks, name, LAYOUTS[layout], torch.float64, mutation=mutation)
+def test_a_defect_planted_in_a_layout_breaks_the_parity(both, name, layout, mutation):
+    expected, answers = both(name, LAYOUTS[layout], torch.float64, mutation=mutation)
     assert error(answers[0][0], expected) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_a_text_of_fewer_tokens_than_ranks_leaves_some_without(ranks, name):
-    expected, answers = both(ranks, name, LAYOUTS["usp4"], torch.float64, text=1)
+def test_a_text_of_fewer_tokens_than_ranks_leaves_some_without(both, name):
+    expected, answers = both(name, LAYOUTS["usp4"], torch.float64, text=1)
     for outputs, _ in answers:
         assert error(outputs, expected) <= 1e-10
 
@@ -93,12 +139,11 @@ def test_a_text_of_fewer_tokens_than_ranks_leaves_some_without(ranks, name):
 @pytest.mark.parametrize("compiled", mostly_slow(["", "regional", "full"], ""))
 @pytest.mark.parametrize("layout", mostly_slow(["ring3", "usp4"], "usp4"))
 @pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_texts_of_two_lengths_may_take_turns(ranks, name, layout, compiled):
+def test_texts_of_two_lengths_may_take_turns(ranks, saved, name, layout, compiled):
     """Each evaluation has the lengths of its own conditioning, and a compiled block those that it is called with."""
-    folder, (config, latents, conditions) = Path("network"), given(name, torch.float64)
+    config, latents, conditions = given(name, torch.float64)
     several = [(conditions[0], conditions[1][:, :text], *conditions[2:]) for text in (9, 6)]
-    REFERENCES[name].network(**config).save_pretrained(folder)
-    network = (KIND[name], folder.absolute(), config, torch.float64)
+    network = (KIND[name], saved(name), config, torch.float64)
     with torch.no_grad():
         expected = in_turn(Mesh(), *network, latents, several)
     for outputs in ranks.run(LAYOUTS[layout], in_turn, *network, latents, several, compiled):
@@ -137,9 +182,9 @@ PIPELINE = {"sd3": "sd3", "flux": "flux", "sdxl": "sdxl", "sd15": "sd"}
 
 @pytest.mark.parametrize("layout", mostly_slow(["tp2", "ulysses2 tp2", "ring3", "usp4 tp2"], "tp2", "ring3"))
 @pytest.mark.parametrize("name", PIPELINE)
-def test_the_estimate_of_every_rank_is_what_it_sends(ranks, name, layout):
+def test_the_estimate_of_every_rank_is_what_it_sends(both, name, layout):
     size = {} if name in ("flux", "sd3") else {"height": 17, "width": 10}
-    _, answers = both(ranks, name, LAYOUTS[layout], torch.float32, **size)
+    _, answers = both(name, LAYOUTS[layout], torch.float32, **size)
     _, latents, conditions = given(name, torch.float32, **size)
     card, height, width, length = described(name, latents, conditions[1])
     for rank, (_, traffic) in enumerate(answers):

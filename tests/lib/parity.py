@@ -1,7 +1,9 @@
 """Comparing a network of ours with the diffusers class that has the same weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -29,13 +31,29 @@ def pair(reference: nn.Module, family, folder: Path, dtype: torch.dtype) -> tupl
     return exact_norms(theirs) if dtype is torch.float64 else theirs, ours
 
 
+Pairs = Callable[[dict, torch.dtype], tuple[nn.Module, nn.Module]]
+
+
+def pairs_of(reference: Callable[..., nn.Module], glue, folders: pytest.TempPathFactory) -> Pairs:
+    """A function that gives the `pair` of a configuration in a dtype, made once: who breaks a network takes a copy."""
+    made: dict[str, tuple[nn.Module, nn.Module]] = {}
+
+    def networks(config: dict, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+        key = f"{dtype} {config}"
+        if key not in made:
+            made[key] = pair(reference(**config), glue, folders.mktemp("network"), dtype)
+        return made[key]
+
+    return networks
+
+
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """max |a - b| / max |b|."""
     assert ours.shape == theirs.shape
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-def compare(reference: nn.Module, family, inputs, ours, theirs, steps: int) -> None:
+def compare(pairs: Pairs, config: dict, inputs, ours, theirs, steps: int) -> None:
     """In float64 both compute the same to 1e-10.
 
     In float32 to 1e-5, or to three times what diffusers' own rounding is where that is more: processors round in
@@ -43,8 +61,8 @@ def compare(reference: nn.Module, family, inputs, ours, theirs, steps: int) -> N
     """
     exact = []
     for dtype in (torch.float64, torch.float32):
-        their, our = pair(reference, family, Path("network"), dtype)
-        given = inputs(dtype)
+        their, our = pairs(config, dtype)
+        given = inputs(config, dtype)
         for step in range(steps):
             output, expected = ours(our, *given, step=step), theirs(their, *given, step=step)
             if dtype is torch.float64:

@@ -6,11 +6,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import forks
+
 from sglang_gen.types import Layout
 
 RANKS = 8
-IMPORTED = ["torch.distributed", "diffusers", "transformers", "sglang_gen.backends.native.engine",
-            "sglang_gen.launch.rank", "sglang_gen.families.text_encoder_parallel"]  # fmt: skip
 PATIENCE = 120.0  # seconds: ranks of a loaded machine take long to start
 
 
@@ -24,7 +24,7 @@ class Pool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED)  # once, and not in every rank
+        forks.preload()
         self.pipes, self.processes = [], []
         for rank in range(RANKS):
             ours, theirs = context.Pipe()
