@@ -120,6 +120,10 @@ class Engine(Protocol):
         """Decisions of the step cache in the last generation; None without a step cache."""
         ...
 
+    def block_timings(self) -> list[dict[str, Any]] | None:
+        """`[{name, calls, mean_ms, total_ms}]` of the timed generation; None unless perf.blocks is set."""
+        ...
+
     def traffic(self) -> "CommLog":
         """What this rank sent to others in the timed generation."""
         ...

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from network_cases import CONFIGS, KIND, STEPS, evaluated, given, loaded
+from on_meta import on_meta
 from parity import error
 from split import FAMILIES, Changes, Transposed, evaluate, transposed
 
@@ -45,8 +46,8 @@ def test_a_meta_copy_of_such_a_network_holds_the_same_parts(name, layout):
     """The last rank's tensors as a checkpoint provides them, and the bytes that it stores."""
     family, mesh = FAMILIES[KIND[name]], Mesh(LAYOUTS[layout], LAYOUTS[layout].ranks - 1)
     split = Split(mesh, family.tensor_parallel, family.sharding)
-    plain = split.meta_copy(lambda: family.build(CONFIGS[name]), torch.bfloat16).network
-    stored = split.meta_copy(lambda: transposed(family.build(CONFIGS[name])), torch.bfloat16).network
+    plain = on_meta(split, lambda: family.build(CONFIGS[name]), torch.bfloat16).network
+    stored = on_meta(split, lambda: transposed(family.build(CONFIGS[name])), torch.bfloat16).network
     assert sum(isinstance(module, Transposed) for module in stored.modules()) > 5
     assert {slot.name: slot.shape for slot in slots(stored)} == {slot.name: slot.shape for slot in slots(plain)}
     sizes = [sum(weight.nbytes for weight in network.parameters()) for network in (plain, stored)]

@@ -19,14 +19,13 @@ import gc, json, sys
 from pathlib import Path
 import torch
 from sglang_gen import log
-from sglang_gen.backends.native import components
+from sglang_gen.backends.native import build, components
 from sglang_gen.backends.native import engine as native
 from sglang_gen.families import registry
 from sglang_gen.hub import resolve
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory, host_anon_mb
 from sglang_gen.plan.make import make_plan
@@ -41,8 +40,8 @@ def load(path, rank):
         engine = native.load(plan, Mesh(), CallLog())
         return engine.network, engine.components
     family = registry.pipeline(registry.by_pipeline_class(plan.card.pipeline_class))
-    split = Split(Mesh(Layout(tp=2), rank), family.tensor_parallel, family.sharding)
-    return components.read_components(plan, family, split)  # what that rank reads
+    mesh = Mesh(Layout(tp=2), rank)
+    return build.build(plan, mesh).network, components.read_components(plan, family, mesh)  # what that rank reads
 
 log.setup("error")
 for rank in PLACES.values():

@@ -11,12 +11,14 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel
 from native import COMMON, assert_both_make_the_same, assert_same, edited, picture, record, runner, with_scheduler
+from on_meta import on_meta
 from reference import Reference
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
+from whole import plan_of
 
 from sglang_gen import env
-from sglang_gen.backends.native.execution import laid_out
+from sglang_gen.backends.native.build import build
 from sglang_gen.families import text_encoding, unet_shared
 from sglang_gen.families.flux import pipeline as flux
 from sglang_gen.families.sd3 import pipeline as sd3
@@ -180,8 +182,9 @@ def test_the_published_transformer_has_the_published_tensors(preset):
 
 
 @pytest.mark.parametrize(("dtype", "last"), [(torch.bfloat16, True), (torch.float32, False)])
-def test_convolutions_of_half_precision_have_their_channels_last(dtype, last):
-    network = laid_out(unet_shared.build(Reference("sd").variants["sd15"]).to(dtype), dtype)
+def test_convolutions_of_half_precision_have_their_channels_last(pipelines, dtype, last):
+    words = (f"model.path={pipelines['sd15']}", "sampling.prompt=a", f"dtype={str(dtype).removeprefix('torch.')}")
+    network = build(plan_of(*words), Mesh()).network
     weights = [module.weight for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
     wide = [weight for weight in weights if weight.shape[1] > 1 and weight.shape[2] > 1]
     assert wide
@@ -190,9 +193,8 @@ def test_convolutions_of_half_precision_have_their_channels_last(dtype, last):
 
 def test_a_sparse_kernel_is_for_the_picture_and_not_for_its_text():
     """Where a picture has as many tokens as its text, their number does not tell them apart."""
-    placed = Split(Mesh(Layout()), {}, unet_shared.SHARDING).meta_copy(
-        partial(unet_shared.build, Reference("sdxl").variants["sdxl"]), torch.float32
-    )
+    split = Split(Mesh(Layout()), {}, unet_shared.SHARDING)
+    placed = on_meta(split, partial(unet_shared.build, Reference("sdxl").variants["sdxl"]), torch.float32)
 
     def sparse(q, k, v):
         return scaled_dot_product_attention(q, k, v)

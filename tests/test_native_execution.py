@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import mostly_slow
+from on_meta import on_meta
 from PIL import Image
 from safetensors.numpy import load_file
 from torch import nn
@@ -186,7 +187,7 @@ class Little(nn.Module):
 
 def test_a_rehearsal_finds_the_distinct_calls_without_computing():
     unsplit = Sharding(dim=1, unit=int, attention_ops=lambda network: {}, tokens=dict, shard_conditioning=tuple)
-    meta_copy = Split(Mesh(), {}, unsplit).meta_copy(lambda: Little(4), torch.float32)
+    meta_copy = on_meta(Split(Mesh(), {}, unsplit), lambda: Little(4), torch.float32)
     found = trace_on_meta(meta_copy, (nn.Linear,), lambda network: network(torch.empty(2, 5, 4, device="meta")))
     assert found.attention == {(2, 1, 5, 5, 4): 1}
     assert found.blocks == {nn.Linear: {(((4, 4), (4,)), ((2, 5, 4),)), (((2, 4), (2,)), ((2, 5, 4),))}}

@@ -26,10 +26,11 @@ def files(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    def read(*_):
+    def read(*_, **__):
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(native_engine, "read_components", read)
+    monkeypatch.setattr(native_engine, "build", read)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_a_model_of_the_hub_is_not_downloaded_for_a_refusal(sglang, monkeypatch)
 
 @pytest.mark.parametrize("words", [("--image-path", "nope.png"), ("sampling.latents=nope.safetensors",)])
 def test_the_files_of_a_request_on_diffusers(run, monkeypatch, words):
-    def read(*_):
+    def read(*_, **__):
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(engine, "_read", read)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import rehearsed
 import torch
+from on_meta import on_meta
 from reference import Reference
 from torch import nn
 
@@ -83,9 +84,8 @@ class Met(Layers):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.family = rehearsed.FAMILIES[name]
-        placed = Split(Mesh(Layout()), {}, self.family.sharding).meta_copy(
-            lambda: self.family.build(CONFIGS[name]), torch.float32
-        )
+        split = Split(Mesh(Layout()), {}, self.family.sharding)
+        placed = on_meta(split, lambda: self.family.build(CONFIGS[name]), torch.float32)
         placed.set_kernel(lambda q, k, v: torch.empty_like(q), None)
         self.network = placed.network
         self.sharded = {id(leaf) for leaves in placed.attention_ops.values() for leaf in leaves}

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sglang_gen import env
 from sglang_gen.backends.native import memory_policy
 from sglang_gen.backends.native import vae_parallel as decoders
+from sglang_gen.backends.native.build import build
 from sglang_gen.backends.native.request import NativeRequest
 from sglang_gen.config.schema import GuidanceBatching, Machine
 from sglang_gen.dry_run.roofline import Kernels, seconds
@@ -33,7 +34,6 @@ from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.mesh import AXES, SEQUENCE, Mesh, coordinates
 from sglang_gen.parallel.sequence_boundary import shard_sizes
-from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.perf.flops import stored_bytes
 from sglang_gen.plan import layout_limits
 from sglang_gen.types import Layout, ModelCard, Plan
@@ -85,22 +85,14 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
-def trace_network(
-    pipeline: Pipeline,
-    split: Split,
-    card: ModelCard,
-    request: Request,
-    rows: int,
-    guidance: Guidance,
-    dtype: torch.dtype,
-    fused: bool = False,
-) -> NetworkTrace:
-    """Trace one rank's conditioning and one guided step of a batch of `rows` images; `fused` models compiled code."""
-    configs = {name: component.config for name, component in card.components.items()}
-    config = configs[pipeline.spec.network]
-    meta_copy = split.meta_copy(lambda: pipeline.build(config), dtype)
-    held = [*meta_copy.network.parameters(), *meta_copy.network.buffers()]
-    trace = NetworkTrace(sum(map(stored_bytes, held)), kernels=Kernels(fused))
+def trace_network(plan: Plan, mesh: Mesh, request: Request, rows: int, guidance: Guidance) -> NetworkTrace:
+    """Trace one rank's conditioning and one guided step of a batch of `rows` images."""
+    built = build(plan, mesh, meta=True)
+    pipeline, dtype = built.pipeline, built.dtype
+    configs = {name: component.config for name, component in plan.card.components.items()}
+    config = configs[built.name]
+    held = [*built.network.parameters(), *built.network.buffers()]
+    trace = NetworkTrace(sum(map(stored_bytes, held)), kernels=Kernels(plan.run.compile.enable_torch_compile))
     with torch.device("meta"):
         latents = torch.empty(rows, *pipeline.latents_shape(config, request), dtype=dtype)
         shapes = pipeline.encoded_shapes(configs, request.text_length)
@@ -112,12 +104,12 @@ def trace_network(
     def evaluate(network: Any) -> None:
         prepare = partial(pipeline.prepare, network, timesteps, request)
         with counted() as trace.conditioning:
-            predict = guided(prepare, encoded, guidance, range(request.steps_run), split.mesh.axis("cfg"))
+            predict = guided(prepare, encoded, guidance, range(request.steps_run), mesh.axis("cfg"))
         with counted() as trace.step, trace.kernels:
             predict(latents, step)
 
     with Alive([*held, latents, *texts]) as alive:
-        trace_on_meta(meta_copy, (), evaluate, trace.kernels.add_attention)
+        trace_on_meta(built.parallel, (), evaluate, trace.kernels.add_attention)
     trace.alive = alive.most
     return trace
 
@@ -199,11 +191,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
     guidance = memory_policy.guidance(plan, pipeline.spec.guidance, request, negative, together)
     ranks = busiest(plan.layout, _shard_sizes(native_request, request))
     meshes, dtype = [Mesh(plan.layout, rank) for rank in ranks], getattr(torch, plan.dtype)
-    splits = [Split(mesh, pipeline.tensor_parallel, pipeline.sharding) for mesh in meshes]
-    fused = plan.run.compile.enable_torch_compile
-    traces = [
-        trace_network(pipeline, split, plan.card, request, len(batch), guidance, dtype, fused) for split in splits
-    ]
+    traces = [trace_network(plan, mesh, request, len(batch), guidance) for mesh in meshes]
     trace = max(traces, key=lambda one: sum(one.step.bytes.values()))
     trace.alive = max(one.alive for one in traces)
     trace.kernels = max((one.kernels for one in traces), key=lambda kernels: kernels.flops)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sglang_gen.backends.comm_log import CommLog, Described, GeneratedBatch
+from sglang_gen.backends.native.build import build
 from sglang_gen.backends.native.request import pipeline_of
 from sglang_gen.dry_run.estimate import ranks_of_encoder, trace_decoding
 from sglang_gen.engine.cfg import guided, kinds
@@ -15,7 +16,6 @@ from sglang_gen.engine.meta_trace import trace_on_meta
 from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
-from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.types import Plan
 
 Stages = dict[str, Traffic]
@@ -62,8 +62,6 @@ def _encoding(plan: Plan, pipeline: Pipeline, axis: Axis, batch: GeneratedBatch,
 
 def trace_denoising(plan: Plan, pipeline: Pipeline, mesh: Mesh, batch: GeneratedBatch, dtype: torch.dtype) -> Stages:
     """Traffic of conditioning the network and of all of a batch's evaluations; one of each kind is traced."""
-    config = plan.card.components[pipeline.spec.network].config
-    split = Split(mesh, pipeline.tensor_parallel, pipeline.sharding)
     latents, texts = _empty(batch.latents), [tuple(map(_empty, branch)) for branch in batch.texts]
     stages: Stages = {"conditioning": Traffic(), "denoising": Traffic()}
 
@@ -77,7 +75,7 @@ def trace_denoising(plan: Plan, pipeline: Pipeline, mesh: Mesh, batch: Generated
                 predict(latents, kind)
             stages["denoising"].include(evaluation, count)
 
-    trace_on_meta(split.meta_copy(lambda: pipeline.build(config), dtype), (), evaluate)
+    trace_on_meta(build(plan, mesh, meta=True).parallel, (), evaluate)
     return stages
 
 

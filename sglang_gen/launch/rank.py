@@ -92,7 +92,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
         phases.calls.on = True
         saved = _generate(plan, mesh, engine, phases.generate)
         phases.calls.on = False
-        decisions = engine.cache_decisions()
+        decisions, blocks = engine.cache_decisions(), engine.block_timings()
         phases.repeats = [
             _repeat(plan, mesh, engine, Clock(times, memory), saved) for _ in range(plan.run.perf.repeat - 1)
         ]
@@ -104,7 +104,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
         return None
     log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
     report = dump.build(plan, phases, saved.effective, saved.samples)
-    report |= {"cache": decisions, "ranks": ranks, "comm": sent}
+    report |= {"cache": decisions, "block_timings_ms": blocks, "ranks": ranks, "comm": sent}
     return _finish(plan, phases, saved, report, rate, reference)
 
 

@@ -1,10 +1,8 @@
 """Applies the parallelism transforms to a network in order: shrink, load, tensor parallel, sequence parallel."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from sglang_gen.models.attention import Attend, Kernel, SelfAttention
@@ -29,18 +27,18 @@ class Split:
         axis = self.mesh.axis("tp")
         return tensor.shrink(network, self.table, axis) if axis.size > 1 else {}
 
+    def insert_collectives(self, network: nn.Module) -> None:
+        """Set the collectives of tensor parallelism on a shrunk network."""
+        tensor.insert_collectives(network, self.table, self.mesh.axis("tp"))
+
     def parallelize(self, network: nn.Module) -> "ParallelNetwork":
         """Insert the collectives into a shrunk network, before or after its weights are loaded."""
         if self.mesh.size("tp") > 1:
-            tensor.insert_collectives(network, self.table, self.mesh.axis("tp"))
-        return ParallelNetwork(network, self)
-
-    def meta_copy(self, build: Callable[[], nn.Module], dtype: torch.dtype) -> "ParallelNetwork":
-        """This rank's shard of a network on the meta device."""
-        with torch.device("meta"):
-            network = build().to(dtype)
-        self.shrink(network)
-        return self.parallelize(network)
+            self.insert_collectives(network)
+        parallel = ParallelNetwork(network, self)
+        if self.mesh.axis(SEQUENCE).size > 1:
+            parallel.split_sequence()
+        return parallel
 
 
 class ParallelNetwork:
@@ -51,10 +49,9 @@ class ParallelNetwork:
         self.entrance: Any = network
         self.lengths: dict[str, CurrentLengths] = {}
         self.attention_ops = self.sharding.attention_ops(network)
-        if self.mesh.axis(SEQUENCE).size > 1:
-            self._split_sequence()
 
-    def _split_sequence(self) -> None:
+    def split_sequence(self) -> None:
+        """Let this rank compute its shard of the tokens, or of the rows of a spatial network."""
         ring, ulysses = self.mesh.size("ring"), self.mesh.size("ulysses")
         self.lengths = {kind: CurrentLengths(ring, ulysses) for kind in self.attention_ops}
         axis = self.mesh.axis(SEQUENCE)

@@ -70,6 +70,7 @@ def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: lis
         "work": None,
         "comm": {},
         "cache": None,
+        "block_timings_ms": None,
         "ranks": [],
         "quality": None,
     }

@@ -54,6 +54,7 @@ NATIVE_ONLY: tuple[tuple[str, Callable[[Run], bool]], ...] = (
     ("sampling.guidance_interval", lambda run: run.sampling.guidance_interval is not None),
     ("sampling.guidance_batching", lambda run: run.sampling.guidance_batching is not GuidanceBatching.auto),
     ("compile.cuda_graphs", lambda run: run.compile.cuda_graphs),
+    ("perf.blocks", lambda run: run.perf.blocks),
 )
 
 

@@ -50,6 +50,18 @@ def check_request(composed: "Composed") -> None:
     offloading.check_offloading(composed.run)
     step_cache.check_cache_settings(composed.run)
     objective.check_objective(composed.run)
+    _check_block_timings(composed.run)
+
+
+def _check_block_timings(run: Run) -> None:
+    """Raises UserError if the blocks of the network do not run one by one."""
+    whole = run.compile.enable_torch_compile and not run.compile.regional
+    if run.perf.blocks and (whole or run.compile.cuda_graphs):
+        what = "compile.cuda_graphs replays" if run.compile.cuda_graphs else "compile=full compiles"
+        raise UserError(
+            f"perf.blocks times each block of the network, and {what} all of them at once; "
+            "run with compile=none or compile=regional"
+        )
 
 
 # Settings that need another one: their prefixes, whether the other one is set, and its name.

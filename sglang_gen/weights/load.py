@@ -98,19 +98,36 @@ def fill(
     """
     with torch.device("meta"):
         network = build()
+    check(network, tensors, sources, where)
+    stream(network, tensors, sources, shrink(network), dtype, device)
+    return network
+
+
+def check(network: nn.Module, tensors: Tensors, sources: Sources, where: str) -> None:
+    """Compare a whole network with a checkpoint before a tensor is read. Raises the errors of `fill`."""
     names = {slot.name: slot.ordered(sources(slot.name)) for slot in slots(network)}
     _check_names(network, tensors.names(), {source for each in names.values() for source in each}, where)
     for slot in slots(network):
         shapes = [_as_linear(tensors.shape(source), slot.shape) for source in names[slot.name]]
         _check_shape(shapes, slot.shape, names[slot.name], where)
-    shards = shrink(network)
+
+
+def stream(
+    network: nn.Module,
+    tensors: Tensors,
+    sources: Sources,
+    shards: Mapping[str, Shard],
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """Fill a network on meta tensor by tensor; of a tensor that is in `shards` only that part is read."""
     for slot in slots(network):
-        rows = _read(tensors, names[slot.name], shards.get(slot.name))
+        rows = _read(tensors, slot.ordered(sources(slot.name)), shards.get(slot.name))
         if slot.name not in shards and len(rows) == 1:
             slot.place(rows[0][0].to(device, dtype).view(slot.shape))
         else:
             slot.place(_joined(rows, slot.shape, dtype, device))
-    return network.eval()
+    network.eval()
 
 
 def _read(tensors: Tensors, names: Sequence[str], shard: Shard | None) -> list[list[Tensor]]:

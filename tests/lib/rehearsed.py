@@ -1,16 +1,17 @@
 """Networks of any layout without ranks: rehearsed on the meta device, as each rank would have them."""
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from sglang_gen.config.schema import Run
 from sglang_gen.dry_run.estimate import NetworkTrace, trace_network
 from sglang_gen.engine.cfg import Guidance
 from sglang_gen.families import registry
 from sglang_gen.families.contract import Request
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.types import Component, Layout, ModelCard
 
 FAMILIES = {spec.name: registry.pipeline(spec) for spec in registry.specs()}
@@ -38,10 +39,12 @@ def rank(
     dtype: torch.dtype = torch.float32, rows: int = 1, text_length: int | None = None, fused: bool = False,
 ) -> NetworkTrace:  # fmt: skip
     """One rank's step for pictures of so many pixels."""
-    family = FAMILIES[pipeline]
-    split = Split(Mesh(layout, number), family.tensor_parallel, family.sharding)
+    run = Run()
+    run.compile.enable_torch_compile = fused
+    name = str(dtype).removeprefix("torch.")
+    plan: Any = SimpleNamespace(pipeline_class=FAMILIES[pipeline].spec.pipeline_class, card=card, dtype=name, run=run)
     request = Request(height, width, FACTOR, steps=2, guidance=3.5, text_length=text_length)
-    return trace_network(family, split, card, request, rows, Guidance(scale), dtype, fused)
+    return trace_network(plan, Mesh(layout, number), request, rows, Guidance(scale))
 
 
 def runs(pipeline: str, card: ModelCard, layout: Layout, height: int, width: int) -> bool:

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from sglang_gen.backends.native.execution import laid_out
+from sglang_gen.backends.native.build import to_channels_last
 from sglang_gen.engine import attention_autotune, attention_kernels
 from sglang_gen.engine.compile import Compiled
 from sglang_gen.engine.cuda_graphs import Graphs
@@ -137,7 +137,8 @@ def our_call(
 ) -> Call:
     """A call that evaluates the network returned by `load` once, with its conditioning and latents."""
     network, condition, latents = load()
-    network = laid_out(network, latents.dtype)
+    if latents.dtype.itemsize == 2:
+        to_channels_last(network)
     summing = attention_kernels.kernel_with_lse(kernel.name, device, latents.dtype)
     works.whole(work).parallelize(network).set_kernel(kernel.kernel, summing)
     conditioning = condition(network)

@@ -160,5 +160,6 @@ def whole(work: Work) -> Split:
 
 def traced_on_meta(work: Work, regions: tuple[type, ...], network: Any, evaluate: Callable[[Any], Any]) -> Shapes:
     """Trace `evaluate` on a copy of the network on the meta device."""
-    meta_copy = whole(work).meta_copy(lambda: type(network)(network.config), next(network.parameters()).dtype)
-    return trace_on_meta(meta_copy, regions, evaluate)
+    with torch.device("meta"):
+        copy = type(network)(network.config).to(next(network.parameters()).dtype)
+    return trace_on_meta(whole(work).parallelize(copy), regions, evaluate)

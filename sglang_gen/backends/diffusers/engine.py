@@ -310,6 +310,9 @@ class DiffusersEngine:
     def traffic(self) -> CommLog:
         return self.comm_log
 
+    def block_timings(self) -> None:
+        return None  # perf.blocks chooses the native engine
+
     def cache_decisions(self) -> dict[str, Any] | None:
         """The step cache's decisions in the last generation; None without a step cache."""
         return self.step_cache.decisions(self.plan.run.sampling.num_inference_steps) if self.step_cache else None

@@ -1,6 +1,6 @@
-"""Loads a model's components for the native engine: our networks, and components that other libraries load."""
+"""Loads the components of a model around its denoising network: our autoencoder, and what other libraries load."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,77 +10,33 @@ from torch import nn
 
 from sglang_gen.backends import loading_report
 from sglang_gen.backends.native.scheduler import build_scheduler
-from sglang_gen.errors import UserError, first_line
 from sglang_gen.families import autoencoder
 from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.hub import component_classes
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.hub.safetensors_header import header
-from sglang_gen.hub.weight_files import locate
 from sglang_gen.parallel.collectives import Axis
-from sglang_gen.parallel.sharded_network import Split
+from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.types import Component, Plan
-from sglang_gen.weights import original_layout
-from sglang_gen.weights.load import InMemoryTensors, Shrink, fill, load, where
+from sglang_gen.weights.load import InMemoryTensors, fill, load
 
 
-def read_components(plan: Plan, pipeline: Pipeline, split: Split) -> tuple[nn.Module, dict[str, Any]]:
-    """Load this rank's shard of the denoising network, and the other components by name, in the plan's dtype.
+def read_components(plan: Plan, pipeline: Pipeline, mesh: Mesh) -> dict[str, Any]:
+    """Load the components other than the denoising network by name, in the plan's dtype and on its device.
 
-    The components are on the plan's device. A large text encoder that is loaded from a folder is
-    sharded as well.
+    Of a large text encoder that is loaded from a folder this rank reads its shard.
 
     Raises UserError for weights that do not fit, and the loading library's own exceptions for unreadable files.
     """
     spec, dtype = pipeline.spec, getattr(torch, plan.dtype)
-    network = _network(plan, spec.network, pipeline, dtype, split.shrink)
     others = [name for name in spec.required(plan.card) if name != spec.network]
     given = [name for name in others if plan.card.file is None or name in plan.run.model.component_paths]
-    tp = split.mesh.axis("tp")
+    tp = mesh.axis("tp")
     components = {name: _component(name, plan.card.components[name], dtype, plan.device, tp) for name in given}
     if plan.card.file is not None:
         components = _components_from_file(plan, others, {**components, spec.network: None}, dtype)
     components["scheduler"] = _with_settings(components["scheduler"], spec.scheduler_settings)
-    return network, components
-
-
-def _network(plan: Plan, name: str, pipeline: Pipeline, dtype: torch.dtype, shrink: Shrink) -> nn.Module:
-    """Our network with the model's own weights, or with those of --transformer-weights-path."""
-    component = plan.card.components[name]
-    build = partial(pipeline.build, component.config)
-    path = plan.run.quant.transformer_weights_path
-    if path is None and plan.card.file is not None and name not in plan.run.model.component_paths:
-        return _network_from_file(plan, plan.card.file, component, build, pipeline, dtype, shrink)
-    if path is None:
-        return load(build, in_folder(_folder(component)), pipeline.sources, dtype, plan.device, shrink)
-    from sglang_gen.weights import replacement
-
-    files = locate(path)
-    if replacement.in_diffusers_layout(plan, name, files):
-        return load(build, files.paths, pipeline.sources, dtype, plan.device, shrink)
-    tensors = InMemoryTensors(original_layout.read(component.class_name, component.config, files.paths))
-    return fill(build, tensors, pipeline.sources, dtype, plan.device, where(files.paths), shrink)
-
-
-def _network_from_file(
-    plan: Plan,
-    file: Path,
-    component: Component,
-    build: Callable[[], nn.Module],
-    pipeline: Pipeline,
-    dtype: torch.dtype,
-    shrink: Shrink,
-) -> nn.Module:
-    """Our network from a single-file checkpoint. Raises UserError if the checkpoint is of another model."""
-    from sglang_gen.backends.diffusers.pipeline_loading import misfit
-
-    try:
-        tensors = InMemoryTensors(original_layout.read(component.class_name, component.config, [file]))
-        return fill(build, tensors, pipeline.sources, dtype, plan.device, where([file]), shrink)
-    except UserError as error:
-        raise UserError(misfit(plan, str(error))) from error
-    except original_layout.CONVERSION_ERRORS as error:
-        raise UserError(misfit(plan, f"its {component.class_name} differs: {first_line(error)}")) from error
+    return components
 
 
 def _components_from_file(

@@ -15,6 +15,7 @@ from sglang_gen.backends.comm_log import CommLog, GeneratedBatch, described
 from sglang_gen.backends.diffusers.stages import plain_config
 from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.native import memory_policy, safety_checker, vae_parallel
+from sglang_gen.backends.native.build import build
 from sglang_gen.backends.native.components import read_components
 from sglang_gen.backends.native.execution import Execution
 from sglang_gen.backends.native.request import NativeRequest, check_native_request, warn_ineffective
@@ -24,7 +25,6 @@ from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, i
 from sglang_gen.families import img2img
 from sglang_gen.families.contract import Request
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
-from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.perf.clock import Clock
 from sglang_gen.perf.flops import CallLog, Watched, stored_bytes
 from sglang_gen.types import Decoded, Plan, Sample
@@ -45,8 +45,8 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()
     try:
-        split = Split(mesh, pipeline.tensor_parallel, pipeline.sharding)
-        network, components = read_components(plan, pipeline, split)
+        built = build(plan, mesh)
+        components = read_components(plan, pipeline, mesh)
     except UserError:
         raise
     except LOADING_ERRORS as error:
@@ -55,7 +55,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
             raise RunError(f"Out of memory while loading {plan.card.name}{hint}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     warn_ineffective(plan, pipeline)
-    return NativeEngine(native_request, Execution(plan, split, pipeline, network), components, calls)
+    return NativeEngine(native_request, Execution(built), components, calls)
 
 
 @contextmanager
@@ -164,6 +164,8 @@ class NativeEngine:
             self.plan, self.pipeline.spec.guidance, request, negative, self.memory_policy.batched
         )
         self.comm_log.on = self.calls.on
+        if self.execution.built.timed is not None:
+            self.execution.built.timed.on = self.calls.on
         lists = 2 if guidance.on and not self._zeros(batch) else 1
         clock.enter("text_encoding")
         self._place_encoders(self.plan.device)
@@ -262,6 +264,10 @@ class NativeEngine:
         frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
         safety_checker.blank(self.components, frames, self.execution.dtype, batch, warn=self.calls.on)
         return frames
+
+    def block_timings(self) -> list[dict[str, Any]] | None:
+        timed = self.execution.built.timed
+        return None if timed is None else timed.report()
 
     def cache_decisions(self) -> dict[str, Any] | None:
         return None

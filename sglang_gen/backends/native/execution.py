@@ -3,38 +3,21 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sglang_gen.backends.native.build import Built, build
 from sglang_gen.engine import attention_autotune, attention_kernels
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
-from sglang_gen.engine.cuda_graphs import Graphs
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.engine.meta_trace import Shapes, trace_on_meta
 from sglang_gen.families.contract import Request
-from sglang_gen.families.pipeline_contract import Pipeline
-from sglang_gen.parallel.sharded_network import ParallelNetwork, Split
 from sglang_gen.tensor_tree import to_meta
 from sglang_gen.types import Plan
 
-if TYPE_CHECKING:
-    from sglang_gen.engine.compile import Compiled
-
 Predictor = Callable[[Any, Encoded], Predict]  # (network, encoded texts) -> prediction function
-
-
-def laid_out(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convert convolutions in half precision to channels_last, the memory format that their kernels prefer.
-
-    float32 keeps diffusers' memory format so that rounding matches.
-    """
-    if dtype.itemsize == 2:
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network
 
 
 def timed_by_shape(plan: Plan) -> bool:
@@ -47,33 +30,15 @@ def timed_by_shape(plan: Plan) -> bool:
     return attention.backend == "auto" and not attention.backend_config and plan.dtype != "float32"
 
 
-def _compile(network: nn.Module, regions: tuple[type, ...], device: str, ranks: int) -> "Compiled":
-    from sglang_gen.engine.compile import Compiled  # imports dynamo, which takes several seconds
-
-    return Compiled(network, regions, device, ranks)
-
-
 class Execution:
-    """The kernel is set before the first block is compiled, and blocks are compiled before the first graph is captured.
+    """Runs a built network: chooses its kernel for the run's shapes, and allows the graphs that a batch needs."""
 
-    A batch with a new shape allows further graphs.
-    """
-
-    def __init__(self, plan: Plan, split: Split, pipeline: Pipeline, network: nn.Module) -> None:
-        """Raises UserError for a kernel that does not run on this machine, or if there is no compiler."""
-        self.plan, self.split, self.mesh, self.pipeline = plan, split, split.mesh, pipeline
-        self.dtype = getattr(torch, plan.dtype)
-        self.network: Any = laid_out(network, self.dtype)
-        self.parallel_network = split.parallelize(network)
+    def __init__(self, built: Built) -> None:
+        self.built, self.plan, self.mesh, self.pipeline = built, built.plan, built.mesh, built.pipeline
+        self.dtype, self.network, self.parallel_network = built.dtype, built.network, built.parallel
+        self.compiled, self.graphs, self.kernel = built.compiled, built.graphs, built.kernel
         self.settled: set[Any] = set()  # shapes of batches
-        settings = plan.run.compile
-        self.regions = pipeline.regions if settings.regional else ()
-        compiles, ranks = settings.enable_torch_compile, self.mesh.layout.ranks
-        self.compiled = _compile(network, self.regions, plan.device, ranks) if compiles else None
-        self.graphs = Graphs(network) if settings.cuda_graphs else None
-        # Chosen here so that errors precede all computation. `time_kernels` and the grids of flex replace it.
-        self.kernel = attention_kernels.choose(self.attention, plan.device, self.dtype, ())
-        self.timed = not timed_by_shape(plan)
+        self.timed = not timed_by_shape(built.plan)
 
     @property
     def attention(self) -> Any:
@@ -112,7 +77,7 @@ class Execution:
             for kind in sorted(set(kinds(guidance, steps))):
                 predict(latents, kind)
 
-        return trace_on_meta(self._meta_copy(), self.regions or (type(self.network),), evaluate)
+        return self._trace(evaluate)
 
     def settle(
         self, predictor: Predictor, kinds: Sequence[int], request: Request, encoded: Encoded, latents: Tensor
@@ -141,7 +106,7 @@ class Execution:
             for kind in kinds:
                 predict(empty, kind)
 
-        self.compiled.expect(trace_on_meta(self._meta_copy(), self.regions or (type(self.network),), evaluate))
+        self.compiled.expect(self._trace(evaluate))
 
     def _place_kernel(self, request: Request, encoded: Encoded) -> None:
         """Set the kernel of all attention ops; a pattern of flex needs the grids of the image tokens."""
@@ -155,12 +120,14 @@ class Execution:
     def _summing(self, name: str) -> Any:
         return attention_kernels.kernel_with_lse(name, self.plan.device, self.dtype)
 
-    def _meta_copy(self) -> ParallelNetwork:
-        return self.split.meta_copy(lambda: type(self.network)(self.network.config), self.dtype)
+    def _trace(self, evaluate: Callable[[Any], None]) -> Shapes:
+        """Shapes of attention and of compiled blocks (else of the whole network) in `evaluate`."""
+        copy = build(self.plan, self.mesh, self.built.name, meta=True)
+        return trace_on_meta(copy.parallel, self.built.regions or (type(self.network),), evaluate)
 
     def countable(self) -> Any:
         """A meta copy of this rank's network whose matrix products torch's FLOP counter can count."""
-        meta_copy = self._meta_copy()
+        meta_copy = build(self.plan, self.mesh, self.built.name, meta=True).parallel
         meta_copy.set_kernel(
             torch.nn.functional.scaled_dot_product_attention,
             attention_kernels.kernel_with_lse("math", "meta", self.dtype),
