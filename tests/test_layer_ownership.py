@@ -1,5 +1,8 @@
 """Layers own their tensors: one with another storage is loaded, cut, run and copied to meta as any other."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from network_cases import CONFIGS, KIND, STEPS, evaluated, given, loaded
@@ -7,6 +10,7 @@ from on_meta import on_meta
 from parity import error
 from split import FAMILIES, Changes, Transposed, evaluate, transposed
 
+import sglang_gen
 from sglang_gen.models.layers import Linear
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.sharded_network import Split
@@ -72,3 +76,20 @@ def test_a_name_table_that_misses_a_section_is_not_used():
     assert weight.ordered({"to_k": "k", "to_q": "q"}) == ["to_q", "to_k"]
     with pytest.raises(AssertionError, match="has the sections"):
         weight.ordered({"to_q": "q", "to_v": "v"})
+
+
+PACKAGE = Path(sglang_gen.__file__).parent
+TENSORS = {"weight", "bias", "out_features", "in_features", "out_channels", "in_channels", "num_groups", "num_channels"}
+ELSEWHERE = {"models", "assets"}  # what owns them
+
+
+def test_no_code_outside_of_a_layer_reads_its_weights():
+    """Of our networks: the diffusers backend looks at the modules of that library."""
+    found = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}"
+        for path in PACKAGE.rglob("*.py")
+        if path.relative_to(PACKAGE).parts[0] not in ELSEWHERE and "diffusers" not in path.parts
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in TENSORS
+    ]
+    assert found == []

@@ -21,7 +21,7 @@ KNOWN = (
 )  # fmt: skip
 # Fields whose keys depend on the run and are known only when it has ended.
 OPEN = ("work", "machine", "comm", "ranks", "repeats", "denoise_steps_ms", "requested", "effective", "fingerprint",
-        "samples", "cache", "quality.samples")  # fmt: skip
+        "samples", "cache", "block_timings_ms", "quality.samples")  # fmt: skip
 
 
 def check_objective(run: Run) -> None:
@@ -31,8 +31,18 @@ def check_objective(run: Run) -> None:
         return
     if key not in KNOWN and not key.startswith(tuple(f"{name}." for name in OPEN)):
         raise UserError(f"perf.objective: '{key}' is not a number of the perf dump{_near(key, KNOWN)}")
-    needs = {"quality": run.quality.reference, "warmup": run.compile.warmup, "work": run.perf.work}
-    names = {"quality": "quality.reference", "warmup": "--warmup", "work": "perf.work=true"}
+    needs = {
+        "quality": run.quality.reference,
+        "warmup": run.compile.warmup,
+        "work": run.perf.work,
+        "block_timings_ms": run.perf.blocks,
+    }
+    names = {
+        "quality": "quality.reference",
+        "warmup": "--warmup",
+        "work": "perf.work=true",
+        "block_timings_ms": "perf.blocks=true",
+    }
     head = key.partition(".")[0]
     if head in needs and not needs[head]:
         raise UserError(f"perf.objective: '{key}' needs {names[head]}; without it the perf dump has no such number")
