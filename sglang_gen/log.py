@@ -51,6 +51,14 @@ class _Through(logging.Handler):
         self.ours.handle(record)
 
 
+# Parts of messages about optional packages that a run does without; shown with --log-level debug.
+_NOTICES = (
+    "requires torchvision (not installed)",
+    "Unable to import `torchao`",
+    "is an Enum subclass and is now natively",
+)
+
+
 class _Once(logging.Filter):
     """Passes each message of a library once, at level WARNING or below.
 
@@ -65,6 +73,8 @@ class _Once(logging.Filter):
         if record.levelno > logging.WARNING:
             record.levelno, record.levelname = logging.WARNING, "WARNING"
         message = record.getMessage()
+        if _LOGGER.level > logging.DEBUG and any(notice in message for notice in _NOTICES):
+            return False
         new = message not in self.seen
         self.seen.add(message)
         return new and record.levelno >= _LOGGER.level

@@ -55,7 +55,7 @@ def warned(pipelines, sglang):
          ["skip_layer_guidance_scale has no effect: it needs skip_guidance_layers"]),
         ("sd3", {"skip_guidance_layers": [0]}, ("--guidance-scale", "1"),
          ["skip_guidance_layers has no effect: there is no guidance at a scale of 1.0"]),
-        ("sd15", {"clip_skip": 1}, (), []),
+        ("sdxl", {"clip_skip": 1}, (), []),
     ],
 )  # fmt: skip
 def test_a_setting_without_effect_is_a_warning_in_a_dry_run(warned, name, kwargs, words, expected):
@@ -95,14 +95,15 @@ def test_an_argument_that_the_pipelines_call_does_not_read_is_warned_of(warned, 
 
     def deaf(self, prompt=None, height=None, width=None, num_inference_steps=50, guidance_scale=7.5,
              negative_prompt=None, generator=None, output_type="pil", callback_on_step_end=None,
-             clip_skip=None):  # fmt: skip
+             guidance_rescale=0.0):  # fmt: skip
         return call(self, prompt, height, width, num_inference_steps, guidance_scale=guidance_scale,
                     negative_prompt=negative_prompt, generator=generator, output_type=output_type,
                     callback_on_step_end=callback_on_step_end)  # fmt: skip
 
     monkeypatch.setattr(diffusers.StableDiffusionPipeline, "__call__", deaf)
     words = ("--backend", "diffusers")
-    assert warned("sd15", {"clip_skip": 1}, *words) == ["clip_skip has no effect: StableDiffusionPipeline ignores it"]
+    expected = ["guidance_rescale has no effect: StableDiffusionPipeline ignores it"]
+    assert warned("sd15", {"guidance_rescale": 0.7}, *words) == expected
 
 
 def test_a_strength_without_an_image_is_refused(pipelines, sglang):

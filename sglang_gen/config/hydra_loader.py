@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.utils import create_config_search_path
@@ -25,6 +26,7 @@ from sglang_gen.config import hydra_code
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.overrides import Word, dict_path
 from sglang_gen.config.schema import Run
+from sglang_gen.config.values import yaml_problem
 from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.files import FULL
 
@@ -36,6 +38,10 @@ def user_errors() -> Iterator[None]:
         yield
     except UserError:
         raise
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        name = mark.name if mark is not None else getattr(error, "name", "A configuration file")
+        raise UserError(f"{name} is not valid YAML: {yaml_problem(error)}") from error
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, AttributeError) as error:
         raise UserError(_sentence(error)) from error
     except RecursionError as error:
@@ -62,11 +68,26 @@ class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
 
         Raises UserError for a configuration that would run code from other packages.
         """
-        cfg: DictConfig = super().load_configuration(*args, **kwargs)
+        try:
+            cfg: DictConfig = super().load_configuration(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self._undecodable()} is not UTF-8 text: {first_line(error)}") from error
         hydra_code.check_targets(
             typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False)), instantiable()
         )
         return cfg
+
+    def _undecodable(self) -> str:
+        """The first configuration file of the search path that is not UTF-8 text."""
+        folders = [str(entry.path).removeprefix("file://") for entry in self.config_search_path.get_path()]
+        for path in (path for folder in folders for path in sorted(Path(folder).rglob("*.yaml"))):
+            try:
+                path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                return str(path)
+            except OSError:
+                continue
+        return "A configuration file"
 
     def _process_config_searchpath(
         self, config_name: str | None, parsed_overrides: list[Override], repo: IConfigRepository

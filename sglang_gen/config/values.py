@@ -52,15 +52,20 @@ def parse_yaml(text: str) -> Any:
     try:
         value = yaml.load(text, Loader=_yaml_loader())
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise ValueError(f"is not valid YAML: {problem or getattr(error, 'reason', 'unreadable')}{where}") from None
+        raise ValueError(f"is not valid YAML: {yaml_problem(error)}") from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except (ValueError, LookupError, AttributeError, TypeError):  # raised by the constructors of tags: !!bool maybe
         raise ValueError("is not valid YAML: a value does not fit its tag, or a number is too long") from None
     check_plain(value)
     return value
+
+
+def yaml_problem(error: Any) -> str:
+    """What a `yaml.YAMLError` says is wrong, and the line: "found duplicate key seed in line 2"."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = f" in line {mark.line + 1}" if mark else ""
+    return f"{problem or getattr(error, 'reason', 'unreadable')}{where}"
 
 
 @cache

@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.hub.plain_numbers import require_plain
-from sglang_gen.hub.safetensors_header import PICKLED, PICKLES, read_header
+from sglang_gen.hub.safetensors_header import PICKLED, PICKLES, is_pointer, read_header
 from sglang_gen.types import Component
 
 INDEX = ".safetensors.index.json"
@@ -117,7 +117,13 @@ def check_weights(folder: Path, component: Component) -> None:
 
 
 def check_vocabulary(folder: Path, component: Component) -> None:
-    """Raises UserError for a tokenizer without a vocabulary. It would load, and encode every prompt alike."""
+    """Raises UserError for a tokenizer without a vocabulary, which would load and encode every prompt alike.
+
+    Also for files that were not downloaded.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and is_pointer(path):
+            raise UserError(f"{path} is a Git LFS pointer: run 'git lfs pull'")
     if "Tokenizer" in component.class_name and "ByT5" not in component.class_name:
         settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"}
         if settings.issuperset(path.name for path in folder.iterdir()):

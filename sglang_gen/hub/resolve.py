@@ -198,6 +198,11 @@ def _replacement(card: ModelCard, name: str, path: str, weights: bool) -> Compon
     if f"{name}/{known[name].library}.py" in card.code:
         raise UserError(f"--component-paths: '{name}' is defined by the model's own code and cannot be replaced")
     folder = Path(path).expanduser()
+    if folder.is_file():
+        raise UserError(
+            f"--component-paths: '{name}' is the file {path}; it takes a folder with the weights and config.json of "
+            f"the component ({known[name].class_name})"
+        )
     if not folder.is_dir():
         if path.startswith(("/", ".", "~")) or path.count("/") != 1:
             raise UserError(f"--component-paths: the folder {path} of '{name}' does not exist")

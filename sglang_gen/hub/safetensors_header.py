@@ -39,6 +39,12 @@ def header(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in read_header(path).tensors.items()}
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether the file is what Git LFS leaves in the place of one that was not downloaded."""
+    with open(path, "rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
 def read_header(path: Path) -> Header:
     """Read the header of a safetensors file. Raises UserError for an incomplete or corrupt file."""
     from safetensors import SafetensorError, safe_open
@@ -49,9 +55,8 @@ def read_header(path: Path) -> Header:
             tensors = {name: Tensor(item.get_dtype(), tuple(item.get_shape())) for name, item in slices.items()}
             return Header(tensors, file.metadata() or {})
     except SafetensorError as error:
-        with open(path, "rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UserError(f"The weight file {path} is a Git LFS pointer: run 'git lfs pull'") from None
+        if is_pointer(path):
+            raise UserError(f"The weight file {path} is a Git LFS pointer: run 'git lfs pull'") from None
         raise UserError(f"The weight file {path} is corrupt: {first_line(error)}") from None
     except OSError as error:
         raise UserError(f"The weight file {path} cannot be read: {error.strerror or first_line(error)}") from None

@@ -3,12 +3,15 @@
 import inspect
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import torch
 
 from sglang_gen.backends.diffusers.pipeline_signature import Kind
 from sglang_gen.backends.input_files import read_image
+from sglang_gen.backends.scheduler_trial import check_steps
 from sglang_gen.errors import UserError, first_line, nearest
 from sglang_gen.families.img2img import no_steps_left
 from sglang_gen.plan.backend_choice import check_start
@@ -61,10 +64,22 @@ def configured(kind: Any, config: Mapping[str, Any], settings: Mapping[str, Any]
 
 
 def check_scheduler(plan: Plan, settings: Mapping[str, Any]) -> None:
-    """Refuse settings that the model's scheduler does not accept. Raises UserError."""
+    """Refuse settings that the model's scheduler does not accept, or with which it cannot make its steps.
+
+    Raises UserError.
+    """
     component = plan.card.components.get("scheduler")
-    if component is not None and settings:
-        configured(getattr(diffusers, component.class_name), component.config, settings)
+    kind = getattr(diffusers, component.class_name, None) if component is not None else None
+    if component is None or kind is None:
+        return
+    if settings:
+        configured(kind, component.config, settings)
+    try:
+        scheduler = kind.from_config(component.config, **settings)
+        scheduler.set_timesteps(plan.run.sampling.num_inference_steps)
+    except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, LookupError, ImportError):
+        return  # it needs what only its pipeline gives
+    check_steps(scheduler, scheduler.timesteps)
 
 
 def check_complete(kind: Kind, plan: Plan, call: dict[str, Any]) -> None:
@@ -91,8 +106,19 @@ def _check_strength(kind: Kind, steps: int, call: dict[str, Any]) -> None:
         return
     default = inspect.signature(kind.pipeline_class.__call__).parameters["strength"].default
     strength = call.get("strength", default)
-    if isinstance(strength, (int, float)) and 0 <= strength <= 1 and int(steps * strength) < 1:
+    if isinstance(strength, (int, float)) and 0 <= strength <= 1 and _steps_left(kind, steps, strength) < 1:
         raise no_steps_left(strength, steps)
+
+
+def _steps_left(kind: Kind, steps: int, strength: float) -> int:
+    """Steps that run at a noise strength: the pipeline's own rule, because some round up and some down."""
+    rule = getattr(kind.pipeline_class, "get_timesteps", None)
+    scheduler = SimpleNamespace(timesteps=torch.arange(steps), order=1, set_begin_index=lambda index: None)
+    try:
+        timesteps, _ = rule(SimpleNamespace(scheduler=scheduler), steps, strength, "cpu")  # type: ignore[misc]
+        return len(timesteps)
+    except (TypeError, ValueError, AttributeError):  # another signature, or none
+        return int(steps * strength)
 
 
 def network_calls(plan: Plan, kind: Kind, call: dict[str, Any]) -> tuple[int, int]:

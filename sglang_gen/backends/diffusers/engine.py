@@ -21,6 +21,7 @@ from sglang_gen.backends.diffusers import (
     attention_backend,
     cache,
     call_arguments,
+    clip_skip,
     ineffective_settings,
     lora,
     offload,
@@ -98,6 +99,7 @@ def check_pipeline_call(
     call, scheduler = call_arguments.split(plan, kind)
     call_arguments.check_complete(kind, plan, call)
     call_arguments.check_scheduler(plan, scheduler)
+    clip_skip.check_clip_skip(plan, kind, call)
     read_noise(run.sampling.latents)
     _image(run)
     if run.compile.enable_torch_compile:

@@ -1,5 +1,6 @@
 """Merges LoRA adapters into the weights of a diffusers pipeline, after checking that every module of a file matches."""
 
+import re
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from sglang_gen.errors import UserError, first_line
 from sglang_gen.weights.lora import file as lora_file
 from sglang_gen.weights.lora.file import LoraFile, read
 
+TEXT_ENCODER = re.compile(r"lora_te\d*_|(base_model\.model\.)?text_encoder(_\d)?\.")  # modules of text encoders
 # Raised by diffusers' conversions of other LoRA layouts for a malformed file.
 LORA_ERRORS = (
     ValueError,
@@ -73,6 +75,11 @@ def _apply(pipeline: Any, adapter: Adapter) -> dict[str, Any]:
         raise UserError(f"lora: no module of {path} is among the target modules {', '.join(adapter.target_modules)}")
     placed = {source for target in kept for source in target.sources}
     if lost := sorted(required - placed):
+        if texts := [module for module in lost if TEXT_ENCODER.match(module)]:
+            raise UserError(
+                f"lora: {path} also changes a text encoder, in modules such as {texts[0]}, which this "
+                f"{kind} cannot take; --lora-target-modules can choose the modules of the network alone"
+            )
         raise UserError(
             f"lora: {path} was made for another model: {len(lost)} of its {len(required)} modules have no place in "
             f"this {kind}, such as {lost[0]}; --lora-target-modules can choose among them"

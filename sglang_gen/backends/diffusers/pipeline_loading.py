@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 
 from sglang_gen import log
 from sglang_gen.backends import loading_report
@@ -42,6 +43,7 @@ def own_class(plan: Plan) -> Any:
 
 def read(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: dict[str, Any]) -> Any:
     """Load the pipeline on the CPU; components in `replaced` are used unchanged. Raises UserError."""
+    diffusers_logging.disable_progress_bar()
     taken = inspect.signature(pipeline_class.__init__).parameters
     replaced = {**dict.fromkeys(name for name in plan.card.absent if name in taken), **replaced}
     if plan.card.file is None:

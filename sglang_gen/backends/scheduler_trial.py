@@ -1,0 +1,38 @@
+"""Runs a scheduler through its steps before a weight is read, with numbers in place of a network's predictions."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sglang_gen.engine.denoise import denoise
+from sglang_gen.errors import UserError
+
+TRIAL_SHAPE = (1, 4, 2, 2)
+
+
+def check_steps(scheduler: Any, timesteps: Tensor) -> None:
+    """Refuse a configuration with which the scheduler leaves its own tables. Raises UserError.
+
+    Every step is made. Such configurations fail in the last step or, with noise levels that are spaced otherwise than
+    the timesteps, find no timestep for a noise level. `scheduler` has its timesteps set and is not changed.
+    """
+    latents, generators = torch.ones(TRIAL_SHAPE), [torch.Generator().manual_seed(0)]
+    numbers = range(len(timesteps))
+    try:
+        trial = copy.deepcopy(scheduler)
+        denoise(lambda latents, index: 0.5 * latents, trial, timesteps, numbers, latents, generators, lambda: None)
+    except IndexError as error:
+        raise UserError(
+            f"{type(scheduler).__name__} finds no noise level for one of its {len(timesteps)} steps with this "
+            f"configuration ({_spacing(scheduler)}): change the number of steps or the spacing of its noise levels"
+        ) from error
+
+
+def _spacing(scheduler: Any) -> str:
+    """The settings that space the noise levels."""
+    config = scheduler.config
+    switches = [name for name in config if name.startswith("use_") and config[name]]
+    names = [name for name in ("beta_schedule", "timestep_spacing", *switches) if name in config]
+    return ", ".join(f"{name} {config[name]}" for name in names)

@@ -1,0 +1,123 @@
+"""What people have and do in their first hour: one sentence that says what to change, before anything is loaded."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from native import edited, runner, with_scheduler
+from PIL import Image
+from safetensors.torch import save_file
+
+from sglang_gen import log
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "ab" * 32 + "\nsize 3438167536\n"
+
+
+@pytest.fixture
+def run(pipelines, sglang):
+    return runner(pipelines, sglang)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (b"num_inference_steps: [1\n", "is not valid YAML: expected ',' or ']'"),
+        (b"sampling:\n\tseed: 1\n", "cannot start any token in line 2"),
+        (b"prompt: a cat: in snow\n", "mapping values are not allowed here in line 1"),
+        (b"seed: 1\nseed: 2\n", "found duplicate key seed in line 2"),
+        (b"# caf\xe9\nseed: 1\n", "is not UTF-8 text"),
+    ],
+)
+@pytest.mark.parametrize("place", ["sampling/mine.yaml", "experiment/mine.yaml"])
+def test_a_broken_file_of_the_users_configuration_is_named_with_its_line(sglang, place, text, sentence):
+    path = Path("my") / place
+    path.parent.mkdir(parents=True)
+    path.write_bytes(text)
+    option = "sampling=mine" if place.startswith("sampling") else "experiment=mine"
+    done = sglang("generate", "--config-dir", "my", option, "--prompt", "a", "dry_run=true")
+    assert done.code == 2
+    assert str(path.absolute()) in done.lines[-1]
+    assert sentence in done.lines[-1]
+
+
+COSINE = {"beta_schedule": "squaredcos_cap_v2", "use_karras_sigmas": True, "solver_order": 2}
+
+
+@pytest.mark.parametrize("words", [(), ("dry_run=true",)])
+@pytest.mark.parametrize("backend", ["sglang", "diffusers"])
+def test_a_scheduler_that_runs_off_its_tables_is_refused_before_a_weight_is_read(pipelines, run, backend, words):
+    model = with_scheduler(pipelines["sd15"], "DPMSolverMultistepScheduler", **COSINE)
+    done = run(model, "--backend", backend, *words, steps=20)
+    assert done.code == 2
+    assert "DPMSolverMultistepScheduler finds no noise level for one of its 20 steps" in done.lines[-1]
+    assert "use_karras_sigmas True" in done.lines[-1]
+
+
+@pytest.mark.parametrize("backend", ["sglang", "diffusers"])
+@pytest.mark.parametrize(("name", "code"), [("flux", 0), ("sd3", 0), ("sdxl", 2)])
+def test_both_backends_agree_on_the_least_strength(run, name, code, backend):
+    """A twentieth of ten steps is rounded up by flow matching and down by UNets."""
+    Image.radial_gradient("L").resize((48, 32)).convert("RGB").save("in.png")
+    words = ("--image-path", "in.png", "--diffusers-kwargs", '{"strength": 0.05}', "dry_run=true")
+    assert run(name, "--backend", backend, *words, steps=10).code == code
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("sdxl", 99, "'clip_skip' is 99; it is a number of layers to skip, and this text encoder has 2"),
+        ("sdxl", -1, "'clip_skip' is -1; it is a number of layers to skip"),
+        ("sdxl", True, "'clip_skip' is True; it is a number of layers to skip"),
+        ("sd15", 1, "'clip_skip' does not work with StableDiffusionPipeline of this diffusers and transformers"),
+    ],
+)
+def test_layers_to_skip_are_those_that_the_text_encoder_has(run, name, value, sentence):
+    done = run(name, "--diffusers-kwargs", json.dumps({"clip_skip": value}), "dry_run=true")
+    assert done.code == 2, done.err
+    assert sentence in done.lines[-1]
+
+
+@pytest.mark.parametrize("file", ["tokenizer/tokenizer.json", "tokenizer/vocab.json", "scheduler/more.json"])
+def test_a_file_that_git_lfs_did_not_fetch_is_named(pipelines, run, file):
+    model = edited(pipelines["sd15"], "model", "model_index.json")
+    (model / file).write_text(POINTER)
+    done = run(model)
+    assert done.code == 2
+    assert f"{model / file} is a Git LFS pointer: run 'git lfs pull'" in done.lines[-1]
+
+
+@pytest.mark.parametrize("backend", ["sglang", "diffusers"])
+def test_a_component_that_is_one_file_needs_its_folder(run, backend):
+    save_file({"decoder.conv_in.weight": torch.zeros(1)}, "vae.safetensors")
+    words = ("--component-paths", '{"vae": "vae.safetensors"}', "dry_run=true")
+    done = run("sdxl", "--backend", backend, *words)
+    assert done.code == 2
+    assert "'vae' is the file vae.safetensors; it takes a folder with the weights and config.json" in done.lines[-1]
+
+
+def test_an_adapter_with_a_part_for_another_text_encoder_says_which_part(run):
+    weights = {}
+    for module, (rows, columns) in {
+        "lora_unet_double_blocks_0_img_attn_proj": (32, 32),
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_k": (64, 64),
+    }.items():
+        weights[f"{module}.lora_down.weight"] = torch.ones(4, columns)
+        weights[f"{module}.lora_up.weight"] = torch.ones(rows, 4)
+        weights[f"{module}.alpha"] = torch.tensor(4.0)
+    save_file(weights, "both.safetensors")
+    done = run("flux", "--lora-path", "both.safetensors")
+    assert done.code == 2
+    assert "both.safetensors also changes a text encoder, in modules such as lora_te3_" in done.lines[-1]
+    assert "another model" not in done.lines[-1]
+
+
+@pytest.mark.parametrize(("level", "shown"), [("info", False), ("debug", True)])
+def test_notices_of_packages_that_a_run_does_without_are_for_debugging(capsys, level, shown):
+    log.setup(level)
+    logging.getLogger("transformers").warning("`X` requires torchvision (not installed); falling back to `Y`")
+    logging.getLogger("transformers").warning("something else")
+    written = capsys.readouterr().err
+    assert ("torchvision" in written) is shown
+    assert "something else" in written
