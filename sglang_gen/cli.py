@@ -57,6 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+SWITCHED = ("true", "false", "yes", "no", "on", "off", "0", "1")  # values that other programs' switches take
+
+
 def split_argv(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
     """Split argv into (options as `--name=value`, overrides). Values are taken verbatim, even with a leading dash.
 
@@ -77,6 +80,11 @@ def split_argv(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[li
             raise UserError(f"{name} is given twice")
         seen.add(actions[name].dest)
         options.append(_with_value(word, actions, words))
+        if actions[name].nargs == 0 and words and words[0].lower() in SWITCHED:
+            raise UserError(
+                f"{name} is a switch and takes no value, and '{words[0]}' follows it: write one of "
+                f"{' and '.join(actions[name].option_strings)}"
+            )
     return options, overrides
 
 
@@ -285,7 +293,8 @@ def console() -> NoReturn:
     env.collect_rarely()
     code = main()
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: the process was started with a closed stdout
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader closed the pipe (`| head`); the interpreter would print an error at exit
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     gc.freeze()  # skips the garbage collection at interpreter exit, 0.7 s of CPU

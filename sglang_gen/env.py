@@ -40,7 +40,7 @@ class Torchrun:
 def torchrun() -> Torchrun | None:
     """The launcher's variables; None if no launcher started this process.
 
-    Raises UserError for a value that is not a number, or a missing LOCAL_RANK.
+    Raises UserError for a value that is not a number, a rank outside of the world, or a missing LOCAL_RANK.
     """
     if not all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return None
@@ -57,6 +57,8 @@ def torchrun() -> Torchrun | None:
             f"RANK is {rank} and WORLD_SIZE {ranks}, so a launcher has started this process, but not LOCAL_RANK, its "
             "number on this machine; set it too, or unset RANK for a run of its own"
         )
+    if rank >= max(ranks, 1):
+        raise UserError(f"RANK is {rank} and WORLD_SIZE {ranks}: ranks are numbered from 0 to WORLD_SIZE - 1")
     local = number("LOCAL_RANK")
     return Torchrun(
         rank=rank,

@@ -215,10 +215,11 @@ def test_the_example_prompt_needs_a_preset_by_name(composed, sglang):
     assert composition.run.sampling.prompt == composition.run.model.example_prompt
     assert composition.sources["sampling.prompt"] == "preset"
     assert composition.notices == ("No prompt given: using the example prompt of the preset 'sdxl'",)
+    assert composed("model=sdxl", "--model-path", "/x").sources["sampling.prompt"] == "preset"
     write("model.yaml.json", {"model": "sdxl"})
     assert composed("--config", "model.yaml.json").sources["sampling.prompt"] == "preset"
     for words in ((), ("--model-path", "x/y"), ("--model-path", "stabilityai/stable-diffusion-xl-base-1.0"),
-                  ("model=sdxl", "--model-path", "/x"), ("--model-id", "sdxl"), ("~model",)):  # fmt: skip
+                  ("--model-id", "sdxl"), ("~model",)):  # fmt: skip
         done = sglang("generate", *words)
         assert done.code == 2, words
         assert done.lines[-1].startswith("ERROR: A prompt is needed: --prompt"), words

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,68 @@ def test_notices_of_packages_that_a_run_does_without_are_for_debugging(capsys, l
     written = capsys.readouterr().err
     assert ("torchvision" in written) is shown
     assert "something else" in written
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"block_out_channels": [0, 0]}, "block_out_channels is 0; it must be between 1 and 1000000"),
+        ({"block_out_channels": "x"}, "block_out_channels is 'x'; it must be an integer or a list of integers"),
+        ({"layers_per_block": 10**9}, "layers_per_block is 1000000000; it must be between 0 and 10000"),
+        ({"in_channels": -4}, "in_channels is -4; it must be between 1 and 1000000"),
+        ({"norm_num_groups": True}, "norm_num_groups is 'True'; it must be an integer"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["sglang", "diffusers"])
+def test_a_size_that_no_network_can_have_is_named(pipelines, run, backend, config, sentence):
+    model = edited(pipelines["sd15"], "model", "unet/config.json", **config)
+    done = run(model, "--backend", backend)
+    assert done.code == 2
+    assert f"{model / 'unet/config.json'}: {sentence}" in done.lines[-1]
+
+
+def test_a_configuration_that_is_nested_too_deeply_is_named(pipelines, run):
+    model = edited(pipelines["sd15"], "model", "model_index.json")
+    (model / "unet/config.json").write_text("[" * 100_000)
+    done = run(model)
+    assert done.code == 2
+    assert f"{model / 'unet/config.json'} cannot be read: it is nested too deeply" in done.lines[-1]
+
+
+@pytest.mark.parametrize("value", ["false", "True", "0", "no"])
+def test_a_value_behind_a_switch_points_to_its_other_form(sglang, value):
+    done = sglang("generate", "--prompt", "a", "--dit-cpu-offload", value)
+    assert done.code == 2
+    assert f"and '{value}' follows it: write one of --dit-cpu-offload and --no-dit-cpu-offload" in done.lines[-1]
+
+
+def test_a_rank_outside_of_its_world_is_refused_at_once(sglang, monkeypatch):
+    place = {"RANK": 5, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    done = sglang("generate", "--prompt", "a")
+    assert done.code == 2
+    assert "RANK is 5 and WORLD_SIZE 2: ranks are numbered from 0 to WORLD_SIZE - 1" in done.lines[-1]
+
+
+@pytest.mark.parametrize(("name", "other"), [("vae", "transformer"), ("text_encoder", "text_encoder_3")])
+def test_a_component_of_another_kind_is_refused_in_the_plan(pipelines, run, name, other):
+    path = str(pipelines["sd3"] / other)
+    done = run("sd3", "--component-paths", json.dumps({name: path}), "dry_run=true")
+    assert done.code == 2
+    assert f"--component-paths: {path} holds a " in done.lines[-1]
+    assert f"and '{name}' is a " in done.lines[-1]
+
+
+def test_a_preset_of_another_family_is_a_warning(run):
+    done = run("sdxl", "--model-id", "FLUX.1-dev", "dry_run=true")
+    assert done.code == 0, done.err
+    assert any("The preset 'flux_dev' is for a FluxPipeline" in line for line in done.lines)
+    assert not any("is for a" in line for line in run("sdxl", "--model-id", "sdxl", "dry_run=true").lines)
+
+
+@pytest.mark.whole
+def test_a_process_without_stdout_ends_as_any_other():
+    command = f"{sys.executable} -m sglang_gen --version >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -160,7 +160,7 @@ def _complete(run: Run, sources: dict[str, str], named: bool, seed: int | None) 
     if run.model.path is None and run.model.preset == "landscape" and not named:
         notices.append("No model given: using the embedded model 'landscape'")
     if run.sampling.prompt is None and not run.sampling.prompts_file and not run.sampling.prompts:
-        if not (named and run.model.example_prompt) or sources["model.path"] in ("flag", "override", "file"):
+        if not (named and run.model.example_prompt):
             raise UserError('A prompt is needed: --prompt "a description of the image"')
         run.sampling.prompt = run.model.example_prompt
         sources["sampling.prompt"] = "preset"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen.errors import UserError, first_line
+from sglang_gen.hub.config_limits import check_sizes
 from sglang_gen.hub.plain_numbers import require_plain
 from sglang_gen.hub.safetensors_header import PICKLED, PICKLES, is_pointer, read_header
 from sglang_gen.types import Component
@@ -19,6 +20,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: it is nested too deeply") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return content
@@ -28,7 +31,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The component's configuration; empty if it has none, like a tokenizer. Raises UserError for an invalid file."""
     for name in ("config.json", "scheduler_config.json"):
         if (folder / name).is_file():
-            return read_json(folder / name)
+            config = read_json(folder / name)
+            check_sizes(folder / name, config)
+            return config
     return {}
 
 

@@ -4,6 +4,7 @@ Raises UserError with one sentence if the request is wrong, RunError if the hub 
 """
 
 import errno
+import re
 import sys
 from collections.abc import Collection, Container
 from dataclasses import replace
@@ -187,6 +188,27 @@ def _check_present(folder: Path, name: str) -> None:
         raise UserError(f"{folder} lacks the folder '{name}' that its model_index.json names")
 
 
+def preset_warnings(model: Model, card: ModelCard) -> list[str]:
+    """Warns about a preset whose settings are those of another pipeline than the model's."""
+    index = env.preset_configs(model.preset or "") / "model_index.json"
+    if model.path is None or model.preset in (None, "custom") or not index.is_file():
+        return []
+    own = read_json(index).get("_class_name")
+    if own in (None, model.pipeline_class_name or card.pipeline_class):
+        return []
+    return [
+        f"The preset '{model.preset}' is for a {own}, and {card.name} is a {card.pipeline_class}: its settings may not "
+        "suit this model"
+    ]
+
+
+def _role(class_name: str) -> str:
+    """What a component of diffusers is for, by the name of its class."""
+    if class_name.endswith("Scheduler"):
+        return "scheduler"
+    return "autoencoder" if re.search("Autoencoder|VAE|VQ|Decoder", class_name) else "network"
+
+
 def _replacement(card: ModelCard, name: str, path: str, weights: bool) -> Component:
     """The component `name` of --component-paths. `path` is the component's folder, or a model's folder or hub id.
 
@@ -212,6 +234,9 @@ def _replacement(card: ModelCard, name: str, path: str, weights: bool) -> Compon
     if own.config and not config:
         raise UserError(f"--component-paths: {path} holds no '{name}': it has no configuration of a {own.class_name}")
     kind = config.get("_class_name", own.class_name) if own.library == "diffusers" else own.class_name
+    types = [each.get("model_type") for each in (own.config, config)]
+    if _role(kind) != _role(own.class_name) or (None not in types and types[0] != types[1]):
+        raise UserError(f"--component-paths: {path} holds a {types[1] or kind}, and '{name}' is a {own.class_name}")
     component = replace(own, folder=folder, config=config, class_name=kind)
     if weights:
         check_files(folder, component)

@@ -18,7 +18,7 @@ from sglang_gen.config.schema import (
     user_gave,
 )
 from sglang_gen.errors import UserError
-from sglang_gen.hub import remote_code
+from sglang_gen.hub import remote_code, resolve
 from sglang_gen.outputs import dump_path, input_digests
 from sglang_gen.perf import cpu_dtype
 from sglang_gen.plan import (
@@ -85,6 +85,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
             *checks.objective_warnings(run, sources, composed.in_sweep),
             *checks.noise_warnings(run, batches),
             *input_digests.changed(run, sources, composed.inputs),
+            *resolve.preset_warnings(run.model, card),
             *remote_code.warnings(run.model, card, sources),
             *offloading.warnings(run, device),
             *step_cache.warnings(run),
