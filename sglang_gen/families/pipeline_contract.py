@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from sglang_gen.engine.denoise import Predict, draw_noise
@@ -134,4 +135,9 @@ class Pipeline(ABC):
 
     @abstractmethod
     def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-        """Images `[B, 3, H, W]` in -1..1 of the final latents."""
+        """Frames `[B, F, H, W, 3]` in -1..1 of the final latents; an image is one frame."""
+
+
+def image_frames(images: Tensor) -> Tensor:
+    """Images `[B, 3, H, W]` as videos of one frame, `[B, 1, H, W, 3]`."""
+    return rearrange(images, "b c h w -> b 1 h w c")

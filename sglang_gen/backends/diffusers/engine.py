@@ -256,6 +256,8 @@ class DiffusersEngine:
         if self.kind.makes == "audio":
             audio = values.reshape(len(batch), -1, values.shape[-1])  # [B, C, T]
             return Decoded(audio, latents.noise, latents.last, "audio", _sampling_rate(self.pipeline))
+        if self.kind.makes == "image":
+            values = values[:, None]  # [B, 1, H, W, 3]
         return Decoded(np.rint(values * 255).astype(np.uint8), latents.noise, latents.last, self.kind.makes)
 
     def _arguments(

@@ -254,10 +254,10 @@ class NativeEngine:
         return drawn
 
     def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
-        """Frames `[B, H, W, 3]` uint8."""
+        """Frames `[B, F, H, W, 3]` uint8."""
         with self.comm_log.during("decoding", 1):
             decoded = self.pipeline.decode(self.decoder, latents, request)
-        values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+        values = (decoded * 0.5 + 0.5).clamp(0, 1).float().cpu().numpy()
         require_finite(torch.from_numpy(values), "the decoded image", batch)
         frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
         safety_checker.blank(self.components, frames, self.execution.dtype, batch, warn=self.calls.on)

@@ -199,7 +199,7 @@ class FluxPipeline(FlowMatching):
         return prediction.predictor(network, times, states, pooled, guidance, *_grid(request))
 
     def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-        """Images `[B, 3, H, W]` in -1..1."""
+        """Frames `[B, 1, H, W, 3]` in -1..1."""
         rows, _ = _grid(request)
         unpacked = rearrange(latents, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
         return self.decode_scaled(vae, unpacked)

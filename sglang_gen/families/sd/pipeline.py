@@ -9,7 +9,7 @@ from torch import Tensor
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.families import img2img, prediction, text_encoding
 from sglang_gen.families.contract import ComponentConfig, Request
-from sglang_gen.families.pipeline_contract import Pipeline
+from sglang_gen.families.pipeline_contract import Pipeline, image_frames
 from sglang_gen.families.unet_shared import UNetPipeline
 from sglang_gen.models.unet import UNet
 from sglang_gen.models.vae import Autoencoder
@@ -41,8 +41,8 @@ class SDPipeline(UNetPipeline):
         return vae.config.scaling.factor * img2img.encode(vae, pixels, generators)
 
     def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-        """Images `[B, 3, H, W]` in -1..1."""
-        return vae.decode(latents / vae.config.scaling.factor)
+        """Frames `[B, 1, H, W, 3]` in -1..1."""
+        return image_frames(vae.decode(latents / vae.config.scaling.factor))
 
 
 PIPELINE: type[Pipeline] = SDPipeline

@@ -185,7 +185,7 @@ class SD3Pipeline(FlowMatching):
         return prediction.predictor(network, timesteps, *prediction.joined(encoded), *request.latent_size)
 
     def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-        """Images `[B, 3, H, W]` in -1..1."""
+        """Frames `[B, 1, H, W, 3]` in -1..1."""
         return self.decode_scaled(vae, latents)
 
 

@@ -11,7 +11,7 @@ from sglang_gen.engine.denoise import Predict
 from sglang_gen.families import autoencoder as autoencoder
 from sglang_gen.families import img2img, prediction, text_encoding, watermark
 from sglang_gen.families.contract import ComponentConfig, Request
-from sglang_gen.families.pipeline_contract import Pipeline
+from sglang_gen.families.pipeline_contract import Pipeline, image_frames
 from sglang_gen.families.unet_shared import UNetPipeline
 from sglang_gen.models.unet import UNet
 from sglang_gen.models.vae import Autoencoder
@@ -72,11 +72,11 @@ class SDXLPipeline(UNetPipeline):
         return torch.float32 if dtype == torch.float16 and config.upcast else dtype
 
     def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-        """Images `[B, 3, H, W]` in -1..1."""
+        """Frames `[B, 1, H, W, 3]` in -1..1."""
         dtype = autoencoder.dtype(vae)
         with _in_float32(vae, self.decoding_dtype(vae.config, dtype) != dtype):
             images = vae.decode(_unscaled(vae, latents.to(autoencoder.dtype(vae))))
-        return watermark.watermarked(images, request.watermark)
+        return image_frames(watermark.watermarked(images, request.watermark))
 
 
 @contextmanager
