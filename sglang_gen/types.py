@@ -58,6 +58,15 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Size:
+    """Height and width, in pixels or in latents, and the number of frames; an image is one frame."""
+
+    height: int
+    width: int
+    frames: int = 1
+
+
+@dataclass(frozen=True)
 class Sample:
     """One sample to generate. `index` counts over the whole run."""
 

@@ -25,6 +25,7 @@ from sglang_gen.models.flux import Flux
 from sglang_gen.models.sd3 import SD3
 from sglang_gen.models.unet import UNet
 from sglang_gen.plan.guidance import guided_steps
+from sglang_gen.types import Size
 
 NETWORKS = {"sd15": UNet, "sdxl": UNet, "sd3": SD3, "flux": Flux}
 TRUE_CFG = ("--diffusers-kwargs", '{"true_cfg_scale": 3.0}', "--negative-prompt", "a dog")
@@ -312,7 +313,7 @@ def test_the_memory_that_is_reckoned_covers_what_a_network_holds(monkeypatch, pr
     """Counted on meta, at the published sizes, with attention that keeps no matrix."""
     family = registry.pipeline(registry.by_name(name))
     config = json.loads((env.preset_configs(preset) / family.spec.network / "config.json").read_text())
-    request = Request(height=1024, width=768, factor=8, steps=2, guidance=3.5)
+    request = Request(Size(1024, 768), factor=8, steps=2, guidance=3.5)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
     with torch.device("meta"), torch.no_grad(), contextlib.ExitStack() as stack:
         network = family.build(config).to(torch.bfloat16)

@@ -25,7 +25,7 @@ from sglang_gen.parallel import tensor
 from sglang_gen.parallel.collectives import Axis, counted
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.sharded_network import Split
-from sglang_gen.types import Layout
+from sglang_gen.types import Layout, Size
 
 SD3, FLUX, SDXL, SD15 = (
     Reference(family).variants[variant]
@@ -89,7 +89,7 @@ class Met(Layers):
         placed.set_kernel(lambda q, k, v: torch.empty_like(q), None)
         self.network = placed.network
         self.sharded = {id(leaf) for leaves in placed.attention_ops.values() for leaf in leaves}
-        request = Request(HEIGHT, WIDTH, rehearsed.FACTOR, steps=2, guidance=3.5, text_length=TEXT)
+        request = Request(Size(HEIGHT, WIDTH), rehearsed.FACTOR, steps=2, guidance=3.5, text_length=TEXT)
         configs = {key: part.config for key, part in card(name).components.items()}
         shapes = (*self.family.encoded_shapes(configs, TEXT), self.family.latents_shape(CONFIGS[name], request))
         *texts, latents = (torch.empty(ROWS, *shape, device="meta") for shape in shapes)

@@ -132,7 +132,7 @@ def trace_decoding(
     config = autoencoder.config(card.components["vae"].config)
     with torch.device("meta"):
         vae = decoders.split(Autoencoder(config).to(pipeline.decoding_dtype(config, dtype)), axis)
-        latents = torch.empty(rows, config.channels, *request.latent_size).to(autoencoder.dtype(vae))
+        latents = torch.empty(pipeline.autoencoder_shape(config, request, rows), dtype=autoencoder.dtype(vae))
     with torch.no_grad(), counted() as sent, Alive([*vae.parameters(), latents]) as alive:
         vae.decode(latents)
     return alive.most, sent
@@ -143,7 +143,8 @@ def trace_encoding(pipeline: Pipeline, card: ModelCard, request: Request, dtype:
     config = autoencoder.config(card.components["vae"].config)
     with torch.device("meta"):
         vae = Autoencoder(config).to(pipeline.encoding_dtype(config, dtype))
-        pixels = torch.empty(1, config.channels_in, request.height, request.width, dtype=autoencoder.dtype(vae))
+        sides = (request.size.height, request.size.width)
+        pixels = torch.empty(1, config.channels_in, *sides, dtype=autoencoder.dtype(vae))
     with torch.no_grad(), Alive([*vae.parameters(), pixels]) as alive:
         vae.encode(pixels)
     return int(alive.most)
@@ -193,7 +194,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         return {"reason": f"not estimated ({plan.backend})"}
     native_request = NativeRequest(plan)
     pipeline, request, batch = native_request.pipeline, native_request.full_request, max(plan.batches, key=len)
-    layout_limits.check_size(plan.run, plan.card, plan.layout, plan.stated_degrees, request.height, request.width)
+    layout_limits.check_size(plan.run, plan.card, plan.layout, plan.stated_degrees, request.size)
     negative = any(sample.negative_prompt is not None for samples in plan.batches for sample in samples)
     together = plan.run.sampling.guidance_batching is not GuidanceBatching.sequential
     guidance = memory_policy.guidance(plan, pipeline.spec.guidance, request, negative, together)

@@ -133,6 +133,11 @@ class Pipeline(ABC):
         """Dtype in which an autoencoder loaded in `dtype` decodes latents."""
         return dtype
 
+    def autoencoder_shape(self, config: AutoencoderConfig, request: Request, rows: int) -> tuple[int, ...]:
+        """Shape of the latents that the autoencoder decodes for `rows` samples: each latent frame is an image."""
+        size = request.latent_size
+        return rows * size.frames, config.channels, size.height, size.width
+
     @abstractmethod
     def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
         """Frames `[B, F, H, W, 3]` in -1..1 of the final latents; an image is one frame."""

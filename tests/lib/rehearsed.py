@@ -11,7 +11,7 @@ from sglang_gen.families import registry
 from sglang_gen.families.contract import Request
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.sharded_network import Split
-from sglang_gen.types import Component, Layout, ModelCard
+from sglang_gen.types import Component, Layout, ModelCard, Size
 
 FAMILIES = {spec.name: registry.pipeline(spec) for spec in registry.specs()}
 FACTOR = 8  # pixels a side of one latent
@@ -40,7 +40,7 @@ def rank(
     """One rank's step for pictures of so many pixels."""
     family = FAMILIES[pipeline]
     split = Split(Mesh(layout, number), family.tensor_parallel, family.sharding)
-    request = Request(height, width, FACTOR, steps=2, guidance=3.5, text_length=text_length)
+    request = Request(Size(height, width), FACTOR, steps=2, guidance=3.5, text_length=text_length)
     return trace_network(family, split, card, request, rows, Guidance(scale), dtype, fused)
 
 

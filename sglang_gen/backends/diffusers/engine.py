@@ -293,7 +293,8 @@ class DiffusersEngine:
         if spec is None or (sampling.height is None) == (sampling.width is None):
             return sampling.height, sampling.width
         config, factor = card.components[spec.network].config, image_size.latent_factor(card) or 1
-        return image_size.chosen(sampling, spec, config, factor)
+        size = image_size.chosen(sampling, spec, config, factor)
+        return size.height, size.width
 
     def _for_each(self, count: int, given: dict[str, Any]) -> dict[str, Any]:
         """Repeat further prompts for each sample of the batch, and the input image if the pipeline transforms it.

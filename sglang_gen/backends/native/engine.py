@@ -139,7 +139,7 @@ class NativeEngine:
             ),
             "released": list(self.text_components) if self.memory_policy.released else [],
             "pipeline": self.plan.pipeline_class,
-            "makes": "image",
+            "makes": self.pipeline.spec.makes,
             "components": {self.pipeline.spec.network: type(self.network).__name__, **classes},
             "scheduler_config": plain_config(self.components["scheduler"]),
         }
@@ -203,7 +203,8 @@ class NativeEngine:
         if self.mesh.index("cfg") or self.mesh.index("tp"):
             return None  # another rank decodes the same rows
         effective = memory_policy.effective(self.plan, guidance, request)
-        return Decoded(self._decode(latents, request, batch), noise, latents, effective=effective)
+        frames = self._decode(latents, request, batch)
+        return Decoded(frames, noise, latents, self.pipeline.spec.makes, effective=effective)
 
     def _time_kernels(self) -> None:
         """With attention=auto choose the kernel on the shapes of the run's first batch, unless it is chosen."""
@@ -245,7 +246,7 @@ class NativeEngine:
         dtype = getattr(torch, self.plan.dtype)
         source = None
         if self.native_request.image is not None:  # encoding draws first, then the noise, from the same generators
-            pixels = img2img.pixels(self.native_request.image, request.factor, request.height, request.width)
+            pixels = img2img.pixels(self.native_request.image, request.factor, request.size)
             source = self.pipeline.encode_image(self.encoder, pixels, generators, dtype)
         noise = self.pipeline.draw(self.native_request.config, request, generators, dtype).to(self.plan.device)
         drawn = self.pipeline.start(self.components["scheduler"], timesteps, noise, source)
@@ -258,7 +259,7 @@ class NativeEngine:
         with self.comm_log.during("decoding", 1):
             decoded = self.pipeline.decode(self.decoder, latents, request)
         values = (decoded * 0.5 + 0.5).clamp(0, 1).float().cpu().numpy()
-        require_finite(torch.from_numpy(values), "the decoded image", batch)
+        require_finite(torch.from_numpy(values), f"the decoded {self.pipeline.spec.makes}", batch)
         frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
         safety_checker.blank(self.components, frames, self.execution.dtype, batch, warn=self.calls.on)
         return frames

@@ -121,7 +121,8 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
 
 def _grid(request: Request) -> tuple[int, int]:
     """Rows and columns of packed tokens."""
-    return request.height // (2 * request.factor), request.width // (2 * request.factor)
+    size = request.size
+    return size.height // (2 * request.factor), size.width // (2 * request.factor)
 
 
 class FluxPipeline(FlowMatching):

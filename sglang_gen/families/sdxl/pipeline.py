@@ -46,7 +46,7 @@ class SDXLPipeline(UNetPipeline):
     ) -> Predict:
         """The network as a predictor, with the conditioning of all steps computed once."""
         states, pooled = prediction.joined(encoded)
-        size = (request.height, request.width)
+        size = (request.size.height, request.size.width)
         sizes = states.new_tensor([*size, 0, 0, *size])  # original size, top left corner of the crop, target size
         return prediction.predictor(network, timesteps, states, pooled, sizes.expand(len(states), -1))
 
