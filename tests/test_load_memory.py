@@ -42,7 +42,8 @@ def load(path, rank):
         return engine.network, engine.components
     family = registry.pipeline(registry.by_pipeline_class(plan.card.pipeline_class))
     split = Split(Mesh(Layout(tp=2), rank), family.tensor_parallel, family.sharding)
-    return components.read_components(plan, family, split)  # what that rank reads
+    networks, others = components.read_components(plan, family, split)  # what that rank reads
+    return networks[family.spec.network], others
 
 log.setup("error")
 for rank in PLACES.values():

@@ -1,6 +1,7 @@
 """Guidance of the native engine: in an interval of the steps, and with both branches at once or in turn."""
 
 import contextlib
+import inspect
 import json
 import weakref
 from pathlib import Path
@@ -21,6 +22,7 @@ from sglang_gen.engine import cfg
 from sglang_gen.engine.denoise import step_numbers
 from sglang_gen.families import registry
 from sglang_gen.families.contract import Request
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.models.flux import Flux
 from sglang_gen.models.sd3 import SD3
 from sglang_gen.models.unet import UNet
@@ -322,9 +324,9 @@ def test_the_memory_that_is_reckoned_covers_what_a_network_holds(monkeypatch, pr
             encoded = [encoded[0][:2]]
         noise = torch.empty(rows, 16 if name in ("sd3", "flux") else 4, 128, 96, dtype=torch.bfloat16)
         latents = noise.reshape(rows, -1, 64) if name == "flux" else noise
-        predict = family.prepare(network, torch.ones(2), request, encoded)
-        kept = [cell.cell_contents for cell in predict.__closure__]
-        tensors = [leaf for value in kept for leaf in tree_leaves(vars(value)) if isinstance(leaf, torch.Tensor)]
+        predict = family.prepare(NetworkSchedule.of_one(network, 2), torch.ones(2), request, encoded)
+        _, conditioning = inspect.getclosurevars(predict).nonlocals["conditioned"][""]
+        tensors = [leaf for leaf in tree_leaves(vars(conditioning)) if isinstance(leaf, torch.Tensor)]
         live = stack.enter_context(Live([*network.parameters(), *network.buffers(), latents, *tensors]))
         predict(latents, 0)
     reckoned = cfg.MAPS * rows * 2 * family.widest_map(config, request)

@@ -18,6 +18,7 @@ from sglang_gen.backends.native import vae_parallel
 from sglang_gen.dry_run.estimate import busiest
 from sglang_gen.families import autoencoder as autoencoder
 from sglang_gen.families.contract import Request
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.unet import SelfAttention
 from sglang_gen.models.vae import Autoencoder
@@ -94,7 +95,9 @@ class Met(Layers):
         shapes = (*self.family.encoded_shapes(configs, TEXT), self.family.latents_shape(CONFIGS[name], request))
         *texts, latents = (torch.empty(ROWS, *shape, device="meta") for shape in shapes)
         with torch.no_grad():
-            predict = self.family.prepare(self.network, torch.zeros(2), request, [tuple(texts)])
+            predict = self.family.prepare(
+                NetworkSchedule.of_one(self.network, 2), torch.zeros(2), request, [tuple(texts)]
+            )
             for key, module in self.network.named_modules():
                 module.register_forward_hook(partial(self.note, key))
             predict(latents, 0)

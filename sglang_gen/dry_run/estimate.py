@@ -5,8 +5,8 @@ numbers come from this trace.
 """
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from sglang_gen.families import text_encoders
 from sglang_gen.families.contract import Request, Spec
 from sglang_gen.families.encoder_sizes import COUNT
 from sglang_gen.families.pipeline_contract import Pipeline
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.mesh import AXES, SEQUENCE, Mesh, coordinates
@@ -94,10 +95,14 @@ def trace_network(
     guidance: Guidance,
     dtype: torch.dtype,
     fused: bool = False,
+    network_name: str | None = None,
 ) -> NetworkTrace:
-    """Trace one rank's conditioning and one guided step of a batch of `rows` images; `fused` models compiled code."""
+    """Trace one rank's conditioning and one guided step of a batch of `rows` samples; `fused` models compiled code.
+
+    `network_name` is the denoising network to trace, by default the first.
+    """
     configs = {name: component.config for name, component in card.components.items()}
-    config = configs[pipeline.spec.network]
+    config = configs[network_name or pipeline.spec.network]
     meta_copy = split.meta_copy(lambda: pipeline.build(config), dtype)
     held = [*meta_copy.network.parameters(), *meta_copy.network.buffers()]
     trace = NetworkTrace(sum(map(stored_bytes, held)), kernels=Kernels(fused))
@@ -110,7 +115,8 @@ def trace_network(
     step = guidance.steps.start if guidance.on and guidance.steps else 0
 
     def evaluate(network: Any) -> None:
-        prepare = partial(pipeline.prepare, network, timesteps, request)
+        schedule = NetworkSchedule.of_one(network, len(timesteps))
+        prepare = partial(pipeline.prepare, schedule, timesteps, request)
         with counted() as trace.conditioning:
             predict = guided(prepare, encoded, guidance, range(request.steps_run), split.mesh.axis("cfg"))
         with counted() as trace.step, trace.kernels:
@@ -164,14 +170,14 @@ def busiest(layout: Layout, lengths: Sequence[int]) -> tuple[int, ...]:
     return tuple(rank for rank in range(layout.ranks) if coordinates(layout, rank) in places)
 
 
-def weights_of(plan: Plan, spec: Spec, network: int) -> dict[str, int]:
-    """Bytes of each component's weights on one rank; `network` is the denoising network's."""
+def weights_of(plan: Plan, spec: Spec, networks: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of each component's weights on one rank; `networks` has those of the denoising networks."""
     size = getattr(torch, plan.dtype).itemsize
     sizes = {}
     for name in spec.required(plan.card):
         component = plan.card.components[name]
-        if name == spec.network:
-            sizes[name] = network
+        if name in networks:
+            sizes[name] = networks[name]
         elif component.class_name in COUNT:
             sizes[name] = COUNT[component.class_name](component.config, ranks_of_encoder(plan, name)) * size
             sizes[name] += text_encoders.bytes_kept_in_float32(component, plan.dtype)
@@ -202,28 +208,45 @@ def estimate(plan: Plan) -> dict[str, Any]:
     meshes, dtype = [Mesh(plan.layout, rank) for rank in ranks], getattr(torch, plan.dtype)
     splits = [Split(mesh, pipeline.tensor_parallel, pipeline.sharding) for mesh in meshes]
     fused = plan.run.compile.enable_torch_compile
-    traces = [
-        trace_network(pipeline, split, plan.card, request, len(batch), guidance, dtype, fused) for split in splits
-    ]
-    trace = max(traces, key=lambda one: sum(one.step.bytes.values()))
-    trace.alive = max(one.alive for one in traces)
-    trace.kernels = max((one.kernels for one in traces), key=lambda kernels: kernels.flops)
+    traces = {
+        name: _most(
+            trace_network(pipeline, split, plan.card, request, len(batch), guidance, dtype, fused, name)
+            for split in splits
+        )
+        for name in pipeline.spec.networks_of(plan.card)
+    }
+    trace = _most(traces.values())  # a step is computed by one network; that of the most work is shown
     decoded, traffic = max(
         (trace_decoding(pipeline, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype) for mesh in meshes),
         key=lambda one: sum(one[1].bytes.values()),
     )
-    weights = weights_of(plan, pipeline.spec, trace.weights)
+    weights = weights_of(plan, pipeline.spec, {name: one.weights for name, one in traces.items()})
     alive = {"step": trace.alive, "decoding": decoded}
     if plan.run.sampling.image_path:
         alive["encoding"] = trace_encoding(pipeline, plan.card, request, dtype)
     total = sum(weights.values()) + max(alive.values())
     return {
         "memory": {"weights": weights, "alive": alive, "total": total, "there": _available_memory(plan)},
-        "conditioning": {"collectives": _collectives(trace.conditioning)},
+        "conditioning": {"collectives": _collectives(_total(one.conditioning for one in traces.values()))},
         "step": {"flops": trace.flops, "collectives": _collectives(trace.step)},
         "decoding": {"collectives": _collectives(traffic)},
         "prediction": predicted(plan.run.machine, plan.dtype, trace.kernels, sum(trace.step.bytes.values())),
     }
+
+
+def _most(traces: Iterable[NetworkTrace]) -> NetworkTrace:
+    """The trace that sends most, with the largest memory and the most work of all traces."""
+    found = list(traces)
+    kernels = max((one.kernels for one in found), key=lambda kernels: kernels.flops)
+    most = max(found, key=lambda one: sum(one.step.bytes.values()))
+    return replace(most, alive=max(one.alive for one in found), kernels=kernels)
+
+
+def _total(traffic: Iterable[Traffic]) -> Traffic:
+    total = Traffic()
+    for each in traffic:
+        total.include(each)
+    return total
 
 
 def _shard_sizes(native_request: NativeRequest, request: Request) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ class Request:
     """Settings of one batch: `size` in pixels, `factor` pixels per latent, `guidance` (--guidance-scale).
 
     `skipped` is the number of steps that image-to-image skips; None without an input image. `watermark` is the model's
-    `add_watermarker`; None if it is not set.
+    `add_watermarker` and `boundary` its `boundary_ratio`; None if it is not set.
     """
 
     size: Size
@@ -32,6 +32,7 @@ class Request:
     text_length: int | None = None
     skipped: int | None = None
     watermark: bool | None = None
+    boundary: float | None = None
     latent_frames: int = 1
 
     @property
@@ -157,7 +158,7 @@ class Spec:
     # Components: accepted classes by name (none: any class), and accepted settings of the denoising network's config.
     components: Mapping[str, tuple[str, ...]]
     settings: Mapping[str, Accepts]
-    network: str = "transformer"  # name of the denoising network
+    networks: tuple[str, ...] = ("transformer",)  # names of the denoising networks; a model may lack all but the first
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # all required if the model has the first
     file_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of text encoders, in a single file
     converts_original: bool = False  # the family's `original.py` converts the authors' layout, instead of diffusers
@@ -200,9 +201,18 @@ class Spec:
         return tuple(name for name in TEXT_ENCODERS if name in self.components or name in self.optional)
 
     @property
+    def network(self) -> str:
+        """Name of the first denoising network, which every model of the family has."""
+        return self.networks[0]
+
+    @property
     def network_classes(self) -> tuple[str, ...]:
-        """Accepted classes of the denoising network in diffusers."""
+        """Accepted classes of the denoising networks in diffusers."""
         return self.components[self.network]
+
+    def networks_of(self, card: ModelCard) -> tuple[str, ...]:
+        """Names of this model's denoising networks."""
+        return tuple(name for name in self.networks if name in card.components)
 
     def tokens(self, length: int | None) -> int:
         """Number of text tokens: `length` (sampling.max_sequence_length) if it is given, else the family's default."""

@@ -18,14 +18,12 @@ from sglang_gen.types import DENOISERS, Layout, ModelCard, Sample, Size
 
 
 def common_heads(card: ModelCard) -> int | None:
-    """Greatest common divisor of the attention head counts of the denoising network; None if they are unknown."""
-    for name in DENOISERS:
-        if name in card.components:
-            network = card.components[name]
-            spec = registry.by_network_class(network.class_name)
-            heads = (spec.heads if spec else configured_heads)(network.config)
-            return math.gcd(*heads) if heads else None
-    return None
+    """Greatest common divisor of the attention head counts of the denoising networks; None if they are unknown."""
+    heads: list[int] = []
+    for network in (card.components[name] for name in DENOISERS if name in card.components):
+        spec = registry.by_network_class(network.class_name)
+        heads += (spec.heads if spec else configured_heads)(network.config)
+    return math.gcd(*heads) if heads else None
 
 
 def obstacle(network: Limits, layout: Layout) -> tuple[str, str] | None:
@@ -201,11 +199,9 @@ def _family(run: Run, card: ModelCard) -> Spec:
 def check_size(run: Run, card: ModelCard, layout: Layout, stated: Set[str], size: Size | None) -> None:
     """Raises UserError for a layout that the network does not support at this size in pixels; None: an unknown size."""
     spec = _family(run, card)
-    config, factor = card.components[spec.network].config, image_size.latent_factor(card) or 1
-    network = spec.limits(config, size or Size(0, 0), factor)
-    if size is None:
-        network = replace(network, units=layout.ranks)
-    check_network(network, layout, stated)
+    for name in spec.networks_of(card):
+        network = spec.limits(card.components[name].config, size or Size(0, 0), image_size.latent_factor(card) or 1)
+        check_network(network if size else replace(network, units=layout.ranks), layout, stated)
 
 
 def check_machine(ranks: int, device: str) -> None:

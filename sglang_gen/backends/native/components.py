@@ -24,8 +24,8 @@ from sglang_gen.weights import original_layout
 from sglang_gen.weights.load import InMemoryTensors, Shrink, fill, load, where
 
 
-def read_components(plan: Plan, pipeline: Pipeline, split: Split) -> tuple[nn.Module, dict[str, Any]]:
-    """Load this rank's shard of the denoising network, and the other components by name, in the plan's dtype.
+def read_components(plan: Plan, pipeline: Pipeline, split: Split) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """Load this rank's shards of the denoising networks, and the other components, by name, in the plan's dtype.
 
     The components are on the plan's device. A large text encoder that is loaded from a folder is
     sharded as well.
@@ -33,15 +33,16 @@ def read_components(plan: Plan, pipeline: Pipeline, split: Split) -> tuple[nn.Mo
     Raises UserError for weights that do not fit, and the loading library's own exceptions for unreadable files.
     """
     spec, dtype = pipeline.spec, getattr(torch, plan.dtype)
-    network = _network(plan, spec.network, pipeline, dtype, split.shrink)
-    others = [name for name in spec.required(plan.card) if name != spec.network]
+    names = spec.networks_of(plan.card)
+    networks = {name: _network(plan, name, pipeline, dtype, split.shrink) for name in names}
+    others = [name for name in spec.required(plan.card) if name not in names]
     given = [name for name in others if plan.card.file is None or name in plan.run.model.component_paths]
     tp = split.mesh.axis("tp")
     components = {name: _component(name, plan.card.components[name], dtype, plan.device, tp) for name in given}
     if plan.card.file is not None:
-        components = _components_from_file(plan, others, {**components, spec.network: None}, dtype)
+        components = _components_from_file(plan, others, {**components, **dict.fromkeys(names)}, dtype)
     components["scheduler"] = _with_settings(components["scheduler"], spec.scheduler_settings)
-    return network, components
+    return networks, components
 
 
 def _network(plan: Plan, name: str, pipeline: Pipeline, dtype: torch.dtype, shrink: Shrink) -> nn.Module:

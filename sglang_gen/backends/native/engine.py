@@ -16,13 +16,14 @@ from sglang_gen.backends.diffusers.stages import plain_config
 from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.native import memory_policy, safety_checker, vae_parallel
 from sglang_gen.backends.native.components import read_components
-from sglang_gen.backends.native.execution import Execution
+from sglang_gen.backends.native.execution import Execution, effective_of, limits, share_graphs
 from sglang_gen.backends.native.request import NativeRequest, check_native_request, warn_ineffective
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
 from sglang_gen.families import img2img
 from sglang_gen.families.contract import Request
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.sharded_network import Split
 from sglang_gen.perf.clock import Clock
@@ -46,7 +47,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     log.adopt_libraries()
     try:
         split = Split(mesh, pipeline.tensor_parallel, pipeline.sharding)
-        network, components = read_components(plan, pipeline, split)
+        networks, components = read_components(plan, pipeline, split)
     except UserError:
         raise
     except LOADING_ERRORS as error:
@@ -55,7 +56,9 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
             raise RunError(f"Out of memory while loading {plan.card.name}{hint}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     warn_ineffective(plan, pipeline)
-    return NativeEngine(native_request, Execution(plan, split, pipeline, network), components, calls)
+    executions = {name: Execution(plan, split, pipeline, network, name) for name, network in networks.items()}
+    share_graphs(executions.values())
+    return NativeEngine(native_request, executions, components, calls)
 
 
 @contextmanager
@@ -73,21 +76,24 @@ class NativeEngine:
     """A loaded pipeline; see `types.Engine`."""
 
     def __init__(
-        self, native_request: NativeRequest, execution: Execution, components: Mapping[str, Any], calls: CallLog
+        self,
+        native_request: NativeRequest,
+        executions: Mapping[str, Execution],
+        components: Mapping[str, Any],
+        calls: CallLog,
     ) -> None:
+        """`executions` are those of the denoising networks, by name and in the order of the spec."""
         plan, pipeline = native_request.plan, native_request.pipeline
         self.plan, self.pipeline, self.native_request = plan, pipeline, native_request
-        self.components, self.execution, self.calls = components, execution, calls
-        self.mesh, self.comm_log = execution.mesh, CommLog()
-        self.network: Any = execution.network
-        self.entrance: Any = execution.parallel_network.entrance
+        self.components, self.executions, self.calls = components, executions, calls
+        self.execution = executions[pipeline.spec.network]  # of the first network
+        self.mesh, self.comm_log = self.execution.mesh, CommLog()
+        self.network: Any = self.execution.network
         self.text_components = [name for name in pipeline.spec.text_encoders if name in components]
         encoder_bytes = sum(
             stored_bytes(parameter) for name in self.text_components for parameter in components[name].parameters()
         )
-        self.memory_policy = memory_policy.choose(
-            plan, pipeline, native_request.config, native_request.full_request, encoder_bytes, self.mesh
-        )
+        self.memory_policy = memory_policy.choose(plan, pipeline, native_request.full_request, encoder_bytes, self.mesh)
         self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", pipeline.spec.zero_without_negative)
         self.sp = self.mesh.axis(SEQUENCE)
         self._observe(vae_parallel.split(components["vae"], self.sp))
@@ -100,8 +106,14 @@ class NativeEngine:
         if safety_checker.CHECKER in components:
             vision = components[safety_checker.CHECKER].vision_model
             calls.watch(Watched("decoding", safety_checker.CHECKER, vision))
-        network = Watched("denoising", pipeline.spec.network, self.network, self.execution.countable)
-        self.observed_network = calls.observed(network, self.entrance, "condition")
+        self.observed_networks = {
+            name: calls.observed(
+                Watched("denoising", name, execution.network, execution.countable),
+                execution.parallel_network.entrance,
+                "condition",
+            )
+            for name, execution in self.executions.items()
+        }
         decoder = Watched("decoding", "vae", vae, partial(self._vae_meta_copy, pipeline.decoding_dtype))
         self.decoder = calls.observed(decoder, vae, "decode")
         encoder = Watched("latents", "vae", vae, partial(self._vae_meta_copy, pipeline.encoding_dtype))
@@ -128,9 +140,10 @@ class NativeEngine:
         """The settings that take effect, and the classes of the components. Collective where kernels are timed."""
         with _memory_explained():
             self._time_kernels()
-        classes = {name: type(component).__name__ for name, component in self.components.items()}
+        networks = {name: execution.network for name, execution in self.executions.items()}
+        classes = {name: type(part).__name__ for name, part in {**networks, **self.components}.items()}
         return {
-            **self.execution.effective(),
+            **effective_of(self.executions),
             "offload": [],
             "lora": [],
             "cache": "none",
@@ -140,7 +153,7 @@ class NativeEngine:
             "released": list(self.text_components) if self.memory_policy.released else [],
             "pipeline": self.plan.pipeline_class,
             "makes": self.pipeline.spec.makes,
-            "components": {self.pipeline.spec.network: type(self.network).__name__, **classes},
+            "components": classes,
             "scheduler_config": plain_config(self.components["scheduler"]),
         }
 
@@ -176,19 +189,24 @@ class NativeEngine:
         noise = self._noise(request, timesteps, generators)
         numbers = step_numbers(len(timesteps), request.steps_run, getattr(scheduler, "order", 1))
 
-        def predictor(network: Any, texts: Encoded) -> Predict:
-            prepare, cfg = partial(self.pipeline.prepare, network, timesteps, request), self.mesh.axis("cfg")
-            return guided(prepare, texts, guidance, numbers, cfg)
+        names = self.pipeline.network_names(timesteps, request)
+
+        def predictor(networks: Mapping[str, Any], texts: Encoded) -> Predict:
+            prepare = partial(self.pipeline.prepare, NetworkSchedule(networks, names), timesteps, request)
+            return guided(prepare, texts, guidance, numbers, self.mesh.axis("cfg"))
 
         clock.leave()  # settling happens once for a shape and belongs to no stage
-        self.execution.settle(predictor, sorted(set(kinds(guidance, numbers))), request, encoded, noise)
+        different = sorted(set(kinds(guidance, numbers, names)))
+        for name, execution in self.executions.items():
+            own = [kind for kind in different if names[kind] == name]
+            execution.settle(predictor, own, request, encoded, noise)
         texts = tuple(tuple(map(described, text)) for text in encoded)
-        self.comm_log.note(GeneratedBatch(request, guidance, tuple(numbers), texts, lists, described(noise)))
+        self.comm_log.note(GeneratedBatch(request, guidance, tuple(numbers), names, texts, lists, described(noise)))
         clock.enter("denoising")
         with self.comm_log.during("conditioning", 1):
-            predict = predictor(self.observed_network, encoded)
+            predict = predictor(self.observed_networks, encoded)
         with (
-            self.execution.limits(),
+            limits(self.executions.values()),
             self.comm_log.during("denoising", len(numbers)),
             log.Progress(request.steps_run) as progress,
         ):
@@ -208,7 +226,7 @@ class NativeEngine:
 
     def _time_kernels(self) -> None:
         """With attention=auto choose the kernel on the shapes of the run's first batch, unless it is chosen."""
-        if self.execution.timed:
+        if all(execution.timed for execution in self.executions.values()):
             return
         batch, request = self.plan.batches[0], self.native_request.full_request
         negative = batch[0].negative_prompt is not None
@@ -216,7 +234,8 @@ class NativeEngine:
             self.plan, self.pipeline.spec.guidance, request, negative, self.memory_policy.batched
         )
         self._place_encoders("cpu")  # they are moved back to encode
-        self.execution.time_kernels(guidance, request, len(batch))
+        for execution in self.executions.values():
+            execution.time_kernels(guidance, request, len(batch))
 
     def _place_encoders(self, device: str) -> None:
         """Move the text encoders to `device` if the memory policy keeps them on the GPU only while they encode."""

@@ -56,6 +56,7 @@ class NativeRequest:
             text_length=sampling.max_sequence_length,
             skipped=self._skipped(steps),
             watermark=self.plan.card.settings.get("add_watermarker"),
+            boundary=self.plan.card.settings.get("boundary_ratio"),
             latent_frames=self.spec.latent_frames(size),
         )
 

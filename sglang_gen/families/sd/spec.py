@@ -25,7 +25,7 @@ def default_size(config: ComponentConfig, factor: int) -> Size:
 SPEC = Spec(
     name="sd",
     pipeline_class="StableDiffusionPipeline",
-    network="unet",
+    networks=("unet",),
     components={
         "unet": ("UNet2DConditionModel",), "vae": VAE, "scheduler": ANY, "text_encoder": CLIP, "tokenizer": ANY,
     },

@@ -13,6 +13,7 @@ from sglang_gen.families import flow_matching, img2img, prediction, text_encodin
 from sglang_gen.families.contract import ComponentConfig, Request
 from sglang_gen.families.flow_matching import FlowMatching
 from sglang_gen.families.pipeline_contract import Pipeline
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.sd3 import SD3, Block, Conditioning, Config
 from sglang_gen.models.vae import Autoencoder
@@ -178,11 +179,11 @@ class SD3Pipeline(FlowMatching):
         return tokens * config(diffusers_config).width
 
     def prepare(
-        self, network: SD3, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
+        self, networks: NetworkSchedule, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
     ) -> Predict:
         """The network as a velocity predictor, with the conditioning of all steps computed once."""
         size = request.latent_size
-        return prediction.predictor(network, timesteps, *prediction.joined(encoded), size.height, size.width)
+        return prediction.predictor(networks, timesteps, *prediction.joined(encoded), size.height, size.width)
 
     def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
         """Frames `[B, 1, H, W, 3]` in -1..1."""

@@ -12,8 +12,8 @@ from sglang_gen.families import autoencoder as autoencoder
 from sglang_gen.families import img2img, prediction, text_encoding, watermark
 from sglang_gen.families.contract import ComponentConfig, Request
 from sglang_gen.families.pipeline_contract import Pipeline, image_frames
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.families.unet_shared import UNetPipeline
-from sglang_gen.models.unet import UNet
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.models.vae import Config as AutoencoderConfig
 
@@ -42,13 +42,13 @@ class SDXLPipeline(UNetPipeline):
         return timesteps if request.skipped is not None else img2img.remaining_timesteps(scheduler, 0)
 
     def prepare(
-        self, network: UNet, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
+        self, networks: NetworkSchedule, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
     ) -> Predict:
         """The network as a predictor, with the conditioning of all steps computed once."""
         states, pooled = prediction.joined(encoded)
         size = (request.size.height, request.size.width)
         sizes = states.new_tensor([*size, 0, 0, *size])  # original size, top left corner of the crop, target size
-        return prediction.predictor(network, timesteps, states, pooled, sizes.expand(len(states), -1))
+        return prediction.predictor(networks, timesteps, states, pooled, sizes.expand(len(states), -1))
 
     def encoding_dtype(self, config: AutoencoderConfig, dtype: torch.dtype) -> torch.dtype:
         """Dtype in which an autoencoder loaded in `dtype` encodes: float32 if it overflows in float16."""
