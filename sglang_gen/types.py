@@ -58,6 +58,15 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Size:
+    """Height and width, in pixels or in latents, and the number of frames; an image is one frame."""
+
+    height: int
+    width: int
+    frames: int = 1
+
+
+@dataclass(frozen=True)
 class Sample:
     """One sample to generate. `index` counts over the whole run."""
 
@@ -97,12 +106,17 @@ class Plan:
 class Decoded:
     """Output of an engine for one batch."""
 
-    frames: "np.ndarray[Any, Any]"  # image uint8 [B, H, W, 3]; video uint8 [B, F, H, W, 3]; audio float [B, C, T]
+    frames: "np.ndarray[Any, Any]"  # image or video uint8 [B, F, H, W, 3], an image is F = 1; audio float [B, C, T]
     noise: "torch.Tensor | None" = None  # input of the first denoising step, in the pipeline's own layout
     latents: "torch.Tensor | None" = None  # input of the decoder, in the pipeline's own layout
     kind: str = "image"  # image, video or audio
     rate: int | None = None  # samples per second of audio
     effective: Mapping[str, Any] = field(default_factory=dict)  # effective settings that are specific to this batch
+
+    def saved(self, row: int) -> "np.ndarray[Any, Any]":
+        """What is saved of one sample: image uint8 [H, W, 3], video uint8 [F, H, W, 3] or audio float [C, T]."""
+        sample: np.ndarray[Any, Any] = self.frames[row]
+        return sample[0] if self.kind == "image" else sample
 
 
 class Engine(Protocol):
@@ -135,7 +149,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """Result of a run: `frames[i]` is saved in `paths[i]`; `report` is the perf dump as a dict."""
+    """Result of a run: `frames[i]` is saved in `paths[i]`, see `Decoded.saved`; `report` is the perf dump as a dict."""
 
     paths: tuple[Path, ...]
     frames: tuple["np.ndarray[Any, Any]", ...]

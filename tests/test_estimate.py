@@ -28,7 +28,7 @@ from sglang_gen.hub import resolve
 from sglang_gen.parallel.collectives import Axis, counted
 from sglang_gen.parallel.sequence_boundary import shard_sizes
 from sglang_gen.plan.make import make_plan
-from sglang_gen.types import Layout
+from sglang_gen.types import Layout, Size
 
 NAMES = [preset.name for preset in presets.load() if preset.path]
 
@@ -125,7 +125,7 @@ def test_products_are_those_that_torch_counts_and_two_ranks_have_half():
 @pytest.mark.whole
 def test_decoding_by_rows_needs_less_memory_and_sends_what_its_ranks_send():
     card = resolve.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
-    request = Request(1024, 768, rehearsed.FACTOR, steps=1, guidance=1.0, text_length=None)
+    request = Request(Size(1024, 768), rehearsed.FACTOR, steps=1, guidance=1.0, text_length=None)
     alone, nothing = trace_decoding(rehearsed.FAMILIES["sdxl"], Axis("sp", 1, 0), card, request, 2, torch.float16)
     half, sent = trace_decoding(rehearsed.FAMILIES["sdxl"], Axis("sp", 2, 0), card, request, 2, torch.float16)
     widest = 2 * 256 * 1024 * 768 * 4  # bytes of a batch of maps after the last upsampling, in float32

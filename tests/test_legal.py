@@ -20,7 +20,7 @@ from sglang_gen.families import registry
 from sglang_gen.hub import resolve
 from sglang_gen.plan import checks, layout_limits, make
 from sglang_gen.plan import degrees as layout
-from sglang_gen.types import Layout, ModelCard, Plan
+from sglang_gen.types import Layout, ModelCard, Plan, Size
 
 LAYOUTS = sorted(path.stem for path in (env.conf_dir() / "parallel").glob("*.yaml"))
 TRUE_CFG = "backend.diffusers_kwargs={true_cfg_scale:4}"
@@ -100,7 +100,7 @@ def test_every_layout_of_a_preset_plans_and_runs_or_neither(options, model):
 
 
 def limits(pipeline: str, config: dict, height: int, width: int | None = None) -> layout_limits.Limits:
-    return registry.by_name(pipeline).limits(config, height, width or height, rehearsed.FACTOR)
+    return registry.by_name(pipeline).limits(config, Size(height, width or height), rehearsed.FACTOR)
 
 
 DEGREES = st.sampled_from([1, 1, 2, 3, 4])
@@ -223,9 +223,9 @@ def test_the_size_of_an_input_picture_is_checked_where_it_is_read():
     words = ("parallel.ring_degree=4", "sampling.height=96", "sampling.image_path=fox.png")
     found = planned("sdxl", *words)
     stated = layout.stated(found.sources)
-    layout_limits.check_size(found.run, found.card, found.layout, stated, 128, 128)
+    layout_limits.check_size(found.run, found.card, found.layout, stated, Size(128, 128))
     with pytest.raises(UserError, match=re.escape("this image has 3 bands")):
-        layout_limits.check_size(found.run, found.card, found.layout, stated, 96, 128)
+        layout_limits.check_size(found.run, found.card, found.layout, stated, Size(96, 128))
 
 
 def test_a_picture_of_less_than_a_band_is_made_whole_on_every_rank_and_shared_by_none():

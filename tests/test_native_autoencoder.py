@@ -20,7 +20,7 @@ from sglang_gen.families import autoencoder, registry
 from sglang_gen.families.contract import Request
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.models.vae import posterior
-from sglang_gen.types import Component
+from sglang_gen.types import Component, Size
 from sglang_gen.weights.load import load
 
 
@@ -264,10 +264,11 @@ def test_an_autoencoder_in_float16_decodes_in_float32_where_its_config_says_so(
     monkeypatch.setattr(type(our.decoder), "forward", lambda self, x: (seen.append(x.dtype), forward(self, x))[1])
     with torch.no_grad():
         found = registry.pipeline(registry.by_name("sdxl")).decode(
-            our, given, Request(48, 32, 8, steps=1, guidance=1.0)
+            our, given, Request(Size(48, 32), 8, steps=1, guidance=1.0)
         )
     their = AutoencoderKL.from_pretrained(folder, dtype=half).to(dtype)
     with torch.no_grad():
         wanted = their.decode(given.to(dtype) / config["scaling_factor"], return_dict=False)[0]
     assert (seen, found.dtype, autoencoder.dtype(our)) == ([dtype], dtype, half)
+    wanted = wanted.movedim(1, -1)[:, None]  # one frame, channels last
     assert error(found.float(), wanted.float()) <= (1e-5 if dtype is torch.float32 else 1e-2)

@@ -1,6 +1,7 @@
 """Guidance of the native engine: in an interval of the steps, and with both branches at once or in turn."""
 
 import contextlib
+import inspect
 import json
 import weakref
 from pathlib import Path
@@ -21,10 +22,12 @@ from sglang_gen.engine import cfg
 from sglang_gen.engine.denoise import step_numbers
 from sglang_gen.families import registry
 from sglang_gen.families.contract import Request
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.models.flux import Flux
 from sglang_gen.models.sd3 import SD3
 from sglang_gen.models.unet import UNet
 from sglang_gen.plan.guidance import guided_steps
+from sglang_gen.types import Size
 
 NETWORKS = {"sd15": UNet, "sdxl": UNet, "sd3": SD3, "flux": Flux}
 TRUE_CFG = ("--diffusers-kwargs", '{"true_cfg_scale": 3.0}', "--negative-prompt", "a dog")
@@ -312,7 +315,7 @@ def test_the_memory_that_is_reckoned_covers_what_a_network_holds(monkeypatch, pr
     """Counted on meta, at the published sizes, with attention that keeps no matrix."""
     family = registry.pipeline(registry.by_name(name))
     config = json.loads((env.preset_configs(preset) / family.spec.network / "config.json").read_text())
-    request = Request(height=1024, width=768, factor=8, steps=2, guidance=3.5)
+    request = Request(Size(1024, 768), factor=8, steps=2, guidance=3.5)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
     with torch.device("meta"), torch.no_grad(), contextlib.ExitStack() as stack:
         network = family.build(config).to(torch.bfloat16)
@@ -321,9 +324,9 @@ def test_the_memory_that_is_reckoned_covers_what_a_network_holds(monkeypatch, pr
             encoded = [encoded[0][:2]]
         noise = torch.empty(rows, 16 if name in ("sd3", "flux") else 4, 128, 96, dtype=torch.bfloat16)
         latents = noise.reshape(rows, -1, 64) if name == "flux" else noise
-        predict = family.prepare(network, torch.ones(2), request, encoded)
-        kept = [cell.cell_contents for cell in predict.__closure__]
-        tensors = [leaf for value in kept for leaf in tree_leaves(vars(value)) if isinstance(leaf, torch.Tensor)]
+        predict = family.prepare(NetworkSchedule.of_one(network, 2), torch.ones(2), request, encoded)
+        _, conditioning = inspect.getclosurevars(predict).nonlocals["conditioned"][""]
+        tensors = [leaf for leaf in tree_leaves(vars(conditioning)) if isinstance(leaf, torch.Tensor)]
         live = stack.enter_context(Live([*network.parameters(), *network.buffers(), latents, *tensors]))
         predict(latents, 0)
     reckoned = cfg.MAPS * rows * 2 * family.widest_map(config, request)

@@ -19,7 +19,7 @@ from sglang_gen.hub import resolve
 from sglang_gen.launch import rank
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.plan import backend_choice, checks, make
-from sglang_gen.types import Layout, Plan
+from sglang_gen.types import Layout, Plan, Size
 
 
 def composed(*words: str, model: str = "sdxl", **flags: object) -> Composed:
@@ -115,7 +115,7 @@ def test_a_size_that_the_model_does_not_take_names_the_nearest(model, word, sent
 )
 def test_only_a_configuration_of_before_0_9_is_an_old_one(config, side):
     """What those say of the size is wrong where it is small."""
-    assert registry.by_name("sd").default_size(config, 8) == (side, side)
+    assert registry.by_name("sd").default_size(config, 8) == Size(side, side)
 
 
 def test_sd3_is_not_asked_for_more_than_its_table_of_positions():

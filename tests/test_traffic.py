@@ -19,6 +19,7 @@ from sglang_gen.backends.native import vae_parallel
 from sglang_gen.dry_run.estimate import busiest
 from sglang_gen.families import autoencoder as autoencoder
 from sglang_gen.families.contract import Request
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.unet import SelfAttention
 from sglang_gen.models.vae import Autoencoder
@@ -26,7 +27,7 @@ from sglang_gen.parallel import tensor
 from sglang_gen.parallel.collectives import Axis, counted
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.parallel.sharded_network import Split
-from sglang_gen.types import Layout
+from sglang_gen.types import Layout, Size
 
 SD3, FLUX, SDXL, SD15 = (
     Reference(family).variants[variant]
@@ -89,12 +90,14 @@ class Met(Layers):
         placed.set_kernel(lambda q, k, v: torch.empty_like(q), None)
         self.network = placed.network
         self.sharded = {id(leaf) for leaves in placed.attention_ops.values() for leaf in leaves}
-        request = Request(HEIGHT, WIDTH, rehearsed.FACTOR, steps=2, guidance=3.5, text_length=TEXT)
+        request = Request(Size(HEIGHT, WIDTH), rehearsed.FACTOR, steps=2, guidance=3.5, text_length=TEXT)
         configs = {key: part.config for key, part in card(name).components.items()}
         shapes = (*self.family.encoded_shapes(configs, TEXT), self.family.latents_shape(CONFIGS[name], request))
         *texts, latents = (torch.empty(ROWS, *shape, device="meta") for shape in shapes)
         with torch.no_grad():
-            predict = self.family.prepare(self.network, torch.zeros(2), request, [tuple(texts)])
+            predict = self.family.prepare(
+                NetworkSchedule.of_one(self.network, 2), torch.zeros(2), request, [tuple(texts)]
+            )
             for key, module in self.network.named_modules():
                 module.register_forward_hook(partial(self.note, key))
             predict(latents, 0)

@@ -57,7 +57,7 @@ PIPELINES = (
            "torch.cat([pooled, pooled_2], dim=-1)", "torch.cat([pooled_2, pooled], dim=-1)"),
     Mutant("SDXL is told width before height",
            "sglang_gen/families/sdxl/pipeline.py", "tests/test_native.py -k 'both_backends and sdxl'",
-           "size = (request.height, request.width)", "size = (request.width, request.height)"),
+           "size = (request.size.height, request.size.width)", "size = (request.size.width, request.size.height)"),
     Mutant("The last layer of CLIP is read in place of the last but one",
            "sglang_gen/families/text_encoding.py", "tests/test_native.py -k 'both_backends and sdxl'",
            "layer: int = -2", "layer: int = -1"),

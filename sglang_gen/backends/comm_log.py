@@ -23,13 +23,14 @@ def described(tensor: torch.Tensor) -> Described:
 class GeneratedBatch:
     """How one batch was generated, as far as its communication depends on it.
 
-    `steps` is the step of each evaluation of the network, `texts` the encoded texts of each guidance branch, and
-    `encoded` the number of lists of texts that the text encoders encoded.
+    `steps` is the step of each evaluation and `networks` the name of the network that computes it, `texts` the encoded
+    texts of each guidance branch, and `encoded` the number of lists of texts that the text encoders encoded.
     """
 
     request: Request
     guidance: Guidance
     steps: tuple[int, ...]
+    networks: tuple[str, ...]
     texts: tuple[tuple[Described, ...], ...]
     encoded: int
     latents: Described

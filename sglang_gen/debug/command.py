@@ -129,6 +129,12 @@ def _checked(composed: "Composed", card: "ModelCard") -> "Plan":
     _, reason = backend_choice.choose(plan.run, card, plan.device)
     if reason is not None:
         raise UserError(f"sglang debug parity runs both backends, and the native engine cannot run this: {reason}")
+    spec = backend_choice.family(plan.run, card)
+    if spec is not None and (spec.video is not None or len(spec.networks_of(card)) > 1):
+        raise UserError(
+            f"sglang debug parity compares images of one denoising network, and {spec.pipeline_class} makes "
+            f"{spec.makes} with {' and '.join(spec.networks_of(card))}"
+        )
     if plan.layout.ranks > 1:
         raise UserError("sglang debug parity runs on one rank; leave out the settings of parallel")
     return plan

@@ -13,6 +13,7 @@ from sglang_gen.debug.recording import Recording, Step, schedule
 from sglang_gen.debug.watching import copied, replaced
 from sglang_gen.errors import RunError
 from sglang_gen.families.contract import Request
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.types import Decoded
 
 Generate = Callable[[], Decoded]
@@ -76,8 +77,8 @@ def run_led(engine: Any, generate: Generate, recording: Recording) -> Led:
     assert recording.decoded is not None
     noise, begin, step = recording.decoded.noise, engine._noise, scheduler.step
 
-    def prepare(network: Any, timesteps: Tensor, *args: Any) -> Any:
-        return prepare_timesteps(network, recording.schedule["timesteps"][-len(timesteps) :], *args)
+    def prepare(networks: NetworkSchedule, timesteps: Tensor, *args: Any) -> Any:
+        return prepare_timesteps(networks, recording.schedule["timesteps"][-len(timesteps) :], *args)
 
     def start(*args: Any) -> Tensor:
         drawn: Tensor = begin(*args)
@@ -105,5 +106,5 @@ def run_led(engine: Any, generate: Generate, recording: Recording) -> Led:
 @torch.no_grad()
 def predict_once(engine: Any, request: Request, timestep: Tensor, texts: tuple[Tensor, ...], latents: Tensor) -> None:
     """Evaluate our network once at one timestep, so that hooks can observe its modules."""
-    predict = engine.pipeline.prepare(engine.network, timestep[None], request, [texts])
+    predict = engine.pipeline.prepare(NetworkSchedule.of_one(engine.network, 1), timestep[None], request, [texts])
     predict(latents, 0)

@@ -5,8 +5,8 @@ numbers come from this trace.
 """
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from sglang_gen.families import text_encoders
 from sglang_gen.families.contract import Request, Spec
 from sglang_gen.families.encoder_sizes import COUNT
 from sglang_gen.families.pipeline_contract import Pipeline
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.mesh import AXES, SEQUENCE, Mesh, coordinates
@@ -85,11 +86,16 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
-def trace_network(plan: Plan, mesh: Mesh, request: Request, rows: int, guidance: Guidance) -> NetworkTrace:
-    """Trace one rank's conditioning and one guided step of a batch of `rows` images."""
-    built = build(plan, mesh, meta=True)
+def trace_network(
+    plan: Plan, mesh: Mesh, request: Request, rows: int, guidance: Guidance, name: str | None = None
+) -> NetworkTrace:
+    """Trace one rank's conditioning and one guided step of a batch of `rows` samples.
+
+    `name` is the denoising network to trace, by default the first.
+    """
+    built = build(plan, mesh, name, meta=True)
     pipeline, dtype = built.pipeline, built.dtype
-    configs = {name: component.config for name, component in plan.card.components.items()}
+    configs = {key: component.config for key, component in plan.card.components.items()}
     config = configs[built.name]
     held = [*built.network.parameters(), *built.network.buffers()]
     trace = NetworkTrace(sum(map(stored_bytes, held)), kernels=Kernels(plan.run.compile.enable_torch_compile))
@@ -102,7 +108,8 @@ def trace_network(plan: Plan, mesh: Mesh, request: Request, rows: int, guidance:
     step = guidance.steps.start if guidance.on and guidance.steps else 0
 
     def evaluate(network: Any) -> None:
-        prepare = partial(pipeline.prepare, network, timesteps, request)
+        schedule = NetworkSchedule.of_one(network, len(timesteps))
+        prepare = partial(pipeline.prepare, schedule, timesteps, request)
         with counted() as trace.conditioning:
             predict = guided(prepare, encoded, guidance, range(request.steps_run), mesh.axis("cfg"))
         with counted() as trace.step, trace.kernels:
@@ -124,7 +131,7 @@ def trace_decoding(
     config = autoencoder.config(card.components["vae"].config)
     with torch.device("meta"):
         vae = decoders.split(Autoencoder(config).to(pipeline.decoding_dtype(config, dtype)), axis)
-        latents = torch.empty(rows, config.channels, *request.latent_size).to(autoencoder.dtype(vae))
+        latents = torch.empty(pipeline.autoencoder_shape(config, request, rows), dtype=autoencoder.dtype(vae))
     with torch.no_grad(), counted() as sent, Alive([*vae.parameters(), latents]) as alive:
         vae.decode(latents)
     return alive.most, sent
@@ -135,7 +142,8 @@ def trace_encoding(pipeline: Pipeline, card: ModelCard, request: Request, dtype:
     config = autoencoder.config(card.components["vae"].config)
     with torch.device("meta"):
         vae = Autoencoder(config).to(pipeline.encoding_dtype(config, dtype))
-        pixels = torch.empty(1, config.channels_in, request.height, request.width, dtype=autoencoder.dtype(vae))
+        sides = (request.size.height, request.size.width)
+        pixels = torch.empty(1, config.channels_in, *sides, dtype=autoencoder.dtype(vae))
     with torch.no_grad(), Alive([*vae.parameters(), pixels]) as alive:
         vae.encode(pixels)
     return int(alive.most)
@@ -155,14 +163,14 @@ def busiest(layout: Layout, lengths: Sequence[int]) -> tuple[int, ...]:
     return tuple(rank for rank in range(layout.ranks) if coordinates(layout, rank) in places)
 
 
-def weights_of(plan: Plan, spec: Spec, network: int) -> dict[str, int]:
-    """Bytes of each component's weights on one rank; `network` is the denoising network's."""
+def weights_of(plan: Plan, spec: Spec, networks: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of each component's weights on one rank; `networks` has those of the denoising networks."""
     size = getattr(torch, plan.dtype).itemsize
     sizes = {}
     for name in spec.required(plan.card):
         component = plan.card.components[name]
-        if name == spec.network:
-            sizes[name] = network
+        if name in networks:
+            sizes[name] = networks[name]
         elif component.class_name in COUNT:
             sizes[name] = COUNT[component.class_name](component.config, ranks_of_encoder(plan, name)) * size
             sizes[name] += text_encoders.bytes_kept_in_float32(component, plan.dtype)
@@ -185,32 +193,48 @@ def estimate(plan: Plan) -> dict[str, Any]:
         return {"reason": f"not estimated ({plan.backend})"}
     native_request = NativeRequest(plan)
     pipeline, request, batch = native_request.pipeline, native_request.full_request, max(plan.batches, key=len)
-    layout_limits.check_size(plan.run, plan.card, plan.layout, plan.stated_degrees, request.height, request.width)
+    layout_limits.check_size(plan.run, plan.card, plan.layout, plan.stated_degrees, request.size)
     negative = any(sample.negative_prompt is not None for samples in plan.batches for sample in samples)
     together = plan.run.sampling.guidance_batching is not GuidanceBatching.sequential
     guidance = memory_policy.guidance(plan, pipeline.spec.guidance, request, negative, together)
     ranks = busiest(plan.layout, _shard_sizes(native_request, request))
     meshes, dtype = [Mesh(plan.layout, rank) for rank in ranks], getattr(torch, plan.dtype)
-    traces = [trace_network(plan, mesh, request, len(batch), guidance) for mesh in meshes]
-    trace = max(traces, key=lambda one: sum(one.step.bytes.values()))
-    trace.alive = max(one.alive for one in traces)
-    trace.kernels = max((one.kernels for one in traces), key=lambda kernels: kernels.flops)
+    traces = {
+        name: _most(trace_network(plan, mesh, request, len(batch), guidance, name) for mesh in meshes)
+        for name in pipeline.spec.networks_of(plan.card)
+    }
+    trace = _most(traces.values())  # a step is computed by one network; that of the most work is shown
     decoded, traffic = max(
         (trace_decoding(pipeline, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype) for mesh in meshes),
         key=lambda one: sum(one[1].bytes.values()),
     )
-    weights = weights_of(plan, pipeline.spec, trace.weights)
+    weights = weights_of(plan, pipeline.spec, {name: one.weights for name, one in traces.items()})
     alive = {"step": trace.alive, "decoding": decoded}
     if plan.run.sampling.image_path:
         alive["encoding"] = trace_encoding(pipeline, plan.card, request, dtype)
     total = sum(weights.values()) + max(alive.values())
     return {
         "memory": {"weights": weights, "alive": alive, "total": total, "there": _available_memory(plan)},
-        "conditioning": {"collectives": _collectives(trace.conditioning)},
+        "conditioning": {"collectives": _collectives(_total(one.conditioning for one in traces.values()))},
         "step": {"flops": trace.flops, "collectives": _collectives(trace.step)},
         "decoding": {"collectives": _collectives(traffic)},
         "prediction": predicted(plan.run.machine, plan.dtype, trace.kernels, sum(trace.step.bytes.values())),
     }
+
+
+def _most(traces: Iterable[NetworkTrace]) -> NetworkTrace:
+    """The trace that sends most, with the largest memory and the most work of all traces."""
+    found = list(traces)
+    kernels = max((one.kernels for one in found), key=lambda kernels: kernels.flops)
+    most = max(found, key=lambda one: sum(one.step.bytes.values()))
+    return replace(most, alive=max(one.alive for one in found), kernels=kernels)
+
+
+def _total(traffic: Iterable[Traffic]) -> Traffic:
+    total = Traffic()
+    for each in traffic:
+        total.include(each)
+    return total
 
 
 def _shard_sizes(native_request: NativeRequest, request: Request) -> tuple[int, ...]:

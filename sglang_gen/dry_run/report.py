@@ -7,6 +7,7 @@ from sglang_gen.backends.preflight import check_backend
 from sglang_gen.config.schema import plain
 from sglang_gen.dry_run.estimate import estimate
 from sglang_gen.perf import quality
+from sglang_gen.plan import image_size
 from sglang_gen.types import Plan
 
 
@@ -40,7 +41,7 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
 def _as_table(plan: Plan) -> str:
     content, sampling = _as_dict(plan), plan.run.sampling
     layout = ", ".join(f"{name} {value}" for name, value in content["layout"].items())
-    own = "the model's own"
+    own, size = "the model's own", image_size.expected(plan)
     rows = [
         ("model", content["model"]),
         ("pipeline", content["pipeline"]),
@@ -48,6 +49,7 @@ def _as_table(plan: Plan) -> str:
         ("layout", layout),
         ("samples", f"{sum(map(len, plan.batches))} in {len(plan.batches)} batches"),
         ("width, height", f"{sampling.width or own}, {sampling.height or own}"),
+        *([("frames", str(size.frames))] if size is not None and size.frames > 1 else []),
         ("steps, guidance, seed", f"{sampling.num_inference_steps}, {sampling.guidance_scale}, {sampling.seed}"),
     ]
     rows += [(name, f"{_short(value)}  ->  {_short(plan.effective[name])}") for name, value in plan.requested.items()]

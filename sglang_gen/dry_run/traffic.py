@@ -14,6 +14,7 @@ from sglang_gen.dry_run.estimate import ranks_of_encoder, trace_decoding
 from sglang_gen.engine.cfg import guided, kinds
 from sglang_gen.engine.meta_trace import trace_on_meta
 from sglang_gen.families.pipeline_contract import Pipeline
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.types import Plan
@@ -61,21 +62,25 @@ def _encoding(plan: Plan, pipeline: Pipeline, axis: Axis, batch: GeneratedBatch,
 
 
 def trace_denoising(plan: Plan, pipeline: Pipeline, mesh: Mesh, batch: GeneratedBatch, dtype: torch.dtype) -> Stages:
-    """Traffic of conditioning the network and of all of a batch's evaluations; one of each kind is traced."""
+    """Traffic of conditioning the networks and of all of a batch's evaluations; one of each kind is traced."""
     latents, texts = _empty(batch.latents), [tuple(map(_empty, branch)) for branch in batch.texts]
     stages: Stages = {"conditioning": Traffic(), "denoising": Traffic()}
 
-    def evaluate(network: Any) -> None:
-        prepare = partial(pipeline.prepare, network, torch.zeros(len(batch.steps)), batch.request)
+    evaluations = Counter(kinds(batch.guidance, batch.steps, batch.networks))
+
+    def evaluate(name: str, network: Any) -> None:
+        schedule = NetworkSchedule({name: network}, batch.networks)
+        prepare = partial(pipeline.prepare, schedule, torch.zeros(len(batch.steps)), batch.request)
         with counted() as conditioning:
             predict = guided(prepare, texts, batch.guidance, batch.steps, mesh.axis("cfg"))
         stages["conditioning"].include(conditioning)
-        for kind, count in Counter(kinds(batch.guidance, batch.steps)).items():
+        for kind in (kind for kind in evaluations if batch.networks[kind] == name):
             with counted() as evaluation:
                 predict(latents, kind)
-            stages["denoising"].include(evaluation, count)
+            stages["denoising"].include(evaluation, evaluations[kind])
 
-    trace_on_meta(build(plan, mesh, meta=True).parallel, (), evaluate)
+    for name in dict.fromkeys(batch.networks):
+        trace_on_meta(build(plan, mesh, name, meta=True).parallel, (), partial(evaluate, name))
     return stages
 
 

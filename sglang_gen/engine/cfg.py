@@ -65,10 +65,14 @@ def guided(
     return predict
 
 
-def kinds(guidance: Guidance, numbers: Sequence[int]) -> list[int]:
-    """For each evaluation the index of the first one of its kind, guided or unguided."""
+def kinds(guidance: Guidance, numbers: Sequence[int], networks: Sequence[str] = ()) -> list[int]:
+    """For each evaluation the index of the first one of its kind: guided or unguided, and by the same network.
+
+    `networks` names the network of each evaluation, if there are several.
+    """
     inside = [guidance.on and (guidance.steps is None or number in guidance.steps) for number in numbers]
-    return [inside.index(kind) for kind in inside]
+    found = list(zip(inside, networks or [""] * len(inside), strict=True))
+    return [found.index(kind) for kind in found]
 
 
 def _batched(both: Predict) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:

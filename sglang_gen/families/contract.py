@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sglang_gen.errors import UserError
-from sglang_gen.types import TEXT_ENCODERS, ModelCard
+from sglang_gen.types import TEXT_ENCODERS, ModelCard, Size
 
 ComponentConfig = Mapping[str, Any]  # a component's config.json
 Accepts = Callable[[Any], bool]  # whether the native engine supports a value of a config
@@ -19,29 +19,30 @@ Accepts = Callable[[Any], bool]  # whether the native engine supports a value of
 
 @dataclass(frozen=True)
 class Request:
-    """Settings of one batch: `height` and `width` in pixels, `factor` pixels per latent, `guidance` (--guidance-scale).
+    """Settings of one batch: `size` in pixels, `factor` pixels per latent, `guidance` (--guidance-scale).
 
     `skipped` is the number of steps that image-to-image skips; None without an input image. `watermark` is the model's
-    `add_watermarker`; None if it is not set.
+    `add_watermarker` and `boundary` its `boundary_ratio`; None if it is not set.
     """
 
-    height: int
-    width: int
+    size: Size
     factor: int
     steps: int
     guidance: float
     text_length: int | None = None
     skipped: int | None = None
     watermark: bool | None = None
+    boundary: float | None = None
+    latent_frames: int = 1
 
     @property
     def steps_run(self) -> int:
         return self.steps - (self.skipped or 0)
 
     @property
-    def latent_size(self) -> tuple[int, int]:
-        """Height and width of the latents."""
-        return self.height // self.factor, self.width // self.factor
+    def latent_size(self) -> Size:
+        """Height, width and frames of the latents."""
+        return Size(self.size.height // self.factor, self.size.width // self.factor, self.latent_frames)
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,32 @@ EMBEDDED = GuidanceKind(
 )
 
 
-def configured_size(config: ComponentConfig, factor: int) -> tuple[int, int]:
-    """Default height and width in pixels from the network's sample_size; `factor` pixels per latent.
+@dataclass(frozen=True)
+class Video:
+    """Numbers of frames of a family that makes videos.
+
+    `frames` is the default. The first frame is one latent frame, and so are every `step` frames after it.
+    """
+
+    frames: int
+    step: int = 1
+
+    def allows(self, frames: int) -> bool:
+        return (frames - 1) % self.step == 0
+
+    def latent_frames(self, frames: int) -> int:
+        return 1 + (frames - 1) // self.step
+
+
+def configured_size(config: ComponentConfig, factor: int) -> Size:
+    """Default size of one frame in pixels, from the network's sample_size; `factor` pixels per latent.
 
     Raises UserError if the configuration has no sample_size.
     """
     side = config.get("sample_size")
     if not isinstance(side, int):
         raise UserError("The model's configuration has no default image size; give --height and --width")
-    return side * factor, side * factor
+    return Size(side * factor, side * factor)
 
 
 def head_counts(counts: set[Any]) -> tuple[int, ...]:
@@ -122,8 +140,8 @@ def configured_patch(config: ComponentConfig) -> Any:
     return config.get("patch_size", 1)
 
 
-def rows_of_patches(config: ComponentConfig, height: int, width: int, factor: int) -> tuple[int, str]:
-    return height // factor // config["patch_size"], "rows of patches"
+def rows_of_patches(config: ComponentConfig, size: Size, factor: int) -> tuple[int, str]:
+    return size.height // factor // config["patch_size"], "rows of patches"
 
 
 def any_size(config: ComponentConfig) -> int | None:
@@ -140,7 +158,7 @@ class Spec:
     # Components: accepted classes by name (none: any class), and accepted settings of the denoising network's config.
     components: Mapping[str, tuple[str, ...]]
     settings: Mapping[str, Accepts]
-    network: str = "transformer"  # name of the denoising network
+    networks: tuple[str, ...] = ("transformer",)  # names of the denoising networks; a model may lack all but the first
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # all required if the model has the first
     file_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of text encoders, in a single file
     converts_original: bool = False  # the family's `original.py` converts the authors' layout, instead of diffusers
@@ -153,16 +171,14 @@ class Spec:
     text_length: int | None = None  # default number of text tokens; None: the tokenizers' own length
     most_text_tokens: int | None = None  # largest sampling.max_sequence_length; None: the family does not take it
     zero_without_negative: bool = False  # default of force_zeros_for_empty_prompt in model_index.json
-    ineffective: Mapping[str, str] = field(  # config paths without effect, and what the pipeline does
-        default_factory=lambda: {"sampling.num_frames": "makes no video", "output.fps": "makes no video"}
-    )
 
     # Scheduler
     scheduler_settings: Mapping[str, Any] = field(default_factory=dict)  # override outdated values of old configs
     schedulers: tuple[str, ...] = ()  # classes that sample every model of the family in any number of steps
 
     # Sizes: functions of the denoising network's config
-    default_size: Callable[[ComponentConfig, int], tuple[int, int]] = configured_size  # (config, factor) -> pixels
+    video: Video | None = None  # None: the family makes images
+    default_size: Callable[[ComponentConfig, int], Size] = configured_size  # (config, factor) -> pixels of a frame
     patch: Callable[[ComponentConfig], Any] = configured_patch  # latents per token in each dimension
     packs_like: tuple[str, ...] = ()  # parts of class names of networks of diffusers with the same `patch`
     most_patches: Callable[[ComponentConfig], int | None] = any_size  # largest number of patches along a side
@@ -170,8 +186,8 @@ class Spec:
     # Parallelism: functions of the denoising network's config
     heads: Callable[[ComponentConfig], tuple[int, ...]] = configured_heads
     channels: Callable[[ComponentConfig], tuple[tuple[int, str], ...]] = no_channels
-    # (config, height, width, factor) -> number and name of the units that sequence parallelism distributes
-    units: Callable[[ComponentConfig, int, int, int], tuple[int, str]] = rows_of_patches
+    # (config, size in pixels, factor) -> number and name of the units that sequence parallelism distributes
+    units: Callable[[ComponentConfig, Size, int], tuple[int, str]] = rows_of_patches
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -185,9 +201,18 @@ class Spec:
         return tuple(name for name in TEXT_ENCODERS if name in self.components or name in self.optional)
 
     @property
+    def network(self) -> str:
+        """Name of the first denoising network, which every model of the family has."""
+        return self.networks[0]
+
+    @property
     def network_classes(self) -> tuple[str, ...]:
-        """Accepted classes of the denoising network in diffusers."""
+        """Accepted classes of the denoising networks in diffusers."""
         return self.components[self.network]
+
+    def networks_of(self, card: ModelCard) -> tuple[str, ...]:
+        """Names of this model's denoising networks."""
+        return tuple(name for name in self.networks if name in card.components)
 
     def tokens(self, length: int | None) -> int:
         """Number of text tokens: `length` (sampling.max_sequence_length) if it is given, else the family's default."""
@@ -199,6 +224,20 @@ class Spec:
         more = self.optional if any(name in card.components for name in [*self.optional][:1]) else {}
         return {**self.components, **more}
 
-    def limits(self, config: ComponentConfig, height: int, width: int, factor: int) -> Limits:
-        """Parallelism limits at this image size in pixels; `factor` pixels per latent."""
-        return Limits(self.heads(config), self.channels(config), *self.units(config, height, width, factor))
+    def limits(self, config: ComponentConfig, size: Size, factor: int) -> Limits:
+        """Parallelism limits at this size in pixels; `factor` pixels per latent."""
+        return Limits(self.heads(config), self.channels(config), *self.units(config, size, factor))
+
+    @property
+    def makes(self) -> str:
+        """Kind of the result, image or video; see `types.Decoded`."""
+        return "image" if self.video is None else "video"
+
+    @property
+    def ineffective(self) -> dict[str, str]:
+        """Config paths without effect, and what the pipeline does."""
+        return dict.fromkeys(("sampling.num_frames", "output.fps"), "makes no video") if self.video is None else {}
+
+    def latent_frames(self, size: Size) -> int:
+        """Number of latent frames of a result of this size."""
+        return 1 if self.video is None else self.video.latent_frames(size.frames)

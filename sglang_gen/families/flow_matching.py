@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sglang_gen.errors import UserError, first_line
 from sglang_gen.families import img2img
-from sglang_gen.families.pipeline_contract import Pipeline
+from sglang_gen.families.pipeline_contract import Pipeline, image_frames
 from sglang_gen.models.vae import Autoencoder
 
 
@@ -67,6 +67,6 @@ class FlowMatching(Pipeline):
         return scheduler.scale_noise(source, timesteps[:1].repeat(len(noise)), noise).to(noise.dtype)
 
     def decode_scaled(self, vae: Autoencoder, latents: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` in -1..1 from latents `[B, C, h, w]`."""
+        """Frames `[B, 1, H, W, 3]` in -1..1 from latents `[B, C, h, w]`."""
         scaling = vae.config.scaling
-        return vae.decode(latents / scaling.factor + scaling.shift)
+        return image_frames(vae.decode(latents / scaling.factor + scaling.shift))

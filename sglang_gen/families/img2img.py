@@ -8,10 +8,11 @@ from torch import Tensor
 
 from sglang_gen.errors import UserError
 from sglang_gen.models.vae import Autoencoder
+from sglang_gen.types import Size
 
 
-def size(image: Any, factor: int) -> tuple[int, int]:
-    """Height and width of `image`, rounded down to multiples of `factor` pixels; used if no size was requested.
+def size(image: Any, factor: int) -> Size:
+    """Size of `image`, rounded down to multiples of `factor` pixels; used if no size was requested.
 
     Raises UserError for an image smaller than one latent.
     """
@@ -21,14 +22,14 @@ def size(image: Any, factor: int) -> tuple[int, int]:
             f"--image-path: the image is {image.width} x {image.height} pixels; this model takes {factor} x {factor} "
             "or more"
         )
-    return height, width
+    return Size(height, width)
 
 
-def pixels(image: Any, factor: int, height: int, width: int) -> Tensor:
-    """The image as `[1, 3, height, width]` in -1..1, resized as in diffusers' pipelines."""
+def pixels(image: Any, factor: int, size: Size) -> Tensor:
+    """The image as `[1, 3, H, W]` in -1..1, resized as in diffusers' pipelines."""
     from diffusers.image_processor import VaeImageProcessor  # a slow import that text-to-image does not need
 
-    processed: Tensor = VaeImageProcessor(vae_scale_factor=factor).preprocess(image, height, width)
+    processed: Tensor = VaeImageProcessor(vae_scale_factor=factor).preprocess(image, size.height, size.width)
     return processed
 
 

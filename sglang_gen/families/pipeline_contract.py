@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from sglang_gen.engine.denoise import Predict, draw_noise
 from sglang_gen.engine.sparse_attention import Grid
 from sglang_gen.families.contract import ComponentConfig, Request, Spec
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.models.vae import Config as AutoencoderConfig
 from sglang_gen.parallel.sequence_boundary import Sharding
@@ -17,9 +19,11 @@ from sglang_gen.parallel.tensor import Table
 
 
 class Pipeline(ABC):
-    """Computation of one family. B images, S timesteps; latents are `[B, C, h, w]` unless a family packs them.
+    """Computation of one family. B samples, S timesteps; latents are `[B, C, h, w]` unless a family packs them.
 
-    `diffusers_config` is the denoising network's config.json. `components` are the loaded components by name.
+    `diffusers_config` is the config.json of a denoising network, of the first one where nothing else is said; all
+    networks of a family have one class, table of layers, sharding and names of tensors. `components` are the loaded
+    components by name.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -104,14 +108,18 @@ class Pipeline(ABC):
 
     # Denoising
 
+    def network_names(self, timesteps: Tensor, request: Request) -> tuple[str, ...]:
+        """Name of the network that computes each of the timesteps `[S]`: the first, unless a family has several."""
+        return (self.spec.network,) * len(timesteps)
+
     @abstractmethod
     def prepare(
-        self, network: Any, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
+        self, networks: NetworkSchedule, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
     ) -> Predict:
-        """The network as a function of latents and step, with the conditioning of all steps computed once.
+        """The networks as a function of latents and step, with the conditioning of all steps computed once.
 
-        `network` is the family's network, or what has its interface; `encoded` holds one output of `encode` for each
-        guidance branch that is evaluated in one batch.
+        `networks` are the family's networks, or what has their interface; `encoded` holds one output of `encode` for
+        each guidance branch that is evaluated in one batch.
         """
 
     @abstractmethod
@@ -132,6 +140,16 @@ class Pipeline(ABC):
         """Dtype in which an autoencoder loaded in `dtype` decodes latents."""
         return dtype
 
+    def autoencoder_shape(self, config: AutoencoderConfig, request: Request, rows: int) -> tuple[int, ...]:
+        """Shape of the latents that the autoencoder decodes for `rows` samples: each latent frame is an image."""
+        size = request.latent_size
+        return rows * size.frames, config.channels, size.height, size.width
+
     @abstractmethod
     def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-        """Images `[B, 3, H, W]` in -1..1 of the final latents."""
+        """Frames `[B, F, H, W, 3]` in -1..1 of the final latents; an image is one frame."""
+
+
+def image_frames(images: Tensor) -> Tensor:
+    """Images `[B, 3, H, W]` as videos of one frame, `[B, 1, H, W, 3]`."""
+    return rearrange(images, "b c h w -> b 1 h w c")

@@ -1,6 +1,7 @@
 """Turns a network and encoded prompts into a `Predict` function for the sampling loop."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,39 @@ def joined(encoded: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(torch.cat(part) for part in zip(*encoded, strict=True))
 
 
-def predictor(network: Any, *conditions: Any) -> Predict:
-    """The network's prediction as a function of latents and step; `conditions` are arguments of `network.condition`."""
-    conditioning = network.condition(*conditions)
+@dataclass(frozen=True)
+class NetworkSchedule:
+    """Denoising networks by name, and the name of the network that computes each timestep.
 
-    def predict(latents: Tensor, step: int) -> Tensor:
-        prediction: Tensor = network(latents, conditioning, step)
+    A trace of one network leaves the others out, and evaluates only the timesteps of that network.
+    """
+
+    networks: Mapping[str, Any]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of_one(cls, network: Any, timesteps: int) -> "NetworkSchedule":
+        """One network that computes every timestep."""
+        return cls({"": network}, ("",) * timesteps)
+
+
+def predictor(schedule: NetworkSchedule, timesteps: Tensor, *conditions: Any) -> Predict:
+    """The networks' prediction as a function of latents and index of the timestep.
+
+    `conditions` are arguments of each network's `condition` after its timesteps. A network is conditioned on the
+    timesteps that it computes.
+    """
+    conditioned = {}
+    for name, network in schedule.networks.items():
+        own = [index for index, other in enumerate(schedule.names) if other == name]
+        if own:
+            times = timesteps if len(own) == len(timesteps) else timesteps[own]
+            conditioned[name] = (network, network.condition(times, *conditions))
+    places = [schedule.names[:index].count(name) for index, name in enumerate(schedule.names)]
+
+    def predict(latents: Tensor, index: int) -> Tensor:
+        network, conditioning = conditioned[schedule.names[index]]
+        prediction: Tensor = network(latents, conditioning, places[index])
         return prediction
 
     return predict

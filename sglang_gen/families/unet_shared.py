@@ -161,7 +161,7 @@ class UNetPipeline(Pipeline):
 
     def grids(self, config: Any, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
         """The token grid of every level; each level halves rows and columns, rounded up."""
-        sizes = [request.latent_size]
+        sizes = [(request.latent_size.height, request.latent_size.width)]
         for _ in config.down[1:]:
             sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
         return [Grid(*size) for size in sizes]
@@ -183,12 +183,12 @@ class UNetPipeline(Pipeline):
 
     def latents_shape(self, diffusers_config: ComponentConfig, request: Request) -> tuple[int, ...]:
         """Shape of one sample's latents, without the batch dimension."""
-        return diffusers_config.get("in_channels", 4), *request.latent_size
+        return diffusers_config.get("in_channels", 4), request.latent_size.height, request.latent_size.width
 
     def widest_map(self, diffusers_config: ComponentConfig, request: Request) -> int:
         """Elements of the largest feature map of one sample: the one at the first level."""
-        height, width = request.latent_size
-        return int({**UNET_DEFAULTS, **diffusers_config}["block_out_channels"][0]) * height * width
+        size = request.latent_size
+        return int({**UNET_DEFAULTS, **diffusers_config}["block_out_channels"][0]) * size.height * size.width
 
     def start(self, scheduler: Any, timesteps: Tensor, noise: Tensor, source: Tensor | None) -> Tensor:
         """Initial latents `[B, C, h, w]`: noise, or the input image's latents `source` with noise added."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from sglang_gen.families.accepted import anything, number, one_of, per_level
 from sglang_gen.families.contract import Accepts, ComponentConfig, head_counts
+from sglang_gen.types import Size
 
 SETTINGS: Mapping[str, Accepts] = {
     "sample_size": anything, "in_channels": number, "out_channels": number, "block_out_channels": per_level,
@@ -58,8 +59,8 @@ def channels(config: ComponentConfig) -> tuple[tuple[int, str], ...]:
     return ((c["norm_num_groups"], "group norms of {} groups"), *widths)
 
 
-def bands(config: ComponentConfig, height: int, width: int, factor: int) -> tuple[int, str]:
+def bands(config: ComponentConfig, size: Size, factor: int) -> tuple[int, str]:
     """Bands of the image that sequence parallelism distributes: one for each row of the coarsest level."""
     c = {**UNET_DEFAULTS, **config}
     band = factor * 2 ** (len(c["block_out_channels"]) - 1)  # rows of pixels
-    return height // band, f"bands of {band} rows of pixels"
+    return size.height // band, f"bands of {band} rows of pixels"

@@ -184,7 +184,7 @@ def _generate(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Saved:
 def _repeat(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock, saved: Saved) -> Clock:
     """Generate all samples again without saving them. Warns about every sample that is not bitwise identical."""
     made = [
-        (decoded.frames[row], kept_latents(plan, decoded, row))
+        (decoded.saved(row), kept_latents(plan, decoded, row))
         for _, decoded in _generated(plan, mesh, engine, clock)
         for row in range(len(decoded.frames))
     ]

@@ -34,7 +34,7 @@ class Saved:
             path = self._save(sample, decoded, row)
             log.info(f"Generated {decoded.kind} saved to: {path}")
             self.paths.append(path)
-            self.frames.append(decoded.frames[row])
+            self.frames.append(decoded.saved(row))
             self.latents.append(kept_latents(self.plan, decoded, row))
             self.seeds.append(sample.seed)
             self.samples.append({**plain(sample), "batch": number, "file": path.name})
@@ -61,7 +61,7 @@ class Saved:
             if decoded.noise is None or decoded.latents is None:
                 raise RunError(f"{plan.card.pipeline_class} does not return its latents; leave out output.latents")
             latents = {"noise": decoded.noise[row], "latents": decoded.latents[row]}
-        folder, data = Path(plan.run.output.path), decoded.frames[row]
+        folder, data = Path(plan.run.output.path), decoded.saved(row)
         if decoded.kind == "image":
             return files.save_image(folder, data, record, latents)
         from sglang_gen.outputs import video_audio

@@ -140,6 +140,7 @@ def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
         "guided": sampling.guidance_scale > 1,
         "true_cfg": negatives if "true_cfg_scale" in kwargs else 0,  # a second branch for a negative prompt
         "size": [effective.get("height"), effective.get("width")],
+        **({"num_frames": effective["num_frames"]} if "num_frames" in effective else {}),
         "batches": [len(batch) for batch in plan.batches],
         "max_sequence_length": sampling.max_sequence_length,
         "diffusers_kwargs": _hash(kwargs),

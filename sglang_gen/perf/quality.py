@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_gen.errors import UserError
 from sglang_gen.log import shorten
+from sglang_gen.types import Size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,13 +93,11 @@ def _decibels(error: float) -> float:
     return 10 * math.log10(PEAK**2 / error) if error else math.inf
 
 
-def counterparts(
-    reference: str | Path, samples: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = None
-) -> list[Path]:
+def counterparts(reference: str | Path, samples: Sequence[Mapping[str, Any]], size: Size | None = None) -> list[Path]:
     """Find the reference image of each sample in the folder `reference`: the one with the same prompt and seed.
 
     A sample has `prompt`, `seed` and possibly `negative_prompt`, which decides if several images match; `size` is the
-    height and width of all images, if known. Call this before a run, so that it fails before work is done and does not
+    size of all images, if known. Call this before a run, so that it fails before work is done and does not
     find the run's own images. Raises UserError if an image is missing, ambiguous, broken or of another size.
     """
     folder = Path(reference)
@@ -107,7 +106,7 @@ def counterparts(
     for sample, path in zip(samples, paths, strict=True):
         own = _size_of(path)
         if size is not None:
-            _check_sizes(sample, size, path, own)
+            _check_sizes(sample, (size.height, size.width), path, own)
     return paths
 
 

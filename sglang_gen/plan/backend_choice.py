@@ -7,7 +7,7 @@ from sglang_gen.errors import UserError
 from sglang_gen.families import registry
 from sglang_gen.families.contract import Spec
 from sglang_gen.hub import weight_files
-from sglang_gen.plan import offloading
+from sglang_gen.plan import image_size, offloading
 from sglang_gen.plan.supported_configs import unsupported
 from sglang_gen.types import ModelCard
 
@@ -38,6 +38,19 @@ def choose(run: Run, card: ModelCard, device: str) -> tuple[str, str | None]:
     if own:
         raise UserError(f"{own} is supported only by the native engine, which cannot run this: {reason}")
     return "diffusers", reason
+
+
+def check_video(run: Run, card: ModelCard) -> None:
+    """Raises UserError for a video that the native engine cannot make as requested."""
+    spec = family(run, card)
+    assert spec is not None  # the native engine was chosen
+    image_size.check_frames(run, spec)
+    if spec.video is not None and run.quality.reference is not None:
+        raise UserError(f"quality.reference compares images, and {spec.pipeline_class} makes video")
+    if spec.video is not None and run.attention.backend == "flex":
+        raise UserError(
+            f"attention=flex knows rows and columns only, and {spec.pipeline_class} makes video; use another kernel"
+        )
 
 
 def check_start(run: Run) -> None:
@@ -78,6 +91,8 @@ def _obstacles(run: Run, card: ModelCard, device: str) -> Iterator[str]:
         yield reason
     if run.sampling.image_path and card.settings.get("requires_aesthetics_score"):
         yield "it does not support the aesthetic score that this model takes with an input image"
+    if run.sampling.image_path and spec and spec.video:
+        yield "it does not start a video from an input image yet"
     if spec and (reason := unsupported(spec, card)):
         yield reason
     yield from (reason for is_requested, reason in NATIVE_LACKS if is_requested(run))

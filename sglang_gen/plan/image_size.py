@@ -1,18 +1,19 @@
-"""Image sizes: a model's default, and the sizes that it supports."""
+"""Sizes of images and videos: a model's default, and the sizes that it supports."""
 
 from sglang_gen.config.schema import Run, Sampling
 from sglang_gen.errors import UserError
 from sglang_gen.families import registry
 from sglang_gen.families.contract import ComponentConfig, Spec
-from sglang_gen.types import DENOISERS, ModelCard, Plan
+from sglang_gen.types import DENOISERS, ModelCard, Plan, Size
 
 
-def chosen(sampling: Sampling, spec: Spec, config: ComponentConfig, factor: int) -> tuple[int, int]:
-    """Requested height and width in pixels, completed by the model's default. Raises UserError if it has none."""
+def chosen(sampling: Sampling, spec: Spec, config: ComponentConfig, factor: int) -> Size:
+    """Requested size in pixels, completed by the model's default. Raises UserError if it has none."""
+    frames = 1 if spec.video is None else sampling.num_frames or spec.video.frames
     if sampling.height and sampling.width:
-        return sampling.height, sampling.width
-    height, width = spec.default_size(config, factor)
-    return sampling.height or height, sampling.width or width
+        return Size(sampling.height, sampling.width, frames)
+    size = spec.default_size(config, factor)
+    return Size(sampling.height or size.height, sampling.width or size.width, frames)
 
 
 def latent_factor(card: ModelCard) -> int | None:
@@ -43,6 +44,18 @@ def check_size(run: Run, card: ModelCard) -> None:
             raise UserError(f"sampling.{name} is {value}; this model has positions for {most} pixels a side")
 
 
+def check_frames(run: Run, spec: Spec) -> None:
+    """Raises UserError for a number of frames that is not a whole number of latent frames."""
+    frames, video = run.sampling.num_frames, spec.video
+    if video is None or frames is None or video.allows(frames):
+        return
+    below = 1 + (frames - 1) // video.step * video.step
+    raise UserError(
+        f"sampling.num_frames is {frames}; this model takes multiples of {video.step} plus 1, such as {below} or "
+        f"{below + video.step}"
+    )
+
+
 def _most(card: ModelCard) -> int | None:
     """Maximum height and width in pixels that a network has positions for; None without a limit."""
     step, network = multiple(card), card.components.get(DENOISERS[0])
@@ -53,8 +66,8 @@ def _most(card: ModelCard) -> int | None:
     return None if patches is None else patches * step
 
 
-def expected(plan: Plan) -> tuple[int, int] | None:
-    """Height and width of a run's images; None if they are known only to its pipeline or from its input image."""
+def expected(plan: Plan) -> Size | None:
+    """Size of a run's images or videos; None if it is known only to its pipeline or from its input image."""
     sampling, card = plan.run.sampling, plan.card
     if sampling.image_path:
         return None
@@ -62,5 +75,5 @@ def expected(plan: Plan) -> tuple[int, int] | None:
     if plan.backend == "sglang" and spec:
         return chosen(sampling, spec, card.components[spec.network].config, latent_factor(card) or 1)
     if sampling.height and sampling.width and multiple(card):
-        return sampling.height, sampling.width
+        return Size(sampling.height, sampling.width)
     return None

@@ -14,18 +14,16 @@ from sglang_gen.errors import UserError
 from sglang_gen.families import registry
 from sglang_gen.families.contract import Limits, Spec, configured_heads
 from sglang_gen.plan import backend_choice, image_size
-from sglang_gen.types import DENOISERS, Layout, ModelCard, Sample
+from sglang_gen.types import DENOISERS, Layout, ModelCard, Sample, Size
 
 
 def common_heads(card: ModelCard) -> int | None:
-    """Greatest common divisor of the attention head counts of the denoising network; None if they are unknown."""
-    for name in DENOISERS:
-        if name in card.components:
-            network = card.components[name]
-            spec = registry.by_network_class(network.class_name)
-            heads = (spec.heads if spec else configured_heads)(network.config)
-            return math.gcd(*heads) if heads else None
-    return None
+    """Greatest common divisor of the attention head counts of the denoising networks; None if they are unknown."""
+    heads: list[int] = []
+    for network in (card.components[name] for name in DENOISERS if name in card.components):
+        spec = registry.by_network_class(network.class_name)
+        heads += (spec.heads if spec else configured_heads)(network.config)
+    return math.gcd(*heads) if heads else None
 
 
 def obstacle(network: Limits, layout: Layout) -> tuple[str, str] | None:
@@ -173,18 +171,23 @@ def _check_branches(run: Run, backend: str, spec: Spec | None, batches: Sequence
 
 def _check_split(run: Run, card: ModelCard, layout: Layout, stated: Set[str]) -> None:
     """Raises UserError for a layout on which the native engine cannot split this network."""
+    spec = _family(run, card)
+    if layout.ring * layout.ulysses > 1 and spec.video is not None:
+        raise UserError(
+            f"Sequence parallelism ({_degrees(layout)}) does not split the frames of a video yet, and "
+            f"{spec.pipeline_class} makes video; use tp_size, dp_size or enable_cfg_parallel"
+        )
     if layout.ring * layout.ulysses > 1 and run.attention.backend == "flex":
         raise UserError(
             "attention=flex depends on the positions of tokens in the image, and sequence parallelism "
             f"({_degrees(layout)}) splits them over ranks; use another kernel, or only tp_size, dp_size or "
             "enable_cfg_parallel"
         )
-    spec = _family(run, card)
     if run.sampling.image_path and spec.keeps_image_size:
-        check_size(run, card, layout, stated, None, None)  # the size of the input image is not known yet
+        check_size(run, card, layout, stated, None)  # the size of the input image is not known yet
     else:
         config, factor = card.components[spec.network].config, image_size.latent_factor(card) or 1
-        check_size(run, card, layout, stated, *image_size.chosen(run.sampling, spec, config, factor))
+        check_size(run, card, layout, stated, image_size.chosen(run.sampling, spec, config, factor))
 
 
 def _family(run: Run, card: ModelCard) -> Spec:
@@ -193,16 +196,12 @@ def _family(run: Run, card: ModelCard) -> Spec:
     return spec
 
 
-def check_size(
-    run: Run, card: ModelCard, layout: Layout, stated: Set[str], height: int | None, width: int | None
-) -> None:
-    """Raises UserError for a layout that the network does not support at this image size; None: an unknown size."""
+def check_size(run: Run, card: ModelCard, layout: Layout, stated: Set[str], size: Size | None) -> None:
+    """Raises UserError for a layout that the network does not support at this size in pixels; None: an unknown size."""
     spec = _family(run, card)
-    config, factor = card.components[spec.network].config, image_size.latent_factor(card) or 1
-    network = spec.limits(config, height or 0, width or 0, factor)
-    if not (height and width):
-        network = replace(network, units=layout.ranks)
-    check_network(network, layout, stated)
+    for name in spec.networks_of(card):
+        network = spec.limits(card.components[name].config, size or Size(0, 0), image_size.latent_factor(card) or 1)
+        check_network(network if size else replace(network, units=layout.ranks), layout, stated)
 
 
 def check_machine(ranks: int, device: str) -> None:

@@ -48,6 +48,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     backend, reason = backend_choice.choose(run, card, device)
     if backend == "sglang":
         backend_choice.check_start(run)
+        backend_choice.check_video(run, card)
     run = prompts.pin(run)
     batches = prompts.batches(prompts.samples(run), run.sampling.batch_size)
     image_size.check_size(run, card)

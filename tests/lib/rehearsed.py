@@ -12,7 +12,7 @@ from sglang_gen.engine.cfg import Guidance
 from sglang_gen.families import registry
 from sglang_gen.families.contract import Request
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.types import Component, Layout, ModelCard
+from sglang_gen.types import Component, Layout, ModelCard, Size
 
 FAMILIES = {spec.name: registry.pipeline(spec) for spec in registry.specs()}
 FACTOR = 8  # pixels a side of one latent
@@ -43,7 +43,7 @@ def rank(
     run.compile.enable_torch_compile = fused
     name = str(dtype).removeprefix("torch.")
     plan: Any = SimpleNamespace(pipeline_class=FAMILIES[pipeline].spec.pipeline_class, card=card, dtype=name, run=run)
-    request = Request(height, width, FACTOR, steps=2, guidance=3.5, text_length=text_length)
+    request = Request(Size(height, width), FACTOR, steps=2, guidance=3.5, text_length=text_length)
     return trace_network(plan, Mesh(layout, number), request, rows, Guidance(scale))
 
 

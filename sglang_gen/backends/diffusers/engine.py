@@ -258,6 +258,8 @@ class DiffusersEngine:
         if self.kind.makes == "audio":
             audio = values.reshape(len(batch), -1, values.shape[-1])  # [B, C, T]
             return Decoded(audio, latents.noise, latents.last, "audio", _sampling_rate(self.pipeline))
+        if self.kind.makes == "image":
+            values = values[:, None]  # [B, 1, H, W, 3]
         return Decoded(np.rint(values * 255).astype(np.uint8), latents.noise, latents.last, self.kind.makes)
 
     def _arguments(
@@ -293,7 +295,8 @@ class DiffusersEngine:
         if spec is None or (sampling.height is None) == (sampling.width is None):
             return sampling.height, sampling.width
         config, factor = card.components[spec.network].config, image_size.latent_factor(card) or 1
-        return image_size.chosen(sampling, spec, config, factor)
+        size = image_size.chosen(sampling, spec, config, factor)
+        return size.height, size.width
 
     def _for_each(self, count: int, given: dict[str, Any]) -> dict[str, Any]:
         """Repeat further prompts for each sample of the batch, and the input image if the pipeline transforms it.

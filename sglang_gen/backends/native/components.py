@@ -22,19 +22,20 @@ from sglang_gen.weights.load import InMemoryTensors, fill, load
 
 
 def read_components(plan: Plan, pipeline: Pipeline, mesh: Mesh) -> dict[str, Any]:
-    """Load the components other than the denoising network by name, in the plan's dtype and on its device.
+    """Load the components other than the denoising networks by name, in the plan's dtype and on its device.
 
     Of a large text encoder that is loaded from a folder this rank reads its shard.
 
     Raises UserError for weights that do not fit, and the loading library's own exceptions for unreadable files.
     """
     spec, dtype = pipeline.spec, getattr(torch, plan.dtype)
-    others = [name for name in spec.required(plan.card) if name != spec.network]
+    networks = spec.networks_of(plan.card)
+    others = [name for name in spec.required(plan.card) if name not in networks]
     given = [name for name in others if plan.card.file is None or name in plan.run.model.component_paths]
     tp = mesh.axis("tp")
     components = {name: _component(name, plan.card.components[name], dtype, plan.device, tp) for name in given}
     if plan.card.file is not None:
-        components = _components_from_file(plan, others, {**components, spec.network: None}, dtype)
+        components = _components_from_file(plan, others, {**components, **dict.fromkeys(networks)}, dtype)
     components["scheduler"] = _with_settings(components["scheduler"], spec.scheduler_settings)
     return components
 

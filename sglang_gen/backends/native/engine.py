@@ -17,13 +17,15 @@ from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.native import memory_policy, safety_checker, vae_parallel
 from sglang_gen.backends.native.build import build
 from sglang_gen.backends.native.components import read_components
-from sglang_gen.backends.native.execution import Execution
+from sglang_gen.backends.native.execution import Execution, effective_of, limits, share_graphs
 from sglang_gen.backends.native.request import NativeRequest, check_native_request, warn_ineffective
+from sglang_gen.engine.block_timing import TimedChain
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
 from sglang_gen.families import img2img
 from sglang_gen.families.contract import Request
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.perf.clock import Clock
 from sglang_gen.perf.flops import CallLog, Watched, stored_bytes
@@ -45,7 +47,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()
     try:
-        built = build(plan, mesh)
+        built = {name: build(plan, mesh, name) for name in pipeline.spec.networks_of(plan.card)}
         components = read_components(plan, pipeline, mesh)
     except UserError:
         raise
@@ -55,7 +57,9 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
             raise RunError(f"Out of memory while loading {plan.card.name}{hint}") from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     warn_ineffective(plan, pipeline)
-    return NativeEngine(native_request, Execution(built), components, calls)
+    executions = {name: Execution(each) for name, each in built.items()}
+    share_graphs(executions.values())
+    return NativeEngine(native_request, executions, components, calls)
 
 
 @contextmanager
@@ -73,21 +77,24 @@ class NativeEngine:
     """A loaded pipeline; see `types.Engine`."""
 
     def __init__(
-        self, native_request: NativeRequest, execution: Execution, components: Mapping[str, Any], calls: CallLog
+        self,
+        native_request: NativeRequest,
+        executions: Mapping[str, Execution],
+        components: Mapping[str, Any],
+        calls: CallLog,
     ) -> None:
+        """`executions` are those of the denoising networks, by name and in the order of the spec."""
         plan, pipeline = native_request.plan, native_request.pipeline
         self.plan, self.pipeline, self.native_request = plan, pipeline, native_request
-        self.components, self.execution, self.calls = components, execution, calls
-        self.mesh, self.comm_log = execution.mesh, CommLog()
-        self.network: Any = execution.network
-        self.entrance: Any = execution.parallel_network.entrance
+        self.components, self.executions, self.calls = components, executions, calls
+        self.execution = executions[pipeline.spec.network]  # of the first network
+        self.mesh, self.comm_log = self.execution.mesh, CommLog()
+        self.network: Any = self.execution.network
         self.text_components = [name for name in pipeline.spec.text_encoders if name in components]
         encoder_bytes = sum(
             stored_bytes(parameter) for name in self.text_components for parameter in components[name].parameters()
         )
-        self.memory_policy = memory_policy.choose(
-            plan, pipeline, native_request.config, native_request.full_request, encoder_bytes, self.mesh
-        )
+        self.memory_policy = memory_policy.choose(plan, pipeline, native_request.full_request, encoder_bytes, self.mesh)
         self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", pipeline.spec.zero_without_negative)
         self.sp = self.mesh.axis(SEQUENCE)
         self._observe(vae_parallel.split(components["vae"], self.sp))
@@ -100,8 +107,14 @@ class NativeEngine:
         if safety_checker.CHECKER in components:
             vision = components[safety_checker.CHECKER].vision_model
             calls.watch(Watched("decoding", safety_checker.CHECKER, vision))
-        network = Watched("denoising", pipeline.spec.network, self.network, self.execution.countable)
-        self.observed_network = calls.observed(network, self.entrance, "condition")
+        self.observed_networks = {
+            name: calls.observed(
+                Watched("denoising", name, execution.network, execution.countable),
+                execution.parallel_network.entrance,
+                "condition",
+            )
+            for name, execution in self.executions.items()
+        }
         decoder = Watched("decoding", "vae", vae, partial(self._vae_meta_copy, pipeline.decoding_dtype))
         self.decoder = calls.observed(decoder, vae, "decode")
         encoder = Watched("latents", "vae", vae, partial(self._vae_meta_copy, pipeline.encoding_dtype))
@@ -128,9 +141,10 @@ class NativeEngine:
         """The settings that take effect, and the classes of the components. Collective where kernels are timed."""
         with _memory_explained():
             self._time_kernels()
-        classes = {name: type(component).__name__ for name, component in self.components.items()}
+        networks = {name: execution.network for name, execution in self.executions.items()}
+        classes = {name: type(part).__name__ for name, part in {**networks, **self.components}.items()}
         return {
-            **self.execution.effective(),
+            **effective_of(self.executions),
             "offload": [],
             "lora": [],
             "cache": "none",
@@ -139,8 +153,8 @@ class NativeEngine:
             ),
             "released": list(self.text_components) if self.memory_policy.released else [],
             "pipeline": self.plan.pipeline_class,
-            "makes": "image",
-            "components": {self.pipeline.spec.network: type(self.network).__name__, **classes},
+            "makes": self.pipeline.spec.makes,
+            "components": classes,
             "scheduler_config": plain_config(self.components["scheduler"]),
         }
 
@@ -164,8 +178,8 @@ class NativeEngine:
             self.plan, self.pipeline.spec.guidance, request, negative, self.memory_policy.batched
         )
         self.comm_log.on = self.calls.on
-        if self.execution.built.timed is not None:
-            self.execution.built.timed.on = self.calls.on
+        for timed in self._timed_chains().values():
+            timed.on = self.calls.on
         lists = 2 if guidance.on and not self._zeros(batch) else 1
         clock.enter("text_encoding")
         self._place_encoders(self.plan.device)
@@ -178,19 +192,24 @@ class NativeEngine:
         noise = self._noise(request, timesteps, generators)
         numbers = step_numbers(len(timesteps), request.steps_run, getattr(scheduler, "order", 1))
 
-        def predictor(network: Any, texts: Encoded) -> Predict:
-            prepare, cfg = partial(self.pipeline.prepare, network, timesteps, request), self.mesh.axis("cfg")
-            return guided(prepare, texts, guidance, numbers, cfg)
+        names = self.pipeline.network_names(timesteps, request)
+
+        def predictor(networks: Mapping[str, Any], texts: Encoded) -> Predict:
+            prepare = partial(self.pipeline.prepare, NetworkSchedule(networks, names), timesteps, request)
+            return guided(prepare, texts, guidance, numbers, self.mesh.axis("cfg"))
 
         clock.leave()  # settling happens once for a shape and belongs to no stage
-        self.execution.settle(predictor, sorted(set(kinds(guidance, numbers))), request, encoded, noise)
+        different = sorted(set(kinds(guidance, numbers, names)))
+        for name, execution in self.executions.items():
+            own = [kind for kind in different if names[kind] == name]
+            execution.settle(predictor, own, request, encoded, noise)
         texts = tuple(tuple(map(described, text)) for text in encoded)
-        self.comm_log.note(GeneratedBatch(request, guidance, tuple(numbers), texts, lists, described(noise)))
+        self.comm_log.note(GeneratedBatch(request, guidance, tuple(numbers), names, texts, lists, described(noise)))
         clock.enter("denoising")
         with self.comm_log.during("conditioning", 1):
-            predict = predictor(self.observed_network, encoded)
+            predict = predictor(self.observed_networks, encoded)
         with (
-            self.execution.limits(),
+            limits(self.executions.values()),
             self.comm_log.during("denoising", len(numbers)),
             log.Progress(request.steps_run) as progress,
         ):
@@ -205,11 +224,12 @@ class NativeEngine:
         if self.mesh.index("cfg") or self.mesh.index("tp"):
             return None  # another rank decodes the same rows
         effective = memory_policy.effective(self.plan, guidance, request)
-        return Decoded(self._decode(latents, request, batch), noise, latents, effective=effective)
+        frames = self._decode(latents, request, batch)
+        return Decoded(frames, noise, latents, self.pipeline.spec.makes, effective=effective)
 
     def _time_kernels(self) -> None:
         """With attention=auto choose the kernel on the shapes of the run's first batch, unless it is chosen."""
-        if self.execution.timed:
+        if all(execution.timed for execution in self.executions.values()):
             return
         batch, request = self.plan.batches[0], self.native_request.full_request
         negative = batch[0].negative_prompt is not None
@@ -217,7 +237,8 @@ class NativeEngine:
             self.plan, self.pipeline.spec.guidance, request, negative, self.memory_policy.batched
         )
         self._place_encoders("cpu")  # they are moved back to encode
-        self.execution.time_kernels(guidance, request, len(batch))
+        for execution in self.executions.values():
+            execution.time_kernels(guidance, request, len(batch))
 
     def _place_encoders(self, device: str) -> None:
         """Move the text encoders to `device` if the memory policy keeps them on the GPU only while they encode."""
@@ -247,7 +268,7 @@ class NativeEngine:
         dtype = getattr(torch, self.plan.dtype)
         source = None
         if self.native_request.image is not None:  # encoding draws first, then the noise, from the same generators
-            pixels = img2img.pixels(self.native_request.image, request.factor, request.height, request.width)
+            pixels = img2img.pixels(self.native_request.image, request.factor, request.size)
             source = self.pipeline.encode_image(self.encoder, pixels, generators, dtype)
         noise = self.pipeline.draw(self.native_request.config, request, generators, dtype).to(self.plan.device)
         drawn = self.pipeline.start(self.components["scheduler"], timesteps, noise, source)
@@ -256,18 +277,26 @@ class NativeEngine:
         return drawn
 
     def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
-        """Frames `[B, H, W, 3]` uint8."""
+        """Frames `[B, F, H, W, 3]` uint8."""
         with self.comm_log.during("decoding", 1):
             decoded = self.pipeline.decode(self.decoder, latents, request)
-        values = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
-        require_finite(torch.from_numpy(values), "the decoded image", batch)
+        values = (decoded * 0.5 + 0.5).clamp(0, 1).float().cpu().numpy()
+        require_finite(torch.from_numpy(values), f"the decoded {self.pipeline.spec.makes}", batch)
         frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
         safety_checker.blank(self.components, frames, self.execution.dtype, batch, warn=self.calls.on)
         return frames
 
     def block_timings(self) -> list[dict[str, Any]] | None:
-        timed = self.execution.built.timed
-        return None if timed is None else timed.report()
+        chains = self._timed_chains()
+        rows = [(name, row) for name, timed in chains.items() for row in timed.report()]
+        several = len(self.executions) > 1
+        named = [{**row, "name": f"{name}.{row['name']}"} if several else row for name, row in rows]
+        return named if chains else None
+
+    def _timed_chains(self) -> dict[str, TimedChain]:
+        """The chains of the networks whose blocks are timed."""
+        chains = {name: execution.built.timed for name, execution in self.executions.items()}
+        return {name: timed for name, timed in chains.items() if timed is not None}
 
     def cache_decisions(self) -> dict[str, Any] | None:
         return None

@@ -1,7 +1,7 @@
-"""How the native engine runs its network: attention kernel, compilation and CUDA graphs for the run's shapes."""
+"""How the native engine runs a network: attention kernel, compilation and CUDA graphs for the run's shapes."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,11 @@ from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.engine.meta_trace import Shapes, trace_on_meta
 from sglang_gen.families.contract import Request
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.tensor_tree import to_meta
 from sglang_gen.types import Plan
 
-Predictor = Callable[[Any, Encoded], Predict]  # (network, encoded texts) -> prediction function
+Predictor = Callable[[Mapping[str, Any], Encoded], Predict]  # (networks by name, encoded texts) -> prediction function
 
 
 def timed_by_shape(plan: Plan) -> bool:
@@ -35,7 +36,12 @@ class Execution:
 
     def __init__(self, built: Built) -> None:
         self.built, self.plan, self.mesh, self.pipeline = built, built.plan, built.mesh, built.pipeline
-        self.dtype, self.network, self.parallel_network = built.dtype, built.network, built.parallel
+        self.name, self.dtype, self.network, self.parallel_network = (
+            built.name,
+            built.dtype,
+            built.network,
+            built.parallel,
+        )
         self.compiled, self.graphs, self.kernel = built.compiled, built.graphs, built.kernel
         self.settled: set[Any] = set()  # shapes of batches
         self.timed = not timed_by_shape(built.plan)
@@ -64,14 +70,15 @@ class Execution:
     def _shapes(self, guidance: Guidance, request: Request, rows: int) -> Shapes:
         """Shapes of the evaluations of a batch, according to the configurations of the model's components."""
         configs = {name: component.config for name, component in self.plan.card.components.items()}
-        steps, config = range(request.steps_run), configs[self.pipeline.spec.network]
+        steps, config = range(request.steps_run), configs[self.name]
         with torch.device("meta"):
             latents = torch.empty(rows, *self.pipeline.latents_shape(config, request), dtype=self.dtype)
             shapes = self.pipeline.encoded_shapes(configs, request.text_length)
             texts = tuple(torch.empty(rows, *shape, dtype=self.dtype) for shape in shapes)
 
         def evaluate(network: Any) -> None:
-            prepare = partial(self.pipeline.prepare, network, torch.zeros(len(steps)), request)
+            schedule = NetworkSchedule.of_one(network, len(steps))
+            prepare = partial(self.pipeline.prepare, schedule, torch.zeros(len(steps)), request)
             encoded = [texts, texts] if guidance.on else [texts]
             predict = guided(prepare, encoded, guidance, steps, self.mesh.axis("cfg"))
             for kind in sorted(set(kinds(guidance, steps))):
@@ -84,7 +91,7 @@ class Execution:
     ) -> None:
         """Prepare for evaluating the network on `latents` and `encoded`.
 
-        `kinds` lists the evaluations that differ in shape.
+        `kinds` lists this network's evaluations that differ in shape.
         """
         texts = [tuple(tensor.shape) for text in encoded for tensor in text]
         shape = (request.steps_run, tuple(latents.shape), *texts, *kinds)  # a warmup conditions fewer steps
@@ -102,7 +109,7 @@ class Execution:
         empty = torch.empty_like(latents, device="meta")
 
         def evaluate(meta_copy: Any) -> None:
-            predict = predictor(meta_copy, [to_meta(text) for text in encoded])
+            predict = predictor({self.name: meta_copy}, [to_meta(text) for text in encoded])
             for kind in kinds:
                 predict(empty, kind)
 
@@ -147,3 +154,27 @@ class Execution:
             merged = self.parallel_network.merges and self._summing(self.kernel.name)
             settings["ring"] = "merged" if merged else "gathered"
         return settings
+
+
+def share_graphs(executions: Iterable[Execution]) -> None:
+    """Let the networks of a model allow each other's graphs, since torch counts graphs per function of a class."""
+    compiled = [execution.compiled for execution in executions if execution.compiled is not None]
+    for other in compiled[1:]:
+        other.expected = compiled[0].expected
+
+
+@contextlib.contextmanager
+def limits(executions: Iterable[Execution]) -> Iterator[None]:
+    """The context of every execution's `limits`."""
+    with contextlib.ExitStack() as stack:
+        for execution in executions:
+            stack.enter_context(execution.limits())
+        yield
+
+
+def effective_of(executions: Mapping[str, Execution]) -> dict[str, Any]:
+    """The settings that take effect; one in which the networks differ is a dict by their names."""
+    each = {name: execution.effective() for name, execution in executions.items()}
+    first = next(iter(each.values()))
+    same = {key: all(other[key] == value for other in each.values()) for key, value in first.items()}
+    return {key: first[key] if same[key] else {name: each[name][key] for name in each} for key in first}

@@ -35,18 +35,15 @@ class MemoryPolicy:
     released: bool
 
 
-def choose(
-    plan: Plan, pipeline: Pipeline, network_config: Any, request: Request, encoder_bytes: int, mesh: Mesh
-) -> MemoryPolicy:
+def choose(plan: Plan, pipeline: Pipeline, request: Request, encoder_bytes: int, mesh: Mesh) -> MemoryPolicy:
     """Choose by the memory that is free after loading; `encoder_bytes` is the size of the text encoders. Collective.
 
     If memory is short, the text encoders are moved to the CPU first, which costs a copy for each batch. If it still is,
     the branches are evaluated one after the other, which costs time in every step.
     """
-    free, row = (
-        mesh.minimum(free_memory(plan.device)),
-        pipeline.widest_map(network_config, request) * getattr(torch, plan.dtype).itemsize,
-    )
+    configs = [plan.card.components[name].config for name in pipeline.spec.networks_of(plan.card)]
+    widest = max(pipeline.widest_map(config, request) for config in configs)
+    free, row = mesh.minimum(free_memory(plan.device)), widest * getattr(torch, plan.dtype).itemsize
     rows, requested = max(map(len, plan.batches)), plan.run.sampling.guidance_batching
     batched = requested is GuidanceBatching.batched
     if requested is GuidanceBatching.auto:

@@ -46,18 +46,19 @@ class NativeRequest:
     def request_for(self, steps: int) -> Request:
         sampling = self.plan.run.sampling
         if self.image is not None and self.spec.keeps_image_size:
-            height, width = img2img.size(self.image, self.factor)
+            size = img2img.size(self.image, self.factor)
         else:
-            height, width = image_size.chosen(sampling, self.spec, self.config, self.factor)
+            size = image_size.chosen(sampling, self.spec, self.config, self.factor)
         return Request(
-            height=height,
-            width=width,
+            size=size,
             factor=self.factor,
             steps=steps,
             guidance=sampling.guidance_scale,
             text_length=sampling.max_sequence_length,
             skipped=self._skipped(steps),
             watermark=self.plan.card.settings.get("add_watermarker"),
+            boundary=self.plan.card.settings.get("boundary_ratio"),
+            latent_frames=self.spec.latent_frames(size),
         )
 
     def _skipped(self, steps: int) -> int | None:
@@ -87,7 +88,7 @@ def check_native_request(plan: Plan) -> NativeRequest:
         img2img.check_strength(native_request.strength, run.sampling.num_inference_steps, skipped)
     request = native_request.full_request
     if native_request.image is not None:  # sized by the input image, which the plan has not seen
-        layout_limits.check_size(run, plan.card, plan.layout, plan.stated_degrees, request.height, request.width)
+        layout_limits.check_size(run, plan.card, plan.layout, plan.stated_degrees, request.size)
     memory_policy.check_guidance_plan(plan, spec.guidance, request)
     _check_scheduler(native_request, request)
     _check_noise(native_request, request)

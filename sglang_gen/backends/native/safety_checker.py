@@ -20,15 +20,16 @@ def blank(
     batch: tuple[Sample, ...],
     warn: bool,
 ) -> None:
-    """Set flagged frames of `[B, H, W, 3]` uint8 to black, in place; with `warn`, log a warning for each."""
+    """Set flagged frames of `[B, F, H, W, 3]` uint8 to black, in place; with `warn`, log one for each sample."""
     checker = components.get(CHECKER)
     if checker is None:
         return
-    images = [Image.fromarray(frame) for frame in frames]
+    single = [frame for video in frames for frame in video]  # views, in the order of the samples
+    images = [Image.fromarray(frame) for frame in single]
     pixels = components[EXTRACTOR](images, return_tensors="pt").pixel_values.to(checker.device, dtype)
-    _, flagged = checker(images=list(frames.copy()), clip_input=pixels)
-    for frame, flag, sample in zip(frames, flagged, batch, strict=True):
-        if flag:
-            frame[:] = 0
-            if warn:
-                log.warning(f"The model's safety checker blanked sample {sample.index} (seed {sample.seed})")
+    _, flags = checker(images=[frame.copy() for frame in single], clip_input=pixels)
+    flagged = np.asarray(flags, dtype=bool).reshape(frames.shape[:2])
+    frames[flagged] = 0
+    for sample, video in zip(batch, flagged, strict=True):
+        if warn and video.any():
+            log.warning(f"The model's safety checker blanked sample {sample.index} (seed {sample.seed})")

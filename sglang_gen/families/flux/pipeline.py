@@ -15,6 +15,7 @@ from sglang_gen.families import flow_matching, img2img, prediction, text_encodin
 from sglang_gen.families.contract import ComponentConfig, Request
 from sglang_gen.families.flow_matching import FlowMatching
 from sglang_gen.families.pipeline_contract import Pipeline
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.flux import Block, Conditioning, Config, Flux, SingleBlock
 from sglang_gen.models.vae import Autoencoder
@@ -121,7 +122,8 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
 
 def _grid(request: Request) -> tuple[int, int]:
     """Rows and columns of packed tokens."""
-    return request.height // (2 * request.factor), request.width // (2 * request.factor)
+    size = request.size
+    return size.height // (2 * request.factor), size.width // (2 * request.factor)
 
 
 class FluxPipeline(FlowMatching):
@@ -189,17 +191,17 @@ class FluxPipeline(FlowMatching):
         return (rows * columns + self.spec.tokens(request.text_length)) * config(diffusers_config).width
 
     def prepare(
-        self, network: Flux, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
+        self, networks: NetworkSchedule, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
     ) -> Predict:
         """The network as a velocity predictor, with the conditioning of all steps computed once."""
         states, pooled = prediction.joined(encoded)
         dtype = states.dtype  # diffusers rounds timesteps and guidance to it before it multiplies them by 1000
         times = timesteps.to(dtype) / 1000 * 1000
         guidance = (torch.tensor(request.guidance, dtype=dtype, device="cpu") * 1000).item()
-        return prediction.predictor(network, times, states, pooled, guidance, *_grid(request))
+        return prediction.predictor(networks, times, states, pooled, guidance, *_grid(request))
 
     def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-        """Images `[B, 3, H, W]` in -1..1."""
+        """Frames `[B, 1, H, W, 3]` in -1..1."""
         rows, _ = _grid(request)
         unpacked = rearrange(latents, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
         return self.decode_scaled(vae, unpacked)

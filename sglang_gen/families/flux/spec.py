@@ -2,12 +2,13 @@
 
 from sglang_gen.families.accepted import ANY, CLIP, T5, VAE, anything, number, one_of
 from sglang_gen.families.contract import EMBEDDED, ComponentConfig, Spec
+from sglang_gen.types import Size
 
 SIDE = 128  # default size in latents; the configuration has no sample_size
 
 
-def default_size(config: ComponentConfig, factor: int) -> tuple[int, int]:
-    return SIDE * factor, SIDE * factor
+def default_size(config: ComponentConfig, factor: int) -> Size:
+    return Size(SIDE * factor, SIDE * factor)
 
 
 def patch(config: ComponentConfig) -> int:
@@ -15,8 +16,8 @@ def patch(config: ComponentConfig) -> int:
     return 2
 
 
-def tokens(config: ComponentConfig, height: int, width: int, factor: int) -> tuple[int, str]:
-    return (height // factor // 2) * (width // factor // 2), "tokens"
+def tokens(config: ComponentConfig, size: Size, factor: int) -> tuple[int, str]:
+    return (size.height // factor // 2) * (size.width // factor // 2), "tokens"
 
 
 SPEC = Spec(

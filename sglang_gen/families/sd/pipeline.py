@@ -9,9 +9,9 @@ from torch import Tensor
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.families import img2img, prediction, text_encoding
 from sglang_gen.families.contract import ComponentConfig, Request
-from sglang_gen.families.pipeline_contract import Pipeline
+from sglang_gen.families.pipeline_contract import Pipeline, image_frames
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.families.unet_shared import UNetPipeline
-from sglang_gen.models.unet import UNet
 from sglang_gen.models.vae import Autoencoder
 
 
@@ -29,10 +29,10 @@ class SDPipeline(UNetPipeline):
         return (self.text_shape(configs),)
 
     def prepare(
-        self, network: UNet, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
+        self, networks: NetworkSchedule, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
     ) -> Predict:
         """The network as a predictor, with the conditioning of all steps computed once."""
-        return prediction.predictor(network, timesteps, *prediction.joined(encoded))
+        return prediction.predictor(networks, timesteps, *prediction.joined(encoded))
 
     def encode_image(
         self, vae: Autoencoder, pixels: Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype
@@ -41,8 +41,8 @@ class SDPipeline(UNetPipeline):
         return vae.config.scaling.factor * img2img.encode(vae, pixels, generators)
 
     def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-        """Images `[B, 3, H, W]` in -1..1."""
-        return vae.decode(latents / vae.config.scaling.factor)
+        """Frames `[B, 1, H, W, 3]` in -1..1."""
+        return image_frames(vae.decode(latents / vae.config.scaling.factor))
 
 
 PIPELINE: type[Pipeline] = SDPipeline

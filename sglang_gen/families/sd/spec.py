@@ -5,26 +5,27 @@ from collections.abc import Sequence
 from sglang_gen.families import unet_spec
 from sglang_gen.families.accepted import ANY, CLIP, VAE
 from sglang_gen.families.contract import ComponentConfig, Spec, configured_size
+from sglang_gen.types import Size
 
 OLD_SIDE = 64  # minimum size in latents for configurations of diffusers before 0.9, whose sample_size is too small
 
 
-def default_size(config: ComponentConfig, factor: int) -> tuple[int, int]:
+def default_size(config: ComponentConfig, factor: int) -> Size:
     """`configured_size`, also for configurations of diffusers before 0.9."""
-    size = config.get("sample_size")
-    if isinstance(size, Sequence):
-        return int(size[0]) * factor, int(size[1]) * factor
-    height, width = configured_size(config, 1)
+    sides = config.get("sample_size")
+    if isinstance(sides, Sequence):
+        return Size(int(sides[0]) * factor, int(sides[1]) * factor)
+    size = configured_size(config, factor)
     version = config.get("_diffusers_version", "0.9").split(".")
-    if (int(version[0]), int(version[1])) < (0, 9) and height < OLD_SIDE:
-        height = width = OLD_SIDE
-    return height * factor, width * factor
+    if (int(version[0]), int(version[1])) < (0, 9) and size.height < OLD_SIDE * factor:
+        return Size(OLD_SIDE * factor, OLD_SIDE * factor)
+    return size
 
 
 SPEC = Spec(
     name="sd",
     pipeline_class="StableDiffusionPipeline",
-    network="unet",
+    networks=("unet",),
     components={
         "unet": ("UNet2DConditionModel",), "vae": VAE, "scheduler": ANY, "text_encoder": CLIP, "tokenizer": ANY,
     },

@@ -13,6 +13,7 @@ from sglang_gen.families import flow_matching, img2img, prediction, text_encodin
 from sglang_gen.families.contract import ComponentConfig, Request
 from sglang_gen.families.flow_matching import FlowMatching
 from sglang_gen.families.pipeline_contract import Pipeline
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.models.attention import Attend
 from sglang_gen.models.sd3 import SD3, Block, Conditioning, Config
 from sglang_gen.models.vae import Autoencoder
@@ -158,34 +159,34 @@ class SD3Pipeline(FlowMatching):
 
     def schedule(self, diffusers_config: ComponentConfig, scheduler: Any, request: Request) -> Tensor:
         """Set the timesteps and return those to run, `[S]`."""
-        height, width = request.latent_size
-        patch = diffusers_config["patch_size"]
-        flow_matching.set_timesteps(scheduler, request.steps, (height // patch) * (width // patch), 1.16)
+        size, patch = request.latent_size, diffusers_config["patch_size"]
+        flow_matching.set_timesteps(scheduler, request.steps, (size.height // patch) * (size.width // patch), 1.16)
         return img2img.remaining_timesteps(scheduler, request.skipped)
 
     def grids(self, config: Any, request: Request, encoded: Sequence[tuple[Tensor, ...]]) -> list[Grid]:
         """Position of the image tokens in the attention sequences: before the text, or without text."""
-        rows, columns = (size // config.patch for size in request.latent_size)
+        rows, columns = request.latent_size.height // config.patch, request.latent_size.width // config.patch
         return [Grid(rows, columns, after=encoded[0][0].shape[1]), Grid(rows, columns)]
 
     def latents_shape(self, diffusers_config: ComponentConfig, request: Request) -> tuple[int, ...]:
         """Shape of one sample's latents, without the batch dimension."""
-        return diffusers_config["in_channels"], *request.latent_size
+        return diffusers_config["in_channels"], request.latent_size.height, request.latent_size.width
 
     def widest_map(self, diffusers_config: ComponentConfig, request: Request) -> int:
         """Elements of the largest activation of one sample: all image and text tokens."""
-        height, width = (side // diffusers_config["patch_size"] for side in request.latent_size)
-        tokens = height * width + CLIP_LENGTH + self.spec.tokens(request.text_length)
+        size, patch = request.latent_size, diffusers_config["patch_size"]
+        tokens = (size.height // patch) * (size.width // patch) + CLIP_LENGTH + self.spec.tokens(request.text_length)
         return tokens * config(diffusers_config).width
 
     def prepare(
-        self, network: SD3, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
+        self, networks: NetworkSchedule, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
     ) -> Predict:
         """The network as a velocity predictor, with the conditioning of all steps computed once."""
-        return prediction.predictor(network, timesteps, *prediction.joined(encoded), *request.latent_size)
+        size = request.latent_size
+        return prediction.predictor(networks, timesteps, *prediction.joined(encoded), size.height, size.width)
 
     def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-        """Images `[B, 3, H, W]` in -1..1."""
+        """Frames `[B, 1, H, W, 3]` in -1..1."""
         return self.decode_scaled(vae, latents)
 
 

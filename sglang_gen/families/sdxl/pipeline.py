@@ -11,9 +11,9 @@ from sglang_gen.engine.denoise import Predict
 from sglang_gen.families import autoencoder as autoencoder
 from sglang_gen.families import img2img, prediction, text_encoding, watermark
 from sglang_gen.families.contract import ComponentConfig, Request
-from sglang_gen.families.pipeline_contract import Pipeline
+from sglang_gen.families.pipeline_contract import Pipeline, image_frames
+from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.families.unet_shared import UNetPipeline
-from sglang_gen.models.unet import UNet
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.models.vae import Config as AutoencoderConfig
 
@@ -42,13 +42,13 @@ class SDXLPipeline(UNetPipeline):
         return timesteps if request.skipped is not None else img2img.remaining_timesteps(scheduler, 0)
 
     def prepare(
-        self, network: UNet, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
+        self, networks: NetworkSchedule, timesteps: Tensor, request: Request, encoded: Sequence[tuple[Tensor, ...]]
     ) -> Predict:
         """The network as a predictor, with the conditioning of all steps computed once."""
         states, pooled = prediction.joined(encoded)
-        size = (request.height, request.width)
+        size = (request.size.height, request.size.width)
         sizes = states.new_tensor([*size, 0, 0, *size])  # original size, top left corner of the crop, target size
-        return prediction.predictor(network, timesteps, states, pooled, sizes.expand(len(states), -1))
+        return prediction.predictor(networks, timesteps, states, pooled, sizes.expand(len(states), -1))
 
     def encoding_dtype(self, config: AutoencoderConfig, dtype: torch.dtype) -> torch.dtype:
         """Dtype in which an autoencoder loaded in `dtype` encodes: float32 if it overflows in float16."""
@@ -72,11 +72,11 @@ class SDXLPipeline(UNetPipeline):
         return torch.float32 if dtype == torch.float16 and config.upcast else dtype
 
     def decode(self, vae: Autoencoder, latents: Tensor, request: Request) -> Tensor:
-        """Images `[B, 3, H, W]` in -1..1."""
+        """Frames `[B, 1, H, W, 3]` in -1..1."""
         dtype = autoencoder.dtype(vae)
         with _in_float32(vae, self.decoding_dtype(vae.config, dtype) != dtype):
             images = vae.decode(_unscaled(vae, latents.to(autoencoder.dtype(vae))))
-        return watermark.watermarked(images, request.watermark)
+        return image_frames(watermark.watermarked(images, request.watermark))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from sglang_gen.families.contract import Spec
 SPEC = Spec(
     name="sdxl",
     pipeline_class="StableDiffusionXLPipeline",
-    network="unet",
+    networks=("unet",),
     components={
         "unet": ("UNet2DConditionModel",), "vae": VAE, "scheduler": ANY, "text_encoder": CLIP, "tokenizer": ANY,
         "text_encoder_2": CLIP_PROJECTED, "tokenizer_2": ANY,

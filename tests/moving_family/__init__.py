@@ -1,0 +1,1 @@
+"""A family for tests alone: videos from two denoising networks, one for high and one for low noise."""
