@@ -74,7 +74,7 @@ def test_a_kernel_that_does_not_take_a_shape_is_not_the_fastest_and_the_first_fa
 
 def test_an_installed_package_that_does_not_import_is_no_candidate(monkeypatch):
     monkeypatch.setattr(attention_kernels, "_usable", lambda name, device, dtype: True)
-    monkeypatch.setattr(attention_kernels, "runs", lambda name, device, dtype: False)
+    monkeypatch.setattr(attention_kernels, "runs", lambda *_: False)
     broken = types.SimpleNamespace(module="no_such_package", function="attend", exact=True)
     monkeypatch.setattr(attention_kernels, "KERNEL_PACKAGES", {"broken": broken})
     assert attention_kernels.candidates([(1, 1, 8, 8, 8)], "cuda", torch.float16) == ["sdpa"]

@@ -152,6 +152,7 @@ class Spec:
     keeps_image_size: bool = False  # an input image keeps its size; the requested size is ignored
     text_length: int | None = None  # default number of text tokens; None: the tokenizers' own length
     most_text_tokens: int | None = None  # largest sampling.max_sequence_length; None: the family does not take it
+    text_masks: tuple[int, ...] = ()  # which outputs of `encode` are masks of padded texts; see `Pipeline.encode`
     zero_without_negative: bool = False  # default of force_zeros_for_empty_prompt in model_index.json
     ineffective: Mapping[str, str] = field(  # config paths without effect, and what the pipeline does
         default_factory=lambda: {"sampling.num_frames": "makes no video", "output.fps": "makes no video"}
@@ -183,6 +184,11 @@ class Spec:
     def text_encoders(self) -> tuple[str, ...]:
         """Names of the text encoders, the optional ones included."""
         return tuple(name for name in TEXT_ENCODERS if name in self.components or name in self.optional)
+
+    @property
+    def masks_text(self) -> bool:
+        """Whether attention masks the padding of texts of unequal length, so that a kernel must take a mask."""
+        return bool(self.text_masks)
 
     @property
     def network_classes(self) -> tuple[str, ...]:

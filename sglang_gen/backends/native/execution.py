@@ -72,7 +72,8 @@ class Execution:
         self.compiled = _compile(network, self.regions, plan.device, ranks) if compiles else None
         self.graphs = Graphs(network) if settings.cuda_graphs else None
         # Chosen here so that errors precede all computation. `time_kernels` and the grids of flex replace it.
-        self.kernel = attention_kernels.choose(self.attention, plan.device, self.dtype, ())
+        self.masked = pipeline.spec.masks_text
+        self.kernel = attention_kernels.choose(self.attention, plan.device, self.dtype, (), self.masked)
         self.timed = not timed_by_shape(plan)
 
     @property
@@ -102,8 +103,7 @@ class Execution:
         steps, config = range(request.steps_run), configs[self.pipeline.spec.network]
         with torch.device("meta"):
             latents = torch.empty(rows, *self.pipeline.latents_shape(config, request), dtype=self.dtype)
-            shapes = self.pipeline.encoded_shapes(configs, request.text_length)
-            texts = tuple(torch.empty(rows, *shape, dtype=self.dtype) for shape in shapes)
+        texts = self.pipeline.empty_texts(configs, request.text_length, rows, self.dtype)
 
         def evaluate(network: Any) -> None:
             prepare = partial(self.pipeline.prepare, network, torch.zeros(len(steps)), request)
@@ -153,7 +153,7 @@ class Execution:
         self.parallel_network.set_kernel(self.kernel.kernel, self._summing(self.kernel.name), to_text)
 
     def _summing(self, name: str) -> Any:
-        return attention_kernels.kernel_with_lse(name, self.plan.device, self.dtype)
+        return attention_kernels.kernel_with_lse(name, self.plan.device, self.dtype, self.masked)
 
     def _meta_copy(self) -> ParallelNetwork:
         return self.split.meta_copy(lambda: type(self.network)(self.network.config), self.dtype)
