@@ -24,7 +24,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return masked.store(tmp_path_factory.mktemp("masked") / "network")
+    return masked.store(tmp_path_factory.mktemp("masked") / "network", masked.Masked(masked.Config()))
 
 
 def padded(lengths, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

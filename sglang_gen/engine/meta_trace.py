@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sglang_gen.parallel.sharded_network import ParallelNetwork
+from sglang_gen.tensor_tree import tensors
 
 
 @dataclass
@@ -46,11 +47,24 @@ def trace_on_meta(
 
     meta_copy.set_kernel(attend, attend_with_lse)
     for module in meta_copy.network.modules():
-        if isinstance(module, regions):
+        if isinstance(module, regions) and hasattr(module, "evaluate"):
+            module.evaluate = _noting(shapes, module, module.evaluate)
+        elif isinstance(module, regions):
             module.register_forward_pre_hook(lambda module, args: _note(shapes, module, args))
     with torch.no_grad():
         evaluate(meta_copy.entrance)
     return shapes
+
+
+def _noting(shapes: Shapes, network: nn.Module, evaluate: Any) -> Any:
+    """`evaluate`, which is compiled for a whole network, noting its calls: a text has its length in the conditioning."""
+
+    def noted(latents: Tensor, conditioning: Any) -> Tensor:
+        _note(shapes, network, (latents, *tensors(conditioning)))
+        prediction: Tensor = evaluate(latents, conditioning)
+        return prediction
+
+    return noted
 
 
 def _note(shapes: Shapes, module: nn.Module, args: tuple[Any, ...]) -> None:

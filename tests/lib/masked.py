@@ -125,14 +125,17 @@ SHARDING = Sharding(
 )
 
 
-def store(folder: Path) -> Path:
-    """Random weights, in float64."""
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def store(folder: Path, network: nn.Module) -> Path:
+    """Random weights of a network, in float64."""
     torch.manual_seed(0)
     tensors = {}
-    for name, tensor in Masked(Config()).double().state_dict().items():
+    for name, tensor in network.double().state_dict().items():
         tensors[name] = torch.randn_like(tensor) * (tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 0.2)
     folder.mkdir()
-    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    save_file(tensors, folder / WEIGHTS)
     return folder
 
 
