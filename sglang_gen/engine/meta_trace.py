@@ -57,7 +57,7 @@ def trace_on_meta(
 
 
 def _noting(shapes: Shapes, network: nn.Module, evaluate: Any) -> Any:
-    """`evaluate`, which is compiled for a whole network, noting its calls: a text has its length in the conditioning."""
+    """The `evaluate` of a network that is compiled as a whole; the lengths of its texts are in the conditioning."""
 
     def noted(latents: Tensor, conditioning: Any) -> Tensor:
         _note(shapes, network, (latents, *tensors(conditioning)))
