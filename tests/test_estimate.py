@@ -212,6 +212,14 @@ def test_attention_has_two_products_and_reads_what_fused_kernels_wrote():
     assert kernels.elementwise == 3 * 4 * q.numel()  # q read and written, out read
 
 
+def test_attention_reads_its_mask_and_computes_the_products_of_masked_keys_too():
+    with torch.device("meta"):
+        q, k, mask = torch.empty(2, 3, 8, 4), torch.empty(2, 3, 5, 4), torch.empty(2, 1, 1, 5, dtype=torch.bool)
+    kernels = Kernels(fused=True)
+    kernels.add_attention(q, k, k, q, mask)
+    assert kernels.attention == {(4 * 2 * 3 * 8 * 5 * 4, 4 * 2 * 3 * (8 + 5 + 5 + 8) * 4 + 2 * 5): 1}
+
+
 @pytest.mark.whole
 def test_the_prediction_for_flux_is_what_its_arithmetic_says():
     """59.5 TFLOP of products and 14.9 of attention; about 8 ms at 4.3 TB/s of what is fused, by hand."""

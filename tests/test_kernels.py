@@ -58,6 +58,96 @@ def test_kernels_that_tell_the_sum_are_as_exact_as_those_that_do_not(name, dtype
     assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=2e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5)
 
 
+def keys_of_samples(keys=24):
+    """A mask `[B, 1, 1, S]` that leaves one key of the first sample and some of the second."""
+    return (torch.arange(keys) % 5 < torch.tensor([0, 3])[:, None])[:, None, None].index_fill(
+        3, torch.tensor([7]), True
+    )
+
+
+def alone(q, k, v, mask):
+    """Attention of each sample to the keys that it has, without a mask."""
+    samples = [(q[i : i + 1], k[i : i + 1, :, row], v[i : i + 1, :, row]) for i, row in enumerate(mask[:, 0, 0])]
+    return torch.cat([scaled_dot_product_attention(*sample) for sample in samples])
+
+
+@pytest.mark.parametrize("keys", [24, 19])
+@pytest.mark.parametrize("name", ["auto", "sdpa", "flash", "math"])
+def test_a_masked_key_counts_for_nothing(name, keys):
+    q, k, v = qkv(keys=keys)
+    mask = keys_of_samples(keys)
+    expected = alone(q, k, v, mask)
+    assert torch.allclose(chosen(name).kernel(q, k, v, mask), expected, atol=1e-6)
+    assert not torch.allclose(chosen(name).kernel(q, k, v), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["math", "flash"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_sum_of_masked_scores_is_that_of_the_other_keys(name, dtype):
+    (q, k, v), mask = (x.to(dtype) for x in qkv()), keys_of_samples()
+    out, lse = attention_kernels.kernel_with_lse(name, "cpu", dtype, masked=True)(q, k, v, mask)
+    scores = q.double() @ k.double().mT * q.shape[-1] ** -0.5
+    tolerance = 2e-2 if dtype.itemsize == 2 else 1e-5
+    assert torch.allclose(out.double(), alone(q.double(), k.double(), v.double(), mask), atol=tolerance)
+    assert torch.allclose(lse.double(), scores.masked_fill(~mask, -torch.inf).logsumexp(-1), rtol=tolerance)
+
+
+@pytest.mark.parametrize("keys", [24, 19])
+def test_the_efficient_kernel_gets_a_mask_whose_rows_begin_at_multiples_of_16_bytes(monkeypatch, keys):
+    """The CUDA kernel refuses other strides. Here the sum of its scores comes from plain products."""
+    q, k, v = qkv(keys=keys)
+    mask, given = keys_of_samples(keys), []
+
+    def efficient(q, k, v, bias, with_lse):
+        given.append(bias)
+        scores = q @ k.mT * q.shape[-1] ** -0.5 + bias
+        lse = torch.nn.functional.pad(scores.logsumexp(-1), (0, 32 - scores.shape[2]))
+        return scores.softmax(-1) @ v, lse, None, None
+
+    operators = types.SimpleNamespace(aten=types.SimpleNamespace(_scaled_dot_product_efficient_attention=efficient))
+    monkeypatch.setattr(attention_kernels.torch, "ops", operators)
+    out, lse = attention_kernels.kernel_with_lse("efficient", "cuda", FLOAT, masked=True)(q, k, v, mask)
+    assert torch.allclose(out, alone(q, k, v, mask), atol=1e-6)
+    assert lse.shape == q.shape[:3]
+    assert given[0].shape == (2, 3, 24, keys)
+    assert given[0].stride(-1) == 1
+    assert all(stride * given[0].element_size() % 16 == 0 for stride in given[0].stride()[:-1])
+
+
+def test_kernels_of_gpus_that_take_no_mask_are_not_offered_one(monkeypatch):
+    """FlashAttention of torch and of packages; sdpa then merges what the efficient kernel computes."""
+    takes_masks = {"flash": False, "efficient": True, "cudnn": False, "math": True}
+    monkeypatch.setattr(
+        attention_kernels, "runs", lambda name, device, dtype, masked=False: takes_masks[name] or not masked
+    )
+    monkeypatch.setattr(attention_kernels, "_usable", lambda name, device, dtype: True)
+    monkeypatch.setattr(attention_kernels, "_imports", lambda package: True)
+    monkeypatch.setattr(attention_kernels.importlib.util, "find_spec", lambda name: object())
+    half = torch.bfloat16
+    shapes = [(1, 1, 8, 8, 8), (1, 1, 8, 12, 8, "masked")]
+    assert attention_kernels.candidates(shapes, "cuda", half) == ["sdpa", "efficient", "math"]
+    assert {"flash", "cudnn", "flash_attn"} < {*attention_kernels.candidates(shapes[:1], "cuda", half)}
+    assert attention_kernels.legal("cuda", half, masked=True) == ["auto", "sdpa", "efficient", "math"]
+    for name in ("flash", "cudnn", "flash_attn", "flash_attn_3", "sage", "flex"):
+        with pytest.raises(UserError, match=f"'{name}' takes no mask, .*; legal: auto, sdpa, efficient, math"):
+            attention_kernels.choose(Attention(backend=name), "cuda", half, (), masked=True)
+    of_sdpa = [attention_kernels.kernel_with_lse("sdpa", "cuda", half, masked) for masked in (False, True)]
+    assert of_sdpa == [attention_kernels._flash_with_lse, attention_kernels._efficient_with_lse]
+    assert attention_kernels.kernel_with_lse("flash", "cuda", half, masked=True) is None
+
+
+def test_calls_with_a_mask_are_timed_with_one():
+    given = []
+
+    def noted(q, k, v, *mask):
+        given.append([tuple(x.shape) for x in mask])
+        return q
+
+    shapes = {(2, 2, 8, 9, 8, "masked"): 1, (2, 2, 8, 8, 8): 1}
+    attention_autotune.measure({"noted": noted}, shapes, "cpu", FLOAT)
+    assert given == [[(2, 1, 1, 9)]] * attention_autotune.ROUNDS + [[]] * attention_autotune.ROUNDS
+
+
 def test_a_kernel_that_does_not_take_a_shape_is_not_the_fastest_and_the_first_fails_aloud():
     def narrow(q, k, v):
         if q.shape[-1] > 8:
@@ -74,7 +164,7 @@ def test_a_kernel_that_does_not_take_a_shape_is_not_the_fastest_and_the_first_fa
 
 def test_an_installed_package_that_does_not_import_is_no_candidate(monkeypatch):
     monkeypatch.setattr(attention_kernels, "_usable", lambda name, device, dtype: True)
-    monkeypatch.setattr(attention_kernels, "runs", lambda name, device, dtype: False)
+    monkeypatch.setattr(attention_kernels, "runs", lambda *_: False)
     broken = types.SimpleNamespace(module="no_such_package", function="attend", exact=True)
     monkeypatch.setattr(attention_kernels, "KERNEL_PACKAGES", {"broken": broken})
     assert attention_kernels.candidates([(1, 1, 8, 8, 8)], "cuda", torch.float16) == ["sdpa"]

@@ -101,8 +101,7 @@ def trace_network(
     trace = NetworkTrace(sum(map(stored_bytes, held)), kernels=Kernels(plan.run.compile.enable_torch_compile))
     with torch.device("meta"):
         latents = torch.empty(rows, *pipeline.latents_shape(config, request), dtype=dtype)
-        shapes = pipeline.encoded_shapes(configs, request.text_length)
-        texts = tuple(torch.empty(rows, *shape, dtype=dtype) for shape in shapes)
+    texts = pipeline.empty_texts(configs, request.text_length, rows, dtype)
     encoded: Encoded = [texts, texts] if guidance.on else [texts]
     timesteps = torch.zeros(request.steps_run)
     step = guidance.steps.start if guidance.on and guidance.steps else 0

@@ -38,12 +38,15 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def flops(self) -> int:
         return sum(flops * calls for work in (self.products, self.attention) for (flops, _), calls in work.items())
 
-    def add_attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """Record attention of q `[B, H, L, D]` to k and v `[B, H, S, D]`: two matrix products of 2 L S D FLOPs."""
-        self._written([q, k, v])
+    def add_attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *mask: Tensor) -> None:
+        """Record attention of q `[B, H, L, D]` to k and v `[B, H, S, D]`: two matrix products of 2 L S D FLOPs.
+
+        A mask `[B, 1, 1, S]` is read, and saves no product.
+        """
+        self._written([q, k, v, *mask])
         self.turn += 1
         flops = 4 * math.prod((*q.shape[:3], k.shape[2], q.shape[3]))
-        self.attention[flops, sum(map(_bytes, (q, k, v, out)))] += 1
+        self.attention[flops, sum(map(_bytes, (q, k, v, out, *mask)))] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -14,7 +15,8 @@ from sglang_gen import env, files
 from sglang_gen.models.attention import Kernel
 from sglang_gen.perf.clock import synchroniser
 
-Shapes = Counter[tuple[int, ...]]  # (B, H, L, S, D) of a call -> calls in one evaluation of the network
+# (B, H, L, S, D) of a call, or (B, H, L, S, D, "masked") -> calls in one evaluation of the network
+Shapes = Counter[tuple[Any, ...]]
 MARGIN = 0.95  # a kernel replaces the first one only if it is clearly faster, so that noise does not decide
 ROUNDS = 5
 
@@ -48,10 +50,12 @@ def measure(kernels: Mapping[str, Kernel], shapes: Shapes, device: str, dtype: t
     """
     wait = synchroniser(device)
     seconds, first = dict.fromkeys(kernels, 0.0), next(iter(kernels))
-    for (batch, heads, length, keys, width), count in shapes.items():
+    for (batch, heads, length, keys, width, *masked), count in shapes.items():
         sizes = [(batch, tokens, heads, width) for tokens in (length, keys, keys)]
         # [B, L, H, D] transposed: the strides that q, k and v have after a linear layer
-        q, k, v = (torch.randn(size, device=device, dtype=dtype).transpose(1, 2) for size in sizes)
+        inputs = [torch.randn(size, device=device, dtype=dtype).transpose(1, 2) for size in sizes]
+        if masked:
+            inputs.append(torch.ones(batch, 1, 1, keys, device=device, dtype=torch.bool))
         least = dict.fromkeys(kernels, float("inf"))
         for _ in range(ROUNDS):
             for name, kernel in kernels.items():
@@ -60,7 +64,7 @@ def measure(kernels: Mapping[str, Kernel], shapes: Shapes, device: str, dtype: t
                 wait()
                 start = time.perf_counter()
                 try:
-                    kernel(q, k, v)
+                    kernel(*inputs)
                 except RuntimeError:
                     if name == first:
                         raise

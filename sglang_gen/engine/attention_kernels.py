@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -56,21 +58,31 @@ class Choice:
     kernel: Kernel
 
 
-def legal(device: str, dtype: torch.dtype) -> list[str]:
-    """Values of `attention.backend` that run on this machine."""
-    inside = [name for name in SDPA_KERNELS if runs(name, device, dtype)]
-    return ["auto", "sdpa", *inside, *(name for name in KERNEL_PACKAGES if _usable(name, device, dtype)), "flex"]
+def legal(device: str, dtype: torch.dtype, masked: bool = False) -> list[str]:
+    """Values of `attention.backend` that run on this machine, with a mask if `masked`."""
+    inside = [name for name in SDPA_KERNELS if runs(name, device, dtype, masked)]
+    others = [*(name for name in KERNEL_PACKAGES if _usable(name, device, dtype)), "flex"]
+    return ["auto", "sdpa", *inside, *([] if masked else others)]
 
 
-def choose(attention: Attention, device: str, dtype: torch.dtype, grids: Iterable[sparse_attention.Grid]) -> Choice:
+def choose(
+    attention: Attention,
+    device: str,
+    dtype: torch.dtype,
+    grids: Iterable[sparse_attention.Grid],
+    masked: bool = False,
+) -> Choice:
     """The kernel for these settings; torch's own choice for `auto`. `grids` are the token grids of flex patterns.
 
-    Raises UserError, with the names that run here, for an unknown or unsupported kernel or settings it does not take.
+    Raises UserError, with the names that run here, for an unknown or unsupported kernel or settings it does not take,
+    and for a kernel that takes no mask if `masked`.
     """
     name = attention.backend
     if name in ("auto", "sdpa"):
-        order = priority(attention.backend_config, device, dtype)
+        order = priority(attention.backend_config, device, dtype, masked)
         return Choice(f"sdpa({', '.join(order)})", inside_sdpa(order)) if order else sdpa()
+    if name == "flex" and masked:
+        raise UserError(_takes_no_mask(name, device, dtype))
     if name == "flex":
         pattern = sparse_attention.parse(attention.backend_config)
         return Choice(f"flex({pattern.describe()})", sparse_attention.kernel(pattern, grids, device))
@@ -81,14 +93,22 @@ def choose(attention: Attention, device: str, dtype: torch.dtype, grids: Iterabl
     if name in KERNEL_PACKAGES and importlib.util.find_spec(KERNEL_PACKAGES[name].module) is None:
         package = KERNEL_PACKAGES[name]
         wanting = f"'{name}' needs the package {package.module} ({package.origin})"
-        raise UserError(f"attention.backend: {wanting}; legal here: {', '.join(legal(device, dtype))}")
+        raise UserError(f"attention.backend: {wanting}; legal here: {', '.join(legal(device, dtype, masked))}")
     if name not in SDPA_KERNELS and name not in KERNEL_PACKAGES:
-        names = legal(device, dtype)
+        names = legal(device, dtype, masked)
         unknown = f"the native engine has no kernel '{name}'{nearest(name, names)}"
         raise UserError(f"attention.backend: {unknown} (legal here: {', '.join(names)})")
     if not (_usable if name in KERNEL_PACKAGES else runs)(name, device, dtype):
-        raise UserError(f"attention.backend: '{name}' does not run here; legal: {', '.join(legal(device, dtype))}")
+        names = legal(device, dtype, masked)
+        raise UserError(f"attention.backend: '{name}' does not run here; legal: {', '.join(names)}")
+    if masked and (name in KERNEL_PACKAGES or not runs(name, device, dtype, masked)):
+        raise UserError(_takes_no_mask(name, device, dtype))
     return named(name)
+
+
+def _takes_no_mask(name: str, device: str, dtype: torch.dtype) -> str:
+    names = ", ".join(legal(device, dtype, masked=True))
+    return f"attention.backend: '{name}' takes no mask, and this model masks the padding of its texts; legal: {names}"
 
 
 def named(name: str) -> Choice:
@@ -100,27 +120,33 @@ def named(name: str) -> Choice:
     return Choice(name, _packaged(KERNEL_PACKAGES[name]))
 
 
-def kernel_with_lse(name: str, device: str, dtype: torch.dtype) -> KernelWithLSE | None:
-    """The kernel of that name as a function that also returns the log-sum-exp of its scores; None if it cannot."""
+def kernel_with_lse(name: str, device: str, dtype: torch.dtype, masked: bool = False) -> KernelWithLSE | None:
+    """The kernel of that name as a function that also returns the log-sum-exp of its scores; None if it cannot.
+
+    It takes a mask if `masked`.
+    """
     if name == "math":
         return _math_with_lse
     if device == "cpu":
         return _cpu_flash_with_lse if name in ("sdpa", "flash") else None
     half = dtype.itemsize == 2
     if name == "sdpa":
-        name = "flash" if half and runs("flash", device, dtype) else "efficient"
-    return {"flash": _flash_with_lse, "efficient": _efficient_with_lse}.get(name)
+        name = "flash" if half and not masked and runs("flash", device, dtype) else "efficient"
+    return {"flash": None if masked else _flash_with_lse, "efficient": _efficient_with_lse}.get(name)
 
 
-def _math_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _math_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)  # scores lose precision in bfloat16 and overflow in float16
     scores = (q.to(wide) * q.shape[-1] ** -0.5) @ k.to(wide).mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
     lse = scores.logsumexp(dim=-1)
     return ((scores - lse[..., None]).exp() @ v.to(wide)).to(v.dtype), lse
 
 
-def _cpu_flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+def _cpu_flash_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = flash(q, k, v) if mask is None else flash(q, k, v, attn_mask=_bias(mask, q.dtype))
     return out, lse
 
 
@@ -129,51 +155,74 @@ def _flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _efficient_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+def _efficient_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    bias = None
+    if mask is not None:  # its rows must begin at multiples of 16 bytes
+        keys = k.shape[2]
+        padded = F.pad(_bias(mask, q.dtype), (0, -keys % 16))
+        bias = padded[..., :keys].expand(*q.shape[:3], keys)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)
     return out, lse[..., : q.shape[2]]  # the kernel pads the log-sum-exp to a multiple of 32
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as what is added to the scores: 0 or -inf."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
 
 
 def sdpa() -> Choice:
     return Choice("sdpa", scaled_dot_product_attention)
 
 
-def candidates(shapes: Iterable[tuple[int, ...]], device: str, dtype: torch.dtype) -> list[str]:
-    """Exact kernels that `auto` times for calls of these shapes `(B, H, L, S, D)`; torch's own choice comes first.
+def candidates(shapes: Iterable[tuple[Any, ...]], device: str, dtype: torch.dtype) -> list[str]:
+    """Exact kernels that `auto` times for calls of these shapes; torch's own choice comes first.
 
+    A shape is `(B, H, L, S, D)`, or `(B, H, L, S, D, "masked")` of a call with a mask, which each kernel must take.
     On a CPU torch chooses flash if it runs, so it is not listed again.
     """
-    scores = max(b * h * length * keys * dtype.itemsize for b, h, length, keys, _ in shapes)
+    shapes = list(shapes)
+    masked = any("masked" in shape for shape in shapes)
+    scores = max(b * h * length * keys * dtype.itemsize for b, h, length, keys, *_ in shapes)
     without = {"math"} if scores > MOST_SCORES else set()
     inside = SDPA_KERNELS.keys() - without - ({"flash"} if device == "cpu" else set())
-    usable = [name for name in sorted(inside) if runs(name, device, dtype)]
+    usable = [name for name in sorted(inside) if runs(name, device, dtype, masked)]
+    if masked:
+        return ["sdpa", *usable]
     packages = [name for name in KERNEL_PACKAGES if KERNEL_PACKAGES[name].exact and _usable(name, device, dtype)]
     return ["sdpa", *usable, *(name for name in packages if _imports(KERNEL_PACKAGES[name]))]
 
 
-def priority(config: Mapping[str, Any], device: str, dtype: torch.dtype) -> list[str]:
-    """The kernels that sdpa may use, in order, from `{"priority": ["cudnn", "flash"]}`. Raises UserError."""
+def priority(config: Mapping[str, Any], device: str, dtype: torch.dtype, masked: bool = False) -> list[str]:
+    """The kernels that sdpa may use, in order, from `{"priority": ["cudnn", "flash"]}`. Raises UserError.
+
+    With `masked` they must take a mask.
+    """
     for key in config:
         if key in sparse_attention.KEYS:
             raise UserError(f"attention.backend_config: '{key}' is a setting of flex; add attention=flex")
         if key != "priority":
             raise UserError(f"attention.backend_config: unknown key '{key}'{nearest(key, ['priority'])}")
     order = config.get("priority", [])
-    usable = [name for name in SDPA_KERNELS if runs(name, device, dtype)]
+    usable = [name for name in SDPA_KERNELS if runs(name, device, dtype, masked)]
     if not isinstance(order, list) or any(name not in usable for name in order):
-        raise UserError(f"attention.backend_config: 'priority' is a list of kernels that run here: {', '.join(usable)}")
+        kernels = "kernels that run here and take the mask of padded texts" if masked else "kernels that run here"
+        raise UserError(f"attention.backend_config: 'priority' is a list of {kernels}: {', '.join(usable)}")
     return order
 
 
-def runs(name: str, device: str, dtype: torch.dtype) -> bool:
-    """True if this kernel of scaled_dot_product_attention computes a small problem on this device in this dtype."""
+def runs(name: str, device: str, dtype: torch.dtype, masked: bool = False) -> bool:
+    """True if this kernel of scaled_dot_product_attention computes a small problem on this device in this dtype.
+
+    With `masked` the problem has a mask.
+    """
     tensor = torch.zeros(1, 1, 16, 32, device=device, dtype=dtype)
+    mask = [torch.ones(1, 1, 1, 16, device=device, dtype=torch.bool)] if masked else []
     with warnings.catch_warnings(action="ignore"):  # torch warns why a kernel is not available
         # The first call on a GPU sets torch's kernel order for the process (cuDNN first on Hopper). If it happened
         # inside `only`, the previous order would be restored afterwards and torch would never choose cuDNN again.
         scaled_dot_product_attention(tensor, tensor, tensor)
         try:
-            inside_sdpa([name])(tensor, tensor, tensor)
+            inside_sdpa([name])(tensor, tensor, tensor, *mask)
         except RuntimeError:
             return False
     return True
@@ -182,9 +231,11 @@ def runs(name: str, device: str, dtype: torch.dtype) -> bool:
 def inside_sdpa(order: list[str]) -> Kernel:
     """scaled_dot_product_attention restricted to these of its kernels, in order of preference."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         with only(order):
-            return scaled_dot_product_attention(q, k, v)
+            if mask is None:
+                return scaled_dot_product_attention(q, k, v)
+            return scaled_dot_product_attention(q, k, v, mask)
 
     return attend
 

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from sglang_gen.parallel.sharded_network import ParallelNetwork
+from sglang_gen.tensor_tree import tensors
 
 
 @dataclass
 class Shapes:
-    """`attention`: (B, H, L, S, D) -> number of calls. `blocks`: class -> distinct (weight shapes, input shapes)."""
+    """`attention`: (B, H, L, S, D), or (B, H, L, S, D, "masked") with a mask -> number of calls.
 
-    attention: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    `blocks`: class -> distinct (weight shapes, input shapes).
+    """
+
+    attention: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     blocks: dict[type, set[Any]] = field(default_factory=dict)
 
 
@@ -23,31 +27,44 @@ def trace_on_meta(
     meta_copy: ParallelNetwork,
     regions: tuple[type, ...],
     evaluate: Callable[[Any], Any],
-    on_attention: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
+    on_attention: Callable[..., None] | None = None,
 ) -> Shapes:
     """Shapes of the attention calls and of the calls of `regions` in `evaluate`, on this rank's meta copy.
 
-    `on_attention` is called with q, k, v and the result of every attention.
+    `on_attention` is called with q, k, v, the result and, if there is one, the mask of every attention.
     """
     shapes = Shapes()
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        shapes.attention.update([(*q.shape[:3], k.shape[2], q.shape[3])])
+    def attend(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
+        shapes.attention.update([(*q.shape[:3], k.shape[2], q.shape[3], *("masked" for _ in mask))])
         out = torch.empty_like(q)
         if on_attention is not None:
-            on_attention(q, k, v, out)
+            on_attention(q, k, v, out, *mask)
         return out
 
-    def attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return attend(q, k, v), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> tuple[Tensor, Tensor]:
+        return attend(q, k, v, *mask), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
     meta_copy.set_kernel(attend, attend_with_lse)
     for module in meta_copy.network.modules():
-        if isinstance(module, regions):
+        if isinstance(module, regions) and hasattr(module, "evaluate"):
+            module.evaluate = _noting(shapes, module, module.evaluate)
+        elif isinstance(module, regions):
             module.register_forward_pre_hook(lambda module, args: _note(shapes, module, args))
     with torch.no_grad():
         evaluate(meta_copy.entrance)
     return shapes
+
+
+def _noting(shapes: Shapes, network: nn.Module, evaluate: Any) -> Any:
+    """The `evaluate` of a network that is compiled as a whole; the lengths of its texts are in the conditioning."""
+
+    def noted(latents: Tensor, conditioning: Any) -> Tensor:
+        _note(shapes, network, (latents, *tensors(conditioning)))
+        prediction: Tensor = evaluate(latents, conditioning)
+        return prediction
+
+    return noted
 
 
 def _note(shapes: Shapes, module: nn.Module, args: tuple[Any, ...]) -> None:

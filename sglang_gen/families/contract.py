@@ -170,6 +170,7 @@ class Spec:
     keeps_image_size: bool = False  # an input image keeps its size; the requested size is ignored
     text_length: int | None = None  # default number of text tokens; None: the tokenizers' own length
     most_text_tokens: int | None = None  # largest sampling.max_sequence_length; None: the family does not take it
+    text_masks: tuple[int, ...] = ()  # which outputs of `encode` are masks of padded texts; see `Pipeline.encode`
     zero_without_negative: bool = False  # default of force_zeros_for_empty_prompt in model_index.json
 
     # Scheduler
@@ -204,6 +205,11 @@ class Spec:
     def network(self) -> str:
         """Name of the first denoising network, which every model of the family has."""
         return self.networks[0]
+
+    @property
+    def masks_text(self) -> bool:
+        """Whether attention masks the padding of texts of unequal length, so that a kernel must take a mask."""
+        return bool(self.text_masks)
 
     @property
     def network_classes(self) -> tuple[str, ...]:

@@ -60,11 +60,28 @@ class Pipeline(ABC):
     def encode(
         self, components: Mapping[str, Any], diffusers_config: ComponentConfig, texts: list[str], length: int | None
     ) -> tuple[Tensor, ...]:
-        """Encoded texts, `[B, ...]` each; `length` tokens if the family takes a length (None: its default)."""
+        """Encoded texts, `[B, ...]` each; `length` tokens if the family takes a length (None: its default).
+
+        A family that pads texts to the longest of a batch returns, behind each text `[B, T, ...]`, its boolean mask
+        `[B, T]` (True: a token, False: padding). `Spec.text_masks` says which outputs these are.
+        """
 
     @abstractmethod
     def encoded_shapes(self, configs: Mapping[str, ComponentConfig], length: int | None) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the outputs of `encode` for one text, without the batch dimension, from all components' configs."""
+        """Shapes of the outputs of `encode` for one text, without the batch dimension, from all components' configs.
+
+        Of texts whose length is not known before they are encoded: the longest possible.
+        """
+
+    def empty_texts(
+        self, configs: Mapping[str, ComponentConfig], length: int | None, rows: int, dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        """What `encode` returns for `rows` texts, as empty tensors on the meta device."""
+        masks = self.spec.text_masks
+        return tuple(
+            torch.empty(rows, *shape, dtype=torch.bool if index in masks else dtype, device="meta")
+            for index, shape in enumerate(self.encoded_shapes(configs, length))
+        )
 
     # Schedule and latents
 

@@ -8,11 +8,15 @@ from torch import Tensor, nn
 
 from sglang_gen.models.layers import Linear
 
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (q, k, v) or, if it takes a mask, (q, k, v, mask) -> attention; mask [B, 1, 1, S] as in scaled_dot_product_attention
+Kernel = Callable[..., Tensor]
 
 
 class Attend(nn.Module):
-    """softmax(q k^T / sqrt(D)) v for q `[B, H, L, D]`, k and v `[B, H, S, D]`; the result is `[B, H, L, D]`."""
+    """softmax(q k^T / sqrt(D)) v for q `[B, H, L, D]`, k and v `[B, H, S, D]`; the result is `[B, H, L, D]`.
+
+    `mask` is a boolean `[B, S]`: which keys of each sample are attended to. None: all of them.
+    """
 
     kernel: Kernel
 
@@ -20,8 +24,8 @@ class Attend(nn.Module):
         super().__init__()
         self.kernel = torch.nn.functional.scaled_dot_product_attention
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.kernel(q, k, v)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.kernel(q, k, v) if mask is None else self.kernel(q, k, v, mask[:, None, None])
 
 
 QKV = ("q", "k", "v")
@@ -37,7 +41,7 @@ class SelfAttention(nn.Module):
         self.attend = Attend()
         self.to_out = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, L, C]` -> the same shape."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`[B, L, C]`, and the tokens `[B, L]` that are attended to -> the shape of `x`."""
         q, k, v = rearrange(self.to_qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)
-        return self.to_out(rearrange(self.attend(q, k, v), "b h l d -> b l (h d)"))
+        return self.to_out(rearrange(self.attend(q, k, v, mask), "b h l d -> b l (h d)"))

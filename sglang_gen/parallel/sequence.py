@@ -4,6 +4,7 @@ Ulysses (Jacobs et al. 2023) exchanges tokens for heads around the kernel. Ring 
 from rank to rank and merges the partial results by their log-sum-exp. If both are used, Ulysses wraps Ring.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,18 @@ import torch
 from torch import Tensor
 
 from sglang_gen.models.attention import Kernel
-from sglang_gen.parallel.collectives import Axis, Pending, exchange, gather_along
+from sglang_gen.parallel.collectives import (
+    Axis,
+    Pending,
+    exchange,
+    finish_gather_along,
+    gather_along,
+    start_gather_along,
+)
 
-# (q, k, v) -> attention [B, H, L, D] and the log-sum-exp [B, H, L] of its scores
-KernelWithLSE = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# (q, k, v) or (q, k, v, mask) -> attention [B, H, L, D] and the log-sum-exp [B, H, L] of its scores.
+# A mask [B, 1, 1, S] has at least one key of each sample.
+KernelWithLSE = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -76,11 +85,13 @@ class Ulysses:
         """`ring` is this rank's coordinate on the ring axis, which selects its Ulysses group."""
         self.kernel, self.axis, self.ring, self.lengths = kernel, axis, ring, lengths
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`[B, H, l, D]` of this rank's tokens -> the same shape."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`[B, H, l, D]` of this rank's tokens and their mask `[B, 1, 1, l]` -> `[B, H, l, D]`."""
         tokens = self.lengths.of_group(self.ring)
+        coming = None if mask is None else start_gather_along(mask, 3, tokens, self.axis)
         q, k, v = self._heads(torch.stack([q, k, v]), tokens).unbind()
-        return self._tokens(self.kernel(q, k, v), tokens)
+        masks = () if coming is None else (finish_gather_along(coming.wait(), 3, tokens),)
+        return self._tokens(self.kernel(q, k, v, *masks), tokens)
 
     def _heads(self, x: Tensor, tokens: Sequence[int]) -> Tensor:
         """`[n, B, H, l, D]` of this rank's tokens -> `[n, B, H / ranks, L, D]` of this rank's heads."""
@@ -109,27 +120,31 @@ class Ulysses:
 
 
 class Ring:
-    """Attention to the keys and values of all ranks, which arrive one rank at a time while this rank computes."""
+    """Attention to the keys and values of all ranks, which arrive one rank at a time while this rank computes.
+
+    A mask travels with its keys, as further elements of the same exchange.
+    """
 
     def __init__(self, kernel: KernelWithLSE, axis: Axis, lengths: AnyLengths) -> None:
         self.kernel, self.axis, self.lengths = kernel, axis, lengths
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`[B, H, l, D]` of this rank's tokens -> the same shape."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`[B, H, l, D]` of this rank's tokens and their mask `[B, 1, 1, l]` -> `[B, H, l, D]`."""
         ranks, index = self.axis.size, self.axis.index
         tokens = self.lengths.of_groups()
-        batch, heads, _, width = k.shape
-        current = torch.stack([k, v])
+        batch, heads, length, width = k.shape
+        per_token = batch * (2 * heads * width + (mask is not None))  # elements
+        current = _packed(k, v, mask)
         total = None
         for turn in range(ranks):
             coming = None
             if turn < ranks - 1:
                 following = tokens[(index - turn - 1) % ranks]
-                coming = self._pass_on(current, 2 * batch * heads * following * width)
-            partial = self.kernel(q, current[0], current[1])
-            total = partial if total is None else merged(total, partial)
+                coming = self._pass_on(current, per_token * following)
+            partial = self._partial(q, *_unpacked(current, batch, heads, length, width))
+            total = partial if total is None else merged(total, partial, masked=mask is not None)
             if coming is not None:
-                current = coming.wait().view(2, batch, heads, following, width)
+                current, length = coming.wait(), following
         assert total is not None
         return total[0].to(q.dtype)
 
@@ -138,7 +153,33 @@ class Ring:
         ranks, index = self.axis.size, self.axis.index
         sent, received = [0] * ranks, [0] * ranks
         sent[(index + 1) % ranks], received[(index - 1) % ranks] = current.numel(), coming
-        return exchange(current.reshape(-1), sent, received, self.axis)
+        return exchange(current, sent, received, self.axis)
+
+    def _partial(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Attention to one rank's keys and its log-sum-exp, which is -inf for a sample whose keys are all masked.
+
+        Kernels disagree about a softmax over nothing, so such a sample is computed without its mask.
+        """
+        if mask is None:
+            return self.kernel(q, k, v)
+        nothing = ~mask.any(dim=-1, keepdim=True)  # [B, 1, 1, 1]
+        out, lse = self.kernel(q, k, v, mask | nothing)
+        return out, lse.masked_fill(nothing[..., 0], -math.inf)
+
+
+def _packed(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Keys, values and their mask as one flat tensor of the keys' dtype."""
+    if mask is None:
+        return torch.stack([k, v]).reshape(-1)
+    return torch.cat([k.reshape(-1), v.reshape(-1), mask.reshape(-1).to(k.dtype)])
+
+
+def _unpacked(flat: Tensor, batch: int, heads: int, length: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values `[B, H, l, D]` and, if there is one, the mask `[B, 1, 1, l]`."""
+    size = batch * heads * length * width
+    k, v = flat[: 2 * size].view(2, batch, heads, length, width).unbind()
+    masked = flat.numel() > 2 * size
+    return k, v, flat[2 * size :].view(batch, 1, 1, length) != 0 if masked else None
 
 
 class Gathering:
@@ -147,14 +188,20 @@ class Gathering:
     def __init__(self, kernel: Kernel, axis: Axis, lengths: AnyLengths) -> None:
         self.kernel, self.axis, self.lengths = kernel, axis, lengths
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`[B, H, l, D]` of this rank's tokens -> the same shape."""
-        keys, values = gather_along(torch.stack([k, v]), 3, self.lengths.of_groups(), self.axis)
-        return self.kernel(q, keys, values)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`[B, H, l, D]` of this rank's tokens and their mask `[B, 1, 1, l]` -> `[B, H, l, D]`."""
+        tokens = self.lengths.of_groups()
+        keys, values = gather_along(torch.stack([k, v]), 3, tokens, self.axis)
+        masks = () if mask is None else (gather_along(mask, 3, tokens, self.axis),)
+        return self.kernel(q, keys, values, *masks)
 
 
-def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Merge attention `[B, H, L, D]` and log-sum-exp `[B, H, L]` over two sets of keys, in float32 or wider."""
+def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], masked: bool = False) -> tuple[Tensor, Tensor]:
+    """Merge attention `[B, H, L, D]` and log-sum-exp `[B, H, L]` over two sets of keys, in float32 or wider.
+
+    With `masked` both sets may be empty for a sample: its log-sum-exp is -inf, and its attention is 0.
+    """
     lse = torch.logaddexp(one[1], other[1])
-    weighted = [out.to(lse.dtype) * (own - lse).exp()[..., None] for out, own in (one, other)]
+    base = lse.clamp_min(torch.finfo(lse.dtype).min) if masked else lse  # -inf - -inf is NaN
+    weighted = [out.to(lse.dtype) * (own - base).exp()[..., None] for out, own in (one, other)]
     return weighted[0] + weighted[1], lse

@@ -95,13 +95,15 @@ class RowAttention(nn.Module):
         super().__init__()
         self.attention, self.axis, self.lengths = attention, axis, lengths
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         inner: Any = self.attention
         tokens = self.lengths.of_groups()
+        coming_mask = None if mask is None else start_gather_along(mask, 1, tokens, self.axis)
         coming = start_gather_along(inner.to_qkv(x, only=("k", "v")), 1, tokens, self.axis)
         q = rearrange(inner.to_qkv(x, only=("q",)), "b l (h d) -> b h l d", h=inner.heads)
         k, v = rearrange(finish_gather_along(coming.wait(), 1, tokens), "b l (n h d) -> n b h l d", n=2, h=inner.heads)
-        out: Tensor = inner.to_out(rearrange(inner.attend(q, k, v), "b h l d -> b l (h d)"))
+        whole = None if coming_mask is None else finish_gather_along(coming_mask.wait(), 1, tokens)
+        out: Tensor = inner.to_out(rearrange(inner.attend(q, k, v, whole), "b h l d -> b l (h d)"))
         return out
 
 

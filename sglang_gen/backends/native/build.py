@@ -172,7 +172,9 @@ def no_kernel(built: Built) -> None:
 
 def choose_kernel(built: Built) -> None:
     """The kernel of attention=auto, and the grids of flex, follow with the shapes of the first batch."""
-    built.kernel = attention_kernels.choose(built.plan.run.attention, built.plan.device, built.dtype, ())
+    built.kernel = attention_kernels.choose(
+        built.plan.run.attention, built.plan.device, built.dtype, (), built.pipeline.spec.masks_text
+    )
 
 
 def stay_resident(built: Built) -> None:

@@ -23,7 +23,7 @@ from sglang_gen.engine.block_timing import TimedChain
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
-from sglang_gen.families import img2img
+from sglang_gen.families import img2img, prediction
 from sglang_gen.families.contract import Request
 from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
@@ -259,7 +259,7 @@ class NativeEngine:
         if not guidance.on:
             return [prompts]
         if self._zeros(batch):
-            return [tuple(torch.zeros_like(tensor) for tensor in prompts), prompts]
+            return [prediction.without_text(prompts), prompts]
         negatives = [sample.negative_prompt or "" for sample in batch]
         return [encode(negatives), prompts]
 

@@ -44,6 +44,7 @@ class Execution:
         )
         self.compiled, self.graphs, self.kernel = built.compiled, built.graphs, built.kernel
         self.settled: set[Any] = set()  # shapes of batches
+        self.masked = built.pipeline.spec.masks_text
         self.timed = not timed_by_shape(built.plan)
 
     @property
@@ -73,8 +74,7 @@ class Execution:
         steps, config = range(request.steps_run), configs[self.name]
         with torch.device("meta"):
             latents = torch.empty(rows, *self.pipeline.latents_shape(config, request), dtype=self.dtype)
-            shapes = self.pipeline.encoded_shapes(configs, request.text_length)
-            texts = tuple(torch.empty(rows, *shape, dtype=self.dtype) for shape in shapes)
+        texts = self.pipeline.empty_texts(configs, request.text_length, rows, self.dtype)
 
         def evaluate(network: Any) -> None:
             schedule = NetworkSchedule.of_one(network, len(steps))
@@ -125,7 +125,7 @@ class Execution:
         self.parallel_network.set_kernel(self.kernel.kernel, self._summing(self.kernel.name), to_text)
 
     def _summing(self, name: str) -> Any:
-        return attention_kernels.kernel_with_lse(name, self.plan.device, self.dtype)
+        return attention_kernels.kernel_with_lse(name, self.plan.device, self.dtype, self.masked)
 
     def _trace(self, evaluate: Callable[[Any], None]) -> Shapes:
         """Shapes of attention and of compiled blocks (else of the whole network) in `evaluate`."""

@@ -80,7 +80,7 @@ def check_native_request(plan: Plan) -> NativeRequest:
         most = f"{plan.pipeline_class} takes at most {spec.most_text_tokens}"
         raise UserError(f"sampling.max_sequence_length is {length}; {most}")
     watermark.check_library(plan.card.settings)
-    attention_kernels.choose(run.attention, plan.device, dtype, ())
+    attention_kernels.choose(run.attention, plan.device, dtype, (), spec.masks_text)
     if run.compile.enable_torch_compile:
         env.require_compiler(plan.device)
     if native_request.image is not None:

@@ -1,0 +1,170 @@
+"""Whole runs of a family that masks the padding of its texts."""
+
+import masked_family
+import pytest
+import torch
+from native import assert_same, record, tensors
+from repeated import Repeated
+from whole import plan_of
+
+from sglang_gen.dry_run.estimate import estimate
+from sglang_gen.engine import attention_autotune, attention_kernels, cuda_graphs
+from sglang_gen.engine import compile as compiling
+from sglang_gen.plan import make
+
+PROMPTS = 'sampling.prompts=[{prompt: "a cat, a dog and two red foxes in deep snow"},{prompt: lake}]'
+
+
+@pytest.fixture(scope="module")
+def model(pipelines, tmp_path_factory):
+    return masked_family.store(pipelines["flux"], tmp_path_factory.mktemp("family") / "model")
+
+
+@pytest.fixture
+def run(sglang, model, monkeypatch):
+    masked_family.register(monkeypatch)
+
+    def generate(*words: object, folder: str = "outputs", prompts: str = PROMPTS, dtype: str = "float32"):
+        return sglang("generate", "--model-path", model, prompts, "--seed", 7, "--dtype", dtype, "--backend", "sglang",
+                      "output.latents=true", "--output-path", folder, "--height", 32, "--width", 32,
+                      "--num-inference-steps", 2, "--guidance-scale", 3, *words)  # fmt: skip
+
+    return generate
+
+
+def completed(done) -> None:
+    assert done.code == 0, done.err
+
+
+@pytest.mark.whole
+def test_prompts_of_a_batch_give_the_images_that_each_gives_alone(run):
+    completed(run("sampling.batch_size=2", folder="batch"))
+    completed(run("sampling.batch_size=1", folder="alone"))
+    assert_same("batch", "alone", 2)
+    assert abs(tensors("alone", 0)["latents"] - tensors("alone", 1)["latents"]).max() > 1e-2
+
+
+@pytest.mark.whole
+def test_guidance_in_one_batch_gives_the_image_of_guidance_in_turn(run):
+    words = ("sampling.batch_size=2", "--negative-prompt", "blurred, dark and noisy, with lines of text in it")
+    for batching in ("batched", "sequential"):
+        completed(run(*words, f"sampling.guidance_batching={batching}", folder=batching))
+    assert_same("batched", "sequential", 2)
+
+
+MASKS = "takes no mask, and this model masks the padding of its texts; legal: auto, sdpa"
+
+
+@pytest.mark.parametrize("words", [(), ("dry_run=true",)])
+@pytest.mark.parametrize(
+    ("kernel", "sentence"),
+    [
+        ("flex", f"'flex' {MASKS}, flash, math"),
+        ("flesh", "did you mean 'flash'? (legal here: auto, sdpa, flash, math)"),
+    ],
+)
+def test_a_kernel_that_takes_no_mask_is_refused_before_a_weight_is_read(run, monkeypatch, words, kernel, sentence):
+    monkeypatch.setattr("sglang_gen.backends.native.engine.read_components", None)
+    done = run("--attention-backend", kernel, *words)
+    assert done.code == 2
+    assert sentence in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("attention=flash", f"'flash' {MASKS}, math"),
+        (
+            "attention.backend_config={priority: [flash]}",
+            "kernels that run here and take the mask of padded texts: math",
+        ),
+    ],
+)
+def test_a_kernel_of_torch_that_takes_no_mask_is_refused(run, monkeypatch, words, sentence):
+    """As FlashAttention's on a GPU."""
+    original = attention_kernels.inside_sdpa
+
+    def without_mask(order):
+        def attend(q, k, v, *mask):
+            if mask and order == ["flash"]:
+                raise RuntimeError("No available kernel")
+            return original(order)(q, k, v, *mask)
+
+        return attend
+
+    monkeypatch.setattr(attention_kernels, "inside_sdpa", without_mask)
+    done = run(words, "dry_run=true")
+    assert done.code == 2
+    assert sentence in done.err
+
+
+@pytest.mark.whole
+def test_auto_times_the_kernels_with_a_mask(run, monkeypatch):
+    asked = []
+
+    def answer(kernels, shapes, device, dtype):
+        asked.append((list(kernels), shapes))
+        return "math"
+
+    monkeypatch.setattr(attention_autotune, "fastest", answer)
+    completed(run("sampling.batch_size=2", "sampling.max_sequence_length=16", dtype="bfloat16"))
+    ((names, shapes),) = asked
+    assert names == ["sdpa", "math"]
+    assert {(shape[0], shape[3], *shape[5:]) for shape in shapes} == {(4, 16 + 64, "masked")}
+    assert record("outputs")["effective"]["attention"] == "math"
+
+
+@pytest.mark.whole
+def test_an_estimate_counts_texts_of_the_longest_length_and_their_masks(run, model):
+    completed(run("dry_run=true", "sampling.max_sequence_length=16"))
+    found = [
+        estimate(plan_of(f"model.path={model}", "sampling.prompt=a cat", f"sampling.max_sequence_length={length}"))
+        for length in (16, 32)
+    ]
+    assert found[0]["step"]["flops"] < found[1]["step"]["flops"]
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without its code generation; how often it was asked for a graph."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        compiling,
+        "_compiled",
+        lambda function, _: torch.compile(function, backend=backend, fullgraph=True, dynamic=False),
+    )
+    torch._dynamo.reset()
+    yield graphs
+    torch._dynamo.reset()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("regional", ["true", "false"])
+def test_a_block_is_compiled_once_for_each_length_of_text(run, traced, regional):
+    """Both branches in one batch have one length; a third prompt of another length is compiled too, expectedly."""
+    words = ("--enable-torch-compile", f"compile.regional={regional}", "compile.warmup=false")
+    completed(run("sampling.batch_size=2", folder="eager"))
+    completed(run("sampling.batch_size=2", *words, folder="compiled"))
+    assert_same("compiled", "eager", 2)
+    assert len(traced) == 1
+    completed(run("sampling.batch_size=1", *words, folder="compiled"))
+    assert_same("compiled", "eager", 2)
+    assert len(traced) == 1 + 2
+
+
+@pytest.mark.whole
+def test_a_graph_is_captured_for_each_length_and_replayed_with_other_masks(run, monkeypatch):
+    monkeypatch.setattr(Repeated, "made", [], raising=False)
+    monkeypatch.setattr(cuda_graphs, "Recorder", Repeated)
+    monkeypatch.setattr(make, "CAPTURING", ("cuda", "cpu"))
+    prompts = "sampling.prompts=[{prompt: abcd efgh},{prompt: a},{prompt: ab},{prompt: ijkl mnop}]"
+    for folder, more in (("plain", ()), ("graphs", ("compile.cuda_graphs=true",))):
+        completed(run("sampling.batch_size=2", *more, folder=folder, prompts=prompts))
+    assert_same("graphs", "plain", 4)
+    (recorder,) = Repeated.made
+    assert len(recorder.shapes) == 1
