@@ -2,19 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import masked
+import whole
 from torch import Tensor
 
 from sglang_gen.engine.denoise import Predict
 from sglang_gen.families import prediction, registry, text_encoding
-from sglang_gen.families.contract import CLASSIFIER_FREE, ComponentConfig, Request
+from sglang_gen.families.contract import CLASSIFIER_FREE, ComponentConfig, Request, Spec
 from sglang_gen.families.flux.pipeline import FluxPipeline
+from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.models.layers import WHOLE
+from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.types import Plan
 
 NAME = "flux"
 SETTINGS: Mapping[str, Any] = {"text_masks": (1,), "guidance": CLASSIFIER_FREE}  # what differs from FLUX's spec
@@ -60,14 +66,23 @@ class MaskedPipeline(FluxPipeline):
         return prediction.predictor(networks, timesteps, *prediction.joined(encoded))
 
 
-def register(monkeypatch: Any) -> None:
-    """Put the family in the place of FLUX."""
+@contextmanager
+def registered() -> Iterator[None]:
+    """The family in the place of FLUX."""
     specs = tuple(replace(spec, **SETTINGS) if spec.name == NAME else spec for spec in registry.specs())
     original = registry.pipeline
-    monkeypatch.setattr(registry, "specs", lambda: specs)
-    monkeypatch.setattr(
-        registry, "pipeline", lambda spec: MaskedPipeline(spec) if spec.name == NAME else original(spec)
-    )
+
+    def pipeline(spec: Spec) -> Pipeline:
+        return MaskedPipeline(spec) if spec.name == NAME else original(spec)
+
+    with patch.object(registry, "specs", lambda: specs), patch.object(registry, "pipeline", pipeline):
+        yield
+
+
+def generated(mesh: Mesh, planned: Plan) -> whole.Happened:
+    """Carry out the plan on this rank."""
+    with registered():
+        return whole.generated(mesh, planned)
 
 
 def store(flux: Path, folder: Path) -> Path:

@@ -1,9 +1,14 @@
 """Whole runs of a family that masks the padding of its texts."""
 
+import json
+from pathlib import Path
+
 import masked_family
 import pytest
 import torch
+from cases import mostly_slow
 from native import assert_same, record, tensors
+from rank_runs import assert_every_rank_as_predicted
 from repeated import Repeated
 from whole import plan_of
 
@@ -20,10 +25,14 @@ def model(pipelines, tmp_path_factory):
     return masked_family.store(pipelines["flux"], tmp_path_factory.mktemp("family") / "model")
 
 
-@pytest.fixture
-def run(sglang, model, monkeypatch):
-    masked_family.register(monkeypatch)
+@pytest.fixture(autouse=True)
+def _registered():
+    with masked_family.registered():
+        yield
 
+
+@pytest.fixture
+def run(sglang, model):
     def generate(*words: object, folder: str = "outputs", prompts: str = PROMPTS, dtype: str = "float32"):
         return sglang("generate", "--model-path", model, prompts, "--seed", 7, "--dtype", dtype, "--backend", "sglang",
                       "output.latents=true", "--output-path", folder, "--height", 32, "--width", 32,
@@ -50,6 +59,27 @@ def test_guidance_in_one_batch_gives_the_image_of_guidance_in_turn(run):
     for batching in ("batched", "sequential"):
         completed(run(*words, f"sampling.guidance_batching={batching}", folder=batching))
     assert_same("batched", "sequential", 2)
+
+
+@pytest.mark.parametrize("layout", mostly_slow(["tp2", "ring2", "ulysses2", "cfg2", "usp4"], "tp2", "ring2", "cfg2"))
+def test_ranks_generate_what_one_process_generates_and_send_what_was_predicted(run, model, ranks, layout):
+    """The negative prompt is longer than the prompts; one batch of two and one of one."""
+    negative = "blurred, dark and noisy, with lines of text in it"
+    words = ("sampling.batch_size=2", "sampling.num_samples=1", "--negative-prompt", negative)
+    prompts = PROMPTS[:-1] + ",{prompt: dunes at night}]"
+    completed(run(*words, folder="alone", prompts=prompts))
+    Path(layout).mkdir()
+    planned = plan_of(
+        f"model.path={model}", prompts, "sampling.batch_size=2", f"sampling.negative_prompt={negative!r}",
+        "sampling.guidance_scale=3", f"output.path={Path(layout).absolute()}", f"parallel={layout}",
+        f"output.perf_dump_path={Path('perf.json').absolute()}", "perf.machine_rates=false",
+    )  # fmt: skip
+    found = ranks.run(planned.layout, masked_family.generated, planned)
+    assert_same(layout, "alone", 3)
+    dump = json.loads(Path("perf.json").read_text())
+    assert_every_rank_as_predicted(dump, planned.layout.ranks)
+    assert found[0].report["comm"]["denoising"]["collectives"]
+    assert dump["work"]["denoising"]["flops"] > 0
 
 
 MASKS = "takes no mask, and this model masks the padding of its texts; legal: auto, sdpa"

@@ -13,6 +13,7 @@ from sglang_gen.backends.native.request import pipeline_of
 from sglang_gen.dry_run.estimate import ranks_of_encoder, trace_decoding
 from sglang_gen.engine.cfg import guided, kinds
 from sglang_gen.engine.meta_trace import trace_on_meta
+from sglang_gen.families.contract import Spec
 from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.parallel.collectives import Axis, Traffic, counted
@@ -55,10 +56,18 @@ def _encoding(plan: Plan, pipeline: Pipeline, axis: Axis, batch: GeneratedBatch,
 
     for name in pipeline.spec.text_encoders:
         if name in plan.card.components and ranks_of_encoder(plan, name) > 1:
-            length = pipeline.spec.tokens(batch.request.text_length)
-            encoded = text_encoder_parallel.traffic(plan.card.components[name], axis, dtype, rows, length)
-            total.include(encoded, batch.encoded)
+            for length, lists in _encoded_lengths(pipeline.spec, batch).items():
+                encoded = text_encoder_parallel.traffic(plan.card.components[name], axis, dtype, rows, length)
+                total.include(encoded, lists)
     return total
+
+
+def _encoded_lengths(spec: Spec, batch: GeneratedBatch) -> Counter[int]:
+    """Numbers of tokens to which lists of texts were padded -> number of these lists."""
+    if not spec.masks_text:
+        return Counter({spec.tokens(batch.request.text_length): batch.encoded})
+    mask = spec.text_masks[0]
+    return Counter(branch[mask][0][1] for branch in batch.texts[-batch.encoded :])
 
 
 def trace_denoising(plan: Plan, pipeline: Pipeline, mesh: Mesh, batch: GeneratedBatch, dtype: torch.dtype) -> Stages:

@@ -206,9 +206,8 @@ def guide(mesh: Mesh, folder: Path, latents: Tensor, encoded: Any, guidance: Gui
     network = placed(mesh, folder).entrance
 
     def prepare(branches: Any) -> Any:
-        return prediction.predictor(
-            prediction.NetworkSchedule.of_one(network, len(TIMESTEPS)), TIMESTEPS, *prediction.joined(branches)
-        )
+        schedule = prediction.NetworkSchedule.of_one(network, len(TIMESTEPS))
+        return prediction.predictor(schedule, TIMESTEPS, *prediction.joined(branches))
 
     predict = guided(prepare, encoded, guidance, range(3), mesh.axis("cfg"))
     return torch.stack([predict(latents, index) for index in (0, 2)])
