@@ -15,13 +15,17 @@ from moving_family.pipeline import PIPELINE
 from moving_family.spec import SPEC
 from native import error
 from rank_runs import assert_every_rank_as_predicted
+from repeated import Repeated
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sglang_gen.engine import attention_autotune, cuda_graphs
+from sglang_gen.engine.cfg import Guidance, kinds
 from sglang_gen.families.contract import Video
 from sglang_gen.launch import launcher
 from sglang_gen.outputs import video_audio
 from sglang_gen.perf import dump, flops
+from sglang_gen.plan import make
 
 STEPS, SCALE = 4, 3.0
 SIDES = ("--height", 16, "--width", 24)
@@ -45,7 +49,7 @@ def run(sglang, model, request, monkeypatch):
 
     def generate(*words: object, folder: str = "outputs", sides=SIDES, path=model):
         return sglang("generate", "--model-path", path, "--backend", "sglang", "--prompt", "a fox runs", *sides,
-                      "--num-inference-steps", STEPS, "--guidance-scale", SCALE, "--seed", 7, "--dtype", "float32",
+                      "--num-inference-steps", STEPS, "--guidance-scale", SCALE, "--seed", 7,
                       "output.latents=true", "--output-path", folder, *words)  # fmt: skip
 
     return generate
@@ -222,3 +226,62 @@ def test_ranks_make_the_videos_of_one_process(run, run_on_ranks, monkeypatch, la
     assert len(report["ranks"]) == count
     if "dp_size" not in layout:
         assert_every_rank_as_predicted(report, count)
+
+
+def test_both_networks_are_compiled_and_count_each_others_graphs(run, traced):
+    """The first computes guided steps alone, the second unguided ones: one class of blocks, two graphs."""
+    words = ("sampling.guidance_interval=[0, 0.75]", "compile.warmup=false")
+    assert run(*words, folder="eager").code == 0
+    done = run(*words, "compile=regional", folder="compiled")
+    assert done.code == 0, done.err
+    assert len(traced) == 2
+    assert error(latents("compiled"), latents("eager")) <= 1e-5
+
+
+def test_each_network_has_the_kernel_that_is_fastest_on_its_own_shapes(run, monkeypatch):
+    """A setting in which the networks differ is recorded for each of them."""
+    names = iter(["math", "sdpa"])
+    monkeypatch.setattr(attention_autotune, "fastest", lambda *_: next(names))
+    done = run("dtype=bfloat16")
+    assert done.code == 0, done.err
+    assert record("outputs")["effective"]["attention"] == {"transformer": "math", "transformer_2": "sdpa"}
+
+
+def test_each_network_has_a_graph_of_its_own(run, monkeypatch):
+    made: list[Repeated] = []
+    monkeypatch.setattr(Repeated, "made", made, raising=False)
+    monkeypatch.setattr(cuda_graphs, "Recorder", Repeated)
+    monkeypatch.setattr(make, "CAPTURING", ("cuda", "cpu"))
+    assert run(folder="plain").code == 0
+    done = run("compile.cuda_graphs=true", folder="graphs")
+    assert done.code == 0, done.err
+    assert [(len(recorder.shapes), recorder.replays) for recorder in made] == [(1, 3), (1, 1)]
+    assert error(latents("graphs"), latents("plain")) <= 1e-5
+
+
+def test_videos_of_other_lengths_have_other_fingerprints(run):
+    found = []
+    for frames in (3, 5):
+        words = ("--num-frames", frames, "--perf-dump-path", "dump.json", "perf.machine_rates=false", "perf.work=false")
+        assert run(*words).code == 0
+        found.append(json.loads(Path("dump.json").read_text())["fingerprint"])
+    assert [each["fields"]["num_frames"] for each in found] == [3, 5]
+    assert found[0]["hash"] != found[1]["hash"]
+
+
+def test_evaluations_of_two_networks_are_of_two_kinds():
+    guidance = Guidance(3.0, steps=range(1, 4))
+    assert kinds(guidance, [0, 1, 2, 3], ["high", "high", "high", "low"]) == [0, 1, 1, 3]
+    assert kinds(guidance, [0, 1, 2, 3]) == [0, 1, 1, 1]
+
+
+def test_a_second_network_that_fits_no_layout_or_has_unknown_settings_is_refused(run, pipelines):
+    """As the first would be: all networks of a model are looked at."""
+    other = video_runs.save_model(Path("other"), pipelines["sd15"])
+    config = other / "transformer_2" / "config.json"
+    config.write_text(json.dumps(video_runs.CONFIG | {"num_attention_heads": 3}))
+    done = run("parallel.tp_size=2", path=other)
+    assert (done.code, "this network has layers of 3 heads" in done.err) == (2, True), done.err
+    config.write_text(json.dumps(video_runs.CONFIG | {"gated": True}))
+    done = run(path=other)
+    assert (done.code, "its transformer_2 does not support gated=True" in done.err) == (2, True), done.err
