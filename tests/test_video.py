@@ -56,7 +56,7 @@ def run(sglang, model, request, monkeypatch):
 
 
 def latents(folder: str, number: int = 0) -> np.ndarray:
-    return load_file(f"{folder}/generated_video_{number}.safetensors")["latents"].numpy()
+    return load_file(f"{folder}/generated_video_{number}.safetensors")["latents"].float().numpy()
 
 
 def record(folder: str, number: int = 0) -> dict:
@@ -238,13 +238,19 @@ def test_both_networks_are_compiled_and_count_each_others_graphs(run, traced):
     assert error(latents("compiled"), latents("eager")) <= 1e-5
 
 
-def test_each_network_has_the_kernel_that_is_fastest_on_its_own_shapes(run, monkeypatch):
-    """A setting in which the networks differ is recorded for each of them."""
-    names = iter(["math", "sdpa"])
-    monkeypatch.setattr(attention_autotune, "fastest", lambda *_: next(names))
+def test_one_kernel_is_chosen_on_the_shapes_of_both_networks_and_a_record_pins_it(run, sglang, monkeypatch):
+    timed = []
+    monkeypatch.setattr(attention_autotune, "fastest", lambda kernels, shapes, *_: timed.append(shapes) or "math")
     done = run("dtype=bfloat16")
     assert done.code == 0, done.err
-    assert record("outputs")["effective"]["attention"] == {"transformer": "math", "transformer_2": "sdpa"}
+    tokens, rows, heads = 77 + 3 * 8 * 12, 2, 4
+    both = 2 * video_runs.CONFIG["num_layers"]
+    assert timed == [{(rows, heads, tokens, tokens, 8): both}]
+    assert record("outputs")["effective"]["attention"] == "math"
+    done = sglang("generate", "--config", "outputs/generated_video_0.json", "--output-path", "again")
+    assert done.code == 0, done.err
+    assert len(timed) == 1
+    assert error(latents("again"), latents("outputs")) == 0
 
 
 def test_each_network_has_a_graph_of_its_own(run, monkeypatch):

@@ -16,7 +16,7 @@ from sglang_gen.backends.diffusers.stages import plain_config
 from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.native import memory_policy, safety_checker, vae_parallel
 from sglang_gen.backends.native.components import read_components
-from sglang_gen.backends.native.execution import Execution, effective_of, limits, share_graphs
+from sglang_gen.backends.native.execution import Execution, limits, share_graphs
 from sglang_gen.backends.native.request import NativeRequest, check_native_request, warn_ineffective
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
@@ -143,7 +143,7 @@ class NativeEngine:
         networks = {name: execution.network for name, execution in self.executions.items()}
         classes = {name: type(part).__name__ for name, part in {**networks, **self.components}.items()}
         return {
-            **effective_of(self.executions),
+            **self.execution.effective(),  # the same for all networks
             "offload": [],
             "lora": [],
             "cache": "none",
@@ -226,7 +226,7 @@ class NativeEngine:
 
     def _time_kernels(self) -> None:
         """With attention=auto choose the kernel on the shapes of the run's first batch, unless it is chosen."""
-        if all(execution.timed for execution in self.executions.values()):
+        if self.execution.timed:
             return
         batch, request = self.plan.batches[0], self.native_request.full_request
         negative = batch[0].negative_prompt is not None
@@ -234,8 +234,8 @@ class NativeEngine:
             self.plan, self.pipeline.spec.guidance, request, negative, self.memory_policy.batched
         )
         self._place_encoders("cpu")  # they are moved back to encode
-        for execution in self.executions.values():
-            execution.time_kernels(guidance, request, len(batch))
+        others = [execution for execution in self.executions.values() if execution is not self.execution]
+        self.execution.time_kernels(guidance, request, len(batch), others)
 
     def _place_encoders(self, device: str) -> None:
         """Move the text encoders to `device` if the memory policy keeps them on the GPU only while they encode."""
