@@ -129,6 +129,16 @@ def test_a_number_of_frames_decides_how_many_latent_frames_there_are(run, frames
     assert record("outputs")["effective"]["num_frames"] == frames
 
 
+def test_saved_noise_of_a_video_starts_the_same_video_and_none_of_another_length(run):
+    assert run().code == 0
+    noise = "sampling.latents=outputs/generated_video_0.safetensors"
+    assert run(noise, folder="again").code == 0
+    assert error(latents("again"), latents("outputs")) == 0
+    done = run(noise, "--num-frames", 3)
+    assert done.code == 2
+    assert "holds noise of shape [1, 4, 3, 8, 12], this request starts from [1, 4, 2, 8, 12]" in done.err
+
+
 def test_a_video_without_frames_between_latents_has_one_latent_frame_for_each():
     assert [Video(5).latent_frames(count) for count in (1, 2, 7)] == [1, 2, 7]
     assert [count for count in range(1, 12) if Video(5, step=4).allows(count)] == [1, 5, 9]
@@ -253,16 +263,33 @@ def test_one_kernel_is_chosen_on_the_shapes_of_both_networks_and_a_record_pins_i
     assert error(latents("again"), latents("outputs")) == 0
 
 
-def test_each_network_has_a_graph_of_its_own(run, monkeypatch):
+@pytest.fixture
+def recorders(monkeypatch) -> list[Repeated]:
+    """CUDA graphs on this CPU; the recorders that were asked for."""
     made: list[Repeated] = []
     monkeypatch.setattr(Repeated, "made", made, raising=False)
     monkeypatch.setattr(cuda_graphs, "Recorder", Repeated)
     monkeypatch.setattr(make, "CAPTURING", ("cuda", "cpu"))
+    return made
+
+
+def test_each_network_has_a_graph_of_its_own(run, recorders):
     assert run(folder="plain").code == 0
     done = run("compile.cuda_graphs=true", folder="graphs")
     assert done.code == 0, done.err
-    assert [(len(recorder.shapes), recorder.replays) for recorder in made] == [(1, 3), (1, 1)]
+    assert [(len(recorder.shapes), recorder.replays) for recorder in recorders] == [(1, 3), (1, 1)]
     assert error(latents("graphs"), latents("plain")) <= 1e-5
+
+
+def test_networks_take_turns_in_the_steps_of_a_warmup(run, recorders):
+    """By the schedule the first network would compute both steps, and the second be captured while it is timed."""
+    words = ("compile.cuda_graphs=true", "compile.warmup=true")
+    done = run(*words, "compile.warmup_steps=2")
+    assert (done.code, "warms up" in done.err) == (0, False), done.err
+    assert [recorder.replays for recorder in recorders] == [3 + 1, 1 + 1]
+    done = run(*words, "compile.warmup_steps=1")
+    assert [recorder.replays for recorder in recorders[2:]] == [3 + 1, 1]
+    assert "compile.warmup_steps=1 warms up transformer only; this model has 2 denoising networks" in done.err
 
 
 def test_videos_of_other_lengths_have_other_fingerprints(run):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -189,7 +190,7 @@ class NativeEngine:
         noise = self._noise(request, timesteps, generators)
         numbers = step_numbers(len(timesteps), request.steps_run, getattr(scheduler, "order", 1))
 
-        names = self.pipeline.network_names(timesteps, request)
+        names = self._network_names(timesteps, request)
 
         def predictor(networks: Mapping[str, Any], texts: Encoded) -> Predict:
             prepare = partial(self.pipeline.prepare, NetworkSchedule(networks, names), timesteps, request)
@@ -223,6 +224,12 @@ class NativeEngine:
         effective = memory_policy.effective(self.plan, guidance, request)
         frames = self._decode(latents, request, batch)
         return Decoded(frames, noise, latents, self.pipeline.spec.makes, effective=effective)
+
+    def _network_names(self, timesteps: Tensor, request: Request) -> tuple[str, ...]:
+        """Name of the network that computes each timestep; in the few steps of a warmup the networks take turns."""
+        if request.steps == self.plan.run.sampling.num_inference_steps:
+            return self.pipeline.network_names(timesteps, request)
+        return tuple(islice(cycle(self.executions), len(timesteps)))
 
     def _time_kernels(self) -> None:
         """With attention=auto choose the kernel on the shapes of the run's first batch, unless it is chosen."""
