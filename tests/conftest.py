@@ -142,6 +142,27 @@ def sglang(capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
 
 
 @pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """torch.compile without its code generation; how often it was asked for a graph."""
+    from sglang_gen.engine import compile as compiling
+
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        compiling,
+        "_compiled",
+        lambda function, _: torch.compile(function, backend=backend, fullgraph=True, dynamic=False),
+    )
+    torch._dynamo.reset()
+    yield graphs
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def composed(sglang: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """What `sglang generate ARGV...` would carry out: the composed run; a list of them, one for each job, with -m."""
     seen: list[Any] = []

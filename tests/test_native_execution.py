@@ -193,25 +193,6 @@ def test_a_rehearsal_finds_the_distinct_calls_without_computing():
     assert found.blocks == {nn.Linear: {(((4, 4), (4,)), ((2, 5, 4),)), (((2, 4), (2,)), ((2, 5, 4),))}}
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """torch.compile without its code generation; how often it was asked for a graph."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(
-        compiling,
-        "_compiled",
-        lambda function, _: torch.compile(function, backend=backend, fullgraph=True, dynamic=False),
-    )
-    torch._dynamo.reset()
-    yield graphs
-    torch._dynamo.reset()
-
-
 class Doubling(nn.Module):
     def forward(self, x):
         return 2 * x

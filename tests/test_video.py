@@ -15,13 +15,17 @@ from moving_family.pipeline import PIPELINE
 from moving_family.spec import SPEC
 from native import error
 from rank_runs import assert_every_rank_as_predicted
+from repeated import Repeated
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sglang_gen.engine import attention_autotune, cuda_graphs
+from sglang_gen.engine.cfg import Guidance, kinds
 from sglang_gen.families.contract import Video
 from sglang_gen.launch import launcher
 from sglang_gen.outputs import video_audio
 from sglang_gen.perf import dump, flops
+from sglang_gen.plan import make
 
 STEPS, SCALE = 4, 3.0
 SIDES = ("--height", 16, "--width", 24)
@@ -45,14 +49,14 @@ def run(sglang, model, request, monkeypatch):
 
     def generate(*words: object, folder: str = "outputs", sides=SIDES, path=model):
         return sglang("generate", "--model-path", path, "--backend", "sglang", "--prompt", "a fox runs", *sides,
-                      "--num-inference-steps", STEPS, "--guidance-scale", SCALE, "--seed", 7, "--dtype", "float32",
+                      "--num-inference-steps", STEPS, "--guidance-scale", SCALE, "--seed", 7,
                       "output.latents=true", "--output-path", folder, *words)  # fmt: skip
 
     return generate
 
 
 def latents(folder: str, number: int = 0) -> np.ndarray:
-    return load_file(f"{folder}/generated_video_{number}.safetensors")["latents"].numpy()
+    return load_file(f"{folder}/generated_video_{number}.safetensors")["latents"].float().numpy()
 
 
 def record(folder: str, number: int = 0) -> dict:
@@ -123,6 +127,16 @@ def test_a_number_of_frames_decides_how_many_latent_frames_there_are(run, frames
     assert done.code == 0, done.err
     assert latents("outputs").shape == (4, latent_frames, 8, 12)
     assert record("outputs")["effective"]["num_frames"] == frames
+
+
+def test_saved_noise_of_a_video_starts_the_same_video_and_none_of_another_length(run):
+    assert run().code == 0
+    noise = "sampling.latents=outputs/generated_video_0.safetensors"
+    assert run(noise, folder="again").code == 0
+    assert error(latents("again"), latents("outputs")) == 0
+    done = run(noise, "--num-frames", 3)
+    assert done.code == 2
+    assert "holds noise of shape [1, 4, 3, 8, 12], this request starts from [1, 4, 2, 8, 12]" in done.err
 
 
 def test_a_video_without_frames_between_latents_has_one_latent_frame_for_each():
@@ -222,3 +236,85 @@ def test_ranks_make_the_videos_of_one_process(run, run_on_ranks, monkeypatch, la
     assert len(report["ranks"]) == count
     if "dp_size" not in layout:
         assert_every_rank_as_predicted(report, count)
+
+
+def test_both_networks_are_compiled_and_count_each_others_graphs(run, traced):
+    """The first computes guided steps alone, the second unguided ones: one class of blocks, two graphs."""
+    words = ("sampling.guidance_interval=[0, 0.75]", "compile.warmup=false")
+    assert run(*words, folder="eager").code == 0
+    done = run(*words, "compile=regional", folder="compiled")
+    assert done.code == 0, done.err
+    assert len(traced) == 2
+    assert error(latents("compiled"), latents("eager")) <= 1e-5
+
+
+def test_one_kernel_is_chosen_on_the_shapes_of_both_networks_and_a_record_pins_it(run, sglang, monkeypatch):
+    timed = []
+    monkeypatch.setattr(attention_autotune, "fastest", lambda kernels, shapes, *_: timed.append(shapes) or "math")
+    done = run("dtype=bfloat16")
+    assert done.code == 0, done.err
+    tokens, rows, heads = 77 + 3 * 8 * 12, 2, 4
+    both = 2 * video_runs.CONFIG["num_layers"]
+    assert timed == [{(rows, heads, tokens, tokens, 8): both}]
+    assert record("outputs")["effective"]["attention"] == "math"
+    done = sglang("generate", "--config", "outputs/generated_video_0.json", "--output-path", "again")
+    assert done.code == 0, done.err
+    assert len(timed) == 1
+    assert error(latents("again"), latents("outputs")) == 0
+
+
+@pytest.fixture
+def recorders(monkeypatch) -> list[Repeated]:
+    """CUDA graphs on this CPU; the recorders that were asked for."""
+    made: list[Repeated] = []
+    monkeypatch.setattr(Repeated, "made", made, raising=False)
+    monkeypatch.setattr(cuda_graphs, "Recorder", Repeated)
+    monkeypatch.setattr(make, "CAPTURING", ("cuda", "cpu"))
+    return made
+
+
+def test_each_network_has_a_graph_of_its_own(run, recorders):
+    assert run(folder="plain").code == 0
+    done = run("compile.cuda_graphs=true", folder="graphs")
+    assert done.code == 0, done.err
+    assert [(len(recorder.shapes), recorder.replays) for recorder in recorders] == [(1, 3), (1, 1)]
+    assert error(latents("graphs"), latents("plain")) <= 1e-5
+
+
+def test_networks_take_turns_in_the_steps_of_a_warmup(run, recorders):
+    """By the schedule the first network would compute both steps, and the second be captured while it is timed."""
+    words = ("compile.cuda_graphs=true", "compile.warmup=true")
+    done = run(*words, "compile.warmup_steps=2")
+    assert (done.code, "warms up" in done.err) == (0, False), done.err
+    assert [recorder.replays for recorder in recorders] == [3 + 1, 1 + 1]
+    done = run(*words, "compile.warmup_steps=1")
+    assert [recorder.replays for recorder in recorders[2:]] == [3 + 1, 1]
+    assert "compile.warmup_steps=1 warms up transformer only; this model has 2 denoising networks" in done.err
+
+
+def test_videos_of_other_lengths_have_other_fingerprints(run):
+    found = []
+    for frames in (3, 5):
+        words = ("--num-frames", frames, "--perf-dump-path", "dump.json", "perf.machine_rates=false", "perf.work=false")
+        assert run(*words).code == 0
+        found.append(json.loads(Path("dump.json").read_text())["fingerprint"])
+    assert [each["fields"]["num_frames"] for each in found] == [3, 5]
+    assert found[0]["hash"] != found[1]["hash"]
+
+
+def test_evaluations_of_two_networks_are_of_two_kinds():
+    guidance = Guidance(3.0, steps=range(1, 4))
+    assert kinds(guidance, [0, 1, 2, 3], ["high", "high", "high", "low"]) == [0, 1, 1, 3]
+    assert kinds(guidance, [0, 1, 2, 3]) == [0, 1, 1, 1]
+
+
+def test_a_second_network_that_fits_no_layout_or_has_unknown_settings_is_refused(run, pipelines):
+    """As the first would be: all networks of a model are looked at."""
+    other = video_runs.save_model(Path("other"), pipelines["sd15"])
+    config = other / "transformer_2" / "config.json"
+    config.write_text(json.dumps(video_runs.CONFIG | {"num_attention_heads": 3}))
+    done = run("parallel.tp_size=2", path=other)
+    assert (done.code, "this network has layers of 3 heads" in done.err) == (2, True), done.err
+    config.write_text(json.dumps(video_runs.CONFIG | {"gated": True}))
+    done = run(path=other)
+    assert (done.code, "its transformer_2 does not support gated=True" in done.err) == (2, True), done.err

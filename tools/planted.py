@@ -442,5 +442,41 @@ OUTPUT = (
            "sglang_gen/sweep/jobs.py", "tests/test_multirun.py -k failing_job",
            "return 1 if failed else 0", "return 0"),
 )
+
+VIDEO = (
+    Mutant("The first network computes every timestep",
+           "sglang_gen/families/prediction.py", "tests/test_video.py -k boundary",
+           "conditioned[schedule.names[index]]", "conditioned[schedule.names[0]]"),
+    Mutant("A network counts the timesteps of the others",
+           "sglang_gen/families/prediction.py", "tests/test_video.py -k boundary",
+           "schedule.names[:index].count(name)", "index"),
+    Mutant("Networks of one class do not count each other's graphs",
+           "sglang_gen/backends/native/execution.py", "tests/test_video.py -k compiled",
+           "other.expected = compiled[0].expected", "other.expected = {}"),
+    Mutant("Evaluations of two networks are of one kind",
+           "sglang_gen/engine/cfg.py", "tests/test_video.py -k two_kinds",
+           'zip(inside, networks or [""] * len(inside), strict=True)', 'zip(inside, [""] * len(inside), strict=True)'),
+    Mutant("The first frame of a video shares its latent frame",
+           "sglang_gen/families/contract.py", "tests/test_video.py -k latent_frame",
+           "return 1 + (frames - 1) // self.step", "return max(frames // self.step, 1)"),
+    Mutant("Decoding is estimated for one frame",
+           "sglang_gen/families/pipeline_contract.py", "tests/test_video.py -k estimate",
+           "return rows * size.frames, config.channels", "return rows, config.channels"),
+    Mutant("The layout of the first network alone is checked",
+           "sglang_gen/plan/layout_limits.py", "tests/test_video.py -k second_network",
+           "for name in spec.networks_of(card):", "for name in (spec.network,):"),
+    Mutant("The settings of the first network alone are checked",
+           "sglang_gen/plan/supported_configs.py", "tests/test_video.py -k second_network",
+           "for name in spec.networks_of(card)]", "for name in (spec.network,)]"),
+    Mutant("Videos of all lengths have one fingerprint",
+           "sglang_gen/perf/dump.py", "tests/test_video.py -k fingerprint",
+           '{"num_frames": effective["num_frames"]}', '{"num_frames": 1}'),
+    Mutant("A warmup leaves the second network cold",
+           "sglang_gen/backends/native/engine.py", "tests/test_video.py -k warmup",
+           "islice(cycle(self.executions), len(timesteps))", "[self.pipeline.spec.network] * len(timesteps)"),
+    Mutant("A flagged frame blanks the whole video",
+           "sglang_gen/backends/native/safety_checker.py", "tests/test_sizes.py -k flagged",
+           "frames[flagged] = 0", "frames[flagged.any(1)] = 0"),
+)
 # fmt: on
-MUTANTS = (*MODELS, *PIPELINES, *PARALLEL, *WEIGHTS, *ENGINE, *BACKENDS, *PERF, *CONFIG, *PLAN, *HUB, *OUTPUT)
+MUTANTS = (*MODELS, *PIPELINES, *PARALLEL, *WEIGHTS, *ENGINE, *BACKENDS, *PERF, *CONFIG, *PLAN, *HUB, *OUTPUT, *VIDEO)

@@ -51,7 +51,13 @@ class Block(nn.Module):
         x = torch.cat([text, video], dim=1)
         x = x + self.attention(F.layer_norm(x, x.shape[-1:]) + shift)
         x = x + self.ff(F.layer_norm(x, x.shape[-1:]))
-        return x[:, text.shape[1] :], x[:, : text.shape[1]]
+        text, video = x.split([text.shape[1], video.shape[1]], dim=1)
+        return _copied(video), _copied(text)
+
+
+def _copied(x: Tensor) -> Tensor:
+    """A contiguous copy: compiled code guards on the strides of a single row too."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 class Moving(nn.Module):

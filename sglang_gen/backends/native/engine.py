@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.native import memory_policy, safety_checker, vae_parallel
 from sglang_gen.backends.native.build import build
 from sglang_gen.backends.native.components import read_components
-from sglang_gen.backends.native.execution import Execution, effective_of, limits, share_graphs
+from sglang_gen.backends.native.execution import Execution, limits, share_graphs
 from sglang_gen.backends.native.request import NativeRequest, check_native_request, warn_ineffective
 from sglang_gen.engine.block_timing import TimedChain
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
@@ -144,7 +145,7 @@ class NativeEngine:
         networks = {name: execution.network for name, execution in self.executions.items()}
         classes = {name: type(part).__name__ for name, part in {**networks, **self.components}.items()}
         return {
-            **effective_of(self.executions),
+            **self.execution.effective(),  # the same for all networks
             "offload": [],
             "lora": [],
             "cache": "none",
@@ -192,7 +193,7 @@ class NativeEngine:
         noise = self._noise(request, timesteps, generators)
         numbers = step_numbers(len(timesteps), request.steps_run, getattr(scheduler, "order", 1))
 
-        names = self.pipeline.network_names(timesteps, request)
+        names = self._network_names(timesteps, request)
 
         def predictor(networks: Mapping[str, Any], texts: Encoded) -> Predict:
             prepare = partial(self.pipeline.prepare, NetworkSchedule(networks, names), timesteps, request)
@@ -227,9 +228,15 @@ class NativeEngine:
         frames = self._decode(latents, request, batch)
         return Decoded(frames, noise, latents, self.pipeline.spec.makes, effective=effective)
 
+    def _network_names(self, timesteps: Tensor, request: Request) -> tuple[str, ...]:
+        """Name of the network that computes each timestep; in the few steps of a warmup the networks take turns."""
+        if request.steps == self.plan.run.sampling.num_inference_steps:
+            return self.pipeline.network_names(timesteps, request)
+        return tuple(islice(cycle(self.executions), len(timesteps)))
+
     def _time_kernels(self) -> None:
         """With attention=auto choose the kernel on the shapes of the run's first batch, unless it is chosen."""
-        if all(execution.timed for execution in self.executions.values()):
+        if self.execution.timed:
             return
         batch, request = self.plan.batches[0], self.native_request.full_request
         negative = batch[0].negative_prompt is not None
@@ -237,8 +244,8 @@ class NativeEngine:
             self.plan, self.pipeline.spec.guidance, request, negative, self.memory_policy.batched
         )
         self._place_encoders("cpu")  # they are moved back to encode
-        for execution in self.executions.values():
-            execution.time_kernels(guidance, request, len(batch))
+        others = [execution for execution in self.executions.values() if execution is not self.execution]
+        self.execution.time_kernels(guidance, request, len(batch), others)
 
     def _place_encoders(self, device: str) -> None:
         """Move the text encoders to `device` if the memory policy keeps them on the GPU only while they encode."""

@@ -1,6 +1,7 @@
 """How the native engine runs a network: attention kernel, compilation and CUDA graphs for the run's shapes."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -51,22 +52,26 @@ class Execution:
     def attention(self) -> Any:
         return self.plan.run.attention
 
-    def time_kernels(self, guidance: Guidance, request: Request, rows: int) -> None:
+    def time_kernels(self, guidance: Guidance, request: Request, rows: int, others: Sequence["Execution"] = ()) -> None:
         """Choose the kernel that is fastest on the shapes of a batch of `rows` samples, once. Collective.
 
-        The shapes are those of a trace on meta, before anything is encoded, and rank 0 decides for all ranks.
+        The model's `others` networks get the same kernel, so that a record can pin it: their shapes count too. The
+        shapes are those of a trace on meta, before anything is encoded, and rank 0 decides for all ranks.
         """
         if self.timed:
             return
-        self.timed, fastest = True, None
+        fastest = None
         if self.mesh.rank == 0:
-            shapes = self._shapes(guidance, request, rows)
-            names = attention_kernels.candidates(shapes.attention, self.plan.device, self.dtype)
+            traces = [each._shapes(guidance, request, rows) for each in (self, *others)]
+            shapes = sum((trace.attention for trace in traces), Counter[tuple[int, ...]]())
+            names = attention_kernels.candidates(shapes, self.plan.device, self.dtype)
             if self.parallel_network.merges:
                 names = [name for name in names if self._summing(name)]
             kernels = {name: attention_kernels.named(name).kernel for name in names}
-            fastest = attention_autotune.fastest(kernels, shapes.attention, self.plan.device, self.dtype)
-        self.kernel = attention_kernels.named(self.mesh.broadcast(fastest))
+            fastest = attention_autotune.fastest(kernels, shapes, self.plan.device, self.dtype)
+        kernel = attention_kernels.named(self.mesh.broadcast(fastest))
+        for each in (self, *others):
+            each.kernel, each.timed = kernel, True
 
     def _shapes(self, guidance: Guidance, request: Request, rows: int) -> Shapes:
         """Shapes of the evaluations of a batch, according to the configurations of the model's components."""
@@ -170,11 +175,3 @@ def limits(executions: Iterable[Execution]) -> Iterator[None]:
         for execution in executions:
             stack.enter_context(execution.limits())
         yield
-
-
-def effective_of(executions: Mapping[str, Execution]) -> dict[str, Any]:
-    """The settings that take effect; one in which the networks differ is a dict by their names."""
-    each = {name: execution.effective() for name, execution in executions.items()}
-    first = next(iter(each.values()))
-    same = {key: all(other[key] == value for other in each.values()) for key, value in first.items()}
-    return {key: first[key] if same[key] else {name: each[name][key] for name in each} for key in first}

@@ -128,4 +128,10 @@ def warn_ineffective(plan: Plan, pipeline: Pipeline) -> None:
                 log.warning(f"{path} has no effect: {plan.pipeline_class} keeps the size of the input image")
     if spec.most_text_tokens is None and "sampling.max_sequence_length" in plan.given:
         log.warning(f"sampling.max_sequence_length has no effect: {plan.pipeline_class} does not take it")
+    networks, compiling = spec.networks_of(plan.card), plan.run.compile
+    if compiling.warmup and compiling.warmup_steps < len(networks):
+        log.warning(
+            f"compile.warmup_steps={compiling.warmup_steps} warms up {', '.join(networks[: compiling.warmup_steps])} "
+            f"only; this model has {len(networks)} denoising networks, which take {len(networks)} steps"
+        )
     memory_policy.warn_ineffective(plan, spec.guidance)
