@@ -19,7 +19,7 @@ COMMON = {
     "blocks": "run_blocks", "compile": "run_eagerly", "graphs": "launch_kernels",
 }  # fmt: skip
 TENSOR_PARALLEL = {"channels": "shrink", "collectives": "add_collectives"}
-META = {"checkpoint": "no_checkpoint", "tensors": "stay_on_meta", "kernel": "no_kernel"}
+META = {"checkpoint": "no_checkpoint", "tensors": "stay_on_meta"}
 PLANS = {
     "one process": ((), Layout(), False, {}),
     "half precision, compiled": (

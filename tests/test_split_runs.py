@@ -161,3 +161,14 @@ def test_collectives_inside_compiled_blocks_give_the_same_and_are_counted(run_on
     assert_every_rank_as_predicted(dump, 4 if layout in ("parallel=usp4", "parallel=sp2_tp2") else 2)
     if layout == "parallel=ring2" and name != "sdxl":  # keys and values come by and are merged: none is gathered
         assert "all_to_all ring" in dump["comm"]["denoising"]["collectives"]
+
+
+def test_a_kernel_without_log_sum_exp_sends_what_was_predicted(run_on_ranks):
+    """Its keys and values are gathered, not passed from rank to rank."""
+    order = "attention.backend_config={priority: [math]}"
+    done = run_on_ranks("sd3", "parallel=ring2", "attention=sdpa", order, "--perf-dump-path", "dump.json")
+    assert done.code == 0, done.err
+    dump = json.loads(Path("dump.json").read_text())
+    assert dump["effective"]["ring"] == "gathered"
+    assert "all_gather ring" in dump["comm"]["denoising"]["collectives"]
+    assert_every_rank_as_predicted(dump, 2)

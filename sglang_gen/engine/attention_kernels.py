@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from sglang_gen.config.schema import Attention
+from sglang_gen.config.schema import Attention, Run
 from sglang_gen.engine import sparse_attention
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.models.attention import Kernel
@@ -63,6 +63,15 @@ def legal(device: str, dtype: torch.dtype, masked: bool = False) -> list[str]:
     inside = [name for name in SDPA_KERNELS if runs(name, device, dtype, masked)]
     others = [*(name for name in KERNEL_PACKAGES if _usable(name, device, dtype)), "flex"]
     return ["auto", "sdpa", *inside, *([] if masked else others)]
+
+
+def timed_by_shape(run: Run, dtype: str) -> bool:
+    """Whether the kernel is the fastest on the run's shapes: with attention=auto, unless the run is in float32.
+
+    There auto keeps torch's default kernel, as diffusers does: guidance would amplify other rounding beyond the
+    documented float32 tolerance. Among ranks of a ring only kernels that return a log-sum-exp are timed.
+    """
+    return run.attention.backend == "auto" and not run.attention.backend_config and dtype != "float32"
 
 
 def choose(

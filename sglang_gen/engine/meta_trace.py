@@ -45,7 +45,7 @@ def trace_on_meta(
     def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> tuple[Tensor, Tensor]:
         return attend(q, k, v, *mask), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
-    meta_copy.set_kernel(attend, attend_with_lse)
+    meta_copy.set_kernel(attend, attend_with_lse if meta_copy.returns_lse else None)
     for module in meta_copy.network.modules():
         if isinstance(module, regions) and hasattr(module, "evaluate"):
             module.evaluate = _noting(shapes, module, module.evaluate)

@@ -47,6 +47,7 @@ class ParallelNetwork:
     def __init__(self, network: nn.Module, split: Split) -> None:
         self.network, self.mesh, self.sharding = network, split.mesh, split.sharding
         self.entrance: Any = network
+        self.returns_lse = True  # whether the run's kernel does; a trace on meta exchanges what such a run exchanges
         self.lengths: dict[str, CurrentLengths] = {}
         self.attention_ops = self.sharding.attention_ops(network)
 

@@ -90,7 +90,7 @@ def steps(plan: Plan, mesh: Mesh, meta: bool = False) -> list[Step]:
         channels_last if half and not meta else keep_memory_format,  # what kernels of half precision prefer
         add_collectives if tp else add_nothing,  # hooks of the loaded layers
         split_sequence if sp else keep_sequence,  # wraps attention, convolutions and norms
-        no_kernel if meta else choose_kernel,  # inside of the wrappers
+        choose_kernel,  # inside of the wrappers, which merge results if the kernel returns a log-sum-exp
         stay_resident,  # offloading would move what is complete by now
         time_blocks if timed and not meta else run_blocks,  # the chain of blocks, where a step cache would stand too
         compile_network if compiles and not meta else run_eagerly,  # after everything that changes the modules
@@ -166,15 +166,12 @@ def split_sequence(built: Built) -> None:
     built.parallel.split_sequence()
 
 
-def no_kernel(built: Built) -> None:
-    """What traces the copy sets a kernel that records shapes."""
-
-
 def choose_kernel(built: Built) -> None:
     """The kernel of attention=auto, and the grids of flex, follow with the shapes of the first batch."""
-    built.kernel = attention_kernels.choose(
-        built.plan.run.attention, built.plan.device, built.dtype, (), built.pipeline.spec.masks_text
-    )
+    plan, masked = built.plan, built.pipeline.spec.masks_text
+    built.kernel = attention_kernels.choose(plan.run.attention, plan.device, built.dtype, (), masked)
+    with_lse = attention_kernels.kernel_with_lse(built.kernel.name, plan.device, built.dtype, masked)
+    built.parallel.returns_lse = with_lse is not None or attention_kernels.timed_by_shape(plan.run, plan.dtype)
 
 
 def stay_resident(built: Built) -> None:

@@ -17,19 +17,8 @@ from sglang_gen.engine.meta_trace import Shapes, trace_on_meta
 from sglang_gen.families.contract import Request
 from sglang_gen.families.prediction import NetworkSchedule
 from sglang_gen.tensor_tree import to_meta
-from sglang_gen.types import Plan
 
 Predictor = Callable[[Mapping[str, Any], Encoded], Predict]  # (networks by name, encoded texts) -> prediction function
-
-
-def timed_by_shape(plan: Plan) -> bool:
-    """Whether the kernel is the fastest on the run's shapes: with attention=auto, unless the run is in float32.
-
-    There auto keeps torch's default kernel, as diffusers does: guidance would amplify other rounding beyond the
-    documented float32 tolerance.
-    """
-    attention = plan.run.attention
-    return attention.backend == "auto" and not attention.backend_config and plan.dtype != "float32"
 
 
 class Execution:
@@ -46,7 +35,7 @@ class Execution:
         self.compiled, self.graphs, self.kernel = built.compiled, built.graphs, built.kernel
         self.settled: set[Any] = set()  # shapes of batches
         self.masked = built.pipeline.spec.masks_text
-        self.timed = not timed_by_shape(built.plan)
+        self.timed = not attention_kernels.timed_by_shape(built.plan.run, built.plan.dtype)
 
     @property
     def attention(self) -> Any:
