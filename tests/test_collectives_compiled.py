@@ -138,6 +138,26 @@ def test_what_compiled_ulysses_sends_is_written_once(generated):
     assert_what_is_sent_stays(calls)
 
 
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_mask_travels_in_the_exchanges_of_a_compiled_ring(generated):
+    kernel = attention_kernels.kernel_with_lse("sdpa", "cpu", torch.float32, masked=True)
+    ring = Ring(kernel, Axis("ring", 3, 1, "a group"), Lengths(3, 1, (6, 5, 4)))
+    qkv = [torch.randn(2, 4, 5, 32) for _ in range(3)]
+    calls = generated(lambda *inputs: ring(*inputs), *qkv, torch.ones(2, 1, 1, 5, dtype=torch.bool))
+    assert names(calls) == ["exchange", "attention", "arrived"] * 2 + ["attention"]
+    assert_what_is_sent_stays(calls)
+
+
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_ulysses_gathers_the_mask_while_tokens_are_exchanged_for_heads(generated):
+    ulysses = Ulysses(scaled_dot_product_attention, Axis("ulysses", 2, 0, "a group"), 0, Lengths(1, 2, (6, 5)))
+    qkv = [torch.randn(2, 4, 6, 32) for _ in range(3)]
+    calls = generated(lambda *inputs: ulysses(*inputs), *qkv, torch.ones(2, 1, 1, 6, dtype=torch.bool))
+    assert names(calls) == ["gather", "exchange", "arrived", "arrived", "attention", "exchange", "arrived"]
+
+
 @contextmanager
 def dual_block(layout: Layout, rank: int) -> Iterator[tuple[nn.Module, list[torch.Tensor]]]:
     """A block with two attentions as one rank of two has it, and inputs of a picture and a text that do not halve."""
