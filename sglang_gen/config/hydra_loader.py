@@ -1,6 +1,7 @@
 """Hydra's configuration loader, its override parser, and its errors as one-sentence UserErrors."""
 
 import os.path
+import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -162,9 +163,11 @@ def _word(parser: OverridesParser, line: str) -> Word:
         (override,) = parser.parse_overrides([line])
     except (HydraException, ValueError) as error:
         key = line.partition("=")[0]
+        reason = first_line(error)
+        if re.match(r"\w*(Exception|Error)\b", reason):  # of the lexer, which only repeats the override
+            reason = "it has a character that is none of Hydra's grammar"
         raise UserError(
-            f"The override '{line}' cannot be read: {first_line(error)}"
-            f" (special characters need quotes inside: {key}='\"...\"')"
+            f"The override '{line}' cannot be read: {reason} (special characters need quotes inside: {key}='\"...\"')"
         ) from error
     sign = {OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++", OverrideType.DEL: "~"}.get(override.type, "")
     values: tuple[Any, ...] = ()
