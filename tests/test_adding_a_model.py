@@ -28,7 +28,11 @@ COPIED = (
     "tests",
     "tools",
 )
-SMALL = ["--height", "32", "--width", "48", "--num-inference-steps", "2", "dtype=float32", "output.latents=true"]
+# A scale of 2: the rounding of these random weights grows with the scale.
+SMALL = [
+    "--height", "32", "--width", "48", "--num-inference-steps", "2", "--guidance-scale", "2", "dtype=float32",
+    "output.latents=true",
+]  # fmt: skip
 
 # Tiny weights: those of the reference in the page's test, and the other components of the tiny SD3 pipeline.
 BUILD = """
@@ -150,8 +154,8 @@ def test_what_else_the_page_runs_gives_the_same_latents(run, weights, monkeypatc
     run([*chosen("7"), *others])
     monkeypatch.chdir(weights)
     assert len(others) == 6
-    for words in others:
-        assert error(tensors(words[-1])["latents"], tensors("7")["latents"]) <= 1e-5, words
+    errors = {words[-1]: error(tensors(words[-1])["latents"], tensors("7")["latents"]) for words in others}
+    assert max(errors.values()) <= 1e-5, errors
 
 
 @pytest.mark.slow  # says again of the added family what these tests say of the others
