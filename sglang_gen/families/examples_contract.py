@@ -77,7 +77,6 @@ class Examples(ABC):
     def conditions(self, given: tuple[Any, ...], height: int, width: int, guidance: float) -> tuple[Any, ...]:
         """Arguments of our network's `condition` after the timesteps; `given`: encoded texts and further tensors."""
 
-    @abstractmethod
     def arguments(
         self,
         config: ComponentConfig,
@@ -88,7 +87,11 @@ class Examples(ABC):
         width: int,
         guidance: float,
     ) -> dict[str, Any]:
-        """Arguments of diffusers' network for the same evaluation; `timestep` of 0..1000 is `[B]`."""
+        """Arguments of diffusers' network for the same evaluation; `timestep` of 0..1000 is `[B]`.
+
+        A family whose network diffusers lacks does not define it.
+        """
+        raise NotImplementedError(f"diffusers has no network to compare {self.spec.name} with")
 
 
 def filled(rows: int, value: float, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Shared by the UNet pipelines: weight names, config, sharding, timesteps and initial latents."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ NAMES: Rules = {
 }
 
 # Residual blocks are sharded along the channels between their convolutions, so norm_2 keeps whole groups.
-TENSOR = {
+TENSOR: Table = {
     "*.residuals.*.conv_1": Columns(),
     "*.residuals.*.time": Columns(),
     "*.residuals.*.norm_2": Columns(),
@@ -144,7 +144,7 @@ SHARDING = Sharding(
 class UNetPipeline(Pipeline):
     """Network, schedule and initial latents of the UNet pipelines."""
 
-    tensor_parallel = cast(Table, TENSOR)
+    tensor_parallel = TENSOR
     sharding = SHARDING
     regions = (Residual, Block)
 

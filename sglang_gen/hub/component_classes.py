@@ -1,4 +1,4 @@
-"""Imports the classes named in a model_index.json."""
+"""The classes named in a model_index.json."""
 
 import importlib
 from typing import Any
@@ -6,6 +6,13 @@ from typing import Any
 from sglang_gen import log
 from sglang_gen.hub import remote_code
 from sglang_gen.types import Component
+
+
+def in_diffusers(name: str) -> bool:
+    """Whether diffusers has a class of this name; a family of the native engine need not be one of diffusers'."""
+    import diffusers  # a slow import, which listing its names does not make slower
+
+    return name in dir(diffusers)
 
 
 def named(component: Component) -> Any:

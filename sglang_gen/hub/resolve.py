@@ -14,6 +14,7 @@ from sglang_gen import env, log
 from sglang_gen.config import presets
 from sglang_gen.config.schema import Model, Run
 from sglang_gen.errors import RunError, UserError, first_line, nearest
+from sglang_gen.families import registry
 from sglang_gen.hub import prediction_markers, remote_code, single_file
 from sglang_gen.hub.component_folder import check_files, check_vocabulary, read_config, read_json
 from sglang_gen.hub.safetensors_header import Header
@@ -270,7 +271,7 @@ def _download(model: Model, name: str, weights: bool, patterns: list[str] = CONF
 
 def _download_huggingface(model: Model, name: str, weights: bool, patterns: list[str]) -> Path:
     """Download from Hugging Face. If a first request fails, use the cache, without the library's 23 s of retries."""
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     if not sys.stderr.isatty():
@@ -285,29 +286,44 @@ def _download_huggingface(model: Model, name: str, weights: bool, patterns: list
         refusal = error
     local = refusal is not None
     try:
-        if weights:
-            folder = _download_pipeline(model, name, local)
-        else:
-            folder = snapshot_download(name, revision=model.revision, allow_patterns=patterns, local_files_only=local)
+        folder = _download_pipeline(model, name, local) if weights else _snapshot(model, name, local, patterns)
     except failures as error:
         raise hub_error(refusal or error, name, model.revision) from error
     if refusal and weights:
         log.warning(f"{_reason(refusal)}: using the copy of {name} in the local cache")
-    return Path(folder)
+    return folder
 
 
-def _download_pipeline(model: Model, name: str, local: bool) -> str:
-    """Download the files that diffusers selects for the pipeline: safetensors of one variant, no other formats."""
-    from diffusers import DiffusionPipeline
+def _snapshot(model: Model, name: str, local: bool, patterns: list[str]) -> Path:
+    """The folder with the files of a hub repository that match `patterns`; `local`: from the cache alone."""
+    from huggingface_hub import snapshot_download
 
-    folder: str = DiffusionPipeline.download(
+    revision = model.revision
+    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local))
+
+
+def _download_pipeline(model: Model, name: str, local: bool) -> Path:
+    """Download the files that diffusers selects for the pipeline: safetensors of one variant, no other formats.
+
+    The pipeline of a family that diffusers lacks is downloaded component by component.
+    """
+    import diffusers
+
+    native_only = {spec.pipeline_class for spec in registry.specs()}.difference(dir(diffusers))
+    if native_only:
+        index = read_json(_snapshot(model, name, local, CONFIGS) / "model_index.json")
+        if index.get("_class_name") in native_only:
+            components = [key for key, entry in index.items() if isinstance(entry, list) and any(entry)]
+            patterns = [f"{key}/{pattern}" for key in components for pattern in COMPONENT]
+            return _snapshot(model, name, local, [*CONFIGS, *patterns])
+    folder = diffusers.DiffusionPipeline.download(
         name,
         revision=model.revision,
         use_safetensors=True,
         trust_remote_code=model.trust_remote_code,
         local_files_only=local,
     )
-    return folder
+    return Path(folder)
 
 
 def hub_error(error: Exception, name: str, revision: str | None) -> Exception:

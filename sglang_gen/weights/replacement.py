@@ -47,7 +47,7 @@ def load(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     (name,) = quantization.denoisers(plan.card)
     component, files = plan.card.components[name], weight_files.locate(path)
     kind = component_classes.named(component)
-    _check_config(kind, name, plan, files)
+    _check_config(kind.__name__, name, plan, files)
     if files.is_gguf:
         return {name: _load_gguf(kind, component, files, dtype)}
     headers = weight_files.read_headers(files.paths)
@@ -72,14 +72,16 @@ def in_diffusers_layout(plan: Plan, name: str, files: WeightFiles) -> bool:
     Raises UserError for any other files. Reads only headers.
     """
     component = plan.card.components[name]
-    kind = component_classes.named(component)
-    _check_config(kind, name, plan, files)
+    _check_config(component.class_name, name, plan, files)
     tensors = weight_files.read_headers(files.paths).tensors
     _check_plain(tensors, files)
+    if not component_classes.in_diffusers(component.class_name):
+        return True  # there is no other layout; the native engine compares names and shapes when it loads
+    kind = component_classes.named(component)
     return is_own_layout(kind, component, tensors, files)
 
 
-def _check_config(kind: Any, name: str, plan: Plan, files: WeightFiles) -> None:
+def _check_config(kind: str, name: str, plan: Plan, files: WeightFiles) -> None:
     """The model needs a config of its network, and a config.json next to the weights must describe the same network."""
     component = plan.card.components[name]
     if component.folder is None or not (component.folder / "config.json").is_file():
@@ -88,14 +90,14 @@ def _check_config(kind: Any, name: str, plan: Plan, files: WeightFiles) -> None:
         )
     theirs = {key: value for key, value in files.config.items() if key in component.config and not key.startswith("_")}
     other = files.config.get("_class_name")
-    if other is not None and other != kind.__name__:
-        raise UserError(f"{FLAG}: {files.given} holds a {other}, and the model has a {kind.__name__}")
+    if other is not None and other != kind:
+        raise UserError(f"{FLAG}: {files.given} holds a {other}, and the model has a {kind}")
     differing = [
         key for key, value in theirs.items() if key != "quantization_config" and value != component.config[key]
     ]
     if differing:
         raise UserError(
-            f"{FLAG}: {files.given} is a different {kind.__name__} than the model's ({few(differing)} differ); "
+            f"{FLAG}: {files.given} is a different {kind} than the model's ({few(differing)} differ); "
             "load it with --component-paths"
         )
 

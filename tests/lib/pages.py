@@ -1,7 +1,8 @@
 """The pages: README.md and docs/, their ```bash blocks, and the files that they show.
 
 A block's word says how its commands end: `bash` with exit code 0, `bash slow` the same after a minute of compilation,
-`bash refused` with exit code 2 and the sentence in the comment below each command.
+`bash refused` with exit code 2 and the sentence in the comment below each command. Commands of `bash added` need the
+files that their page adds to the sources; tests/test_adding_a_model.py runs them in a copy.
 """
 
 import re
@@ -50,6 +51,12 @@ def commands(page: Path) -> list[Command]:
             if line.startswith(("sglang ", "torchrun ")):
                 found.append(Command(page, line, kind, following.removeprefix("# ") if kind == "refused" else ""))
     return found
+
+
+def sources(page: Path) -> dict[str, str]:
+    """Files of the checkout that the page shows whole: Python and YAML blocks that start with `# path`."""
+    text = page.read_text(encoding="utf-8")
+    return dict(re.findall(r"^```(?:python|yaml)\n# (\S+/\S+\.(?:py|yaml))\n(.*?)^```$", text, re.DOTALL | re.M))
 
 
 def files(page: Path) -> dict[str, str]:

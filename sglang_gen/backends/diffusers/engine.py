@@ -88,6 +88,8 @@ def check_pipeline_call(
         from sglang_gen.backends import single_file_contents
 
         single_file_contents.check_single_file(plan)
+    if own is None:
+        pipeline_signature.check_class(plan)
     kind = pipeline_signature.find(
         plan.pipeline_class,
         image=run.sampling.image_path is not None,

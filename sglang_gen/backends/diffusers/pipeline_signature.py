@@ -8,7 +8,12 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from sglang_gen import log
+from sglang_gen.config.schema import BackendName
 from sglang_gen.errors import UserError, nearest
+from sglang_gen.families import registry
+from sglang_gen.hub import component_classes
+from sglang_gen.plan import backend_choice
+from sglang_gen.types import Plan
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,18 @@ class Kind:
     accepted: frozenset[str]
     required: frozenset[str]
     makes: str
+
+
+def check_class(plan: Plan) -> None:
+    """Raises UserError if only the native engine has the model's pipeline, with the reason why it does not run it."""
+    name = plan.pipeline_class
+    if registry.by_pipeline_class(name) is None or component_classes.in_diffusers(name):
+        return
+    lack = f"diffusers {diffusers.__version__} has no {name}"
+    if plan.run.backend.name is BackendName.diffusers:
+        raise UserError(f"{lack}; run with --backend sglang or auto")
+    _, reason = backend_choice.choose(plan.run, plan.card, plan.device)
+    raise UserError(f"The native engine cannot run this: {reason}; and {lack}")
 
 
 def find(name: str, image: bool, mask: bool, own: Any = None) -> Kind:

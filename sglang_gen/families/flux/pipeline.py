@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ NAMES: Rules = {
     "down": "net.2",
 }
 
-TENSOR = {
+TENSOR: Table = {
     "*modulation.linear": Gathered(),
     "blocks.*.image": Heads(),
     "blocks.*.text": Heads(),
@@ -129,7 +129,7 @@ def _grid(request: Request) -> tuple[int, int]:
 class FluxPipeline(FlowMatching):
     """FLUX.1. The network sees latents that are packed in 2 x 2 patches, `[B, L, C]`."""
 
-    tensor_parallel = cast(Table, TENSOR)
+    tensor_parallel = TENSOR
     sharding = SHARDING
     regions = (Block, SingleBlock)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ NAMES: Rules = {
     "down": "net.2",
 }
 
-TENSOR = {
+TENSOR: Table = {
     "*modulation.linear": Gathered(),
     "blocks.*.attention*.image": Heads(),
     "blocks.*.attention.text": Heads(),
@@ -124,7 +124,7 @@ def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
 class SD3Pipeline(FlowMatching):
     """Stable Diffusion 3 and 3.5."""
 
-    tensor_parallel = cast(Table, TENSOR)
+    tensor_parallel = TENSOR
     sharding = SHARDING
     regions = (Block,)
 
