@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from little_hub import LittleHub
 from native import picture
+from original_layout import save
 
 from sglang_gen.families import registry
 
@@ -69,3 +70,12 @@ def test_a_request_for_diffusers_is_refused_with_the_reason(sglang, folder, word
     assert done.code == 2
     assert sentence in done.lines[-1]
     assert f"has no {PIPELINE}" in done.lines[-1]
+
+
+@pytest.mark.whole
+def test_a_single_file_is_refused_in_one_sentence(sglang, folder, pipelines):
+    file = save(pipelines["sd3"], Path("model.safetensors").absolute())
+    for dry in ((), ("dry_run=true",)):
+        done = sglang("generate", "--model-path", file, f"model.configs={folder}", "--prompt", "a", *SMALL, *dry)
+        assert done.code == 2
+        assert done.lines[-1].endswith(f"has no {PIPELINE}; give a folder in diffusers' layout")

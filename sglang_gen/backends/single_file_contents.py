@@ -35,11 +35,6 @@ def check_single_file(plan: Plan) -> None:
     file, backend = plan.card.file, plan.backend
     if file is None:
         return
-    if not component_classes.in_diffusers(plan.pipeline_class):
-        raise UserError(
-            f"--model-path: {file} is a single file, and diffusers, which reads such files, has no "
-            f"{plan.pipeline_class}; give a folder in diffusers' layout"
-        )
     shapes = header(file)
     replaced = {*plan.run.model.component_paths}
     networks = () if backend == "sglang" or plan.run.quant.transformer_weights_path else denoisers(plan.card)

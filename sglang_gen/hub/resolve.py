@@ -15,7 +15,7 @@ from sglang_gen.config import presets
 from sglang_gen.config.schema import Model, Run
 from sglang_gen.errors import RunError, UserError, first_line, nearest
 from sglang_gen.families import registry
-from sglang_gen.hub import prediction_markers, remote_code, single_file
+from sglang_gen.hub import component_classes, prediction_markers, remote_code, single_file
 from sglang_gen.hub.component_folder import check_files, check_vocabulary, read_config, read_json
 from sglang_gen.hub.safetensors_header import Header
 from sglang_gen.types import DENOISERS, Component, ModelCard
@@ -123,6 +123,7 @@ def _read_single_file(path: Path, model: Model, weights: bool) -> ModelCard:
     if preset and model.preset in (None, "custom") and not weights:
         log.info(f"{path.name} matches the preset {preset}: --model-id {preset} applies the settings of that preset")
     card = read_card(folder, name, weights=False)
+    _check_file_readable(path, model.pipeline_class_name or card.pipeline_class)
     if "safety_checker" not in model.component_paths:  # diffusers reads none from a single file
         card = replace(card, components={k: item for k, item in card.components.items() if k != "safety_checker"})
     if "scheduler" not in model.component_paths:
@@ -134,6 +135,15 @@ def _read_single_file(path: Path, model: Model, weights: bool) -> ModelCard:
         if component_name not in model.component_paths and (folder / component_name).is_dir():
             check_vocabulary(folder / component_name, component)
     return replace(card, folder=folder, file=path)
+
+
+def _check_file_readable(path: Path, kind: str) -> None:
+    """Raises UserError for a single file of a pipeline class that only the native engine has."""
+    if registry.by_pipeline_class(kind) and not component_classes.in_diffusers(kind):
+        raise UserError(
+            f"--model-path: {path} is a single file, and diffusers, which reads such files, has no {kind}; give a "
+            "folder in diffusers' layout"
+        )
 
 
 def _with_marked_scheduler(card: ModelCard, path: Path, header: Header, tell: bool) -> ModelCard:
