@@ -135,7 +135,7 @@ def test_the_parity_test_of_the_page_passes(checkout):
     assert "6 passed" in out
 
 
-@pytest.mark.whole
+@pytest.mark.slow  # 30 s: three processes that import torch
 def test_the_model_is_listed_planned_and_run_on_one_process_and_on_two_ranks(run, weights, monkeypatch):
     out = run(chosen("models", "dry_run=true", "7", "parallel=tp2", "parallel=ring2"))
     assert "tiny_dit " in out
