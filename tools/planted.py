@@ -415,8 +415,7 @@ HUB = (
            "numbers[tensor.dtype] += tensor.numbers", "numbers[tensor.dtype] += 1"),
     Mutant("The revision is not asked for where files are fetched",
            "sglang_gen/hub/resolve.py", "tests/test_hub.py -k revision",
-           "snapshot_download(name, revision=model.revision, allow_patterns=patterns,",
-           "snapshot_download(name, allow_patterns=patterns,"),
+           "return Path(snapshot_download(name, revision=revision,", "return Path(snapshot_download(name,"),
 )
 
 OUTPUT = (
