@@ -5,7 +5,6 @@ from pathlib import Path
 
 import masked_family
 import pytest
-import torch
 from cases import mostly_slow
 from native import assert_same, record, tensors
 from rank_runs import assert_every_rank_as_predicted
@@ -14,7 +13,6 @@ from whole import plan_of
 
 from sglang_gen.dry_run.estimate import estimate
 from sglang_gen.engine import attention_autotune, attention_kernels, cuda_graphs
-from sglang_gen.engine import compile as compiling
 from sglang_gen.plan import make
 
 PROMPTS = 'sampling.prompts=[{prompt: "a cat, a dog and two red foxes in deep snow"},{prompt: lake}]'
@@ -152,25 +150,6 @@ def test_an_estimate_counts_texts_of_the_longest_length_and_their_masks(run, mod
         for length in (16, 32)
     ]
     assert found[0]["step"]["flops"] < found[1]["step"]["flops"]
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """torch.compile without its code generation; how often it was asked for a graph."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(
-        compiling,
-        "_compiled",
-        lambda function, _: torch.compile(function, backend=backend, fullgraph=True, dynamic=False),
-    )
-    torch._dynamo.reset()
-    yield graphs
-    torch._dynamo.reset()
 
 
 @pytest.mark.whole
