@@ -19,7 +19,7 @@ import torch
 from finished import Finished
 from PIL import Image
 
-from sglang_gen.hub import resolve
+from sglang_gen.hub import download as hub_download
 
 TINY = {"stable-diffusion-xl": "sdxl", "stable-diffusion-3": "sd3", "stable-diffusion": "sd15", "FLUX": "flux",
         "Wan": "wan"}  # fmt: skip  # part of a repository's name -> builder; the first that fits counts
@@ -59,7 +59,7 @@ def props(models, adapter, monkeypatch):
         return models[kind]
 
     def prepare(page: Path) -> None:
-        monkeypatch.setattr(resolve, "_download", download)
+        monkeypatch.setattr(hub_download, "fetch", download)
         Image.new("RGB", (32, 32), (200, 90, 30)).save("fox.png")
         Image.new("RGB", (32, 32), (255, 255, 255)).save("mask.png")
         shutil.copytree(pages.ROOT / "sweeps", "sweeps")

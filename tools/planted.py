@@ -414,7 +414,7 @@ HUB = (
            "sglang_gen/hub/weight_files.py", "tests/test_transformer_weights.py -k most_of_the_numbers",
            "numbers[tensor.dtype] += tensor.numbers", "numbers[tensor.dtype] += 1"),
     Mutant("The revision is not asked for where files are fetched",
-           "sglang_gen/hub/resolve.py", "tests/test_hub.py -k revision",
+           "sglang_gen/hub/download.py", "tests/test_hub.py -k revision",
            "return Path(snapshot_download(name, revision=revision,", "return Path(snapshot_download(name,"),
 )
 

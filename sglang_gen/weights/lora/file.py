@@ -10,7 +10,7 @@ import torch
 
 from sglang_gen import env, log
 from sglang_gen.errors import UserError
-from sglang_gen.hub import resolve
+from sglang_gen.hub import download
 from sglang_gen.hub.plain_numbers import quantized
 from sglang_gen.hub.safetensors_header import PICKLED, PICKLES, read_header, refuse_other_formats
 from sglang_gen.weights.lora import settings as lora_settings
@@ -155,7 +155,7 @@ def _download(name: str) -> tuple[Path, Path | None]:
     except UserError:
         raise
     except (OSError, ValueError, errors.HTTPError) as error:  # type: ignore[attr-defined]
-        raise resolve.hub_error(error, repo, None) from error
+        raise download.hub_error(error, repo, None) from error
 
 
 def _repository(repo: str) -> tuple[list[str], Callable[[str], Path]]:
