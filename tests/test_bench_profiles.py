@@ -4,7 +4,7 @@ import pytest
 import torch
 from little_work import LITTLE, Uncompiled
 
-from tools.bench import networks, profiles
+from tools.bench import network_entries, profiles
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,10 @@ def test_the_kind_of_an_operator(name, kind):
 
 
 def test_the_shares_of_a_network_are_all_of_its_time(monkeypatch):
-    monkeypatch.setattr(networks, "Compiled", Uncompiled)
+    monkeypatch.setattr(network_entries, "Compiled", Uncompiled)
     lines = profiles.measured(LITTLE, "cpu", torch.float32).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| sglang-gen, eager", f"| {networks.OURS}", "| diffusers"]
+    ours = [f"| {network_entries.ours_name(torch.float32, mode)}" for mode in network_entries.MODES]
+    assert [line.split(" | ")[0] for line in lines[2:]] == [*ours, "| diffusers"]
     for line in lines[2:]:
         shares = [float(cell.rstrip("% ")) for cell in line.strip("| ").split(" | ")[2:]]
         assert sum(shares) == pytest.approx(100, abs=0.1 * len(shares) + 0.8)

@@ -16,7 +16,7 @@ from sglang_gen.tensor_tree import tensors
 class Shapes:
     """`attention`: (B, H, L, S, D), or (B, H, L, S, D, "masked") with a mask -> number of calls.
 
-    `blocks`: class -> distinct (weight shapes, input shapes).
+    `blocks`: class -> distinct (weight shapes and dtypes, input shapes).
     """
 
     attention: Counter[tuple[Any, ...]] = field(default_factory=Counter)
@@ -68,6 +68,6 @@ def _noting(shapes: Shapes, network: nn.Module, evaluate: Any) -> Any:
 
 
 def _note(shapes: Shapes, module: nn.Module, args: tuple[Any, ...]) -> None:
-    weights = tuple(tuple(weight.shape) for weight in module.parameters())
+    weights = tuple((tuple(weight.shape), weight.dtype) for weight in module.parameters())
     inputs = tuple(tuple(x.shape) for x in args if isinstance(x, Tensor))
     shapes.blocks.setdefault(type(module), set()).add((weights, inputs))

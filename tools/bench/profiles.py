@@ -20,7 +20,7 @@ import torch
 from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 
-from tools.bench import networks, works
+from tools.bench import network_entries, networks, works
 
 KINDS = {  # kind -> pattern; the first match counts
     "fused loops": "cpp_|triton_",
@@ -70,12 +70,12 @@ def measured(work: works.Work, device: str, dtype: torch.dtype) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         folder = works.stored(work, Path(temporary))
         ours = partial(
-            networks.our_call, work, partial(works.ours, work, folder, dtype, device), device,
+            network_entries.our_call, work, partial(works.ours, work, folder, dtype, device), device,
             networks.kernel_of_auto(work, device, dtype),
         )  # fmt: skip
         profiles = {}
-        for name, compiled in (("sglang-gen, eager", False), (networks.OURS, True)):
-            profiles[name] = shares(ours(compiled=compiled), device)
+        for mode in network_entries.MODES:
+            profiles[network_entries.ours_name(dtype, mode)] = shares(ours(mode=mode), device)
         network, arguments = works.theirs(work, folder, dtype, device)
 
         def theirs() -> Any:
