@@ -30,6 +30,11 @@ def test_the_pages_hold_commands():
     assert len(found) >= 75
 
 
+def test_the_configuration_file_of_the_pages_is_in_the_repository():
+    shown = pages.files(pages.ROOT / "docs" / "command.md")["generation_config.json"]
+    assert shown == (pages.ROOT / "generation_config.json").read_text(encoding="utf-8")
+
+
 def test_every_group_has_a_page():
     assert {page.stem for page in pages.GROUP_PAGES} == set(GROUPS)
 

@@ -89,6 +89,7 @@ def is_large(words: list[str]) -> bool:
 def shrunk(words: list[str]) -> list[str]:
     """The words with few steps and, for other models than the embedded one, few pixels."""
     words, text = list(words), " ".join(words)
+    pixels = "64" if "parallel=" in text else "32"  # a UNet's ranks need a band of 32 rows each
     if "-m" in words and "perf." not in text and "perf=" not in text:
         words.append("perf=light")
     if "sweeps" not in words and "steps=" not in text and "num-inference-steps" not in text:
@@ -96,9 +97,9 @@ def shrunk(words: list[str]) -> list[str]:
         words.append(f"sampling.num_inference_steps={few}")
     for name in ("height", "width") if is_large(words) else ():
         if f"--{name}" in words:
-            words[words.index(f"--{name}") + 1] = "32"
+            words[words.index(f"--{name}") + 1] = pixels
         elif f"sampling.{name}=" not in text:
-            words.append(f"sampling.{name}=32")
+            words.append(f"sampling.{name}={pixels}")
     return words
 
 
