@@ -93,6 +93,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
     here: int = 1  # ranks on this machine
+    matmul: str = "torch"  # library of float32 products of the native engine on a CPU: torch or onednn
     given: frozenset[str] = frozenset()  # config paths that the user set to a value other than the default
     stated_degrees: frozenset[str] = frozenset()  # fields of `parallel` set by the user or by a group option
 

@@ -15,7 +15,8 @@ from sglang_gen.weights.load import slots
 COMMON = {
     "create": "create", "layers": "keep_linear_layers", "checkpoint": "check_checkpoint",
     "channels": "keep_all_channels", "tensors": "load_tensors", "memory": "keep_memory_format",
-    "collectives": "add_nothing", "sequence": "keep_sequence", "kernel": "choose_kernel", "residency": "stay_resident",
+    "collectives": "add_nothing", "sequence": "keep_sequence", "kernel": "choose_kernel", "products": "torch_products",
+    "residency": "stay_resident",
     "blocks": "run_blocks", "compile": "run_eagerly", "graphs": "launch_kernels",
 }  # fmt: skip
 TENSOR_PARALLEL = {"channels": "shrink", "collectives": "add_collectives"}
@@ -34,6 +35,7 @@ PLANS = {
     "CUDA graphs": (
         ("compile=regional",), Layout(), False, {"compile": "compile_network", "graphs": "capture_graphs"},
     ),
+    "oneDNN": (("backend.float32_matmul=onednn",), Layout(), False, {"products": "onednn_products"}),
     "a copy on meta": (
         ("dtype=bfloat16", "compile=regional", "parallel=tp2", "perf.blocks=true"), Layout(tp=2), True,
         {**TENSOR_PARALLEL, **META},

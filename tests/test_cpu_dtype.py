@@ -17,8 +17,9 @@ from sglang_gen.launch import launcher
 from sglang_gen.perf import cpu_dtype
 from sglang_gen.plan import make
 
-XEON = {"float32": 332.0, "bfloat16": 189.0}  # avx512_bf16 without AMX
-AMX = {"float32": 100.0, "bfloat16": 470.0}
+XEON = {"float32": 332.0, "float32_onednn": 320.0, "bfloat16": 189.0}  # avx512_bf16 without AMX
+AMX = {"float32": 100.0, "float32_onednn": 100.0, "bfloat16": 470.0}
+ZEN = {"float32": 110.0, "float32_onednn": 240.0, "bfloat16": 200.0}  # MKL leaves AVX-512 alone there
 
 
 class Processor:
@@ -47,41 +48,44 @@ def processor(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rates", "dtype"),
+    ("backend", "rates", "dtype"),
     [
-        (XEON, "float32"),
-        (AMX, "bfloat16"),
-        ({"float32": 100.0, "bfloat16": 90.0}, "bfloat16"),
-        ({"float32": 100.0, "bfloat16": 89.9}, "float32"),
-        ({"float32": 40.0, "bfloat16": 0.9}, "float32"),
+        ("sglang", XEON, "float32"),
+        ("sglang", AMX, "bfloat16"),
+        ("sglang", {"float32": 100.0, "float32_onednn": 90.0, "bfloat16": 90.0}, "bfloat16"),
+        ("sglang", {"float32": 100.0, "float32_onednn": 90.0, "bfloat16": 89.9}, "float32"),
+        ("sglang", {"float32": 40.0, "float32_onednn": 40.0, "bfloat16": 0.9}, "float32"),
+        ("sglang", ZEN, "float32"),
+        ("diffusers", ZEN, "bfloat16"),  # computes its products with MKL
     ],
 )
-def test_bfloat16_is_taken_from_nine_tenths_of_float32s_rate_on(processor, rates, dtype):
+def test_bfloat16_is_taken_from_nine_tenths_of_float32s_rate_on(processor, backend, rates, dtype):
     processor.rates = rates
-    chosen, recorded = make.choose_dtype(DType.auto, "cpu")
+    chosen, recorded = make.choose_dtype(DType.auto, "cpu", backend)
     assert chosen == dtype
     assert recorded == {
         "dtype_choice": {
             "float32_gflops": rates["float32"],
+            "float32_onednn_gflops": rates["float32_onednn"],
             "bfloat16_gflops": rates["bfloat16"],
             "source": "measured",
         }
     }
-    assert make.choose_dtype(DType.float16, "cpu") == ("float16", {})
+    assert make.choose_dtype(DType.float16, "cpu", backend) == ("float16", {})
     assert processor.asked == 1
 
 
 def test_the_rates_are_measured_once_for_all_processes(processor):
-    assert cpu_dtype.choose().dtype == "float32"
+    assert cpu_dtype.choose(native=True).dtype == "float32"
     processor.next_process()
     processor.rates = AMX  # nobody looks again
-    assert cpu_dtype.choose() == cpu_dtype.Choice("float32", XEON, "measured")
+    assert cpu_dtype.choose(native=True) == cpu_dtype.Choice("float32", XEON, "measured")
     assert processor.asked == 1
 
 
 @pytest.mark.parametrize("fact", ["processor", "flags", "cores", "threads", "torch"])
 def test_another_machine_in_the_same_home_folder_measures_anew(processor, monkeypatch, fact):
-    cpu_dtype.choose()
+    cpu_dtype.choose(native=True)
     match fact:
         case "processor":
             monkeypatch.setattr(env, "cpu", lambda: ("another processor", frozenset()))
@@ -95,7 +99,7 @@ def test_another_machine_in_the_same_home_folder_measures_anew(processor, monkey
         case "torch":
             monkeypatch.setattr(torch, "__version__", "1.0")
     processor.rates = AMX
-    assert cpu_dtype.choose().dtype == "bfloat16"
+    assert cpu_dtype.choose(native=True).dtype == "bfloat16"
     assert processor.asked == 2
 
 
@@ -105,11 +109,11 @@ def test_another_machine_in_the_same_home_folder_measures_anew(processor, monkey
      '{"float32": NaN, "bfloat16": 100.0}', '{"float32": 0.0, "bfloat16": 100.0}', "\x00"],
 )  # fmt: skip
 def test_a_damaged_file_of_rates_is_measured_and_written_again(processor, tmp_path, content):
-    cpu_dtype.choose()
+    cpu_dtype.choose(native=True)
     (file,) = (tmp_path / "cache" / "dtype").iterdir()
     file.write_text(content)
     processor.next_process()
-    assert cpu_dtype.choose().dtype == "float32"
+    assert cpu_dtype.choose(native=True).dtype == "float32"
     assert processor.asked == 2
     assert json.loads(file.read_text()) == XEON
     assert list(file.parent.iterdir()) == [file]  # nothing temporary stays
@@ -118,7 +122,7 @@ def test_a_damaged_file_of_rates_is_measured_and_written_again(processor, tmp_pa
 def test_a_cache_folder_that_cannot_be_written_is_measured_once_in_a_process(processor, monkeypatch):
     Path("taken").write_text("a file")
     monkeypatch.setenv("SGLANG_GEN_CACHE", "taken")
-    assert [cpu_dtype.choose().dtype for _ in range(3)] == ["float32"] * 3
+    assert [cpu_dtype.choose(native=True).dtype for _ in range(3)] == ["float32"] * 3
     assert processor.asked == 1
 
 
@@ -130,23 +134,23 @@ def test_a_run_that_was_measuring_at_the_same_time_decides_for_both(processor, m
         return XEON
 
     monkeypatch.setattr(cpu_dtype, "measure", slower)
-    assert cpu_dtype.choose().dtype == "bfloat16"
+    assert cpu_dtype.choose(native=True).dtype == "bfloat16"
     assert json.loads(cpu_dtype._cache_file().read_text()) == AMX
 
 
 def test_the_rates_are_kept_in_the_users_cache_folder(processor, monkeypatch, tmp_path):
     monkeypatch.delenv("SGLANG_GEN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    cpu_dtype.choose()
+    cpu_dtype.choose(native=True)
     assert len(list((tmp_path / "xdg" / "sglang-gen" / "dtype").iterdir())) == 1
 
 
 def test_the_variable_says_what_auto_is_and_nothing_is_measured(processor, monkeypatch):
     monkeypatch.setenv("SGLANG_GEN_CPU_DTYPE", "bfloat16")
-    assert cpu_dtype.choose() == cpu_dtype.Choice("bfloat16", {}, "SGLANG_GEN_CPU_DTYPE")
+    assert cpu_dtype.choose(native=True) == cpu_dtype.Choice("bfloat16", {}, "SGLANG_GEN_CPU_DTYPE")
     monkeypatch.setenv("SGLANG_GEN_CPU_DTYPE", "float16")
     with pytest.raises(UserError, match="SGLANG_GEN_CPU_DTYPE is 'float16'; it must be float32 or bfloat16"):
-        cpu_dtype.choose()
+        cpu_dtype.choose(native=True)
     assert processor.asked == 0
 
 
@@ -169,7 +173,10 @@ def test_a_dry_run_shows_the_dtype_and_the_rates(processor, sglang, pipelines):
     done = sglang("generate", "--model-path", pipelines["sd15"], "--prompt", "a", "dry_run=true")
     rows = dict(line.split("  ", 1) for line in done.out.splitlines())
     assert rows["dtype"].strip() == "auto  ->  float32"
-    assert rows["dtype=auto chosen by"].strip() == "float32_gflops 332.0, bfloat16_gflops 189.0, source measured"
+    assert rows["dtype=auto chosen by"].strip() == (
+        "float32_gflops 332.0, float32_onednn_gflops 320.0, bfloat16_gflops 189.0, source measured"
+    )
+    assert rows["float32 products by"].strip() == "torch"
 
 
 @pytest.mark.whole
@@ -223,7 +230,7 @@ def test_the_measurement_is_plausible_and_short():
     started = time.process_time()
     rates = cpu_dtype.measure()
     assert time.process_time() - started < 0.5
-    assert set(rates) == {"float32", "bfloat16"}
+    assert set(rates) == {"float32", "float32_onednn", "bfloat16"}
     assert all(0.01 < rate < 1e6 for rate in rates.values())
     assert torch.equal(torch.get_rng_state(), generator)  # the run's noise is untouched
 
@@ -231,10 +238,10 @@ def test_the_measurement_is_plausible_and_short():
 @pytest.mark.parametrize(
     ("gflops", "largest"),
     [
-        ({"float32": 40.0, "bfloat16": 0.9}, 128),  # emulated: no larger product is asked for
-        ({"float32": 107.0, "bfloat16": 470.0}, 512),
-        ({"float32": 1.0, "bfloat16": 1.0}, 128),
-        ({"float32": 5000.0, "bfloat16": 20000.0}, 2048),
+        ({"float32": 40.0, "float32_onednn": 40.0, "bfloat16": 0.9}, 128),  # emulated: no larger product is asked for
+        ({"float32": 107.0, "float32_onednn": 240.0, "bfloat16": 470.0}, 512),
+        ({"float32": 1.0, "float32_onednn": 1.0, "bfloat16": 1.0}, 128),
+        ({"float32": 5000.0, "float32_onednn": 9000.0, "bfloat16": 20000.0}, 2048),
     ],
 )
 def test_products_grow_only_as_far_as_time_allows(monkeypatch, gflops, largest):

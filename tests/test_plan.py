@@ -215,7 +215,7 @@ def test_more_pictures_than_memory_holds_are_refused():
 @pytest.mark.parametrize(("capability", "dtype"), [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32")])
 def test_dtype_auto_follows_the_gpus_capability(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert make.choose_dtype(DType.auto, "cuda") == (dtype, {})
+    assert make.choose_dtype(DType.auto, "cuda", "sglang") == (dtype, {})
 
 
 def test_device_auto_is_a_gpu_where_there_is_one(monkeypatch):

@@ -15,7 +15,7 @@ from sglang_gen.errors import UserError, nearest
 # Effective values of a record, and the config paths that they set if the request left the choice open.
 PINNED = {
     "backend": "backend.name", "dtype": "dtype", "device": "device", "seed": "sampling.seed",
-    "attention": "attention.backend",
+    "attention": "attention.backend", "float32_matmul": "backend.float32_matmul",
 }  # fmt: skip
 
 
@@ -110,6 +110,8 @@ def _settled(values: Mapping[str, Any]) -> set[str]:
     names = {"dtype"} if values.get("compile.disable_autocast") else set()
     if values.get("attention.backend", "auto") != "auto" or values.get("attention.backend_config"):
         names.add("attention")
+    if values.get("backend.float32_matmul", "auto") != "auto":
+        names.add("float32_matmul")
     return names
 
 

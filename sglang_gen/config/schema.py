@@ -28,6 +28,12 @@ class DType(Enum):
     float16 = "float16"
 
 
+class Matmul(Enum):
+    auto = "auto"
+    torch = "torch"
+    onednn = "onednn"
+
+
 class Device(Enum):
     auto = "auto"
     cpu = "cpu"
@@ -85,6 +91,7 @@ class Model:
 @dataclass
 class Backend:
     name: BackendName = BackendName.auto
+    float32_matmul: Matmul = Matmul.auto
     diffusers_kwargs: dict[str, Any] = field(default_factory=dict)
 
 

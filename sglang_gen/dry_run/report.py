@@ -55,6 +55,8 @@ def _as_table(plan: Plan) -> str:
     rows += [(name, f"{_short(value)}  ->  {_short(plan.effective[name])}") for name, value in plan.requested.items()]
     if rates := plan.effective.get("dtype_choice"):
         rows.append(("dtype=auto chosen by", _short(rates)))
+    if library := plan.effective.get("float32_matmul"):
+        rows.append(("float32 products by", library))
     rows += _estimated(content["estimate"])
     rows += [
         (path, f"{_short(_at(content['run'], path))}  (from {source})")

@@ -6,7 +6,7 @@ Without hooks they compute what torch's layers of the same name compute.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,16 +85,20 @@ class OwnTensors(nn.Module):
         self.place(name, parameter.new_empty(shape))
 
 
+Matmul = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) -> x W^T + b, as F.linear
+
+
 class Linear(nn.Linear, OwnTensors):
     """y = x W^T + b, where outputs and inputs may be fused sections such as query, key and value.
 
     `layer(x, only=("k", "v"))` computes these sections alone. `reduce` is set on a row parallel layer, whose product is
     a partial sum: it is applied before the bias is added. `gather` is set on a column parallel layer whose outputs are
-    needed on every rank.
+    needed on every rank. `matmul` is the implementation of the product.
     """
 
     reduce: nn.Module | None
     gather: nn.Module | None
+    matmul: Matmul
 
     def __init__(
         self, inputs: int | Mapping[str, int], outputs: int | Mapping[str, int], bias: bool = True, **kwargs: Any
@@ -104,6 +108,7 @@ class Linear(nn.Linear, OwnTensors):
         super().__init__(sum(self_inputs.values()), sum(self_outputs.values()), bias, **kwargs)
         self.input_sections, self.sections = self_inputs, self_outputs
         self.reduce = self.gather = None
+        self.matmul = F.linear
 
     def cut(self, dim: int, rank: int, ranks: int) -> dict[str, Shard]:
         sections, whole = (self.input_sections, self.in_features) if dim else (self.sections, self.out_features)
@@ -121,8 +126,8 @@ class Linear(nn.Linear, OwnTensors):
     def product(self, x: Tensor, rows: slice | None, bias: bool) -> Tensor:
         """x W^T for the outputs in `rows` (None: all), with or without the bias."""
         if rows is None:
-            return F.linear(x, self.weight, self.bias if bias else None)
-        return F.linear(x, self.weight[rows], self.bias[rows] if bias and self.bias is not None else None)
+            return self.matmul(x, self.weight, self.bias if bias else None)
+        return self.matmul(x, self.weight[rows], self.bias[rows] if bias and self.bias is not None else None)
 
     def forward(self, x: Tensor, only: Sequence[str] = ()) -> Tensor:
         """`[..., inputs]` -> `[..., outputs]`, or the sections `only`, in the order of the layer's sections."""

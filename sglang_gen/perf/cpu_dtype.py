@@ -1,4 +1,4 @@
-"""dtype=auto on a CPU: bfloat16 or float32, by matmul rates that are measured once and cached on disk."""
+"""dtype=auto and backend.float32_matmul=auto on a CPU, by matmul rates that are measured once and cached on disk."""
 
 import contextlib
 import hashlib
@@ -13,6 +13,9 @@ from typing import Any
 from sglang_gen import env, files
 
 DTYPES = ("float32", "bfloat16")
+ONEDNN = "float32_onednn"  # float32 by oneDNN; torch's own float32 product uses MKL or another BLAS
+RATES = ("float32", ONEDNN, "bfloat16")
+FASTER = 1.05  # oneDNN is chosen from this multiple of the rate of torch's own product on
 NEAR = 0.9  # bfloat16 is chosen from this fraction of float32's rate on, since it needs half the memory
 HOPELESS = 0.1  # below this fraction of float32's rate bfloat16 is emulated, and larger products are not measured
 FIRST = 128  # rows and columns of the first product: 5 ms if bfloat16 is emulated at 1 GFLOP/s
@@ -34,13 +37,25 @@ class Choice:
         return {**{f"{name}_gflops": rate for name, rate in self.rates.items()}, "source": self.source}
 
 
-def choose() -> Choice:
-    """bfloat16 if its rate is at least 0.9 of float32's. Raises UserError if the variable names another dtype."""
+def choose(native: bool) -> Choice:
+    """bfloat16 if its rate is at least 0.9 of the float32 rate of the backend (`native`: this project's engine).
+
+    Raises UserError if the environment variable names another dtype.
+    """
     if (given := env.cpu_dtype(DTYPES)) is not None:
         return Choice(given, {}, env.CPU_DTYPE)
     rates = _rates(_cache_file())
-    dtype = "bfloat16" if rates["bfloat16"] >= NEAR * rates["float32"] else "float32"
+    single = max(rates["float32"], rates[ONEDNN]) if native else rates["float32"]
+    dtype = "bfloat16" if rates["bfloat16"] >= NEAR * single else "float32"
     return Choice(dtype, dict(rates), "measured")
+
+
+def fastest_matmul() -> str:
+    """`onednn` or `torch`: the library of float32 products. Nothing is measured if the variable sets the dtype."""
+    if env.cpu_dtype(DTYPES) is not None:
+        return "torch"
+    rates = _rates(_cache_file())
+    return "onednn" if rates[ONEDNN] >= FASTER * rates["float32"] else "torch"
 
 
 def _cache_file() -> Path:
@@ -72,13 +87,13 @@ def _read(path: Path) -> dict[str, float] | None:
         return None
     if not isinstance(content, dict):
         return None
-    rates: dict[str, Any] = {name: content.get(name) for name in DTYPES}
+    rates: dict[str, Any] = {name: content.get(name) for name in RATES}
     complete = all(isinstance(rate, float) and math.isfinite(rate) and rate > 0 for rate in rates.values())
     return rates if complete else None
 
 
 def measure() -> dict[str, float]:
-    """GFLOP/s by dtype of a product that takes long enough, or of the largest that fits into `BUDGET` seconds."""
+    """GFLOP/s of `RATES` for a product that takes long enough, or for the largest that fits into `BUDGET` seconds."""
     start, size = time.perf_counter(), FIRST
     while True:
         before = time.perf_counter()
@@ -92,17 +107,21 @@ def measure() -> dict[str, float]:
 
 
 def _seconds(size: int) -> dict[str, float]:
-    """Seconds by dtype of a `size` x `size` linear layer on `size` tokens: the minimum of interleaved rounds."""
+    """Seconds of a `size` x `size` linear layer on `size` tokens, for `RATES`: the minimum of interleaved rounds."""
     import torch
     from torch.nn.functional import linear
 
+    from sglang_gen.models.matmul import has_onednn, onednn_linear
+
     operands = {name: torch.ones(2, size, size, dtype=getattr(torch, name)) for name in DTYPES}  # draws no noise
-    least = dict.fromkeys(DTYPES, math.inf)
+    operands = {name: operands[name.removesuffix("_onednn")] for name in RATES}
+    least = dict.fromkeys(RATES, math.inf)
+    onednn = onednn_linear if has_onednn() else linear
     with torch.no_grad():
         for turn in range(1 + DTYPE_ROUNDS):
             for name, (tokens, weight) in operands.items():
                 start = time.perf_counter()
-                linear(tokens, weight)
+                (onednn if name == ONEDNN else linear)(tokens, weight)
                 if turn > 0:  # the first call initializes kernels and threads
                     least[name] = min(least[name], time.perf_counter() - start)
     return least

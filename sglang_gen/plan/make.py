@@ -24,6 +24,7 @@ from sglang_gen.perf import cpu_dtype
 from sglang_gen.plan import (
     backend_choice,
     checks,
+    cpu_matmul,
     guidance,
     image_size,
     layout_limits,
@@ -63,7 +64,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
             "compile.cuda_graphs captures no network that is split over ranks; leave it out, or run with "
             "parallel.dp_size or parallel.enable_cfg_parallel alone"
         )
-    dtype, chosen_by = choose_dtype(run.dtype, device)
+    dtype, chosen_by = choose_dtype(run.dtype, device, backend)
     quantization.check_model(run, card, quantization.facts_of(device))
     plan = Plan(
         run=run,
@@ -100,7 +101,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         given=frozenset(path for path in leaves() if user_gave(run, sources, path)),
         stated_degrees=frozenset(stated),
     )
-    return stored_dtype.settle(plan)
+    return cpu_matmul.settle(stored_dtype.settle(plan))
 
 
 def complete(composed: "Composed", expected: Plan, card: ModelCard) -> Plan:
@@ -111,8 +112,8 @@ def complete(composed: "Composed", expected: Plan, card: ModelCard) -> Plan:
     UserError if the files do not allow what was planned.
     """
     if _described_alike(expected.card, card):
-        return stored_dtype.require(replace(expected, card=card))
-    return stored_dtype.require(make_plan(replace(composed, run=expected.run), card))
+        return cpu_matmul.settle(stored_dtype.require(replace(expected, card=card)))
+    return cpu_matmul.settle(stored_dtype.require(make_plan(replace(composed, run=expected.run), card)))
 
 
 def _described_alike(expected: ModelCard, card: ModelCard) -> bool:
@@ -143,7 +144,7 @@ def choose_device(wanted: Device) -> str:
     return wanted.name
 
 
-def choose_dtype(wanted: DType, device: str) -> tuple[str, dict[str, Any]]:
+def choose_dtype(wanted: DType, device: str, backend: str) -> tuple[str, dict[str, Any]]:
     """The compute dtype, and for `effective` the rates that decided.
 
     auto is bfloat16 on a GPU that multiplies it, and on a CPU where it is not slower than float32; else float32.
@@ -154,7 +155,7 @@ def choose_dtype(wanted: DType, device: str) -> tuple[str, dict[str, Any]]:
         import torch
 
         return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32", {}
-    found = cpu_dtype.choose()
+    found = cpu_dtype.choose(native=backend == "sglang")
     return found.dtype, {"dtype_choice": found.recorded()}
 
 

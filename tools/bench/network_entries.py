@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_gen.backends.native.build import to_channels_last
+from sglang_gen.backends.native.build import to_channels_last, use_onednn
 from sglang_gen.engine import attention_kernels
 from sglang_gen.engine.compile import Compiled
 from sglang_gen.engine.cuda_graphs import Graphs
@@ -41,7 +41,7 @@ def our_dtypes(device: str) -> list[torch.dtype]:
     """The dtypes of our entries; the last one is that of dtype=auto."""
     if device == "cuda":
         return [torch.bfloat16]
-    return list(dict.fromkeys((torch.float32, getattr(torch, cpu_dtype.choose().dtype))))
+    return list(dict.fromkeys((torch.float32, getattr(torch, cpu_dtype.choose(native=True).dtype))))
 
 
 def short(dtype: torch.dtype) -> str:
@@ -138,6 +138,8 @@ def our_call(
     network, condition, latents = load()
     if latents.dtype.itemsize == 2:
         to_channels_last(network)
+    elif device == "cpu" and cpu_dtype.fastest_matmul() == "onednn":
+        use_onednn(network)
     summing = attention_kernels.kernel_with_lse(kernel.name, device, latents.dtype)
     works.whole(work).parallelize(network).set_kernel(kernel.kernel, summing)
     conditioning = condition(network)

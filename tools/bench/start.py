@@ -23,7 +23,7 @@ from sglang_gen.perf.statistics import judge
 
 PROMPT, STEPS, GUIDANCE, TOKENS = "A serene landscape with mountains and a lake at sunset", 28, 4.0, 32
 PIPELINE = json.loads((env.embedded_model() / "model_index.json").read_text())["_class_name"]
-DTYPE = cpu_dtype.choose().dtype
+DTYPE = cpu_dtype.choose(native=True).dtype
 
 OURS = f"""
 import json, sys, time

@@ -17,7 +17,8 @@ from sglang_gen.engine import attention_kernels
 from sglang_gen.engine.block_timing import TimedChain
 from sglang_gen.engine.cuda_graphs import Graphs
 from sglang_gen.families.pipeline_contract import Pipeline
-from sglang_gen.models.layers import Shard
+from sglang_gen.models.layers import Linear, Shard
+from sglang_gen.models.matmul import onednn_linear
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.sharded_network import ParallelNetwork, Split
 from sglang_gen.perf.clock import timer
@@ -91,6 +92,7 @@ def steps(plan: Plan, mesh: Mesh, meta: bool = False) -> list[Step]:
         add_collectives if tp else add_nothing,  # hooks of the loaded layers
         split_sequence if sp else keep_sequence,  # wraps attention, convolutions and norms
         choose_kernel,  # inside of the wrappers, which merge results if the kernel returns a log-sum-exp
+        onednn_products if plan.matmul == "onednn" and not meta else torch_products,
         stay_resident,  # offloading would move what is complete by now
         time_blocks if timed and not meta else run_blocks,  # the chain of blocks, where a step cache would stand too
         compile_network if compiles and not meta else run_eagerly,  # after everything that changes the modules
@@ -172,6 +174,21 @@ def choose_kernel(built: Built) -> None:
     built.kernel = attention_kernels.choose(plan.run.attention, plan.device, built.dtype, (), masked)
     with_lse = attention_kernels.kernel_with_lse(built.kernel.name, plan.device, built.dtype, masked)
     built.parallel.returns_lse = with_lse is not None or attention_kernels.timed_by_shape(plan.run, plan.dtype)
+
+
+def onednn_products(built: Built) -> None:
+    use_onednn(built.network)
+
+
+def use_onednn(network: nn.Module) -> None:
+    """Compute the products of linear layers with oneDNN."""
+    for module in network.modules():
+        if isinstance(module, Linear):
+            module.matmul = onednn_linear
+
+
+def torch_products(built: Built) -> None:
+    """`F.linear` computes the products."""
 
 
 def stay_resident(built: Built) -> None:
