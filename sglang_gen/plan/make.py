@@ -193,7 +193,7 @@ def _effective(run: Run, backend: str, degrees: Layout, device: str, dtype: str)
         "parallel": plain(degrees),
         "cache": asked["cache"],
         "quantization": asked["quantization"],
-        "offload": [] if device == "cpu" else asked["offload"],
+        "offload": offloading.active(run, device),
         "lora": asked["lora"],
         "compile": asked["compile"],
         "cuda_graphs": asked["cuda_graphs"],

@@ -131,12 +131,13 @@ def _read(plan: Plan, kind: pipeline_signature.Kind, scheduler: dict[str, Any]) 
 
 @dataclass(frozen=True)
 class Built:
-    """A pipeline with all options applied: what took effect, its attention kernel and its step cache."""
+    """A pipeline with all options applied: what took effect, its attention kernel, its step cache, its offloading."""
 
     pipeline: Any
     effective: Mapping[str, Any]
     kernel: attention_backend.Kernel
     step_cache: "cache.StepCache | None"
+    offloaded: offload.OnDemand
 
 
 def _transform(plan: Plan, pipeline: Any, ending: ExitStack) -> Built:
@@ -160,10 +161,10 @@ def _transform(plan: Plan, pipeline: Any, ending: ExitStack) -> Built:
         "quantization": quantization,
         "lora": adapters,
         "attention": kernel.name,
-        "offload": placed,
+        "offload": placed.options,
         "compile": compiled,
     }
-    return Built(pipeline, effective, kernel, step_cache)
+    return Built(pipeline, effective, kernel, step_cache, placed)
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class DiffusersEngine:
     def __init__(self, plan: Plan, mesh: Mesh, built: Built, call: PipelineCall, calls: CallLog) -> None:
         self.plan, self.kind, self.call = plan, call.kind, call.arguments
         pipeline = self.pipeline = built.pipeline
-        self.kernel, self.step_cache = built.kernel, built.step_cache
+        self.kernel, self.step_cache, self.offloaded = built.kernel, built.step_cache, built.offloaded
         self.noise = read_noise(plan.run.sampling.latents)
         self.image = _image(plan.run)
         self._effective = built.effective
@@ -236,6 +237,7 @@ class DiffusersEngine:
         except ValueError as error:
             raise UserError(f"{name} refuses the request: {first_line(error)}") from error
         finally:
+            self.offloaded.drop()
             clock.leave()
         require_finite(latents.last, "the latents", batch)
         if self.step_cache and self.calls.on:  # a warmup has too few steps, and a repeat reuses the same steps

@@ -16,11 +16,13 @@ from sglang_gen.backends.native.request import pipeline_of
 from sglang_gen.engine import attention_kernels
 from sglang_gen.engine.block_timing import TimedChain
 from sglang_gen.engine.cuda_graphs import Graphs
+from sglang_gen.engine.residency import Offloaded
 from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.models.layers import Shard
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.sharded_network import ParallelNetwork, Split
 from sglang_gen.perf.clock import timer
+from sglang_gen.plan import offloading
 from sglang_gen.types import Plan
 from sglang_gen.weights import load
 
@@ -44,6 +46,7 @@ class Built:
     kernel: Any = None
     compiled: "Compiled | None" = None
     graphs: Graphs | None = None
+    offloaded: Offloaded | None = None  # if the weights are on the host between generations
     timed: TimedChain | None = None
 
     @property
@@ -80,6 +83,7 @@ def build(plan: Plan, mesh: Mesh, name: str | None = None, meta: bool = False) -
 def steps(plan: Plan, mesh: Mesh, meta: bool = False) -> list[Step]:
     """The steps in order; where the plan asks for nothing, a step says what stays as it is."""
     tp, sp, half = mesh.size("tp") > 1, mesh.axis(SEQUENCE).size > 1, getattr(torch, plan.dtype).itemsize == 2
+    offloaded = "dit_cpu_offload" in offloading.active(plan.run, plan.device)
     compiles, graphs, timed = plan.run.compile.enable_torch_compile, plan.run.compile.cuda_graphs, plan.run.perf.blocks
     return [
         create,  # on meta: shapes are known before anything takes memory
@@ -91,7 +95,7 @@ def steps(plan: Plan, mesh: Mesh, meta: bool = False) -> list[Step]:
         add_collectives if tp else add_nothing,  # hooks of the loaded layers
         split_sequence if sp else keep_sequence,  # wraps attention, convolutions and norms
         choose_kernel,  # inside of the wrappers, which merge results if the kernel returns a log-sum-exp
-        stay_resident,  # offloading would move what is complete by now
+        offload if offloaded and not meta else stay_resident,  # what is complete by now
         time_blocks if timed and not meta else run_blocks,  # the chain of blocks, where a step cache would stand too
         compile_network if compiles and not meta else run_eagerly,  # after everything that changes the modules
         capture_graphs if graphs and not meta else launch_kernels,  # a graph records compiled code
@@ -131,7 +135,9 @@ def stay_on_meta(built: Built) -> None:
 def load_tensors(built: Built) -> None:
     assert built.checkpoint is not None
     source, sources = built.checkpoint.tensors, built.pipeline.sources
-    load.stream(built.network, source, sources, built.shards, built.dtype, built.plan.device)
+    hosted = "dit_cpu_offload" in offloading.active(built.plan.run, built.plan.device)
+    device = "cpu" if hosted else built.plan.device
+    load.stream(built.network, source, sources, built.shards, built.dtype, device)
 
 
 def channels_last(built: Built) -> None:
@@ -172,6 +178,10 @@ def choose_kernel(built: Built) -> None:
     built.kernel = attention_kernels.choose(plan.run.attention, plan.device, built.dtype, (), masked)
     with_lse = attention_kernels.kernel_with_lse(built.kernel.name, plan.device, built.dtype, masked)
     built.parallel.returns_lse = with_lse is not None or attention_kernels.timed_by_shape(plan.run, plan.dtype)
+
+
+def offload(built: Built) -> None:
+    built.offloaded = Offloaded(built.network, built.plan.device)
 
 
 def stay_resident(built: Built) -> None:
