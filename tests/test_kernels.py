@@ -145,7 +145,9 @@ def test_calls_with_a_mask_are_timed_with_one():
 
     shapes = {(2, 2, 8, 9, 8, "masked"): 1, (2, 2, 8, 8, 8): 1}
     attention_autotune.measure({"noted": noted}, shapes, "cpu", FLOAT)
-    assert given == [[(2, 1, 1, 9)]] * attention_autotune.ROUNDS + [[]] * attention_autotune.ROUNDS
+    with_mask = given.count([(2, 1, 1, 9)])
+    assert given == [[(2, 1, 1, 9)]] * with_mask + [[]] * (len(given) - with_mask)
+    assert 0 < with_mask < len(given)
 
 
 def test_a_kernel_that_does_not_take_a_shape_is_not_the_fastest_and_the_first_fails_aloud():
@@ -322,15 +324,17 @@ SHAPES = Counter({(1, 1, 4, 4, 8): 3})
 
 
 def test_auto_takes_the_fastest_and_asks_only_once(kept):
-    found, calls = timed(sdpa=12, math=2)
+    found, calls = timed(sdpa=6, math=3)
     assert attention_autotune.fastest(found, SHAPES, "cpu", FLOAT) == "math"
     (file,) = kept.iterdir()
     assert json.loads(file.read_text())["kernel"] == "math"
-    assert calls["sdpa"] == calls["math"] == attention_autotune.ROUNDS
+    once = attention_autotune.ROUNDS + 2  # a warm-up, and the call whose time says that a batch needs no second one
+    assert calls["sdpa"] == once
+    before = calls.copy()
     assert attention_autotune.fastest(found, SHAPES, "cpu", FLOAT) == "math"
-    assert sum(calls.values()) == 2 * attention_autotune.ROUNDS
+    assert calls == before
     attention_autotune.fastest(found, SHAPES, "cpu", torch.bfloat16)
-    assert sum(calls.values()) == 4 * attention_autotune.ROUNDS
+    assert calls["sdpa"] == 2 * once
 
 
 def test_auto_keeps_torchs_choice_unless_another_is_clearly_faster(kept, monkeypatch):
@@ -339,14 +343,16 @@ def test_auto_keeps_torchs_choice_unless_another_is_clearly_faster(kept, monkeyp
     assert attention_autotune.fastest(found, SHAPES, "cpu", FLOAT) == "sdpa"
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"kernel": "gone"}', "{"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"kernel": "gone"}', "{", '{"kernel": "sdpa", "seconds": {"sdpa": 1.0}}']
+)
 def test_an_answer_that_is_damaged_is_timed_again(kept, content):
-    found, calls = timed(sdpa=12, math=2)
+    found, calls = timed(sdpa=6, math=3)
     attention_autotune.fastest(found, SHAPES, "cpu", FLOAT)
     (file,) = kept.iterdir()
     file.write_text(content)
     assert attention_autotune.fastest(found, SHAPES, "cpu", FLOAT) == "math"
-    assert calls["math"] == 2 * attention_autotune.ROUNDS
+    assert calls["sdpa"] == 2 * (attention_autotune.ROUNDS + 2)
 
 
 def test_a_single_candidate_is_not_timed(kept):
