@@ -25,7 +25,7 @@ ROUNDS = 5
 BATCH_MS = 2.0  # shortest time of a batch of calls: a single call may take less than the host takes to launch it
 MOST_CALLS = 500  # in a batch: a GPU's queue holds about 1000 kernels
 METHOD = 2  # of timing; a new one does not read the answers of an older one
-PACKAGES = ("flash_attn", "flash_attn_3", "sageattention")
+ATTENTION_PACKAGES = ("flash_attn", "flash_attn_3", "sageattention")
 CYCLES_PER_MS = 2_000_000  # of a GPU's clock, at its fastest
 MOST_HELD_MS = 100.0  # launching a batch takes less, but for the first call of a kernel that is compiled
 
@@ -60,7 +60,7 @@ def fastest(
 
 def facts(kernels: Mapping[str, Kernel], shapes: Shapes, device: str, dtype: torch.dtype) -> list[Any]:
     """What an answer depends on, as in its JSON file: shapes, kernels, hardware and the versions of libraries."""
-    versions = {name: env.package_version(name) for name in PACKAGES}
+    versions = {name: env.package_version(name) for name in ATTENTION_PACKAGES}
     calls = [[list(shape), count] for shape, count in sorted(shapes.items(), key=repr)]
     return [METHOD, *_hardware(device), str(dtype), calls, sorted(kernels), str(torch.__version__), versions]
 

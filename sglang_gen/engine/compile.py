@@ -33,7 +33,7 @@ class Compiled:
         """Compile `forward` of every module whose class is in `regions`; if empty, the whole network's `evaluate`.
 
         Functions instead of modules are compiled, so hooks stay outside. Over several ranks collectives keep their
-        order. Raises UserError if there is no C++ compiler.
+        order. Raises UserError if this machine cannot compile.
         """
         env.require_compiler(device)
         env.keep_compiled()

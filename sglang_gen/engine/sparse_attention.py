@@ -90,10 +90,10 @@ def mask(pattern: Pattern, grid: Grid) -> Mask:
 def kernel(pattern: Pattern, grids: Iterable[Grid], device: str) -> Kernel:
     """FlexAttention for sequences of these grids; other attention calls, such as over text only, stay dense.
 
-    Raises UserError if FlexAttention cannot be compiled. The kernel raises RunError at an unexpected recompilation.
+    Raises UserError if FlexAttention cannot be compiled here. The kernel raises RunError at a recompilation that is not
+    expected.
     """
-    if not env.can_compile(device):
-        raise UserError("attention.backend: 'flex' on CPU needs a C++ compiler (g++ or clang++); use sdpa")
+    env.require_compiler(device, "attention.backend: 'flex' is compiled, which", "attention=sdpa")
     # These import dynamo, which takes seconds.
     from torch._dynamo import config as dynamo
     from torch._dynamo.exc import FailOnRecompileLimitHit
