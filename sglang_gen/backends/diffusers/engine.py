@@ -36,6 +36,7 @@ from sglang_gen.backends.diffusers.seeding import argument, seeded
 from sglang_gen.backends.diffusers.stages import Latents, observed, plain_config
 from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.input_files import read_image, read_noise
+from sglang_gen.backends.memory_error import memory_explained, out_of_memory
 from sglang_gen.config.schema import Run
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
 from sglang_gen.families import registry
@@ -68,7 +69,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
             raise
         except LOADING_ERRORS as error:
             if is_out_of_memory(error):
-                raise RunError(f"Out of memory while loading {plan.card.name}") from error
+                raise out_of_memory(plan, mesh.rank, f"loading {plan.card.name}", error) from error
             raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
         engine = DiffusersEngine(plan, mesh, built, PipelineCall(kind, call), calls)
         engine.ending = ending.pop_all()
@@ -186,7 +187,7 @@ class DiffusersEngine:
         self.image = _image(plan.run)
         self._effective = built.effective
         self.ending = ExitStack()
-        self.leads, self.calls, self.comm_log = mesh.leads, calls, CommLog()
+        self.rank, self.leads, self.calls, self.comm_log = mesh.rank, mesh.leads, calls, CommLog()
         self.guidance = GuidanceSplit(denoisers(pipeline), mesh) if mesh.size("cfg") > 1 else None
         for name, network in modules(pipeline, TEXT_ENCODERS).items():
             calls.watch(Watched("text_encoding", name, network))
@@ -226,12 +227,9 @@ class DiffusersEngine:
         clock.enter("text_encoding")
         try:
             kernel = attention_backend.chosen(self.pipeline, self.kernel)
-            with torch.no_grad(), kernel, watched, draws, self.comm_log.during("denoising"):
+            explained, logged = memory_explained(self.plan, self.rank), self.comm_log.during("denoising")
+            with torch.no_grad(), explained, kernel, watched, draws, logged:
                 result = self.pipeline(**given)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise RunError("Out of memory while generating; try smaller batches or a smaller image") from error
         except UserError:
             raise
         except ValueError as error:

@@ -1,7 +1,6 @@
 """The native engine: this project's networks and denoising loop with the model's own text encoders and scheduler."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import cycle, islice
 from typing import Any
@@ -15,6 +14,7 @@ from sglang_gen import log
 from sglang_gen.backends.comm_log import CommLog, GeneratedBatch, described
 from sglang_gen.backends.diffusers.stages import plain_config
 from sglang_gen.backends.finite import require_finite
+from sglang_gen.backends.memory_error import memory_explained, out_of_memory
 from sglang_gen.backends.native import memory_policy, safety_checker, vae_parallel
 from sglang_gen.backends.native.build import build
 from sglang_gen.backends.native.component_offload import ComponentOffload
@@ -33,11 +33,6 @@ from sglang_gen.perf.clock import Clock
 from sglang_gen.perf.flops import CallLog, Watched, stored_bytes
 from sglang_gen.types import Decoded, Plan, Sample
 
-OFFLOAD = (
-    "; the GPU must hold the network and the text encoders at once; --text-encoder-cpu-offload keeps the text encoders "
-    "on the CPU until they run"
-)
-
 
 def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     """Load the plan's components onto this rank's device.
@@ -55,24 +50,12 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
         raise
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
-            hint = OFFLOAD if plan.device == "cuda" else ""
-            raise RunError(f"Out of memory while loading {plan.card.name}{hint}") from error
+            raise out_of_memory(plan, mesh.rank, f"loading {plan.card.name}", error) from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     warn_ineffective(plan, pipeline)
     executions = {name: Execution(each) for name, each in built.items()}
     share_graphs(executions.values())
     return NativeEngine(native_request, executions, components, calls)
-
-
-@contextmanager
-def _memory_explained() -> Iterator[None]:
-    """Turn an error of memory that runs out into one sentence."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunError("Out of memory while generating; try smaller batches or a smaller image") from error
 
 
 def _weight_bytes(modules: Iterable[Any]) -> int:
@@ -149,7 +132,7 @@ class NativeEngine:
 
     def effective(self) -> dict[str, Any]:
         """The settings that take effect, and the classes of the components. Collective where kernels are timed."""
-        with _memory_explained():
+        with memory_explained(self.plan, self.mesh.rank):
             self._time_kernels()
         networks = {name: execution.network for name, execution in self.executions.items()}
         classes = {name: type(part).__name__ for name, part in {**networks, **self.components}.items()}
@@ -175,7 +158,7 @@ class NativeEngine:
         Raises RunError if memory runs out or if the latents or frames are not finite.
         """
         try:
-            with _memory_explained():
+            with memory_explained(self.plan, self.mesh.rank):
                 self._time_kernels()  # happens once and belongs to no stage
                 return self._sample(batch, steps, clock)
         finally:
