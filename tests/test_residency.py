@@ -119,6 +119,21 @@ def test_tied_and_strided_weights_come_back_as_they_were():
     assert [tensor.data_ptr() for tensor in module.parameters()] == addresses
 
 
+def test_an_autoencoder_that_decodes_in_float32_is_uploaded_in_it():
+    """diffusers' pipeline converts the autoencoder while it is on the host, and back while it is on the device."""
+    module = nn.Sequential(nn.Linear(4, 4)).to(torch.float16).requires_grad_(False)
+    module.register_buffer("scale", torch.ones(3, dtype=torch.float16))
+    offloaded = residency.Offloaded(module, "cpu")
+    for _ in range(2):
+        module.to(torch.float32)
+        with residency.on_device([offloaded]):
+            assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float32}
+            module.to(torch.float16)
+        assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float16}
+    with residency.on_device([offloaded]):
+        assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float16}
+
+
 def test_a_device_that_runs_out_of_memory_keeps_no_weights(monkeypatch):
     module = nn.Linear(4, 4).requires_grad_(False)
     offloaded = residency.Offloaded(module, "cpu")

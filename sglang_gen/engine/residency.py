@@ -20,34 +20,45 @@ class Offloaded:
         """Weights that are on the device are moved to the host, once."""
         self.device = device
         self.on_device = False
-        plain = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers()) if not _wraps(tensor)}
-        self.masters = [(tensor, _on_host(tensor.data, device)) for tensor in plain.values()]
+        self.plain: list[tuple[dict[str, Any], str, Tensor]] = []  # (the module's dict, name in it, master)
         # Assigning `data` leaves what a tensor wraps where it is, such as the quantized weights and scales of torchao.
-        self.wrapped = [
-            (place._parameters, name, nn.Parameter(parameter.detach().to("cpu"), requires_grad=False))
-            for place in module.modules()
-            for name, parameter in place._parameters.items()
-            if parameter is not None and _wraps(parameter)
-        ]
+        self.wrapped: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        masters: dict[int, Tensor] = {}  # a tensor may have several names
+        for place, name, tensor in _named(module):
+            if is_traceable_wrapper_subclass(tensor):
+                self.wrapped.append((place, name, nn.Parameter(tensor.detach().to("cpu"), requires_grad=False)))
+            elif id(tensor) not in masters:
+                masters[id(tensor)] = _on_host(tensor.data, device)
+                self.plain.append((place, name, masters[id(tensor)]))
         self.drop()
 
     def upload(self) -> None:
-        """Copy the weights to the device, unless they are there."""
+        """Copy the weights to the device, unless they are there.
+
+        Weights whose dtype was changed since the last drop, as of an autoencoder that decodes in float32, keep it.
+        """
         if self.on_device:
             return
-        for tensor, master in self.masters:
-            tensor.data = _copied(master, self.device)
-        for parameters, name, wrapped in self.wrapped:
-            parameters[name] = nn.Parameter(_copied(wrapped.detach(), self.device), requires_grad=False)
+        for place, name, master in self.plain:
+            place[name].data = _copied(master, self.device).to(place[name].dtype)
+        for place, name, wrapped in self.wrapped:
+            place[name] = nn.Parameter(_copied(wrapped.detach(), self.device), requires_grad=False)
         self.on_device = True
 
     def drop(self) -> None:
         """Release the weights on the device."""
-        for tensor, master in self.masters:
-            tensor.data = master
-        for parameters, name, wrapped in self.wrapped:
-            parameters[name] = wrapped
+        for place, name, master in self.plain:
+            place[name].data = master
+        for place, name, wrapped in self.wrapped:
+            place[name] = wrapped
         self.on_device = False
+
+
+def _named(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """The parameters and buffers of a module, each with the dict that holds it under its name."""
+    for each in module.modules():
+        for place in (each._parameters, each._buffers):
+            yield from ((place, name, tensor) for name, tensor in place.items() if tensor is not None)
 
 
 @contextmanager
@@ -61,10 +72,6 @@ def on_device(modules: Iterable[Offloaded]) -> Iterator[None]:
     finally:
         for module in held:
             module.drop()
-
-
-def _wraps(tensor: Tensor) -> bool:
-    return bool(is_traceable_wrapper_subclass(tensor))
 
 
 def _on_host(tensor: Tensor, device: str) -> Tensor:

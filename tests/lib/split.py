@@ -216,8 +216,8 @@ def evaluate(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dty
         MUTATIONS[mutation](whole.network, mesh)
     network = whole.entrance
     parts = [Offloaded(whole.network, "cpu")] if changes.offloaded else []
-    for tensor, master in (pair for each in parts for pair in each.masters):
-        tensor.data = torch.full_like(master, torch.nan)  # where a GPU would not find it
+    for place, name, master in (entry for each in parts for entry in each.plain):
+        place[name].data = torch.full_like(master, torch.nan)  # where a GPU would not find it
     outputs = []
     with on_device(parts):
         conditioning = network.condition(*conditions)

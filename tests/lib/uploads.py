@@ -22,9 +22,9 @@ def counted_uploads(monkeypatch) -> Counter:
 
     def unreadable(self) -> None:
         drop(self)
-        for tensor, master in self.masters:
+        for place, name, master in self.plain:
             if master.is_floating_point():
-                tensor.data = torch.full_like(master, torch.nan)
+                place[name].data = torch.full_like(master, torch.nan)
 
     monkeypatch.setattr(residency.Offloaded, "__init__", noted_init)
     monkeypatch.setattr(residency.Offloaded, "upload", noted)

@@ -35,10 +35,10 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from sglang_gen.backends.native.build import to_channels_last
 from sglang_gen.engine import attention_autotune, attention_kernels
 from sglang_gen.engine.compile import Compiled
 from sglang_gen.engine.cuda_graphs import Graphs
+from sglang_gen.engine.memory_format import to_channels_last
 from sglang_gen.perf.clock import synchroniser
 from sglang_gen.perf.statistics import judge
 from sglang_gen.tensor_tree import to_meta

@@ -156,7 +156,7 @@ def _transform(plan: Plan, pipeline: Any, ending: ExitStack) -> Built:
     step_cache = cache.StepCache(pipeline, run.cache) if wanted(run.cache) else None
     if step_cache:
         ending.callback(step_cache.close)
-    compiled = compilation.apply(pipeline, run.compile, plan.device)
+    compiled = compilation.apply(pipeline, run.compile, plan.device, run.deterministic)
     effective = {
         **dtype_of(pipeline),
         "quantization": quantization,

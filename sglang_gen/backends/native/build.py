@@ -16,6 +16,7 @@ from sglang_gen.backends.native.request import pipeline_of
 from sglang_gen.engine import attention_kernels
 from sglang_gen.engine.block_timing import TimedChain
 from sglang_gen.engine.cuda_graphs import Graphs
+from sglang_gen.engine.memory_format import to_channels_last
 from sglang_gen.engine.residency import Offloaded
 from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.models.layers import Shard
@@ -144,13 +145,6 @@ def channels_last(built: Built) -> None:
     to_channels_last(built.network)
 
 
-def to_channels_last(network: nn.Module) -> None:
-    """Convert the weights of convolutions to channels_last."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
 def keep_memory_format(built: Built) -> None:
     """float32 keeps diffusers' memory format so that rounding matches."""
 
@@ -199,7 +193,8 @@ def run_blocks(built: Built) -> None:
 def compile_network(built: Built) -> None:
     from sglang_gen.engine.compile import Compiled  # imports dynamo, which takes several seconds
 
-    built.compiled = Compiled(built.network, built.regions, built.plan.device, built.mesh.layout.ranks)
+    plan, ranks = built.plan, built.mesh.layout.ranks
+    built.compiled = Compiled(built.network, built.regions, plan.device, ranks, plan.run.deterministic)
 
 
 def run_eagerly(built: Built) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from sglang_gen.backends import loading_report
 from sglang_gen.backends.native.scheduler import build_scheduler
+from sglang_gen.engine.memory_format import to_channels_last
 from sglang_gen.families import autoencoder
 from sglang_gen.families.contract import Spec
 from sglang_gen.families.pipeline_contract import Pipeline
@@ -42,8 +43,15 @@ def read_components(plan: Plan, pipeline: Pipeline, mesh: Mesh) -> dict[str, Any
     if plan.card.file is not None:
         others_given = {**components, **dict.fromkeys(networks)}
         components = _components_from_file(plan, spec, others, others_given, dtype)
+    format_autoencoder(components["vae"], pipeline, dtype, plan.device)
     components["scheduler"] = _with_settings(components["scheduler"], spec.scheduler_settings)
     return components
+
+
+def format_autoencoder(vae: Any, pipeline: Pipeline, dtype: torch.dtype, device: str) -> None:
+    """Convert an autoencoder that decodes in half precision on a GPU to channels_last, as tensor cores take it."""
+    if device == "cuda" and pipeline.decoding_dtype(vae.config, dtype).itemsize == 2:
+        to_channels_last(vae)
 
 
 def offloaded_names(plan: Plan, spec: Spec) -> set[str]:

@@ -24,6 +24,7 @@ from sglang_gen.backends.native.request import NativeRequest, check_native_reque
 from sglang_gen.engine.block_timing import TimedChain
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
+from sglang_gen.engine.memory_format import to_bytes
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
 from sglang_gen.families import img2img, prediction
 from sglang_gen.families.contract import Request
@@ -273,9 +274,9 @@ class NativeEngine:
         """Frames `[B, F, H, W, 3]` uint8."""
         with self.comm_log.during("decoding", 1), self.offload.stage(["vae"]):
             decoded = self.pipeline.decode(self.decoder, latents, request)
-        values = (decoded * 0.5 + 0.5).clamp(0, 1).float().cpu().numpy()
-        require_finite(torch.from_numpy(values), f"the decoded {self.pipeline.spec.makes}", batch)
-        frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
+        values = (decoded * 0.5 + 0.5).clamp(0, 1).float()
+        require_finite(values, f"the decoded {self.pipeline.spec.makes}", batch)
+        frames: np.ndarray[Any, Any] = to_bytes(values).cpu().numpy()
         safety_checker.blank(self.components, frames, self.execution.dtype, batch, warn=self.calls.on)
         return frames
 
