@@ -271,6 +271,26 @@ def test_more_ranks_than_gpus_are_refused_where_they_would_share_them(gpus, coun
         layout_limits.check_machine(4, "cuda")
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("form", ["true", "json"])
+def test_a_dry_run_of_several_ranks_needs_no_gpu_for_each(run, gpus, monkeypatch, form):
+    gpus(1, here=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(attention_kernels, "runs", lambda *_: True)
+    monkeypatch.setattr(env, "memory_bytes", lambda device: 10**11)
+    words = ("parallel=usp4", "device=cuda", "--backend", "sglang")
+    done = run("sd3", *words, f"dry_run={form}")
+    assert done.code == 0, done.err
+    assert "ring 2, ulysses 2" in done.out or '"ring": 2' in done.out
+    assert "WARNING: 4 ranks need 4 GPUs and torch sees 1: this machine can plan such a run, not carry it" in done.err
+    done = run("sd3", *words)
+    assert done.code == 2
+    assert "4 ranks need 4 GPUs and torch sees 1; device=cpu runs them as processes" in done.lines[-1]
+    gpus(4, here=0)
+    assert "ranks need" not in run("sd3", *words, "dry_run=true").err
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_local_rank_without_a_gpu_says_so(gpus, count):
     gpus(count, here=4)
@@ -334,7 +354,7 @@ def test_a_gpu_that_is_full_is_named_with_its_memory_and_what_to_change(out_of_m
 def test_a_model_that_does_not_fit_is_not_told_to_make_a_smaller_image(out_of_memory):
     sentence = out_of_memory(doing="loading sdxl")
     assert sentence == f"Out of memory while loading sdxl {PLACE}; run with offload=model or quant=int8"
-    everything = out_of_memory("offload=layerwise", "quant=int8", doing="loading sdxl")
+    everything = out_of_memory("offload=layerwise", "quant=int8", "backend=auto", doing="loading sdxl")
     assert everything.endswith("; run with more ranks (parallel.tp_size) or a smaller model")
 
 

@@ -54,7 +54,8 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     image_size.check_size(run, card)
     layout_limits.check_layout(run, card, backend, reason, degrees, stated, batches)
     here = degrees.ranks if composed.place is None else composed.place.here
-    layout_limits.check_machine(here, device)
+    if not run.dry_run:  # which computes on no GPU
+        layout_limits.check_machine(here, device)
     dump_path.check_ranks(run.output.perf_dump_path, degrees.ranks)
     if run.compile.cuda_graphs and device not in CAPTURING:
         raise UserError("compile.cuda_graphs needs a GPU, and this run computes on the CPU; leave it out")
@@ -88,6 +89,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
             *input_digests.changed(run, sources, composed.inputs),
             *resolve.preset_warnings(run.model, card),
             *remote_code.warnings(run.model, card, sources),
+            *(layout_limits.machine_warnings(here, device) if run.dry_run else ()),
             *offloading.warnings(run, device),
             *step_cache.warnings(run),
             *guidance.warnings(run, user_gave(run, sources, "sampling.guidance_scale"), card),
