@@ -22,6 +22,7 @@ from sglang_gen.hub import remote_code, resolve
 from sglang_gen.outputs import dump_path, input_digests
 from sglang_gen.perf import cpu_dtype
 from sglang_gen.plan import (
+    attention_limits,
     backend_choice,
     checks,
     guidance,
@@ -102,7 +103,9 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         given=frozenset(path for path in leaves() if user_gave(run, sources, path)),
         stated_degrees=frozenset(stated),
     )
-    return stored_dtype.settle(plan)
+    plan = stored_dtype.settle(plan)
+    attention_limits.check_attention(plan)
+    return plan
 
 
 def complete(composed: "Composed", expected: Plan, card: ModelCard) -> Plan:
