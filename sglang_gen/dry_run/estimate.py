@@ -217,7 +217,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "conditioning": {"collectives": _collectives(_total(one.conditioning for one in traces.values()))},
         "step": {"flops": trace.flops, "collectives": _collectives(trace.step)},
         "decoding": {"collectives": _collectives(traffic)},
-        "prediction": predicted(plan.run.machine, plan.dtype, trace.kernels, sum(trace.step.bytes.values())),
+        "prediction": predicted(plan.run.machine, plan.dtype, trace.kernels, trace.step),
     }
 
 
@@ -256,14 +256,17 @@ def _collectives(traffic: Traffic) -> dict[str, dict[str, int]]:
     return {name: {"count": traffic.calls[name], "bytes": traffic.bytes[name]} for name in sorted(traffic.calls)}
 
 
-def predicted(machine: Machine, dtype: str, kernels: Kernels, sent: int) -> dict[str, Any] | None:
+def predicted(machine: Machine, dtype: str, kernels: Kernels, traffic: Traffic) -> dict[str, Any] | None:
     """Predicted milliseconds of one step on a named machine: the sum of its kernels and its communication.
+
+    A collective takes the link's latency and the time of its bytes.
 
     None if no machine is named; `{reason}` if its rates are incomplete or for another dtype.
     """
     if machine.name == "auto":
         return None
     rate, memory, link = machine.matmul_tflops, machine.memory_gb_per_s, machine.link_gb_per_s
+    sent, calls = sum(traffic.bytes.values()), sum(traffic.calls.values())
     if not rate or not memory or (sent and not link):
         return {"reason": f"machine={machine.name} lacks one of matmul_tflops, memory_gb_per_s and link_gb_per_s"}
     if dtype not in ("bfloat16", "float16"):
@@ -272,7 +275,8 @@ def predicted(machine: Machine, dtype: str, kernels: Kernels, sent: int) -> dict
         "products_ms": seconds(kernels.products, rate, memory),
         "attention_ms": seconds(kernels.attention, machine.attention_tflops or rate, memory),
         "elementwise_ms": kernels.elementwise / (memory * 1e9),
-        "communication_ms": sent / (link * 1e9) if sent and link else 0.0,
+        "communication_ms": (sent / (link * 1e9) if sent and link else 0.0)
+        + calls * (machine.link_latency_us or 0.0) / 1e6,
     }
     rounded = {name: round(1000 * time, 3) for name, time in times.items()}
     return {"machine": machine.name, **rounded, "step_ms": round(1000 * sum(times.values()), 3), "measured": False}
