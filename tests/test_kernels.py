@@ -398,6 +398,38 @@ def test_a_pattern_lets_text_see_everything_and_pictures_their_neighbours(patter
             assert bool(found[query, key]) == expected
 
 
+@pytest.mark.parametrize(("device", "compiles"), [("cuda", True), ("cpu", False)])
+def test_the_mask_of_blocks_is_compiled_for_a_gpu(monkeypatch, device, compiles):
+    compiled, created = [], []
+    monkeypatch.setattr(torch, "compile", lambda function, **words: compiled.append(words) or function)
+    monkeypatch.setattr(
+        "torch.nn.attention.flex_attention.create_block_mask",
+        lambda *given, device: created.append((given[1:], device)),
+    )
+    monkeypatch.setattr(sparse_attention.env, "require_compiler", lambda *_: None)
+    sparse_attention.kernel(sparse_attention.Pattern(window=2), [sparse_attention.Grid(8, 12, before=5)], device)
+    assert created == [((None, None, 101, 101), device)]
+    assert compiled[:-1] == [{"dynamic": False}] * compiles  # the last is the kernel
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
+def test_a_compiled_mask_of_blocks_is_the_same():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    torch._dynamo.reset()
+    compiled = torch.compile(create_block_mask, dynamic=False, backend="aot_eager")
+    try:
+        for grid in (sparse_attention.Grid(40, 24, before=5), sparse_attention.Grid(64, 16, after=7)):
+            seen = sparse_attention.mask(sparse_attention.Pattern(window=2), grid)
+            given = (seen, None, None, grid.tokens, grid.tokens)
+            plain, ours = (create(*given, device="cpu") for create in (create_block_mask, compiled))
+            assert torch.equal(plain.to_dense(), ours.to_dense())
+            assert 0 < plain.sparsity() == ours.sparsity()
+    finally:
+        torch._dynamo.reset()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
 @pytest.mark.parametrize("config", [{}, {"window": 2}, {"tile": 2, "reach": 1}])
