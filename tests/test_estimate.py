@@ -20,13 +20,14 @@ from sglang_gen.config import presets
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
 from sglang_gen.config.schema import Machine
-from sglang_gen.dry_run.estimate import Alive, busiest, estimate, predicted, trace_decoding
+from sglang_gen.dry_run.estimate import Alive, busiest, estimate, most_memory, predicted, trace_decoding
 from sglang_gen.dry_run.roofline import Kernels
 from sglang_gen.families import autoencoder, encoder_sizes
 from sglang_gen.families.contract import Request
 from sglang_gen.hub import resolve
 from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.sequence_boundary import shard_sizes
+from sglang_gen.plan import offloading
 from sglang_gen.plan.make import make_plan
 from sglang_gen.types import Layout, Size
 
@@ -136,6 +137,29 @@ def test_decoding_by_rows_needs_less_memory_and_sends_what_its_ranks_send():
     with counted() as expected:
         decoders.meta_copy(network, Axis("sp", 2, 0), torch.float32).decode(torch.empty(2, 4, 128, 96, device="meta"))
     assert sent == expected
+
+
+def test_memory_is_that_of_the_fullest_stage_where_components_are_offloaded():
+    weights, alive = {"text_encoder": 9, "transformer": 24, "vae": 1}, {"step": 3, "decoding": 8}
+    assert most_memory(weights, alive, {}) == 34 + 8
+    assert most_memory(weights, alive, {"text_encoder": "text_encoding"}) == 25 + 9  # while it encodes
+    assert most_memory(weights, alive, {"text_encoder": "text_encoding", "transformer": "step"}) == 1 + 24 + 3
+    all_of_them = {"text_encoder": "text_encoding", "transformer": "step", "vae": "decoding"}
+    assert most_memory(weights, alive, all_of_them) == 27
+    assert most_memory({**weights, "text_encoder": 40}, alive, all_of_them) == 40
+
+
+@pytest.mark.whole
+def test_a_dry_run_counts_what_is_on_the_device_at_once(pipelines, sglang, monkeypatch):
+    monkeypatch.setattr(offloading, "OFFLOADING", ("cuda", "cpu"))
+    words = ("generate", "--model-path", pipelines["sd3"], "--prompt", "a", "--height", 32, "--width", 32,
+             "dry_run=json", "--backend", "sglang")  # fmt: skip
+    plain, offloaded = (
+        json.loads(sglang(*words, *more).out)["estimate"]["memory"] for more in ((), ("offload=model",))
+    )
+    assert offloaded["weights"] == plain["weights"]
+    encoders = sum(size for name, size in plain["weights"].items() if "text" in name)
+    assert encoders <= offloaded["total"] < plain["total"]
 
 
 def traffic(calls: int, size: int) -> Traffic:

@@ -96,6 +96,12 @@ def test_a_network_without_fixed_addresses_is_not_captured(sglang):
     assert "--dit-cpu-offload moves the denoising network to other addresses in each generation" in done.lines[-1]
 
 
+def test_a_comparison_of_networks_refuses_to_have_them_on_the_host(pipelines, sglang, uploads):
+    done = sglang("debug", "parity", "--model-path", pipelines["sd3"], "--prompt", "a", "--dit-cpu-offload")
+    assert done.code == 2
+    assert done.lines[-1].endswith("when offloaded ones are on the host; leave out the options of offload")
+
+
 def test_an_option_without_a_component_is_named(run, uploads):
     done = run("sd15", "--image-encoder-cpu-offload", "--backend", "sglang", steps=1)
     assert done.code == 0, done.err

@@ -36,7 +36,7 @@ from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.mesh import AXES, SEQUENCE, Mesh, coordinates
 from sglang_gen.parallel.sequence_boundary import shard_sizes
 from sglang_gen.perf.flops import stored_bytes
-from sglang_gen.plan import layout_limits
+from sglang_gen.plan import layout_limits, offloading
 from sglang_gen.types import Layout, ModelCard, Plan
 
 
@@ -211,7 +211,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
     alive = {"step": trace.alive, "decoding": decoded}
     if plan.run.sampling.image_path:
         alive["encoding"] = trace_encoding(pipeline, plan.card, request, dtype)
-    total = sum(weights.values()) + max(alive.values())
+    total = most_memory(weights, alive, _offloaded(plan, pipeline.spec))
     return {
         "memory": {"weights": weights, "alive": alive, "total": total, "there": _available_memory(plan)},
         "conditioning": {"collectives": _collectives(_total(one.conditioning for one in traces.values()))},
@@ -219,6 +219,32 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "decoding": {"collectives": _collectives(traffic)},
         "prediction": predicted(plan.run.machine, plan.dtype, trace.kernels, trace.step),
     }
+
+
+def most_memory(weights: Mapping[str, int], alive: Mapping[str, int], offloaded: Mapping[str, str]) -> int:
+    """Peak bytes over the stages, of which each has its own tensors and those offloaded components that it uses.
+
+    `offloaded` has the stage of each offloaded component.
+    """
+    resident = sum(size for name, size in weights.items() if name not in offloaded)
+
+    def on_device(stage: str) -> int:
+        return sum(size for name, size in weights.items() if offloaded.get(name) == stage)
+
+    return resident + max(on_device(stage) + alive.get(stage, 0) for stage in {*alive, *offloaded.values()})
+
+
+def _offloaded(plan: Plan, spec: Spec) -> dict[str, str]:
+    """Offloaded components and the stage in which each is on the device."""
+    options = offloading.active(plan.run, plan.device)
+    stages: dict[str, str] = {}
+    if "dit_cpu_offload" in options:
+        stages |= dict.fromkeys(spec.networks_of(plan.card), "step")
+    if "text_encoder_cpu_offload" in options:
+        stages |= dict.fromkeys(spec.text_encoders, "text_encoding")
+    if "vae_cpu_offload" in options:
+        stages["vae"] = "decoding"
+    return stages
 
 
 def _most(traces: Iterable[NetworkTrace]) -> NetworkTrace:
