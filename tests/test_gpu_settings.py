@@ -27,6 +27,13 @@ def test_cudnn_times_its_convolutions_in_half_precision_unless_the_run_is_determ
     assert torch.backends.cudnn.benchmark is False
 
 
+def test_a_program_that_times_convolutions_does_so_again_after_a_deterministic_run(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with numerics.settled("bfloat16", True):
+        assert torch.backends.cudnn.benchmark is False
+    assert torch.backends.cudnn.benchmark is True
+
+
 @pytest.mark.parametrize(
     ("device", "deterministic", "options"),
     [

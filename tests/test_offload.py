@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.hooks.group_offloading import ModuleGroup
 from PIL import Image
+from safetensors.torch import save_file
 from two_steps import picture, record, two_steps
 from uploads import counted_uploads
 
@@ -113,6 +114,49 @@ def test_two_networks_of_a_schedule_are_not_on_the_device_together():
     assert seen == [both[:1], both, both, ["transformer"], ["transformer"], ["transformer_2"], ["vae"]]
     demand.drop()
     assert not any(each.on_device for each in held.values())
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("words", "effective"),
+    [
+        pytest.param(("compile=full", "--no-warmup"), {"compile": "full"}, marks=pytest.mark.slow),
+        pytest.param(("compile=regional", "--no-warmup"), {"compile": "regional"}, marks=pytest.mark.slow),
+        (("cache=dbcache", "cache.Fn_compute_blocks=1", "cache.max_warmup_steps=1"), {}),
+        (("quant=int8",), {}),
+    ],
+)
+def test_an_offloaded_network_of_diffusers_is_compiled_cached_and_quantized(
+    run, moves, uploads, monkeypatch, words, effective
+):
+    """The picture is that of the same run without offloading; no code is generated here."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled(function, backend="eager"))
+    torch._dynamo.reset()
+    for offloading in ((), FLAGS):
+        done = run("sd3", "--backend", "diffusers", *words, *offloading)
+        assert done.code == 0, done.err
+        torch._dynamo.reset()
+    assert (picture("outputs/generated_image_0.png") == picture("outputs/generated_image_1.png")).all()
+    assert effective.items() <= record(1)["effective"].items()
+    assert uploads["SD3Transformer2DModel"] == 1
+
+
+@pytest.mark.whole
+def test_an_adapter_is_merged_into_a_network_that_is_offloaded(pipelines, run, moves, uploads):
+    name = "transformer_blocks.0.attn.to_q"
+    network = diffusers.SD3Transformer2DModel.from_pretrained(pipelines["sd3"] / "transformer")
+    rows, columns = network.get_submodule(name).weight.shape
+    torch.manual_seed(0)
+    factors = {"lora_A.weight": torch.randn(4, columns), "lora_B.weight": torch.randn(rows, 4)}
+    save_file({f"transformer.{name}.{key}": value for key, value in factors.items()}, "adapter.safetensors")
+    for words in ((), ("--lora-path", "adapter.safetensors"), ("--lora-path", "adapter.safetensors", *FLAGS)):
+        done = run("sd3", "--backend", "diffusers", *words)
+        assert done.code == 0, done.err
+    plain, adapted, offloaded = (picture(f"outputs/generated_image_{number}.png") for number in range(3))
+    assert (plain != adapted).any()
+    assert (adapted == offloaded).all()
+    assert uploads["SD3Transformer2DModel"] == 1
 
 
 @pytest.fixture

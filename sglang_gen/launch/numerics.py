@@ -19,7 +19,7 @@ def settled(dtype: str, deterministic: bool) -> Iterator[None]:
     rounded = torch.backends.cudnn.allow_tf32  # on by default: float32 convolutions on a GPU use TF32 (10-bit mantissa)
     torch.backends.cudnn.allow_tf32 = rounded and dtype != "float32"
     timed = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = timed or (dtype != "float32" and not deterministic)
+    torch.backends.cudnn.benchmark = not deterministic and (timed or dtype != "float32")
     try:
         yield
     finally:

@@ -140,6 +140,13 @@ def _keep() -> None:
     """A call has ended, and the component stays on the device."""
 
 
+class _Forward(partial[Any]):
+    """The forward of a hooked module; cache-dit binds the one that it restores, and a partial cannot be bound."""
+
+    def __get__(self, instance: Any, owner: Any = None) -> "_Forward":
+        return self
+
+
 def _stream(module: nn.Module, device: str, disk_path: str | None, layerwise: bool) -> None:
     """diffusers' group offloading: the component as one group, or one group per block with prefetch."""
     from diffusers.hooks import apply_group_offloading
@@ -158,3 +165,6 @@ def _stream(module: nn.Module, device: str, disk_path: str | None, layerwise: bo
         offload_to_disk_path=disk_path,
         block_modules=halves,
     )
+    if type(forward := module.forward) is partial:
+        module.forward = _Forward(forward.func, *forward.args, **forward.keywords)
+        module.forward.__dict__.update(forward.__dict__)
