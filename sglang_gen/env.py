@@ -3,11 +3,14 @@
 import gc
 import hashlib
 import importlib.metadata
+import importlib.util
 import netrc
 import os
 import platform
 import shutil
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -226,16 +229,34 @@ def wandb_mode() -> str | None:
     return "offline"
 
 
-def can_compile(device: str) -> bool:
-    """Whether torch.compile finds the C++ compiler that it needs on a CPU: $CXX, else g++ or clang++."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    return device != "cpu" or any(shutil.which(name) for name in names)
+def missing_for_compiling(device: str) -> str | None:
+    """What torch.compile needs to generate code for this device and does not find; None if nothing is missing.
+
+    On a CPU Inductor compiles C++ that includes Python.h; on a GPU Triton compiles C that does.
+    """
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton (pip install triton)"
+    variable, language, names = "CXX", "C++", ["clang++" if sys.platform == "darwin" else "g++"]
+    if device == "cuda":
+        variable, language, names = "CC", "C", ["gcc", "clang"]
+    given = os.environ.get(variable)
+    if given and shutil.which(given) is None:
+        return f"a {language} compiler, and there is no '{given}', which the environment variable {variable} names"
+    if not given and not any(map(shutil.which, names)):
+        other = f"; {variable}=clang++ takes another" if language == "C++" else ""
+        return f"a {language} compiler ({' or '.join(names)}{other})"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        return f"the headers of this Python (python3-dev), and there is no {header}"
+    return None
 
 
-def require_compiler(device: str) -> None:
-    """Raises UserError if torch.compile lacks a compiler on this device."""
-    if not can_compile(device):
-        raise UserError("compile: torch.compile on CPU needs a C++ compiler (g++ or clang++); run with compile=none")
+def require_compiler(device: str, setting: str = "compile: torch.compile", instead: str = "compile=none") -> None:
+    """Raises UserError that names what torch.compile lacks on this device, and what to run with instead."""
+    missing = missing_for_compiling(device)
+    if missing is not None:
+        where = "a GPU" if device == "cuda" else "CPU"
+        raise UserError(f"{setting} on {where} needs {missing}; install it, or run with {instead}")
 
 
 def cpu_count() -> int:

@@ -155,7 +155,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     monkeypatch.setattr(
         compiling,
         "_compiled",
-        lambda function, _: torch.compile(function, backend=backend, fullgraph=True, dynamic=False),
+        lambda function, *_: torch.compile(function, backend=backend, fullgraph=True, dynamic=False),
     )
     torch._dynamo.reset()
     yield graphs

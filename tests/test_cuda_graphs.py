@@ -105,8 +105,8 @@ def test_what_is_captured_is_what_was_compiled(both, monkeypatch, regional):
         traced.append(graph)
         return graph.forward
 
-    def compiled(function, ranks):
-        assert ranks == 1
+    def compiled(function, ranks, options):
+        assert (ranks, options) == (1, {})
         return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
 
     monkeypatch.setattr(compiling, "_compiled", compiled)

@@ -20,13 +20,14 @@ from sglang_gen.config import presets
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
 from sglang_gen.config.schema import Machine
-from sglang_gen.dry_run.estimate import Alive, busiest, estimate, predicted, trace_decoding
+from sglang_gen.dry_run.estimate import Alive, busiest, estimate, most_memory, predicted, trace_decoding
 from sglang_gen.dry_run.roofline import Kernels
 from sglang_gen.families import autoencoder, encoder_sizes
 from sglang_gen.families.contract import Request
 from sglang_gen.hub import resolve
-from sglang_gen.parallel.collectives import Axis, counted
+from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.sequence_boundary import shard_sizes
+from sglang_gen.plan import offloading
 from sglang_gen.plan.make import make_plan
 from sglang_gen.types import Layout, Size
 
@@ -138,23 +139,67 @@ def test_decoding_by_rows_needs_less_memory_and_sends_what_its_ranks_send():
     assert sent == expected
 
 
+def test_memory_is_that_of_the_fullest_stage_where_components_are_offloaded():
+    weights, alive = {"text_encoder": 9, "transformer": 24, "vae": 1}, {"step": 3, "decoding": 8}
+    assert most_memory(weights, alive, {}) == 34 + 8
+    assert most_memory(weights, alive, {"text_encoder": "text_encoding"}) == 25 + 9  # while it encodes
+    assert most_memory(weights, alive, {"text_encoder": "text_encoding", "transformer": "step"}) == 1 + 24 + 3
+    all_of_them = {"text_encoder": "text_encoding", "transformer": "step", "vae": "decoding"}
+    assert most_memory(weights, alive, all_of_them) == 27
+    assert most_memory({**weights, "text_encoder": 40}, alive, all_of_them) == 40
+
+
+@pytest.mark.whole
+def test_a_dry_run_counts_what_is_on_the_device_at_once(pipelines, sglang, monkeypatch):
+    monkeypatch.setattr(offloading, "OFFLOADING", ("cuda", "cpu"))
+    words = ("generate", "--model-path", pipelines["sd3"], "--prompt", "a", "--height", 32, "--width", 32,
+             "dry_run=json", "--backend", "sglang")  # fmt: skip
+    plain, offloaded = (
+        json.loads(sglang(*words, *more).out)["estimate"]["memory"] for more in ((), ("offload=model",))
+    )
+    assert offloaded["weights"] == plain["weights"]
+    encoders = sum(size for name, size in plain["weights"].items() if "text" in name)
+    assert encoders <= offloaded["total"] < plain["total"]
+
+
+def traffic(calls: int, size: int) -> Traffic:
+    return Traffic({"all_reduce tp": calls}, {"all_reduce tp": size})
+
+
 def test_a_prediction_is_of_a_named_machine_and_of_its_dtype_alone():
-    named = Machine("h200", 800.0, 400.0, 4000.0, 400.0)
+    named = Machine("h200", 800.0, 400.0, 4000.0, 400.0, 10.0)
     kernels = Kernels(fused=True)
     kernels.products.update({(8 * 10**11, 1): 10, (1, 4 * 10**9): 2})  # ten bound by arithmetic, two by bytes
     kernels.attention[4 * 10**12, 1] = 1
     kernels.elementwise = 20 * 10**9
-    assert predicted(named, "bfloat16", kernels, 4 * 10**9) == {
-        "machine": "h200", "products_ms": 12.0, "attention_ms": 10.0, "elementwise_ms": 5.0, "communication_ms": 10.0,
-        "step_ms": 37.0, "measured": False,
+    sent = traffic(100, 4 * 10**9)
+    assert predicted(named, "bfloat16", kernels, sent) == {
+        "machine": "h200", "products_ms": 12.0, "attention_ms": 10.0, "elementwise_ms": 5.0, "communication_ms": 11.0,
+        "step_ms": 38.0, "measured": False,
     }  # fmt: skip
-    assert predicted(replace(named, attention_tflops=None), "bfloat16", kernels, 0)["attention_ms"] == 5.0
-    assert predicted(Machine(), "bfloat16", kernels, 1) is None
-    assert "those of bfloat16, and this run is float32" in predicted(named, "float32", kernels, 1)["reason"]
+    assert predicted(replace(named, attention_tflops=None), "bfloat16", kernels, Traffic())["attention_ms"] == 5.0
+    assert predicted(Machine(), "bfloat16", kernels, sent) is None
+    assert "those of bfloat16, and this run is float32" in predicted(named, "float32", kernels, sent)["reason"]
     for lacking in ("matmul_tflops", "memory_gb_per_s", "link_gb_per_s"):
         mine = replace(named, name="mine", **{lacking: None})
-        assert "machine=mine lacks one of" in predicted(mine, "bfloat16", kernels, 1)["reason"]
-    assert predicted(replace(named, link_gb_per_s=None), "bfloat16", kernels, 0)["communication_ms"] == 0
+        assert "machine=mine lacks one of" in predicted(mine, "bfloat16", kernels, sent)["reason"]
+    assert predicted(replace(named, link_gb_per_s=None), "bfloat16", kernels, Traffic())["communication_ms"] == 0
+
+
+@pytest.mark.parametrize(("latency", "milliseconds"), [(12.0, [10.012, 11.2, 22.0]), (None, [10.0, 10.0, 10.0])])
+def test_the_same_bytes_take_longer_in_more_collectives(latency, milliseconds):
+    named = Machine("mine", 800.0, 400.0, 4000.0, 400.0, latency)
+    found = [
+        predicted(named, "bfloat16", Kernels(fused=True), traffic(calls, 4 * 10**9))["communication_ms"]
+        for calls in (1, 100, 1000)
+    ]
+    assert found == milliseconds
+
+
+def test_named_machines_have_a_latency_beside_their_bandwidth(composed):
+    for name in ("h100", "h200"):
+        machine = composed("--prompt", "a", f"machine={name}").run.machine
+        assert 1 < machine.link_latency_us < 100
 
 
 def chain(fused: bool) -> Kernels:
@@ -229,11 +274,11 @@ def test_the_prediction_for_flux_is_what_its_arithmetic_says():
         for layout in (Layout(), Layout(ulysses=2))
     )
     named = compose(Choices(("model=flux_dev", "machine=h200"))).run.machine
-    found = predicted(named, "bfloat16", alone.kernels, 0)
+    found = predicted(named, "bfloat16", alone.kernels, Traffic())
     assert found["products_ms"] == pytest.approx(59.5 / 790 * 1000, rel=0.01)
     assert found["attention_ms"] == pytest.approx(14.9 / 600 * 1000, rel=0.01)
     assert found["elementwise_ms"] == pytest.approx(8, abs=0.5)
-    half = predicted(named, "bfloat16", pair.kernels, sum(pair.step.bytes.values()))
+    half = predicted(named, "bfloat16", pair.kernels, pair.step)
     assert 0.5 * found["step_ms"] < half["step_ms"] < 0.6 * found["step_ms"]
 
 

@@ -3,17 +3,23 @@
 import gc
 import json
 import os
+import re
 import warnings
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from two_steps import two_steps
+from whole import plan_of
 
 from sglang_gen import env, generate
+from sglang_gen.backends import memory_error
+from sglang_gen.backends.diffusers import engine as diffusers_engine
 from sglang_gen.backends.native import engine as native
 from sglang_gen.config.schema import Run
 from sglang_gen.debug import parity
@@ -265,6 +271,26 @@ def test_more_ranks_than_gpus_are_refused_where_they_would_share_them(gpus, coun
         layout_limits.check_machine(4, "cuda")
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("form", ["true", "json"])
+def test_a_dry_run_of_several_ranks_needs_no_gpu_for_each(run, gpus, monkeypatch, form):
+    gpus(1, here=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(attention_kernels, "runs", lambda *_: True)
+    monkeypatch.setattr(env, "memory_bytes", lambda device: 10**11)
+    words = ("parallel=usp4", "device=cuda", "--backend", "sglang")
+    done = run("sd3", *words, f"dry_run={form}")
+    assert done.code == 0, done.err
+    assert "ring 2, ulysses 2" in done.out or '"ring": 2' in done.out
+    assert "WARNING: 4 ranks need 4 GPUs and torch sees 1: this machine can plan such a run, not carry it" in done.err
+    done = run("sd3", *words)
+    assert done.code == 2
+    assert "4 ranks need 4 GPUs and torch sees 1; device=cpu runs them as processes" in done.lines[-1]
+    gpus(4, here=0)
+    assert "ranks need" not in run("sd3", *words, "dry_run=true").err
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_local_rank_without_a_gpu_says_so(gpus, count):
     gpus(count, here=4)
@@ -282,4 +308,90 @@ def test_ranks_that_share_a_gpu_after_all_say_so_in_one_sentence():
         raise torch.distributed.DistBackendError(text)
     assert str(error.value) == (
         "Rank 1 on here has the same GPU as another rank, which NCCL refuses; start one process for each GPU"
+    )
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """The second of two GPUs, with this much memory."""
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (gib // 4, 139 * gib))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"NVIDIA H200 number {index}")
+
+
+@pytest.fixture
+def out_of_memory(pipelines, full):
+    """A function that gives what a run on GPUs says on rank 1."""
+
+    def said(*overrides: str, doing: str = "generating", error: str = "CUDA out of memory") -> str:
+        planned = plan_of(f"model.path={pipelines['sd3']}", "sampling.prompt=a", *overrides)
+        failed = RuntimeError(error)
+        return str(memory_error.out_of_memory(replace(planned, device="cuda"), 1, doing, failed))
+
+    return said
+
+
+PLACE = "on rank 1 (cuda:1, NVIDIA H200 number 1): 0.25 GiB of 139.00 GiB are free"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes"),
+    [
+        ((), "offload=model, a smaller image or quant=int8"),
+        (("offload=model",), "offload=layerwise, a smaller image or quant=int8"),
+        (("offload=layerwise",), "a smaller image or quant=int8"),
+        (
+            ("sampling.num_samples=4", "sampling.batch_size=4"),
+            "offload=model, a smaller image, smaller batches or quant=int8",
+        ),
+    ],
+)
+def test_a_gpu_that_is_full_is_named_with_its_memory_and_what_to_change(out_of_memory, overrides, changes):
+    assert out_of_memory(*overrides) == f"Out of memory while generating {PLACE}; run with {changes}"
+
+
+def test_a_model_that_does_not_fit_is_not_told_to_make_a_smaller_image(out_of_memory):
+    sentence = out_of_memory(doing="loading sdxl")
+    assert sentence == f"Out of memory while loading sdxl {PLACE}; run with offload=model or quant=int8"
+    everything = out_of_memory("offload=layerwise", "quant=int8", "backend=auto", doing="loading sdxl")
+    assert everything.endswith("; run with more ranks (parallel.tp_size) or a smaller model")
+
+
+def test_a_host_that_is_full_is_not_taken_for_the_gpu(out_of_memory):
+    sentence = out_of_memory(error="DefaultCPUAllocator: can't allocate memory")
+    assert sentence == "Out of memory while generating; try smaller batches or a smaller image"
+
+
+def test_a_gpu_that_does_not_answer_is_named_all_the_same(out_of_memory, monkeypatch):
+    def fail(_):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    assert out_of_memory().startswith("Out of memory while generating on rank 1 (cuda:1); run with ")
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("backend", ["sglang", "diffusers"])
+def test_a_gpu_that_is_full_ends_a_run_with_that_sentence(run, monkeypatch, full, backend):
+    """Of both backends, when they load and when they generate."""
+    monkeypatch.setattr(memory_error, "_place", lambda rank: f"on rank {rank} (a GPU)")
+    made = memory_error.out_of_memory
+    for module in (memory_error, native, diffusers_engine):
+        monkeypatch.setattr(module, "out_of_memory", lambda plan, *rest: made(replace(plan, device="cuda"), *rest))
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(
+        *{"sglang": (native, "denoise"), "diffusers": (SD3Transformer2DModel, "forward")}[backend], fail
+    )
+    done = run("sd3", "--backend", backend)
+    assert done.code == 1
+    assert "ERROR: Out of memory while generating on rank 0 (a GPU); run with offload=model, " in done.lines[-1]
+    monkeypatch.setattr(*{"sglang": (native, "build"), "diffusers": (diffusers_engine, "_read")}[backend], fail)
+    done = run("sd3", "--backend", backend)
+    assert done.code == 1
+    assert re.search(
+        r"ERROR: Out of memory while loading \S+ on rank 0 \(a GPU\); run with offload=model or ", done.lines[-1]
     )

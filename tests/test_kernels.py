@@ -145,7 +145,9 @@ def test_calls_with_a_mask_are_timed_with_one():
 
     shapes = {(2, 2, 8, 9, 8, "masked"): 1, (2, 2, 8, 8, 8): 1}
     attention_autotune.measure({"noted": noted}, shapes, "cpu", FLOAT)
-    assert given == [[(2, 1, 1, 9)]] * attention_autotune.ROUNDS + [[]] * attention_autotune.ROUNDS
+    with_mask = given.count([(2, 1, 1, 9)])
+    assert given == [[(2, 1, 1, 9)]] * with_mask + [[]] * (len(given) - with_mask)
+    assert 0 < with_mask < len(given)
 
 
 def test_a_kernel_that_does_not_take_a_shape_is_not_the_fastest_and_the_first_fails_aloud():
@@ -322,15 +324,17 @@ SHAPES = Counter({(1, 1, 4, 4, 8): 3})
 
 
 def test_auto_takes_the_fastest_and_asks_only_once(kept):
-    found, calls = timed(sdpa=12, math=2)
+    found, calls = timed(sdpa=6, math=3)
     assert attention_autotune.fastest(found, SHAPES, "cpu", FLOAT) == "math"
     (file,) = kept.iterdir()
     assert json.loads(file.read_text())["kernel"] == "math"
-    assert calls["sdpa"] == calls["math"] == attention_autotune.ROUNDS
+    once = attention_autotune.ROUNDS + 2  # a warm-up, and the call whose time says that a batch needs no second one
+    assert calls["sdpa"] == once
+    before = calls.copy()
     assert attention_autotune.fastest(found, SHAPES, "cpu", FLOAT) == "math"
-    assert sum(calls.values()) == 2 * attention_autotune.ROUNDS
+    assert calls == before
     attention_autotune.fastest(found, SHAPES, "cpu", torch.bfloat16)
-    assert sum(calls.values()) == 4 * attention_autotune.ROUNDS
+    assert calls["sdpa"] == 2 * once
 
 
 def test_auto_keeps_torchs_choice_unless_another_is_clearly_faster(kept, monkeypatch):
@@ -339,14 +343,16 @@ def test_auto_keeps_torchs_choice_unless_another_is_clearly_faster(kept, monkeyp
     assert attention_autotune.fastest(found, SHAPES, "cpu", FLOAT) == "sdpa"
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"kernel": "gone"}', "{"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"kernel": "gone"}', "{", '{"kernel": "sdpa", "seconds": {"sdpa": 1.0}}']
+)
 def test_an_answer_that_is_damaged_is_timed_again(kept, content):
-    found, calls = timed(sdpa=12, math=2)
+    found, calls = timed(sdpa=6, math=3)
     attention_autotune.fastest(found, SHAPES, "cpu", FLOAT)
     (file,) = kept.iterdir()
     file.write_text(content)
     assert attention_autotune.fastest(found, SHAPES, "cpu", FLOAT) == "math"
-    assert calls["math"] == 2 * attention_autotune.ROUNDS
+    assert calls["sdpa"] == 2 * (attention_autotune.ROUNDS + 2)
 
 
 def test_a_single_candidate_is_not_timed(kept):
@@ -390,6 +396,38 @@ def test_a_pattern_lets_text_see_everything_and_pictures_their_neighbours(patter
             else:
                 expected = True
             assert bool(found[query, key]) == expected
+
+
+@pytest.mark.parametrize(("device", "compiles"), [("cuda", True), ("cpu", False)])
+def test_the_mask_of_blocks_is_compiled_for_a_gpu(monkeypatch, device, compiles):
+    compiled, created = [], []
+    monkeypatch.setattr(torch, "compile", lambda function, **words: compiled.append(words) or function)
+    monkeypatch.setattr(
+        "torch.nn.attention.flex_attention.create_block_mask",
+        lambda *given, device: created.append((given[1:], device)),
+    )
+    monkeypatch.setattr(sparse_attention.env, "require_compiler", lambda *_: None)
+    sparse_attention.kernel(sparse_attention.Pattern(window=2), [sparse_attention.Grid(8, 12, before=5)], device)
+    assert created == [((None, None, 101, 101), device)]
+    assert compiled[:-1] == [{"dynamic": False}] * compiles  # the last is the kernel
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
+def test_a_compiled_mask_of_blocks_is_the_same():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    torch._dynamo.reset()
+    compiled = torch.compile(create_block_mask, dynamic=False, backend="aot_eager")
+    try:
+        for grid in (sparse_attention.Grid(40, 24, before=5), sparse_attention.Grid(64, 16, after=7)):
+            seen = sparse_attention.mask(sparse_attention.Pattern(window=2), grid)
+            given = (seen, None, None, grid.tokens, grid.tokens)
+            plain, ours = (create(*given, device="cpu") for create in (create_block_mask, compiled))
+            assert torch.equal(plain.to_dense(), ours.to_dense())
+            assert 0 < plain.sparsity() == ours.sparsity()
+    finally:
+        torch._dynamo.reset()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import mostly_slow
 from network_cases import CONFIGS, KIND, STEPS, evaluated, given, loaded
 from on_meta import on_meta
 from parity import error
@@ -41,6 +42,19 @@ def test_ranks_cut_layers_that_store_their_weights_in_another_form(ranks, name, 
         expected = evaluated(network, latents, conditions)
     arguments = (KIND[name], folder, config, torch.float64, latents, conditions, STEPS)
     for outputs, _ in ranks.run(LAYOUTS[layout], evaluate, *arguments, True, None, Changes(stored=True)):
+        assert error(outputs, expected) <= 1e-10
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("layout", ["tp2", "ring2"])
+@pytest.mark.parametrize("name", mostly_slow(["sd3", "flux", "sd15"], "sd15"))
+def test_each_rank_offloads_its_own_shard(ranks, name, layout):
+    config, latents, conditions = given(name, torch.float64)
+    with torch.no_grad():
+        network, folder = loaded(name, config)
+        expected = evaluated(network, latents, conditions)
+    arguments = (KIND[name], folder, config, torch.float64, latents, conditions, STEPS)
+    for outputs, _ in ranks.run(LAYOUTS[layout], evaluate, *arguments, True, None, Changes(offloaded=True)):
         assert error(outputs, expected) <= 1e-10
 
 

@@ -15,10 +15,9 @@ from native import COMMON, counted_rows, error, record, runner, tensors, with_sc
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CLIPPreTrainedModel
 
 from sglang_gen import env
-from sglang_gen.engine import cfg
+from sglang_gen.engine import cfg, residency
 from sglang_gen.engine.denoise import step_numbers
 from sglang_gen.families import registry
 from sglang_gen.families.contract import Request
@@ -264,19 +263,21 @@ def test_auto_takes_both_at_once_and_keeps_the_encoders_where_they_fit(run, rows
 def test_encoders_that_leave_make_room_for_both_branches(run, rows, monkeypatch):
     monkeypatch.setattr("sglang_gen.backends.native.memory_policy.free_memory", lambda device: 10**5)
     monkeypatch.setattr("sglang_gen.backends.native.engine.stored_bytes", lambda tensor: 10**8)
-    placed, place = [], CLIPPreTrainedModel.to
+    placed: list[tuple[int, str]] = []
+    for name in ("upload", "drop"):
+        move = getattr(residency.Offloaded, name)
 
-    def noted(encoder, *args, **kwargs):
-        placed.append((len(rows), args))
-        return place(encoder, *args, **kwargs)
+        def noted(offloaded, move=move, name=name):
+            placed.append((len(rows), name))
+            return move(offloaded)
 
-    monkeypatch.setattr(CLIPPreTrainedModel, "to", noted)
+        monkeypatch.setattr(residency.Offloaded, name, noted)
     done = run("sdxl", "--num-samples", "2", steps=2)
     assert done.code == 0, done.err
     assert rows == [2, 2, 2, 2]
     assert record("outputs")["effective"]["released"] == ["text_encoder", "text_encoder_2"]
-    moves = [(evaluations, args) for evaluations, args in placed if args == ("cpu",)]
-    assert moves[-8:] == 4 * [(0, ("cpu",))] + 4 * [(2, ("cpu",))]  # there and back for each batch, before its steps
+    there, back = (0, "upload"), (0, "drop")
+    assert placed == [back, back, there, there, back, back, *2 * [(2, "upload")], *2 * [(2, "drop")]]
 
 
 class Live(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """Components of a diffusers pipeline that wait elsewhere; the GPU that they come to is this CPU under another name."""
 
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,21 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.hooks.group_offloading import ModuleGroup
 from PIL import Image
+from safetensors.torch import save_file
 from two_steps import picture, record, two_steps
+from uploads import counted_uploads
 
 from sglang_gen.backends.diffusers import offload
 from sglang_gen.config.schema import Run
+from sglang_gen.engine import residency
 from sglang_gen.errors import RunError
+
+
+@pytest.fixture
+def uploads(monkeypatch) -> Counter:
+    """The number of uploads of each component, by class."""
+    return counted_uploads(monkeypatch)
+
 
 FLAGS = ("--dit-cpu-offload", "--vae-cpu-offload", "--text-encoder-cpu-offload")
 
@@ -50,6 +61,7 @@ def moves(monkeypatch) -> list[tuple[str, str]]:
 def test_offloaded_components_come_for_their_call_and_draw_the_same_picture(
     run,
     moves,
+    uploads,
     monkeypatch,
     declared,
 ):
@@ -57,14 +69,94 @@ def test_offloaded_components_come_for_their_call_and_draw_the_same_picture(
     if not declared:
         monkeypatch.setattr(AutoencoderKL, "_group_offload_block_modules", None, raising=False)
     assert run("sdxl", "--backend", "diffusers", "--output-path", "outputs").code == 0
-    moves.clear()
-    done = run("sdxl", "--backend", "diffusers", *FLAGS)
+    done = run("sdxl", "--backend", "diffusers", *FLAGS, "perf.repeat=2")
     assert done.code == 0, done.err
     assert (picture("outputs/generated_image_0.png") == picture("outputs/generated_image_1.png")).all()
     assert record(1)["effective"]["offload"] == ["dit_cpu_offload", "text_encoder_cpu_offload", "vae_cpu_offload"]
-    came = {module for way, module in moves if way == "onload_"}
-    assert {"UNet2DConditionModel", "CLIPTextModel", "CLIPTextModelWithProjection", "Decoder"} <= came
-    assert {module for way, module in moves if way == "offload_"} >= came
+    kinds = ("UNet2DConditionModel", "CLIPTextModel", "CLIPTextModelWithProjection", "AutoencoderKL")
+    assert uploads == dict.fromkeys(kinds, 2)
+
+
+@pytest.mark.whole
+def test_quantized_weights_are_uploaded_with_their_scales():
+    torchao = pytest.importorskip("torchao.quantization")
+    plain = torch.nn.Sequential(torch.nn.Linear(64, 64)).to(torch.bfloat16).requires_grad_(False)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    torchao.quantize_(plain, torchao.Int8DynamicActivationInt8WeightConfig())
+    expected = plain(x)
+    offloaded = residency.Offloaded(plain, "cpu")
+    assert len(offloaded.wrapped) == 1
+    host = plain[0].weight
+    with residency.on_device([offloaded]):
+        assert plain[0].weight is not host
+        assert torch.equal(plain(x), expected)
+    assert plain[0].weight is host
+
+
+@pytest.mark.whole
+def test_two_networks_of_a_schedule_are_not_on_the_device_together():
+    demand = offload.OnDemand()
+    names = ("text_encoder", "text_encoder_2", "transformer", "transformer_2", "vae")
+    held = {name: residency.Offloaded(torch.nn.Linear(2, 2).requires_grad_(False), "cpu") for name in names}
+    seen = []
+    for name in (
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder",
+        "transformer",
+        "transformer",
+        "transformer_2",
+        "vae",
+    ):
+        demand.call(name, held[name])
+        seen.append([name for name, each in held.items() if each.on_device])
+    both = ["text_encoder", "text_encoder_2"]
+    assert seen == [both[:1], both, both, ["transformer"], ["transformer"], ["transformer_2"], ["vae"]]
+    demand.drop()
+    assert not any(each.on_device for each in held.values())
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("words", "effective"),
+    [
+        pytest.param(("compile=full", "--no-warmup"), {"compile": "full"}, marks=pytest.mark.slow),
+        pytest.param(("compile=regional", "--no-warmup"), {"compile": "regional"}, marks=pytest.mark.slow),
+        (("cache=dbcache", "cache.Fn_compute_blocks=1", "cache.max_warmup_steps=1"), {}),
+        (("quant=int8",), {}),
+    ],
+)
+def test_an_offloaded_network_of_diffusers_is_compiled_cached_and_quantized(
+    run, moves, uploads, monkeypatch, words, effective
+):
+    """The picture is that of the same run without offloading; no code is generated here."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled(function, backend="eager"))
+    torch._dynamo.reset()
+    for offloading in ((), FLAGS):
+        done = run("sd3", "--backend", "diffusers", *words, *offloading)
+        assert done.code == 0, done.err
+        torch._dynamo.reset()
+    assert (picture("outputs/generated_image_0.png") == picture("outputs/generated_image_1.png")).all()
+    assert effective.items() <= record(1)["effective"].items()
+    assert uploads["SD3Transformer2DModel"] == 1
+
+
+@pytest.mark.whole
+def test_an_adapter_is_merged_into_a_network_that_is_offloaded(pipelines, run, moves, uploads):
+    name = "transformer_blocks.0.attn.to_q"
+    network = diffusers.SD3Transformer2DModel.from_pretrained(pipelines["sd3"] / "transformer")
+    rows, columns = network.get_submodule(name).weight.shape
+    torch.manual_seed(0)
+    factors = {"lora_A.weight": torch.randn(4, columns), "lora_B.weight": torch.randn(rows, 4)}
+    save_file({f"transformer.{name}.{key}": value for key, value in factors.items()}, "adapter.safetensors")
+    for words in ((), ("--lora-path", "adapter.safetensors"), ("--lora-path", "adapter.safetensors", *FLAGS)):
+        done = run("sd3", "--backend", "diffusers", *words)
+        assert done.code == 0, done.err
+    plain, adapted, offloaded = (picture(f"outputs/generated_image_{number}.png") for number in range(3))
+    assert (plain != adapted).any()
+    assert (adapted == offloaded).all()
+    assert uploads["SD3Transformer2DModel"] == 1
 
 
 @pytest.fixture
@@ -137,9 +229,8 @@ def test_every_network_of_a_run_has_a_folder_of_its_own_which_the_end_removes(tm
     options = Run()
     options.offload.dit_layerwise_offload, options.offload.disk_path = True, str(tmp_path / "new" / "disk")
     with ExitStack() as ending:
-        assert offload.apply(SimpleNamespace(components=parts, **parts), options, "cpu:0", ending) == [
-            "dit_layerwise_offload"
-        ]
+        placed = offload.apply(SimpleNamespace(components=parts, **parts), options, "cpu:0", ending)
+        assert placed.options == ["dit_layerwise_offload"]
         assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "new" / "disk").iterdir()} == set(parts)
         for name, part in parts.items():
             for module in part.modules():
@@ -182,14 +273,11 @@ def test_a_disk_that_cannot_hold_a_network_is_one_sentence(run, moves, streamed,
 
 
 @pytest.mark.whole
-def test_an_image_encoder_comes_for_its_call(sglang, moves):
+def test_an_image_encoder_comes_for_its_call(sglang, moves, uploads):
     Image.new("RGB", (32, 32), (200, 90, 30)).save("photo.png")
     folder = tiny.wan_i2v(Path("wan"))
     words = ("--num-frames", 5, "--height", 32, "--width", 32, "--num-inference-steps", 1, "--seed", 7)
     done = sglang("generate", "--model-path", folder, "--prompt", "a cat", "--image-path", "photo.png", *words,
                   "--dtype", "float32", "--image-encoder-cpu-offload")  # fmt: skip
     assert done.code == 0, done.err
-    assert [(way, module) for way, module in moves if module == "CLIPVisionModel"][-2:] == [
-        ("onload_", "CLIPVisionModel"),
-        ("offload_", "CLIPVisionModel"),
-    ]
+    assert uploads == {"CLIPVisionModel": 1}

@@ -173,9 +173,11 @@ def test_a_wrong_prompts_file_is_one_sentence(text, sentence):
 
 
 def test_offloading_chooses_a_backend_where_it_has_an_effect_alone():
-    run = composed("offload.vae_cpu_offload=true").run
+    run = composed("offload.dit_layerwise_offload=true").run
     card = resolve.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
-    assert backend_choice.choose(run, card, "cuda") == ("diffusers", "it does not offload yet")
+    reason = "it does not stream a network block by block yet"
+    assert backend_choice.choose(run, card, "cuda") == ("diffusers", reason)
+    assert backend_choice.choose(composed("offload=model").run, card, "cuda") == ("sglang", None)
     assert backend_choice.choose(run, card, "cpu") == ("sglang", None)
     found = planned("offload.vae_cpu_offload=true", "offload.dit_cpu_offload=true", "device=cpu")
     assert "dit_cpu_offload, vae_cpu_offload: no effect, the run computes on the CPU" in found.warnings

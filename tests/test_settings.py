@@ -26,6 +26,7 @@ ELSEWHERE = {
     "compile.regional": "test_diffusers_options.py",
     "output.fps": "test_media.py",
     "machine.link_gb_per_s": "test_estimate.py",
+    "machine.link_latency_us": "test_estimate.py",
     "machine.attention_tflops": "test_estimate.py",
     "parallel.timeout_minutes": "test_failing_ranks.py",
 }

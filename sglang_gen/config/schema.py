@@ -246,6 +246,7 @@ class Machine:
     attention_tflops: float | None = None  # null: as products
     memory_gb_per_s: float | None = None
     link_gb_per_s: float | None = None  # from one GPU to the others, in one direction
+    link_latency_us: float | None = None  # of a collective, however little it sends; null: none
 
 
 @dataclass

@@ -122,7 +122,7 @@ def plans(composed: "Composed") -> tuple["Plan", "Plan"]:
 
 def _checked(composed: "Composed", card: "ModelCard") -> "Plan":
     """The plan with backend=auto. Raises UserError if one of the backends cannot run it."""
-    from sglang_gen.plan import backend_choice
+    from sglang_gen.plan import backend_choice, offloading
     from sglang_gen.plan import make as planning
 
     plan = planning.make_plan(_on(composed, BackendName.auto), card)
@@ -134,6 +134,11 @@ def _checked(composed: "Composed", card: "ModelCard") -> "Plan":
         raise UserError(
             f"sglang debug parity compares images of one denoising network, and {spec.pipeline_class} makes "
             f"{spec.makes} with {' and '.join(spec.networks_of(card))}"
+        )
+    if offloading.active(plan.run, plan.device):
+        raise UserError(
+            "sglang debug parity evaluates networks outside of a generation, when offloaded ones are on the host; "
+            "leave out the options of offload"
         )
     if plan.layout.ranks > 1:
         raise UserError("sglang debug parity runs on one rank; leave out the settings of parallel")

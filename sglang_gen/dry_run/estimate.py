@@ -36,7 +36,7 @@ from sglang_gen.parallel.collectives import Axis, Traffic, counted
 from sglang_gen.parallel.mesh import AXES, SEQUENCE, Mesh, coordinates
 from sglang_gen.parallel.sequence_boundary import shard_sizes
 from sglang_gen.perf.flops import stored_bytes
-from sglang_gen.plan import layout_limits
+from sglang_gen.plan import layout_limits, offloading
 from sglang_gen.types import Layout, ModelCard, Plan
 
 
@@ -211,14 +211,40 @@ def estimate(plan: Plan) -> dict[str, Any]:
     alive = {"step": trace.alive, "decoding": decoded}
     if plan.run.sampling.image_path:
         alive["encoding"] = trace_encoding(pipeline, plan.card, request, dtype)
-    total = sum(weights.values()) + max(alive.values())
+    total = most_memory(weights, alive, _offloaded(plan, pipeline.spec))
     return {
         "memory": {"weights": weights, "alive": alive, "total": total, "there": _available_memory(plan)},
         "conditioning": {"collectives": _collectives(_total(one.conditioning for one in traces.values()))},
         "step": {"flops": trace.flops, "collectives": _collectives(trace.step)},
         "decoding": {"collectives": _collectives(traffic)},
-        "prediction": predicted(plan.run.machine, plan.dtype, trace.kernels, sum(trace.step.bytes.values())),
+        "prediction": predicted(plan.run.machine, plan.dtype, trace.kernels, trace.step),
     }
+
+
+def most_memory(weights: Mapping[str, int], alive: Mapping[str, int], offloaded: Mapping[str, str]) -> int:
+    """Peak bytes over the stages, of which each has its own tensors and those offloaded components that it uses.
+
+    `offloaded` has the stage of each offloaded component.
+    """
+    resident = sum(size for name, size in weights.items() if name not in offloaded)
+
+    def on_device(stage: str) -> int:
+        return sum(size for name, size in weights.items() if offloaded.get(name) == stage)
+
+    return resident + max(on_device(stage) + alive.get(stage, 0) for stage in {*alive, *offloaded.values()})
+
+
+def _offloaded(plan: Plan, spec: Spec) -> dict[str, str]:
+    """Offloaded components and the stage in which each is on the device."""
+    options = offloading.active(plan.run, plan.device)
+    stages: dict[str, str] = {}
+    if "dit_cpu_offload" in options:
+        stages |= dict.fromkeys(spec.networks_of(plan.card), "step")
+    if "text_encoder_cpu_offload" in options:
+        stages |= dict.fromkeys(spec.text_encoders, "text_encoding")
+    if "vae_cpu_offload" in options:
+        stages["vae"] = "decoding"
+    return stages
 
 
 def _most(traces: Iterable[NetworkTrace]) -> NetworkTrace:
@@ -256,14 +282,17 @@ def _collectives(traffic: Traffic) -> dict[str, dict[str, int]]:
     return {name: {"count": traffic.calls[name], "bytes": traffic.bytes[name]} for name in sorted(traffic.calls)}
 
 
-def predicted(machine: Machine, dtype: str, kernels: Kernels, sent: int) -> dict[str, Any] | None:
+def predicted(machine: Machine, dtype: str, kernels: Kernels, traffic: Traffic) -> dict[str, Any] | None:
     """Predicted milliseconds of one step on a named machine: the sum of its kernels and its communication.
+
+    A collective takes the link's latency and the time of its bytes.
 
     None if no machine is named; `{reason}` if its rates are incomplete or for another dtype.
     """
     if machine.name == "auto":
         return None
     rate, memory, link = machine.matmul_tflops, machine.memory_gb_per_s, machine.link_gb_per_s
+    sent, calls = sum(traffic.bytes.values()), sum(traffic.calls.values())
     if not rate or not memory or (sent and not link):
         return {"reason": f"machine={machine.name} lacks one of matmul_tflops, memory_gb_per_s and link_gb_per_s"}
     if dtype not in ("bfloat16", "float16"):
@@ -272,7 +301,8 @@ def predicted(machine: Machine, dtype: str, kernels: Kernels, sent: int) -> dict
         "products_ms": seconds(kernels.products, rate, memory),
         "attention_ms": seconds(kernels.attention, machine.attention_tflops or rate, memory),
         "elementwise_ms": kernels.elementwise / (memory * 1e9),
-        "communication_ms": sent / (link * 1e9) if sent and link else 0.0,
+        "communication_ms": (sent / (link * 1e9) if sent and link else 0.0)
+        + calls * (machine.link_latency_us or 0.0) / 1e6,
     }
     rounded = {name: round(1000 * time, 3) for name, time in times.items()}
     return {"machine": machine.name, **rounded, "step_ms": round(1000 * sum(times.values()), 3), "measured": False}

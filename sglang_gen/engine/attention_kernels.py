@@ -47,6 +47,7 @@ KERNEL_PACKAGES = {
     ),
     "sage": Package("sageattention", "pip install sageattention", "sageattn", heads_first=True, exact=False),
 }
+CUDNN_ANY_LENGTH = 91500  # cuDNN 9.15: older versions return a wrong log-sum-exp at lengths that 128 does not divide
 MOST_SCORES = 2**28  # auto tries `math`, which materializes the scores, up to this many bytes
 
 
@@ -129,10 +130,12 @@ def named(name: str) -> Choice:
     return Choice(name, _packaged(KERNEL_PACKAGES[name]))
 
 
-def kernel_with_lse(name: str, device: str, dtype: torch.dtype, masked: bool = False) -> KernelWithLSE | None:
+def kernel_with_lse(
+    name: str, device: str, dtype: torch.dtype, masked: bool = False, aligned: bool = False
+) -> KernelWithLSE | None:
     """The kernel of that name as a function that also returns the log-sum-exp of its scores; None if it cannot.
 
-    It takes a mask if `masked`.
+    It takes a mask if `masked`. `aligned` says that 128 divides all lengths, which old versions of cuDNN need.
     """
     if name == "math":
         return _math_with_lse
@@ -141,7 +144,21 @@ def kernel_with_lse(name: str, device: str, dtype: torch.dtype, masked: bool = F
     half = dtype.itemsize == 2
     if name == "sdpa":
         name = "flash" if half and not masked and runs("flash", device, dtype) else "efficient"
-    return {"flash": None if masked else _flash_with_lse, "efficient": _efficient_with_lse}.get(name)
+    if masked:
+        return _efficient_with_lse if name == "efficient" else None
+    if name == "cudnn" and not (aligned or _cudnn_version() >= CUDNN_ANY_LENGTH):
+        return None
+    half_only = {"flash": _flash_with_lse, "cudnn": _cudnn_with_lse} if half else {}
+    return {**half_only, "efficient": _efficient_with_lse}.get(name)
+
+
+def _cudnn_version() -> int:
+    return torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
+
+
+def aligned(shapes: Iterable[tuple[Any, ...]]) -> bool:
+    """Whether 128 divides the lengths of all calls that return a log-sum-exp."""
+    return all(length % 128 == 0 for shape in shapes if "lse" in shape for length in shape[2:4])
 
 
 def _math_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -162,6 +179,11 @@ def _cpu_flash_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
 def _flash_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
     return out, lse
+
+
+def _cudnn_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    return out, lse.view(q.shape[:3])  # [B, H, L, 1]
 
 
 def _efficient_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -186,7 +208,8 @@ def sdpa() -> Choice:
 def candidates(shapes: Iterable[tuple[Any, ...]], device: str, dtype: torch.dtype) -> list[str]:
     """Exact kernels that `auto` times for calls of these shapes; torch's own choice comes first.
 
-    A shape is `(B, H, L, S, D)`, or `(B, H, L, S, D, "masked")` of a call with a mask, which each kernel must take.
+    A shape is `(B, H, L, S, D)`, followed by "masked" for a call with a mask, which each kernel must take, and by "lse"
+    for a call whose log-sum-exp is merged.
     On a CPU torch chooses flash if it runs, so it is not listed again.
     """
     shapes = list(shapes)

@@ -17,34 +17,45 @@ from sglang_gen.engine.meta_trace import Shapes
 from sglang_gen.errors import RunError, first_line
 
 
-def _compiled(function: Any, ranks: int) -> Any:
-    if ranks == 1:
-        return torch.compile(function, fullgraph=True, dynamic=False)
-    from sglang_gen.parallel import inductor_lowering  # imports inductor, which takes seconds
+def gpu_options(device: str, deterministic: bool) -> dict[str, Any]:
+    """Inductor's options for kernels of a GPU: fused epilogues, and block sizes that are searched for each kernel.
 
-    inductor_lowering.register()
-    return torch.compile(function, fullgraph=True, dynamic=False, options=inductor_lowering.OPTIONS)
+    The search times kernels, and block sizes change the order of sums, so a deterministic run does without.
+    """
+    return {"epilogue_fusion": True, "coordinate_descent_tuning": not deterministic} if device == "cuda" else {}
+
+
+def _compiled(function: Any, ranks: int, options: dict[str, Any]) -> Any:
+    if ranks > 1:
+        from sglang_gen.parallel import inductor_lowering  # imports inductor, which takes seconds
+
+        inductor_lowering.register()
+        options = {**options, **inductor_lowering.OPTIONS}
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options or None)
 
 
 class Compiled:
     """The compiled modules of a network, and the number of graphs that each of their classes may need."""
 
-    def __init__(self, network: Any, regions: tuple[type, ...], device: str, ranks: int = 1) -> None:
+    def __init__(
+        self, network: Any, regions: tuple[type, ...], device: str, ranks: int = 1, deterministic: bool = False
+    ) -> None:
         """Compile `forward` of every module whose class is in `regions`; if empty, the whole network's `evaluate`.
 
         Functions instead of modules are compiled, so hooks stay outside. Over several ranks collectives keep their
-        order. Raises UserError if there is no C++ compiler.
+        order. Raises UserError if this machine cannot compile.
         """
         env.require_compiler(device)
         env.keep_compiled()
         self.mode = "regional" if regions else "full"
         self.expected: dict[type, set[Any]] = {}
         self.limiting = False
+        options = gpu_options(device, deterministic)
         modules: list[Any] = [module for module in network.modules() if isinstance(module, regions)]
         for module in modules:
-            module.forward = self._with_limit(type(module), _compiled(module.forward, ranks))
+            module.forward = self._with_limit(type(module), _compiled(module.forward, ranks, options))
         if not regions:
-            network.evaluate = self._with_limit(type(network), _compiled(network.evaluate, ranks))
+            network.evaluate = self._with_limit(type(network), _compiled(network.evaluate, ranks, options))
 
     def expect(self, shapes: Shapes) -> None:
         """Allow the graphs that these shapes need."""

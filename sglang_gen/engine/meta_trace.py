@@ -14,7 +14,7 @@ from sglang_gen.tensor_tree import tensors
 
 @dataclass
 class Shapes:
-    """`attention`: (B, H, L, S, D), or (B, H, L, S, D, "masked") with a mask -> number of calls.
+    """`attention`: (B, H, L, S, D) -> number of calls; behind D, "masked" for a mask, "lse" for a log-sum-exp.
 
     `blocks`: class -> distinct (weight shapes and dtypes, input shapes).
     """
@@ -35,15 +35,17 @@ def trace_on_meta(
     """
     shapes = Shapes()
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
-        shapes.attention.update([(*q.shape[:3], k.shape[2], q.shape[3], *("masked" for _ in mask))])
+    def attend(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor, tags: tuple[str, ...] = ()) -> Tensor:
+        masked = ("masked",) if mask else ()
+        shapes.attention.update([(*q.shape[:3], k.shape[2], q.shape[3], *masked, *tags)])
         out = torch.empty_like(q)
         if on_attention is not None:
             on_attention(q, k, v, out, *mask)
         return out
 
     def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> tuple[Tensor, Tensor]:
-        return attend(q, k, v, *mask), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        out = attend(q, k, v, *mask, tags=("lse",))
+        return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
     meta_copy.set_kernel(attend, attend_with_lse if meta_copy.returns_lse else None)
     for module in meta_copy.network.modules():

@@ -87,23 +87,33 @@ def mask(pattern: Pattern, grid: Grid) -> Mask:
     return seen
 
 
+def _block_mask(pattern: Pattern, grid: Grid, device: str) -> Any:
+    """Which blocks of queries and keys attend to each other.
+
+    On a GPU this is compiled: eager code materializes one byte, and several integers, for each pair of tokens. On a CPU
+    generating code takes longer than the mask.
+    """
+    from torch.nn.attention import flex_attention
+
+    create = flex_attention.create_block_mask
+    if device == "cuda":
+        create = torch.compile(create, dynamic=False)
+    return create(mask(pattern, grid), None, None, grid.tokens, grid.tokens, device=device)
+
+
 def kernel(pattern: Pattern, grids: Iterable[Grid], device: str) -> Kernel:
     """FlexAttention for sequences of these grids; other attention calls, such as over text only, stay dense.
 
-    Raises UserError if FlexAttention cannot be compiled. The kernel raises RunError at an unexpected recompilation.
+    Raises UserError if FlexAttention cannot be compiled here. The kernel raises RunError at a recompilation that is not
+    expected.
     """
-    if not env.can_compile(device):
-        raise UserError("attention.backend: 'flex' on CPU needs a C++ compiler (g++ or clang++); use sdpa")
+    env.require_compiler(device, "attention.backend: 'flex' is compiled, which", "attention=sdpa")
     # These import dynamo, which takes seconds.
     from torch._dynamo import config as dynamo
     from torch._dynamo.exc import FailOnRecompileLimitHit
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    masks = {}
-    for grid in grids:
-        if not pattern.dense:
-            size = grid.tokens
-            masks[size] = create_block_mask(mask(pattern, grid), None, None, size, size, device=device)
+    masks = {} if pattern.dense else {grid.tokens: _block_mask(pattern, grid, device) for grid in grids}
     # fullgraph: exceeding the recompile limit raises instead of falling back to the unfused implementation.
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     called = set()

@@ -131,6 +131,11 @@ def configured_heads(config: ComponentConfig) -> tuple[int, ...]:
     return head_counts({config.get("num_attention_heads")})
 
 
+def configured_head_widths(config: ComponentConfig) -> tuple[int, ...]:
+    """Distinct numbers of channels of a head, smallest first: those of a transformer."""
+    return head_counts({config.get("attention_head_dim")})
+
+
 def no_channels(config: ComponentConfig) -> tuple[tuple[int, str], ...]:
     """Tensor parallelism divides only the heads of a transformer: its widths are multiples of their number."""
     return ()
@@ -186,6 +191,7 @@ class Spec:
 
     # Parallelism: functions of the denoising network's config
     heads: Callable[[ComponentConfig], tuple[int, ...]] = configured_heads
+    head_widths: Callable[[ComponentConfig], tuple[int, ...]] = configured_head_widths  # channels of a head
     channels: Callable[[ComponentConfig], tuple[tuple[int, str], ...]] = no_channels
     # (config, size in pixels, factor) -> number and name of the units that sequence parallelism distributes
     units: Callable[[ComponentConfig, Size, int], tuple[int, str]] = rows_of_patches

@@ -45,11 +45,22 @@ def heads(config: ComponentConfig) -> tuple[int, ...]:
 
     `attention_head_dim` of a UNet is its number of heads, a naming error that diffusers keeps for its checkpoints.
     """
+    return head_counts({count for count, _ in _attention_levels(config)})
+
+
+def head_widths(config: ComponentConfig) -> tuple[int, ...]:
+    """Distinct numbers of channels of a head, smallest first: the channels of a level over its heads."""
+    return head_counts({width // count for count, width in _attention_levels(config) if head_counts({count})})
+
+
+def _attention_levels(config: ComponentConfig) -> list[tuple[int, int]]:
+    """Heads and channels of the middle block and of the levels with attention."""
     c = {**UNET_DEFAULTS, **config}
-    counts = for_each_level(c.get("num_attention_heads") or c["attention_head_dim"], len(c["block_out_channels"]))
-    levels = [*zip(counts, c["down_block_types"], strict=False), (counts[-1], "CrossAttn")]
-    levels += zip(reversed(counts), c["up_block_types"], strict=False)
-    return head_counts({count for count, kind in levels if "Attn" in kind})
+    widths = c["block_out_channels"]
+    counts = for_each_level(c.get("num_attention_heads") or c["attention_head_dim"], len(widths))
+    levels = [*zip(counts, widths, c["down_block_types"], strict=False), (counts[-1], widths[-1], "CrossAttn")]
+    levels += zip(reversed(counts), reversed(widths), c["up_block_types"], strict=False)
+    return [(count, width) for count, width, kind in levels if "Attn" in kind]
 
 
 def channels(config: ComponentConfig) -> tuple[tuple[int, str], ...]:

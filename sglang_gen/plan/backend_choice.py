@@ -83,8 +83,8 @@ def _obstacles(run: Run, card: ModelCard, device: str) -> Iterator[str]:
         yield f"'{min(foreign)}' of --diffusers-kwargs is an argument of the diffusers pipeline"
     if card.code:
         yield "it runs no code from model repositories"
-    if device != "cpu" and offloading.asked(run):  # offloading has no effect on a CPU
-        yield "it does not offload yet"
+    if "dit_layerwise_offload" in offloading.active(run, device):
+        yield "it does not stream a network block by block yet"
     if any("quantization_config" in component.config for component in card.components.values()):
         yield "the model's weights are quantized"
     if run.quant.transformer_weights_path and (reason := _foreign_weights(run.quant.transformer_weights_path)):

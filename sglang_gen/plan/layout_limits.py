@@ -205,13 +205,27 @@ def check_size(run: Run, card: ModelCard, layout: Layout, stated: Set[str], size
 
 
 def check_machine(ranks: int, device: str) -> None:
-    """Raises UserError for more ranks on this machine than it has GPUs.
+    """Raises UserError for more ranks on this machine than it has GPUs."""
+    if (count := _too_few_gpus(ranks, device)) is not None:
+        raise UserError(f"{ranks} ranks need {ranks} GPUs and torch sees {count}; device=cpu runs them as processes")
+
+
+def machine_warnings(ranks: int, device: str) -> list[str]:
+    """Warns of a dry run that plans for more GPUs than this machine has, which a run is refused for."""
+    if (count := _too_few_gpus(ranks, device)) is None:
+        return []
+    return [
+        f"{ranks} ranks need {ranks} GPUs and torch sees {count}: this machine can plan such a run, not carry it out"
+    ]
+
+
+def _too_few_gpus(ranks: int, device: str) -> int | None:
+    """Number of GPUs that torch sees, if the ranks of this machine need more; else None.
 
     If a launcher started several processes and this one sees one GPU, the GPU is assumed to be its own. If it is not,
     NCCL reports an error when the process group is formed.
     """
     if device != "cuda" or ranks <= (count := env.gpu_count()):
-        return
+        return None
     place = env.torchrun()
-    if place is None or place.here == 1 or count != 1:
-        raise UserError(f"{ranks} ranks need {ranks} GPUs and torch sees {count}; device=cpu runs them as processes")
+    return count if place is None or place.here == 1 or count != 1 else None

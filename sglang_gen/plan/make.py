@@ -22,6 +22,7 @@ from sglang_gen.hub import remote_code, resolve
 from sglang_gen.outputs import dump_path, input_digests
 from sglang_gen.perf import cpu_dtype
 from sglang_gen.plan import (
+    attention_limits,
     backend_choice,
     checks,
     cpu_matmul,
@@ -55,7 +56,8 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     image_size.check_size(run, card)
     layout_limits.check_layout(run, card, backend, reason, degrees, stated, batches)
     here = degrees.ranks if composed.place is None else composed.place.here
-    layout_limits.check_machine(here, device)
+    if not run.dry_run:  # which computes on no GPU
+        layout_limits.check_machine(here, device)
     dump_path.check_ranks(run.output.perf_dump_path, degrees.ranks)
     if run.compile.cuda_graphs and device not in CAPTURING:
         raise UserError("compile.cuda_graphs needs a GPU, and this run computes on the CPU; leave it out")
@@ -89,6 +91,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
             *input_digests.changed(run, sources, composed.inputs),
             *resolve.preset_warnings(run.model, card),
             *remote_code.warnings(run.model, card, sources),
+            *(layout_limits.machine_warnings(here, device) if run.dry_run else ()),
             *offloading.warnings(run, device),
             *step_cache.warnings(run),
             *guidance.warnings(run, user_gave(run, sources, "sampling.guidance_scale"), card),
@@ -101,7 +104,9 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         given=frozenset(path for path in leaves() if user_gave(run, sources, path)),
         stated_degrees=frozenset(stated),
     )
-    return cpu_matmul.settle(stored_dtype.settle(plan))
+    plan = cpu_matmul.settle(stored_dtype.settle(plan))
+    attention_limits.check_attention(plan)
+    return plan
 
 
 def complete(composed: "Composed", expected: Plan, card: ModelCard) -> Plan:
@@ -194,7 +199,7 @@ def _effective(run: Run, backend: str, degrees: Layout, device: str, dtype: str)
         "parallel": plain(degrees),
         "cache": asked["cache"],
         "quantization": asked["quantization"],
-        "offload": [] if device == "cpu" else asked["offload"],
+        "offload": offloading.active(run, device),
         "lora": asked["lora"],
         "compile": asked["compile"],
         "cuda_graphs": asked["cuda_graphs"],

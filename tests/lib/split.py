@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sglang_gen.backends.native import vae_parallel
 from sglang_gen.engine import attention_kernels
 from sglang_gen.engine.cfg import Guidance, guided
+from sglang_gen.engine.residency import Offloaded, on_device
 from sglang_gen.families import autoencoder as autoencoder
 from sglang_gen.families import prediction, registry, text_encoder_parallel
 from sglang_gen.hub.component_folder import in_folder
@@ -74,11 +75,12 @@ def transposed(network: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Changes:
-    """Changes to the network: blocks that are left out, compiled blocks, layers of another storage."""
+    """Changes to the network: blocks that are left out, compiled blocks, layers of another storage, offloading."""
 
     skipped: range | None = None
     compiled: bool = False
     stored: bool = False
+    offloaded: bool = False
 
 
 def placed(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dtype, summing: bool = True,
@@ -213,11 +215,15 @@ def evaluate(mesh: Mesh, name: str, folder: Path, config: dict, dtype: torch.dty
     if mutation is not None:
         MUTATIONS[mutation](whole.network, mesh)
     network = whole.entrance
-    conditioning = network.condition(*conditions)
+    parts = [Offloaded(whole.network, "cpu")] if changes.offloaded else []
+    for place, name, master in (entry for each in parts for entry in each.plain):
+        place[name].data = torch.full_like(master, torch.nan)  # where a GPU would not find it
     outputs = []
-    for step in steps:
-        with counted() as traffic:
-            outputs.append(network(latents, conditioning, step))
+    with on_device(parts):
+        conditioning = network.condition(*conditions)
+        for step in steps:
+            with counted() as traffic:
+                outputs.append(network(latents, conditioning, step))
     return torch.stack(outputs), traffic
 
 

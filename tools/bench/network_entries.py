@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_gen.backends.native.build import to_channels_last, use_onednn
+from sglang_gen.backends.native.build import use_onednn
 from sglang_gen.engine import attention_kernels
 from sglang_gen.engine.compile import Compiled
 from sglang_gen.engine.cuda_graphs import Graphs
+from sglang_gen.engine.memory_format import to_channels_last
 from sglang_gen.perf import cpu_dtype
 from sglang_gen.tensor_tree import to_meta
 from tools.bench import works

@@ -36,6 +36,7 @@ from sglang_gen.backends.diffusers.seeding import argument, seeded
 from sglang_gen.backends.diffusers.stages import Latents, observed, plain_config
 from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.input_files import read_image, read_noise
+from sglang_gen.backends.memory_error import memory_explained, out_of_memory
 from sglang_gen.config.schema import Run
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
 from sglang_gen.families import registry
@@ -68,7 +69,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
             raise
         except LOADING_ERRORS as error:
             if is_out_of_memory(error):
-                raise RunError(f"Out of memory while loading {plan.card.name}") from error
+                raise out_of_memory(plan, mesh.rank, f"loading {plan.card.name}", error) from error
             raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
         engine = DiffusersEngine(plan, mesh, built, PipelineCall(kind, call), calls)
         engine.ending = ending.pop_all()
@@ -131,12 +132,13 @@ def _read(plan: Plan, kind: pipeline_signature.Kind, scheduler: dict[str, Any]) 
 
 @dataclass(frozen=True)
 class Built:
-    """A pipeline with all options applied: what took effect, its attention kernel and its step cache."""
+    """A pipeline with all options applied: what took effect, its attention kernel, its step cache, its offloading."""
 
     pipeline: Any
     effective: Mapping[str, Any]
     kernel: attention_backend.Kernel
     step_cache: "cache.StepCache | None"
+    offloaded: offload.OnDemand
 
 
 def _transform(plan: Plan, pipeline: Any, ending: ExitStack) -> Built:
@@ -154,16 +156,16 @@ def _transform(plan: Plan, pipeline: Any, ending: ExitStack) -> Built:
     step_cache = cache.StepCache(pipeline, run.cache) if wanted(run.cache) else None
     if step_cache:
         ending.callback(step_cache.close)
-    compiled = compilation.apply(pipeline, run.compile, plan.device)
+    compiled = compilation.apply(pipeline, run.compile, plan.device, run.deterministic)
     effective = {
         **dtype_of(pipeline),
         "quantization": quantization,
         "lora": adapters,
         "attention": kernel.name,
-        "offload": placed,
+        "offload": placed.options,
         "compile": compiled,
     }
-    return Built(pipeline, effective, kernel, step_cache)
+    return Built(pipeline, effective, kernel, step_cache, placed)
 
 
 @dataclass(frozen=True)
@@ -180,12 +182,12 @@ class DiffusersEngine:
     def __init__(self, plan: Plan, mesh: Mesh, built: Built, call: PipelineCall, calls: CallLog) -> None:
         self.plan, self.kind, self.call = plan, call.kind, call.arguments
         pipeline = self.pipeline = built.pipeline
-        self.kernel, self.step_cache = built.kernel, built.step_cache
+        self.kernel, self.step_cache, self.offloaded = built.kernel, built.step_cache, built.offloaded
         self.noise = read_noise(plan.run.sampling.latents)
         self.image = _image(plan.run)
         self._effective = built.effective
         self.ending = ExitStack()
-        self.leads, self.calls, self.comm_log = mesh.leads, calls, CommLog()
+        self.rank, self.leads, self.calls, self.comm_log = mesh.rank, mesh.leads, calls, CommLog()
         self.guidance = GuidanceSplit(denoisers(pipeline), mesh) if mesh.size("cfg") > 1 else None
         for name, network in modules(pipeline, TEXT_ENCODERS).items():
             calls.watch(Watched("text_encoding", name, network))
@@ -225,17 +227,15 @@ class DiffusersEngine:
         clock.enter("text_encoding")
         try:
             kernel = attention_backend.chosen(self.pipeline, self.kernel)
-            with torch.no_grad(), kernel, watched, draws, self.comm_log.during("denoising"):
+            explained, logged = memory_explained(self.plan, self.rank), self.comm_log.during("denoising")
+            with torch.no_grad(), explained, kernel, watched, draws, logged:
                 result = self.pipeline(**given)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise RunError("Out of memory while generating; try smaller batches or a smaller image") from error
         except UserError:
             raise
         except ValueError as error:
             raise UserError(f"{name} refuses the request: {first_line(error)}") from error
         finally:
+            self.offloaded.drop()
             clock.leave()
         require_finite(latents.last, "the latents", batch)
         if self.step_cache and self.calls.on:  # a warmup has too few steps, and a repeat reuses the same steps

@@ -16,12 +16,15 @@ from sglang_gen.backends.native.request import pipeline_of
 from sglang_gen.engine import attention_kernels
 from sglang_gen.engine.block_timing import TimedChain
 from sglang_gen.engine.cuda_graphs import Graphs
+from sglang_gen.engine.memory_format import to_channels_last
+from sglang_gen.engine.residency import Offloaded
 from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.models.layers import Linear, Shard
 from sglang_gen.models.matmul import onednn_linear
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.sharded_network import ParallelNetwork, Split
 from sglang_gen.perf.clock import timer
+from sglang_gen.plan import offloading
 from sglang_gen.types import Plan
 from sglang_gen.weights import load
 
@@ -45,6 +48,7 @@ class Built:
     kernel: Any = None
     compiled: "Compiled | None" = None
     graphs: Graphs | None = None
+    offloaded: Offloaded | None = None  # if the weights are on the host between generations
     timed: TimedChain | None = None
 
     @property
@@ -81,6 +85,7 @@ def build(plan: Plan, mesh: Mesh, name: str | None = None, meta: bool = False) -
 def steps(plan: Plan, mesh: Mesh, meta: bool = False) -> list[Step]:
     """The steps in order; where the plan asks for nothing, a step says what stays as it is."""
     tp, sp, half = mesh.size("tp") > 1, mesh.axis(SEQUENCE).size > 1, getattr(torch, plan.dtype).itemsize == 2
+    offloaded = "dit_cpu_offload" in offloading.active(plan.run, plan.device)
     compiles, graphs, timed = plan.run.compile.enable_torch_compile, plan.run.compile.cuda_graphs, plan.run.perf.blocks
     return [
         create,  # on meta: shapes are known before anything takes memory
@@ -93,7 +98,7 @@ def steps(plan: Plan, mesh: Mesh, meta: bool = False) -> list[Step]:
         split_sequence if sp else keep_sequence,  # wraps attention, convolutions and norms
         choose_kernel,  # inside of the wrappers, which merge results if the kernel returns a log-sum-exp
         onednn_products if plan.matmul == "onednn" and not meta else torch_products,
-        stay_resident,  # offloading would move what is complete by now
+        offload if offloaded and not meta else stay_resident,  # what is complete by now
         time_blocks if timed and not meta else run_blocks,  # the chain of blocks, where a step cache would stand too
         compile_network if compiles and not meta else run_eagerly,  # after everything that changes the modules
         capture_graphs if graphs and not meta else launch_kernels,  # a graph records compiled code
@@ -133,18 +138,13 @@ def stay_on_meta(built: Built) -> None:
 def load_tensors(built: Built) -> None:
     assert built.checkpoint is not None
     source, sources = built.checkpoint.tensors, built.pipeline.sources
-    load.stream(built.network, source, sources, built.shards, built.dtype, built.plan.device)
+    hosted = "dit_cpu_offload" in offloading.active(built.plan.run, built.plan.device)
+    device = "cpu" if hosted else built.plan.device
+    load.stream(built.network, source, sources, built.shards, built.dtype, device)
 
 
 def channels_last(built: Built) -> None:
     to_channels_last(built.network)
-
-
-def to_channels_last(network: nn.Module) -> None:
-    """Convert the weights of convolutions to channels_last."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def keep_memory_format(built: Built) -> None:
@@ -191,6 +191,10 @@ def torch_products(built: Built) -> None:
     """`F.linear` computes the products."""
 
 
+def offload(built: Built) -> None:
+    built.offloaded = Offloaded(built.network, built.plan.device)
+
+
 def stay_resident(built: Built) -> None:
     """The weights stay where they were loaded."""
 
@@ -206,7 +210,8 @@ def run_blocks(built: Built) -> None:
 def compile_network(built: Built) -> None:
     from sglang_gen.engine.compile import Compiled  # imports dynamo, which takes several seconds
 
-    built.compiled = Compiled(built.network, built.regions, built.plan.device, built.mesh.layout.ranks)
+    plan, ranks = built.plan, built.mesh.layout.ranks
+    built.compiled = Compiled(built.network, built.regions, plan.device, ranks, plan.run.deterministic)
 
 
 def run_eagerly(built: Built) -> None:

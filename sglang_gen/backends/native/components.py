@@ -10,13 +10,16 @@ from torch import nn
 
 from sglang_gen.backends import loading_report
 from sglang_gen.backends.native.scheduler import build_scheduler
+from sglang_gen.engine.memory_format import to_channels_last
 from sglang_gen.families import autoencoder
+from sglang_gen.families.contract import Spec
 from sglang_gen.families.pipeline_contract import Pipeline
 from sglang_gen.hub import component_classes
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.hub.safetensors_header import header
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.plan import offloading
 from sglang_gen.types import Component, Plan
 from sglang_gen.weights.load import InMemoryTensors, fill, load
 
@@ -33,15 +36,37 @@ def read_components(plan: Plan, pipeline: Pipeline, mesh: Mesh) -> dict[str, Any
     others = [name for name in spec.required(plan.card) if name not in networks]
     given = [name for name in others if plan.card.file is None or name in plan.run.model.component_paths]
     tp = mesh.axis("tp")
-    components = {name: _component(name, plan.card.components[name], dtype, plan.device, tp) for name in given}
+    components = {
+        name: _component(name, plan.card.components[name], dtype, loading_device(plan, spec, name), tp)
+        for name in given
+    }
     if plan.card.file is not None:
-        components = _components_from_file(plan, others, {**components, **dict.fromkeys(networks)}, dtype)
+        others_given = {**components, **dict.fromkeys(networks)}
+        components = _components_from_file(plan, spec, others, others_given, dtype)
+    format_autoencoder(components["vae"], pipeline, dtype, plan.device)
     components["scheduler"] = _with_settings(components["scheduler"], spec.scheduler_settings)
     return components
 
 
+def format_autoencoder(vae: Any, pipeline: Pipeline, dtype: torch.dtype, device: str) -> None:
+    """Convert an autoencoder that decodes in half precision on a GPU to channels_last, as tensor cores take it."""
+    if device == "cuda" and pipeline.decoding_dtype(vae.config, dtype).itemsize == 2:
+        to_channels_last(vae)
+
+
+def offloaded_names(plan: Plan, spec: Spec) -> set[str]:
+    """The components, other than the denoising networks, whose weights are on the host while they are not used."""
+    options = offloading.active(plan.run, plan.device)
+    text = spec.text_encoders if "text_encoder_cpu_offload" in options else ()
+    return {*text, *(("vae",) if "vae_cpu_offload" in options else ())}
+
+
+def loading_device(plan: Plan, spec: Spec, name: str) -> str:
+    return "cpu" if name in offloaded_names(plan, spec) else plan.device
+
+
 def _components_from_file(
-    plan: Plan, names: Sequence[str], given: dict[str, Any], dtype: torch.dtype
+    plan: Plan, spec: Spec, names: Sequence[str], given: dict[str, Any], dtype: torch.dtype
 ) -> dict[str, Any]:
     """The components `names` that diffusers' pipeline loads from the file or next to it; `given` ones are unchanged."""
     import diffusers
@@ -54,8 +79,10 @@ def _components_from_file(
     if "vae" not in given:
         tensors = InMemoryTensors(dict(components["vae"].state_dict()))
         build = partial(autoencoder.build, plan.card.components["vae"].config)
-        components["vae"] = fill(build, tensors, autoencoder.sources, dtype, plan.device, str(plan.card.file))
-    return {name: _to_device(components[name], plan.device) for name in names}
+        components["vae"] = fill(
+            build, tensors, autoencoder.sources, dtype, loading_device(plan, spec, "vae"), str(plan.card.file)
+        )
+    return {name: _to_device(components[name], loading_device(plan, spec, name)) for name in names}
 
 
 def _folder(component: Component) -> Path:

@@ -1,7 +1,6 @@
 """The native engine: this project's networks and denoising loop with the model's own text encoders and scheduler."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import cycle, islice
 from typing import Any
@@ -15,14 +14,17 @@ from sglang_gen import log
 from sglang_gen.backends.comm_log import CommLog, GeneratedBatch, described
 from sglang_gen.backends.diffusers.stages import plain_config
 from sglang_gen.backends.finite import require_finite
+from sglang_gen.backends.memory_error import memory_explained, out_of_memory
 from sglang_gen.backends.native import memory_policy, safety_checker, vae_parallel
 from sglang_gen.backends.native.build import build
+from sglang_gen.backends.native.component_offload import ComponentOffload
 from sglang_gen.backends.native.components import read_components
 from sglang_gen.backends.native.execution import Execution, limits, share_graphs
 from sglang_gen.backends.native.request import NativeRequest, check_native_request, warn_ineffective
 from sglang_gen.engine.block_timing import TimedChain
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
+from sglang_gen.engine.memory_format import to_bytes
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
 from sglang_gen.families import img2img, prediction
 from sglang_gen.families.contract import Request
@@ -31,11 +33,6 @@ from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.perf.clock import Clock
 from sglang_gen.perf.flops import CallLog, Watched, stored_bytes
 from sglang_gen.types import Decoded, Plan, Sample
-
-OFFLOAD = (
-    "; the GPU must hold the network and the text encoders at once; --text-encoder-cpu-offload (diffusers backend) "
-    "keeps the text encoders on the CPU until they run"
-)
 
 
 def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
@@ -54,8 +51,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
         raise
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
-            hint = OFFLOAD if plan.device == "cuda" else ""
-            raise RunError(f"Out of memory while loading {plan.card.name}{hint}") from error
+            raise out_of_memory(plan, mesh.rank, f"loading {plan.card.name}", error) from error
         raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
     warn_ineffective(plan, pipeline)
     executions = {name: Execution(each) for name, each in built.items()}
@@ -63,15 +59,8 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     return NativeEngine(native_request, executions, components, calls)
 
 
-@contextmanager
-def _memory_explained() -> Iterator[None]:
-    """Turn an error of memory that runs out into one sentence."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunError("Out of memory while generating; try smaller batches or a smaller image") from error
+def _weight_bytes(modules: Iterable[Any]) -> int:
+    return sum(stored_bytes(parameter) for module in modules for parameter in module.parameters())
 
 
 class NativeEngine:
@@ -92,10 +81,14 @@ class NativeEngine:
         self.mesh, self.comm_log = self.execution.mesh, CommLog()
         self.network: Any = self.execution.network
         self.text_components = [name for name in pipeline.spec.text_encoders if name in components]
-        encoder_bytes = sum(
-            stored_bytes(parameter) for name in self.text_components for parameter in components[name].parameters()
+        offloaded = [execution.built.offloaded for execution in executions.values()]
+        self.offload = ComponentOffload(plan, pipeline.spec, offloaded, components)
+        resident = [components[name] for name in self.text_components if name not in self.offload.others]
+        coming = [execution.network for execution in executions.values() if execution.built.offloaded]
+        self.memory_policy = memory_policy.choose(
+            plan, pipeline, native_request.full_request, _weight_bytes(resident), _weight_bytes(coming), self.mesh
         )
-        self.memory_policy = memory_policy.choose(plan, pipeline, native_request.full_request, encoder_bytes, self.mesh)
+        self.released = self.offload.add(self.text_components) if self.memory_policy.released else []
         self.zero_negative = plan.card.settings.get("force_zeros_for_empty_prompt", pipeline.spec.zero_without_negative)
         self.sp = self.mesh.axis(SEQUENCE)
         self._observe(vae_parallel.split(components["vae"], self.sp))
@@ -140,19 +133,19 @@ class NativeEngine:
 
     def effective(self) -> dict[str, Any]:
         """The settings that take effect, and the classes of the components. Collective where kernels are timed."""
-        with _memory_explained():
+        with memory_explained(self.plan, self.mesh.rank):
             self._time_kernels()
         networks = {name: execution.network for name, execution in self.executions.items()}
         classes = {name: type(part).__name__ for name, part in {**networks, **self.components}.items()}
         return {
             **self.execution.effective(),  # the same for all networks
-            "offload": [],
+            "offload": self.offload.options,
             "lora": [],
             "cache": "none",
             **memory_policy.of_run(
                 self.plan, self.pipeline.spec.guidance, self.native_request.full_request, self.memory_policy.batched
             ),
-            "released": list(self.text_components) if self.memory_policy.released else [],
+            "released": self.released,
             "pipeline": self.plan.pipeline_class,
             "makes": self.pipeline.spec.makes,
             "components": classes,
@@ -166,7 +159,7 @@ class NativeEngine:
         Raises RunError if memory runs out or if the latents or frames are not finite.
         """
         try:
-            with _memory_explained():
+            with memory_explained(self.plan, self.mesh.rank):
                 self._time_kernels()  # happens once and belongs to no stage
                 return self._sample(batch, steps, clock)
         finally:
@@ -183,10 +176,8 @@ class NativeEngine:
             timed.on = self.calls.on
         lists = 2 if guidance.on and not self._zeros(batch) else 1
         clock.enter("text_encoding")
-        self._place_encoders(self.plan.device)
-        with self.comm_log.during("text_encoding", lists):
+        with self.comm_log.during("text_encoding", lists), self.offload.stage(self.text_components):
             encoded = self._encode(batch, guidance, request)
-        self._place_encoders("cpu")
         clock.enter("latents")
         generators = [torch.Generator("cpu").manual_seed(sample.seed) for sample in batch]
         timesteps = self.pipeline.schedule(self.native_request.config, scheduler, request)
@@ -207,19 +198,20 @@ class NativeEngine:
         texts = tuple(tuple(map(described, text)) for text in encoded)
         self.comm_log.note(GeneratedBatch(request, guidance, tuple(numbers), names, texts, lists, described(noise)))
         clock.enter("denoising")
-        with self.comm_log.during("conditioning", 1):
-            predict = predictor(self.observed_networks, encoded)
-        with (
-            limits(self.executions.values()),
-            self.comm_log.during("denoising", len(numbers)),
-            log.Progress(request.steps_run) as progress,
-        ):
+        with self.offload.denoising():
+            with self.comm_log.during("conditioning", 1):
+                predict = predictor(self.observed_networks, encoded)
+            with (
+                limits(self.executions.values()),
+                self.comm_log.during("denoising", len(numbers)),
+                log.Progress(request.steps_run) as progress,
+            ):
 
-            def after_step() -> None:
-                clock.step()
-                progress.step()
+                def after_step() -> None:
+                    clock.step()
+                    progress.step()
 
-            latents = denoise(predict, scheduler, timesteps, numbers, noise, generators, after_step)
+                latents = denoise(predict, scheduler, timesteps, numbers, noise, generators, after_step)
         clock.enter("decoding")
         require_finite(latents, "the latents", batch)
         if self.mesh.index("cfg") or self.mesh.index("tp"):
@@ -243,14 +235,8 @@ class NativeEngine:
         guidance = memory_policy.guidance(
             self.plan, self.pipeline.spec.guidance, request, negative, self.memory_policy.batched
         )
-        self._place_encoders("cpu")  # they are moved back to encode
         others = [execution for execution in self.executions.values() if execution is not self.execution]
         self.execution.time_kernels(guidance, request, len(batch), others)
-
-    def _place_encoders(self, device: str) -> None:
-        """Move the text encoders to `device` if the memory policy keeps them on the GPU only while they encode."""
-        for name in self.text_components if self.memory_policy.released else ():
-            self.components[name].to(device)
 
     def _zeros(self, batch: tuple[Sample, ...]) -> bool:
         """Whether the unconditional branch gets zeros because no negative prompt was given."""
@@ -276,7 +262,8 @@ class NativeEngine:
         source = None
         if self.native_request.image is not None:  # encoding draws first, then the noise, from the same generators
             pixels = img2img.pixels(self.native_request.image, request.factor, request.size)
-            source = self.pipeline.encode_image(self.encoder, pixels, generators, dtype)
+            with self.offload.stage(["vae"]):
+                source = self.pipeline.encode_image(self.encoder, pixels, generators, dtype)
         noise = self.pipeline.draw(self.native_request.config, request, generators, dtype).to(self.plan.device)
         drawn = self.pipeline.start(self.components["scheduler"], timesteps, noise, source)
         if self.native_request.noise is not None:
@@ -285,11 +272,11 @@ class NativeEngine:
 
     def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
         """Frames `[B, F, H, W, 3]` uint8."""
-        with self.comm_log.during("decoding", 1):
+        with self.comm_log.during("decoding", 1), self.offload.stage(["vae"]):
             decoded = self.pipeline.decode(self.decoder, latents, request)
-        values = (decoded * 0.5 + 0.5).clamp(0, 1).float().cpu().numpy()
-        require_finite(torch.from_numpy(values), f"the decoded {self.pipeline.spec.makes}", batch)
-        frames: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
+        values = (decoded * 0.5 + 0.5).clamp(0, 1).float()
+        require_finite(values, f"the decoded {self.pipeline.spec.makes}", batch)
+        frames: np.ndarray[Any, Any] = to_bytes(values).cpu().numpy()
         safety_checker.blank(self.components, frames, self.execution.dtype, batch, warn=self.calls.on)
         return frames
 

@@ -35,6 +35,7 @@ class Execution:
         self.compiled, self.graphs, self.kernel = built.compiled, built.graphs, built.kernel
         self.settled: set[Any] = set()  # shapes of batches
         self.masked = built.pipeline.spec.masks_text
+        self.aligned = False  # whether 128 is known to divide the lengths of a ring's calls
         self.timed = not attention_kernels.timed_by_shape(built.plan.run, built.plan.dtype)
 
     @property
@@ -52,15 +53,23 @@ class Execution:
         fastest = None
         if self.mesh.rank == 0:
             traces = [each._shapes(guidance, request, rows) for each in (self, *others)]
-            shapes = sum((trace.attention for trace in traces), Counter[tuple[int, ...]]())
-            names = attention_kernels.candidates(shapes, self.plan.device, self.dtype)
-            if self.parallel_network.merges:
-                names = [name for name in names if self._summing(name)]
-            kernels = {name: attention_kernels.named(name).kernel for name in names}
-            fastest = attention_autotune.fastest(kernels, shapes, self.plan.device, self.dtype)
-        kernel = attention_kernels.named(self.mesh.broadcast(fastest))
+            shapes = sum((trace.attention for trace in traces), Counter[tuple[Any, ...]]())
+            fastest = self._fastest(shapes), attention_kernels.aligned(shapes)
+        name, aligned = self.mesh.broadcast(fastest)
+        kernel = attention_kernels.named(name)
         for each in (self, *others):
-            each.kernel, each.timed = kernel, True
+            each.kernel, each.timed, each.aligned = kernel, True, aligned
+
+    def _fastest(self, shapes: Counter[tuple[Any, ...]]) -> str:
+        """Name of the fastest kernel; in a ring each is timed as the ring runs it, with its log-sum-exp."""
+        names = attention_kernels.candidates(shapes, self.plan.device, self.dtype)
+        given = shapes, self.plan.device, self.dtype
+        if not self.parallel_network.merges:
+            return attention_autotune.fastest({name: attention_kernels.named(name).kernel for name in names}, *given)
+        self.aligned = attention_kernels.aligned(shapes)
+        summing = {name: kernel for name in names if (kernel := self._summing(name))}
+        kernels = {name: attention_kernels.named(name).kernel for name in summing}
+        return attention_autotune.fastest(kernels, *given, summing)
 
     def _shapes(self, guidance: Guidance, request: Request, rows: int) -> Shapes:
         """Shapes of the evaluations of a batch, according to the configurations of the model's components."""
@@ -119,7 +128,7 @@ class Execution:
         self.parallel_network.set_kernel(self.kernel.kernel, self._summing(self.kernel.name), to_text)
 
     def _summing(self, name: str) -> Any:
-        return attention_kernels.kernel_with_lse(name, self.plan.device, self.dtype, self.masked)
+        return attention_kernels.kernel_with_lse(name, self.plan.device, self.dtype, self.masked, self.aligned)
 
     def _trace(self, evaluate: Callable[[Any], None]) -> Shapes:
         """Shapes of attention and of compiled blocks (else of the whole network) in `evaluate`."""

@@ -35,15 +35,18 @@ class MemoryPolicy:
     released: bool
 
 
-def choose(plan: Plan, pipeline: Pipeline, request: Request, encoder_bytes: int, mesh: Mesh) -> MemoryPolicy:
-    """Choose by the memory that is free after loading; `encoder_bytes` is the size of the text encoders. Collective.
+def choose(
+    plan: Plan, pipeline: Pipeline, request: Request, encoder_bytes: int, offloaded_bytes: int, mesh: Mesh
+) -> MemoryPolicy:
+    """Choose by the memory that is free after loading. Collective.
 
-    If memory is short, the text encoders are moved to the CPU first, which costs a copy for each batch. If it still is,
-    the branches are evaluated one after the other, which costs time in every step.
+    `encoder_bytes` is the size of the text encoders on the device, `offloaded_bytes` that of the networks that come to
+    it for denoising. If memory is short, the text encoders are offloaded first, which costs an upload for each batch.
+    If it still is, the branches are evaluated one after the other, which costs time in every step.
     """
     configs = [plan.card.components[name].config for name in pipeline.spec.networks_of(plan.card)]
     widest = max(pipeline.widest_map(config, request) for config in configs)
-    free, row = mesh.minimum(free_memory(plan.device)), widest * getattr(torch, plan.dtype).itemsize
+    free, row = mesh.minimum(_free(plan.device, offloaded_bytes)), widest * getattr(torch, plan.dtype).itemsize
     rows, requested = max(map(len, plan.batches)), plan.run.sampling.guidance_batching
     batched = requested is GuidanceBatching.batched
     if requested is GuidanceBatching.auto:
@@ -54,6 +57,11 @@ def choose(plan: Plan, pipeline: Pipeline, request: Request, encoder_bytes: int,
         and guidance(plan, pipeline.spec.guidance, request, _any_negative(plan), batched).on
     )
     return MemoryPolicy(batched, released=not batch_fits(free, 2 * rows if pair else rows, row))
+
+
+def _free(device: str, offloaded_bytes: int) -> int | None:
+    free = free_memory(device)
+    return None if free is None else free - offloaded_bytes
 
 
 def of_run(plan: Plan, kind: GuidanceKind, request: Request, batched: bool) -> dict[str, Any]:

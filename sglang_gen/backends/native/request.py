@@ -12,7 +12,7 @@ from sglang_gen.errors import UserError
 from sglang_gen.families import img2img, registry, watermark
 from sglang_gen.families.contract import Request
 from sglang_gen.families.pipeline_contract import Pipeline
-from sglang_gen.plan import image_size, layout_limits
+from sglang_gen.plan import image_size, layout_limits, offloading
 from sglang_gen.types import Plan
 
 
@@ -128,6 +128,10 @@ def warn_ineffective(plan: Plan, pipeline: Pipeline) -> None:
                 log.warning(f"{path} has no effect: {plan.pipeline_class} keeps the size of the input image")
     if spec.most_text_tokens is None and "sampling.max_sequence_length" in plan.given:
         log.warning(f"sampling.max_sequence_length has no effect: {plan.pipeline_class} does not take it")
+    effective = offloading.effective(plan.run, plan.device, plan.card)
+    for option in offloading.active(plan.run, plan.device):
+        if option not in effective:
+            log.warning(f"{option}: no effect, {plan.pipeline_class} has no such component")
     networks, compiling = spec.networks_of(plan.card), plan.run.compile
     if compiling.warmup and compiling.warmup_steps < len(networks):
         log.warning(

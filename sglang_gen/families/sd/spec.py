@@ -39,6 +39,7 @@ SPEC = Spec(
     schedulers=unet_spec.SCHEDULERS,
     default_size=default_size,
     heads=unet_spec.heads,
+    head_widths=unet_spec.head_widths,
     channels=unet_spec.channels,
     units=unet_spec.bands,
 )  # fmt: skip

@@ -28,6 +28,7 @@ SPEC = Spec(
     zero_without_negative=True,
     schedulers=unet_spec.SCHEDULERS,
     heads=unet_spec.heads,
+    head_widths=unet_spec.head_widths,
     channels=unet_spec.channels,
     units=unet_spec.bands,
 )  # fmt: skip
