@@ -14,7 +14,8 @@ Predict = Callable[[Tensor, int], Tensor]  # (latents [B, ...], index of the tim
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
     """Noise `[B, *shape]`; row i comes from CPU generator i, so an image depends only on its own seed."""
-    return torch.cat([torch.randn((1, *shape), generator=generator, dtype=dtype) for generator in generators])
+    rows = [torch.randn((1, *shape), generator=generator, dtype=dtype, device="cpu") for generator in generators]
+    return torch.cat(rows)
 
 
 def step_numbers(evaluations: int, steps: int, order: int) -> list[int]:
