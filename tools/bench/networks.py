@@ -134,8 +134,12 @@ def our_call(
     kernel: attention_kernels.Choice,
     compiled: bool,
     graphs: bool = False,
+    whole: bool = False,
 ) -> Call:
-    """A call that evaluates the network returned by `load` once, with its conditioning and latents."""
+    """A call that evaluates the network returned by `load` once, with its conditioning and latents.
+
+    If it is compiled, `whole` compiles the network as one graph, and not its blocks.
+    """
     network, condition, latents = load()
     if latents.dtype.itemsize == 2:
         to_channels_last(network)
@@ -146,9 +150,12 @@ def our_call(
         if graphs:
             Graphs(network)
         return lambda: network(latents, conditioning, 0)
-    regions = work.pipeline.regions
+    regions = () if whole else work.pipeline.regions
     shapes = works.traced_on_meta(
-        work, regions, network, lambda copied: copied(to_meta(latents), condition(copied, meta=True), 0)
+        work,
+        regions or (type(network),),
+        network,
+        lambda copied: copied(to_meta(latents), condition(copied, meta=True), 0),
     )
     blocks = Compiled(network, regions, device)
     blocks.expect(shapes)
