@@ -3,6 +3,7 @@
 The fake GPU (tests/lib/fake_cuda) has CPU values, so a run computes the images that it computes on the CPU.
 """
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -18,11 +19,17 @@ from fake_cuda import FakeCuda, fake_cuda, guard
 from native import error, record, tensors, with_scheduler
 from PIL import Image
 from repeated import Repeated
+from whole import plan_of
 
 from sglang_gen.backends.native import engine
 from sglang_gen.engine import cuda_graphs
 from sglang_gen.families import registry
 from sglang_gen.models import flux
+from sglang_gen.parallel import collectives
+from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.perf.clock import Clock, timer
+from sglang_gen.perf.flops import CallLog
+from sglang_gen.perf.memory import Memory
 
 pytestmark = [
     pytest.mark.whole,  # compiles the guard
@@ -212,6 +219,87 @@ def test_noise_that_is_copied_without_a_wait_is_the_noise_of_the_cpu(pipelines, 
 def test_no_scheduler_of_a_flow_waits_for_the_gpu(pipelines, run, scheduler, settings):
     gpu = run(with_scheduler(pipelines["sd3"], scheduler, **settings), "attention=sdpa", *TWO, steps=6)
     assert_placed(gpu)
+
+
+def test_text_encoders_that_make_room_for_the_network_come_back_for_the_next_batch(folders, sglang):
+    with fake_cuda(free=0) as gpu:
+        done = sglang("generate", "--model-path", folders["sd3"], "--prompt", "a cat", "--height", 32, "--width", 32,
+                      "--num-inference-steps", 2, "--num-samples", 2, "--backend", "sglang", "device=cuda",
+                      "dtype=bfloat16", "attention=sdpa", "sampling.batch_size=1")  # fmt: skip
+    assert done.code == 0, done.err
+    assert len(record("outputs")["effective"]["released"]) == 3
+    assert gpu.of("device") == []
+    assert gpu.of("wait", "loop") == []
+
+
+OFFLOADED = [
+    (name, f"offload{words}")
+    for name in ("sd15", "sdxl", "sd3", "flux")
+    for words in ("=model", ".dit_cpu_offload=true", ".vae_cpu_offload=true")
+]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("sglang_gen.engine.residency") is None, reason="the native engine does not offload yet"
+)
+@pytest.mark.parametrize(("name", "words"), mostly_slow(OFFLOADED, ("sdxl", "offload=model")))
+def test_offloaded_components_are_on_the_gpu_while_they_compute(run, name, words):
+    gpu = run(name, words, "attention=sdpa", "--num-samples", "2", "sampling.batch_size=1", dtype="bfloat16")
+    assert record("cuda")["effective"]["offload"] != []
+    assert gpu.of("device") == []
+    assert gpu.of("copy", "loop") == []
+    assert gpu.of("wait", "loop") == []
+
+
+RANKS = [
+    ("sdxl", "parallel.tp_size=2", 1),
+    ("sdxl", "parallel.ring_degree=2", 0),
+    ("sdxl", "parallel.ulysses_degree=2", 1),
+    ("sd3", "parallel.tp_size=2", 1),
+    ("sd3", "parallel.ring_degree=2", 0),
+    ("sd3", "parallel.ulysses_degree=2", 0),
+    ("flux", "parallel.tp_size=2", 0),
+    ("flux", "parallel.ring_degree=2", 1),
+    ("flux", "parallel.ulysses_degree=2", 0),
+    ("sd15", "parallel.enable_cfg_parallel=true", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "rank"), mostly_slow(RANKS, RANKS[1], RANKS[3], RANKS[8]))
+def test_a_rank_of_every_axis_computes_on_its_gpu(folders, monkeypatch, name, words, rank):
+    """One rank alone, to which every other rank sends what it sends itself."""
+    alone(monkeypatch)
+    given = ("device=cuda", "dtype=bfloat16", "attention=math", "sampling.prompt=a", words)
+    scale = () if name == "flux" else ("sampling.guidance_scale=3",)
+    with fake_cuda(count=2) as gpu:
+        plan = plan_of(f"model.path={folders[name]}", *given, *scale)
+        assert plan.layout.ranks == 2
+        gpu.stage = "load"
+        loaded = engine.load(plan, Mesh(plan.layout, rank), CallLog())
+        loaded.sample(plan.batches[0], 2, Clock(timer("cuda"), Memory("cuda")))
+    assert_placed(gpu)
+
+
+def alone(monkeypatch) -> None:
+    """Stand-ins for what a rank asks of the others."""
+
+    class Done:
+        def wait(self) -> None: ...
+
+    def all_gather(out, x, group, async_op):
+        out.copy_(x.repeat(len(out) // len(x)))
+        return Done()
+
+    def all_to_all(out, x, received, sent, group, async_op):
+        out.zero_()
+        return Done()
+
+    monkeypatch.setattr(collectives, "_group", lambda axis: None)
+    monkeypatch.setattr(collectives.dist, "all_reduce", lambda x, group: x)
+    monkeypatch.setattr(collectives.dist, "all_gather_into_tensor", all_gather)
+    monkeypatch.setattr(collectives.dist, "all_to_all_single", all_to_all)
+    monkeypatch.setattr(Mesh, "broadcast", lambda self, item: item)
+    monkeypatch.setattr(Mesh, "gather_all", lambda self, item: [item])
 
 
 # Bugs of the kinds that these tests look for

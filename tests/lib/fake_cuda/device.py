@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fake_cuda import guard
 from fake_cuda.rules import broken_rule, copied, is_pinned, pinned, waits_for
-from fake_cuda.stand_ins import stand_ins
+from fake_cuda.stand_ins import MEMORY, stand_ins
 
 CUDA = torch.device("cuda", 0)
 PACKAGES = ("sglang_gen", "diffusers", "transformers")
@@ -40,6 +40,26 @@ class CudaTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise AssertionError(f"{func} of a fake CUDA tensor outside of the fake GPU")
+
+
+_data: Any = torch.Tensor.data  # the descriptor of torch
+
+
+def _get_data(tensor: Tensor) -> Tensor:
+    return CudaTensor(tensor.host) if isinstance(tensor, CudaTensor) else _data.__get__(tensor)
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    """`tensor.data = value`, which may move a tensor from one device to the other."""
+    if isinstance(tensor, CudaTensor) or isinstance(value, CudaTensor):
+        value = torch.nn.Parameter(value, tensor.requires_grad) if _is_parameter(tensor) else value.detach()
+        torch.utils.swap_tensors(tensor, value)
+    else:
+        _data.__set__(tensor, value)
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -138,15 +158,16 @@ def _place() -> str:
 
 
 @contextmanager
-def fake_cuda() -> Iterator[FakeCuda]:
-    """A process with one GPU inside of the context. Needs a C++ compiler, see `guard.compiler`."""
+def fake_cuda(free: int = MEMORY, count: int = 1) -> Iterator[FakeCuda]:
+    """A process that sees `count` GPUs and has `free` bytes of one. Needs a C++ compiler, see `guard.compiler`."""
     guard.load()
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     lifts = torch._C._only_lift_cpu_tensors()
     gpu = FakeCuda()
     with ExitStack() as stack:
-        for owner, name, value in stand_ins(gpu):
+        for owner, name, value in stand_ins(gpu, free, count):
             stack.enter_context(patch.object(owner, name, value))
+        stack.enter_context(patch.object(torch.Tensor, "data", property(_get_data, _set_data)))
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # `param.data = ...` would keep the old host
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(list, device="cuda") is made on the CPU and copied
         try:
@@ -154,4 +175,5 @@ def fake_cuda() -> Iterator[FakeCuda]:
                 yield gpu
         finally:
             torch._C._set_only_lift_cpu_tensors(lifts)
-            torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+            stack.enter_context(patch.object(torch.Tensor, "data", property(_get_data, _set_data)))
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,14 +20,33 @@ class Event:
     def __init__(self, enable_timing: bool = False) -> None:
         self.at = 0.0
 
-    def record(self) -> None:
+    def record(self, stream: Any = None) -> None:
         self.at = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
 
     def elapsed_time(self, end: "Event") -> float:
         return 1000 * (end.at - self.at)
 
 
-def stand_ins(gpu: Any) -> Iterator[tuple[Any, str, Any]]:
+class Stream:
+    """A stream of a GPU that is never behind the host."""
+
+    def wait_stream(self, other: "Stream") -> None: ...
+
+    def wait_event(self, event: Event) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record()
+        return event
+
+
+def stand_ins(gpu: Any, free: int, count: int) -> Iterator[tuple[Any, str, Any]]:
     """(owner, attribute, value) of each; the clock of a run tells the fake GPU its stage.
 
     The stage of denoising is "denoising" while texts and timesteps are embedded, and "loop" from the first step on.
@@ -34,7 +54,7 @@ def stand_ins(gpu: Any) -> Iterator[tuple[Any, str, Any]]:
     cuda = torch.cuda
     yield cuda, "_lazy_init", lambda: None
     yield cuda, "is_available", lambda: True
-    yield cuda, "device_count", lambda: 1
+    yield cuda, "device_count", lambda: count
     yield cuda, "current_device", lambda: 0
     yield cuda, "set_device", lambda _: None
     yield cuda, "get_device_name", lambda *_: "a fake GPU"
@@ -44,12 +64,16 @@ def stand_ins(gpu: Any) -> Iterator[tuple[Any, str, Any]]:
         "get_device_properties",
         lambda *_: SimpleNamespace(total_memory=MEMORY, name="a fake GPU", major=9, minor=0, multi_processor_count=132),
     )
-    yield cuda, "mem_get_info", lambda *_: (MEMORY, MEMORY)
+    yield cuda, "mem_get_info", lambda *_: (free, MEMORY)
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
         yield cuda, name, lambda *_: 0
-    for name in ("reset_peak_memory_stats", "empty_cache", "synchronize", "manual_seed", "manual_seed_all"):
+    idle = ("reset_peak_memory_stats", "empty_cache", "synchronize", "manual_seed", "manual_seed_all", "_sleep")
+    for name in idle:
         yield cuda, name, lambda *_: None
     yield cuda, "Event", Event
+    yield cuda, "Stream", Stream
+    yield cuda, "current_stream", lambda *_: Stream()
+    yield cuda, "stream", lambda _: nullcontext()
     enter, leave, denoise = Clock.enter, Clock.leave, engine.denoise
 
     def entered(self: Clock, stage: str) -> None:
