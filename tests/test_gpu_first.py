@@ -12,7 +12,8 @@ from fake_cuda import fake_cuda, guard
 from repeated import Repeated
 
 from sglang_gen.engine import cuda_graphs
-from tools.gpu_first import attention, environment, graphs, rates, sections, steps
+from tools.bench import networks
+from tools.gpu_first import attention, environment, graphs, network, rates, sections, steps
 from tools.gpu_first.__main__ import SECTIONS, main
 from tools.gpu_first.sections import FAILED, Section, Settings, SkippedError
 
@@ -155,6 +156,22 @@ def test_a_mode_that_fails_is_a_line_of_the_table(gpu, monkeypatch):
     assert "| 75% |" in rows["| eager"]  # idle
     assert f"| CUDA graphs | {FAILED}" not in text
     assert rows["| compile=regional"].startswith(f"| compile=regional | {FAILED}: RuntimeError: no capture")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_network_is_compiled_by_blocks_or_as_a_whole(traced, whole):
+    work = network.chosen(CPU)["flux_dev"]
+    model, condition, latents = network.drawn(work, CPU)
+    kernel = networks.kernel_of_auto(work, "cpu", torch.float32)
+    calls = [
+        networks.our_call(
+            work, lambda: (networks.sharing(model), condition, latents), "cpu", kernel, compiled=compiled, whole=whole
+        )
+        for compiled in (False, True)
+    ]
+    with torch.no_grad():
+        assert torch.equal(*(call() for call in calls))
+    assert len(traced) == (1 if whole else 2)  # or one for each class of blocks
 
 
 def test_a_known_card_below_its_rate_is_a_failure(gpu, monkeypatch):
