@@ -13,7 +13,7 @@ from repeated import Repeated
 
 from sglang_gen.engine import cuda_graphs
 from tools.bench import networks
-from tools.gpu_first import attention, environment, graphs, network, rates, sections, steps
+from tools.gpu_first import attention, environment, graphs, network, rates, runs, sections, steps
 from tools.gpu_first.__main__ import SECTIONS, main
 from tools.gpu_first.sections import FAILED, Section, Settings, SkippedError
 
@@ -172,6 +172,12 @@ def test_a_network_is_compiled_by_blocks_or_as_a_whole(traced, whole):
     with torch.no_grad():
         assert torch.equal(*(call() for call in calls))
     assert len(traced) == (1 if whole else 2)  # or one for each class of blocks
+
+
+def test_the_sections_are_of_the_published_networks():
+    assert network.NAMES == ("flux_dev", "sdxl")
+    assert list(SECTIONS)[-2:] == ["flux_dev", "sdxl"]
+    assert runs.chosen(Settings("cuda", "full")).preset == "sdxl"
 
 
 def test_a_known_card_below_its_rate_is_a_failure(gpu, monkeypatch):

@@ -76,9 +76,11 @@ def folders(pipelines, tmp_path_factory):
 def run(folders, sglang):
     """Generate on the fake GPU, or on the CPU; what the GPU noted."""
 
-    def generate(name, *words: object, steps: int = 3, dtype: str = "float32", device: str = "cuda") -> FakeCuda:
+    def generate(
+        name, *words: object, steps: int = 3, dtype: str = "float32", device: str = "cuda", backend: str = "sglang"
+    ) -> FakeCuda:
         argv = ("generate", "--model-path", folders.get(name, name), "--prompt", "a cat", "--seed", 7,
-                "--height", 32, "--width", 48, "--num-inference-steps", steps, "--dtype", dtype, "--backend", "sglang",
+                "--height", 32, "--width", 48, "--num-inference-steps", steps, "--dtype", dtype, "--backend", backend,
                 "output.latents=true", f"device={device}", "--output-path", device, *words)  # fmt: skip
         if device == "cpu":
             gpu, done = FakeCuda(), sglang(*argv)
@@ -120,6 +122,14 @@ def test_every_family_computes_on_the_gpu_and_waits_for_it_outside_of_the_loop_o
     gpu = run(name, "attention=sdpa", *words, dtype=dtype)
     assert_placed(gpu)
     assert gpu.of("copy", "loop") == []
+
+
+@pytest.mark.parametrize("name", mostly_slow(("sd15", "sdxl", "sd3", "flux"), "sdxl"))
+def test_the_diffusers_backend_computes_on_the_gpu(run, name):
+    """How often diffusers' own loop waits is not ours to say."""
+    gpu = run(name, backend="diffusers", dtype="bfloat16")
+    assert gpu.operators["denoising"] > 100
+    assert gpu.of("device") == []
 
 
 @pytest.mark.parametrize("name", mostly_slow(("sd15", "sd21", "sdxl", "sd3", "flux"), "sd15", "flux"))

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.gpu_first import attention, environment, graphs, rates, runs, steps
+from tools.gpu_first import attention, environment, graphs, network, rates, runs, steps
 from tools.gpu_first.sections import Section, Settings, report, run_all
 
 # In the order of what a short budget should still give; `most` seconds of each, on networks of full size.
@@ -22,8 +22,7 @@ SECTIONS = {
     "attention": Section("attention kernels", attention.order, 90),
     "graphs": Section("CUDA graphs", graphs.compare, 90),
     "runs": Section("offloading and memory", runs.measure, 150),
-    "flux": Section("a step of FLUX", steps.of("flux_dev"), 240),
-    "sdxl": Section("a step of SDXL", steps.of("sdxl"), 240),
+    **{name: Section(f"a step of {name}", steps.of(name), 240) for name in network.NAMES},
 }
 
 

@@ -1,4 +1,4 @@
-"""Which kernels attention=auto tries on the shapes of FLUX and SDXL, in the order of their time."""
+"""Which kernels attention=auto tries on the shapes of published networks, in the order of their time."""
 
 import math
 from functools import partial

@@ -12,7 +12,7 @@ from sglang_gen.families import registry
 from tools.bench import works
 from tools.gpu_first.sections import Settings
 
-NAMES = ("flux_dev", "sdxl")  # benchmarks of tools.bench.works
+NAMES = tuple(name for name, (_, benchmark) in works.BENCHMARKS.items() if benchmark.preset)  # of published networks
 SIDE = 8  # of a tiny network's latents
 
 

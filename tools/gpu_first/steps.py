@@ -1,4 +1,4 @@
-"""One denoising step of FLUX or SDXL in each mode: its time, its kernels, and how long the GPU was idle in it."""
+"""One denoising step of a published network in each mode: its time, its kernels, and how idle the GPU was in it."""
 
 import statistics
 from collections import Counter

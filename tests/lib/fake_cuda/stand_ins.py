@@ -70,6 +70,9 @@ def stand_ins(gpu: Any, free: int, count: int) -> Iterator[tuple[Any, str, Any]]
     idle = ("reset_peak_memory_stats", "empty_cache", "synchronize", "manual_seed", "manual_seed_all", "_sleep")
     for name in idle:
         yield cuda, name, lambda *_: None
+    yield cuda, "get_rng_state", lambda *_: torch.zeros(16, dtype=torch.uint8)
+    yield cuda, "set_rng_state", lambda *_, **__: None
+    yield cuda, "device", lambda _: nullcontext()
     yield cuda, "Event", Event
     yield cuda, "Stream", Stream
     yield cuda, "current_stream", lambda *_: Stream()
