@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROMPT ?= A serene landscape with mountains and a lake at sunset
 
-.PHONY: help setup generate check test test-slow test-all test-lowest lint types bench bench-gpu wheel-smoke docs clean
+.PHONY: help setup generate check test test-slow test-all test-lowest lint types bench bench-gpu gpu-first wheel-smoke docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -55,6 +55,9 @@ bench: $(STAMP)  ## benchmarks: start, composition, a picture (pytest-benchmark)
 
 bench-gpu: $(STAMP)  ## on a GPU: whole pictures of SDXL and FLUX.1 dev with random weights, beside diffusers
 	$(BIN)/python -m tools.bench.pictures --device cuda --work sdxl,flux_dev
+
+gpu-first: $(STAMP)  ## on a GPU: the first eight minutes, what works, what fails and how fast it is, in gpu_first.md
+	$(BIN)/python -m tools.gpu_first
 
 wheel-smoke: $(STAMP)  ## build the wheel, install it in a clean environment, generate outside of the checkout
 	PYTHON=$(BIN)/python tools/wheel_smoke.sh

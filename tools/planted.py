@@ -198,8 +198,7 @@ ENGINE = (
            "(without(latents, index), text(latents, index))", "(without(latents, index), without(latents, index))"),
     Mutant("Every sample draws its noise from the first generator",
            "sglang_gen/engine/denoise.py", "tests/test_native_schedulers.py -k of_its_seed_alone",
-           "generator=generator, dtype=dtype) for generator in generators",
-           "generator=generators[0], dtype=dtype) for generator in generators"),
+           "generator=generator, dtype=dtype", "generator=generators[0], dtype=dtype"),
     Mutant("The surplus evaluation of PNDM counts as a step",
            "sglang_gen/engine/denoise.py",
            "tests/test_native_schedulers.py tests/test_native_guidance.py -k 'more_than_once or whole_steps'",
@@ -213,7 +212,7 @@ ENGINE = (
            "(query >= end) |", "(query > end) |"),
     Mutant("A second schedule goes on where the first one ended",
            "sglang_gen/engine/flow_match_euler.py", "tests/test_flow_match.py -k second_schedule",
-           "torch.zeros(1)])\n        self.index = 0", "torch.zeros(1)])"),
+           "torch.zeros(1, device=\"cpu\")])\n        self.index = 0", "torch.zeros(1, device=\"cpu\")])"),
     Mutant("Latents of a flow are integrated in the dtype of the network",
            "sglang_gen/engine/flow_match_euler.py", "tests/test_flow_match.py -k 'times_noise_and_steps'",
            "        sample = sample.to(torch.float32)\n", ""),
@@ -495,5 +494,38 @@ VIDEO = (
            "sglang_gen/backends/native/safety_checker.py", "tests/test_sizes.py -k flagged",
            "frames[flagged] = 0", "frames[flagged.any(1)] = 0"),
 )
+GPU = (
+    Mutant("A scheduler copies from pageable memory to the GPU",
+           "sglang_gen/engine/host_copies.py", "tests/test_gpu_placement.py -k 'diffusion_waits and Ancestral'",
+           "source.pin_memory().to(", "source.to("),
+    Mutant("FLUX's positions are made on the CPU",
+           "sglang_gen/models/flux.py", "tests/test_gpu_placement.py -k 'every_family and flux'",
+           "_positions(text.shape[1], rows, columns, text.device)",
+           "_positions(text.shape[1], rows, columns, torch.device('cpu'))"),
+    Mutant("A tensor is made without a device",
+           "sglang_gen/models/layers.py", "tests/test_devices.py",
+           "torch.arange(half, dtype=torch.float32, device=values.device)",
+           "torch.arange(half, dtype=torch.float32).to(values.device)"),
+    Mutant("A rank that receives no halo leaves out the exchange",
+           "sglang_gen/parallel/spatial.py", "tests/test_collective_order.py -k 'every_layout and sdxl'",
+           "    coming = exchange(flat, sent, received, axis)\n    if not any(received):\n"
+           "        zeros = coming.wait_before(zeros)\n        return zeros, zeros\n",
+           "    if not any(received):\n        return zeros, zeros\n"
+           "    coming = exchange(flat, sent, received, axis)\n"),
+)
 # fmt: on
-MUTANTS = (*MODELS, *PIPELINES, *PARALLEL, *WEIGHTS, *ENGINE, *BACKENDS, *PERF, *CONFIG, *PLAN, *HUB, *OUTPUT, *VIDEO)
+MUTANTS = (
+    *MODELS,
+    *PIPELINES,
+    *PARALLEL,
+    *WEIGHTS,
+    *ENGINE,
+    *BACKENDS,
+    *PERF,
+    *CONFIG,
+    *PLAN,
+    *HUB,
+    *OUTPUT,
+    *VIDEO,
+    *GPU,
+)

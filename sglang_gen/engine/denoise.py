@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sglang_gen.engine.host_copies import pinned_copies
+
 Predict = Callable[[Tensor, int], Tensor]  # (latents [B, ...], index of the timestep) -> prediction of the same shape
 
 
 def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
     """Noise `[B, *shape]`; row i comes from CPU generator i, so an image depends only on its own seed."""
-    return torch.cat([torch.randn((1, *shape), generator=generator, dtype=dtype) for generator in generators])
+    rows = [torch.randn((1, *shape), generator=generator, dtype=dtype, device="cpu") for generator in generators]
+    return torch.cat(rows)
 
 
 def step_numbers(evaluations: int, steps: int, order: int) -> list[int]:
@@ -42,7 +45,9 @@ def denoise(
     scales = hasattr(scheduler, "scale_model_input")
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep) if scales else latents
-        latents = scheduler.step(predict(scaled, index), timestep, latents, return_dict=False, **extra)[0]
+        prediction = predict(scaled, index)
+        with pinned_copies(latents.device):
+            latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
         if index + 1 == len(numbers) or numbers[index + 1] != numbers[index]:
             after_step()
     return latents
@@ -74,7 +79,7 @@ def _brownian(sigmas: Tensor, latents: Tensor, seeds: list[int]) -> Callable[[Te
     from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler  # needs torchsde
 
     least, most = sigmas[sigmas > 0].min().item(), sigmas.max().item()
-    motion = BrownianTreeNoiseSampler(latents.cpu(), least, most, seeds)
+    motion = BrownianTreeNoiseSampler(torch.empty_like(latents, device="cpu"), least, most, seeds)  # reads the shape
 
     def draw(sigma: Tensor, following: Tensor) -> Tensor:
         noise: Tensor = motion(sigma, following)

@@ -37,7 +37,7 @@ class FlowMatchEuler:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = {**CONFIG_DEFAULTS, **config}
-        self.timesteps = self.sigmas = torch.empty(0)
+        self.timesteps = self.sigmas = torch.empty(0, device="cpu")
         self.index = 0
 
     @classmethod
@@ -59,13 +59,13 @@ class FlowMatchEuler:
             levels = np.array(sigmas).astype(np.float32)
         shifted = torch.from_numpy(self._shifted(levels, mu)).to(torch.float32)
         self.timesteps = shifted * self.config["num_train_timesteps"]
-        self.sigmas = torch.cat([shifted, torch.zeros(1)])
+        self.sigmas = torch.cat([shifted, torch.zeros(1, device="cpu")])
         self.index = 0
 
     def _even(self, steps: int) -> "np.ndarray[Any, Any]":
         """Evenly spaced levels between the first and last training level, both already shifted by a fixed shift."""
         count, shift = self.config["num_train_timesteps"], self.config["shift"]
-        ends = torch.tensor([count, 1], dtype=torch.float32) / count
+        ends = torch.tensor([count, 1], dtype=torch.float32, device="cpu") / count
         if not self.config["use_dynamic_shifting"]:
             ends = shift * ends / (1 + (shift - 1) * ends)
         most, least = ends.tolist()
@@ -112,7 +112,7 @@ class FlowMatchEuler:
         sample = sample.to(torch.float32)
         if self.config["stochastic_sampling"]:
             assert generator is not None
-            drawn = [torch.randn((1, *sample.shape[1:]), generator=each) for each in generator]
+            drawn = [torch.randn((1, *sample.shape[1:]), generator=each, device="cpu") for each in generator]
             clean = sample - sigma * model_output
             return (
                 ((1.0 - following) * clean + following * torch.cat(drawn).to(sample.device)).to(model_output.dtype),

@@ -183,7 +183,7 @@ class Flux(nn.Module):
         vector = vector + self.pooled_embedder(pooled)  # [S, B, D]
         return Conditioning(
             self.text_embedder(text),
-            rotary_table(_positions(text.shape[1], rows, columns).to(text.device), self.config.axes),
+            rotary_table(_positions(text.shape[1], rows, columns, text.device), self.config.axes),
             [
                 *((block.image.modulation(vector), block.text.modulation(vector)) for block in self.blocks),
                 *((block.modulation(vector),) for block in self.single_blocks),
@@ -203,9 +203,9 @@ class Flux(nn.Module):
         return self.out(modulate(x, shift, scale))
 
 
-def _positions(text: int, rows: int, columns: int) -> Tensor:
+def _positions(text: int, rows: int, columns: int, device: torch.device) -> Tensor:
     """(stream, row, column) of all tokens, `[text + rows * columns, 3]`; text tokens are at the origin."""
-    grid = torch.zeros(rows, columns, 3)
-    grid[..., 1] = torch.arange(rows)[:, None]
-    grid[..., 2] = torch.arange(columns)
-    return torch.cat([torch.zeros(text, 3), rearrange(grid, "h w n -> (h w) n")])
+    grid = torch.zeros(rows, columns, 3, device=device)
+    grid[..., 1] = torch.arange(rows, device=device)[:, None]
+    grid[..., 2] = torch.arange(columns, device=device)
+    return torch.cat([grid.new_zeros(text, 3), rearrange(grid, "h w n -> (h w) n")])
