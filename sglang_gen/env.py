@@ -7,6 +7,7 @@ import netrc
 import os
 import platform
 import shutil
+import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 from sglang_gen.errors import UserError
 
 VERSION = "0.1.0"
+LOOPBACK = "lo"  # Linux's name of the interface
 PACKAGES = (
     "sglang-gen", "torch", "diffusers", "transformers", "tokenizers", "safetensors", "accelerate", "huggingface-hub",
     "hydra-core", "omegaconf", "numpy", "pillow",
@@ -153,13 +155,18 @@ def has_nunchaku() -> bool:
 
 
 def rank_variables(threads: int | None) -> dict[str, str]:
-    """Environment variables of a rank's process: a copy of ours, with PYTHONPATH and the number of OpenMP threads."""
+    """Environment variables of a rank's process: a copy of ours, with PYTHONPATH and the number of OpenMP threads.
+
+    gloo listens on the loopback interface unless the user named another, so that no other machine reaches the ranks.
+    """
     variables = dict(os.environ)
     variables["PYTHONPATH"] = os.pathsep.join(
         path for path in (str(Path(__file__).parent.parent), variables.get("PYTHONPATH")) if path
     )
     if threads is not None:
         variables.setdefault("OMP_NUM_THREADS", str(threads))
+    if LOOPBACK in (name for _, name in socket.if_nameindex()):
+        variables.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     return variables
 
 

@@ -107,11 +107,10 @@ class Ranks:
 
     def run(self, plan: Plan, started: float) -> Result:
         """Carry out `plan` on the first `plan.layout.ranks` processes, which cannot be used again after a failure."""
-        import torch.distributed as dist
+        from sglang_gen.parallel import mesh
 
         self.speakers = {}
-        count = plan.layout.ranks
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+        count, store = plan.layout.ranks, mesh.local_store()
         for rank, pipe in enumerate(self.pipes[:count]):
             try:
                 pipe.send(Job(plan, rank, store.port, os.getcwd(), started))
