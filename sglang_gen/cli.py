@@ -6,7 +6,6 @@ Exit codes of `main(argv)`: 0 success, 1 the run failed, 2 the request is invali
 import argparse
 import gc
 import os
-import signal
 import sys
 import traceback
 from collections import deque
@@ -15,11 +14,12 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sglang_gen import env, log
+from sglang_gen import env, log, signals
 from sglang_gen.config import help as help_page
 from sglang_gen.config.flags import FLAGS
 from sglang_gen.config.schema import LogLevel, leaves
-from sglang_gen.errors import Terminated, UserError, ending, nearest
+from sglang_gen.errors import UserError, ending, nearest
+from sglang_gen.signals import Terminated
 
 if TYPE_CHECKING:
     from sglang_gen.config.choices import Choices
@@ -244,10 +244,6 @@ def _level(argv: Sequence[str]) -> str:
     return LogLevel.info.name
 
 
-def _terminate(signum: int, frame: Any) -> None:
-    raise Terminated
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `argv` (default: this process's arguments) and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -255,26 +251,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = level == LogLevel.debug.name
     log.setup(level)
     log.capture_warnings()
-    previous = _install_sigterm()
     try:
-        place = env.torchrun()
-        if place is None:
-            return _dispatch(argv)
-        from sglang_gen.launch import torchrun
+        with signals.raised():
+            place = env.torchrun()
+            if place is None:
+                return _dispatch(argv)
+            from sglang_gen.launch import torchrun
 
-        return torchrun.run(place, partial(_dispatch, argv), partial(_report, debug=debug))
+            return torchrun.run(place, partial(_dispatch, argv), partial(_report, debug=debug))
     except (Exception, KeyboardInterrupt, Terminated) as error:  # noqa: BLE001 - the command's outermost handler
         return _report(error, debug)
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
-
-
-def _install_sigterm() -> Any:
-    try:
-        return signal.signal(signal.SIGTERM, _terminate)
-    except ValueError:  # not the main thread: the host program owns the signals
-        return None
 
 
 def _report(error: BaseException, debug: bool) -> int:
@@ -290,6 +276,7 @@ def _report(error: BaseException, debug: bool) -> int:
 
 def console() -> NoReturn:
     """Entry point of the `sglang` script."""
+    signals.leave_quietly()
     env.collect_rarely()
     code = main()
     try:
@@ -297,5 +284,7 @@ def console() -> NoReturn:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader closed the pipe (`| head`); the interpreter would print an error at exit
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if code == 130:
+        signals.forget_unhandled()
     gc.freeze()  # skips the garbage collection at interpreter exit, 0.7 s of CPU
     sys.exit(code)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_gen.errors import Terminated
+from sglang_gen.signals import Terminated
 
 SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "1")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sglang_gen import env, files, log
+from sglang_gen import env, files, log, signals
 from sglang_gen.config.schema import Tracker, plain
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.launch import numerics
@@ -200,6 +200,7 @@ def _generated(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Iterator
     """Generate all batches. Yields (number, result) of every batch, in order, on rank 0 and nothing on other ranks."""
     group = mesh.index("dp")
     for turn in rounds(plan.batches, mesh.size("dp")):
+        signals.check()
         for prompt in dict.fromkeys(sample.prompt for _, batch in turn for sample in batch):
             log.info(f'Generating with prompt: "{log.shorten(prompt)}"')
         decoded = None

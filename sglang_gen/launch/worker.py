@@ -21,7 +21,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sglang_gen import env, log
-from sglang_gen.errors import LostError, RunError, Terminated, UserError, first_line
+from sglang_gen.errors import LostError, RunError, UserError, first_line
+from sglang_gen.signals import Terminated
 from sglang_gen.types import Plan, Result
 
 PATIENCE = 3.0  # seconds between SIGTERM and SIGKILL

@@ -10,9 +10,10 @@ from sglang_gen import files, log
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import Composed, compose
 from sglang_gen.config.schema import SCHEMA_VERSION, Run
-from sglang_gen.errors import RunError, Terminated, UserError, first_line
+from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.outputs import dump_path
 from sglang_gen.perf import objective
+from sglang_gen.signals import Terminated
 from sglang_gen.sweep.multirun import Job, multirun
 from sglang_gen.sweep.report import DUMP, NOTE
 
