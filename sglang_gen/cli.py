@@ -14,7 +14,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sglang_gen import env, log, signals
+from sglang_gen import env, files, log, signals
 from sglang_gen.config import help as help_page
 from sglang_gen.config.flags import FLAGS
 from sglang_gen.config.schema import LogLevel, leaves
@@ -121,7 +121,7 @@ def command_generate(argv: Sequence[str]) -> int:
     options, overrides = split_argv(argv, parser)
     given = vars(parser.parse_args(options))
     if given.get("help"):
-        print(help_page.generate(parser))
+        files.print_result(help_page.generate(parser))
         return 0
     choices, place = _choices(given, overrides), env.torchrun()
     if "cfg" not in given and (unused := {"package", "resolve"} & given.keys()):
@@ -131,10 +131,10 @@ def command_generate(argv: Sequence[str]) -> int:
     if given.get("hydra_help") or given.get("info") or given.get("cfg"):
         from sglang_gen.config.show import show
 
-        print(show(choices, given))
+        files.print_result(show(choices, given))
         return 0
     if given.get("version"):
-        print(help_page.version())
+        files.print_result(help_page.version())
         return 0
     if given.get("run") and given.get("multirun"):
         raise UserError("--run and --multirun exclude each other")
@@ -180,10 +180,10 @@ def command_models(argv: Sequence[str]) -> int:
     """`sglang models`: list the model presets."""
     if argv:
         if set(argv) <= {"-h", "--help"}:
-            print(help_page.MODELS)
+            files.print_result(help_page.MODELS)
             return 0
         raise UserError(f"sglang models takes no arguments, found '{argv[0]}'")
-    print(help_page.models())
+    files.print_result(help_page.models())
     return 0
 
 
@@ -205,7 +205,7 @@ def command_debug(argv: Sequence[str]) -> int:
     options, overrides = split_argv(argv[1:], parser)
     given = vars(parser.parse_args(options))
     if given.get("help"):
-        print(command.PARITY_HELP)
+        files.print_result(command.PARITY_HELP)
         return 0
     command.check_parity_options(given)
     from sglang_gen.config.compose import compose
@@ -223,10 +223,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def _dispatch(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(help_page.TOP)
+        files.print_result(help_page.TOP)
         return 0 if argv else 2
     if argv[0] == "--version":
-        print(help_page.version())
+        files.print_result(help_page.version())
         return 0
     if argv[0] == "serve":
         raise UserError("'sglang serve' is not part of sglang-gen, which generates with diffusion models only")
@@ -282,7 +282,7 @@ def console() -> NoReturn:
     try:
         if sys.stdout is not None:  # None: the process was started with a closed stdout
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader closed the pipe (`| head`); the interpreter would print an error at exit
+    except OSError:  # the reader closed the pipe (`| head`), or the disk is full; the interpreter would print an error
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if code == 130:
         signals.forget_unhandled()

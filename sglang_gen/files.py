@@ -9,12 +9,13 @@ import json
 import os
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sglang_gen import destination
+from sglang_gen import destination, log
 from sglang_gen.errors import RunError, UserError
 
 PNG_KEY = "sglang_gen"  # name of the PNG text chunk that holds the run record
@@ -234,3 +235,19 @@ def safetensors_bytes(tensors: Mapping[str, Any]) -> bytes:
     from safetensors.torch import save
 
     return save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})  # type: ignore[no-any-return]
+
+
+def print_result(text: str) -> None:
+    """Print a result to standard output, if it is open. Raises RunError if it cannot be written.
+
+    Raises BrokenPipeError if nobody reads it.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        print(log.encodable(text, sys.stdout.encoding or "utf-8"), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter would report the same error at exit
+        raise RunError(f"The result cannot be written to standard output: {error.strerror}") from error
