@@ -42,18 +42,22 @@ class Torchrun:
 def torchrun() -> Torchrun | None:
     """The launcher's variables; None if no launcher started this process.
 
-    Raises UserError for a value that is not a number, a rank outside of the world, or a missing LOCAL_RANK.
+    Raises UserError for a value that is not a number or out of range, a rank outside of the world, or a missing
+    LOCAL_RANK.
     """
     if not all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return None
 
-    def number(name: str, default: int = 0) -> int:
+    def number(name: str, default: int = 0, least: int = 0, most: int = 2**31 - 1) -> int:
         text = os.environ.get(name) or str(default)
-        if not text.isdecimal():
+        if not (text.isascii() and text.isdecimal()):
             raise UserError(f"The environment variable {name} is '{text}'; torchrun sets it to a number")
+        if len(text) > 20 or not least <= int(text) <= most:
+            raise UserError(f"The environment variable {name} is {text}; it must lie between {least} and {most}")
         return int(text)
 
-    rank, ranks = number("RANK"), number("WORLD_SIZE")
+    rank, ranks = number("RANK"), number("WORLD_SIZE", least=1)
+    number("MASTER_PORT", least=1, most=65_535)
     if ranks > 1 and not os.environ.get("LOCAL_RANK"):
         raise UserError(
             f"RANK is {rank} and WORLD_SIZE {ranks}, so a launcher has started this process, but not LOCAL_RANK, its "
@@ -109,6 +113,7 @@ def prepare_libraries() -> None:
     deterministic; the size is torch's default on Hopper.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns of every attempt to connect
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
