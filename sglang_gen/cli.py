@@ -6,7 +6,6 @@ Exit codes of `main(argv)`: 0 success, 1 the run failed, 2 the request is invali
 import argparse
 import gc
 import os
-import signal
 import sys
 import traceback
 from collections import deque
@@ -15,11 +14,12 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sglang_gen import env, log
+from sglang_gen import env, files, log, signals
 from sglang_gen.config import help as help_page
 from sglang_gen.config.flags import FLAGS
 from sglang_gen.config.schema import LogLevel, leaves
-from sglang_gen.errors import Terminated, UserError, ending, nearest
+from sglang_gen.errors import UserError, ending, nearest
+from sglang_gen.signals import Terminated
 
 if TYPE_CHECKING:
     from sglang_gen.config.choices import Choices
@@ -121,7 +121,7 @@ def command_generate(argv: Sequence[str]) -> int:
     options, overrides = split_argv(argv, parser)
     given = vars(parser.parse_args(options))
     if given.get("help"):
-        print(help_page.generate(parser))
+        files.print_result(help_page.generate(parser))
         return 0
     choices, place = _choices(given, overrides), env.torchrun()
     if "cfg" not in given and (unused := {"package", "resolve"} & given.keys()):
@@ -131,10 +131,10 @@ def command_generate(argv: Sequence[str]) -> int:
     if given.get("hydra_help") or given.get("info") or given.get("cfg"):
         from sglang_gen.config.show import show
 
-        print(show(choices, given))
+        files.print_result(show(choices, given))
         return 0
     if given.get("version"):
-        print(help_page.version())
+        files.print_result(help_page.version())
         return 0
     if given.get("run") and given.get("multirun"):
         raise UserError("--run and --multirun exclude each other")
@@ -180,10 +180,10 @@ def command_models(argv: Sequence[str]) -> int:
     """`sglang models`: list the model presets."""
     if argv:
         if set(argv) <= {"-h", "--help"}:
-            print(help_page.MODELS)
+            files.print_result(help_page.MODELS)
             return 0
         raise UserError(f"sglang models takes no arguments, found '{argv[0]}'")
-    print(help_page.models())
+    files.print_result(help_page.models())
     return 0
 
 
@@ -205,7 +205,7 @@ def command_debug(argv: Sequence[str]) -> int:
     options, overrides = split_argv(argv[1:], parser)
     given = vars(parser.parse_args(options))
     if given.get("help"):
-        print(command.PARITY_HELP)
+        files.print_result(command.PARITY_HELP)
         return 0
     command.check_parity_options(given)
     from sglang_gen.config.compose import compose
@@ -223,10 +223,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def _dispatch(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(help_page.TOP)
+        files.print_result(help_page.TOP)
         return 0 if argv else 2
     if argv[0] == "--version":
-        print(help_page.version())
+        files.print_result(help_page.version())
         return 0
     if argv[0] == "serve":
         raise UserError("'sglang serve' is not part of sglang-gen, which generates with diffusion models only")
@@ -244,10 +244,6 @@ def _level(argv: Sequence[str]) -> str:
     return LogLevel.info.name
 
 
-def _terminate(signum: int, frame: Any) -> None:
-    raise Terminated
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `argv` (default: this process's arguments) and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -255,26 +251,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = level == LogLevel.debug.name
     log.setup(level)
     log.capture_warnings()
-    previous = _install_sigterm()
     try:
-        place = env.torchrun()
-        if place is None:
-            return _dispatch(argv)
-        from sglang_gen.launch import torchrun
+        with signals.raised():
+            place = env.torchrun()
+            if place is None:
+                return _dispatch(argv)
+            from sglang_gen.launch import torchrun
 
-        return torchrun.run(place, partial(_dispatch, argv), partial(_report, debug=debug))
+            return torchrun.run(place, partial(_dispatch, argv), partial(_report, debug=debug))
     except (Exception, KeyboardInterrupt, Terminated) as error:  # noqa: BLE001 - the command's outermost handler
         return _report(error, debug)
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
-
-
-def _install_sigterm() -> Any:
-    try:
-        return signal.signal(signal.SIGTERM, _terminate)
-    except ValueError:  # not the main thread: the host program owns the signals
-        return None
 
 
 def _report(error: BaseException, debug: bool) -> int:
@@ -290,12 +276,15 @@ def _report(error: BaseException, debug: bool) -> int:
 
 def console() -> NoReturn:
     """Entry point of the `sglang` script."""
+    signals.leave_quietly()
     env.collect_rarely()
     code = main()
     try:
         if sys.stdout is not None:  # None: the process was started with a closed stdout
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader closed the pipe (`| head`); the interpreter would print an error at exit
+    except OSError:  # the reader closed the pipe (`| head`), or the disk is full; the interpreter would print an error
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if code == 130:
+        signals.forget_unhandled()
     gc.freeze()  # skips the garbage collection at interpreter exit, 0.7 s of CPU
     sys.exit(code)

@@ -8,6 +8,7 @@ import netrc
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 from sglang_gen.errors import UserError
 
 VERSION = "0.1.0"
+LOOPBACK = "lo"  # Linux's name of the interface
 PACKAGES = (
     "sglang-gen", "torch", "diffusers", "transformers", "tokenizers", "safetensors", "accelerate", "huggingface-hub",
     "hydra-core", "omegaconf", "numpy", "pillow",
@@ -43,18 +45,22 @@ class Torchrun:
 def torchrun() -> Torchrun | None:
     """The launcher's variables; None if no launcher started this process.
 
-    Raises UserError for a value that is not a number, a rank outside of the world, or a missing LOCAL_RANK.
+    Raises UserError for a value that is not a number or out of range, a rank outside of the world, or a missing
+    LOCAL_RANK.
     """
     if not all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return None
 
-    def number(name: str, default: int = 0) -> int:
+    def number(name: str, default: int = 0, least: int = 0, most: int = 2**31 - 1) -> int:
         text = os.environ.get(name) or str(default)
-        if not text.isdecimal():
+        if not (text.isascii() and text.isdecimal()):
             raise UserError(f"The environment variable {name} is '{text}'; torchrun sets it to a number")
+        if len(text) > 20 or not least <= int(text) <= most:
+            raise UserError(f"The environment variable {name} is {text}; it must lie between {least} and {most}")
         return int(text)
 
-    rank, ranks = number("RANK"), number("WORLD_SIZE")
+    rank, ranks = number("RANK"), number("WORLD_SIZE", least=1)
+    number("MASTER_PORT", least=1, most=65_535)
     if ranks > 1 and not os.environ.get("LOCAL_RANK"):
         raise UserError(
             f"RANK is {rank} and WORLD_SIZE {ranks}, so a launcher has started this process, but not LOCAL_RANK, its "
@@ -110,6 +116,7 @@ def prepare_libraries() -> None:
     deterministic; the size is torch's default on Hopper.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns of every attempt to connect
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
@@ -156,13 +163,18 @@ def has_nunchaku() -> bool:
 
 
 def rank_variables(threads: int | None) -> dict[str, str]:
-    """Environment variables of a rank's process: a copy of ours, with PYTHONPATH and the number of OpenMP threads."""
+    """Environment variables of a rank's process: a copy of ours, with PYTHONPATH and the number of OpenMP threads.
+
+    gloo listens on the loopback interface unless the user named another, so that no other machine reaches the ranks.
+    """
     variables = dict(os.environ)
     variables["PYTHONPATH"] = os.pathsep.join(
         path for path in (str(Path(__file__).parent.parent), variables.get("PYTHONPATH")) if path
     )
     if threads is not None:
         variables.setdefault("OMP_NUM_THREADS", str(threads))
+    if LOOPBACK in (name for _, name in socket.if_nameindex()):
+        variables.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     return variables
 
 

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+from sglang_gen.signals import Terminated
+
 # Exceptions that libraries raise for unexpected files; each is reported as one sentence that names the component.
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
 
@@ -17,10 +19,6 @@ class RunError(RuntimeError):
 
 class LostError(RunError):
     """Another rank cannot be reached. Its own failure is the cause, so this error is shown only if no other one is."""
-
-
-class Terminated(BaseException):
-    """SIGTERM was received; propagates like KeyboardInterrupt so that no partial file remains."""
 
 
 def nearest(name: str, legal: Iterable[str]) -> str:

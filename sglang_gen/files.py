@@ -9,13 +9,19 @@ import json
 import os
 import re
 import secrets
+import struct
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from sglang_gen import destination
-from sglang_gen.errors import RunError, UserError
+from sglang_gen import destination, log
+from sglang_gen.errors import RunError, UserError, first_line
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PNG_KEY = "sglang_gen"  # name of the PNG text chunk that holds the run record
 RESULT = re.compile(r"generated_[a-z]+_(\d+)(\..+)")  # file names of `save_numbered`
@@ -229,8 +235,52 @@ def _write_png(file: BinaryIO, frame: Any, record: dict[str, Any]) -> None:
     Image.fromarray(frame).save(file, format="png", pnginfo=info)
 
 
+@contextmanager
+def opened_image(path: Path) -> "Iterator[Image.Image]":
+    """Context with an image of a user's file. Raises FileNotFoundError, or ValueError with a clause.
+
+    Errors inside the context become the ValueError too, because PIL decodes late. Its warnings about odd files are
+    dropped. An image of more pixels than PIL takes for an attack is refused before it is decoded.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                yield image
+    except FileNotFoundError:
+        raise
+    except IsADirectoryError:
+        raise ValueError("it is a folder") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from None
+    except Image.UnidentifiedImageError:
+        empty = not path.stat().st_size
+        raise ValueError("the file is empty" if empty else "its format is unknown, or it is damaged") from None
+    except (OSError, SyntaxError, EOFError, struct.error) as error:  # PIL raises SyntaxError for a broken PNG
+        raise ValueError(first_line(error)) from error
+
+
 def safetensors_bytes(tensors: Mapping[str, Any]) -> bytes:
     """Serialize tensors by name in the safetensors format."""
     from safetensors.torch import save
 
     return save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})  # type: ignore[no-any-return]
+
+
+def print_result(text: str) -> None:
+    """Print a result to standard output, if it is open. Raises RunError if it cannot be written.
+
+    Raises BrokenPipeError if nobody reads it.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        print(log.encodable(text, sys.stdout.encoding or "utf-8"), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter would report the same error at exit
+        raise RunError(f"The result cannot be written to standard output: {error.strerror}") from error

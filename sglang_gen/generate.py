@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen import env, log
+from sglang_gen import env, files, log, signals
 from sglang_gen.errors import UserError
 from sglang_gen.types import Result
 
@@ -39,6 +39,11 @@ def generate(*overrides: str, config: str | Path | None = None, **flags: Any) ->
 
 def execute(composed: "Composed") -> Result | None:
     """Carry out a composed run; None for a dry run."""
+    with signals.heeded():
+        return _execute(composed)
+
+
+def _execute(composed: "Composed") -> Result | None:
     from sglang_gen.hub import resolve
     from sglang_gen.plan import checks, make
 
@@ -55,9 +60,8 @@ def execute(composed: "Composed") -> Result | None:
         _tell(plan.notices)
         from sglang_gen.dry_run import report
 
-        print(report.describe(plan))
+        files.print_result(report.describe(plan))
         return None
-    from sglang_gen import files
     from sglang_gen.launch import launcher
 
     files.prepare_folder(Path(run.output.path))

@@ -1,5 +1,6 @@
 """Logging in the format of the documented command (`INFO: ...` on stderr), and progress as a bar or as lines."""
 
+import json
 import logging
 import re
 import sys
@@ -16,8 +17,11 @@ _DEVELOPERS = (
     "torchao",
     "torch.utils._pytree",
 )  # loggers whose warnings repeat our own or address developers
-# Line ends, terminal control characters, and surrogates from command-line bytes that are not UTF-8.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+# Line ends, terminal control characters, those that reorder a line, and surrogates from bytes that are not UTF-8.
+_CONTROLS = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+_CONTROL = re.compile(f"[{_CONTROLS}]+")
+_UNSEEN = re.compile(rf"(?![\n\t])[{_CONTROLS}]")
+LONGEST, LONGEST_WORD = 399, 120  # characters of a line, and of a word in a line that is longer
 PROGRESS_SECONDS = 5.0  # minimum interval between progress lines when stderr is not a terminal
 
 
@@ -34,10 +38,34 @@ class _Stderr(logging.StreamHandler[Any]):
 
 
 class _OneLine(logging.Formatter):
-    """`LEVEL: message` on one line; control characters in the message become spaces."""
+    """`LEVEL: message` on one line; control characters become spaces, and a value of thousands of letters is cut."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
-        return _CONTROL.sub(" ", super().formatMessage(record))
+        line = _CONTROL.sub(" ", super().formatMessage(record))
+        return line if record.levelno <= logging.DEBUG else _cut(line)
+
+
+def _cut(line: str) -> str:
+    """`line` without the middle of a very long value. A list of many options stays whole."""
+    if len(line) <= LONGEST:
+        return line
+    line = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: f"{word[0][:60]}...{word[0][-40:]}", line)
+    return line if len(line) <= 4 * LONGEST else f"{line[:240]} ... {line[-150:]}"
+
+
+def visible(text: str) -> str:
+    """`text` with control characters, except for line ends and tabs, escaped as in JSON."""
+    return _UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def encodable(text: str, encoding: str) -> str:
+    """`visible` text for a stream; if the encoding lacks a character, those beyond ASCII are escaped as in JSON."""
+    text = visible(text)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return re.sub(r"[^\x00-\x7f]+", lambda found: json.dumps(found[0])[1:-1], text)
+    return text
 
 
 class _Through(logging.Handler):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from sglang_gen import cli
-from sglang_gen.errors import RunError, Terminated
+from sglang_gen.errors import RunError
+from sglang_gen.signals import Terminated
 
 OPTIONS = [
     (["--promt", "x"], "Unknown option --promt; did you mean '--prompt'?"),

@@ -75,7 +75,8 @@ def test_a_rank_fixes_it_before_it_has_a_plan(monkeypatch):
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(worker, "Connection", connect)
-    monkeypatch.setattr(worker.sys, "argv", ["worker", "0"])
+    monkeypatch.setattr(worker, "_die_with", lambda launcher: None)
+    monkeypatch.setattr(worker.sys, "argv", ["worker", "0", "1"])
     try:
         with pytest.raises(ConnectionError, match=":4096:8"):
             worker.main()

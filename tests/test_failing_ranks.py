@@ -3,9 +3,12 @@
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
+from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +16,7 @@ import pytest
 from rank_runs import SIZE
 from started import children, generating, gone, said
 
+from sglang_gen import env
 from sglang_gen.errors import RunError
 from sglang_gen.launch import launcher, worker
 
@@ -34,22 +38,60 @@ def meanwhile(act):
     thread.join()
 
 
+KILLED = "ERROR: Rank 1 was ended by SIGKILL; it may have run out of memory"
+TERMINATED = "ERROR: Rank 1 received SIGTERM from outside of the run"
+
+
 @pytest.mark.parametrize(
-    ("name", "layout"),
-    [("sdxl", "parallel=cfg2"), pytest.param("sd15", "parallel=sp2_tp2", marks=pytest.mark.slow)],
+    ("name", "layout", "number", "sentence"),
+    [
+        ("sdxl", "parallel=cfg2", signal.SIGKILL, KILLED),
+        ("sd15", "parallel=tp2", signal.SIGTERM, TERMINATED),
+        pytest.param("sd15", "parallel=sp2_tp2", signal.SIGKILL, KILLED, marks=pytest.mark.slow),
+        pytest.param("sd15", "parallel=sp2_tp2", signal.SIGTERM, TERMINATED, marks=pytest.mark.slow),
+        pytest.param("sd15", "parallel=dp2", signal.SIGTERM, TERMINATED, marks=pytest.mark.slow),
+    ],
 )
-def test_a_rank_that_is_killed_ends_the_run_within_seconds(run_on_ranks, pool, name, layout):
+def test_a_rank_that_a_signal_ends_is_named_and_ends_the_run_within_seconds(
+    run_on_ranks, pool, name, layout, number, sentence
+):
     """The launcher is this process; rank 1 dies once denoising goes on, and the others lose their connection."""
-    with meanwhile(lambda: os.kill(pool.ranks.processes[1].pid, signal.SIGKILL)) as killed:
+    with meanwhile(lambda: os.kill(pool.ranks.processes[1].pid, number)) as killed:
         done = run_on_ranks(name, layout, "--num-samples", "99999")
     seconds = time.monotonic() - killed[0]
     assert done.code == 1
-    assert [line for line in done.lines if not line.startswith("INFO: ")] == [
-        "ERROR: Rank 1 was ended by signal 9; it may have run out of memory"
-    ]
+    assert [line for line in done.lines if not line.startswith("INFO: ")] == [sentence]
     assert seconds < 5  # 1 s for others to speak and 3 s of patience
     assert pool.ranks is None
     assert not [path for path in Path("outputs").iterdir() if path.name.startswith(".tmp")]
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_in_a_collective_says_at_once_that_it_received_sigterm(run_on_ranks, pool):
+    """Rank 0 is stopped, so the main thread of rank 1 never returns to Python."""
+
+    def stop_and_terminate() -> None:
+        os.kill(pool.ranks.processes[0].pid, signal.SIGSTOP)
+        time.sleep(1)
+        os.kill(pool.ranks.processes[1].pid, signal.SIGTERM)
+
+    with meanwhile(stop_and_terminate) as stopped:
+        done = run_on_ranks("sd15", "parallel=tp2", "--num-samples", "99999")
+    assert time.monotonic() - stopped[0] < 7  # a second more
+    assert [line for line in done.lines if not line.startswith("INFO: ")] == [TERMINATED]
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_rank_that_a_signal_ends_before_it_has_torch_is_named(number):
+    ranks = launcher.Ranks(2, "cpu")
+    try:
+        ranks.processes[1].send_signal(number)
+        (message,) = ranks._read([ranks.pipes[1]], 60)
+        sentence = {signal.SIGTERM: TERMINATED, signal.SIGKILL: KILLED}[number]
+        assert ranks._take(message, {}).sentence == sentence.removeprefix("ERROR: ")
+    finally:
+        ranks.stop()
 
 
 @pytest.mark.slow
@@ -129,11 +171,11 @@ def test_of_several_failures_the_earliest_that_is_a_cause_is_said():
 @pytest.mark.parametrize(
     ("device", "number", "follows", "sentence"),
     [
-        ("cpu", signal.SIGABRT, False, "Rank 1 was ended by signal 6; on GPUs this signal follows"),
+        ("cpu", signal.SIGABRT, False, "Rank 1 was ended by SIGABRT; on GPUs this signal follows"),
         ("cuda", signal.SIGABRT, False, "rank 0"),
-        ("cuda", signal.SIGABRT, True, "Rank 1 was ended by signal 6; on GPUs this signal follows a CUDA error"),
-        ("cuda", signal.SIGKILL, False, "Rank 1 was ended by signal 9"),
-        ("cuda", signal.SIGKILL, True, "Rank 1 was ended by signal 9"),
+        ("cuda", signal.SIGABRT, True, "Rank 1 was ended by SIGABRT; on GPUs this signal follows a CUDA error"),
+        ("cuda", signal.SIGKILL, False, "Rank 1 was ended by SIGKILL"),
+        ("cuda", signal.SIGKILL, True, "Rank 1 was ended by SIGKILL"),
     ],
 )
 def test_a_rank_that_vanishes_is_the_cause_unless_nccl_ended_it_and_another_says_one(device, number, follows, sentence):
@@ -144,6 +186,31 @@ def test_a_rank_that_vanishes_is_the_cause_unless_nccl_ended_it_and_another_says
     ranks = Said((0, failure(0, 2.0, follows)), device, number)
     with pytest.raises(RunError, match=sentence):
         ranks._raise_first([ranks._take((1, None), {})], ranks.pipes[:2])
+
+
+@pytest.mark.whole
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's doing")
+def test_a_rank_whose_launcher_has_already_ended_ends_too():
+    """Its pipe is open: another process of the launcher's has the other end."""
+    ours, theirs = Pipe()
+    process = subprocess.Popen([sys.executable, "-c", launcher._WORKER, str(theirs.fileno()), "1"],
+                               pass_fds=[theirs.fileno()], env=env.rank_variables(1))  # fmt: skip
+    assert process.wait(60) == 143
+    ours.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's doing")
+def test_a_stopped_rank_and_one_that_waits_for_it_end_with_their_launcher(pipelines, tmp_path):
+    words = ["--model-path", str(pipelines["sd15"]), "--prompt", "a", *SIZE, "--num-samples", "99999", "parallel=tp2",
+             "--num-inference-steps", "20", "--output-path", str(tmp_path)]  # fmt: skip
+    process = generating(words)
+    ranks = children(process.pid)
+    os.kill(ranks[1], signal.SIGSTOP)
+    time.sleep(0.5)
+    process.kill()
+    process.communicate(timeout=60)
+    assert gone(ranks, within=2)
 
 
 @pytest.mark.whole

@@ -14,6 +14,7 @@ PACKAGE = Path(sglang_gen.__file__).parent
 
 # A module imports from its own package and from lower layers, nothing else. Packages, and modules of the root.
 LAYERS = (
+    ("signals",),
     ("errors", "log", "destination", "types", "tensor_tree", "models"),
     ("family facts",),
     ("env", "files", "parallel"),

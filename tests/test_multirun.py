@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_gen.errors import Terminated
+from sglang_gen.signals import Terminated
 
 SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "1")
 
@@ -88,7 +88,7 @@ def sweep_file() -> tuple[str, ...]:
 @pytest.mark.whole
 def test_a_sweep_file_needs_no_m(composed, sglang, sweep_file, monkeypatch):
     seen: list = []
-    monkeypatch.setattr("sglang_gen.sweep.jobs.run_job", lambda job: seen.append(job) or 0)
+    monkeypatch.setattr("sglang_gen.sweep.jobs.run_job", lambda job, told: seen.append(job) or 0)
     assert sglang("generate", *sweep_file, "--output-path", "sweep").code == 0
     assert [job.overrides for job in seen] == [("sampling.seed=1", "model=sdxl"), ("sampling.seed=2", "model=sdxl")]
     assert [job.folder for job in seen] == [Path("sweep/0").absolute(), Path("sweep/1").absolute()]
@@ -265,3 +265,10 @@ def test_jobs_of_different_layouts_follow_each_other_and_each_starts_its_own_ran
     assert (done.code, done.lines[-1]) == (0, "INFO: Multirun: 3 of 3 jobs succeeded"), done.err
     records = [read(f"sweep/{number}/generated_image_0.json")["effective"]["parallel"] for number in range(3)]
     assert [(each["tp"], each["ring"]) for each in records] == [(1, 1), (2, 1), (1, 2)]
+
+
+def test_a_sweep_says_once_what_holds_for_all_of_its_jobs(sglang):
+    done = sglang("generate", "--prompt", "a", "-m", "sampling.guidance_scale=1,2,3", "dry_run=true")
+    assert done.code == 0, done.err
+    assert sum("No model given" in line for line in done.lines) == 1
+    assert sum("jobs without a seed use seed" in line for line in done.lines) == 1

@@ -3,11 +3,16 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from started import children, generating, said
+from started import ROOT, children, generating, gone, said, started
+
+from sglang_gen import files
+from sglang_gen.errors import RunError, UserError
 
 
 def interrupt(number: int, words: list[str]) -> tuple[int, str, list[str]]:
@@ -63,3 +68,114 @@ def test_a_signal_ends_a_whole_sweep_and_the_job_says_so(pipelines, tmp_path, nu
     assert (note["status"], note["error"]) == (word, f"The sweep was {word} in this job")
     assert "generated_image_0.png" in note["files"]
     assert f"| {word}: The sweep was {word} in this job |" in (tmp_path / "table.md").read_text()
+
+
+# The command's script, which receives a signal when the module of the first argument is looked for.
+AT_IMPORT = """
+import os, signal, sys
+_, module, number, *words = sys.argv
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["/bin/sglang", *words]
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), int(number))
+sys.meta_path.insert(0, Interrupting())
+from sglang_gen.cli import console
+console()
+"""
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("module", "number", "code", "sentence"),
+    [
+        ("sglang_gen.env", signal.SIGINT, -signal.SIGINT, ""),  # what it dies of says enough
+        ("sglang_gen.env", signal.SIGTERM, -signal.SIGTERM, ""),
+        ("sglang_gen.config.compose", signal.SIGINT, 130, "ERROR: Interrupted"),
+        ("torch", signal.SIGINT, 130, "ERROR: Interrupted"),
+        ("torch", signal.SIGTERM, 143, "ERROR: Terminated"),
+        ("torch.jit", signal.SIGINT, 130, "ERROR: Interrupted"),  # torch imports it from compiled code
+        ("transformers.models.clip.modeling_clip", signal.SIGINT, 130, "ERROR: Interrupted"),
+        ("sglang_gen.outputs.input_digests", signal.SIGTERM, 143, "ERROR: Terminated"),
+    ],
+)
+def test_a_signal_during_an_import_ends_the_command_in_one_line(pipelines, module, number, code, sentence):
+    words = ["generate", "--model-path", pipelines["sd15"], "--prompt", "a", "--height", 32, "--width", 32]
+    done = subprocess.run([sys.executable, "-c", AT_IMPORT, *map(str, (module, int(number), *words))],
+                          env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, "\n".join(said(done.stderr))) == (code, sentence)
+    assert not list(Path().glob("outputs/*"))
+
+
+GETSIGNAL = signal.getsignal
+
+
+def signals_of_a_terminal(number: int) -> object:
+    """The handlers of a process of a terminal; a background job of a shell ignores SIGINT, and so does its suite."""
+    return signal.default_int_handler if GETSIGNAL(number) is signal.SIG_IGN else GETSIGNAL(number)
+
+
+def lose(error: type[Exception] | None) -> None:
+    """What compiled code does with an exception that a handler raised in it."""
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    except KeyboardInterrupt:
+        if error:
+            raise error("could not determine the shape") from None
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+@pytest.mark.parametrize("words", [[], ["-m", "sampling.seed=1,2"]])
+def test_a_signal_that_a_library_has_swallowed_still_ends_the_command(sglang, pipelines, monkeypatch, error, words):
+    def prepared(folder: Path) -> None:
+        lose(error)
+        raise RunError("the run went on") if error else UserError("the run went on")
+
+    monkeypatch.setattr(files, "prepare_folder", prepared)
+    monkeypatch.setattr(signal, "getsignal", signals_of_a_terminal)
+    done = sglang("generate", "--model-path", pipelines["sd15"], "--prompt", "a", *words)
+    assert (done.code, [line for line in done.lines if line.startswith("ERROR")]) == (130, ["ERROR: Interrupted"])
+
+
+class Deaf:
+    """Python discards what is raised while an object is deleted."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_a_signal_that_python_has_discarded_is_heard_a_moment_later(sglang, pipelines, monkeypatch):
+    def prepared(folder: Path) -> None:
+        Deaf()
+        time.sleep(5)
+        raise AssertionError("the run went on")
+
+    monkeypatch.setattr(files, "prepare_folder", prepared)
+    monkeypatch.setattr(signal, "getsignal", signals_of_a_terminal)
+    done = sglang("generate", "--model-path", pipelines["sd15"], "--prompt", "a")
+    assert (done.code, [line for line in done.lines if not line.startswith("INFO")]) == (130, ["ERROR: Interrupted"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for children in /proc")
+@pytest.mark.parametrize("layout", ["parallel=single", "parallel=tp2"])
+def test_a_signal_at_any_moment_ends_the_command_in_one_line(pipelines, layout):
+    words = ["--model-path", str(pipelines["sd15"]), *MANY, layout]
+    for number, code, sentence in (
+        (signal.SIGINT, 130, "ERROR: Interrupted"),
+        (signal.SIGTERM, 143, "ERROR: Terminated"),
+    ):
+        for seconds in (0.2, 0.8, 1.4, 2.0, 4.0):
+            process = started(words)
+            assert process.stderr.readline() == "ready\n"
+            time.sleep(seconds)
+            family = [process.pid, *children(process.pid)]
+            os.killpg(process.pid, number)
+            _, rest = process.communicate(timeout=120)
+            assert (process.returncode, said(rest)) in [(code, [sentence]), (-number, [])], seconds
+            assert gone(family, within=1)
+    assert not [path for path in Path("outputs").iterdir() if path.name.startswith(".tmp")]

@@ -175,6 +175,39 @@ def test_a_number_of_torchrun_that_is_none_is_refused(sglang, only_rank, monkeyp
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("MASTER_PORT", "abc", "The environment variable MASTER_PORT is 'abc'; torchrun sets it to a number"),
+        ("MASTER_PORT", "99999", "The environment variable MASTER_PORT is 99999; it must lie between 1 and 65535"),
+        ("WORLD_SIZE", "0", "The environment variable WORLD_SIZE is 0; it must lie between 1 and 2147483647"),
+        ("WORLD_SIZE", "9" * 30, f"The environment variable WORLD_SIZE is {'9' * 30}; it must lie between 1 and"),
+        ("RANK", "\u00b2", "The environment variable RANK is '\u00b2'; torchrun sets it to a number"),
+        ("LOCAL_RANK", "-1", "The environment variable LOCAL_RANK is '-1'; torchrun sets it to a number"),
+    ],
+)
+def test_a_number_of_torchrun_that_makes_no_sense_is_refused_before_torch_sees_it(
+    sglang, only_rank, monkeypatch, name, value, sentence
+):
+    monkeypatch.setenv(name, value)
+    done = sglang("generate", "--prompt", "a")
+    assert (done.code, len(done.lines)) == (2, 1)
+    assert sentence in done.lines[0]
+
+
+@pytest.mark.whole
+def test_a_port_that_another_program_has_is_one_sentence():
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost",
+                 "MASTER_PORT": taken.getsockname()[1]}  # fmt: skip
+        codes, lines = finish(start([sys.executable, *COMMAND, "--prompt", "a", "parallel=tp2"], **place))
+    assert (codes, len(lines)) == ([1], 1)
+    assert "does not reach the other ranks at MASTER_ADDR and MASTER_PORT" in lines[0]
+    assert "address already in use" in lines[0]
+
+
 def place(ranks: int) -> env.Torchrun:
     return env.Torchrun(rank=0, ranks=ranks, local=0, here=ranks, node=0)
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_gen import log
+from sglang_gen import files, log
 from sglang_gen.errors import UserError, first_line
 
 WHITE_16 = 2**16 - 1
@@ -31,10 +31,10 @@ def read_noise(path: str | None) -> torch.Tensor | None:
 
 def read_image(path: str, setting: str) -> Any:
     """An input image or mask as RGB, rotated as its EXIF orientation says. Raises UserError naming the setting."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 
     try:
-        with Image.open(Path(path).expanduser()) as image:
+        with files.opened_image(Path(path).expanduser()) as image:
             if getattr(image, "n_frames", 1) > 1:
                 log.warn_once(f"{setting}: {path} has {image.n_frames} frames; the first one is used")
             return _rgb(ImageOps.exif_transpose(image), f"{setting}: {path}")
@@ -42,7 +42,7 @@ def read_image(path: str, setting: str) -> Any:
         raise
     except FileNotFoundError:
         raise UserError(f"{setting}: the image {path} does not exist") from None
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{setting}: {path} is not a readable image ({first_line(error)})") from None
 
 

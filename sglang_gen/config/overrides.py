@@ -16,6 +16,7 @@ SELECTORS = {"backend": "backend.name", "attention": "attention.backend"}
 _EVERYWHERE = ("hydra.mode", "hydra.searchpath")
 _MULTIRUN = ("hydra.sweep.dir", "hydra.sweeper", "hydra.launcher", "hydra.callbacks", "hydra.job.env_set",
              "hydra.job.env_copy", "hydra.job.name", "hydra/launcher", "hydra/sweeper", "hydra/callbacks")  # fmt: skip
+LONGEST_GROUP = 255  # characters; a longer name cannot be that of a folder, and the file system refuses to look
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def check_overrides(
             raise UserError(f"'{word.text}': groups take no package here; write {word.key}={_shown(word.values)}")
         if word.is_hydra:
             _check_hydra(word, options_of, multirun)
-        elif word.key and (options := options_of(word.key)):
+        elif 0 < len(word.key) <= LONGEST_GROUP and (options := options_of(word.key)):
             _check_group(word, options, flags)
         else:
             _check_key(word, flags)

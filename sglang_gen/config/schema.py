@@ -300,7 +300,7 @@ def put(run: Run, path: str, value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Convert dataclasses, enums and tuples to dicts, names and lists that JSON can represent."""
+    """Convert dataclasses, enums, tuples and sets to dicts, names and lists that JSON can represent."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -309,6 +309,8 @@ def plain(value: Any) -> Any:
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, frozenset):
+        return sorted(value)
     return str(value) if isinstance(value, Path) else value
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen import log
+from sglang_gen import files, log
 from sglang_gen.config.schema import BackendName, leaves, user_gave
 from sglang_gen.debug import report
 from sglang_gen.debug.verdict import PARITY_TOLERANCES, Tolerance
@@ -54,7 +54,7 @@ IDLE = ("backend.name", "output.", "perf.", "quality.", "tracking.", "machine.",
 def main(argv: Sequence[str]) -> int:
     """`sglang debug` without a known command: print the help, or raise UserError."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(DEBUG_HELP)
+        files.print_result(DEBUG_HELP)
         return 0 if argv else 2
     raise UserError(f"Unknown command 'debug {argv[0]}'{nearest(argv[0], ['parity'])} (commands: parity)")
 
@@ -98,7 +98,9 @@ def parity(composed: "Composed", given: Mapping[str, Any]) -> int:
     from sglang_gen.debug.parity import run
 
     result = run(ours, theirs, PARITY_TOLERANCES[ours.dtype] if tolerance is None else tolerance)
-    print(json.dumps(report.as_json(result), indent=2, ensure_ascii=False) if "json" in given else report.text(result))
+    files.print_result(
+        json.dumps(report.as_json(result), indent=2, ensure_ascii=False) if "json" in given else report.text(result)
+    )
     return report.PARITY_EXIT_CODES[result.verdict]
 
 

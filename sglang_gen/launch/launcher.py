@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from sglang_gen import env, log
 from sglang_gen.errors import RunError, UserError
-from sglang_gen.launch.worker import PATIENCE, Done, Failure, Job, LogLine
+from sglang_gen.launch.worker import PATIENCE, RECEIVED_SIGTERM, TERMINATED, Done, Failure, Job, LogLine
 from sglang_gen.types import Plan, Result
 
 # The working directory is last in sys.path, so that a user's queue.py does not shadow the standard library's.
@@ -74,6 +74,11 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _name(number: int) -> str:
+    """The name of a signal; real-time signals have numbers only."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+
+
 class Ranks:
     """One process per rank, and a pipe to each. They can carry out several plans in sequence."""
 
@@ -97,7 +102,7 @@ class Ranks:
         self.pipes.append(ours)
         self.processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", _WORKER, str(theirs.fileno())],
+                [sys.executable, "-c", _WORKER, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=environment,
@@ -107,11 +112,10 @@ class Ranks:
 
     def run(self, plan: Plan, started: float) -> Result:
         """Carry out `plan` on the first `plan.layout.ranks` processes, which cannot be used again after a failure."""
-        import torch.distributed as dist
+        from sglang_gen.parallel import mesh
 
         self.speakers = {}
-        count = plan.layout.ranks
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+        count, store = plan.layout.ranks, mesh.local_store()
         for rank, pipe in enumerate(self.pipes[:count]):
             try:
                 pipe.send(Job(plan, rank, store.port, os.getcwd(), started))
@@ -184,8 +188,10 @@ class Ranks:
     def _lost(self, rank: int) -> str:
         """A sentence about a process that ended without a report."""
         code = self.processes[rank].wait()
+        if code in (TERMINATED, -signal.SIGTERM):
+            return RECEIVED_SIGTERM.format(rank=rank)
         if code < 0:
-            return f"Rank {rank} was ended by signal {-code}{_HINTS.get(-code, '')}"
+            return f"Rank {rank} was ended by {_name(-code)}{_HINTS.get(-code, '')}"
         return f"Rank {rank} ended with exit code {code} without an error message"
 
     def stop(self) -> None:

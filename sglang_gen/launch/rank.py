@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from sglang_gen import env, files, log
+from sglang_gen import env, files, log, signals
 from sglang_gen.config.schema import Tracker, plain
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.launch import numerics
-from sglang_gen.outputs import tracking
-from sglang_gen.outputs.save import Saved, kept_latents, on_host
+from sglang_gen.outputs import decoded_bytes, tracking
+from sglang_gen.outputs.save import Saved, kept_latents
 from sglang_gen.parallel import bandwidth
 from sglang_gen.parallel.guidance_split import rounds
 from sglang_gen.parallel.mesh import Mesh
@@ -200,6 +200,7 @@ def _generated(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Iterator
     """Generate all batches. Yields (number, result) of every batch, in order, on rank 0 and nothing on other ranks."""
     group = mesh.index("dp")
     for turn in rounds(plan.batches, mesh.size("dp")):
+        signals.check()
         for prompt in dict.fromkeys(sample.prompt for _, batch in turn for sample in batch):
             log.info(f'Generating with prompt: "{log.shorten(prompt)}"')
         decoded = None
@@ -208,10 +209,12 @@ def _generated(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Iterator
             decoded = engine.sample(batch, plan.run.sampling.num_inference_steps, clock)
         if not mesh.leads:
             continue
+        results = [decoded] if decoded else []
         if mesh.size("dp") > 1:
             clock.enter("gathering")  # includes the wait for slower groups
-            decoded = on_host(plan, decoded) if decoded else None
-        gathered = mesh.gather(decoded, "dp")
+            gathered = mesh.gather(decoded_bytes.encode(plan, decoded), "dp") or []
+            results = [decoded_bytes.decode(data) for data in gathered if data]
         clock.leave()
-        for (number, _), result in zip(turn, gathered or [], strict=False):
-            yield number, result
+        if mesh.rank == 0:
+            for (number, _), result in zip(turn, results, strict=True):
+                yield number, result

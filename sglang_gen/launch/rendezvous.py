@@ -1,7 +1,6 @@
 """Rendezvous of ranks started by torchrun: a store that holds rank 0's plan and the outcome of the run."""
 
 import json
-import pickle
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -11,6 +10,7 @@ import torch.distributed as dist
 
 from sglang_gen.env import Torchrun
 from sglang_gen.errors import LostError, RunError, first_line
+from sglang_gen.launch import plan_json
 from sglang_gen.types import Plan
 
 POLL = 0.05  # seconds between polls; a blocking wait would not react to signals
@@ -56,14 +56,13 @@ class Rendezvous:
 
     def post(self, plan: Plan) -> None:
         """Send rank 0's plan to the other ranks."""
-        self._ask("set", "plan", pickle.dumps(plan))
+        self._ask("set", "plan", plan_json.encode(plan))
 
     def plan(self) -> Plan | None:
-        """The plan of rank 0; None if it is not posted yet."""
+        """The plan of rank 0; None if it is not posted yet. Raises ValueError for a text that is not a plan."""
         if not self._ask("check", ["plan"]):
             return None
-        plan: Plan = pickle.loads(self._ask("get", "plan"))
-        return plan
+        return plan_json.decode(self._ask("get", "plan"))
 
     def end(self, end: End) -> End:
         """End the run for all ranks. Returns the outcome that was posted first, which is the one that counts."""

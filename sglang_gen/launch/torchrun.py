@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from sglang_gen import env, log
 from sglang_gen.config.schema import DEGREES
-from sglang_gen.errors import LostError, RunError, Terminated, UserError, ending
+from sglang_gen.errors import LostError, RunError, UserError, ending
 from sglang_gen.hub import resolve
 from sglang_gen.launch import rank
 from sglang_gen.launch.launcher import GRACE
@@ -25,6 +25,7 @@ from sglang_gen.launch.rendezvous import POLL, End, Rendezvous
 from sglang_gen.launch.worker import PATIENCE, level
 from sglang_gen.parallel import mesh
 from sglang_gen.plan import degrees
+from sglang_gen.signals import Terminated
 from sglang_gen.types import Plan, Result
 
 if TYPE_CHECKING:

@@ -1,9 +1,10 @@
 """The process of one rank: receives plans from the launcher over a pipe, carries them out, and reports the outcome.
 
 It ignores Ctrl-C, which the launcher handles for all ranks. It ends when the pipe closes, which happens whenever the
-launcher ends.
+launcher ends; on Linux the kernel also kills it then, even if it is stopped or waits for another rank.
 """
 
+import ctypes
 import importlib
 import logging
 import os
@@ -14,15 +15,20 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from sglang_gen import env, log
-from sglang_gen.errors import LostError, RunError, Terminated, UserError, first_line
+from sglang_gen.errors import LostError, RunError, UserError, first_line
+from sglang_gen.signals import Terminated
 from sglang_gen.types import Plan, Result
 
 PATIENCE = 3.0  # seconds between SIGTERM and SIGKILL
+TERMINATED = 143  # exit code of a rank that ended by SIGTERM
+RECEIVED_SIGTERM = "Rank {rank} received SIGTERM from outside of the run"
+PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
 
 
 @dataclass(frozen=True)
@@ -62,16 +68,41 @@ class Failure:
     follows: bool = False
 
 
+class _Channel:
+    """Messages to the launcher from several threads; SIGTERM interrupts none of them halfway."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe, self.lock = pipe, threading.Lock()
+        self.rank: int | None = None
+        self.sending = self.terminated = False  # of the main thread
+
+    def send(self, message: Any) -> None:
+        main = threading.current_thread() is threading.main_thread()
+        with self.lock:
+            self.sending = main
+            try:
+                self.pipe.send(message)
+            finally:
+                self.sending = False
+        if main and self.terminated:
+            self.terminated = False
+            raise Terminated
+
+
 def main() -> int:
     """Carry out jobs until the pipe closes. Returns 1 after a failed job, which breaks the process group."""
+    _die_with(int(sys.argv[2]))
     leaving = ready = False
 
     def terminate(signum: int, frame: Any) -> None:
         nonlocal leaving
         if not ready:  # there is nothing to clean up, and an exception during the import of torch aborts the process
-            os._exit(143)
+            os._exit(TERMINATED)
         if not leaving:  # an exception during interpreter exit would not be caught
             leaving = True
+            if channel.sending:
+                channel.terminated = True
+                return
             raise Terminated
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -80,27 +111,51 @@ def main() -> int:
     env.collect_rarely()
     env.prepare_libraries()
     log.capture_warnings()
-    pipe = Connection(int(sys.argv[1]))
+    channel = _Channel(Connection(int(sys.argv[1])))
+    _report_sigterm(channel)
     jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(pipe, jobs), name="launcher", daemon=True).start()
-    lock = threading.Lock()
-
-    def send(message: Any) -> None:
-        with lock:
-            pipe.send(message)
-
+    threading.Thread(target=_receive, args=(channel.pipe, jobs), name="launcher", daemon=True).start()
     try:
         job = jobs.get()
         importlib.import_module("torch.distributed")
         ready = True
-        while _serve(job, send):
+        while _serve(job, channel):
             job = jobs.get()
         leaving = True
     except Terminated:
-        return 143
+        return TERMINATED
     except OSError:  # the launcher has ended
         leaving = True
     return 1
+
+
+def _die_with(launcher: int) -> None:
+    """Have the kernel kill this process when the process `launcher` ends. On Linux; elsewhere only the pipe tells."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it had already ended
+            os._exit(TERMINATED)
+
+
+def _report_sigterm(channel: _Channel) -> None:
+    """Report SIGTERM to the launcher at once, also while the main thread waits in a collective, and end if that takes
+    long: Python runs its handlers in the main thread only.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def report() -> None:
+        while os.read(reading, 1)[0] != signal.SIGTERM:
+            pass
+        if channel.rank is not None:
+            sentence = RECEIVED_SIGTERM.format(rank=channel.rank)
+            with suppress(OSError):  # the launcher has ended
+                channel.send(Failure(channel.rank, False, sentence, "", time.monotonic()))
+        time.sleep(PATIENCE)
+        os._exit(TERMINATED)
+
+    threading.Thread(target=report, name="sigterm", daemon=True).start()
 
 
 def _receive(pipe: Connection, jobs: "queue.SimpleQueue[Job]") -> None:
@@ -109,8 +164,6 @@ def _receive(pipe: Connection, jobs: "queue.SimpleQueue[Job]") -> None:
             jobs.put(pipe.recv())
     except (EOFError, OSError):
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(PATIENCE)
-        os._exit(143)
 
 
 class _Forward(logging.Handler):
@@ -134,8 +187,9 @@ def level(plan: Plan, rank: int) -> str:
     return "error" if rank % (plan.layout.ranks // plan.layout.dp) else "warning"
 
 
-def _serve(job: Job, send: Callable[[Any], None]) -> bool:
+def _serve(job: Job, channel: _Channel) -> bool:
     """Carry out one job; False where it failed."""
+    channel.rank, send = job.rank, channel.send
     log.setup(level(job.plan, job.rank), _Forward(send))
     from sglang_gen.parallel import mesh
 

@@ -1,6 +1,5 @@
 """Saves generated samples and their records, in the order of the samples."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +73,6 @@ class Saved:
 def kept_latents(plan: Plan, decoded: Decoded, row: int) -> Any:
     """CPU latents of one sample, kept if perf.repeat > 1; None otherwise or if the pipeline does not return them."""
     return decoded.latents[row].cpu() if plan.run.perf.repeat > 1 and decoded.latents is not None else None
-
-
-def on_host(plan: Plan, decoded: Decoded) -> Decoded:
-    """`decoded` for the rank that saves: tensors on the CPU, without those that are not needed there."""
-    saved, compared = plan.run.output.latents, plan.run.perf.repeat > 1
-    noise = decoded.noise.cpu() if saved and decoded.noise is not None else None
-    latents = decoded.latents.cpu() if (saved or compared) and decoded.latents is not None else None
-    return replace(decoded, noise=noise, latents=latents)
 
 
 def _size(plan: Plan, decoded: Decoded) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The device mesh of a run, with the axes dp, cfg, ring, ulysses and tp from the outermost to the innermost."""
 
+import json
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,12 +62,16 @@ class Mesh:
             dist.barrier()
 
     def broadcast(self, item: Any) -> Any:
-        """The picklable `item` of rank 0, on every rank. Collective."""
+        """Rank 0's `item`, which JSON can represent, on every rank. Collective."""
         if self.layout.ranks == 1:
             return item
-        items = [item]
-        dist.broadcast_object_list(items, src=0)
-        return items[0]
+        size = torch.tensor([0])
+        text = _as_bytes(json.dumps(item).encode() if self.rank == 0 else b"")
+        size[0] = len(text)
+        dist.broadcast(size, src=0)
+        text = text if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(text, src=0)
+        return json.loads(_content(text))
 
     def minimum(self, number: int | None) -> int | None:
         """The minimum over all ranks, so that all make the same decision; None if `number` is None. Collective."""
@@ -73,22 +79,40 @@ class Mesh:
         least: int | None = self.broadcast(min(numbers) if numbers and number is not None else None)
         return least
 
-    def gather(self, item: Any, axis: str) -> list[Any] | None:
-        """The picklable `item` of every rank along `axis`, in order, on the first of them; None on the others."""
+    def gather(self, data: bytes, axis: str) -> list[bytes] | None:
+        """The `data` of every rank along `axis`, in order, on the first of them; None on the others. Collective."""
         if axis not in self.groups:
-            return [item]
-        first = self.index(axis) == 0
-        items: list[Any] | None = [None] * self.size(axis) if first else None
-        dist.gather_object(item, items, group=self.groups[axis], group_dst=0)
-        return items
+            return [data]
+        return _gather(data, self.size(axis), self.index(axis), self.groups[axis])
 
     def gather_all(self, item: Any) -> list[Any] | None:
-        """The picklable `item` of every rank, on rank 0; None on the others."""
+        """The `item` of every rank, which JSON can represent, on rank 0; None on the others. Collective."""
         if self.layout.ranks == 1:
             return [item]
-        items: list[Any] | None = [None] * self.layout.ranks if self.rank == 0 else None
-        dist.gather_object(item, items, dst=0)
-        return items
+        gathered = _gather(json.dumps(item).encode(), self.layout.ranks, self.rank, None)
+        return None if gathered is None else [json.loads(text) for text in gathered]
+
+
+# torch's collectives of objects unpickle what arrives, which runs code; only bytes of known formats travel here.
+def _gather(data: bytes, count: int, index: int, group: Any) -> list[bytes] | None:
+    """The `data` of all ranks of a group, in order, on its first rank; None on the others. Collective."""
+    sizes = [torch.tensor([0]) for _ in range(count)]
+    dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
+    longest = max(map(int, sizes))
+    padded = _as_bytes(data.ljust(longest, b"\0"))
+    received = [torch.empty_like(padded) for _ in range(count)] if index == 0 else None
+    dist.gather(padded, received, group=group, group_dst=0)
+    if received is None:
+        return None
+    return [_content(text[: int(size)]) for text, size in zip(received, sizes, strict=True)]
+
+
+def _as_bytes(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _content(text: torch.Tensor) -> bytes:
+    return text.numpy().tobytes()
 
 
 def coordinates(layout: Layout, rank: int) -> dict[str, int]:
@@ -107,6 +131,20 @@ def members(layout: Layout, axis: str) -> list[list[int]]:
         place = coordinates(layout, rank)
         groups.setdefault(tuple(place[name] for name in AXES if name not in within), []).append(rank)
     return list(groups.values())
+
+
+def local_store() -> Any:
+    """A store for the ranks of this machine. It listens on 127.0.0.1 only; torch's own socket would on all addresses.
+
+    Whoever reaches the store can redirect the ranks' connections.
+    """
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
 
 
 def join(layout: Layout, rank: int, port: int, device: str, minutes: float = TIMEOUT) -> Mesh:

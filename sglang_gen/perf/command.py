@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sglang_gen import destination
+from sglang_gen import destination, log
 from sglang_gen import files as output
 from sglang_gen.config.schema import plain
 from sglang_gen.errors import UserError, nearest
@@ -71,13 +71,13 @@ exit codes: 0 PASS or IMPROVEMENT, 1 REGRESSION, 2 wrong usage, 3 TOO_NOISY or R
 def main(argv: Sequence[str]) -> int:
     """Run `sglang perf ARGV...`; returns the exit code. Raises UserError, or RunError if a report cannot be written."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(HELP)
+        output.print_result(HELP)
         return 0 if argv else 2
     if argv[0] != "compare":
         raise UserError(f"Unknown command 'perf {argv[0]}'{nearest(argv[0], ['compare'])} (commands: compare)")
     given = _parse(argv[1:])
     if given.help:
-        print(COMPARE_HELP)
+        output.print_result(COMPARE_HELP)
         return 0
     if len(given.paths) < 2:
         raise UserError("sglang perf compare needs a BASE and at least one NEW, each a perf dump or a folder of dumps")
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
         output.save_json(Path(reports["--json"]), as_json(report), stream=True)
     if "--markdown" in reports:
         output.save_bytes(Path(reports["--markdown"]), f"{text}\n".encode(), stream=True)
-    print(text)
+    output.print_result(text)
     return EXIT_CODES[report.verdict]
 
 
@@ -210,7 +210,7 @@ def markdown(report: Report) -> str:
     if report.base_without_new:
         names = ", ".join(map(str, report.base_without_new))
         lines += ["", f"Recipes of the base without counterpart, not judged: {names}"]
-    return "\n".join(lines)
+    return log.visible("\n".join(lines))
 
 
 def _mismatch(comparison: Comparison) -> list[str]:
@@ -260,5 +260,5 @@ def _line(row: Row) -> str:
 
 def _cell(value: Any, length: int = 100) -> str:
     """A value as one cell of a Markdown table, truncated to `length` characters."""
-    text = " ".join(str(value).split()).replace("|", "\\|")
+    text = log.visible(" ".join(str(value).split())).replace("|", "\\|")
     return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen.errors import UserError
+from sglang_gen import files
+from sglang_gen.errors import UserError, first_line
 from sglang_gen.log import shorten
 from sglang_gen.types import Size
 
@@ -230,15 +231,13 @@ def _size_of(path: Path) -> tuple[int, int]:
 
 @contextmanager
 def _opened(path: Path) -> "Iterator[Image.Image]":
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        with Image.open(path) as image:
+        with files.opened_image(path) as image:
             yield image
     except FileNotFoundError:
         raise UserError(f"The reference image {path} is missing beside its record") from None
-    except (UnidentifiedImageError, OSError, SyntaxError):  # PIL raises SyntaxError for a broken PNG
-        raise UserError(f"The reference image {path} cannot be read") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"The reference image {path} cannot be read: {first_line(error)}") from None
 
 
 def sentence(comparison: Mapping[str, Any]) -> str:

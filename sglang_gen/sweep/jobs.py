@@ -4,15 +4,17 @@ import dataclasses
 import secrets
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 from sglang_gen import files, log
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import Composed, compose
 from sglang_gen.config.schema import SCHEMA_VERSION, Run
-from sglang_gen.errors import RunError, Terminated, UserError, first_line
+from sglang_gen.errors import RunError, UserError, first_line
 from sglang_gen.outputs import dump_path
 from sglang_gen.perf import objective
+from sglang_gen.signals import Terminated
 from sglang_gen.sweep.multirun import Job, multirun
 from sglang_gen.sweep.report import DUMP, NOTE
 
@@ -22,14 +24,16 @@ def run_sweep(choices: Choices) -> int:
 
     An optimising sweeper decides itself whether to continue, see `run_job`.
     """
-    results = multirun(dataclasses.replace(choices, seed=secrets.randbelow(2**32)), run_job)
+    results = multirun(dataclasses.replace(choices, seed=secrets.randbelow(2**32)), partial(run_job, told=set()))
     failed = sum(isinstance(result, Exception) for result in results)
     log.info(f"Multirun: {len(results) - failed} of {len(results)} jobs succeeded")
     return 1 if failed else 0
 
 
-def run_job(job: Job) -> float | None:
+def run_job(job: Job, told: set[str]) -> float | None:
     """Run one job. Returns the number in its perf dump that perf.objective names, for an optimising sweeper.
+
+    `told` holds the notices of earlier jobs in this process, which are not repeated.
 
     Raises RunError if the job fails, so that the sweeper's trial fails. The error message is logged and written to the
     job's note.
@@ -37,7 +41,10 @@ def run_job(job: Job) -> float | None:
     log.info(f"Job {job.number}: {' '.join(job.overrides)}")
     note, score = _Note(job), None
     try:
-        composed = dataclasses.replace(compose(job.choices), in_sweep=True)
+        composed = compose(job.choices)
+        new = tuple(notice for notice in composed.notices if notice not in told)
+        told.update(new)
+        composed = dataclasses.replace(composed, in_sweep=True, notices=new)
         _place(composed.run, job)
         note.dump = Path(str(composed.run.output.perf_dump_path)).name
         status, score = _execute(composed)

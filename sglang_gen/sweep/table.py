@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sglang_gen import files
+from sglang_gen import files, log
 from sglang_gen.perf.dump_numbers import MEMORY, QUALITY, TIMES, Measure
 from sglang_gen.sweep.report import Row, read_jobs
 
@@ -144,12 +144,12 @@ def _change(requested: str | None, effective: str | None) -> str:
 
 def _code(text: str) -> str:
     """Markdown code for a table cell, in which a vertical bar needs a backslash."""
-    text = " ".join(text.split()).replace("|", "\\|")
+    text = log.visible(" ".join(text.split())).replace("|", "\\|")
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*\[\]<|])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*\[\]<|])", r"\\\1", log.visible(" ".join(text.split())))
 
 
 def _link(path: str) -> str:

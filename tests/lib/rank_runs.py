@@ -52,7 +52,7 @@ class ForkedRanks(launcher.Ranks):
 def _work(pipe: Connection, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["rank", str(os.dup(pipe.fileno()))]
+    sys.argv = ["rank", str(os.dup(pipe.fileno())), str(os.getppid())]
     pipe.close()
     sys.exit(worker.main())
 

@@ -1,5 +1,6 @@
 """The command as a process of its own, which a signal can reach."""
 
+import os
 import subprocess
 import sys
 import time
@@ -7,20 +8,29 @@ from pathlib import Path
 
 # A shell starts background jobs with SIGINT ignored, which children inherit; the terminal's child does not.
 COMMAND = """
-import signal
+import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
+print("ready", file=sys.stderr, flush=True)
+sys.argv[0] = "sglang"
 from sglang_gen.cli import console
 console()
 """
 
 
-def generating(words: list[str]) -> subprocess.Popen:
-    """`sglang generate WORDS...` after its first picture, in a session of its own, which stands for a terminal."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "generate", *words],
-        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+ROOT = str(Path(__file__).parents[2])
+
+
+def started(words: list[str]) -> subprocess.Popen:
+    """`sglang generate WORDS...` in a session of its own, which stands for a terminal; first it says `ready`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "generate", *words], env={**os.environ, "PYTHONPATH": ROOT},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def generating(words: list[str]) -> subprocess.Popen:
+    """The same after its first picture."""
+    process = started(words)
     lines: list[str] = []
     while not (lines and lines[-1].startswith("INFO: Generated image saved to: ")):
         lines.append(process.stderr.readline())

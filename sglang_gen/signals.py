@@ -1,0 +1,108 @@
+"""Ctrl-C and SIGTERM of the command: silent before and after its work, an exception that ends the work during it.
+
+Imports little, so that `leave_quietly` holds from the first milliseconds of the command on.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Terminated(BaseException):
+    """SIGTERM was received; propagates like KeyboardInterrupt so that no partial file remains."""
+
+
+_received: list[type[BaseException]] = []  # exceptions raised by the handlers of the command that runs
+
+
+def leave_quietly() -> None:
+    """Let Ctrl-C end this process without a traceback, as it ends a C program. Ctrl-C that is ignored stays so."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def is_command() -> bool:
+    """Whether this process was started as the command: its script, or `python -m sglang_gen`."""
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    return name in ("sglang", "sglang-gen") or (name == "-m" and "sglang_gen" in sys.orig_argv)
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Context in which SIGINT raises KeyboardInterrupt and SIGTERM raises Terminated.
+
+    Outside of the main thread the host program owns the signals, and nothing changes.
+    """
+    _received.clear()
+    before: dict[int, Any] = {}
+    try:
+        if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, _raise)
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _raise)
+    except ValueError:  # not the main thread
+        pass
+    hook, sys.unraisablehook = sys.unraisablehook, _raise_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _raise(number: int, frame: Any) -> None:
+    error = KeyboardInterrupt if number == signal.SIGINT else Terminated
+    _received.append(error)
+    raise error
+
+
+def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Send the signal again, a moment later, if its exception came up where Python discards one, as in a `__del__`."""
+    if not issubclass(unraisable.exc_type, (KeyboardInterrupt, Terminated)):
+        sys.__unraisablehook__(unraisable)
+        return
+    number = signal.SIGINT if issubclass(unraisable.exc_type, KeyboardInterrupt) else signal.SIGTERM
+    import threading
+
+    def send() -> None:
+        if signal.getsignal(number) is _raise:
+            os.kill(os.getpid(), number)
+
+    timer = threading.Timer(0.05, send)
+    timer.daemon = True
+    timer.start()
+
+
+@contextmanager
+def heeded() -> Iterator[None]:
+    """Context that raises a signal's exception again where a library has lost it.
+
+    Compiled code discards an exception that a handler raises inside it, or replaces it by an error of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _received:
+            raise _received[0] from error
+        raise
+    check()
+
+
+def check() -> None:
+    """Raise the exception of a signal that was received before and discarded by a library."""
+    if _received:
+        raise _received[0]
+
+
+def forget_unhandled() -> None:
+    """Have Python exit with the code that it is given, after a KeyboardInterrupt that was handled.
+
+    Python exits by SIGINT instead if the exception left a script that C code ran, as torch does while it is imported.
+    It notes so in a variable that the next script resets.
+    """
+    import ctypes
+
+    ctypes.pythonapi.PyRun_SimpleString(b"")
