@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sglang_gen import destination
-from sglang_gen.errors import RunError, UserError
+from sglang_gen.errors import RunError, UserError, in_our_words
 
 PNG_KEY = "sglang_gen"  # name of the PNG text chunk that holds the run record
 RESULT = re.compile(r"generated_[a-z]+_(\d+)(\..+)")  # file names of `save_numbered`
@@ -74,7 +74,7 @@ def check_folder(path: Path) -> None:
 
 
 def _write_error(error: OSError, path: Path, kind: type[Exception] = RunError) -> Exception:
-    return kind(f"{path} cannot be written: {error.strerror or error}")
+    return kind(f"{path} cannot be written: {in_our_words(error)}")
 
 
 @contextmanager

@@ -236,7 +236,7 @@ def test_a_users_primary_configuration(composed, sglang):
     write("own/wrong.yaml", {"defaults": ["config", "_self_"], "sampling": {"sed": 5}})
     done = sglang("generate", "--config-dir", "own", "--config-name", "wrong", "--prompt", "x")
     assert (done.code, len(done.lines)) == (2, 1)
-    assert "Key 'sed' not in 'Sampling' (at sampling.sed)" in done.err
+    assert "sampling.sed: there is no such key; did you mean 'sampling.seed'?" in done.err
 
 
 @pytest.mark.whole

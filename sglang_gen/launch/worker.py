@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sglang_gen import env, log
-from sglang_gen.errors import LostError, RunError, Terminated, UserError, first_line
+from sglang_gen.errors import LostError, RunError, Terminated, UserError, unexpected
 from sglang_gen.types import Plan, Result
 
 PATIENCE = 3.0  # seconds between SIGTERM and SIGKILL
@@ -145,7 +145,7 @@ def _serve(job: Job, send: Callable[[Any], None]) -> bool:
         send(_failure(job.rank, error, isinstance(error, UserError), str(error)))
         return False
     except Exception as error:  # noqa: BLE001 - the rank boundary: the launcher reports it in one sentence
-        send(_failure(job.rank, error, False, f"{type(error).__name__}: {first_line(error)}"))
+        send(_failure(job.rank, error, False, unexpected(error)))
         return False
     finally:
         mesh.leave()  # after the failure is reported, because leaving makes other ranks fail

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.hub.safetensors_header import Tensor
 from sglang_gen.hub.weight_files import FLAG, few
 
@@ -22,7 +22,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             for tensor in gguf.GGUFReader(path).tensors
         }
     except CORRUPT as error:
-        raise UserError(f"{FLAG}: the GGUF file {path} is corrupt: {first_line(error)}") from error
+        raise UserError(f"{FLAG}: the GGUF file {path} is corrupt: {in_our_words(error)}") from error
     if not tensors:
         raise UserError(f"{FLAG}: the GGUF file {path} holds no tensors")
     plain = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)

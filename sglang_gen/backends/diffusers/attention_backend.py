@@ -18,7 +18,7 @@ from torch.nn.attention import sdpa_kernel
 from sglang_gen.backends.diffusers.roles import denoisers
 from sglang_gen.config.schema import Attention
 from sglang_gen.engine.attention_kernels import SDPA_KERNELS, only, priority, runs
-from sglang_gen.errors import UserError, first_line, nearest
+from sglang_gen.errors import UserError, in_our_words, nearest
 
 
 @dataclass(frozen=True)
@@ -136,4 +136,4 @@ def _refusal(name: str) -> str | None:
         with attention_backend(name):
             return None
     except (ValueError, RuntimeError, ImportError, AttributeError) as error:
-        return first_line(error)
+        return in_our_words(error)

@@ -12,8 +12,9 @@ import torch
 from sglang_gen.backends.diffusers.pipeline_signature import Kind
 from sglang_gen.backends.input_files import read_image
 from sglang_gen.backends.scheduler_trial import check_steps
-from sglang_gen.errors import UserError, first_line, nearest
+from sglang_gen.errors import UserError, in_our_words, nearest
 from sglang_gen.families.img2img import no_steps_left
+from sglang_gen.hub import component_classes
 from sglang_gen.plan.backend_choice import check_start
 from sglang_gen.types import Plan
 
@@ -60,7 +61,9 @@ def configured(kind: Any, config: Mapping[str, Any], settings: Mapping[str, Any]
     try:
         return kind.from_config(config, **settings)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"--diffusers-kwargs: {kind.__name__} refuses {dict(settings)}: {first_line(error)}") from error
+        raise UserError(
+            f"--diffusers-kwargs: {kind.__name__} refuses {dict(settings)}: {in_our_words(error)}"
+        ) from error
 
 
 def check_scheduler(plan: Plan, settings: Mapping[str, Any]) -> None:
@@ -72,6 +75,7 @@ def check_scheduler(plan: Plan, settings: Mapping[str, Any]) -> None:
     kind = getattr(diffusers, component.class_name, None) if component is not None else None
     if component is None or kind is None:
         return
+    component_classes.named(component)
     if settings:
         configured(kind, component.config, settings)
     try:

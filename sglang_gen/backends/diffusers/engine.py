@@ -37,8 +37,9 @@ from sglang_gen.backends.diffusers.stages import Latents, observed, plain_config
 from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.input_files import read_image, read_noise
 from sglang_gen.config.schema import Run
-from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
+from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, in_our_words, is_out_of_memory
 from sglang_gen.families import registry
+from sglang_gen.hub import component_classes
 from sglang_gen.parallel.guidance_split import GuidanceSplit
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.clock import Clock
@@ -69,7 +70,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
         except LOADING_ERRORS as error:
             if is_out_of_memory(error):
                 raise RunError(f"Out of memory while loading {plan.card.name}") from error
-            raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
+            raise RunError(f"Loading {plan.card.name} failed: {in_our_words(error)}") from error
         engine = DiffusersEngine(plan, mesh, built, PipelineCall(kind, call), calls)
         engine.ending = ending.pop_all()
     return engine
@@ -90,6 +91,9 @@ def check_pipeline_call(
         single_file_contents.check_single_file(plan)
     if own is None:
         pipeline_signature.check_class(plan)
+    if not plan.card.code:
+        for component in plan.card.components.values():
+            component_classes.check(component)
     kind = pipeline_signature.find(
         plan.pipeline_class,
         image=run.sampling.image_path is not None,
@@ -234,7 +238,7 @@ class DiffusersEngine:
         except UserError:
             raise
         except ValueError as error:
-            raise UserError(f"{name} refuses the request: {first_line(error)}") from error
+            raise UserError(f"{name} refuses the request: {in_our_words(error)}") from error
         finally:
             clock.leave()
         require_finite(latents.last, "the latents", batch)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from sglang_gen.backends import loading_report
-from sglang_gen.errors import LOADING_ERRORS, UserError, first_line
+from sglang_gen.errors import LOADING_ERRORS, UserError, in_our_words
 from sglang_gen.hub import component_classes
 from sglang_gen.types import Plan
 
@@ -28,4 +28,4 @@ def _load(plan: Plan, name: str, dtype: torch.dtype) -> Any:
         raise UserError(f"--component-paths: {error}") from error
     except LOADING_ERRORS as error:
         path = plan.run.model.component_paths[name]
-        raise UserError(f"--component-paths: '{name}' cannot be loaded from {path}: {first_line(error)}") from error
+        raise UserError(f"--component-paths: '{name}' cannot be loaded from {path}: {in_our_words(error)}") from error
