@@ -27,6 +27,7 @@ from sglang_gen.plan import (
     guidance,
     image_size,
     layout_limits,
+    noise_levels,
     offloading,
     quantization,
     step_cache,
@@ -52,6 +53,8 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     run = prompts.pin(run)
     batches = prompts.batches(prompts.samples(run), run.sampling.batch_size)
     image_size.check_size(run, card)
+    image_size.check_text_length(run, card)
+    noise_levels.check_scheduler_settings(run, card)
     layout_limits.check_layout(run, card, backend, reason, degrees, stated, batches)
     here = degrees.ranks if composed.place is None else composed.place.here
     layout_limits.check_machine(here, device)

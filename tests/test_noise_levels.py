@@ -1,0 +1,45 @@
+"""A scheduler's settings with which its noise levels are not defined are refused in the plan."""
+
+import json
+import shutil
+
+import pytest
+
+BACKENDS = pytest.mark.parametrize("backend", ["sglang", "diffusers"])
+SHIFT = "; it must be a number above 0"
+CHANGES = [
+    ("sd3", {"shift": 0}, f"shift is 0{SHIFT}"),
+    ("flux", {"shift": 0.0}, f"shift is 0.0{SHIFT}"),
+    ("flux", {"shift": -1.5}, f"shift is -1.5{SHIFT}"),
+    ("sd3", {"shift": float("nan")}, f"shift is nan{SHIFT}"),
+    ("sd3", {"shift": "high"}, f"shift is high{SHIFT}"),
+    ("sd3", {"shift": None}, f"shift is null{SHIFT}"),
+    ("sd3", {"shift_terminal": 1}, "shift_terminal is 1; it must be null, or a number of at least 0 and below 1"),
+    ("sd3", {"num_train_timesteps": 0}, "num_train_timesteps is 0; it must be an integer above 0"),
+    ("sdxl", {"beta_start": float("nan")}, "beta_start is nan; it must be a finite number"),
+    ("flux", {"base_image_seq_len": 4096}, "base_image_seq_len and max_image_seq_len are both 4096; they must differ"),
+]
+
+
+@BACKENDS
+@pytest.mark.parametrize(("name", "changes", "sentence"), CHANGES)
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_config_without_noise_levels_is_refused(pipelines, sglang, tmp_path, backend, name, changes, sentence, dry):
+    folder = tmp_path / "model"
+    shutil.copytree(pipelines[name], folder, symlinks=True)
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = {"max_image_seq_len": 4096, "use_dynamic_shifting": name == "flux", **json.loads(path.read_text())}
+    path.write_text(json.dumps({**config, **changes}))
+    words = ("dry_run=true",) if dry else ()
+    done = sglang("generate", "--model-path", folder, "--prompt", "a", "--backend", backend, *words)
+    assert done.code == 2
+    assert done.lines[-1] == f"ERROR: {path}: {sentence}"
+
+
+@pytest.mark.parametrize("value", [0, -3])
+def test_a_shift_of_zero_in_the_kwargs_is_refused(pipelines, sglang, value):
+    kwargs = json.dumps({"shift": value})
+    words = ("--backend", "diffusers", "--diffusers-kwargs", kwargs)
+    done = sglang("generate", "--model-path", pipelines["sd3"], "--prompt", "a", *words)
+    assert done.code == 2
+    assert done.lines[-1] == f"ERROR: --diffusers-kwargs: shift is {value}{SHIFT}"
