@@ -13,7 +13,7 @@ from sglang_gen.config import presets
 from sglang_gen.config.schema import Model, Run
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.families import registry
-from sglang_gen.hub import component_classes, download, prediction_markers, remote_code, single_file
+from sglang_gen.hub import component_classes, download, prediction_markers, remote_code, single_file, vocabulary
 from sglang_gen.hub.component_folder import check_files, check_vocabulary, read_config, read_json
 from sglang_gen.hub.safetensors_header import Header
 from sglang_gen.types import DENOISERS, Component, ModelCard
@@ -35,7 +35,9 @@ def find(model: Model, weights: bool, replaced: Collection[str] = ()) -> ModelCa
     others = {name: _replacement(card, name, path, weights) for name, path in model.component_paths.items()}
     for name, component in others.items():
         remote_code.check_component(model.component_paths[name], name, component, model.trust_remote_code)
-    return replace(card, components={**card.components, **others})
+    card = replace(card, components={**card.components, **others})
+    vocabulary.check_tokenizers(card.components)
+    return card
 
 
 def find_weights(run: Run) -> ModelCard:
