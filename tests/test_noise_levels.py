@@ -36,6 +36,40 @@ def test_a_config_without_noise_levels_is_refused(pipelines, sglang, tmp_path, b
     assert done.lines[-1] == f"ERROR: {path}: {sentence}"
 
 
+def with_scheduler(source, folder, name, **config):
+    shutil.copytree(source, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": name, **config}))
+    return folder
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize(("name", "config", "what"), [
+    ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "a shift"),
+    ("EulerDiscreteScheduler", {}, "noise levels of its own and a shift"),
+    ("DDIMScheduler", {}, "noise levels of its own and a shift"),
+])  # fmt: skip
+def test_a_scheduler_that_does_not_take_the_pipelines_levels_is_refused(
+    pipelines, sglang, tmp_path, name, config, what, dry
+):
+    folder = with_scheduler(pipelines["flux"], tmp_path / "model", name, **config)
+    words = ("--backend", "diffusers", *(("dry_run=true",) if dry else ()))
+    done = sglang("generate", "--model-path", folder, "--prompt", "a", *words)
+    assert done.code == 2
+    assert done.lines[-1].startswith(f"ERROR: FluxPipeline gives its scheduler {what}")
+    assert f", which {name} does not take with this configuration; " in done.lines[-1]
+
+
+@pytest.mark.whole
+def test_a_scheduler_with_a_dynamic_shift_samples_flux_on_diffusers(pipelines, sglang, tmp_path):
+    config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True}
+    folder = with_scheduler(pipelines["flux"], tmp_path / "model", "DPMSolverMultistepScheduler", **config)
+    words = ("--backend", "diffusers", "--height", 32, "--width", 32, "--num-inference-steps", 2)
+    done = sglang("generate", "--model-path", folder, "--prompt", "a", *words)
+    assert done.code == 0, done.err
+
+
 @pytest.mark.parametrize("value", [0, -3])
 def test_a_shift_of_zero_in_the_kwargs_is_refused(pipelines, sglang, value):
     kwargs = json.dumps({"shift": value})

@@ -104,7 +104,7 @@ def check_pipeline_call(
         raise UserError(f"quality.reference compares images, and {kind.pipeline_class.__name__} makes {kind.makes}")
     call, scheduler = call_arguments.split(plan, kind)
     call_arguments.check_complete(kind, plan, call)
-    call_arguments.check_scheduler(plan, scheduler)
+    call_arguments.check_scheduler(plan, kind, call, scheduler)
     clip_skip.check_clip_skip(plan, kind, call)
     read_noise(run.sampling.latents)
     _image(run)
