@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.default_element import ResultDefault
@@ -74,6 +74,24 @@ class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
         for entries in given:
             hydra_code.check_search_path(list(entries) if OmegaConf.is_list(entries) else entries)
         super()._process_config_searchpath(config_name, parsed_overrides, repo)
+        if config_name is not None and "/" not in config_name:  # in a folder, defaults are relative to it
+            _build_on_shipped(config_name, repo)
+
+
+def _build_on_shipped(config_name: str, repo: CachingConfigRepository) -> None:
+    """Compose a user's primary configuration without a defaults list on top of the shipped one.
+
+    The result in the cache is changed, as if the file began with `defaults: [config, _self_]`; a file that is itself
+    named config.yaml could not name the shipped one.
+    """
+    own = repo.load_config(config_name)
+    shipped = next(source for source in repo.get_sources() if source.provider == "main")
+    if own is None or own.defaults_list or own.provider in ("main", "schema") or not OmegaConf.is_dict(own.config):
+        return
+    base = shipped.load_config("config")
+    listed = repo.delegate._extract_defaults_list("config", base.config)
+    own.defaults_list = repo.delegate._create_defaults_list("config", listed)
+    own.config = typing.cast(DictConfig, OmegaConf.merge(base.config, own.config))
 
 
 @cache
