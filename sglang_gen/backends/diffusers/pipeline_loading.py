@@ -12,6 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from sglang_gen import log
 from sglang_gen.backends import loading_report
+from sglang_gen.backends.diffusers import file_text_encoders
 from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.families import registry
 from sglang_gen.hub import component_classes, remote_code
@@ -64,7 +65,7 @@ def _read_file(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: di
     if (scheduler := plan.card.components.get("scheduler")) and "scheduler" not in replaced:
         kind = component_classes.named(scheduler)
         replaced = {**replaced, "scheduler": kind.from_config(dict(scheduler.config))}  # adjusted to the file's markers
-    replaced = {**_converted(plan, dtype, replaced), **replaced}
+    replaced = {**_converted(plan, dtype, replaced), **file_text_encoders.load(plan, dtype, replaced), **replaced}
     try:
         with log.quieter("diffusers"), _configs_only(plan) as configs:  # diffusers warns about unused keys
             pipeline = pipeline_class.from_single_file(
