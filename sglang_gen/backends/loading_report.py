@@ -59,13 +59,13 @@ def _other_shapes(kind: Any, folder: Path, config: Mapping[str, Any]) -> list[st
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     given = {name: shape for file in in_folder(folder) for name, shape in header(file).items()}
     return [
-        _clause(name, given[name], expected[name])
+        shape_clause(name, given[name], expected[name])
         for name in sorted(given)
         if given[name] != expected.get(name, given[name])
     ]
 
 
-def _clause(name: str, actual: Sequence[int], expected: Sequence[int]) -> str:
+def shape_clause(name: str, actual: Sequence[int], expected: Sequence[int]) -> str:
     return f"{name} has the shape {list(actual)} in place of {list(expected)}"
 
 
@@ -73,7 +73,7 @@ def judge(report: Mapping[str, Any], class_name: str, where: str) -> None:
     """Raises UserError for missing tensors and shape mismatches in a loading report; warns of unexpected tensors."""
     missing = sorted(map(str, report.get("missing_keys") or ()))
     shapes = [
-        _clause(name, actual, expected)
+        shape_clause(name, actual, expected)
         for name, actual, expected in sorted(report.get("mismatched_keys") or (), key=str)
     ]
     require_complete(missing, shapes, class_name, where)

@@ -125,7 +125,7 @@ def _described_alike(expected: ModelCard, card: ModelCard) -> bool:
             each,
             folder=None,
             file=None,
-            components={name: replace(part, folder=None) for name, part in each.components.items()},
+            components={name: replace(part, folder=None, file=None) for name, part in each.components.items()},
         )
         for each in (expected, card)
     ]

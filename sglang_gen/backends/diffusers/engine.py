@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from sglang_gen import env, log
+from sglang_gen.backends import component_file
 from sglang_gen.backends.comm_log import CommLog
 from sglang_gen.backends.diffusers import (
     attention_backend,
@@ -89,6 +90,7 @@ def check_pipeline_call(
         from sglang_gen.backends import single_file_contents
 
         single_file_contents.check_single_file(plan)
+    component_file.check_component_files(plan)
     if own is None:
         pipeline_signature.check_class(plan)
     if not plan.card.code:

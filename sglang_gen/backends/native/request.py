@@ -74,6 +74,10 @@ def check_native_request(plan: Plan) -> NativeRequest:
         from sglang_gen.backends import single_file_contents
 
         single_file_contents.check_single_file(plan)
+    if any(component.file is not None for component in plan.card.components.values()):
+        from sglang_gen.backends import component_file
+
+        component_file.check_component_files(plan)
     native_request, run = NativeRequest(plan), plan.run
     spec, dtype = native_request.spec, getattr(torch, plan.dtype)
     watermark.check_library(plan.card.settings)
