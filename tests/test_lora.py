@@ -401,4 +401,4 @@ def test_kohyas_names_for_sd3_are_refused_by_name(pipelines, sglang, backend, dr
     words = ("--prompt", "a", "--lora-path", "sd3.safetensors", "--backend", backend, *dry)
     done = sglang("generate", "--model-path", pipelines["sd3"], *words)
     assert done.code == 2
-    assert "sd3.safetensors has the names that kohya's scripts give to Stable Diffusion 3 (lora_unet_" in done.lines[-1]
+    assert "sd3.safetensors has the names that kohya's scripts give to networks of joint blocks (" in done.lines[-1]

@@ -16,7 +16,11 @@ CHANGES = [
     ("sd3", {"shift": None}, f"shift is null{SHIFT}"),
     ("sd3", {"shift_terminal": 1}, "shift_terminal is 1; it must be null, or a number of at least 0 and below 1"),
     ("sd3", {"num_train_timesteps": 0}, "num_train_timesteps is 0; it must be an integer above 0"),
-    ("sdxl", {"beta_start": float("nan")}, "beta_start is nan; it must be a finite number"),
+    ("sdxl", {"beta_start": float("nan")}, "beta_start is nan; it must be a number between 0 and 1"),
+    ("sdxl", {"beta_end": 1e308}, "beta_end is 1e+308; it must be a number between 0 and 1"),
+    ("sdxl", {"prediction_type": {}}, "prediction_type is {}; it must be a text"),
+    ("flux", {"use_karras_sigmas": 1e308}, "use_karras_sigmas is 1e+308; it must be true, false or null"),
+    ("sdxl", {"trained_betas": 3.5}, "trained_betas is 3.5; it must be null or a list of numbers"),
     ("flux", {"base_image_seq_len": 4096}, "base_image_seq_len and max_image_seq_len are both 4096; they must differ"),
 ]
 
@@ -77,3 +81,15 @@ def test_a_shift_of_zero_in_the_kwargs_is_refused(pipelines, sglang, value):
     done = sglang("generate", "--model-path", pipelines["sd3"], "--prompt", "a", *words)
     assert done.code == 2
     assert done.lines[-1] == f"ERROR: --diffusers-kwargs: shift is {value}{SHIFT}"
+
+
+def test_a_network_without_levels_is_refused(pipelines, sglang, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(pipelines["sd3"], folder)
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "block_out_channels": []}))
+    done = sglang("generate", "--model-path", folder, "--prompt", "a", "dry_run=true")
+    assert (done.code, done.lines[-1]) == (
+        2,
+        f"ERROR: {path}: block_out_channels is an empty list; it must be an integer or a list of integers",
+    )

@@ -23,13 +23,36 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _fraction(value: Any) -> bool:
+    return _number(value) and 0 <= value <= 1
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _switch(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _betas(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and bool(value) and all(map(_number, value)))
+
+
 def _end(value: Any) -> bool:
     return value is None or (_number(value) and 0 <= value < 1)
 
 
 SETTING_LIMITS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("shift", "flow_shift"), (_positive, "a number above 0")),
-    **dict.fromkeys(("base_shift", "max_shift", "beta_start", "beta_end"), (_number, "a finite number")),
+    **dict.fromkeys(("base_shift", "max_shift"), (_number, "a finite number")),
+    **dict.fromkeys(("beta_start", "beta_end"), (_fraction, "a number between 0 and 1")),
+    **dict.fromkeys(("prediction_type", "beta_schedule", "timestep_spacing"), (_text, "a text")),
+    **dict.fromkeys(
+        ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_dynamic_shifting"),
+        (_switch, "true, false or null"),
+    ),
+    "trained_betas": (_betas, "null or a list of numbers"),
     **dict.fromkeys(("num_train_timesteps", "base_image_seq_len", "max_image_seq_len"), (_whole, "an integer above 0")),
     "shift_terminal": (_end, "null, or a number of at least 0 and below 1"),
 }

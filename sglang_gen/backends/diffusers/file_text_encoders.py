@@ -1,4 +1,4 @@
-"""Text encoders of single files that diffusers does not recognise: CLIP under names without `text_model`.
+"""Text encoders of single files that diffusers does not recognise: those under names without `text_model`.
 
 Some trainers write `cond_stage_model.transformer.embeddings...` in place of `cond_stage_model.transformer.text_model.
 embeddings...` (NovelAI's first model did). Only the names differ.
@@ -12,6 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 
+from sglang_gen.families.text_encoders import UNDER_TEXT_MODEL
 from sglang_gen.hub import component_classes, single_file
 from sglang_gen.hub.safetensors_header import header
 from sglang_gen.types import TEXT_ENCODERS, Component, Plan
@@ -25,7 +26,7 @@ def load(plan: Plan, dtype: torch.dtype, replaced: Collection[str]) -> dict[str,
     encoders = {}
     for name in TEXT_ENCODERS:
         component = plan.card.components.get(name)
-        if component is None or name in replaced or not component.class_name.startswith("CLIPText"):
+        if component is None or name in replaced or component.class_name not in UNDER_TEXT_MODEL:
             continue
         names = single_file.of_text_encoder(header(plan.card.file), name, component)
         if names and not any(f".{LACKED_PART}" in full for full in names.values()):
