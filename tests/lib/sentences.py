@@ -17,7 +17,7 @@ FOREIGN = (
     # torch
     r"expected scalar type|size mismatch|object has no attribute|object is not|NoneType|state_dict|meta tensor",
     r"[Tt]ensors? (a|on) device|mat1 and mat2|shapes cannot be multiplied|must match the size|Sizes of tensors",
-    r"index out of range|not implemented for|CUDA error|\[enforce fail|TORCH_\w+|torch\.compile'?d|aten::",
+    r"index out of range|not implemented for|CUDA error:|\[enforce fail|TORCH_\w+|torch\.compile'?d|aten::",
     # diffusers, transformers, safetensors, peft, huggingface_hub
     r"HeaderTooLarge|HeaderTooSmall|InvalidHeader|MetadataIncompleteBuffer|while deserializing|safetensors_rust",
     r"from_pretrained\(|from_single_file\(|low_cpu_mem_usage|ignore_mismatched_sizes|`\w+`|torch_dtype=",
