@@ -1,6 +1,9 @@
 """Exceptions shown to the user, their exit codes, and suggestions for misspelled names."""
 
 import difflib
+import json
+import os.path
+import traceback
 from collections.abc import Iterable
 
 from sglang_gen.signals import Terminated
@@ -11,6 +14,10 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, Import
 
 class UserError(ValueError):
     """The request cannot be carried out as stated: one sentence, exit code 2."""
+
+
+class InvalidValueError(ValueError):
+    """A clause about a value ("is not an integer"), which the caller completes with the name of the setting."""
 
 
 class RunError(RuntimeError):
@@ -28,10 +35,38 @@ def nearest(name: str, legal: Iterable[str]) -> str:
     return f"; did you mean '{spelled[close[0]]}'?" if close else ""
 
 
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of the error's message, or the name of its class if the message is empty."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def in_our_words(error: BaseException) -> str:
+    """A clause that says what a library's exception means: "X cannot be read: it is not UTF-8 text".
+
+    Messages of libraries address developers, so they are shown with --log-level debug only. The caller chains the
+    exception (`raise ... from error`), which is what the debug log prints.
+    """
+    match error:
+        case UserError() | RunError() | InvalidValueError():
+            return str(error)
+        case OSError(strerror=str(text)) if error.errno is not None:
+            return text
+        case UnicodeError():
+            return "it is not UTF-8 text"
+        case json.JSONDecodeError():
+            return f"it is not valid JSON in line {error.lineno}"
+        case ImportError(name=str(name)):
+            return f"the package {name.partition('.')[0]} is missing or has an unsupported version"
+        case FileNotFoundError():
+            return "it does not exist"
+        case RecursionError():
+            return "it is nested too deeply"
+        case MemoryError():
+            return "memory ran out"
+    return "--log-level debug shows why"
+
+
+def unexpected(error: BaseException) -> str:
+    """The sentence for an exception that no code expected: the last line of this package that it passed through."""
+    folder = os.path.dirname(__file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(folder)]
+    where = f" in {os.path.relpath(frames[-1].filename, folder)}, line {frames[-1].lineno}," if frames else ""
+    return f"An unexpected error{where} ended the run (--log-level debug shows it)"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -52,4 +87,4 @@ def ending(error: BaseException) -> tuple[int, str]:
             return 130, "Interrupted"
         case Terminated():
             return 143, "Terminated"
-    return 1, f"{type(error).__name__}: {first_line(error)} (--log-level debug shows where)"
+    return 1, unexpected(error)

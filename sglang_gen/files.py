@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sglang_gen import destination, log
-from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.errors import InvalidValueError, RunError, UserError, in_our_words
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,7 +80,7 @@ def check_folder(path: Path) -> None:
 
 
 def _write_error(error: OSError, path: Path, kind: type[Exception] = RunError) -> Exception:
-    return kind(f"{path} cannot be written: {error.strerror or error}")
+    return kind(f"{path} cannot be written: {in_our_words(error)}")
 
 
 @contextmanager
@@ -237,9 +237,9 @@ def _write_png(file: BinaryIO, frame: Any, record: dict[str, Any]) -> None:
 
 @contextmanager
 def opened_image(path: Path) -> "Iterator[Image.Image]":
-    """Context with an image of a user's file. Raises FileNotFoundError, or ValueError with a clause.
+    """Context with an image of a user's file. Raises FileNotFoundError, or InvalidValueError.
 
-    Errors inside the context become the ValueError too, because PIL decodes late. Its warnings about odd files are
+    Errors inside the context become the latter too, because PIL decodes late. Its warnings about odd files are
     dropped. An image of more pixels than PIL takes for an attack is refused before it is decoded.
     """
     from PIL import Image
@@ -253,14 +253,21 @@ def opened_image(path: Path) -> "Iterator[Image.Image]":
     except FileNotFoundError:
         raise
     except IsADirectoryError:
-        raise ValueError("it is a folder") from None
+        raise InvalidValueError("it is a folder") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from None
+        raise InvalidValueError(f"it has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from None
     except Image.UnidentifiedImageError:
         empty = not path.stat().st_size
-        raise ValueError("the file is empty" if empty else "its format is unknown, or it is damaged") from None
+        raise InvalidValueError("the file is empty" if empty else "its format is unknown, or it is damaged") from None
     except (OSError, SyntaxError, EOFError, struct.error) as error:  # PIL raises SyntaxError for a broken PNG
-        raise ValueError(first_line(error)) from error
+        raise InvalidValueError(_problem(error)) from error
+
+
+def _problem(error: Exception) -> str:
+    """What PIL's exception for a damaged image means, as a clause."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return in_our_words(error)
+    return "it is damaged or truncated"
 
 
 def safetensors_bytes(tensors: Mapping[str, Any]) -> bytes:

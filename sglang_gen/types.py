@@ -26,6 +26,7 @@ class Component:
     class_name: str
     folder: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    file: Path | None = None  # its weights in one file (--component-paths); `folder` then holds its config alone
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "0"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
+import sentences
 import tiers
 import tiny
 import torch
@@ -31,6 +32,10 @@ torch.set_num_threads(1)
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Functions by their names: two processes of one run must collect the same ids."""
     return val.__name__ if isinstance(val, FunctionType) else None
+
+
+def pytest_configure() -> None:
+    sentences.watch()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -80,6 +85,14 @@ def _checkout() -> set[Path]:
 def _nothing_beyond_the_tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test of `make check` starts no process and no compiler."""
     tiers.limit(request.node, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _sentences_are_our_own() -> Iterator[None]:
+    """No test makes a message, or logs a warning, with the words of a library; see `test_sentences`."""
+    sentences.seen.clear()
+    yield
+    assert sentences.foreign(sentences.seen) == []
 
 
 @pytest.fixture(scope="session")

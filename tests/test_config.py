@@ -236,7 +236,40 @@ def test_a_users_primary_configuration(composed, sglang):
     write("own/wrong.yaml", {"defaults": ["config", "_self_"], "sampling": {"sed": 5}})
     done = sglang("generate", "--config-dir", "own", "--config-name", "wrong", "--prompt", "x")
     assert (done.code, len(done.lines)) == (2, 1)
-    assert "Key 'sed' not in 'Sampling' (at sampling.sed)" in done.err
+    assert "sampling.sed: there is no such key; did you mean 'sampling.seed'?" in done.err
+
+
+@pytest.mark.parametrize("name", ["mine", "config"])
+def test_a_primary_configuration_without_defaults_builds_on_the_shipped_one(composed, name):
+    """Also one that has the name of the shipped one."""
+    write(f"own/{name}.yaml", {"sampling": {"seed": 5, "num_inference_steps": 3}, "dtype": "float32"})
+    words = ("--config-dir", "own", "--config-name", name, "model=sdxl", "sampling.num_inference_steps=4")
+    composition = composed(*words, "--prompt", "x")
+    run = composition.run
+    assert (run.model.preset, run.sampling.seed, get(run, STEPS), run.dtype.name) == ("sdxl", 5, 4, "float32")
+    assert composition.sources["sampling.seed"] == "group"
+    assert composition.sources[STEPS] == "override"
+
+
+@pytest.mark.whole
+def test_a_sweep_file_without_defaults_sweeps(composed):
+    write("own/seeds.yaml", {"hydra": {"mode": "MULTIRUN", "sweeper": {"params": {"sampling.seed": "1,2"}}}})
+    jobs = composed("-m", "--config-dir", "own", "--config-name", "seeds", "model=sdxl", "--output-path", "sweep")
+    assert [job.run.sampling.seed for job in jobs] == [1, 2]
+
+
+def test_a_defaults_list_that_leaves_the_shipped_configuration_out_is_refused(sglang):
+    write("own/mine.yaml", {"defaults": [{"model": "sdxl"}, "_self_"], "sampling": {"seed": 5}})
+    done = sglang("generate", "--config-dir", "own", "--config-name", "mine", "--prompt", "x")
+    assert (done.code, done.lines) == (
+        2, ["ERROR: The primary configuration does not build on 'config': put '- config' first in its defaults"],
+    )  # fmt: skip
+
+
+def test_a_wrong_key_of_a_primary_configuration_without_defaults_is_named(sglang):
+    write("own/mine.yaml", {"sampling": {"sed": 5}})
+    done = sglang("generate", "--config-dir", "own", "--config-name", "mine", "--prompt", "x")
+    assert (done.code, done.lines) == (2, ["ERROR: sampling.sed: there is no such key; did you mean 'sampling.seed'?"])
 
 
 @pytest.mark.whole

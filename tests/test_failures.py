@@ -74,7 +74,7 @@ def test_a_folder_without_model_index(fails, tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"{", "cannot be read: Expecting property name"),
+        (b"{", "cannot be read: it is not valid JSON in line 1"),
         (b"\xff\xfe", "cannot be read: "),
         (b"[1]", "does not hold a JSON object"),
         (b"{}", "names no pipeline class or no components"),
@@ -154,9 +154,7 @@ def test_weights_of_another_shape(fails, folder):
 
 def test_a_component_of_a_class_that_does_not_exist(fails, folder):
     edit(folder / "model_index.json", "transformer", ["diffusers", "NoSuchTransformer"])
-    sentence = fails(folder, 1)
-    assert sentence.startswith(f"ERROR: Loading {folder} failed: ")
-    assert "NoSuchTransformer" in sentence
+    assert "has a component of the class NoSuchTransformer, which the installed diffusers does not" in fails(folder, 2)
 
 
 def test_a_component_of_a_library_that_is_not_installed(fails, folder):
@@ -226,7 +224,7 @@ def test_a_defect_is_one_sentence_and_a_traceback_on_request(fails, sglang, pipe
     monkeypatch.setattr(NETWORKS[backend], "forward", broken)
     words = ("--backend", backend)
     sentence = fails(pipelines["sd3"], 1, *words)
-    assert "the pipe burst" in sentence
+    assert re.fullmatch(r"ERROR: An unexpected error in \S+, line \d+, ended the run \(--log-level .*\)", sentence)
     shown = sglang(
         "generate", "--model-path", pipelines["sd3"], "--prompt", "a", *SMALL, "--log-level", "debug", *words
     )
@@ -239,13 +237,9 @@ def test_a_defect_is_one_sentence_and_a_traceback_on_request(fails, sglang, pipe
 @pytest.mark.whole
 def test_a_refusal_of_the_pipeline_is_the_users(fails, pipelines):
     words = ("sampling.max_sequence_length=9999", "--backend")
-    assert fails(pipelines["sd3"], 2, *words, "diffusers") == (
-        "ERROR: StableDiffusion3Pipeline refuses the request: "
-        "`max_sequence_length` cannot be greater than 512 but is 9999"
-    )
-    assert fails(pipelines["sd3"], 2, *words, "sglang") == (
-        "ERROR: sampling.max_sequence_length is 9999; StableDiffusion3Pipeline takes at most 512"
-    )
+    refusal = "ERROR: sampling.max_sequence_length is 9999; StableDiffusion3Pipeline takes at most 512"
+    assert fails(pipelines["sd3"], 2, *words, "diffusers") == refusal
+    assert fails(pipelines["sd3"], 2, *words, "sglang") == refusal
 
 
 @BACKENDS

@@ -92,11 +92,11 @@ def test_a_file_that_git_lfs_did_not_fetch_is_named(pipelines, run, file):
 
 @pytest.mark.parametrize("backend", ["sglang", "diffusers"])
 def test_a_component_that_is_one_file_needs_its_folder(run, backend):
-    save_file({"decoder.conv_in.weight": torch.zeros(1)}, "vae.safetensors")
-    words = ("--component-paths", '{"vae": "vae.safetensors"}', "dry_run=true")
+    save_file({"decoder.conv_in.weight": torch.zeros(1)}, "unet.safetensors")
+    words = ("--component-paths", '{"unet": "unet.safetensors"}', "dry_run=true")
     done = run("sdxl", "--backend", backend, *words)
     assert done.code == 2
-    assert "'vae' is the file vae.safetensors; it takes a folder with the weights and config.json" in done.lines[-1]
+    assert "'unet' is the file unet.safetensors; it takes a folder with the weights and config.json" in done.lines[-1]
 
 
 def test_an_adapter_with_a_part_for_another_text_encoder_says_which_part(run):

@@ -133,7 +133,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence_within_seconds(sglang, hub
     done = sglang("generate", "--model-path", "tiny/sd15", "--prompt", "a")
     assert (done.code, len(done.lines)) == (1, 1)
     assert done.lines[0].startswith("ERROR: tiny/sd15 is not a local folder, is incomplete in the local cache, and c")
-    assert "the hub cannot be reached ([Errno 111] Connection refused)" in done.lines[0]
+    assert "the hub cannot be reached (Connection refused)" in done.lines[0]
     assert time.monotonic() - start < 20  # the hub's own client tries for 23 s
 
 
@@ -284,8 +284,8 @@ def test_modelscope_ids_go_to_modelscope(sglang, hub, pipelines, modelscope):
 @pytest.mark.parametrize(
     ("name", "code", "sentence"),
     [
-        ("NotExistError", 2, "ERROR: ModelScope has no scope/sd15: no route"),
-        ("NetworkError", 1, "ERROR: ModelScope cannot provide scope/sd15: no route"),
+        ("NotExistError", 2, "ERROR: ModelScope has no scope/sd15"),
+        ("NetworkError", 1, "ERROR: ModelScope cannot provide scope/sd15: --log-level debug shows why"),
     ],
 )
 def test_failures_of_modelscope_are_one_sentence(sglang, modelscope, name, code, sentence):

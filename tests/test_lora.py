@@ -390,3 +390,15 @@ def test_two_adapters_need_two_nicknames(pipelines, run):
     done = run("sd3", weights, "lora.adapters=[{path: ./adapter.safetensors}]")
     assert (done.code, "two adapters are named 'default'; give each its own nickname" in done.err) == (2, True)
     assert load_file("adapter.safetensors").keys() == weights.keys()
+
+
+@pytest.mark.parametrize("backend", ["auto", "diffusers"])
+@pytest.mark.parametrize("dry", [(), ("dry_run=true",)])
+def test_kohyas_names_for_sd3_are_refused_by_name(pipelines, sglang, backend, dry):
+    modules = ("lora_unet_joint_blocks_0_x_block_attn_qkv", "lora_te1_text_model_encoder_layers_0_mlp_fc1")
+    factors = {f"{name}.{side}.weight": torch.zeros(4, 4) for name in modules for side in ("lora_down", "lora_up")}
+    save_file(factors, "sd3.safetensors")
+    words = ("--prompt", "a", "--lora-path", "sd3.safetensors", "--backend", backend, *dry)
+    done = sglang("generate", "--model-path", pipelines["sd3"], *words)
+    assert done.code == 2
+    assert "sd3.safetensors has the names that kohya's scripts give to networks of joint blocks (" in done.lines[-1]

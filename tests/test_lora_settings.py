@@ -217,7 +217,7 @@ def test_patterns_in_diffusers_metadata_count_for_their_part_and_in_their_order(
         ({"lora_alpha": 10**400}, "it must be a finite number"),
         ({"alpha_pattern": {"to_q": "1"}}, "the alpha '1' for"),
         ({"alpha_pattern": ["to_q"]}, "alpha_pattern in peft/adapter_config.json is ['to_q'], not a mapping"),
-        ({"alpha_pattern": {"to_(q": 1}}, "holds 'to_(q', not a regular expression"),
+        ({"alpha_pattern": {"to_(q": 1}}, "holds 'to_(q', which is not a regular expression"),
         ({"r": 0}, "the rank 0 for"),
         ({"r": True}, "the rank True for"),
         ({"r": "4"}, "it must be a whole number above 0"),
@@ -239,7 +239,7 @@ def test_what_the_settings_ask_and_factors_cannot_give_is_refused_by_name(adapte
 @pytest.mark.parametrize("text", ["[1]", "3", "null", '"LORA"', "{", "\xff"])
 def test_settings_that_are_no_mapping_are_refused_in_one_sentence(adapter, text):
     Path("peft/adapter_config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match=r"in place of a mapping of settings|cannot be read"):
+    with pytest.raises(UserError, match=r"does not hold a mapping of settings|cannot be read"):
         lora_file.read("peft")
 
 

@@ -186,7 +186,7 @@ def test_a_perf_dump_may_have_its_own_name(composed):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("sampling.seed=1,foo",), "could not be converted to Integer"),
+        (("sampling.seed=1,foo",), "sampling.seed: 'foo' is not an integer"),
         (("sampling.sed=1,2",), "Unknown key 'sampling.sed'; did you mean 'sampling.seed'?"),
         (("parallel=single,tp22",), "Unknown option 'tp22' of the group 'parallel'; did you mean 'tp2'?"),
         (("output.path=a,b",), "output.path is the folder of the whole sweep and cannot be swept"),

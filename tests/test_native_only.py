@@ -72,6 +72,22 @@ def test_a_request_for_diffusers_is_refused_with_the_reason(sglang, folder, word
     assert f"has no {PIPELINE}" in done.lines[-1]
 
 
+@pytest.mark.parametrize("dry", [(), ("dry_run=true",)], ids=["run", "dry run"])
+def test_it_is_not_compared_with_a_backend_that_lacks_it(sglang, folder, dry):
+    done = sglang("debug", "parity", "--model-path", folder, "--prompt", "a", *SMALL, *dry)
+    assert done.code == 2
+    assert done.lines[-1] == (
+        f"ERROR: sglang debug parity runs both backends, and only the native engine has {PIPELINE}"
+    )
+
+
+def test_a_setting_of_the_native_engine_is_not_compared(sglang, pipelines):
+    words = ("sampling.guidance_interval=[0.1,0.9]",)
+    done = sglang("debug", "parity", "--model-path", pipelines["sd3"], "--prompt", "a", *SMALL, *words)
+    assert done.code == 2
+    assert done.lines[-1].endswith("only the native engine has sampling.guidance_interval; leave it out")
+
+
 @pytest.mark.whole
 def test_a_single_file_is_refused_in_one_sentence(sglang, folder, pipelines):
     file = save(pipelines["sd3"], Path("model.safetensors").absolute())

@@ -117,5 +117,5 @@ def test_a_scheduler_whose_library_is_missing_is_one_sentence(pipelines, run, mo
     table = diffusers.utils.import_utils.BACKENDS_MAPPING
     monkeypatch.setitem(table, library, (lambda: False, table[library][1]))
     done = run(with_scheduler(pipelines["sd15"], name), "--backend", "sglang")
-    assert done.code == 1
-    assert f"{name} requires the {library} library but it was not found" in done.lines[-1]
+    assert done.code == 2
+    assert done.lines[-1] == f"ERROR: {name} needs the package {library}: pip install {library}"

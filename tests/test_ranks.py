@@ -132,13 +132,13 @@ def test_what_gloo_does_not_find_here_is_not_taken_for_another_ranks_end():
     with pytest.raises(RunError) as error, explained("Rank 0", 1.0):
         raise RuntimeError(text)
     assert type(error.value) is RunError
-    assert str(error.value).startswith("Rank 0 cannot open connections to other ranks: ifa != nullptr. Unable to find")
+    assert str(error.value).startswith("Rank 0 cannot open connections to other ranks (--log-level debug")
 
 
 def test_what_fails_in_nccl_is_not_taken_for_another_ranks_end():
     near = "NCCL error in: x.cpp:1, unhandled system error\nLast error:\nError while creating shared memory segment"
     far = "NCCL error in: x.cpp:1, remote process exited or there was a network error"
-    for text, kind, sentence in ((near, RunError, "failed in NCCL: Error while creating"), (far, LostError, "lost")):
+    for text, kind, sentence in ((near, RunError, "failed in NCCL "), (far, LostError, "lost")):
         with pytest.raises(RunError, match=sentence) as error, explained("Rank 0", 1.0):
             raise dist.DistBackendError(text)
         assert type(error.value) is kind

@@ -66,6 +66,38 @@ def changed(file: Path, change) -> Path:
 
 
 @pytest.mark.whole
+@pytest.mark.parametrize("backend", ["sglang", "diffusers"])
+def test_a_text_encoder_under_names_without_text_model_is_loaded(pipelines, files, sglang, backend):
+    file = changed(files["sd15"], lambda weights: {
+        key.replace("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."): weight
+        for key, weight in weights.items()
+    })  # fmt: skip
+    for where in ((pipelines["sd15"],), (file, f"model.configs={pipelines['sd15']}")):
+        done = sglang("generate", "--model-path", *where, *SMALL[:-1], backend)
+        assert done.code == 0, done.err
+    assert not [line for line in done.lines if line.startswith("WARNING")]
+    assert alike(0, 1)
+
+
+@pytest.mark.parametrize("backend", ["sglang", "diffusers"])
+@pytest.mark.parametrize(("change", "sentence"), [
+    (lambda name, weight: {} if name.endswith("layers.1.mlp.fc1.weight") else {name: weight}, "lacks 1 of its tensors"),
+    (lambda name, weight: {name: weight[:-1] if "token_embedding" in name else weight}, "of its tensors have another"),
+])  # fmt: skip
+def test_a_text_encoder_of_a_single_file_is_judged_before_loading(pipelines, files, sglang, backend, change, sentence):
+    file = changed(files["sd15"], lambda weights: {
+        name: tensor
+        for key, weight in weights.items()
+        for name, tensor in (change(key, weight) if key.startswith("cond_stage") else {key: weight}).items()
+    })  # fmt: skip
+    done = sglang("generate", "--model-path", file, f"model.configs={pipelines['sd15']}", *SMALL[:-1], backend)
+    assert done.code == 2
+    assert "does not fit the component configs" in done.lines[-1]
+    assert "CLIPTextModel: " in done.lines[-1]
+    assert sentence in done.lines[-1]
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_a_single_file_gives_the_picture_of_its_folder(pipelines, files, sglang, name):
     for where in ((pipelines[name],), (files[name], f"model.configs={pipelines[name]}")):

@@ -262,6 +262,22 @@ def _corrupt(folder: Path, others) -> str:
     return "bad.safetensors"
 
 
+@pytest.mark.parametrize("backend", ["auto", "diffusers"])
+def test_a_gguf_file_with_flattened_convolutions_is_refused_by_name(run, backend):
+    writer = gguf.GGUFWriter("unet.gguf", "sdxl")
+    weights = np.zeros((4, 4, 3, 3), np.float16)
+    writer.add_tensor("input_blocks.0.0.weight", weights.reshape(12, 12))
+    writer.add_array("comfy.gguf.orig_shape.input_blocks.0.0.weight", list(weights.shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    done = run("sdxl", "--transformer-weights-path", "unet.gguf", "--backend", backend)
+    assert done.code == 2
+    assert "unet.gguf stores 1 tensors in another shape than the network's (input_blocks.0.0.weight; " in done.lines[-1]
+    assert "comfy.gguf.orig_shape" in done.lines[-1]
+
+
 def _gguf_cut(folder: Path, others) -> str:
     write_gguf("flux.gguf", stored(others, "flux"), gguf.GGMLQuantizationType.Q8_0)
     data = Path("flux.gguf").read_bytes()

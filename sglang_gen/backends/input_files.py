@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from sglang_gen import files, log
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError, in_our_words
 
 WHITE_16 = 2**16 - 1
 
@@ -26,7 +26,7 @@ def read_noise(path: str | None) -> torch.Tensor | None:
             noise: torch.Tensor = file.get_tensor("noise")
             return noise.unsqueeze(0)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"sampling.latents: {path} cannot be read: {first_line(error)}") from None
+        raise UserError(f"sampling.latents: {path} cannot be read: {in_our_words(error)}") from error
 
 
 def read_image(path: str, setting: str) -> Any:
@@ -43,7 +43,7 @@ def read_image(path: str, setting: str) -> Any:
     except FileNotFoundError:
         raise UserError(f"{setting}: the image {path} does not exist") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{setting}: {path} is not a readable image ({first_line(error)})") from None
+        raise UserError(f"{setting}: {path} is not a readable image ({in_our_words(error)})") from error
 
 
 def _rgb(image: Any, what: str) -> Any:

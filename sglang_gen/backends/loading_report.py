@@ -13,6 +13,8 @@ import torch
 
 from sglang_gen import log
 from sglang_gen.errors import UserError
+from sglang_gen.hub.component_folder import in_folder
+from sglang_gen.hub.safetensors_header import header
 from sglang_gen.hub.weight_files import few
 
 # Tensors of other networks in the same checkpoint (a CLIP text model is often saved with its vision model, a T5 encoder
@@ -40,20 +42,38 @@ def read(kind: Any, folder: Path, config: Mapping[str, Any], dtype: torch.dtype)
                 str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True,
                 ignore_mismatched_sizes=not declared,
             )  # fmt: skip
-    except NotImplementedError as error:  # a tied tensor has another shape
-        raise UserError(
-            f"{folder} is not a checkpoint of this {kind.__name__}: a tensor that two of its modules share has another "
-            "shape"
-        ) from error
+    except (NotImplementedError, RuntimeError):  # without a report, as for a shared tensor of another shape
+        require_complete((), _other_shapes(kind, folder, config), kind.__name__, str(folder))
+        raise
     judge(report, kind.__name__, str(folder))
     return network
+
+
+def _other_shapes(kind: Any, folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """Clauses about tensors whose shape in the files is not that of the network, found by headers alone."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        network = kind(kind.config_class.from_dict(dict(config))) if hasattr(kind, "config_class") else None
+        network = kind.from_config(dict(config)) if network is None else network
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    given = {name: shape for file in in_folder(folder) for name, shape in header(file).items()}
+    return [
+        shape_clause(name, given[name], expected[name])
+        for name in sorted(given)
+        if given[name] != expected.get(name, given[name])
+    ]
+
+
+def shape_clause(name: str, actual: Sequence[int], expected: Sequence[int]) -> str:
+    return f"{name} has the shape {list(actual)} in place of {list(expected)}"
 
 
 def judge(report: Mapping[str, Any], class_name: str, where: str) -> None:
     """Raises UserError for missing tensors and shape mismatches in a loading report; warns of unexpected tensors."""
     missing = sorted(map(str, report.get("missing_keys") or ()))
     shapes = [
-        f"{name} has the shape {list(actual)} in place of {list(expected)}"
+        shape_clause(name, actual, expected)
         for name, actual, expected in sorted(report.get("mismatched_keys") or (), key=str)
     ]
     require_complete(missing, shapes, class_name, where)

@@ -26,13 +26,14 @@ def check_steps(scheduler: Any, timesteps: Tensor) -> None:
     except IndexError as error:
         raise UserError(
             f"{type(scheduler).__name__} finds no noise level for one of its {len(timesteps)} steps with this "
-            f"configuration ({_spacing(scheduler)}): change the number of steps or the spacing of its noise levels"
+            f"configuration{_spacing(scheduler)}: change the number of steps or the spacing of its noise levels"
         ) from error
 
 
 def _spacing(scheduler: Any) -> str:
-    """The settings that space the noise levels."""
+    """The settings that space the noise levels, in brackets; empty if the scheduler has none."""
     config = scheduler.config
     switches = [name for name in config if name.startswith("use_") and config[name]]
     names = [name for name in ("beta_schedule", "timestep_spacing", *switches) if name in config]
-    return ", ".join(f"{name} {config[name]}" for name in names)
+    settings = ", ".join(f"{name} {config[name]}" for name in names)
+    return f" ({settings})" if settings else ""

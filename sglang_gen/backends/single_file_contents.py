@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sglang_gen import log
 from sglang_gen.backends.diffusers.pipeline_loading import misfit
-from sglang_gen.backends.loading_report import require_complete, warn_unused
+from sglang_gen.backends.loading_report import WITHOUT_EFFECT, require_complete, warn_unused
 from sglang_gen.errors import UserError
 from sglang_gen.hub import component_classes, single_file
 from sglang_gen.hub.safetensors_header import header
@@ -24,6 +24,7 @@ from sglang_gen.plan.quantization import denoisers
 from sglang_gen.types import TEXT_ENCODERS, Component, Plan
 from sglang_gen.weights.original_layout import CONVERSION_ERRORS, conversion
 
+SHARED_NAMES = ("shared.weight", "encoder.embed_tokens.weight")  # names of a T5 encoder's embedding table
 SAMPLES = 64  # entries along each dimension of a converted tensor that are inspected
 
 
@@ -48,7 +49,10 @@ def check_single_file(plan: Plan) -> None:
     for name in TEXT_ENCODERS:
         component = plan.card.components.get(name)
         if component is not None and name not in replaced:
-            _check_text_encoder(file, name, component, shapes)
+            try:
+                _check_text_encoder(file, name, component, shapes)
+            except UserError as error:
+                raise UserError(misfit(plan, str(error))) from error
     left = single_file.unclaimed(shapes, plan.card.components)
     if left:
         log.warn_once(
@@ -85,14 +89,27 @@ def _check_component(file: Path, name: str, component: Component, shapes: Mappin
 
 
 def _check_text_encoder(file: Path, name: str, component: Component, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Warn of tensors that a text encoder in transformers' layout ignores; loading reports missing ones."""
+    """Raises UserError if a text encoder in transformers' layout is incomplete; warns of tensors that it ignores.
+
+    A text projection may be absent, and one of two tensors that modules share.
+    """
     mine = single_file.of_text_encoder(shapes, name, component)
     kind = component_classes.named(component)
     if not mine or component.folder is None or not hasattr(kind, "config_class"):
         return
     with init_empty_weights():
         encoder = kind(kind.config_class.from_pretrained(component.folder))
-    expected = {key.removeprefix("text_model.") for key in encoder.state_dict()}
+    expected = {key.removeprefix("text_model."): tuple(each.shape) for key, each in encoder.state_dict().items()}
+    for one, other in (SHARED_NAMES, SHARED_NAMES[::-1]):
+        if one not in mine and other in mine:
+            expected.pop(one, None)
+    missing = sorted(key for key in expected.keys() - mine.keys() if not WITHOUT_EFFECT.search(key))
+    mismatched = [
+        f"{mine[key]} has the shape {list(shapes[mine[key]])} in place of {list(shape)}"
+        for key, shape in sorted(expected.items())
+        if key in mine and shapes[mine[key]] != shape
+    ]
+    require_complete(missing, mismatched, kind.__name__, file.name)
     warn_unused((mine[key] for key in mine if key not in expected), kind.__name__, str(file))
 
 

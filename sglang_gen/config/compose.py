@@ -19,7 +19,8 @@ from sglang_gen import env
 from sglang_gen.config import presets, record_limits
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.config_file import FileValues, read_config_file
-from sglang_gen.config.hydra_loader import Loader, group_options, line_of, open_loader, parse, user_errors
+from sglang_gen.config.hydra_errors import user_errors
+from sglang_gen.config.hydra_loader import Loader, group_options, line_of, open_loader, parse
 from sglang_gen.config.overrides import check_option, check_overrides, covers, dict_path
 from sglang_gen.config.schema import LOCAL, Run, get, leaves, put
 from sglang_gen.errors import UserError

@@ -10,7 +10,7 @@ from sglang_gen.config import prompt_archive, record_limits
 from sglang_gen.config.flags import BY_KEY, FILE_OR_INLINE
 from sglang_gen.config.schema import SCHEMA_VERSION, leaves
 from sglang_gen.config.values import coerce, parse_json, parse_yaml
-from sglang_gen.errors import UserError, nearest
+from sglang_gen.errors import InvalidValueError, UserError, nearest
 
 # Effective values of a record, and the config paths that they set if the request left the choice open.
 PINNED = {
@@ -43,11 +43,11 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         raise UserError(f"The file {path} is not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"The file {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # a zero byte in the name
-        raise UserError(f"The file {str(path)!r} cannot be read: {error}") from None
+    except ValueError:
+        raise UserError(f"The file {str(path)!r} cannot be read: its name holds a zero byte") from None
     try:
         content = parse_json(text) if path.suffix.lower() == ".json" else parse_yaml(text)
-    except ValueError as error:
+    except InvalidValueError as error:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"The file {path} holds no mapping of keys to values")
@@ -57,7 +57,8 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 def typed(target: str, value: Any) -> Any:
     """Convert `value` to the type of the config path `target`. For JSON settings it may be the name of a file.
 
-    Raises UserError if that file cannot be read, ValueError with a clause ("is not an integer") for a wrong type.
+    Raises UserError if that file cannot be read, InvalidValueError with a clause ("is not an integer") for a wrong
+    type.
     """
     kind = leaves()[target]
     if target in FILE_OR_INLINE and isinstance(value, os.PathLike):
@@ -159,6 +160,6 @@ def _typed(key: str, target: str, value: Any, path: str | Path) -> Any:
         return typed(target, value)
     except UserError:
         raise
-    except ValueError as error:
+    except InvalidValueError as error:
         shown = "null" if value is None else f"'{value}'"
         raise UserError(f"{path}: {key}: {shown} {error}") from None

@@ -4,7 +4,7 @@ from typing import Any
 
 from sglang_gen.config.config_file import typed
 from sglang_gen.config.flags import BY_KEY, FLAGS, Flag
-from sglang_gen.errors import UserError, nearest
+from sglang_gen.errors import InvalidValueError, UserError, nearest
 
 
 def flag_values(options: dict[str, Any]) -> dict[str, Any]:
@@ -28,6 +28,6 @@ def _typed(flag: Flag, text: Any) -> Any:
         return typed(str(flag.path), text)
     except UserError:
         raise
-    except ValueError as error:
+    except InvalidValueError as error:
         shown = text if len(str(text)) <= 60 else f"{str(text)[:57]}..."
         raise UserError(f"{flag.option}: '{shown}' {error}") from None

@@ -1,17 +1,14 @@
-"""Hydra's configuration loader, its override parser, and its errors as one-sentence UserErrors."""
+"""Hydra's configuration loader and its override parser."""
 
 import os.path
-import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.default_element import ResultDefault
@@ -20,37 +17,14 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from sglang_gen import env
 from sglang_gen.config import hydra_code
 from sglang_gen.config.choices import Choices
+from sglang_gen.config.hydra_errors import override_problem, user_errors
 from sglang_gen.config.overrides import Word, dict_path
 from sglang_gen.config.schema import Run
-from sglang_gen.config.values import yaml_problem
-from sglang_gen.errors import RunError, UserError, first_line
-from sglang_gen.files import FULL
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Context that converts errors of Hydra and OmegaConf, which the user can correct, to one-sentence UserErrors."""
-    try:
-        yield
-    except UserError:
-        raise
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        name = mark.name if mark is not None else getattr(error, "name", "A configuration file")
-        raise UserError(f"{name} is not valid YAML: {yaml_problem(error)}") from error
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, AttributeError) as error:
-        raise UserError(_sentence(error)) from error
-    except RecursionError as error:
-        raise UserError("The configuration is nested too deeply") from error
-    except OSError as error:
-        if error.errno in FULL:  # only the folder of a sweep is written here
-            raise RunError(f"The folder of the sweep cannot be written: {error.strerror}") from error
-        raise UserError(f"{error.filename or 'The configuration'} cannot be used: {error.strerror or error}") from error
+from sglang_gen.errors import UserError
 
 
 class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
@@ -72,7 +46,7 @@ class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
         try:
             cfg: DictConfig = super().load_configuration(*args, **kwargs)
         except UnicodeDecodeError as error:
-            raise UserError(f"{self._undecodable()} is not UTF-8 text: {first_line(error)}") from error
+            raise UserError(f"{self._undecodable()} is not UTF-8 text") from error
         hydra_code.check_targets(
             typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False)), instantiable()
         )
@@ -100,6 +74,24 @@ class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
         for entries in given:
             hydra_code.check_search_path(list(entries) if OmegaConf.is_list(entries) else entries)
         super()._process_config_searchpath(config_name, parsed_overrides, repo)
+        if config_name is not None and "/" not in config_name:  # in a folder, defaults are relative to it
+            _build_on_shipped(config_name, repo)
+
+
+def _build_on_shipped(config_name: str, repo: CachingConfigRepository) -> None:
+    """Compose a user's primary configuration without a defaults list on top of the shipped one.
+
+    The result in the cache is changed, as if the file began with `defaults: [config, _self_]`; a file that is itself
+    named config.yaml could not name the shipped one.
+    """
+    own = repo.load_config(config_name)
+    shipped = next(source for source in repo.get_sources() if source.provider == "main")
+    if own is None or own.defaults_list or own.provider in ("main", "schema") or not OmegaConf.is_dict(own.config):
+        return
+    base = shipped.load_config("config")
+    listed = repo.delegate._extract_defaults_list("config", base.config)
+    own.defaults_list = repo.delegate._create_defaults_list("config", listed)
+    own.config = typing.cast(DictConfig, OmegaConf.merge(base.config, own.config))
 
 
 @cache
@@ -163,11 +155,9 @@ def _word(parser: OverridesParser, line: str) -> Word:
         (override,) = parser.parse_overrides([line])
     except (HydraException, ValueError) as error:
         key = line.partition("=")[0]
-        reason = first_line(error)
-        if re.match(r"\w*(Exception|Error)\b", reason):  # of the lexer, which only repeats the override
-            reason = "it has a character that is none of Hydra's grammar"
         raise UserError(
-            f"The override '{line}' cannot be read: {reason} (special characters need quotes inside: {key}='\"...\"')"
+            f"The override '{line}' cannot be read: {override_problem(error)} "
+            f"(special characters need quotes inside: {key}='\"...\"')"
         ) from error
     sign = {OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++", OverrideType.DEL: "~"}.get(override.type, "")
     values: tuple[Any, ...] = ()
@@ -181,15 +171,3 @@ def _word(parser: OverridesParser, line: str) -> Word:
 def line_of(word: Word) -> str:
     """The override as passed to Hydra, with `++` for keys of free-form mappings, which may or may not exist yet."""
     return f"++{word.text}" if not word.sign and dict_path(word.key) else word.text
-
-
-def _sentence(error: Exception) -> str:
-    """One sentence for an error of Hydra or OmegaConf, with its config path."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    cause = error.__cause__
-    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException) and str(cause)[:40] not in text:
-        text = f"{text.rstrip('.')}: {first_line(cause)}"
-    place = next((line for line in lines if line.startswith("full_key:")), "").partition(": ")[2]
-    key = getattr(error, "full_key", None) or place
-    return f"{text} (at {key})" if key and key not in text else text

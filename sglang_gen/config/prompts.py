@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang_gen.config.schema import BOUNDS, Run
 from sglang_gen.config.values import parse_json
-from sglang_gen.errors import UserError, nearest
+from sglang_gen.errors import InvalidValueError, UserError, nearest
 from sglang_gen.types import Sample
 
 
@@ -45,7 +45,7 @@ def _read(path: str) -> list[dict[str, Any]]:
             _check_entry(entries[-1])
         except UserError as error:
             raise UserError(f"sampling.prompts_file: {path}, line {number}: {error}") from None
-        except ValueError as error:
+        except InvalidValueError as error:
             raise UserError(f"sampling.prompts_file: {path}, line {number} {error}") from None
     if not entries:
         raise UserError(f"sampling.prompts_file: {path} holds no prompt")

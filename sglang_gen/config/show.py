@@ -12,7 +12,8 @@ from omegaconf import OmegaConf, open_dict, read_write
 
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose_partly
-from sglang_gen.config.hydra_loader import open_loader, user_errors
+from sglang_gen.config.hydra_errors import user_errors
+from sglang_gen.config.hydra_loader import open_loader
 from sglang_gen.config.schema import plain
 from sglang_gen.errors import UserError
 

@@ -11,18 +11,20 @@ from enum import Enum
 from functools import cache
 from typing import Any, NoReturn, Union
 
+from sglang_gen.errors import InvalidValueError
+
 DEPTH, SIZE = 64, 1_000_000  # limits for the contents of a file or flag; a YAML alias can contain itself
 
 
 def parse_json(text: str) -> Any:
-    """Parse a JSON text. Raises ValueError with a clause ("is not valid JSON: ...")."""
+    """Parse a JSON text. Raises InvalidValueError with a clause ("is not valid JSON: ...")."""
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_finite, parse_int=_integer)
     except json.JSONDecodeError as error:
         where = f" in line {error.lineno}" if "\n" in text else f" at character {error.pos + 1}"
-        raise ValueError(f"is not valid JSON: {error.msg}{where}") from None
+        raise InvalidValueError(f"is not valid JSON: {error.msg}{where}") from None
     except RecursionError:
-        raise ValueError("is nested too deeply") from None
+        raise InvalidValueError("is nested too deeply") from None
     check_plain(value)
     return value
 
@@ -31,32 +33,32 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"gives the key '{next(name for name in names if names.count(name) > 1)}' twice")
+        raise InvalidValueError(f"gives the key '{next(name for name in names if names.count(name) > 1)}' twice")
     return unique
 
 
 def _not_finite(word: str) -> NoReturn:
-    raise ValueError(f"holds {word}; a number must be finite")
+    raise InvalidValueError(f"holds {word}; a number must be finite")
 
 
 def _integer(digits: str) -> int:
     if len(digits) > 20:
-        raise ValueError("holds an integer of more than 64 bits")
+        raise InvalidValueError("holds an integer of more than 64 bits")
     return int(digits)
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse a YAML text with the safe loader. Raises ValueError with a clause ("is not valid YAML: ...")."""
+    """Parse a YAML text with the safe loader. Raises InvalidValueError with a clause ("is not valid YAML: ...")."""
     import yaml
 
     try:
         value = yaml.load(text, Loader=_yaml_loader())
     except yaml.YAMLError as error:
-        raise ValueError(f"is not valid YAML: {yaml_problem(error)}") from None
+        raise InvalidValueError(f"is not valid YAML: {yaml_problem(error)}") from None
     except RecursionError:
-        raise ValueError("is nested too deeply") from None
+        raise InvalidValueError("is nested too deeply") from None
     except (ValueError, LookupError, AttributeError, TypeError):  # raised by the constructors of tags: !!bool maybe
-        raise ValueError("is not valid YAML: a value does not fit its tag, or a number is too long") from None
+        raise InvalidValueError("is not valid YAML: a value does not fit its tag, or a number is too long") from None
     check_plain(value)
     return value
 
@@ -91,13 +93,13 @@ def _yaml_loader() -> Any:
 
 
 def check_plain(content: Any) -> None:
-    """Raises ValueError for values that UTF-8 JSON cannot represent, with their place: "a.b is nan; ..."."""
+    """Raises InvalidValueError for values that UTF-8 JSON cannot represent, with their place: "a.b is nan; ..."."""
     pending, seen = [("", content, 0)], 0
     while pending:
         where, value, depth = pending.pop()
         seen += 1
         if depth > DEPTH or seen > SIZE:
-            raise ValueError("is nested too deeply, or is too large")
+            raise InvalidValueError("is nested too deeply, or is too large")
         if isinstance(value, dict):
             pending += [(f"{where}.{name}" if where else str(name), item, depth + 1) for name, item in value.items()]
             pending += [(f"the key '{name!r}'", name, depth + 1) for name in value]
@@ -112,22 +114,22 @@ def _check_scalar(where: str, value: Any) -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{where} holds characters that are not Unicode text") from None
+            raise InvalidValueError(f"{where} holds characters that are not Unicode text") from None
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{where} is {value}; it must be a finite number")
+            raise InvalidValueError(f"{where} is {value}; it must be a finite number")
     elif isinstance(value, int):
         if value.bit_length() > 64:
-            raise ValueError(f"{where} is an integer of more than 64 bits")
+            raise InvalidValueError(f"{where} is an integer of more than 64 bits")
     elif value is not None:
-        raise ValueError(f"{where} is of the type {type(value).__name__}, which JSON does not have")
+        raise InvalidValueError(f"{where} is of the type {type(value).__name__}, which JSON does not have")
 
 
 def coerce(value: Any, kind: Any) -> Any:
     """Convert `value` to the schema's type `kind`. Accepts text from a command line, parsed JSON or YAML, and paths and
     numbers from Python, including numpy's.
 
-    Raises ValueError with a clause ("is not an integer") for a value of the wrong type.
+    Raises InvalidValueError with a clause ("is not an integer") for a value of the wrong type.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
@@ -145,7 +147,7 @@ def coerce(value: Any, kind: Any) -> Any:
         if isinstance(value, kind):
             return value
         if not isinstance(value, str) or value not in names:
-            raise ValueError(f"is not one of {', '.join(names)}")
+            raise InvalidValueError(f"is not one of {', '.join(names)}")
         return kind[value]
     return _coerce_scalar(value, kind)
 
@@ -164,10 +166,10 @@ def _coerce_dataclass(value: Any, cls: type) -> Any:
     if isinstance(value, cls):
         return value
     if not isinstance(value, dict):
-        raise ValueError(f"is not a mapping with the keys {', '.join(hints)}")
+        raise InvalidValueError(f"is not a mapping with the keys {', '.join(hints)}")
     for name in value:
         if name not in hints:
-            raise ValueError(f"has the unknown key '{name}'; the keys are {', '.join(hints)}")
+            raise InvalidValueError(f"has the unknown key '{name}'; the keys are {', '.join(hints)}")
     return cls(**{name: coerce(item, hints[name]) for name, item in value.items()})
 
 
@@ -175,7 +177,7 @@ def _coerce_dict(value: Any, item_kind: Any) -> dict[str, Any]:
     if isinstance(value, str):
         value = parse_json(value)
     if not isinstance(value, dict):
-        raise ValueError("is not a JSON object")
+        raise InvalidValueError("is not a JSON object")
     return {str(name): coerce(item, item_kind) for name, item in value.items()}
 
 
@@ -183,9 +185,9 @@ def _coerce_list(value: Any, item_kind: Any) -> list[Any]:
     if isinstance(value, str):
         value = [item.strip() for item in value.split(",") if item.strip()]
         if not value:
-            raise ValueError("is an empty list")
+            raise InvalidValueError("is an empty list")
     if not isinstance(value, (list, tuple)):
-        raise ValueError("is not a list")
+        raise InvalidValueError("is not a list")
     return [coerce(item, item_kind) for item in value]
 
 
@@ -197,26 +199,26 @@ def _coerce_scalar(value: Any, kind: type) -> Any:
         if isinstance(value, str) and value.lower() in words:
             return words[value.lower()]
         if not isinstance(value, bool):
-            raise ValueError("is not true or false")
+            raise InvalidValueError("is not true or false")
         return value
     noun = "an integer" if kind is int else "a number"
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):  # numpy's scalars are numbers.Real
-        raise ValueError(f"is not {noun}")
+        raise InvalidValueError(f"is not {noun}")
     if kind is int and not isinstance(value, (numbers.Integral, str)) and not float(value).is_integer():
-        raise ValueError(f"is not {noun}")
+        raise InvalidValueError(f"is not {noun}")
     try:
         return kind(value)
     except (ValueError, OverflowError):
-        raise ValueError(f"is not {noun}") from None
+        raise InvalidValueError(f"is not {noun}") from None
 
 
 def _coerce_text(value: Any) -> str:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str):
-        raise ValueError("is not text (quotes make it text)")
+        raise InvalidValueError("is not text (quotes make it text)")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError("is not Unicode text") from None
+        raise InvalidValueError("is not Unicode text") from None
     return value

@@ -127,6 +127,7 @@ def _checked(composed: "Composed", card: "ModelCard") -> "Plan":
     from sglang_gen.plan import backend_choice, offloading
     from sglang_gen.plan import make as planning
 
+    _refuse_native_only(composed, card)
     plan = planning.make_plan(_on(composed, BackendName.auto), card)
     _, reason = backend_choice.choose(plan.run, card, plan.device)
     if reason is not None:
@@ -145,6 +146,19 @@ def _checked(composed: "Composed", card: "ModelCard") -> "Plan":
     if plan.layout.ranks > 1:
         raise UserError("sglang debug parity runs on one rank; leave out the settings of parallel")
     return plan
+
+
+def _refuse_native_only(composed: "Composed", card: "ModelCard") -> None:
+    """Raises UserError for a model or a setting that only the native engine has."""
+    from sglang_gen.hub import component_classes
+    from sglang_gen.plan import backend_choice
+
+    both, spec = "sglang debug parity runs both backends, and", backend_choice.family(composed.run, card)
+    if spec is not None and not component_classes.in_diffusers(spec.pipeline_class):
+        raise UserError(f"{both} only the native engine has {spec.pipeline_class}")
+    for path, is_requested in backend_choice.NATIVE_ONLY:
+        if is_requested(composed.run):
+            raise UserError(f"{both} only the native engine has {path}; leave it out")
 
 
 def _on(composed: "Composed", name: BackendName) -> "Composed":

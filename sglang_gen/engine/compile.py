@@ -14,7 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Un
 
 from sglang_gen import env
 from sglang_gen.engine.meta_trace import Shapes
-from sglang_gen.errors import RunError, first_line
+from sglang_gen.errors import RunError
 
 
 def gpu_options(device: str, deterministic: bool) -> dict[str, Any]:
@@ -83,8 +83,13 @@ class Compiled:
                 limit = dynamo.recompile_limit
                 raise RunError(f"compile: a block was compiled for more than the {limit} expected shapes") from error
             except BackendCompilerFailed as error:
-                raise RunError(f"compile: torch.compile failed: {first_line(error.inner_exception)}") from error
+                raise RunError(
+                    "compile: the compiler of torch.compile failed (--log-level debug shows why); run with compile=none"
+                ) from error
             except Unsupported as error:
-                raise RunError(f"compile: torch.compile cannot trace this network: {first_line(error)}") from error
+                raise RunError(
+                    "compile: torch.compile cannot trace this network (--log-level debug shows why); "
+                    "run with compile=none"
+                ) from error
             finally:
                 self.limiting = False

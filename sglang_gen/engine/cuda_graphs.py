@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_gen.errors import RunError, first_line, is_out_of_memory
+from sglang_gen.errors import RunError, in_our_words, is_out_of_memory
 from sglang_gen.tensor_tree import mapped, tensors
 
 Evaluate = Callable[[Tensor, Any], Tensor]  # (latents [B, ...], conditioning of one step) -> prediction of their shape
@@ -45,7 +45,7 @@ class Recorder:
             failure = _first_failure(error)
             if is_out_of_memory(failure):
                 raise failure from None
-            raise RunError(f"{REFUSED} ({first_line(failure)}); leave it out") from error
+            raise RunError(f"{REFUSED} ({in_our_words(failure)}); leave it out") from error
         return output, graph.replay
 
 

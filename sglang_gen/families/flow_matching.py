@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.families import img2img
 from sglang_gen.families.pipeline_contract import Pipeline, image_frames
 from sglang_gen.models.vae import Autoencoder
@@ -38,7 +38,7 @@ def set_timesteps(scheduler: Any, steps: int, tokens: int, max_shift: float, sig
     try:
         scheduler.set_timesteps(**extra)
     except (ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"{kind} refuses {steps} steps: {first_line(error)}") from error
+        raise UserError(f"{kind} refuses {steps} steps: {in_our_words(error)}") from error
 
 
 class FlowMatching(Pipeline):

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 
-from sglang_gen.families.accepted import T5
+from sglang_gen.families.accepted import CLIP, CLIP_PROJECTED, T5
 from sglang_gen.types import Component
 
 # Prefixes of an encoder's tensors in single files, for classes that have the same prefix in all families.
 FILE_PREFIXES: Mapping[str, tuple[str, ...]] = dict.fromkeys(T5, ("text_encoders.t5xxl.",))
+# Classes whose tensors are named `text_model.` in single files, except by some trainers.
+UNDER_TEXT_MODEL = (*CLIP, *CLIP_PROJECTED)
 
 
 def ranks(component: Component, dtype: str, tp: int) -> int:

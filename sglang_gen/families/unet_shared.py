@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sglang_gen.engine.sparse_attention import Grid
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.families import img2img
 from sglang_gen.families.contract import ComponentConfig, Request
 from sglang_gen.families.pipeline_contract import Pipeline
@@ -176,7 +176,7 @@ class UNetPipeline(Pipeline):
         try:
             scheduler.set_timesteps(request.steps)
         except ValueError as error:
-            raise UserError(f"{kind} refuses {request.steps} steps: {first_line(error)}") from error
+            raise UserError(f"{kind} refuses {request.steps} steps: {in_our_words(error)}") from error
         if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
             raise UserError(f"{kind} is not a scheduler for diffusion models, so it cannot sample from this UNet")
         return img2img.remaining_timesteps(scheduler, request.skipped)

@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from sglang_gen import log
+from sglang_gen.errors import UserError, nearest
 from sglang_gen.hub import remote_code
 from sglang_gen.types import Component
 
@@ -16,9 +17,38 @@ def in_diffusers(name: str) -> bool:
 
 
 def named(component: Component) -> Any:
-    """The class of a component, from its library or from a module of diffusers.pipelines."""
+    """The class of a component, from its library or from a module of diffusers.pipelines.
+
+    Raises UserError for a class that the installed library does not have, or that needs a missing package.
+    """
+    check(component)
+    with log.quieter("transformers"):  # it warns of missing packages that its image processors do not need
+        kind = getattr(_library(component), component.class_name)
+    if type(kind).__name__ == "DummyObject":  # what diffusers has in place of a class whose packages are missing
+        from diffusers.utils.import_utils import BACKENDS_MAPPING
+
+        lacking = [package for package in kind._backends if not BACKENDS_MAPPING[package][0]()]
+        raise UserError(f"{component.class_name} needs the package {', '.join(lacking)}: pip install {lacking[0]}")
+    return kind
+
+
+def check(component: Component) -> None:
+    """Raises UserError for a class that the installed library does not have; does not import its module."""
+    names = dir(_library(component))
+    if component.class_name not in names:
+        raise UserError(
+            f"The model has a component of the class {component.class_name}, which the installed "
+            f"{component.library} does not have{nearest(component.class_name, names)}"
+        )
+
+
+def _library(component: Component) -> Any:
     library = component.library
     if library.split(".")[0] not in remote_code.LIBRARIES:
         library = f"diffusers.pipelines.{library}"
-    with log.quieter("transformers"):  # it warns of missing packages that its image processors do not need
-        return getattr(importlib.import_module(library), component.class_name)
+    try:
+        return importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"The model has a component of {component.library}, which is not installed or not a part of diffusers"
+        ) from error

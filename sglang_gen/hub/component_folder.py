@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.hub.config_limits import check_sizes
 from sglang_gen.hub.plain_numbers import require_plain
 from sglang_gen.hub.safetensors_header import PICKLED, PICKLES, is_pointer, read_header
@@ -19,7 +19,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+        raise UserError(f"{path} cannot be read: {in_our_words(error)}") from error
     except RecursionError:
         raise UserError(f"{path} cannot be read: it is nested too deeply") from None
     if not isinstance(content, dict):

@@ -23,6 +23,8 @@ SIZE_LIMITS: Mapping[str, tuple[int, int]] = {
 def check_sizes(path: Path, config: Mapping[str, Any]) -> None:
     """Raises UserError for a size that is no number, or outside of what a network can have."""
     for key, (least, most) in SIZE_LIMITS.items():
+        if config.get(key) == []:
+            raise UserError(f"{path}: {key} is an empty list; it must be an integer or a list of integers")
         for value in _leaves(config.get(key)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise UserError(f"{path}: {key} is {str(value)[:40]!r}; it must be an integer or a list of integers")

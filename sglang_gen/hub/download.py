@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sglang_gen import env, log
 from sglang_gen.config.schema import Model
-from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.errors import RunError, UserError, in_our_words
 from sglang_gen.families import registry
 from sglang_gen.hub import remote_code
 from sglang_gen.hub.component_folder import read_json
@@ -48,6 +48,8 @@ def _download_huggingface(model: Model, name: str, weights: bool, patterns: list
     local = refusal is not None
     try:
         folder = _download_pipeline(model, name, local) if weights else _snapshot(model, name, local, patterns)
+    except UserError:
+        raise
     except failures as error:
         raise hub_error(refusal or error, name, model.revision) from error
     if refusal and weights:
@@ -126,7 +128,7 @@ def _reason(error: BaseException) -> str:
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         return f"the cache cannot be written ({error.strerror})"
-    return f"the hub cannot be reached ({first_line(error)})"
+    return f"the hub cannot be reached ({in_our_words(error)})"
 
 
 def _download_modelscope(model: Model, name: str, weights: bool, patterns: list[str]) -> Path:
@@ -153,7 +155,7 @@ def _download_modelscope(model: Model, name: str, weights: bool, patterns: list[
     except UserError:
         raise
     except errors.NotExistError as error:
-        raise UserError(f"ModelScope has no {name}: {first_line(error)}") from error
+        raise UserError(f"ModelScope has no {name}") from error
     except failures as error:
-        raise RunError(f"ModelScope cannot provide {name}: {first_line(error)}") from error
+        raise RunError(f"ModelScope cannot provide {name}: {in_our_words(error)}") from error
     return Path(folder)

@@ -13,15 +13,19 @@ from sglang_gen.config import presets
 from sglang_gen.config.schema import Model, Run
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.families import registry
-from sglang_gen.hub import component_classes, download, prediction_markers, remote_code, single_file
+from sglang_gen.hub import component_classes, download, prediction_markers, remote_code, single_file, vocabulary
 from sglang_gen.hub.component_folder import check_files, check_vocabulary, read_config, read_json
-from sglang_gen.hub.safetensors_header import Header
+from sglang_gen.hub.plain_numbers import require_plain
+from sglang_gen.hub.safetensors_header import Header, read_header, refuse_other_formats
 from sglang_gen.types import DENOISERS, Component, ModelCard
 
 LANGUAGE_MODEL = (
     "The generate command is currently only supported for diffusion models. "
     "For language models, use the sglang serve command to start a server and make API requests."
 )
+
+
+FILE_CLASSES = ("AutoencoderKL",)  # components whose weights are read from one file too
 
 
 def find(model: Model, weights: bool, replaced: Collection[str] = ()) -> ModelCard:
@@ -35,7 +39,9 @@ def find(model: Model, weights: bool, replaced: Collection[str] = ()) -> ModelCa
     others = {name: _replacement(card, name, path, weights) for name, path in model.component_paths.items()}
     for name, component in others.items():
         remote_code.check_component(model.component_paths[name], name, component, model.trust_remote_code)
-    return replace(card, components={**card.components, **others})
+    card = replace(card, components={**card.components, **others})
+    vocabulary.check_tokenizers(card.components)
+    return card
 
 
 def find_weights(run: Run) -> ModelCard:
@@ -221,10 +227,7 @@ def _replacement(card: ModelCard, name: str, path: str, weights: bool) -> Compon
         raise UserError(f"--component-paths: '{name}' is defined by the model's own code and cannot be replaced")
     folder = Path(path).expanduser()
     if folder.is_file():
-        raise UserError(
-            f"--component-paths: '{name}' is the file {path}; it takes a folder with the weights and config.json of "
-            f"the component ({known[name].class_name})"
-        )
+        return _in_one_file(known[name], name, folder)
     if not folder.is_dir():
         if path.startswith(("/", ".", "~")) or path.count("/") != 1:
             raise UserError(f"--component-paths: the folder {path} of '{name}' does not exist")
@@ -241,6 +244,18 @@ def _replacement(card: ModelCard, name: str, path: str, weights: bool) -> Compon
     if weights:
         check_files(folder, component)
     return component
+
+
+def _in_one_file(own: Component, name: str, file: Path) -> Component:
+    """The component with the weights of a file. Raises UserError unless it is an AutoencoderKL with a known config."""
+    if own.class_name not in FILE_CLASSES or not own.config:
+        raise UserError(
+            f"--component-paths: '{name}' is the file {file}; it takes a folder with the weights and config.json of "
+            f"the component ({own.class_name}), and only the weights of {FILE_CLASSES[0]} are read from one file"
+        )
+    refuse_other_formats(file, "--component-paths")
+    require_plain(file, read_header(file))
+    return replace(own, file=file)
 
 
 def _download_component(path: str, name: str, weights: bool) -> Path:

@@ -1,10 +1,12 @@
 """Reads the headers of safetensors files without loading weights, and refuses pickled files."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError, in_our_words
 
 PICKLED = "offers no safetensors weights, and pickled weights are refused"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
@@ -57,9 +59,35 @@ def read_header(path: Path) -> Header:
     except SafetensorError as error:
         if is_pointer(path):
             raise UserError(f"The weight file {path} is a Git LFS pointer: run 'git lfs pull'") from None
-        raise UserError(f"The weight file {path} is corrupt: {first_line(error)}") from None
+        raise UserError(f"The weight file {path} is corrupt: {_damage(path)}") from error
     except OSError as error:
-        raise UserError(f"The weight file {path} cannot be read: {error.strerror or first_line(error)}") from None
+        raise UserError(f"The weight file {path} cannot be read: {in_our_words(error)}") from error
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a file that is not a safetensors file: 8 bytes of length, a JSON header, then the tensors."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8:
+            return f"it has {size} bytes, fewer than a header"
+        if length > size - 8:
+            return f"its header should have {length} bytes, and the file has {size}"
+        try:
+            entries = json.loads(file.read(length))
+        except (ValueError, RecursionError):
+            return "its header is not valid JSON"
+    ends = [end for item in _offsets(entries) if isinstance(end := item[-1], int)]
+    if ends and max(ends) != size - 8 - length:
+        return f"its tensors should have {max(ends)} bytes, and {size - 8 - length} follow its header"
+    return "its header does not describe its tensors"
+
+
+def _offsets(entries: Any) -> list[list[Any]]:
+    """The places of the tensors in a header, as far as it has the form of one."""
+    items = [item for name, item in entries.items() if name != "__metadata__"] if isinstance(entries, dict) else []
+    found = [item.get("data_offsets") for item in items if isinstance(item, dict)]
+    return [offsets for offsets in found if isinstance(offsets, list) and offsets]
 
 
 def refuse_other_formats(path: Path, setting: str) -> None:

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sglang_gen import env, log
-from sglang_gen.errors import LostError, RunError, UserError, first_line
+from sglang_gen.errors import LostError, RunError, UserError, unexpected
 from sglang_gen.signals import Terminated
 from sglang_gen.types import Plan, Result
 
@@ -199,7 +199,7 @@ def _serve(job: Job, channel: _Channel) -> bool:
         send(_failure(job.rank, error, isinstance(error, UserError), str(error)))
         return False
     except Exception as error:  # noqa: BLE001 - the rank boundary: the launcher reports it in one sentence
-        send(_failure(job.rank, error, False, f"{type(error).__name__}: {first_line(error)}"))
+        send(_failure(job.rank, error, False, unexpected(error)))
         return False
     finally:
         mesh.leave()  # after the failure is reported, because leaving makes other ranks fail

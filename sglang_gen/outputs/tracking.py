@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang_gen import files, log
 from sglang_gen.config.schema import Run, Tracker, plain
-from sglang_gen.errors import RunError, first_line
+from sglang_gen.errors import RunError, in_our_words
 from sglang_gen.outputs.dump_path import RUNS
 from sglang_gen.perf.dump_numbers import QUALITY, TIMES, peak_memory, times
 
@@ -87,7 +87,7 @@ def append_row(path: Path, values: Mapping[str, Any]) -> None:
     except Timeout:
         raise RunError(f"{path} has been locked by another run for {LOCK_SECONDS:.0f} s") from None
     except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise RunError(f"{path} cannot be written: {in_our_words(error)}") from error
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -100,7 +100,7 @@ def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
             rows = list(reader)
             header = list(reader.fieldnames or ())
     except (csv.Error, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is not a CSV file ({first_line(error)}); move it away") from None
+        raise RunError(f"{path} is not a CSV file; move it away") from error
     if any(None in row for row in rows):  # DictReader keeps surplus fields under None
         raise RunError(f"{path} has a row that is longer than its header; move it away")
     return header, rows
@@ -127,9 +127,7 @@ def _log_to_wandb(run: Run, report: Mapping[str, Any], paths: Sequence[Path], mo
             session.log({**numbers(report), **_media(report, paths)})
             folder = None if session.disabled else session.settings.sync_dir
     except (wandb.Error, OSError, ValueError) as error:  # ValueError: a setting that W&B refuses
-        raise RunError(
-            f"The images are saved, but W&B did not accept the run: {log.shorten(str(error), 300)}"
-        ) from error
+        raise RunError(f"The images are saved, but W&B did not accept the run: {in_our_words(error)}") from error
     if folder is None:
         log.warning("tracking=wandb has no effect: W&B is disabled by its own settings (WANDB_MODE)")
     else:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sglang_gen.errors import LostError, RunError, first_line
+from sglang_gen.errors import LostError, RunError
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.types import Layout
 
@@ -216,17 +216,14 @@ def explained(who: str, minutes: float) -> Iterator[None]:
                         f"{who} has the same GPU as another rank, which NCCL refuses; start one process for each GPU"
                     ) from error
                 if any(word in text for word in LOCAL_AXES):
-                    raise RunError(f"{who} cannot open connections to other ranks: {_plain(text)}") from error
+                    raise RunError(
+                        f"{who} cannot open connections to other ranks (--log-level debug shows why)"
+                    ) from error
                 if "NCCL" in text and not any(word in text for word in REMOTE):
-                    raise RunError(f"{who} failed in NCCL: {text.rpartition('Last error:')[2].strip()}") from error
+                    raise RunError(f"{who} failed in NCCL (--log-level debug shows why)") from error
                 raise LostError(f"{who} lost the connection to another rank") from error
             cause = cause.__cause__ or cause.__context__
         raise
-
-
-def _plain(text: str) -> str:
-    """The first line of a gloo message, without the position in gloo's source."""
-    return first_line(ValueError(text)).rpartition("] ")[2]
 
 
 def leave() -> None:

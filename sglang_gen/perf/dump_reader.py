@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from sglang_gen.config.schema import SCHEMA_VERSION
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import InvalidValueError, UserError, in_our_words
 
 PEAKS = ("peak_allocated_mb", "peak_reserved_mb", "peak_host_anon_mb")
 
@@ -62,8 +62,10 @@ def read(path: Path, strict: bool = False) -> Dump | None:
         raise UserError(f"{path} is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error.msg} in line {error.lineno}") from None
-    except ValueError as error:  # NaN, or a number of thousands of digits
-        raise UserError(f"{path} is not valid JSON: {first_line(error)}") from None
+    except InvalidValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON: a number has thousands of digits") from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply") from None
     except OSError as error:
@@ -84,7 +86,7 @@ def is_dump(content: Any) -> bool:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a JSON number")
+    raise InvalidValueError(f"{constant} is not a JSON number")
 
 
 def _dump(path: Path, content: Mapping[str, Any]) -> Dump:
@@ -106,7 +108,8 @@ def _dump(path: Path, content: Mapping[str, Any]) -> Dump:
             images=len(samples) if samples else None,
         )
     except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
-        reason = str(error) if type(error) is ValueError else "its entries do not have the layout of a dump"
+        own = isinstance(error, InvalidValueError)
+        reason = in_our_words(error) if own else "its entries do not have the layout of a dump"
         raise UserError(f"{path} cannot be compared: {reason}") from None
 
 
@@ -125,7 +128,7 @@ def _metrics(content: Mapping[str, Any]) -> dict[str, list[float]]:
         for name, value in _times(repeat).items():
             metrics.setdefault(name, []).append(value)
     if not all(metrics["total"]):
-        raise ValueError("its total_duration_ms is zero")
+        raise InvalidValueError("its total_duration_ms is zero")
     once = {name: value for name, value in _stages(content).items() if name not in metrics}
     for checkpoint in (content.get("memory_checkpoints") or {}).values():
         for peak in PEAKS:
@@ -154,5 +157,5 @@ def _stages(content: Mapping[str, Any]) -> dict[str, float]:
 
 def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"{what} is {json.dumps(value)[:40]}, not a number of at least 0")
+        raise InvalidValueError(f"{what} is {json.dumps(value)[:40]}, not a number of at least 0")
     return float(value)

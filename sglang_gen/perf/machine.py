@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_gen import env, files
 from sglang_gen.config.schema import Machine
-from sglang_gen.errors import first_line
+from sglang_gen.errors import in_our_words
 from sglang_gen.perf.clock import synchroniser
 
 
@@ -51,7 +51,7 @@ def rates(device: str, dtype: str, named: Machine) -> dict[str, Any]:
     try:
         measured = {**_measure(device, dtype), "source": "measured"}
     except RuntimeError as error:  # out of memory: the network is still loaded; images and times are not affected
-        return {"source": f"not measured: {first_line(error)}"}
+        return {"source": f"not measured: {in_our_words(error)}"}
     with contextlib.suppress(OSError):  # if the cache cannot be written, the next run measures again
         files.write_json(path, measured)
     return measured

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from sglang_gen import files
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.log import shorten
 from sglang_gen.types import Size
 
@@ -237,7 +237,7 @@ def _opened(path: Path) -> "Iterator[Image.Image]":
     except FileNotFoundError:
         raise UserError(f"The reference image {path} is missing beside its record") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"The reference image {path} cannot be read: {first_line(error)}") from None
+        raise UserError(f"The reference image {path} cannot be read: {in_our_words(error)}") from error
 
 
 def sentence(comparison: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from sglang_gen.config.schema import (
     user_gave,
 )
 from sglang_gen.config.values import check_plain
-from sglang_gen.errors import UserError
+from sglang_gen.errors import InvalidValueError, UserError
 from sglang_gen.outputs import dump_path
 from sglang_gen.perf import objective
 from sglang_gen.plan import (
@@ -105,7 +105,7 @@ FREE_TEXT = ("sampling.prompt", "sampling.negative_prompt")  # may be empty and 
 def _check_values(run: Run) -> None:
     try:
         check_plain(plain(run))
-    except ValueError as error:
+    except InvalidValueError as error:
         raise UserError(str(error)) from None
     if run.model.path is None and run.model.preset != "landscape":
         raise UserError("No model is named: give --model-path, or a preset such as model=sdxl")

@@ -1,4 +1,4 @@
-"""Sizes of images and videos: a model's default, and the sizes that it supports."""
+"""Sizes of images, videos and texts: a model's default, and the sizes that it supports."""
 
 from sglang_gen.config.schema import Run, Sampling
 from sglang_gen.errors import UserError
@@ -54,6 +54,15 @@ def check_frames(run: Run, spec: Spec) -> None:
         f"sampling.num_frames is {frames}; this model takes multiples of {video.step} plus 1, such as {below} or "
         f"{below + video.step}"
     )
+
+
+def check_text_length(run: Run, card: ModelCard) -> None:
+    """Raises UserError for more text tokens than the pipeline takes."""
+    pipeline_class = run.model.pipeline_class_name or card.pipeline_class
+    spec, length = registry.by_pipeline_class(pipeline_class), run.sampling.max_sequence_length
+    if spec is not None and length is not None and spec.most_text_tokens and length > spec.most_text_tokens:
+        most = f"{pipeline_class} takes at most {spec.most_text_tokens}"
+        raise UserError(f"sampling.max_sequence_length is {length}; {most}")
 
 
 def _most(card: ModelCard) -> int | None:

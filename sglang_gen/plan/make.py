@@ -29,6 +29,7 @@ from sglang_gen.plan import (
     guidance,
     image_size,
     layout_limits,
+    noise_levels,
     offloading,
     quantization,
     step_cache,
@@ -54,6 +55,8 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     run = prompts.pin(run)
     batches = prompts.batches(prompts.samples(run), run.sampling.batch_size)
     image_size.check_size(run, card)
+    image_size.check_text_length(run, card)
+    noise_levels.check_scheduler_settings(run, card)
     layout_limits.check_layout(run, card, backend, reason, degrees, stated, batches)
     here = degrees.ranks if composed.place is None else composed.place.here
     if not run.dry_run:  # which computes on no GPU
@@ -128,7 +131,7 @@ def _described_alike(expected: ModelCard, card: ModelCard) -> bool:
             each,
             folder=None,
             file=None,
-            components={name: replace(part, folder=None) for name, part in each.components.items()},
+            components={name: replace(part, folder=None, file=None) for name, part in each.components.items()},
         )
         for each in (expected, card)
     ]

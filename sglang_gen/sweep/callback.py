@@ -13,7 +13,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 
 from sglang_gen import log
-from sglang_gen.errors import first_line
+from sglang_gen.errors import in_our_words
 from sglang_gen.sweep import table
 
 
@@ -25,5 +25,5 @@ class SweepTable(Callback):  # type: ignore[misc]  # Hydra has no types
             for path in table.write_table(Path(config.hydra.sweep.dir)):
                 log.info(f"Table of the sweep saved to: {path}")
         except Exception as error:  # noqa: BLE001 - Hydra would discard it; a missing table does not fail the jobs
-            log.error(f"The table of the sweep could not be written: {first_line(error)}")
+            log.error(f"The table of the sweep could not be written: {in_our_words(error)}")
             log.debug(traceback.format_exc())

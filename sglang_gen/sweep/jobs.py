@@ -11,7 +11,7 @@ from sglang_gen import files, log
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import Composed, compose
 from sglang_gen.config.schema import SCHEMA_VERSION, Run
-from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.errors import RunError, UserError, unexpected
 from sglang_gen.outputs import dump_path
 from sglang_gen.perf import objective
 from sglang_gen.signals import Terminated
@@ -51,12 +51,13 @@ def run_job(job: Job, told: set[str]) -> float | None:
         error = None
     except (UserError, RunError) as failure:
         status, error = "failed", str(failure)
+        log.debug(traceback.format_exc())
     except (KeyboardInterrupt, Terminated) as stop:
         word = "terminated" if isinstance(stop, Terminated) else "interrupted"
         note.leave(word, f"The sweep was {word} in this job")
         raise
     except Exception as failure:  # noqa: BLE001 - an unexpected error in one job must not end the sweep
-        status, error = "failed", f"{type(failure).__name__}: {first_line(failure)}"
+        status, error = "failed", unexpected(failure)
         log.debug(traceback.format_exc())
     if error:
         log.error(f"Job {job.number} failed: {error}")

@@ -21,9 +21,10 @@ from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import withheld_values
 from sglang_gen.config.config_file import read_config_file
 from sglang_gen.config.flags import BY_PATH
-from sglang_gen.config.hydra_loader import group_options, line_of, open_loader, parse, user_errors
+from sglang_gen.config.hydra_errors import user_errors
+from sglang_gen.config.hydra_loader import group_options, line_of, open_loader, parse
 from sglang_gen.config.overrides import Word, check_overrides
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.files import check_file, check_folder
 from sglang_gen.outputs import dump_path
 from sglang_gen.sweep.recorded import recorded
@@ -121,7 +122,7 @@ def _sweep(hydra: Hydra, cfg: DictConfig, task: "_Task", objective: bool) -> lis
         measured = any(job._return_value is not None for job in ended)
         if basic or measured or not ended or isinstance(error, UserError):
             raise
-        raise UserError(_unaimed(name, first_line(error))) from error
+        raise UserError(_unaimed(name, in_our_words(error))) from error
     finally:
         if ended or not isinstance(sys.exception(), Exception):  # otherwise no job was started
             callbacks.on_multirun_end(config=cfg, config_name=cfg.hydra.job.config_name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_gen.errors import first_line
+from sglang_gen.errors import in_our_words
 from sglang_gen.perf.dump_numbers import QUALITY, Measure, images_per_second, peak_memory, times
 
 NOTE, DUMP = "job.json", "perf.json"  # file names of a job's note and perf dump
@@ -74,7 +74,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str | None]:
     except FileNotFoundError:
         return {}, f"{path.name} is missing"
     except (OSError, ValueError) as error:
-        return {}, f"{path.name} cannot be read: {first_line(error)}"
+        return {}, f"{path.name} cannot be read: {in_our_words(error)}"
     return (content, None) if isinstance(content, dict) else ({}, f"{path.name} is not a JSON object")
 
 

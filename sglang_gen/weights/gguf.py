@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.hub.safetensors_header import Tensor
 from sglang_gen.hub.weight_files import FLAG, few
 
+RESHAPED = "comfy.gguf.orig_shape."  # start of the metadata keys for tensors that were flattened to fit blocks
 # Exceptions of the gguf package's reader for a file that is not valid GGUF.
 CORRUPT = (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError, OSError, MemoryError)
 
@@ -17,12 +18,19 @@ def read_header(path: Path) -> dict[str, Tensor]:
     from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
 
     try:
+        reader = gguf.GGUFReader(path)
         tensors = {
             tensor.name: (tensor.tensor_type, tuple(int(size) for size in reversed(tensor.shape)))
-            for tensor in gguf.GGUFReader(path).tensors
+            for tensor in reader.tensors
         }
+        flattened = sorted(key.removeprefix(RESHAPED) for key in reader.fields if key.startswith(RESHAPED))
     except CORRUPT as error:
-        raise UserError(f"{FLAG}: the GGUF file {path} is corrupt: {first_line(error)}") from error
+        raise UserError(f"{FLAG}: the GGUF file {path} is corrupt: {in_our_words(error)}") from error
+    if flattened:
+        raise UserError(
+            f"{FLAG}: {path} stores {len(flattened)} tensors in another shape than the network's ({few(flattened)}; "
+            "their shapes are in its metadata, comfy.gguf.orig_shape), which diffusers does not read; give safetensors"
+        )
     if not tensors:
         raise UserError(f"{FLAG}: the GGUF file {path} holds no tensors")
     plain = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)

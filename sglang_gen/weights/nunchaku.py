@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.families.nunchaku_classes import NUNCHAKU_CLASSES
 from sglang_gen.hub.weight_files import FLAG, WeightFiles
 from sglang_gen.plan import quantization
@@ -41,7 +41,7 @@ def load(plan: Plan, class_name: str, files: WeightFiles, metadata: Mapping[str,
         if implementation := plan.run.quant.nunchaku_config.get("attention"):
             network.set_attention_impl(implementation)
     except NUNCHAKU_ERRORS as error:
-        raise UserError(f"nunchaku cannot load {files.given}: {first_line(error)}") from error
+        raise UserError(f"nunchaku cannot load {files.given}: {in_our_words(error)}") from error
     return network
 
 

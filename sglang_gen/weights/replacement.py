@@ -17,7 +17,7 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
 from sglang_gen import log
 from sglang_gen.config.schema import QuantMethod
-from sglang_gen.errors import LOADING_ERRORS, UserError, first_line
+from sglang_gen.errors import LOADING_ERRORS, UserError, in_our_words
 from sglang_gen.families import registry
 from sglang_gen.hub import component_classes, weight_files
 from sglang_gen.hub.plain_numbers import quantized
@@ -270,7 +270,7 @@ def _load_declared(kind: Any, files: WeightFiles, declared: Mapping[str, Any], p
         ) from error
     except LOADING_ERRORS as error:
         raise UserError(
-            f"{FLAG}: {files.given}, quantized by {method}, cannot be loaded: {first_line(error)}"
+            f"{FLAG}: {files.given}, quantized by {method}, cannot be loaded: {in_our_words(error)}"
         ) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, told.get(what) or [])):

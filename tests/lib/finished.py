@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import sentences
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -10,6 +12,9 @@ class Finished:
     code: int
     out: str
     err: str
+
+    def __post_init__(self) -> None:
+        sentences.note_stderr(self.err)
 
     @property
     def lines(self) -> list[str]:

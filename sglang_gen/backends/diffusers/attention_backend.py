@@ -18,7 +18,21 @@ from torch.nn.attention import sdpa_kernel
 from sglang_gen.backends.diffusers.roles import denoisers
 from sglang_gen.config.schema import Attention
 from sglang_gen.engine.attention_kernels import SDPA_KERNELS, only, priority, runs
-from sglang_gen.errors import UserError, first_line, nearest
+from sglang_gen.errors import UserError, in_our_words, nearest
+
+# Names of diffusers' dispatcher for torch's kernels, which are chosen as ours are, so that they work on every network.
+NATIVE_NAMES = {
+    "native": "sdpa", "_native_flash": "flash", "_native_efficient": "efficient", "_native_cudnn": "cudnn",
+    "_native_math": "math",
+}  # fmt: skip
+# What a kernel of the dispatcher needs, by a part of its name; the first match counts.
+NEEDS = {
+    "_hub": "the package kernels and a GPU", "aiter": "the package aiter and a GPU of AMD",
+    "flash_3": "FlashAttention 3, built from source, and a GPU", "varlen_3": "FlashAttention 3 and a GPU",
+    "flash": "the package flash-attn and a GPU", "sage": "the package sageattention and a GPU",
+    "xformers": "the package xformers and a GPU", "npu": "the package torch_npu and an NPU",
+    "xla": "the package torch_xla and an XLA device",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,8 +84,9 @@ def _with_any(function: Callable[..., Any]) -> Callable[..., Any]:
 def legal(device: str, dtype: torch.dtype) -> list[str]:
     """Legal values of `attention.backend`: auto, sdpa, and the kernels of sdpa and diffusers that run here."""
     others = [name for name in _processor_kernels() if not name.startswith("_") and not name.endswith("_hub")]
+    others = [name for name in others if name not in NATIVE_NAMES and name not in SDPA_KERNELS]
     kernels = [name for name in SDPA_KERNELS if runs(name, device, dtype)]
-    return ["auto", "sdpa", *kernels, *(name for name in others if name not in SDPA_KERNELS and not _refusal(name))]
+    return ["auto", "sdpa", *kernels, *(name for name in others if not _refusal(name, device))]
 
 
 def apply(pipeline: Any, attention: Attention, device: str, dtype: torch.dtype) -> Kernel:
@@ -89,7 +104,7 @@ def check_name(attention: Attention, device: str, dtype: torch.dtype) -> None:
 
 def own(attention: Attention, device: str, dtype: torch.dtype) -> Kernel | None:
     """The kernel if it is one of torch's; None for a kernel of diffusers' dispatcher. Raises UserError like `apply`."""
-    name = attention.backend
+    name = NATIVE_NAMES.get(attention.backend, attention.backend)
     if name in ("auto", "sdpa"):
         order = priority(attention.backend_config, device, dtype)
         if not order:
@@ -102,13 +117,16 @@ def own(attention: Attention, device: str, dtype: torch.dtype) -> Kernel | None:
             raise UserError(f"attention.backend: '{name}' does not run here; legal: {', '.join(legal(device, dtype))}")
         return Kernel(name, lambda: only([name]))
     check_name(attention, device, dtype)
+    if reason := _refusal(name, device):
+        names = ", ".join(legal(device, dtype))
+        raise UserError(f"attention.backend: '{name}' cannot be used here: {reason}; legal: {names}")
     return None
 
 
 def _processor_kernels() -> list[str]:
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    return [item.value for item in AttentionBackendName if not item.value.startswith(("native", "_native"))]
+    return [item.value for item in AttentionBackendName]
 
 
 def _dispatched(pipeline: Any, name: str) -> Kernel:
@@ -123,17 +141,18 @@ def _dispatched(pipeline: Any, name: str) -> Kernel:
             f"attention.backend: '{name}' has no effect on {kinds}, whose attention processors do not use diffusers' "
             f"attention dispatcher; use sdpa, {', '.join(SDPA_KERNELS)}"
         )
-    if reason := _refusal(name):
-        raise UserError(f"attention.backend: '{name}' cannot be used here: {reason}")
     return Kernel(name, lambda: attention_backend(name))
 
 
-def _refusal(name: str) -> str | None:
+def _refusal(name: str, device: str) -> str | None:
     """Why diffusers' dispatcher refuses a kernel on this machine; None if it accepts it."""
     from diffusers.models.attention_dispatch import attention_backend
 
+    need = next((needed for part, needed in NEEDS.items() if part in name), None)
+    if need is not None and device == "cpu":
+        return f"it needs {need}"
     try:
         with attention_backend(name):
             return None
     except (ValueError, RuntimeError, ImportError, AttributeError) as error:
-        return first_line(error)
+        return f"it needs {need}" if need else in_our_words(error)

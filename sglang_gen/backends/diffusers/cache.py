@@ -7,7 +7,7 @@ from torch import nn
 from sglang_gen import log
 from sglang_gen.backends.diffusers.roles import denoisers
 from sglang_gen.config.schema import Cache, CacheMethod
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.plan.step_cache import check_blocks, check_steps, refuse_covered, settings, wanted
 from sglang_gen.types import ModelCard
 
@@ -58,7 +58,7 @@ class StepCache:
             raise
         except (ValueError, AssertionError, NotImplementedError) as error:
             raise UserError(
-                f"cache: cache-dit cannot cache {type(self.pipeline).__name__}: {first_line(error)}"
+                f"cache: cache-dit cannot cache {type(self.pipeline).__name__}: {in_our_words(error)}"
             ) from error
 
     def decisions(self, steps: int) -> dict[str, Any]:

@@ -9,11 +9,14 @@ from typing import Any
 import diffusers
 import torch
 
+from sglang_gen.backends.diffusers import schedule_trial
 from sglang_gen.backends.diffusers.pipeline_signature import Kind
+from sglang_gen.backends.diffusers.scheduler_settings import CANNOT_RUN
 from sglang_gen.backends.input_files import read_image
 from sglang_gen.backends.scheduler_trial import check_steps
-from sglang_gen.errors import UserError, first_line, nearest
+from sglang_gen.errors import UserError, in_our_words, nearest
 from sglang_gen.families.img2img import no_steps_left
+from sglang_gen.hub import component_classes
 from sglang_gen.plan.backend_choice import check_start
 from sglang_gen.types import Plan
 
@@ -60,25 +63,32 @@ def configured(kind: Any, config: Mapping[str, Any], settings: Mapping[str, Any]
     try:
         return kind.from_config(config, **settings)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"--diffusers-kwargs: {kind.__name__} refuses {dict(settings)}: {first_line(error)}") from error
+        raise UserError(
+            f"--diffusers-kwargs: {kind.__name__} refuses {dict(settings)}: {in_our_words(error)}"
+        ) from error
 
 
-def check_scheduler(plan: Plan, settings: Mapping[str, Any]) -> None:
+def check_scheduler(plan: Plan, kind: Kind, call: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse settings that the model's scheduler does not accept, or with which it cannot make its steps.
 
     Raises UserError.
     """
     component = plan.card.components.get("scheduler")
-    kind = getattr(diffusers, component.class_name, None) if component is not None else None
-    if component is None or kind is None:
+    if component is None or not hasattr(diffusers, component.class_name):
         return
+    scheduler_class, steps = component_classes.named(component), plan.run.sampling.num_inference_steps
     if settings:
-        configured(kind, component.config, settings)
+        configured(scheduler_class, component.config, settings)
     try:
-        scheduler = kind.from_config(component.config, **settings)
-        scheduler.set_timesteps(plan.run.sampling.num_inference_steps)
-    except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, LookupError, ImportError):
+        scheduler = scheduler_class.from_config(component.config, **settings)
+    except CANNOT_RUN:
         return  # it needs what only its pipeline gives
+    if not call.keys() & {"sigmas", "timesteps", "mu"}:
+        schedule_trial.check_schedule(kind, scheduler, steps)
+    try:
+        scheduler.set_timesteps(steps)
+    except CANNOT_RUN:
+        return
     check_steps(scheduler, scheduler.timesteps)
 
 

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from sglang_gen import env, log
+from sglang_gen.backends import component_file
 from sglang_gen.backends.comm_log import CommLog
 from sglang_gen.backends.diffusers import (
     attention_backend,
@@ -38,8 +39,9 @@ from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.input_files import read_image, read_noise
 from sglang_gen.backends.memory_error import memory_explained, out_of_memory
 from sglang_gen.config.schema import Run
-from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
+from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, in_our_words, is_out_of_memory
 from sglang_gen.families import registry
+from sglang_gen.hub import component_classes
 from sglang_gen.parallel.guidance_split import GuidanceSplit
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.clock import Clock
@@ -70,7 +72,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
         except LOADING_ERRORS as error:
             if is_out_of_memory(error):
                 raise out_of_memory(plan, mesh.rank, f"loading {plan.card.name}", error) from error
-            raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
+            raise RunError(f"Loading {plan.card.name} failed: {in_our_words(error)}") from error
         engine = DiffusersEngine(plan, mesh, built, PipelineCall(kind, call), calls)
         engine.ending = ending.pop_all()
     return engine
@@ -89,8 +91,12 @@ def check_pipeline_call(
         from sglang_gen.backends import single_file_contents
 
         single_file_contents.check_single_file(plan)
+    component_file.check_component_files(plan)
     if own is None:
         pipeline_signature.check_class(plan)
+    if not plan.card.code:
+        for component in plan.card.components.values():
+            component_classes.check(component)
     kind = pipeline_signature.find(
         plan.pipeline_class,
         image=run.sampling.image_path is not None,
@@ -101,7 +107,7 @@ def check_pipeline_call(
         raise UserError(f"quality.reference compares images, and {kind.pipeline_class.__name__} makes {kind.makes}")
     call, scheduler = call_arguments.split(plan, kind)
     call_arguments.check_complete(kind, plan, call)
-    call_arguments.check_scheduler(plan, scheduler)
+    call_arguments.check_scheduler(plan, kind, call, scheduler)
     clip_skip.check_clip_skip(plan, kind, call)
     read_noise(run.sampling.latents)
     _image(run)
@@ -233,7 +239,7 @@ class DiffusersEngine:
         except UserError:
             raise
         except ValueError as error:
-            raise UserError(f"{name} refuses the request: {first_line(error)}") from error
+            raise UserError(f"{name} refuses the request: {in_our_words(error)}") from error
         finally:
             self.offloaded.drop()
             clock.leave()

@@ -2,14 +2,13 @@
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import diffusers
 
 from sglang_gen import log
-from sglang_gen.backends.diffusers.pipeline_signature import Kind
+from sglang_gen.backends.diffusers.pipeline_signature import Kind, source_of_call
 from sglang_gen.backends.diffusers.scheduler_settings import Trial
 from sglang_gen.types import Plan
 
@@ -89,7 +88,7 @@ def _schedule(plan: Plan, kind: Kind, call: Mapping[str, Any]) -> dict[str, str]
     ineffective = {}
     if "mu" in call and not config.get("use_dynamic_shifting"):
         ineffective["mu"] = "use_dynamic_shifting is false"
-    if "sigmas" in call and config.get("use_flow_sigmas") and "use_flow_sigmas" in _source(kind):
+    if "sigmas" in call and config.get("use_flow_sigmas") and "use_flow_sigmas" in source_of_call(kind):
         ineffective["sigmas"] = "use_flow_sigmas is true"
     return ineffective
 
@@ -108,17 +107,9 @@ def _unguided(plan: Plan, kind: Kind, call: Mapping[str, Any]) -> str | None:
 
 def _unread(kind: Kind) -> set[str]:
     """Arguments that the pipeline's call declares and does not read."""
-    source = _source(kind)
+    source = source_of_call(kind)
     names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
     return set(kind.accepted) - names if source else set()
-
-
-def _source(kind: Kind) -> str:
-    """Source code of the pipeline's call; empty if it is not available."""
-    try:
-        return textwrap.dedent(inspect.getsource(inspect.unwrap(kind.pipeline_class.__call__)))
-    except (OSError, TypeError):
-        return ""
 
 
 def _class(plan: Plan) -> Any:

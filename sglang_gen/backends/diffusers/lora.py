@@ -9,7 +9,7 @@ from sglang_gen import log
 from sglang_gen.backends.diffusers import quantize
 from sglang_gen.backends.diffusers.lora_layout import Target, targets
 from sglang_gen.config.schema import Adapter, Lora
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.weights.lora import file as lora_file
 from sglang_gen.weights.lora.file import LoraFile, read
 
@@ -68,8 +68,10 @@ def _apply(pipeline: Any, adapter: Adapter) -> dict[str, Any]:
     try:
         with log.quieter("diffusers.loaders"):  # modules that do not fit are reported as errors below
             matched = targets(pipeline, file.modules)
+    except UserError:
+        raise
     except LORA_ERRORS as error:
-        raise UserError(f"lora: {path} cannot be applied to this {kind}: {first_line(error)}") from error
+        raise UserError(f"lora: {path} cannot be applied to this {kind}: {in_our_words(error)}") from error
     kept, required = _keep(matched, file, adapter.target_modules)
     if not required:
         raise UserError(f"lora: no module of {path} is among the target modules {', '.join(adapter.target_modules)}")

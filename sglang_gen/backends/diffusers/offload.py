@@ -14,7 +14,7 @@ from sglang_gen import log
 from sglang_gen.backends.diffusers.roles import modules
 from sglang_gen.config.schema import Offload, Run
 from sglang_gen.engine.residency import Offloaded
-from sglang_gen.errors import RunError, UserError, first_line
+from sglang_gen.errors import RunError, UserError, in_our_words
 from sglang_gen.plan import offloading
 from sglang_gen.types import DENOISERS, TEXT_ENCODERS
 
@@ -113,7 +113,7 @@ def _stream_from_disk(module: nn.Module, device: str, folder: str) -> None:
     try:
         _stream(module, device, folder, layerwise=True)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"offload.disk_path: {folder} cannot hold the network: {first_line(error)}") from error
+        raise RunError(f"offload.disk_path: {folder} cannot hold the network: {in_our_words(error)}") from error
 
 
 def _upload_when_called(name: str, module: nn.Module, device: str, demand: OnDemand) -> None:

@@ -12,7 +12,8 @@ from diffusers.utils import logging as diffusers_logging
 
 from sglang_gen import log
 from sglang_gen.backends import loading_report
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.backends.diffusers import file_text_encoders
+from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.families import registry
 from sglang_gen.hub import component_classes, remote_code
 from sglang_gen.hub.safetensors_header import PICKLES
@@ -32,7 +33,7 @@ def own_class(plan: Plan) -> Any:
         own = remote_code.pipeline_class(plan.card)
     except (OSError, ImportError, SyntaxError, AttributeError) as error:
         raise UserError(
-            f"{plan.card.name}: its own code {plan.card.code[0]} cannot be loaded: {first_line(error)}"
+            f"{plan.card.name}: its own code {plan.card.code[0]} cannot be loaded: {in_our_words(error)}"
         ) from error
     if own is not None and plan.run.model.pipeline_class_name:
         raise UserError(
@@ -64,7 +65,7 @@ def _read_file(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: di
     if (scheduler := plan.card.components.get("scheduler")) and "scheduler" not in replaced:
         kind = component_classes.named(scheduler)
         replaced = {**replaced, "scheduler": kind.from_config(dict(scheduler.config))}  # adjusted to the file's markers
-    replaced = {**_converted(plan, dtype, replaced), **replaced}
+    replaced = {**_converted(plan, dtype, replaced), **file_text_encoders.load(plan, dtype, replaced), **replaced}
     try:
         with log.quieter("diffusers"), _configs_only(plan) as configs:  # diffusers warns about unused keys
             pipeline = pipeline_class.from_single_file(
@@ -74,9 +75,7 @@ def _read_file(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: di
         reason = "it lacks the tensors by which a component is recognised, or has them under other names"
         raise UserError(misfit(plan, reason)) from error
     except MISMATCH as error:
-        missing = isinstance(error, NotImplementedError) and "meta tensor" in str(error)  # a weight was not loaded
-        reason = "it lacks weights that those name" if missing else first_line(error)
-        raise UserError(misfit(plan, reason)) from error
+        raise UserError(misfit(plan, in_our_words(error))) from error
     for component, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
             module.eval()  # diffusers leaves a T5 from a single file in training mode, with dropout
@@ -96,8 +95,10 @@ def _converted(plan: Plan, dtype: torch.dtype, replaced: Collection[str]) -> dic
             kind = component_classes.named(component)
             try:
                 converted[name] = load_original(kind, component, [plan.card.file], dtype)
+            except UserError as error:
+                raise UserError(misfit(plan, str(error))) from error
             except CONVERSION_ERRORS as error:
-                raise UserError(misfit(plan, first_line(error))) from error
+                raise UserError(misfit(plan, in_our_words(error))) from error
     return converted
 
 

@@ -1,6 +1,7 @@
 """The output and the arguments of a pipeline, read from the signature of its call."""
 
 import inspect
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,14 @@ def find(name: str, image: bool, mask: bool, own: Any = None) -> Kind:
     if (image and "image" not in kind.accepted) or (mask and "mask_image" not in kind.accepted):
         kind = _variant(kind, "inpainting" if mask else "image to video" if kind.makes == "video" else "image to image")
     return kind
+
+
+def source_of_call(kind: Kind) -> str:
+    """Source code of the pipeline's call; empty if it is not available."""
+    try:
+        return textwrap.dedent(inspect.getsource(inspect.unwrap(kind.pipeline_class.__call__)))
+    except (OSError, TypeError):
+        return ""
 
 
 def _describe(pipeline_class: Any) -> Kind:

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from sglang_gen.backends import loading_report
-from sglang_gen.errors import LOADING_ERRORS, UserError, first_line
+from sglang_gen.backends import component_file, loading_report
+from sglang_gen.errors import LOADING_ERRORS, UserError, in_our_words
 from sglang_gen.hub import component_classes
 from sglang_gen.types import Plan
 
@@ -18,6 +18,8 @@ def load(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
 def _load(plan: Plan, name: str, dtype: torch.dtype) -> Any:
     component = plan.card.components[name]
     try:
+        if component.file is not None:
+            return component_file.load(component, dtype)
         kind = component_classes.named(component)
         if loading_report.is_reported(kind):
             assert component.folder is not None  # the plan's card was read from a folder with weights
@@ -28,4 +30,4 @@ def _load(plan: Plan, name: str, dtype: torch.dtype) -> Any:
         raise UserError(f"--component-paths: {error}") from error
     except LOADING_ERRORS as error:
         path = plan.run.model.component_paths[name]
-        raise UserError(f"--component-paths: '{name}' cannot be loaded from {path}: {first_line(error)}") from error
+        raise UserError(f"--component-paths: '{name}' cannot be loaded from {path}: {in_our_words(error)}") from error

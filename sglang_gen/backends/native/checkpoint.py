@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.hub.weight_files import locate
 from sglang_gen.types import Component, Plan
@@ -74,4 +74,4 @@ def _from_single_file(plan: Plan, file: Path, component: Component) -> dict[str,
     except UserError as error:
         raise UserError(misfit(plan, str(error))) from error
     except original_layout.CONVERSION_ERRORS as error:
-        raise UserError(misfit(plan, f"its {component.class_name} differs: {first_line(error)}")) from error
+        raise UserError(misfit(plan, f"its {component.class_name} differs: {in_our_words(error)}")) from error

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglang_gen.backends import loading_report
+from sglang_gen.backends import component_file, loading_report
 from sglang_gen.backends.native.scheduler import build_scheduler
 from sglang_gen.engine.memory_format import to_channels_last
 from sglang_gen.families import autoencoder
@@ -105,7 +105,11 @@ def _component(name: str, component: Component, dtype: torch.dtype, device: str,
 
 
 def _autoencoder(component: Component, dtype: torch.dtype, device: str) -> nn.Module:
-    """Our autoencoder with the weights from the component's folder."""
+    """Our autoencoder with the weights from the component's folder, or from its file."""
+    if component.file is not None:
+        weights = InMemoryTensors(component_file.tensors(component))
+        build = partial(autoencoder.build, component.config)
+        return fill(build, weights, autoencoder.sources, dtype, device, str(component.file))
     files = in_folder(_folder(component))
     names = [name for file in files for name in header(file)]
     return load(partial(autoencoder.build, component.config), files, autoencoder.sources_in(names), dtype, device)

@@ -25,7 +25,7 @@ from sglang_gen.engine.block_timing import TimedChain
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
 from sglang_gen.engine.memory_format import to_bytes
-from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, first_line, is_out_of_memory
+from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, in_our_words, is_out_of_memory
 from sglang_gen.families import img2img, prediction
 from sglang_gen.families.contract import Request
 from sglang_gen.families.prediction import NetworkSchedule
@@ -52,7 +52,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise out_of_memory(plan, mesh.rank, f"loading {plan.card.name}", error) from error
-        raise RunError(f"Loading {plan.card.name} failed: {first_line(error)}") from error
+        raise RunError(f"Loading {plan.card.name} failed: {in_our_words(error)}") from error
     warn_ineffective(plan, pipeline)
     executions = {name: Execution(each) for name, each in built.items()}
     share_graphs(executions.values())

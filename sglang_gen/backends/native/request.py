@@ -74,11 +74,12 @@ def check_native_request(plan: Plan) -> NativeRequest:
         from sglang_gen.backends import single_file_contents
 
         single_file_contents.check_single_file(plan)
+    if any(component.file is not None for component in plan.card.components.values()):
+        from sglang_gen.backends import component_file
+
+        component_file.check_component_files(plan)
     native_request, run = NativeRequest(plan), plan.run
-    spec, length, dtype = native_request.spec, run.sampling.max_sequence_length, getattr(torch, plan.dtype)
-    if length is not None and spec.most_text_tokens is not None and length > spec.most_text_tokens:
-        most = f"{plan.pipeline_class} takes at most {spec.most_text_tokens}"
-        raise UserError(f"sampling.max_sequence_length is {length}; {most}")
+    spec, dtype = native_request.spec, getattr(torch, plan.dtype)
     watermark.check_library(plan.card.settings)
     attention_kernels.choose(run.attention, plan.device, dtype, (), spec.masks_text)
     if run.compile.enable_torch_compile:

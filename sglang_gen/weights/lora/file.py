@@ -21,6 +21,7 @@ SETTINGS_FILE = "adapter_config.json"
 FACTOR = re.compile(r"^(?P<module>.+)\.(?P<side>lora_A|lora_B|lora_down|lora_up|down|up)(\.default)?\.weight$")
 DOWN = ("lora_A", "lora_down", "down")
 
+KOHYA_JOINT_BLOCKS = re.compile(r"lora_[a-z]+_(joint_blocks|context_embedder|final_layer)_")
 # Substrings of tensor names -> the kind of adapter they belong to.
 OTHER_KINDS = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT",
@@ -178,6 +179,11 @@ def _repository(repo: str) -> tuple[list[str], Callable[[str], Path]]:
 
 def _refuse_other_kinds(name: str, tensors: Iterable[str]) -> None:
     for key in tensors:
+        if KOHYA_JOINT_BLOCKS.match(key):
+            raise UserError(
+                f"lora: {name} has the names that kohya's scripts give to networks of joint blocks ({key}), which are "
+                "not mapped to the model's; convert it to diffusers' or PEFT's names"
+            )
         for mark, kind in OTHER_KINDS.items():
             if mark in key:
                 raise UserError(f"lora: {name} is a {kind} adapter ({key}), and only LoRA is applied")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen import log
-from sglang_gen.errors import UserError, first_line
+from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.types import DENOISERS, TEXT_ENCODERS
 
 PREFIX = "base_model.model."  # of module names in PEFT's own files
@@ -86,8 +86,8 @@ class Settings:
                     return value
             except re.error as error:
                 raise UserError(
-                    f"lora: {key} in {self.source} holds {pattern!r}, not a regular expression: {error}"
-                ) from None
+                    f"lora: {key} in {self.source} holds {pattern!r}, which is not a regular expression"
+                ) from error
         return patterns.get(module, default)
 
     def _odd(self, what: str, value: Any, module: str, wanted: str) -> UserError:
@@ -109,9 +109,9 @@ def load(name: str, path: Path, config: Path | None) -> Settings:
             with safe_open(path, framework="np") as file:
                 values = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except (OSError, ValueError) as error:
-        raise UserError(f"lora: the settings of {config or path} cannot be read: {first_line(error)}") from None
+        raise UserError(f"lora: the settings of {config or path} cannot be read: {in_our_words(error)}") from error
     if not isinstance(values, dict):
-        raise UserError(f"lora: {source} holds {type(values).__name__} in place of a mapping of settings")
+        raise UserError(f"lora: {source} does not hold a mapping of settings")
     components: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         component, _, setting = key.rpartition(".")
