@@ -245,8 +245,8 @@ def test_a_dry_run_shows_memory_communication_products_and_the_prediction(sglang
     rows = dict(line.split("  ", 1) for line in table.out.splitlines())
     assert "unet" in rows["memory per rank"]
     assert "all_reduce tp" in rows["communication per step"]
-    assert rows["FLOPs per step"].endswith(" on each rank")
-    assert rows["PREDICTION"].strip().endswith(" sending); nothing is measured")
+    assert rows["FLOPs per step"].endswith(" per rank")
+    assert rows["PREDICTION"].strip().endswith(" communication); not measured")
     assert "no effect" not in table.err
     found = json.loads(content.out)["estimate"]
     memory = found["memory"]
@@ -263,8 +263,8 @@ def test_a_dry_run_warns_of_more_memory_than_there_is(sglang, monkeypatch):
     words = ("generate", "model=sd15", "parallel=sp2", "device=cpu", "--dtype", "bfloat16", "dry_run=true")
     for bytes_, warned in ((2 * 10**10, False), (2 * 10**9, True)):
         monkeypatch.setattr(env, "memory_bytes", lambda device, bytes_=bytes_: bytes_)
-        assert ("and this machine has 1.00 GB for each" in sglang(*words).out) is warned
-        assert "for each" not in sglang(*words, "machine=h200").out
+        assert ("and this machine has 1.00 GB per rank" in sglang(*words).out) is warned
+        assert "and this machine has" not in sglang(*words, "machine=h200").out
 
 
 @pytest.mark.whole

@@ -198,7 +198,10 @@ def test_a_preset_is_planned_again_from_what_its_repository_holds(sglang, hub, p
     refused = sglang(*words, "sglang")
     assert (refused.code, f"The native engine cannot run this: {reason}" in refused.err) == (2, True)
     lines = sglang(*words, "auto").lines
-    assert lines[:2] == [f"INFO: Loading model: {OWN}", f"INFO: Backend: diffusers ({reason})"]
+    assert lines[:2] == [
+        f"INFO: Loading model: {OWN}",
+        f"INFO: Backend: diffusers (the native engine cannot run this: {reason})",
+    ]
 
 
 @pytest.mark.parametrize("path", ["owner/inpaint", "owner/stable-diffusion-v1-5"])

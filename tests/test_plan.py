@@ -233,8 +233,8 @@ def test_device_auto_is_a_gpu_where_there_is_one(monkeypatch):
         (("compile.warmup_steps=3",), "--warmup-steps has no effect without --warmup"),
         (("lora.scale=0.5", "lora.adapters=[{path: a}]"), "--lora-scale has no effect without lora.path"),
         (("sampling.latents=a.safetensors", "sampling.num_samples=2"),
-         "sampling.latents: all samples start from one noise, so those of one prompt differ only where the scheduler "
-         "draws noise of its own"),
+         "sampling.latents: all samples start from the same noise, so samples of one prompt differ only if the "
+         "scheduler draws noise in its steps"),
         (("perf.tag=a",), "perf.tag has no effect without --perf-dump-path"),
         (("machine=h200",), "machine.name has no effect without --perf-dump-path"),
         (("model.path=.", "model.revision=main"), "--revision has no effect: the model is a local folder or file"),

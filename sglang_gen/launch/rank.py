@@ -192,7 +192,7 @@ def _repeat(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock, saved: Saved) 
     for index, ((frame, latents), (frame_again, latents_again)) in enumerate(zip(first, made, strict=True)):
         same = latents is None or bool((latents == latents_again).all())
         if not (same and (frame == frame_again).all()):
-            log.warning(f"Sample {index} is not the same when it is generated again in this process")
+            log.warning(f"Sample {index} differs when it is generated again in this process")
     return clock
 
 

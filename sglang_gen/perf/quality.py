@@ -236,7 +236,7 @@ def _opened(path: Path) -> "Iterator[Image.Image]":
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
-        raise UserError(f"The reference image {path} is missing beside its record") from None
+        raise UserError(f"The reference image {path} is missing next to its run record") from None
     except (UnidentifiedImageError, OSError, SyntaxError):  # PIL raises SyntaxError for a broken PNG
         raise UserError(f"The reference image {path} cannot be read") from None
 
