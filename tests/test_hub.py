@@ -87,7 +87,7 @@ def test_a_gated_repository_says_how_to_log_in(sglang, hub, status):
     done = sglang("generate", "--model-path", "tiny/gated", "--prompt", "a")
     assert done.code == 2
     assert done.lines == [
-        "ERROR: tiny/gated is gated: accept its licence on its page on the hub, then log in with 'hf auth login'"
+        "ERROR: tiny/gated is gated: accept its license on its page on the hub, then log in with 'hf auth login'"
     ]
 
 

@@ -20,7 +20,7 @@ from sglang_gen.sweep.report import DUMP, NOTE
 def run_sweep(choices: Choices) -> int:
     """Run all jobs. Returns 0 if all succeeded, else 1. A failed job does not stop the others.
 
-    An optimising sweeper decides itself whether to continue, see `run_job`.
+    An optimizing sweeper decides itself whether to continue, see `run_job`.
     """
     results = multirun(dataclasses.replace(choices, seed=secrets.randbelow(2**32)), run_job)
     failed = sum(isinstance(result, Exception) for result in results)
@@ -29,7 +29,7 @@ def run_sweep(choices: Choices) -> int:
 
 
 def run_job(job: Job) -> float | None:
-    """Run one job. Returns the number in its perf dump that perf.objective names, for an optimising sweeper.
+    """Run one job. Returns the number in its perf dump that perf.objective names, for an optimizing sweeper.
 
     Raises RunError if the job fails, so that the sweeper's trial fails. The error message is logged and written to the
     job's note.

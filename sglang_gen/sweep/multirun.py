@@ -69,7 +69,7 @@ class _Task:
 def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
     """Call `work` for every job that Hydra's sweeper creates. Returns the results in the order of the jobs.
 
-    The sweeper receives the return value of `work`, which it may optimise. A job whose `work` raises has failed, and
+    The sweeper receives the return value of `work`, which it may optimize. A job whose `work` raises has failed, and
     its result is the error, which the sweeper sees only if there is an objective.
     """
     hydra = Hydra(task_name="generate", config_loader=open_loader(choices.config_dir))
@@ -130,7 +130,7 @@ def _sweep(hydra: Hydra, cfg: DictConfig, task: "_Task", objective: bool) -> lis
 
 def _unaimed(name: str, reason: str) -> str:
     return (
-        f"{name.rpartition('.')[2]} optimises a number that each job returns, and these jobs return none ({reason}): "
+        f"{name.rpartition('.')[2]} optimizes a number that each job returns, and these jobs return none ({reason}): "
         "name a number of the perf dump, such as perf.objective=step_ms, and run without dry_run"
     )
 
