@@ -157,7 +157,7 @@ REFUSALS = {
     "a ring": (("parallel.ring_degree=2",), "does not split the frames of a video yet"),
     "patterns of rows and columns": (
         ("attention=flex",),
-        "attention=flex knows rows and columns only, and MovingPipeline makes video; use another kernel",
+        "attention=flex supports only images, and MovingPipeline generates video; use another kernel",
     ),
     "an input image": (("--image-path", "fox.png"), "it does not start a video from an input image yet"),
     "a reference image": (

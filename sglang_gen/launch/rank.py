@@ -115,7 +115,7 @@ def _warm_up(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> None:
         for batch in _kinds(plan, mesh):
             engine.sample(batch, steps, clock)
     except UserError as error:
-        raise UserError(f"The warmup of compile.warmup_steps={steps} cannot be made: {error}") from error
+        raise UserError(f"The warm-up with compile.warmup_steps={steps} is not possible: {error}") from error
 
 
 def _communication(plan: Plan, mesh: Mesh, engine: Engine) -> dict[str, Any]:

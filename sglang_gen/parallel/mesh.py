@@ -170,8 +170,8 @@ def explained(who: str, minutes: float) -> Iterator[None]:
             if isinstance(cause, dist.DistError) or "gloo/" in text:
                 if "imed out" in text or "timeout" in text:
                     raise RunError(
-                        f"{who} waited {minutes:g} minutes for another rank and gave up; parallel.timeout_minutes=... "
-                        "gives it more time"
+                        f"{who} waited {minutes:g} minutes for another rank; raise parallel.timeout_minutes to wait "
+                        "longer"
                     ) from error
                 if SHARED in text:
                     raise RunError(

@@ -169,7 +169,9 @@ def _tolerances(given: Sequence[str]) -> dict[str, Tolerance]:
         for part in text.lower().split(","):
             name, unit = ("relative", "%") if part.strip().endswith("%") else ("absolute", KINDS[kind][0].lower())
             if name in parts:
-                raise UserError(f"--tolerance: '{word}' gives two values of one kind; write one share and one amount")
+                raise UserError(
+                    f"--tolerance: '{word}' gives two values of one kind; give one percentage and one amount"
+                )
             parts[name] = _amount(part.strip(), unit, word)
         tolerances[kind] = Tolerance(parts.get("relative", 0.0) / 100, parts.get("absolute", 0.0))
     return {**TOLERANCES, **tolerances}

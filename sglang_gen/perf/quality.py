@@ -185,7 +185,7 @@ def _records(folder: Path) -> dict[tuple[Any, Any], list[tuple[Path, Any]]]:
             image, key = path.with_suffix(".png"), (sample.get("prompt"), sample.get("seed"))
             records.setdefault(key, []).append((image, sample.get("negative_prompt")))
     if not records:
-        raise UserError(f"The reference folder {folder} holds no run record (generated_image_0.json beside its image)")
+        raise UserError(f"The reference folder {folder} holds no run record (generated_image_0.json next to its image)")
     return records
 
 

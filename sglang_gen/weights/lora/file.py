@@ -86,7 +86,7 @@ def _inspect(name: str, path: Path, config: Path | None) -> tuple[dict[str, Keys
     header = read_header(path)
     shapes = {key: tensor.shape for key, tensor in header.tensors.items()}
     if kind := quantized(header):
-        raise UserError(f"lora: {name} holds quantized factors ({kind}), which are not read in this version")
+        raise UserError(f"lora: {name} holds quantized factors ({kind}), which are not supported")
     settings = lora_settings.load(name, path, config)
     _refuse_other_kinds(name, shapes)
     modules = _pairs(name, shapes)
