@@ -327,4 +327,6 @@ def test_memory_is_shared_by_the_ranks_of_one_machine(sglang, monkeypatch):
 def test_diffusers_is_not_estimated(sglang):
     words = ("generate", "model=sd15", "--backend", "diffusers")
     assert "estimate" in sglang(*words, "dry_run=true").out
-    assert json.loads(sglang(*words, "dry_run=json").out)["estimate"] == {"reason": "not estimated (diffusers)"}
+    assert json.loads(sglang(*words, "dry_run=json").out)["estimate"] == {
+        "reason": "none: only runs on the native engine are estimated"
+    }
