@@ -125,7 +125,7 @@ def command_generate(argv: Sequence[str]) -> int:
         return 0
     choices, place = _choices(given, overrides), env.torchrun()
     if "cfg" not in given and (unused := {"package", "resolve"} & given.keys()):
-        raise UserError(f"--{min(unused)} says what --cfg prints; add --cfg job, hydra or all")
+        raise UserError(f"--{min(unused)} has no effect without --cfg; add --cfg job, hydra or all")
     if given.get("multirun") and given.get("cfg") in ("job", "all"):
         raise UserError("--cfg job shows one job; leave out --multirun and every sweep")
     if given.get("hydra_help") or given.get("info") or given.get("cfg"):

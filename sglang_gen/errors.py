@@ -58,6 +58,8 @@ def in_our_words(error: BaseException) -> str:
             return "it is nested too deeply"
         case MemoryError():
             return "memory ran out"
+    if is_out_of_memory(error):
+        return "memory ran out"
     return "--log-level debug shows why"
 
 

@@ -70,7 +70,7 @@ def _execute(composed: "Composed") -> Result | None:
     log.info(f"Loading model: {plan.card.name}")
     _tell(plan.notices)
     if run.sampling.seed is None:
-        log.info(f"Seed: {plan.run.sampling.seed} (drawn; --seed gives it again)")
+        log.info(f"Seed: {plan.run.sampling.seed} (drawn; set it with --seed to repeat the run)")
     started = time.perf_counter()
     if _may_be_downloaded(plan):
         from sglang_gen.backends.preflight import check_backend

@@ -94,7 +94,7 @@ def test_a_file_yields_to_an_override_of_the_path_and_of_the_group(composed):
     by_group = composed("model=sdxl", "--config", "file.json", "sampling=draft", "--prompt", "p")
     assert (get(by_group.run, STEPS), by_group.run.sampling.seed, by_group.run.parallel.num_gpus) == (8, None, 2)
     assert by_group.notices == (
-        "Group options given beside file.json replace its sampling.num_inference_steps, sampling.seed",
+        "Group options on the command line replace sampling.num_inference_steps, sampling.seed of file.json",
     )
 
 

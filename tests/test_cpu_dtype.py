@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from launched import COMMAND, finish, free_port, start, words
+from processors import AMX, XEON, ZEN
 from rank_runs import SIZE, picture, record
 
 from sglang_gen import env
@@ -16,10 +17,6 @@ from sglang_gen.errors import UserError
 from sglang_gen.launch import launcher
 from sglang_gen.perf import cpu_dtype
 from sglang_gen.plan import make
-
-XEON = {"float32": 332.0, "float32_onednn": 320.0, "bfloat16": 189.0}  # avx512_bf16 without AMX
-AMX = {"float32": 100.0, "float32_onednn": 100.0, "bfloat16": 470.0}
-ZEN = {"float32": 110.0, "float32_onednn": 240.0, "bfloat16": 200.0}  # MKL leaves AVX-512 alone there
 
 
 class Processor:

@@ -22,6 +22,8 @@ REVIEWED = {
         "a buffer of a network, which is built on the meta device as its parameters are",
     ("engine/flow_match_euler.py", "torch.from_numpy(self._shifted(levels, mu))"):
         "noise levels stay on the CPU, where the loop reads them without waiting for the GPU",
+    ("parallel/mesh.py", "torch.frombuffer(bytearray(data), dtype=torch.uint8)"):
+        "bytes that gloo sends; a buffer of Python is on the CPU",
 }  # fmt: skip
 
 

@@ -141,7 +141,7 @@ def test_an_sdpa_kernel_is_the_one_that_runs_in_the_network_and_any_elsewhere(ru
         ),
         (
             ("--diffusers-kwargs", '{"num_train_timesteps": "x"}'),
-            "EulerDiscreteScheduler refuses {'num_train",
+            "num_train_timesteps is x; it must be an integer above 0",
         ),
         (("--attention-backend-config", '{"priority": ["cudnn"]}'), "a list of kernels that run here: flash, math"),
     ],

@@ -290,8 +290,8 @@ def test_a_dry_run_shows_memory_communication_products_and_the_prediction(sglang
     rows = dict(line.split("  ", 1) for line in table.out.splitlines())
     assert "unet" in rows["memory per rank"]
     assert "all_reduce tp" in rows["communication per step"]
-    assert rows["FLOPs per step"].endswith(" on each rank")
-    assert rows["PREDICTION"].strip().endswith(" sending); nothing is measured")
+    assert rows["FLOPs per step"].endswith(" per rank")
+    assert rows["PREDICTION"].strip().endswith(" communication); not measured")
     assert "no effect" not in table.err
     found = json.loads(content.out)["estimate"]
     memory = found["memory"]
@@ -308,8 +308,8 @@ def test_a_dry_run_warns_of_more_memory_than_there_is(sglang, monkeypatch):
     words = ("generate", "model=sd15", "parallel=sp2", "device=cpu", "--dtype", "bfloat16", "dry_run=true")
     for bytes_, warned in ((2 * 10**10, False), (2 * 10**9, True)):
         monkeypatch.setattr(env, "memory_bytes", lambda device, bytes_=bytes_: bytes_)
-        assert ("and this machine has 1.00 GB for each" in sglang(*words).out) is warned
-        assert "for each" not in sglang(*words, "machine=h200").out
+        assert ("and this machine has 1.00 GB per rank" in sglang(*words).out) is warned
+        assert "and this machine has" not in sglang(*words, "machine=h200").out
 
 
 @pytest.mark.whole
@@ -372,4 +372,6 @@ def test_memory_is_shared_by_the_ranks_of_one_machine(sglang, monkeypatch):
 def test_diffusers_is_not_estimated(sglang):
     words = ("generate", "model=sd15", "--backend", "diffusers")
     assert "estimate" in sglang(*words, "dry_run=true").out
-    assert json.loads(sglang(*words, "dry_run=json").out)["estimate"] == {"reason": "not estimated (diffusers)"}
+    assert json.loads(sglang(*words, "dry_run=json").out)["estimate"] == {
+        "reason": "none: only runs on the native engine are estimated"
+    }

@@ -165,14 +165,16 @@ def test_a_component_of_a_library_that_is_not_installed(fails, folder):
 def test_nan_in_the_network_saves_no_black_picture(fails, folder):
     spoil(folder / "transformer" / "diffusion_pytorch_model.safetensors", "proj_out.bias")
     assert fails(folder, 1) == (
-        "ERROR: Not every number in the latents of sample 0 (seed 7) is finite, so the result would be black or "
+        "ERROR: There are NaN or infinite values in the latents of sample 0 (seed 7), so the result would be black or "
         "silent; try --dtype float32 (or bfloat16 in place of float16)"
     )
 
 
 def test_nan_in_the_decoder_saves_no_black_picture(fails, folder):
     spoil(folder / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_out.bias")
-    assert re.match(r"ERROR: Not every number in the decoded image of sample 0 \(seed 7\) is finite", fails(folder, 1))
+    assert re.match(
+        r"ERROR: There are NaN or infinite values in the decoded image of sample 0 \(seed 7\)", fails(folder, 1)
+    )
 
 
 NETWORKS = {"sglang": SD3, "diffusers": diffusers.SD3Transformer2DModel}

@@ -120,7 +120,7 @@ def test_help_lists_every_flag_in_its_section(sglang):
 def test_help_shows_defaults_switches_groups_and_keys_without_a_flag(sglang):
     lines = sglang("generate", "--help").out.splitlines()
     text = " ".join(" ".join(lines).split())
-    assert "--num-inference-steps N number of denoising steps, unless the preset has its own (default: 50)" in text
+    assert "--num-inference-steps N number of denoising steps (default: 50, unless the preset sets it)" in text
     assert "--warmup, --no-warmup" in text
     assert "parallel= cfg2, cfg2_sp2, cfg2_sp2_tp2" in text
     assert "sampling.batch_size" in text

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cpu_dtype import AMX, XEON, ZEN
+from processors import AMX, XEON, ZEN
 from torch.nn import functional as F
 
 from sglang_gen.backends.native import build

@@ -87,7 +87,7 @@ def test_a_gated_repository_says_how_to_log_in(sglang, hub, status):
     done = sglang("generate", "--model-path", "tiny/gated", "--prompt", "a")
     assert done.code == 2
     assert done.lines == [
-        "ERROR: tiny/gated is gated: accept its licence on its page on the hub, then log in with 'hf auth login'"
+        "ERROR: tiny/gated is gated: accept its license on its page on the hub, then log in with 'hf auth login'"
     ]
 
 
@@ -198,7 +198,10 @@ def test_a_preset_is_planned_again_from_what_its_repository_holds(sglang, hub, p
     refused = sglang(*words, "sglang")
     assert (refused.code, f"The native engine cannot run this: {reason}" in refused.err) == (2, True)
     lines = sglang(*words, "auto").lines
-    assert lines[:2] == [f"INFO: Loading model: {OWN}", f"INFO: Backend: diffusers ({reason})"]
+    assert lines[:2] == [
+        f"INFO: Loading model: {OWN}",
+        f"INFO: Backend: diffusers (the native engine cannot run this: {reason})",
+    ]
 
 
 @pytest.mark.parametrize("path", ["owner/inpaint", "owner/stable-diffusion-v1-5"])

@@ -201,7 +201,7 @@ def test_patterns_in_diffusers_metadata_count_for_their_part_and_in_their_order(
         ({"monteclora_config": {"num_samples": 8}}, "is a MonteCLoRA adapter"),
         ({"velora_config": {"num_groups": 64}}, "is a VeLoRA adapter"),
         ({"lora_bias": True}, "(lora_bias=true in peft/adapter_config.json); merge it into its model with PEFT"),
-        ({"modules_to_save": ["proj_out"]}, 'changes more than factors can (modules_to_save=["proj_out"]'),
+        ({"modules_to_save": ["proj_out"]}, 'needs more than LoRA factors (modules_to_save=["proj_out"]'),
         ({"target_parameters": ["experts.up"]}, 'target_parameters=["experts.up"]'),
         ({"trainable_token_indices": {"embed": [1]}}, "trainable_token_indices="),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication=[[0, 2], [1, 3]]"),

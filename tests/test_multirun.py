@@ -166,7 +166,7 @@ DUMPS = ["/tmp/perf.json", "a/perf.json", "..", "p/", "job.json", "table.md", "r
 def test_a_perf_dump_stays_in_the_jobs_folder_beside_its_results(sglang, name):
     done = sglang("generate", "-m", "model=sdxl", "--perf-dump-path", name, "--output-path", "sweep")
     assert done.code == 2
-    assert done.lines[-1].endswith(f"give it a name of its own, not '{name}'")
+    assert done.lines[-1].endswith(f"give it a file name that no other result has, not '{name}'")
     assert not Path("sweep").exists()
 
 
@@ -174,7 +174,7 @@ def test_a_perf_dump_that_a_file_or_a_sweep_names_is_refused_as_early(sglang):
     Path("file.json").write_text('{"model": "sdxl", "perf_dump_path": "a/b.json"}')
     for words in (("--config", "file.json"), ("model=sdxl", "output.perf_dump_path=a.json,a/b.json")):
         done = sglang("generate", "-m", *words, "--output-path", "sweep")
-        assert (done.code, "give it a name of its own, not 'a/b.json'" in done.lines[-1]) == (2, True)
+        assert (done.code, "that no other result has, not 'a/b.json'" in done.lines[-1]) == (2, True)
 
 
 @pytest.mark.whole

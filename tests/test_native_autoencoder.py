@@ -225,7 +225,7 @@ def test_an_autoencoder_of_another_architecture_runs_on_diffusers_with_the_reaso
     done = run("sdxl", "--component-paths", '{"vae": "attentive"}', steps=1)
     assert done.code == 0, done.err
     why = "its vae does not support down_block_types=['DownEncoderBlock2D', 'AttnDownEncoderBlock2D']"
-    assert f"INFO: Backend: diffusers ({why})" in done.lines
+    assert f"INFO: Backend: diffusers (the native engine cannot run this: {why})" in done.lines
     assert record("outputs")["effective"]["components"]["vae"] == "AutoencoderKL"
 
 

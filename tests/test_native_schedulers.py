@@ -81,7 +81,7 @@ def test_a_scheduler_that_cannot_do_so_few_steps_is_refused_for_the_warmup(pipel
     model = with_scheduler(pipelines["sd15"], "PNDMScheduler", skip_prk_steps=False)
     done = run(model, "--warmup", steps=4)
     assert done.code == 2
-    assert "The warmup of compile.warmup_steps=1 cannot be made: PNDMScheduler refuses 1 step" in done.lines[-1]
+    assert "The warm-up with compile.warmup_steps=1 is not possible: PNDMScheduler refuses 1 step" in done.lines[-1]
     assert run(model, "--warmup", "--warmup-steps", "4", steps=4).code == 0
 
 

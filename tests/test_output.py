@@ -255,9 +255,9 @@ def test_a_name_that_is_too_long_is_refused_before_loading(pipelines, sglang):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("generated_image_7.json", "a run gives names such as generated_image_7.json to other results"),
-        ("new/generated_video_0.mp4", "a run gives names such as generated_video_0.mp4 to other results"),
-        ("o/runs.csv", "a run gives names such as runs.csv to other results"),
+        ("generated_image_7.json", "names such as generated_image_7.json are those of other results"),
+        ("new/generated_video_0.mp4", "names such as generated_video_0.mp4 are those of other results"),
+        ("o/runs.csv", "names such as runs.csv are those of other results"),
         ("p5/", "is p5/, which ends in a slash; it must name a JSON file"),
         ("notes.txt", "is notes.txt, a file that is not a perf dump and would be lost; give another name"),
         ("table.csv", "is table.csv, a file that is not a perf dump"),

@@ -196,7 +196,7 @@ IN_A_MODULE = [
 def test_a_defect_in_a_module_is_named_by_both_names(found, name, ours, theirs, change):
     differs = found(name, lambda engine: change(engine.network.get_submodule(ours)))
     start, end = report.sentence(differs).split(" by ")
-    assert start == f"different: step 1, network, {ours} (theirs: {theirs})"
+    assert start == f"different: step 1, network, {ours} (diffusers: {theirs})"
     assert float(end) > 1e-4
     others = [row.ours for row in differs.rows if row.stage == "network" and row.verdict is Verdict.different]
     assert set(others) == {ours}  # and no module behind it is blamed
@@ -219,7 +219,7 @@ IN_THE_DECODER = [
 def test_a_defect_in_the_decoder_is_named_by_both_names(found, name, ours, theirs, change):
     differs = found(name, lambda engine: change(engine.components["vae"].get_submodule(ours)))
     start, end = report.sentence(differs).split(" by ")
-    assert start == f"different: decoder, {ours} (theirs: {theirs})"
+    assert start == f"different: decoder, {ours} (diffusers: {theirs})"
     assert float(end) > 1e-4
     wrong = {(row.stage, row.ours) for row in differs.rows if row.verdict is Verdict.different}
     assert wrong == {("decoder", ours), ("decoding", "image of the same latents"), ("end to end", "image")}
@@ -230,9 +230,11 @@ def test_an_attention_without_effect_is_found_in_the_middle_of_the_decoder(found
         found("sd3", lambda engine: silence(engine.components["vae"].decoder.middle.attention.attend))
     )
     assert sentence.startswith(
-        "different: decoder, decoder.middle.attention.to_out (theirs: decoder.mid_block.attentio"
+        "different: decoder, decoder.middle.attention.to_out (diffusers: decoder.mid_block.attentio"
     )
-    assert sentence.endswith("look inside decoder.middle.attention (theirs: decoder.mid_block.attentions.0) before it")
+    assert sentence.endswith(
+        "look inside decoder.middle.attention (diffusers: decoder.mid_block.attentions.0) before it"
+    )
 
 
 @pytest.mark.whole
@@ -247,12 +249,12 @@ def test_a_decoder_that_is_at_work_in_float32_alone_is_compared_in_it(parity):
 
 # Model, the first module that can show it, where to look, and a defect between modules.
 BETWEEN_MODULES = [
-    ("sd3", "blocks.1.attention.to_out", "blocks.1.attention (theirs: transformer_blocks.1.attn)",
+    ("sd3", "blocks.1.attention.to_out", "blocks.1.attention (diffusers: transformer_blocks.1.attn)",
      lambda engine: silence(engine.network.blocks[1].attention.attend)),
     ("sdxl", "middle.transformers.0.blocks.0.self_attention.to_out",
-     "middle.transformers.0.blocks.0.self_attention (theirs: mid_block.attentions.0.transformer_blocks.0.attn1)",
+     "middle.transformers.0.blocks.0.self_attention (diffusers: mid_block.attentions.0.transformer_blocks.0.attn1)",
      lambda engine: silence(engine.network.middle.transformers[0].blocks[0].self_attention.attend)),
-    ("flux", "single_blocks.1.to_out", "single_blocks.1 (theirs: single_transformer_blocks.1)",
+    ("flux", "single_blocks.1.to_out", "single_blocks.1 (diffusers: single_transformer_blocks.1)",
      lambda engine: silence(engine.network.single_blocks[1].attend)),
 ]  # fmt: skip
 
@@ -261,7 +263,7 @@ BETWEEN_MODULES = [
 @pytest.mark.parametrize(("name", "first", "inside", "change"), BETWEEN_MODULES, ids=shown)
 def test_a_defect_between_modules_is_named_by_the_next_and_by_the_one_around(found, name, first, inside, change):
     sentence = report.sentence(found(name, change))
-    assert sentence.startswith(f"different: step 1, network, {first} (theirs: ")
+    assert sentence.startswith(f"different: step 1, network, {first} (diffusers: ")
     assert sentence.endswith(f"; its input differs already, so look inside {inside} before it")
 
 
@@ -269,8 +271,8 @@ def test_a_defect_between_modules_is_named_by_the_next_and_by_the_one_around(fou
 def test_a_forgotten_modulation_is_found_in_the_first_block(found, monkeypatch):
     monkeypatch.setattr(sd3_model, "modulate", lambda x, shift, scale: x)
     sentence = report.sentence(found("sd3"))
-    assert "step 1, network, blocks.0.attention.image.to_qkv (theirs: transformer_blocks.0.attn.to_q" in sentence
-    assert sentence.endswith("look inside blocks.0 (theirs: transformer_blocks.0) before it")
+    assert "step 1, network, blocks.0.attention.image.to_qkv (diffusers: transformer_blocks.0.attn.to_q" in sentence
+    assert sentence.endswith("look inside blocks.0 (diffusers: transformer_blocks.0) before it")
 
 
 def test_turned_positions_are_found_in_the_first_block(found, monkeypatch):
@@ -278,14 +280,14 @@ def test_turned_positions_are_found_in_the_first_block(found, monkeypatch):
     monkeypatch.setattr(flux_model, "rotary_table", lambda positions, axes: table(positions[:, [0, 2, 1]], axes))
     sentence = report.sentence(found("flux"))
     assert "step 1, network, blocks.0." in sentence
-    assert sentence.endswith("look inside blocks.0 (theirs: transformer_blocks.0) before it")
+    assert sentence.endswith("look inside blocks.0 (diffusers: transformer_blocks.0) before it")
 
 
 def test_conditioning_of_the_wrong_step_shows_at_the_second(found, monkeypatch):
     forward = sd3_model.SD3.forward
     monkeypatch.setattr(sd3_model.SD3, "forward", lambda self, latents, c, step: forward(self, latents, c, 0))
     sentence = report.sentence(found("sd3"))
-    assert sentence.startswith("different: step 2, prediction, guided prediction (theirs: noise_pred) by ")
+    assert sentence.startswith("different: step 2, prediction, guided prediction (diffusers: noise_pred) by ")
 
 
 def test_numbers_that_are_not_finite_do_not_end_the_comparison(found):
@@ -293,8 +295,8 @@ def test_numbers_that_are_not_finite_do_not_end_the_comparison(found):
     content = report.as_json(differs)
     json.dumps(content, allow_nan=False)
     assert (content["first"]["ours"], content["first"]["error"]) == ("blocks.1.ff.up", None)
-    assert content["sentence"].endswith("(theirs: transformer_blocks.1.ff.net.0.proj) is not finite")
-    assert "is finite" in content["rows"][-1]["note"]
+    assert content["sentence"].endswith("(diffusers: transformer_blocks.1.ff.net.0.proj) is not finite")
+    assert "NaN or infinite values" in content["rows"][-1]["note"]
 
 
 def louder(function):
@@ -342,16 +344,16 @@ def scaled(by: float):
 
 # The stage that the last line names, and a defect in it.
 IN_A_STAGE = [
-    ("text encoding, pooled text (theirs: pooled_projections or text_embeds) by 0.",
+    ("text encoding, pooled text (diffusers: pooled_projections or text_embeds) by 0.",
      changed_pipeline(encode=lambda encode: lambda *args, **more: louder_pooled(*encode(*args, **more)))),
-    ("text encoding, text (theirs: encoder_hidden_states) the shapes are [2, 93, 64] and [2, 333, 64]",
+    ("text encoding, text (diffusers: encoder_hidden_states) the shapes are [2, 93, 64] and [2, 333, 64]",
      changed_pipeline(encode=lambda encode: lambda parts, config, texts, length: encode(parts, config, texts, 16))),
-    ("schedule, timesteps (theirs: timesteps) by 0.", change_scheduler),
-    ("schedule, timesteps (theirs: timesteps) the shapes are [3] and [2]", changed_pipeline(schedule=one_more_step)),
-    ("latents, initial latents (theirs: latents) by 0.1", changed_pipeline(start=scaled(1.1))),
-    ("step 1, scheduler, next latents (theirs: latents) by 0.01",
+    ("schedule, timesteps (diffusers: timesteps) by 0.", change_scheduler),
+    ("schedule, timesteps (diffusers: timesteps) the shapes are [3] and [2]", changed_pipeline(schedule=one_more_step)),
+    ("latents, initial latents (diffusers: latents) by 0.1", changed_pipeline(start=scaled(1.1))),
+    ("step 1, scheduler, next latents (diffusers: latents) by 0.01",
      lambda engine: setattr(engine.components["scheduler"], "step", louder(engine.components["scheduler"].step))),
-    ("decoding, image of the same latents (theirs: images) by ", changed_pipeline(decode=scaled(0.5))),
+    ("decoding, image of the same latents (diffusers: images) by ", changed_pipeline(decode=scaled(0.5))),
 ]  # fmt: skip
 
 
@@ -363,7 +365,7 @@ def test_a_defect_outside_of_the_network_is_named_by_its_stage(found, stage, cha
 def test_a_wrong_scale_of_guidance_shows_in_the_prediction_and_not_in_a_module(found, monkeypatch):
     monkeypatch.setattr(memory_policy, "guidance", lambda *args, **kwargs: Guidance(3.5))
     sentence = report.sentence(found("sd3"))
-    assert sentence.startswith("different: step 1, prediction, guided prediction (theirs: noise_pred) by ")
+    assert sentence.startswith("different: step 1, prediction, guided prediction (diffusers: noise_pred) by ")
 
 
 @pytest.mark.whole
@@ -380,15 +382,15 @@ def test_generators_that_have_gone_on_show_in_the_noise_that_a_scheduler_draws(f
         str(with_scheduler(pipelines["sd15"], "EulerAncestralDiscreteScheduler")),
         changed_pipeline(draw=drawn),
     )
-    assert report.sentence(differs).startswith("different: step 1, scheduler, next latents (theirs: latents) by ")
+    assert report.sentence(differs).startswith("different: step 1, scheduler, next latents (diffusers: latents) by ")
 
 
 def test_rounding_that_grows_over_the_steps_is_told_from_a_defect():
     latents = Row("end to end", "final latents", "latents", 2e-5, Verdict.different)
     step = Row("scheduler", "next latents", "latents", 2e-6, Verdict.equal, step=1)
     whole = Report("model", "float32", "cpu", Tolerance(1e-5, 1e-5), (step, latents), 1, 1, ())
-    assert report.sentence(whole).startswith("different: end to end, final latents (theirs: latents) by 2e-05; ")
-    assert report.sentence(whole).endswith("so rounding has grown over the steps")
+    assert report.sentence(whole).startswith("different: end to end, final latents (diffusers: latents) by 2e-05; ")
+    assert report.sentence(whole).endswith("so rounding accumulated over the steps")
     assert report.sentence(replace(whole, rows=(step,))) == "numerically equal: at most 2e-06"
     assert report.sentence(replace(whole, rows=(replace(step, error=0.0, verdict=Verdict.exact),))) == "bit-exact"
 
@@ -397,7 +399,7 @@ def test_rounding_that_grows_over_the_steps_is_told_from_a_defect():
 def test_the_tolerance_decides(parity, planted):
     planted(lambda engine: engine.network.out.bias.mul_(1.5))
     done = parity("flux", "--tolerance", "0.0001")
-    assert (done.code, verdict(done)[:56]) == (1, "different: step 1, network, out (theirs: proj_out) by 0.")
+    assert (done.code, verdict(done)[:59]) == (1, "different: step 1, network, out (diffusers: proj_out) by 0.")
     done = parity("flux", "--tolerance=10")
     assert (done.code, verdict(done).partition(":")[0]) == (0, "numerically equal")
 

@@ -160,7 +160,7 @@ def test_rates_that_do_not_fit_into_memory_are_told_and_not_kept(monkeypatch, tm
 
     monkeypatch.setenv("SGLANG_GEN_CACHE", str(tmp_path / "rates"))
     monkeypatch.setattr(machine, "_measure", full)
-    assert machine.rates("cpu", "float32", Machine()) == {"source": "not measured: out of memory"}
+    assert machine.rates("cpu", "float32", Machine()) == {"source": "not measured: memory ran out"}
     assert not (tmp_path / "rates").exists()
 
 

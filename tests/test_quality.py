@@ -194,7 +194,7 @@ def test_a_broken_reference_is_named():
     with pytest.raises(UserError, match=r"generated_image_0\.png cannot be read"):
         quality.compare("reference", [sample(7)], [noise()])
     picture.unlink()
-    with pytest.raises(UserError, match=r"generated_image_0\.png is missing beside its record"):
+    with pytest.raises(UserError, match=r"generated_image_0\.png is missing next to its run record"):
         quality.compare("reference", [sample(7)], [noise()])
     Path("reference/generated_image_1.json").write_text("{")
     with pytest.raises(UserError, match=r"generated_image_1\.json in the reference folder is not valid JSON"):
@@ -241,7 +241,7 @@ def unloaded(monkeypatch):
     [
         (lambda path: None, "is 32 x 64, but its reference reference/generated_image_0.png is 19 x 16"),
         (lambda path: path.write_bytes(path.read_bytes()[:-30]), "reference/generated_image_0.png cannot be read"),
-        (lambda path: path.unlink(), "reference/generated_image_0.png is missing beside its record"),
+        (lambda path: path.unlink(), "reference/generated_image_0.png is missing next to its run record"),
     ],
 )
 def test_a_reference_that_cannot_be_compared_is_refused_before_loading(pipelines, sglang, unloaded, break_it, sentence):

@@ -94,7 +94,7 @@ def test_trusted_code_runs_and_gives_the_picture(pipelines, sglang, hub, reposit
 def test_trust_that_nothing_asks_for_is_a_warning(pipelines, sglang):
     done = sglang("generate", "--model-path", pipelines["sd15"], "--trust-remote-code", *SMALL)
     assert done.code == 0, done.err
-    assert f"WARNING: --trust-remote-code has no effect: {pipelines['sd15']} carries no code of its own" in done.lines
+    assert f"WARNING: --trust-remote-code has no effect: {pipelines['sd15']} contains no Python code" in done.lines
     assert not [line for line in done.lines if line.startswith("INFO: Backend: ")]  # nor does it choose one
 
 

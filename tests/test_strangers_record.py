@@ -176,7 +176,7 @@ def test_a_record_chooses_no_options_that_could_set_what_it_cannot_decide(group)
 def test_prompts_of_a_record_are_a_file_beside_it_and_nothing_else(tmp_path):
     os.mkfifo(tmp_path / "prompts_0123456789abcdef.jsonl")
     for name in ("/dev/zero", "../prompts_0123456789abcdef.jsonl", str(tmp_path / "prompts_0123456789abcdef.jsonl")):
-        with pytest.raises(UserError, match=r"must be a prompts_<hash>\.jsonl beside the record"):
+        with pytest.raises(UserError, match=r"must be a prompts_<hash>\.jsonl in the folder of the record"):
             prompt_archive.beside(tmp_path / "record.json", name)
     with pytest.raises(UserError, match="it is not a file"):  # and not waited for
         prompt_archive.beside(tmp_path / "record.json", "prompts_0123456789abcdef.jsonl")

@@ -205,7 +205,7 @@ def test_a_disabled_wandb_is_a_warning_and_writes_nothing(tmp_path, capsys):
 def test_a_link_in_place_of_the_lock_empties_no_file(tmp_path):
     (tmp_path / "kept").write_text("mine")
     (tmp_path / ".runs.csv.lock").symlink_to("kept")
-    with pytest.raises(RunError, match=r"runs\.csv cannot be written: \.runs\.csv\.lock beside it is a link"):
+    with pytest.raises(RunError, match=r"runs\.csv cannot be written: \.runs\.csv\.lock is a symbolic link"):
         tracking.append_row(tmp_path / "runs.csv", {"a": 1})
     assert (tmp_path / "kept").read_text() == "mine"
     assert not (tmp_path / "runs.csv").exists()

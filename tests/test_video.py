@@ -157,7 +157,7 @@ REFUSALS = {
     "a ring": (("parallel.ring_degree=2",), "does not split the frames of a video yet"),
     "patterns of rows and columns": (
         ("attention=flex",),
-        "attention=flex knows rows and columns only, and MovingPipeline makes video; use another kernel",
+        "attention=flex supports only images, and MovingPipeline generates video; use another kernel",
     ),
     "an input image": (("--image-path", "fox.png"), "it does not start a video from an input image yet"),
     "a reference image": (
@@ -180,7 +180,7 @@ def test_what_takes_no_frames_yet_is_refused_by_name_in_a_dry_run_too(run, name)
 def test_parity_of_a_video_is_refused(sglang, model):
     done = sglang("debug", "parity", "--model-path", model, "--prompt", "a", *SIDES)
     assert done.code == 2
-    assert "MovingPipeline makes video with transformer and transformer_2" in done.err
+    assert "runs both backends, and only the native engine has MovingPipeline" in done.err
 
 
 @pytest.mark.whole

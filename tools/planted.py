@@ -360,7 +360,7 @@ CONFIG = (
            "if len(unique) != len(pairs):", "if not pairs:"),
     Mutant("A record does not pin the kernel that auto took",
            "sglang_gen/config/config_file.py", "tests/test_config_file.py tests/test_native_execution.py -k 'pins'",
-           '    "attention": "attention.backend",\n', ""),
+           '"attention": "attention.backend", ', ""),
     Mutant("A record names the folder of the sweep that it came from",
            "sglang_gen/config/config_file.py",
            "tests/test_config_file.py tests/test_multirun.py -k 'names_the_folder or folder_each'",

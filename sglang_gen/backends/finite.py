@@ -13,6 +13,6 @@ def require_finite(values: torch.Tensor | None, what: str, batch: tuple[Sample, 
     for row, sample in zip(values, batch, strict=True):
         if not bool(torch.isfinite(row).all()):
             raise RunError(
-                f"Not every number in {what} of sample {sample.index} (seed {sample.seed}) is finite, so the result "
-                "would be black or silent; try --dtype float32 (or bfloat16 in place of float16)"
+                f"There are NaN or infinite values in {what} of sample {sample.index} (seed {sample.seed}), so the "
+                "result would be black or silent; try --dtype float32 (or bfloat16 in place of float16)"
             )

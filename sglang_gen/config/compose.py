@@ -85,7 +85,7 @@ def compose_partly(choices: Choices) -> tuple[Composed, bool]:
         notices.append(f"The settings of the preset '{implied}' apply to {run.model.path}")
     yielded = [path for path in file.values if not covered & {path} and path not in values]
     if yielded:
-        notices.append(f"Group options given beside {choices.file} replace its {', '.join(yielded)}")
+        notices.append(f"Group options on the command line replace {', '.join(yielded)} of {choices.file}")
     warnings = record_limits.warnings(withheld, str(choices.file))
     composed = Composed(run, sources, tuple(notices), tuple(warnings), file.versions, file.inputs)
     return composed, "model" in typed or "model" in file.options

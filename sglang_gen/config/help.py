@@ -1,43 +1,54 @@
 """Help texts of the command. Imports no heavy library."""
 
 import textwrap
+from enum import Enum
 from typing import Any
 
 from sglang_gen import env
 from sglang_gen.config import presets
-from sglang_gen.config.flags import FLAGS
+from sglang_gen.config.flags import FLAGS, Flag
 from sglang_gen.config.schema import Run, get, leaves, plain
 
 TOP = """\
 usage: sglang COMMAND ...
 
 commands:
-  generate   generate images, videos or sound with a diffusion model (sglang generate --help)
+  generate   generate images, videos or audio with a diffusion model
   models     list the model presets
-  perf       compare perf dumps (sglang perf compare --help)
-  debug      find where the native engine and diffusers differ (sglang debug parity --help)
+  perf       compare the performance of runs (sglang perf compare)
+  debug      compare the native engine with diffusers, module by module (sglang debug parity)
 
 options:
-  -h, --help   show this text
+  -h, --help   show this help; every command has its own, such as sglang generate --help
   --version    show the version"""
 
 MODELS = """\
 usage: sglang models
 
-List the model presets: sglang generate model=NAME, and the hub id whose settings the preset holds."""
+List the model presets, one per line: name, hub id and description. Use a preset with
+
+  sglang generate model=NAME
+
+or give its hub id as --model-path."""
 
 _HYDRA = (
-    ("-m, --multirun", "run every combination of the choices (model=sdxl,sd15 sampling.seed=1,2)"),
-    ("-c, --cfg {job,hydra,all}", "print the composed configuration, flags applied, and exit"),
-    ("-p, --package PATH", "the part of the configuration that --cfg prints"),
-    ("--resolve", "resolve interpolations in the hydra part that --cfg prints (the job part always is)"),
-    ("-cd, --config-dir DIR", "folder with own configuration files, searched first"),
+    ("-m, --multirun", "run every combination of the listed values (model=sdxl,sd15 sampling.seed=1,2)"),
+    ("-c, --cfg {job,hydra,all}", "print the composed configuration with all flags, and exit"),
+    ("-p, --package PATH", "part of the configuration that --cfg prints, such as sampling"),
+    ("--resolve", "resolve interpolations in the output of --cfg hydra and --cfg all"),
+    ("-cd, --config-dir DIR", "folder with your own configuration files; searched first"),
     ("-cn, --config-name NAME", "primary configuration, such as a sweep file"),
-    ("-i, --info [TOPIC]", "Hydra's information: all, config, defaults, defaults-tree, plugins, searchpath"),
-    ("--hydra-help", "Hydra's own config groups"),
-    ("-r, --run", "one run (the default)"),
+    ("-i, --info [TOPIC]", "print Hydra's all, config, defaults, defaults-tree, plugins or searchpath"),
+    ("--hydra-help", "show the help of Hydra and its own config groups"),
+    ("-r, --run", "run once (default)"),
     ("--version", "show the version"),
-    ("-h, --help", "show this text"),
+    ("-h, --help", "show this help"),
+)
+
+_VARIABLES = (
+    ("SGLANG_USE_MODELSCOPE=1", "download models from ModelScope instead of Hugging Face"),
+    ("SGLANG_GEN_CPU_DTYPE=DTYPE", "dtype that dtype=auto uses on a CPU: float32 or bfloat16"),
+    ("SGLANG_GEN_CACHE=DIR", "cache folder for compiled code and measurements of the machine"),
 )
 
 
@@ -50,9 +61,10 @@ def generate(_parser: Any = None) -> str:
     lines = [
         "usage: sglang generate --model-path MODEL --prompt TEXT [options] [group=option ...] [key.path=value ...]",
         "",
-        "Generate images, videos or sound with a diffusion model, from text and, where the model takes one, an image.",
-        "Without a model: the embedded model 'landscape'.",
+        "Generate images, videos or audio with a diffusion model, from a prompt and optionally an input image. Without",
+        "--model-path or model=NAME, the embedded model 'landscape' is used. dry_run=true prints the plan of a run.",
         "",
+        "Examples:",
         '  sglang generate --prompt "A serene landscape with mountains and a lake at sunset" --seed 42',
         "  sglang generate model=sdxl parallel=sp2_tp2",
         "  sglang generate model=sdxl --prompt 'a red fox in snow' --image-path fox.png",
@@ -65,16 +77,19 @@ def generate(_parser: Any = None) -> str:
         if flag.section != section:
             section = flag.section
             lines += ["", f"{section}:"]
-        lines += _entry(_spelling(flag.option, flag.path), f"{flag.help}{_default(flag.path)}")
-    lines += ["", "Config groups (group=option; the files are in conf/):"]
+        lines += _entry(_spelling(flag.option, flag.path), _explained(flag))
+    lines += ["", "Config groups (group=option):"]
     for group, options in _groups().items():
         lines += _entry(f"{group}=", ", ".join(options))
-    lines += ["", "Config keys without a flag (key.path=value):"]
+    lines += ["", "Config keys without a flag (key.path=value; docs/groups/ describes them):"]
     flagged = {flag.path for flag in FLAGS}
     keys = [path for path in leaves() if path not in flagged]
     lines += textwrap.wrap(", ".join(keys), width=110, initial_indent="  ", subsequent_indent="  ")
     lines += ["", "Hydra's options:"]
     for name, text in _HYDRA:
+        lines += _entry(name, text)
+    lines += ["", "Environment variables:"]
+    for name, text in _VARIABLES:
         lines += _entry(name, text)
     return "\n".join(lines)
 
@@ -86,7 +101,18 @@ def _spelling(option: str, path: str | None) -> str:
     return f"{option} {_metavar(kind)}"
 
 
+def _explained(flag: Flag) -> str:
+    """The help text of a flag with its default, if there is one."""
+    value = plain(get(Run(), flag.path)) if flag.path else None
+    default = str(value).lower() if isinstance(value, bool) else str(value)
+    if "{default}" in flag.help:
+        return flag.help.replace("{default}", default)
+    return flag.help if value in (None, {}, []) else f"{flag.help} (default: {default})"
+
+
 def _metavar(kind: Any) -> str:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"{{{','.join(kind.__members__)}}}"
     text = str(getattr(kind, "__name__", kind))
     for part, word in (("int", "N"), ("float", "X"), ("dict", "JSON"), ("list", "A,B")):
         if part in text:
@@ -94,16 +120,9 @@ def _metavar(kind: Any) -> str:
     return "TEXT"
 
 
-def _default(path: str | None) -> str:
-    value = plain(get(Run(), path)) if path else None
-    if value in (None, {}, []):
-        return ""
-    return f" (default: {str(value).lower() if isinstance(value, bool) else value})"
-
-
 def _entry(name: str, text: str) -> list[str]:
     width = 34
-    wrapped = textwrap.wrap(text, width=78) or [""]
+    wrapped = textwrap.wrap(text, width=86) or [""]
     first = f"  {name}".ljust(width)
     head = [f"{first}{wrapped[0]}"] if len(first) <= width else [first, " " * width + wrapped[0]]
     return head + [" " * width + line for line in wrapped[1:]]

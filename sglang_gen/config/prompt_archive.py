@@ -38,7 +38,9 @@ def beside(record: str | Path, name: str) -> str:
     """Path of the prompts file that a record names. Raises UserError if the file is missing or was changed."""
     path = Path(record).parent / name
     if not ARCHIVE_NAME.fullmatch(name):
-        raise UserError(f"{record} names the prompts file {name}; it must be a prompts_<hash>.jsonl beside the record")
+        raise UserError(
+            f"{record} names the prompts file {name}; it must be a prompts_<hash>.jsonl in the folder of the record"
+        )
     if path.exists() and not path.is_file():
         raise UserError(f"The prompts of {record} cannot be read from {path}: it is not a file")
     try:

@@ -78,7 +78,7 @@ def samples(run: Run) -> list[Sample]:
     for entry in entries:
         base = int(entry.get("seed", seed))
         if base + sampling.num_samples - 1 > BOUNDS["sampling.seed"][1]:
-            raise UserError(f"The seeds from {base} on leave the range of seeds with {sampling.num_samples} samples")
+            raise UserError(f"{sampling.num_samples} samples from seed {base} on exceed the largest seed")
         negative = entry.get("negative_prompt", sampling.negative_prompt)
         for offset in range(sampling.num_samples):
             listed.append(Sample(len(listed), entry["prompt"], negative, base + offset))

@@ -243,7 +243,7 @@ class Machine:
 
     name: str = "auto"
     matmul_tflops: float | None = None  # dense bf16
-    attention_tflops: float | None = None  # null: as products
+    attention_tflops: float | None = None  # null: same as matmul_tflops
     memory_gb_per_s: float | None = None
     link_gb_per_s: float | None = None  # from one GPU to the others, in one direction
     link_latency_us: float | None = None  # of a collective, however little it sends; null: none

@@ -21,25 +21,26 @@ DEBUG_HELP = """\
 usage: sglang debug COMMAND ...
 
 commands:
-  parity    the first module in which the native engine and diffusers differ (sglang debug parity --help)"""
+  parity    find the first module in which the native engine and diffusers differ (sglang debug parity --help)"""
 
 PARITY_HELP = """\
 usage: sglang debug parity [flags and overrides of sglang generate] [options]
 
 Run a request on both backends with the same inputs and compare them in the order of computation: encoded text,
-schedule, initial latents, at every step all modules of the network, guidance and scheduler, then the final latents and
-the image. Our network, scheduler and decoder get the inputs that diffusers' ones had, so the first module that differs
-is where the cause is. Only the first batch is compared, and nothing is saved.
+schedule, initial latents, all modules of the network at every step, guidance, scheduler, final latents and image. The
+network, scheduler and decoder of the native engine get the inputs of those of diffusers, so the first module that
+differs contains the cause. Only the first batch is compared, and nothing is saved.
 
+Example:
   sglang debug parity --model-path FOLDER --prompt "a lake" --seed 1 --num-inference-steps 4 dtype=float32
 
 options:
-  --tolerance X   largest max|a-b| / max|b| that counts as rounding. Defaults for one module and for a whole network:
+  --tolerance X   largest error max|a-b| / max|b| that counts as rounding. Defaults for a module and for the network:
 {tolerances}
-  --json          print JSON instead of the table
-  -h, --help      show this text
+  --json          print the report as JSON instead of a table
+  -h, --help      show this help
 
-verdicts: bit-exact, numerically equal, different. The last line names the first module that differs.
+verdicts: bit-exact, numerically equal, different. The last line of the report names the first module that differs.
 exit codes: 0 bit-exact or numerically equal, 1 different, 2 wrong request""".format(
     tolerances="\n".join(
         f"{'':18}{dtype:10}{tolerance.module:g}, {tolerance.whole:g}" for dtype, tolerance in PARITY_TOLERANCES.items()

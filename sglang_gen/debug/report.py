@@ -10,8 +10,8 @@ from sglang_gen.debug.verdict import LEVEL, Report, Row, Verdict, worst
 
 PARITY_REPORT_VERSION = 1
 PARITY_EXIT_CODES = {Verdict.exact: 0, Verdict.equal: 0, Verdict.different: 1}
-HEADER = ("stage", "ours", "theirs", "relative error", "verdict")
-END_TO_END = "from the same latents every step agrees, so rounding has grown over the steps"
+HEADER = ("stage", "native engine", "diffusers", "relative error", "verdict")
+END_TO_END = "each step agrees if it starts from the same latents, so rounding accumulated over the steps"
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _scope(report: Report) -> str:
     limits = f"{module:g}" if module == whole else f"{module:g} for a module, {whole:g} for a whole network"
     images = "" if whole >= LEVEL else ", one level of 255 for images"
     return (
-        f"{report.compared} of our {report.modules} modules with weights compared{left_out}. "
+        f"{report.compared} of {report.modules} modules with weights were compared{left_out}. "
         f"Tolerance max|a-b| / max|b| in {report.dtype}: {limits}{images}."
     )
 
@@ -84,8 +84,8 @@ def sentence(report: Report) -> str:
     place = first.stage if first.step is None else f"step {first.step}, {first.stage}"
     by = first.note if first.error is None else f"by {_number(first.error)}"
     by = by if first.error is None or math.isfinite(first.error) else "is not finite"
-    line = f"{report.verdict.value}: {place}, {_name(first.ours)} (theirs: {_name(first.theirs)}) {by}"
+    line = f"{report.verdict.value}: {place}, {_name(first.ours)} (diffusers: {_name(first.theirs)}) {by}"
     if report.cause is not None:
-        inside = f"{_name(report.cause.ours)} (theirs: {_name(report.cause.theirs)})"
+        inside = f"{_name(report.cause.ours)} (diffusers: {_name(report.cause.theirs)})"
         return f"{line}; its input differs already, so look inside {inside} before it"
     return f"{line}; {END_TO_END}" if first.stage == "end to end" and not first.note else line

@@ -189,7 +189,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
     Raises UserError for an input image that cannot be read or has too few rows for the ranks.
     """
     if plan.backend != "sglang":
-        return {"reason": f"not estimated ({plan.backend})"}
+        return {"reason": "none: only runs on the native engine are estimated"}
     native_request = NativeRequest(plan)
     pipeline, request, batch = native_request.pipeline, native_request.full_request, max(plan.batches, key=len)
     layout_limits.check_size(plan.run, plan.card, plan.layout, plan.stated_degrees, request.size)

@@ -41,7 +41,7 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
 def _as_table(plan: Plan) -> str:
     content, sampling = _as_dict(plan), plan.run.sampling
     layout = ", ".join(f"{name} {value}" for name, value in content["layout"].items())
-    own, size = "the model's own", image_size.expected(plan)
+    own, size = "model default", image_size.expected(plan)
     rows = [
         ("model", content["model"]),
         ("pipeline", content["pipeline"]),
@@ -74,16 +74,16 @@ def _estimated(estimated: dict[str, Any]) -> list[tuple[str, str]]:
         return [("estimate", estimated["reason"])]
     memory, alive = estimated["memory"], estimated["memory"]["alive"]
     weights = ", ".join(f"{name} {_bytes(size)}" for name, size in memory["weights"].items())
-    beside = ", ".join(f"{name} {_bytes(size)}" for name, size in alive.items())
+    activations = ", ".join(f"{name} {_bytes(size)}" for name, size in alive.items())
     rows = [
-        ("memory per rank", f"{_bytes(memory['total'])}: {weights}; and beside them {beside}"),
+        ("memory per rank", f"{_bytes(memory['total'])}: weights ({weights}), activations ({activations})"),
         ("communication per step", _communication(estimated["step"])),
         ("communication of decoding", _communication(estimated["decoding"])),
-        ("FLOPs per step", f"{estimated['step']['flops']:.3g} on each rank"),
+        ("FLOPs per step", f"{estimated['step']['flops']:.3g} per rank"),
     ]
     needed, there = memory["total"], memory["there"]
     if there is not None and needed > there:
-        rows.append(("warning", f"a rank needs {_bytes(needed)}, and this machine has {_bytes(there)} for each"))
+        rows.append(("warning", f"a rank needs {_bytes(needed)}, and this machine has {_bytes(there)} per rank"))
     return [*rows, *_predicted(estimated["prediction"])]
 
 
@@ -105,13 +105,13 @@ def _predicted(prediction: dict[str, Any] | None) -> list[tuple[str, str]]:
         "products_ms": "products",
         "attention_ms": "attention",
         "elementwise_ms": "element-wise",
-        "communication_ms": "sending",
+        "communication_ms": "communication",
     }
     shares = ", ".join(f"{prediction[key]:.1f} {name}" for key, name in names.items())
     return [
         (
             "PREDICTION",
-            f"{prediction['step_ms']:.1f} ms a step on {prediction['machine']} ({shares}); nothing is measured",
+            f"{prediction['step_ms']:.1f} ms per step on {prediction['machine']} ({shares}); not measured",
         )
     ]
 

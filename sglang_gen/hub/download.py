@@ -95,7 +95,7 @@ def hub_error(error: Exception, name: str, revision: str | None) -> Exception:
 
     if isinstance(error, errors.GatedRepoError):
         return UserError(
-            f"{name} is gated: accept its licence on its page on the hub, then log in with 'hf auth login'"
+            f"{name} is gated: accept its license on its page on the hub, then log in with 'hf auth login'"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return UserError(f"{name} has no revision '{revision or 'main'}'")

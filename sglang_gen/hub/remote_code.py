@@ -92,7 +92,7 @@ def refusal(name: str, what: str) -> str:
 def warnings(model: Model, card: ModelCard, sources: Mapping[str, str]) -> list[str]:
     """Warnings about --trust-remote-code without effect, and about code that a configuration file allows to run."""
     if model.trust_remote_code and not card.code:
-        return [f"--trust-remote-code has no effect: {card.name} carries no code of its own"]
+        return [f"--trust-remote-code has no effect: {card.name} contains no Python code"]
     return _running(card, f"model.trust_remote_code of the {where}") if (where := _file(model, sources)) else []
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen.errors import UserError
+from sglang_gen.hub.safetensors_header import is_pointer
 from sglang_gen.types import Component
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")
@@ -49,6 +50,8 @@ def _last(path: Path, changed: int) -> int:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        if path.is_file() and is_pointer(path):
+            raise UserError(f"{path} is a Git LFS pointer: run 'git lfs pull'") from None
         raise UserError(f"{path} cannot be read as the vocabulary of a tokenizer") from error
     if not isinstance(content, dict):
         return -1

@@ -23,7 +23,7 @@ def decode(text: str | bytes) -> Plan:
     try:
         plan: Plan = _read(json.loads(text), Plan)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"is not a plan: {error!r}") from error
+        raise ValueError("is not a plan") from error
     return plan
 
 

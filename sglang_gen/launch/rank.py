@@ -115,7 +115,7 @@ def _warm_up(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> None:
         for batch in _kinds(plan, mesh):
             engine.sample(batch, steps, clock)
     except UserError as error:
-        raise UserError(f"The warmup of compile.warmup_steps={steps} cannot be made: {error}") from error
+        raise UserError(f"The warm-up with compile.warmup_steps={steps} is not possible: {error}") from error
 
 
 def _communication(plan: Plan, mesh: Mesh, engine: Engine) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _repeat(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock, saved: Saved) 
     for index, ((frame, latents), (frame_again, latents_again)) in enumerate(zip(first, made, strict=True)):
         same = latents is None or bool((latents == latents_again).all())
         if not (same and (frame == frame_again).all()):
-            log.warning(f"Sample {index} is not the same when it is generated again in this process")
+            log.warning(f"Sample {index} differs when it is generated again in this process")
     return clock
 
 

@@ -40,8 +40,7 @@ class Rendezvous:
             store, _, _ = next(iter(dist.rendezvous("env://", timeout=CONNECT)))  # type: ignore[attr-defined]
         except (RuntimeError, ValueError) as error:
             raise RunError(
-                f"Rank {place.rank} does not reach the other ranks at MASTER_ADDR and MASTER_PORT: "
-                f"{in_our_words(error)}"
+                f"Rank {place.rank} cannot reach the other ranks at MASTER_ADDR and MASTER_PORT: {in_our_words(error)}"
             ) from error
         return cls(place, dist.PrefixStore(f"sglang-gen/{place.attempt}", store))  # type: ignore[attr-defined]
 

@@ -23,7 +23,7 @@ def check_dump_path(path: str) -> None:
     if not name:
         raise UserError(f"{KEY} is {path}, which ends in a slash; it must name a JSON file")
     if RESULT.fullmatch(name) or name == RUNS:
-        raise UserError(f"{KEY} is {path}: a run gives names such as {name} to other results; give the dump its own")
+        raise UserError(f"{KEY} is {path}: names such as {name} are those of other results; give the dump another name")
     try:
         to = destination.find(Path(path))
         to.check_stream()
@@ -55,4 +55,7 @@ def check_in_sweep(path: str) -> None:
     if whole.is_absolute() or len(whole.parts) != 1 or name in ("", "..") or name == RUNS or (
         RESULT.fullmatch(name) or OF_A_SWEEP.fullmatch(name)
     ):  # fmt: skip
-        raise UserError(f"In a multirun each job writes its own perf dump: give it a name of its own, not '{path}'")
+        raise UserError(
+            "In a multirun each job writes its own perf dump: give it a file name that no other result has, "
+            f"not '{path}'"
+        )

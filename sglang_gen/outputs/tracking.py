@@ -72,7 +72,7 @@ def append_row(path: Path, values: Mapping[str, Any]) -> None:
 
     locked = path.with_name(f".{path.name}.lock")
     if locked.is_symlink():  # older versions of filelock truncate the link's target
-        raise RunError(f"{path} cannot be written: {locked.name} beside it is a link")
+        raise RunError(f"{path} cannot be written: {locked.name} is a symbolic link")
     lock = FileLock(locked, timeout=LOCK_SECONDS)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

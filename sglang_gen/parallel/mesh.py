@@ -65,11 +65,11 @@ class Mesh:
         """Rank 0's `item`, which JSON can represent, on every rank. Collective."""
         if self.layout.ranks == 1:
             return item
-        size = torch.tensor([0])
+        size = torch.tensor([0], device="cpu")
         text = _as_bytes(json.dumps(item).encode() if self.rank == 0 else b"")
         size[0] = len(text)
         dist.broadcast(size, src=0)
-        text = text if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+        text = text if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8, device="cpu")
         dist.broadcast(text, src=0)
         return json.loads(_content(text))
 
@@ -96,8 +96,8 @@ class Mesh:
 # torch's collectives of objects unpickle what arrives, which runs code; only bytes of known formats travel here.
 def _gather(data: bytes, count: int, index: int, group: Any) -> list[bytes] | None:
     """The `data` of all ranks of a group, in order, on its first rank; None on the others. Collective."""
-    sizes = [torch.tensor([0]) for _ in range(count)]
-    dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
+    sizes = [torch.tensor([0], device="cpu") for _ in range(count)]
+    dist.all_gather(sizes, torch.tensor([len(data)], device="cpu"), group=group)
     longest = max(map(int, sizes))
     padded = _as_bytes(data.ljust(longest, b"\0"))
     received = [torch.empty_like(padded) for _ in range(count)] if index == 0 else None
@@ -108,7 +108,11 @@ def _gather(data: bytes, count: int, index: int, group: Any) -> list[bytes] | No
 
 
 def _as_bytes(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if data
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
 
 
 def _content(text: torch.Tensor) -> bytes:
@@ -208,8 +212,8 @@ def explained(who: str, minutes: float) -> Iterator[None]:
             if isinstance(cause, dist.DistError) or "gloo/" in text:
                 if "imed out" in text or "timeout" in text:
                     raise RunError(
-                        f"{who} waited {minutes:g} minutes for another rank and gave up; parallel.timeout_minutes=... "
-                        "gives it more time"
+                        f"{who} waited {minutes:g} minutes for another rank; raise parallel.timeout_minutes to wait "
+                        "longer"
                     ) from error
                 if SHARED in text:
                     raise RunError(

@@ -23,10 +23,10 @@ EXIT_CODES = {
     Verdict.RECIPE_MISMATCH: 3,
 }
 _MEANINGS = {
-    "total": "end to end",
+    "total": "whole generation",
     "stage": "each stage",
     "step": "the median denoising step",
-    "memory": "each memory peak",
+    "memory": "each peak of memory",
 }
 
 
@@ -44,22 +44,23 @@ HELP = """\
 usage: sglang perf COMMAND ...
 
 commands:
-  compare    regression verdict between perf dumps (sglang perf compare --help)"""
+  compare    compare perf dumps and report regressions (sglang perf compare --help)"""
 
 COMPARE_HELP = """\
 usage: sglang perf compare BASE NEW [NEW ...] [options]
 
-Compare the perf dumps of two programs. BASE and NEW are dumps (--perf-dump-path) or folders that contain dumps; dumps
-with the same fingerprint are repeats of one recipe. All NEW together are one side.
+Compare the performance of two programs. BASE and NEW are perf dumps (sglang generate --perf-dump-path FILE) or folders
+of perf dumps. All NEW are compared with BASE together. Dumps with the same fingerprint (model, settings, machine) are
+repeats of one recipe; more repeats give narrower confidence intervals.
 
 options:
-  --tolerance METRIC=VALUE  how far a metric may move, as a share, an amount, or both, of which the larger counts
-                            (total=3%, stage=10%,120ms, memory=64mb); can be given for several metrics. Defaults:
+  --tolerance METRIC=VALUE  change of a metric that is allowed: a percentage, an amount, or the larger of both, such as
+                            total=3%, memory=64mb or stage=10%,120ms; can be repeated. Defaults:
 {tolerances}
-  --confidence SHARE        of the intervals (default 95%)
-  --json FILE               write all numbers
-  --markdown FILE           write what is printed
-  -h, --help                show this text
+  --confidence PERCENT      confidence of the intervals (default: 95%)
+  --json FILE               write the report as JSON
+  --markdown FILE           write the report as Markdown
+  -h, --help                show this help
 
 exit codes: 0 PASS or IMPROVEMENT, 1 REGRESSION, 2 wrong usage, 3 TOO_NOISY or RECIPE_MISMATCH""".format(
     tolerances="\n".join(
@@ -168,7 +169,9 @@ def _tolerances(given: Sequence[str]) -> dict[str, Tolerance]:
         for part in text.lower().split(","):
             name, unit = ("relative", "%") if part.strip().endswith("%") else ("absolute", KINDS[kind][0].lower())
             if name in parts:
-                raise UserError(f"--tolerance: '{word}' gives two values of one kind; write one share and one amount")
+                raise UserError(
+                    f"--tolerance: '{word}' gives two values of one kind; give one percentage and one amount"
+                )
             parts[name] = _amount(part.strip(), unit, word)
         tolerances[kind] = Tolerance(parts.get("relative", 0.0) / 100, parts.get("absolute", 0.0))
     return {**TOLERANCES, **tolerances}
@@ -190,7 +193,7 @@ def _confidence(text: str | None) -> float:
     except ValueError:
         value = 0.0
     if not 50 <= value <= 99.99:
-        raise UserError(f"--confidence: '{text}' is not a share between 50% and 99.99%")
+        raise UserError(f"--confidence: '{text}' is not a percentage between 50% and 99.99%")
     return value / 100
 
 

@@ -186,7 +186,7 @@ def _records(folder: Path) -> dict[tuple[Any, Any], list[tuple[Path, Any]]]:
             image, key = path.with_suffix(".png"), (sample.get("prompt"), sample.get("seed"))
             records.setdefault(key, []).append((image, sample.get("negative_prompt")))
     if not records:
-        raise UserError(f"The reference folder {folder} holds no run record (generated_image_0.json beside its image)")
+        raise UserError(f"The reference folder {folder} holds no run record (generated_image_0.json next to its image)")
     return records
 
 
@@ -235,7 +235,7 @@ def _opened(path: Path) -> "Iterator[Image.Image]":
         with files.opened_image(path) as image:
             yield image
     except FileNotFoundError:
-        raise UserError(f"The reference image {path} is missing beside its record") from None
+        raise UserError(f"The reference image {path} is missing next to its run record") from None
     except (OSError, ValueError) as error:
         raise UserError(f"The reference image {path} cannot be read: {in_our_words(error)}") from error
 

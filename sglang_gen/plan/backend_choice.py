@@ -49,7 +49,7 @@ def check_video(run: Run, card: ModelCard) -> None:
         raise UserError(f"quality.reference compares images, and {spec.pipeline_class} makes video")
     if spec.video is not None and run.attention.backend == "flex":
         raise UserError(
-            f"attention=flex knows rows and columns only, and {spec.pipeline_class} makes video; use another kernel"
+            f"attention=flex supports only images, and {spec.pipeline_class} generates video; use another kernel"
         )
 
 

@@ -149,8 +149,8 @@ def noise_warnings(run: Run, batches: tuple[tuple[Sample, ...], ...]) -> list[st
     if run.sampling.latents is None or len({(each.prompt, each.negative_prompt) for each in samples}) == len(samples):
         return []
     return [
-        "sampling.latents: all samples start from one noise, so those of one prompt differ only where the scheduler "
-        "draws noise of its own"
+        "sampling.latents: all samples start from the same noise, so samples of one prompt differ only if the "
+        "scheduler draws noise in its steps"
     ]
 
 

@@ -41,7 +41,7 @@ def check_size(run: Run, card: ModelCard) -> None:
             choice = f"{below} or {above}" if below else str(above)
             raise UserError(f"sampling.{name} is {value}; this model takes multiples of {step}, such as {choice}")
         if most and value is not None and value > most:
-            raise UserError(f"sampling.{name} is {value}; this model has positions for {most} pixels a side")
+            raise UserError(f"sampling.{name} is {value}; this model supports at most {most} pixels per side")
 
 
 def check_frames(run: Run, spec: Spec) -> None:

@@ -100,7 +100,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
             *guidance.warnings(run, user_gave(run, sources, "sampling.guidance_scale"), card),
         ),
         notices=(
-            *((f"Backend: diffusers ({reason})",) if reason else ()),
+            *((f"Backend: diffusers (the native engine cannot run this: {reason})",) if reason else ()),
             *remote_code.notices(run.model, card, sources),
         ),
         here=here,

@@ -22,7 +22,7 @@ from sglang_gen.sweep.report import DUMP, NOTE
 def run_sweep(choices: Choices) -> int:
     """Run all jobs. Returns 0 if all succeeded, else 1. A failed job does not stop the others.
 
-    An optimising sweeper decides itself whether to continue, see `run_job`.
+    An optimizing sweeper decides itself whether to continue, see `run_job`.
     """
     results = multirun(dataclasses.replace(choices, seed=secrets.randbelow(2**32)), partial(run_job, told=set()))
     failed = sum(isinstance(result, Exception) for result in results)
@@ -31,7 +31,7 @@ def run_sweep(choices: Choices) -> int:
 
 
 def run_job(job: Job, told: set[str]) -> float | None:
-    """Run one job. Returns the number in its perf dump that perf.objective names, for an optimising sweeper.
+    """Run one job. Returns the number in its perf dump that perf.objective names, for an optimizing sweeper.
 
     `told` holds the notices of earlier jobs in this process, which are not repeated.
 

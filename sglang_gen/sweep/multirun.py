@@ -24,7 +24,7 @@ from sglang_gen.config.flags import BY_PATH
 from sglang_gen.config.hydra_errors import user_errors
 from sglang_gen.config.hydra_loader import group_options, line_of, open_loader, parse
 from sglang_gen.config.overrides import Word, check_overrides
-from sglang_gen.errors import UserError, in_our_words
+from sglang_gen.errors import UserError
 from sglang_gen.files import check_file, check_folder
 from sglang_gen.outputs import dump_path
 from sglang_gen.sweep.recorded import recorded
@@ -70,7 +70,7 @@ class _Task:
 def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
     """Call `work` for every job that Hydra's sweeper creates. Returns the results in the order of the jobs.
 
-    The sweeper receives the return value of `work`, which it may optimise. A job whose `work` raises has failed, and
+    The sweeper receives the return value of `work`, which it may optimize. A job whose `work` raises has failed, and
     its result is the error, which the sweeper sees only if there is an objective.
     """
     hydra = Hydra(task_name="generate", config_loader=open_loader(choices.config_dir))
@@ -108,7 +108,7 @@ def _sweep(hydra: Hydra, cfg: DictConfig, task: "_Task", objective: bool) -> lis
     """
     name = str(OmegaConf.select(cfg, "hydra.sweeper._target_"))
     if OPTIMISING.match(name) and not objective:
-        raise UserError(_unaimed(name, "perf.objective is not set"))
+        raise UserError(_unaimed(name, " (perf.objective is not set)"))
     basic, ended, plugins = name.startswith("hydra._internal."), list[JobReturn](), Plugins.instance()
     callbacks = Callbacks(cfg)
     callbacks.on_multirun_start(config=cfg, config_name=cfg.hydra.job.config_name)
@@ -122,16 +122,16 @@ def _sweep(hydra: Hydra, cfg: DictConfig, task: "_Task", objective: bool) -> lis
         measured = any(job._return_value is not None for job in ended)
         if basic or measured or not ended or isinstance(error, UserError):
             raise
-        raise UserError(_unaimed(name, in_our_words(error))) from error
+        raise UserError(_unaimed(name)) from error
     finally:
         if ended or not isinstance(sys.exception(), Exception):  # otherwise no job was started
             callbacks.on_multirun_end(config=cfg, config_name=cfg.hydra.job.config_name)
     return ended
 
 
-def _unaimed(name: str, reason: str) -> str:
+def _unaimed(name: str, reason: str = "") -> str:
     return (
-        f"{name.rpartition('.')[2]} optimises a number that each job returns, and these jobs return none ({reason}): "
+        f"{name.rpartition('.')[2]} optimizes a number that each job returns, and these jobs return none{reason}: "
         "name a number of the perf dump, such as perf.objective=step_ms, and run without dry_run"
     )
 

@@ -181,7 +181,7 @@ def _tell_unused(given: Mapping[str, torch.Tensor], converted: Mapping[str, torc
         log.info(f"{FLAG}: only the denoising network of {files.given} is read, {len(inside)} of {len(given)} tensors")
     left = sum(t.numel() for t in inside.values()) - sum(t.numel() for t in converted.values())
     if left > 0:
-        log.warning(f"{FLAG}: {left} numbers of {files.given} have no place in the network and were left out")
+        log.warning(f"{FLAG}: {left} values of {files.given} do not fit the network and are not used")
 
 
 def _load_own_layout(

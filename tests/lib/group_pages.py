@@ -40,5 +40,5 @@ def keys(group: str) -> list[str]:
 
 def table(group: str, meanings: Mapping[str, str]) -> str:
     """The table of a group's keys."""
-    head = "| key | type | default | flag | what |\n|---|---|---|---|---|"
+    head = "| key | type | default | flag | description |\n|---|---|---|---|---|"
     return "\n".join([head, *(f"{start_of_row(path)} {meanings[path]} |" for path in keys(group))])

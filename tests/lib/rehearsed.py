@@ -43,7 +43,12 @@ def rank(
     run.compile.enable_torch_compile = fused
     name = str(dtype).removeprefix("torch.")
     plan: Any = SimpleNamespace(
-        pipeline_class=FAMILIES[pipeline].spec.pipeline_class, card=card, dtype=name, run=run, device="cpu"
+        pipeline_class=FAMILIES[pipeline].spec.pipeline_class,
+        card=card,
+        dtype=name,
+        run=run,
+        device="cpu",
+        matmul="torch",
     )
     request = Request(Size(height, width), FACTOR, steps=2, guidance=3.5, text_length=text_length)
     return trace_network(plan, Mesh(layout, number), request, rows, Guidance(scale))

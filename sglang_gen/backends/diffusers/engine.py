@@ -260,7 +260,7 @@ class DiffusersEngine:
         if not hasattr(result, field):
             raise RunError(f"{type(self.pipeline).__name__} returned no {field}")
         if self.kind.makes == "video" and getattr(result, "audio", None) is not None:
-            log.warning(f"{type(self.pipeline).__name__} also made audio, which is not saved: videos are silent")
+            log.warning(f"{type(self.pipeline).__name__} also generated audio, which is not saved with the video")
         values = np.asarray(getattr(result, field), dtype=np.float32)
         require_finite(torch.from_numpy(values), f"the decoded {self.kind.makes}", batch)
         if self.kind.makes == "audio":

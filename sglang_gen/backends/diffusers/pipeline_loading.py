@@ -72,7 +72,7 @@ def _read_file(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: di
                 str(plan.card.file), config=str(configs), dtype=dtype, local_files_only=True, **replaced
             )
     except (OSError, SingleFileComponentError) as error:  # neither in the file nor in the folder of configs
-        reason = "it lacks the tensors by which a component is recognised, or has them under other names"
+        reason = "it lacks the tensors by which a component is recognized, or has them under other names"
         raise UserError(misfit(plan, reason)) from error
     except MISMATCH as error:
         raise UserError(misfit(plan, in_our_words(error))) from error

@@ -21,7 +21,7 @@ SETTINGS_FILE = "adapter_config.json"
 FACTOR = re.compile(r"^(?P<module>.+)\.(?P<side>lora_A|lora_B|lora_down|lora_up|down|up)(\.default)?\.weight$")
 DOWN = ("lora_A", "lora_down", "down")
 
-KOHYA_JOINT_BLOCKS = re.compile(r"lora_[a-z]+_(joint_blocks|context_embedder|final_layer)_")
+KOHYA_JOINT_BLOCKS = re.compile(r"lora_[a-z]+_(joint_blocks|context_embedder)_")
 # Substrings of tensor names -> the kind of adapter they belong to.
 OTHER_KINDS = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT",
@@ -87,7 +87,7 @@ def _inspect(name: str, path: Path, config: Path | None) -> tuple[dict[str, Keys
     header = read_header(path)
     shapes = {key: tensor.shape for key, tensor in header.tensors.items()}
     if kind := quantized(header):
-        raise UserError(f"lora: {name} holds quantized factors ({kind}), which are not read in this version")
+        raise UserError(f"lora: {name} holds quantized factors ({kind}), which are not supported")
     settings = lora_settings.load(name, path, config)
     _refuse_other_kinds(name, shapes)
     modules = _pairs(name, shapes)

@@ -144,7 +144,7 @@ def _refuse(name: str, source: str, own: Mapping[str, Any]) -> None:
     for key in MORE_THAN_FACTORS:
         if _is_set(own.get(key)):
             raise UserError(
-                f"lora: {name} changes more than factors can ({key}={json.dumps(own[key])} in {source}); {ADVICE}"
+                f"lora: {name} needs more than LoRA factors ({key}={json.dumps(own[key])} in {source}); {ADVICE}"
             )
     known = {*HONOURED, *NEUTRAL_SETTINGS, *OTHER_PEFT_KINDS, *MORE_THAN_FACTORS}
     for key in sorted(set(own) - known):
