@@ -16,8 +16,8 @@ PACKAGE = Path(sglang_gen.__file__).parent
 # Functions that make a sentence of an exception, and attributes that hold no sentence of another library: the system's
 # words for an error number, and what Python's JSON parser found at a place in the text.
 TRANSLATORS = {
-    "in_our_words", "unexpected", "is_out_of_memory", "out_of_memory", "_problem", "isinstance", "_of_value", "_of_hydra",
-    "override_problem", "yaml_problem", "hub_error", "_write_error", "getattr", "_report", "_fail", "_failure",
+    "in_our_words", "unexpected", "is_out_of_memory", "out_of_memory", "_problem", "isinstance", "_of_value",
+    "_of_hydra", "override_problem", "yaml_problem", "hub_error", "_write_error", "getattr", "_report", "_fail", "_failure",
     "_first_failure", "_clear_frames",
 }  # fmt: skip
 FACTS = {"strerror", "errno", "filename", "msg", "lineno", "pos"}
