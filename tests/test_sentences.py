@@ -17,8 +17,8 @@ PACKAGE = Path(sglang_gen.__file__).parent
 # words for an error number, and what Python's JSON parser found at a place in the text.
 TRANSLATORS = {
     "in_our_words", "unexpected", "is_out_of_memory", "out_of_memory", "_problem", "isinstance", "_of_value",
-    "_of_hydra", "override_problem", "yaml_problem", "hub_error", "_write_error", "getattr", "_report", "_fail", "_failure",
-    "_first_failure", "_clear_frames",
+    "_of_hydra", "override_problem", "yaml_problem", "hub_error", "_write_error", "getattr", "_report", "_fail",
+    "_failure", "_first_failure", "_clear_frames",
 }  # fmt: skip
 FACTS = {"strerror", "errno", "filename", "msg", "lineno", "pos"}
 OWN = {"UserError", "RunError", "InvalidValueError", "LostError", "Terminated", "KeyboardInterrupt"}
