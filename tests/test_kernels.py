@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_gen.backends.diffusers import attention_backend
 from sglang_gen.config.schema import Attention
-from sglang_gen.engine import attention_autotune, attention_kernels, sparse_attention
+from sglang_gen.engine import attention_autotune, attention_kernels, onednn_attention, sparse_attention
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.plan import backend_choice
 
@@ -239,15 +239,19 @@ def test_timing_kernels_leaves_torchs_order_of_kernels_as_it_is(hopper, monkeypa
     shapes = Counter({(1, 2, 8, 8, 16): 3})
     names = attention_kernels.candidates(shapes, "cpu", FLOAT)
     timed = {name: attention_kernels.named(name).kernel for name in names}
-    assert attention_autotune.fastest(timed, shapes, "cpu", FLOAT) in names == ["sdpa", "math"]
+    assert attention_autotune.fastest(timed, shapes, "cpu", FLOAT) in names == ["sdpa", "math", "onednn"]
     assert torch._C._get_sdp_priority_order() == CUDNN_FIRST
 
 
 @pytest.mark.parametrize(
     ("name", "config", "sentence"),
     [
-        ("flesh", {}, "has no kernel 'flesh'; did you mean 'flash'? (legal here: auto, sdpa, flash, math, flex)"),
-        ("cudnn", {}, "'cudnn' does not run here; legal: auto, sdpa, flash, math, flex"),
+        (
+            "flesh",
+            {},
+            "has no kernel 'flesh'; did you mean 'flash'? (legal here: auto, sdpa, flash, math, onednn, flex)",
+        ),
+        ("cudnn", {}, "'cudnn' does not run here; legal: auto, sdpa, flash, math, onednn, flex"),
         ("sage", {}, "'sage' needs the package sageattention (pip install sageattention); legal here: auto, sdpa, "),
         ("math", {"priority": ["flash"]}, "the kernel 'math' takes no settings"),
         ("sdpa", {"prioritty": ["flash"]}, "unknown key 'prioritty'; did you mean 'priority'?"),
@@ -292,11 +296,12 @@ def test_a_package_gets_its_own_layout_and_gives_back_ours(monkeypatch, name):
 
 
 def test_auto_leaves_out_the_kernel_whose_scores_are_too_large():
-    assert attention_kernels.candidates([(2, 4, 256, 256, 64)], "cpu", FLOAT) == ["sdpa", "math"]
-    assert attention_kernels.candidates([(2, 10, 16384, 16384, 64)], "cpu", FLOAT) == ["sdpa"]
+    assert attention_kernels.candidates([(2, 4, 256, 256, 64)], "cpu", FLOAT) == ["sdpa", "math", "onednn"]
+    assert attention_kernels.candidates([(2, 10, 16384, 16384, 64)], "cpu", FLOAT) == ["sdpa", "onednn"]
     for dtype, batch in ((FLOAT, 1), (torch.bfloat16, 2)):  # 2**28 bytes of them, and one row more
-        assert attention_kernels.candidates([(batch, 1, 8192, 8192, 64)], "cpu", dtype) == ["sdpa", "math"]
-        assert attention_kernels.candidates([(batch, 1, 8193, 8192, 64)], "cpu", dtype) == ["sdpa"]
+        onednn = ["onednn"] if onednn_attention.runs(dtype) else []
+        assert attention_kernels.candidates([(batch, 1, 8192, 8192, 64)], "cpu", dtype) == ["sdpa", "math", *onednn]
+        assert attention_kernels.candidates([(batch, 1, 8193, 8192, 64)], "cpu", dtype) == ["sdpa", *onednn]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from whole import plan_of
 from sglang_gen import log
 from sglang_gen.backends.diffusers import engine as diffusers
 from sglang_gen.backends.native import engine as native
-from sglang_gen.engine import attention_autotune
+from sglang_gen.engine import attention_autotune, onednn_attention
 from sglang_gen.engine import compile as compiling
 from sglang_gen.engine.meta_trace import Shapes, trace_on_meta
 from sglang_gen.errors import RunError
@@ -83,7 +83,7 @@ def test_auto_times_the_kernels_on_the_shapes_of_the_run_and_its_record_pins_the
     words = ("--guidance-scale", "3", "sampling.max_sequence_length=16")
     assert run("sd3", *words, dtype="bfloat16").code == 0
     ((names, shapes),) = asked
-    assert names == ["sdpa", "math"]
+    assert names == ["sdpa", "math", *(["onednn"] if onednn_attention.runs(torch.bfloat16) else [])]
     assert {shape[0] for shape in shapes} == {2}  # both branches in one batch
     assert effective("outputs", "attention") == "math"
     done = sglang("generate", "--config", "outputs/generated_image_0.json", "--output-path", "repeated")
@@ -158,10 +158,10 @@ def test_the_dump_of_a_record_with_named_settings_of_sdpa_keeps_them(run, sglang
 def test_a_kernel_that_does_not_run_here_is_refused_by_name(run):
     done = run("sd3", "--attention-backend", "cudnn")
     assert done.code == 2
-    assert "attention.backend: 'cudnn' does not run here; legal: auto, sdpa, flash, math, flex" in done.err
+    assert "attention.backend: 'cudnn' does not run here; legal: auto, sdpa, flash, math, onednn, flex" in done.err
     done = run("sd3", "--attention-backend", "xformers")
     assert done.code == 2
-    assert "the native engine has no kernel 'xformers' (legal here: auto, sdpa, flash, math, flex)" in done.err
+    assert "the native engine has no kernel 'xformers' (legal here: auto, sdpa, flash, math, onednn, flex)" in done.err
 
 
 def test_settings_of_flex_that_do_not_fit_are_refused_before_anything_is_computed(run):

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from sglang_gen.config.schema import Attention, Run
-from sglang_gen.engine import sparse_attention
+from sglang_gen.config.schema import Attention
+from sglang_gen.engine import onednn_attention, sparse_attention
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.models.attention import Kernel
 from sglang_gen.parallel.sequence import KernelWithLSE
+from sglang_gen.types import Plan
 
 SDPA_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -47,6 +48,7 @@ KERNEL_PACKAGES = {
     ),
     "sage": Package("sageattention", "pip install sageattention", "sageattn", heads_first=True, exact=False),
 }
+ONEDNN = "onednn"  # of this package, on a CPU
 CUDNN_ANY_LENGTH = 91500  # cuDNN 9.15: older versions return a wrong log-sum-exp at lengths that 128 does not divide
 MOST_SCORES = 2**28  # auto tries `math`, which materializes the scores, up to this many bytes
 
@@ -62,17 +64,20 @@ class Choice:
 def legal(device: str, dtype: torch.dtype, masked: bool = False) -> list[str]:
     """Values of `attention.backend` that run on this machine, with a mask if `masked`."""
     inside = [name for name in SDPA_KERNELS if runs(name, device, dtype, masked)]
-    others = [*(name for name in KERNEL_PACKAGES if _usable(name, device, dtype)), "flex"]
+    onednn = [ONEDNN] if _onednn_runs(device, dtype) else []
+    others = [*onednn, *(name for name in KERNEL_PACKAGES if _usable(name, device, dtype)), "flex"]
     return ["auto", "sdpa", *inside, *([] if masked else others)]
 
 
-def timed_by_shape(run: Run, dtype: str) -> bool:
+def timed_by_shape(plan: Plan) -> bool:
     """Whether the kernel is the fastest on the run's shapes: with attention=auto, unless the run is in float32.
 
-    There auto keeps torch's default kernel, as diffusers does: guidance would amplify other rounding beyond the
-    documented float32 tolerance. Among ranks of a ring only kernels that return a log-sum-exp are timed.
+    There auto keeps torch's default kernel, as diffusers does, so that rounding matches; if oneDNN computes the float32
+    products, rounding differs anyway. Among ranks of a ring only kernels that return a log-sum-exp are timed.
     """
-    return run.attention.backend == "auto" and not run.attention.backend_config and dtype != "float32"
+    attention = plan.run.attention
+    same_rounding = plan.dtype == "float32" and plan.matmul == "torch"
+    return attention.backend == "auto" and not attention.backend_config and not same_rounding
 
 
 def choose(
@@ -104,16 +109,26 @@ def choose(
         package = KERNEL_PACKAGES[name]
         wanting = f"'{name}' needs the package {package.module} ({package.origin})"
         raise UserError(f"attention.backend: {wanting}; legal here: {', '.join(legal(device, dtype, masked))}")
-    if name not in SDPA_KERNELS and name not in KERNEL_PACKAGES:
+    if name not in (*SDPA_KERNELS, *KERNEL_PACKAGES, ONEDNN):
         names = legal(device, dtype, masked)
         unknown = f"the native engine has no kernel '{name}'{nearest(name, names)}"
         raise UserError(f"attention.backend: {unknown} (legal here: {', '.join(names)})")
-    if not (_usable if name in KERNEL_PACKAGES else runs)(name, device, dtype):
+    if not _runs_here(name, device, dtype):
         names = legal(device, dtype, masked)
         raise UserError(f"attention.backend: '{name}' does not run here; legal: {', '.join(names)}")
-    if masked and (name in KERNEL_PACKAGES or not runs(name, device, dtype, masked)):
+    if masked and (name not in SDPA_KERNELS or not runs(name, device, dtype, masked)):
         raise UserError(_takes_no_mask(name, device, dtype))
     return named(name)
+
+
+def _runs_here(name: str, device: str, dtype: torch.dtype) -> bool:
+    if name == ONEDNN:
+        return _onednn_runs(device, dtype)
+    return (_usable if name in KERNEL_PACKAGES else runs)(name, device, dtype)
+
+
+def _onednn_runs(device: str, dtype: torch.dtype) -> bool:
+    return device == "cpu" and onednn_attention.runs(dtype)
 
 
 def _takes_no_mask(name: str, device: str, dtype: torch.dtype) -> str:
@@ -127,6 +142,8 @@ def named(name: str) -> Choice:
         return sdpa()
     if name in SDPA_KERNELS:
         return Choice(name, inside_sdpa([name]))
+    if name == ONEDNN:
+        return Choice(name, onednn_attention.attend)
     return Choice(name, _packaged(KERNEL_PACKAGES[name]))
 
 
@@ -139,6 +156,8 @@ def kernel_with_lse(
     """
     if name == "math":
         return _math_with_lse
+    if name == ONEDNN:
+        return onednn_attention.attend_with_lse
     if device == "cpu":
         return _cpu_flash_with_lse if name in ("sdpa", "flash") else None
     half = dtype.itemsize == 2
@@ -221,7 +240,8 @@ def candidates(shapes: Iterable[tuple[Any, ...]], device: str, dtype: torch.dtyp
     if masked:
         return ["sdpa", *usable]
     packages = [name for name in KERNEL_PACKAGES if KERNEL_PACKAGES[name].exact and _usable(name, device, dtype)]
-    return ["sdpa", *usable, *(name for name in packages if _imports(KERNEL_PACKAGES[name]))]
+    onednn = [ONEDNN] if _onednn_runs(device, dtype) else []
+    return ["sdpa", *usable, *onednn, *(name for name in packages if _imports(KERNEL_PACKAGES[name]))]
 
 
 def priority(config: Mapping[str, Any], device: str, dtype: torch.dtype, masked: bool = False) -> list[str]:

@@ -13,8 +13,8 @@ from typing import Any
 from sglang_gen import env, files
 
 DTYPES = ("float32", "bfloat16")
-ONEDNN = "float32_onednn"  # float32 by oneDNN; torch's own float32 product uses MKL or another BLAS
-RATES = ("float32", ONEDNN, "bfloat16")
+ONEDNN_RATE = "float32_onednn"  # float32 by oneDNN; torch's own float32 product uses MKL or another BLAS
+RATES = ("float32", ONEDNN_RATE, "bfloat16")
 FASTER = 1.05  # oneDNN is chosen from this multiple of the rate of torch's own product on
 NEAR = 0.9  # bfloat16 is chosen from this fraction of float32's rate on, since it needs half the memory
 HOPELESS = 0.1  # below this fraction of float32's rate bfloat16 is emulated, and larger products are not measured
@@ -45,7 +45,7 @@ def choose(native: bool) -> Choice:
     if (given := env.cpu_dtype(DTYPES)) is not None:
         return Choice(given, {}, env.CPU_DTYPE)
     rates = _rates(_cache_file())
-    single = max(rates["float32"], rates[ONEDNN]) if native else rates["float32"]
+    single = max(rates["float32"], rates[ONEDNN_RATE]) if native else rates["float32"]
     dtype = "bfloat16" if rates["bfloat16"] >= NEAR * single else "float32"
     return Choice(dtype, dict(rates), "measured")
 
@@ -55,7 +55,7 @@ def fastest_matmul() -> str:
     if env.cpu_dtype(DTYPES) is not None:
         return "torch"
     rates = _rates(_cache_file())
-    return "onednn" if rates[ONEDNN] >= FASTER * rates["float32"] else "torch"
+    return "onednn" if rates[ONEDNN_RATE] >= FASTER * rates["float32"] else "torch"
 
 
 def _cache_file() -> Path:
@@ -121,7 +121,7 @@ def _seconds(size: int) -> dict[str, float]:
         for turn in range(1 + DTYPE_ROUNDS):
             for name, (tokens, weight) in operands.items():
                 start = time.perf_counter()
-                (onednn if name == ONEDNN else linear)(tokens, weight)
+                (onednn if name == ONEDNN_RATE else linear)(tokens, weight)
                 if turn > 0:  # the first call initializes kernels and threads
                     least[name] = min(least[name], time.perf_counter() - start)
     return least

@@ -12,7 +12,19 @@ from sglang_gen.plan.supported_configs import unsupported
 from sglang_gen.types import ModelCard
 
 # Names of the native engine's attention kernels; the machine determines which of them run.
-ATTENTION = ("auto", "sdpa", "flash", "efficient", "cudnn", "math", "flash_attn", "flash_attn_3", "sage", "flex")
+ATTENTION = (
+    "auto",
+    "sdpa",
+    "flash",
+    "efficient",
+    "cudnn",
+    "math",
+    "onednn",
+    "flash_attn",
+    "flash_attn_3",
+    "sage",
+    "flex",
+)
 
 
 def family(run: Run, card: ModelCard) -> Spec | None:

@@ -28,6 +28,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from sglang_gen.engine import attention_autotune, attention_kernels
+from sglang_gen.perf import cpu_dtype
 from sglang_gen.perf.clock import synchroniser
 from sglang_gen.perf.statistics import quantile
 from sglang_gen.tensor_tree import to_meta
@@ -46,8 +47,8 @@ def rate_name(device: str, dtype: torch.dtype) -> str:
 
 
 def kernel_of_auto(work: works.Work, device: str, dtype: torch.dtype) -> attention_kernels.Choice:
-    """The kernel that attention=auto chooses for this work, as in `Execution`: torch's default in float32."""
-    if dtype is torch.float32:
+    """The kernel that attention=auto chooses for this work, as in `attention_kernels.timed_by_shape`."""
+    if dtype is torch.float32 and (device != "cpu" or cpu_dtype.fastest_matmul() == "torch"):
         return attention_kernels.sdpa()
     latents, *given = (tensor.to("meta") for tensor in work.inputs(dtype, "cpu"))
     shapes = works.traced_on_meta(

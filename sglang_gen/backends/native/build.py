@@ -173,7 +173,7 @@ def choose_kernel(built: Built) -> None:
     plan, masked = built.plan, built.pipeline.spec.masks_text
     built.kernel = attention_kernels.choose(plan.run.attention, plan.device, built.dtype, (), masked)
     with_lse = attention_kernels.kernel_with_lse(built.kernel.name, plan.device, built.dtype, masked)
-    built.parallel.returns_lse = with_lse is not None or attention_kernels.timed_by_shape(plan.run, plan.dtype)
+    built.parallel.returns_lse = with_lse is not None or attention_kernels.timed_by_shape(plan)
 
 
 def onednn_products(built: Built) -> None:

@@ -36,7 +36,7 @@ class Execution:
         self.settled: set[Any] = set()  # shapes of batches
         self.masked = built.pipeline.spec.masks_text
         self.aligned = False  # whether 128 is known to divide the lengths of a ring's calls
-        self.timed = not attention_kernels.timed_by_shape(built.plan.run, built.plan.dtype)
+        self.timed = not attention_kernels.timed_by_shape(built.plan)
 
     @property
     def attention(self) -> Any:
