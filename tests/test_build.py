@@ -33,7 +33,8 @@ PLANS = {
         {**TENSOR_PARALLEL, "sequence": "split_sequence", "blocks": "time_blocks"},
     ),
     "CUDA graphs": (
-        ("compile=regional",), Layout(), False, {"compile": "compile_network", "graphs": "capture_graphs"},
+        ("compile=regional",), Layout(), False,
+        {"memory": "channels_last", "compile": "compile_network", "graphs": "capture_graphs"},
     ),
     "oneDNN": (("backend.float32_matmul=onednn",), Layout(), False, {"products": "onednn_products"}),
     "a copy on meta": (

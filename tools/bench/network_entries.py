@@ -137,9 +137,10 @@ def our_call(
     `expected` is shared by the calls of one process.
     """
     network, condition, latents = load()
-    if latents.dtype.itemsize == 2:
+    half = latents.dtype.itemsize == 2
+    if half or (device == "cpu" and mode != "eager"):
         to_channels_last(network)
-    elif device == "cpu" and cpu_dtype.fastest_matmul() == "onednn":
+    if device == "cpu" and not half and cpu_dtype.fastest_matmul() == "onednn":
         use_onednn(network)
     summing = attention_kernels.kernel_with_lse(kernel.name, device, latents.dtype)
     works.whole(work).parallelize(network).set_kernel(kernel.kernel, summing)
