@@ -33,6 +33,7 @@ def test_the_plan_knows_the_names_of_all_kernels():
         "auto",
         "sdpa",
         "flex",
+        attention_kernels.ONEDNN,
         *attention_kernels.SDPA_KERNELS,
         *attention_kernels.KERNEL_PACKAGES,
     }

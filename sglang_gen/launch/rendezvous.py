@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sglang_gen.env import Torchrun
-from sglang_gen.errors import LostError, RunError, in_our_words
+from sglang_gen.errors import LostError, RunError
 from sglang_gen.launch import plan_json
 from sglang_gen.types import Plan
 
@@ -40,7 +40,8 @@ class Rendezvous:
             store, _, _ = next(iter(dist.rendezvous("env://", timeout=CONNECT)))  # type: ignore[attr-defined]
         except (RuntimeError, ValueError) as error:
             raise RunError(
-                f"Rank {place.rank} cannot reach the other ranks at MASTER_ADDR and MASTER_PORT: {in_our_words(error)}"
+                f"Rank {place.rank} cannot reach the other ranks: another program has MASTER_PORT, or nothing answers at "
+                "MASTER_ADDR"
             ) from error
         return cls(place, dist.PrefixStore(f"sglang-gen/{place.attempt}", store))  # type: ignore[attr-defined]
 
