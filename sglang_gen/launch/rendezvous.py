@@ -40,8 +40,8 @@ class Rendezvous:
             store, _, _ = next(iter(dist.rendezvous("env://", timeout=CONNECT)))  # type: ignore[attr-defined]
         except (RuntimeError, ValueError) as error:
             raise RunError(
-                f"Rank {place.rank} cannot reach the other ranks: another program has MASTER_PORT, or nothing answers at "
-                "MASTER_ADDR"
+                f"Rank {place.rank} cannot reach the other ranks: another program has MASTER_PORT, or nothing "
+                "answers at MASTER_ADDR"
             ) from error
         return cls(place, dist.PrefixStore(f"sglang-gen/{place.attempt}", store))  # type: ignore[attr-defined]
 
