@@ -17,6 +17,7 @@ SOURCES = pages.sources(PAGE)
 COMMANDS = [command.words for command in pages.commands(PAGE) if command.kind == "added"]
 COPIED = (
     "README.md",
+    "generation_config.json",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "LICENSE",

@@ -36,7 +36,11 @@ NOISY = [  # of FlowMatchHeun a draw needs s_churn, which no pipeline gives
         "DPMSolverMultistepScheduler",
         {**SDE_FLOW, "use_dynamic_shifting": True, "algorithm_type": "sde-dpmsolver++"},
     ),
-    ("sd3", "DPMSolverSinglestepScheduler", {**SDE_FLOW, "algorithm_type": "sde-dpmsolver++"}),
+    (
+        "sd3",
+        "DPMSolverSinglestepScheduler",
+        {**SDE_FLOW, "algorithm_type": "sde-dpmsolver++", "lower_order_final": True},
+    ),
     ("sd3", "SASolverScheduler", SDE_FLOW),
     ("sd3", "FlowMatchLCMScheduler", {"shift": 3.0}),
     ("sd15", "DPMSolverSDEScheduler", {**BETAS, "steps_offset": 1, "clip_sample": False}),

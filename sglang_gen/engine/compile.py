@@ -25,7 +25,8 @@ def gpu_options(device: str, deterministic: bool) -> dict[str, Any]:
     return {"epilogue_fusion": True, "coordinate_descent_tuning": not deterministic} if device == "cuda" else {}
 
 
-def _compiled(function: Any, ranks: int, options: dict[str, Any]) -> Any:
+def _compiled(function: Any, ranks: int, options: dict[str, Any] | None = None) -> Any:
+    options = options or {}
     if ranks > 1:
         from sglang_gen.parallel import inductor_lowering  # imports inductor, which takes seconds
 
