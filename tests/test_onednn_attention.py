@@ -73,7 +73,14 @@ def test_a_run_draws_the_image_of_torchs_kernel(sglang, pipelines, name):
     assert abs(images[1] - images[0]).max() <= 1
 
 
-def test_a_ring_merges_it(sglang):
+@pytest.mark.parametrize("word", ["backend=diffusers", "cache=dbcache"])
+def test_it_is_refused_on_diffusers_in_the_plan(sglang, word):
+    done = sglang("generate", "--prompt", "a", "attention=onednn", word, "dry_run=true")
+    assert done.code == 2
+    assert "attention.backend: 'onednn' is a kernel of the native engine" in done.lines[-1]
+
+
+def test_a_ring_merges_it():
     assert attention_kernels.kernel_with_lse("onednn", "cpu", torch.float32) is onednn_attention.attend_with_lse
 
 

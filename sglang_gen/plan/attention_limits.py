@@ -9,8 +9,13 @@ SAGE_WIDEST_HEAD = 128  # channels of a head that SageAttention's kernels take
 
 
 def check_attention(plan: Plan) -> None:
-    """Raises UserError for SageAttention where it cannot compute; on a CPU there is no such kernel at all."""
+    """Raises UserError for the native engine's own kernel on diffusers, and where SageAttention cannot compute."""
     run, name = plan.run, plan.run.attention.backend
+    if name == "onednn" and plan.backend != "sglang":
+        raise UserError(
+            "attention.backend: 'onednn' is a kernel of the native engine, and this run uses diffusers; "
+            "run with attention=sdpa"
+        )
     if plan.device != "cuda" or "sage" not in name:
         return
     if plan.dtype == "float32":
