@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from sglang_gen.config.compose import Composed
+    from sglang_gen.launch.session import Session
     from sglang_gen.types import Plan
 
 
@@ -37,13 +38,13 @@ def generate(*overrides: str, config: str | Path | None = None, **flags: Any) ->
     return execute(compose(Choices(overrides=overrides, flags=python_flags(flags), file=file)))
 
 
-def execute(composed: "Composed") -> Result | None:
-    """Carry out a composed run; None for a dry run."""
+def execute(composed: "Composed", session: "Session | None" = None) -> Result | None:
+    """Carry out a composed run, in the session of a sweep if there is one; None for a dry run."""
     with signals.heeded():
-        return _execute(composed)
+        return _execute(composed, session)
 
 
-def _execute(composed: "Composed") -> Result | None:
+def _execute(composed: "Composed", session: "Session | None") -> Result | None:
     from sglang_gen.hub import resolve
     from sglang_gen.plan import checks, make
 
@@ -81,7 +82,7 @@ def _execute(composed: "Composed") -> Result | None:
         from sglang_gen.launch import torchrun
 
         return torchrun.lead(plan, started, composed.place)
-    return launcher.launch(plan, started)
+    return session.run(plan, started) if session else launcher.launch(plan, started)
 
 
 def _may_be_downloaded(plan: "Plan") -> bool:

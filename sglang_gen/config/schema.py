@@ -232,6 +232,13 @@ class Quality:
 
 
 @dataclass
+class Sweep:
+    """Settings of a multirun."""
+
+    fresh: bool = False  # each job in new processes, which load the weights again
+
+
+@dataclass
 class Tracking:
     name: Tracker = Tracker.none
     project: str = "sglang-gen"
@@ -264,6 +271,7 @@ class Run:
     output: Output = field(default_factory=Output)
     perf: Perf = field(default_factory=Perf)
     quality: Quality = field(default_factory=Quality)
+    sweep: Sweep = field(default_factory=Sweep)
     tracking: Tracking = field(default_factory=Tracking)
     machine: Machine = field(default_factory=Machine)
     dry_run: bool | str = False  # false, true (a table) or json

@@ -14,12 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sglang_gen import env, log, signals
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.launch.worker import PATIENCE, RECEIVED_SIGTERM, TERMINATED, Done, Failure, Job, LogLine
 from sglang_gen.types import Plan, Result
+
+if TYPE_CHECKING:
+    from sglang_gen.launch.kept_weights import KeptWeights
 
 # The working directory is last in sys.path, so that a user's queue.py does not shadow the standard library's.
 _WORKER = (
@@ -41,14 +44,19 @@ def launch(plan: Plan, started: float) -> Result:
     Raises the UserError or RunError of the rank that failed first.
     """
     if plan.layout.ranks == 1:
-        from sglang_gen.launch import rank
-        from sglang_gen.parallel.mesh import Mesh
-
-        result = rank.run(plan, Mesh(), started)
-        assert result is not None  # rank 0 always returns a result
-        return result
+        return here(plan, started)
     with open_ranks(plan.layout.ranks, plan.device) as ranks:
         return ranks.run(plan, started)
+
+
+def here(plan: Plan, started: float, kept: "KeptWeights | None" = None) -> Result:
+    """Carry out a plan of one rank in this process."""
+    from sglang_gen.launch import rank
+    from sglang_gen.parallel.mesh import Mesh
+
+    result = rank.run(plan, Mesh(), started, kept)
+    assert result is not None  # rank 0 always returns a result
+    return result
 
 
 @contextmanager
@@ -83,7 +91,7 @@ class Ranks:
     """One process per rank, and a pipe to each. They can carry out several plans in sequence."""
 
     def __init__(self, count: int, device: str) -> None:
-        self.device = device
+        self.count, self.device = count, device
         self.processes: list[subprocess.Popen[bytes]] = []
         self.pipes: list[Connection] = []
         self.speakers: dict[tuple[int, str], int] = {}  # (level, line) -> the rank that logged it first
@@ -110,15 +118,22 @@ class Ranks:
         )
         theirs.close()
 
-    def run(self, plan: Plan, started: float) -> Result:
-        """Carry out `plan` on the first `plan.layout.ranks` processes, which cannot be used again after a failure."""
+    def fit(self, plan: Plan) -> bool:
+        """Whether the plan needs as many processes, which share the cores of a CPU, on the same kind of device."""
+        return (self.count, self.device) == (plan.layout.ranks, plan.device)
+
+    def run(self, plan: Plan, started: float, keep: bool = False) -> Result:
+        """Carry out `plan` on the first `plan.layout.ranks` processes, which cannot be used again after a failure.
+
+        `keep` has them keep the weights for the next plan.
+        """
         from sglang_gen.parallel import mesh
 
         self.speakers = {}
         count, store = plan.layout.ranks, mesh.local_store()
         for rank, pipe in enumerate(self.pipes[:count]):
             try:
-                pipe.send(Job(plan, rank, store.port, os.getcwd(), started))
+                pipe.send(Job(plan, rank, store.port, os.getcwd(), started, keep))
             except OSError:
                 raise RunError(self._lost(rank)) from None
         results = self._watch(count)

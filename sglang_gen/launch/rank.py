@@ -15,7 +15,9 @@ import torch
 from sglang_gen import env, files, log, signals
 from sglang_gen.config.schema import Tracker, plain
 from sglang_gen.errors import RunError, UserError
+from sglang_gen.hub import component_classes
 from sglang_gen.launch import numerics
+from sglang_gen.launch.kept_weights import KeptWeights
 from sglang_gen.outputs import decoded_bytes, tracking
 from sglang_gen.outputs.save import Saved, kept_latents
 from sglang_gen.parallel import bandwidth
@@ -32,12 +34,17 @@ BACKENDS = {"sglang": "sglang_gen.backends.native.engine", "diffusers": "sglang_
 PREDICTIONS = "sglang_gen.dry_run.traffic"
 
 
-def run(plan: Plan, mesh: Mesh, started: float) -> Result | None:
-    """Carry out the plan. Returns the result on rank 0, else None. `started` is the time at which loading began."""
+def run(plan: Plan, mesh: Mesh, started: float, kept: KeptWeights | None = None) -> Result | None:
+    """Carry out the plan. Returns the result on rank 0, else None.
+
+    `started` is the time at which loading began, `kept` what the process has loaded before and is to keep.
+    """
+    kept = kept or KeptWeights()
+    kept.start(plan, mesh)
     switches = numerics.settled(plan.dtype, plan.run.deterministic)
     compiles = plan.run.compile.enable_torch_compile or plan.run.attention.backend == "flex"
     with switches, _released(plan.device, compiles), Memory(plan.device) as memory:
-        return _run(plan, mesh, memory, started)
+        return _run(plan, mesh, memory, started, kept)
 
 
 @contextmanager
@@ -72,17 +79,19 @@ def _clear_frames(error: BaseException, before: BaseException | None) -> None:
         chain += [other for other in behind if other is not None and other not in (before, *chain)]
 
 
-def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | None:
+def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float, kept: KeptWeights) -> Result | None:
     times = timer(plan.device)
     phases = dump.Phases(
         load=Clock(times, memory), generate=Clock(times, memory), calls=CallLog(), replays=plan.run.compile.cuda_graphs
     )
     backend = importlib.import_module(BACKENDS[plan.backend])  # takes seconds and is timed separately from loading
+    _import_classes(plan)
     reference = _reference(plan) if mesh.rank == 0 else None
     phases.imports_ms = 1000 * (time.perf_counter() - started)
     phases.load.enter("load")
-    engine: Engine = backend.load(plan, mesh, phases.calls)
+    engine: Engine = backend.load(plan, mesh, phases.calls, kept)
     phases.load.leave()
+    phases.reused = kept.reused
     try:
         log.info("Model loaded successfully")
         if plan.run.compile.warmup:
@@ -106,6 +115,13 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
     report = dump.build(plan, phases, saved.effective, saved.samples)
     report |= {"cache": decisions, "block_timings_ms": blocks, "ranks": ranks, "comm": sent}
     return _finish(plan, phases, saved, report, rate, reference)
+
+
+def _import_classes(plan: Plan) -> None:
+    """Import the components' classes, which takes longer than loading a small model, so that loading is timed alone."""
+    for component in plan.card.components.values():
+        if component.library == "transformers" or (plan.backend == "diffusers" and component.library == "diffusers"):
+            component_classes.named(component)
 
 
 def _warm_up(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> None:

@@ -18,12 +18,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_gen import env, log
 from sglang_gen.errors import LostError, RunError, UserError, unexpected
 from sglang_gen.signals import Terminated
 from sglang_gen.types import Plan, Result
+
+if TYPE_CHECKING:
+    from sglang_gen.launch.kept_weights import KeptWeights
 
 PATIENCE = 3.0  # seconds between SIGTERM and SIGKILL
 TERMINATED = 143  # exit code of a rank that ended by SIGTERM
@@ -40,6 +43,7 @@ class Job:
     port: int
     folder: str
     started: float
+    keep: bool  # the weights, for the next plan
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,10 @@ def main() -> int:
     try:
         job = jobs.get()
         importlib.import_module("torch.distributed")
-        ready = True
-        while _serve(job, channel):
+        from sglang_gen.launch.kept_weights import KeptWeights
+
+        ready, kept = True, KeptWeights(keeps=True)
+        while _serve(job, channel, kept):
             job = jobs.get()
         leaving = True
     except Terminated:
@@ -187,14 +193,14 @@ def level(plan: Plan, rank: int) -> str:
     return "error" if rank % (plan.layout.ranks // plan.layout.dp) else "warning"
 
 
-def _serve(job: Job, channel: _Channel) -> bool:
+def _serve(job: Job, channel: _Channel, kept: "KeptWeights") -> bool:
     """Carry out one job; False where it failed."""
     channel.rank, send = job.rank, channel.send
     log.setup(level(job.plan, job.rank), _Forward(send))
     from sglang_gen.parallel import mesh
 
     try:
-        send(Done(_run(job)))
+        send(Done(_run(job, kept)))
     except (UserError, RunError) as error:
         send(_failure(job.rank, error, isinstance(error, UserError), str(error)))
         return False
@@ -211,14 +217,15 @@ def _failure(rank: int, error: BaseException, is_request: bool, sentence: str) -
     return Failure(rank, is_request, sentence, trace, time.monotonic(), isinstance(error, LostError))
 
 
-def _run(job: Job) -> Result | None:
+def _run(job: Job, kept: "KeptWeights") -> Result | None:
     from sglang_gen.launch import rank
     from sglang_gen.parallel import mesh
 
     os.chdir(job.folder)
     minutes = job.plan.run.parallel.timeout_minutes
     with mesh.explained(f"Rank {job.rank}", minutes):
-        joined = mesh.join(job.plan.layout, job.rank, job.port, job.plan.device, minutes)
-        result = rank.run(job.plan, joined, job.started)
+        several = job.plan.layout.ranks > 1
+        joined = mesh.join(job.plan.layout, job.rank, job.port, job.plan.device, minutes) if several else mesh.Mesh()
+        result = rank.run(job.plan, joined, job.started, kept if job.keep else None)
     mesh.leave()
     return result

@@ -29,6 +29,7 @@ class Phases:
     imports_ms: float = 0.0
     repeats: list[Clock] = field(default_factory=list)
     replays: bool = False  # whether CUDA graphs are replayed
+    reused: bool = False  # whether the weights were in memory since an earlier job of the sweep
 
     def checkpoints(self) -> dict[str, Checkpoint]:
         """Memory at the end of each timed stage, and its peak.
@@ -62,7 +63,11 @@ def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: lis
         "warmup": None
         if warmup is None
         else {"steps": plan.run.compile.warmup_steps, "duration_ms": _rounded(warmup.total_ms)},
-        "load": {"duration_ms": _rounded(phases.load.total_ms), "imports_ms": _rounded(phases.imports_ms)},
+        "load": {
+            "duration_ms": _rounded(phases.load.total_ms),
+            "imports_ms": _rounded(phases.imports_ms),
+            "reused": phases.reused,
+        },
         "requested": dict(plan.requested),
         "effective": dict(effective),
         "fingerprint": fingerprint(plan, effective),
@@ -86,7 +91,13 @@ def describe_rank(rank: int, phases: Phases) -> dict[str, Any]:
         for name in ("peak_allocated_mb", "peak_reserved_mb", "peak_host_anon_mb")
     }
     stages = {**phases.load.stages_ms, **phases.generate.stages_ms}
-    return {"rank": rank, "stages_ms": {name: _rounded(value) for name, value in stages.items()}, **peaks}
+    before = phases.load.memory.before_mb  # of a process that has run jobs before: what they have left
+    return {
+        "rank": rank,
+        "stages_ms": {name: _rounded(value) for name, value in stages.items()},
+        "host_anon_before_mb": before and round(before, 2),
+        **peaks,
+    }
 
 
 def _times(clock: Clock, stages_ms: Mapping[str, float]) -> dict[str, Any]:

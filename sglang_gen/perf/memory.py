@@ -48,7 +48,7 @@ class Memory:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self._peak = host_anon_mb()
+        self.before_mb = self._peak = host_anon_mb()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -42,6 +43,7 @@ from sglang_gen.config.schema import Run
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, in_our_words, is_out_of_memory
 from sglang_gen.families import registry
 from sglang_gen.hub import component_classes
+from sglang_gen.launch.kept_weights import KeptWeights
 from sglang_gen.parallel.guidance_split import GuidanceSplit
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.clock import Clock
@@ -54,8 +56,8 @@ from sglang_gen.weights import replacement
 TEXTS = re.compile("(negative_)?prompt_[0-9]")  # arguments for further text encoders
 
 
-def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
-    """Load the plan's pipeline, apply all options, and place it on this rank's device.
+def load(plan: Plan, mesh: Mesh, calls: CallLog, kept: KeptWeights | None = None) -> "DiffusersEngine":
+    """Load the plan's pipeline or take it from `kept`, apply all options, and place it on this rank's device.
 
     Arguments are checked against the pipeline's class before weights are read. Raises UserError for a request that the
     pipeline does not support, RunError if loading fails.
@@ -66,7 +68,11 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "DiffusersEngine":
     log.adopt_libraries()
     with ExitStack() as ending:
         try:
-            built = _transform(plan, _read(plan, kind, scheduler), ending)
+            pipeline = (kept or KeptWeights()).load("pipeline", partial(_read, plan, kind))
+            if scheduler:
+                configured = call_arguments.configured(type(pipeline.scheduler), pipeline.scheduler.config, scheduler)
+                pipeline.scheduler = configured
+            built = _transform(plan, pipeline, ending)
         except (UserError, RunError):
             raise
         except LOADING_ERRORS as error:
@@ -126,14 +132,11 @@ def _image(run: Run) -> Any:
     return None if path is None else read_image(path, "--image-path")
 
 
-def _read(plan: Plan, kind: pipeline_signature.Kind, scheduler: dict[str, Any]) -> Any:
-    """Load the pipeline with replaced components and the configured scheduler, on the CPU."""
+def _read(plan: Plan, kind: pipeline_signature.Kind) -> Any:
+    """Load the pipeline with replaced components, on the CPU."""
     dtype = getattr(torch, plan.dtype)
     replaced = replaced_components.load(plan, dtype) | replacement.load(plan, dtype)
-    pipeline = original.read(plan, kind.pipeline_class, dtype, replaced)
-    if scheduler:
-        pipeline.scheduler = call_arguments.configured(type(pipeline.scheduler), pipeline.scheduler.config, scheduler)
-    return pipeline
+    return original.read(plan, kind.pipeline_class, dtype, replaced)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sglang_gen.engine.cuda_graphs import Graphs
 from sglang_gen.engine.memory_format import to_channels_last
 from sglang_gen.engine.residency import Offloaded
 from sglang_gen.families.pipeline_contract import Pipeline
+from sglang_gen.launch.kept_weights import KeptWeights
 from sglang_gen.models.layers import Linear, Shard
 from sglang_gen.models.matmul import onednn_linear
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
@@ -41,6 +42,7 @@ class Built:
     pipeline: Pipeline
     name: str  # of the component
     resources: ExitStack = field(repr=False)  # open files, which are closed when the network is built
+    kept: KeptWeights = field(default_factory=KeptWeights)
     network: Any = None
     checkpoint: OpenCheckpoint | None = None
     shards: dict[str, Shard] = field(default_factory=dict)
@@ -69,14 +71,16 @@ class Built:
 Step = Callable[[Built], None]
 
 
-def build(plan: Plan, mesh: Mesh, name: str | None = None, meta: bool = False) -> Built:
-    """Build the component `name` (None: the denoising network) on this rank.
+def build(
+    plan: Plan, mesh: Mesh, name: str | None = None, meta: bool = False, kept: KeptWeights | None = None
+) -> Built:
+    """Build the component `name` (None: the denoising network) on this rank, with the weights in `kept` if it has them.
 
     Raises UserError for weights that do not fit, a kernel that does not run on this machine, and a missing compiler.
     """
     pipeline = pipeline_of(plan)
     with ExitStack() as resources:
-        built = Built(plan, mesh, pipeline, name or pipeline.spec.network, resources)
+        built = Built(plan, mesh, pipeline, name or pipeline.spec.network, resources, kept or KeptWeights())
         for step in steps(plan, mesh, meta):
             step(built)
     return built
@@ -141,7 +145,12 @@ def load_tensors(built: Built) -> None:
     source, sources = built.checkpoint.tensors, built.pipeline.sources
     hosted = "dit_cpu_offload" in offloading.active(built.plan.run, built.plan.device)
     device = "cpu" if hosted else built.plan.device
-    load.stream(built.network, source, sources, built.shards, built.dtype, device)
+
+    def read() -> nn.Module:
+        load.stream(built.network, source, sources, built.shards, built.dtype, device)
+        return built.network  # type: ignore[no-any-return]
+
+    built.network = built.kept.load(built.name, read)
 
 
 def channels_last(built: Built) -> None:

@@ -29,24 +29,26 @@ from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, in_our_words,
 from sglang_gen.families import img2img, prediction
 from sglang_gen.families.contract import Request
 from sglang_gen.families.prediction import NetworkSchedule
+from sglang_gen.launch.kept_weights import KeptWeights
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.perf.clock import Clock
 from sglang_gen.perf.flops import CallLog, Watched, stored_bytes
 from sglang_gen.types import Decoded, Plan, Sample
 
 
-def load(plan: Plan, mesh: Mesh, calls: CallLog) -> "NativeEngine":
-    """Load the plan's components onto this rank's device.
+def load(plan: Plan, mesh: Mesh, calls: CallLog, kept: KeptWeights | None = None) -> "NativeEngine":
+    """Load the plan's components onto this rank's device, or take them from `kept`.
 
     Raises UserError for weights that do not fit the model, RunError if loading fails.
     """
     native_request = check_native_request(plan)
     pipeline = native_request.pipeline
+    kept = kept or KeptWeights()
     transformers.utils.logging.disable_progress_bar()
     log.adopt_libraries()
     try:
-        built = {name: build(plan, mesh, name) for name in pipeline.spec.networks_of(plan.card)}
-        components = read_components(plan, pipeline, mesh)
+        built = {name: build(plan, mesh, name, kept=kept) for name in pipeline.spec.networks_of(plan.card)}
+        components = kept.load("components", partial(read_components, plan, pipeline, mesh))
     except UserError:
         raise
     except LOADING_ERRORS as error:
