@@ -78,9 +78,11 @@ def test_what_a_job_does_to_its_network_is_not_done_to_the_next(run, session, ch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["backend=sglang", "backend=diffusers"])
-@pytest.mark.parametrize("compiled", ["compile=regional", "compile=full"])
-def test_a_compiled_job_leaves_an_eager_one_as_it_was(run, session, compiled, backend):
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("backend", "compiled"), [("backend=sglang", "compile=full"), ("backend=diffusers", "compile=regional")]
+)
+def test_a_compiled_job_leaves_an_eager_one_as_it_was(run, session, backend, compiled):
     run(session, "sdxl", compiled, backend)
     last = run(session, "sdxl", backend)
     assert reused(last)
