@@ -148,7 +148,7 @@ def command_generate(argv: Sequence[str]) -> int:
             )
         from sglang_gen.sweep import jobs
 
-        return jobs.run_sweep(choices)
+        return jobs.run_sweep(choices, argv)
     from sglang_gen.config.compose import compose
     from sglang_gen.generate import execute
 

@@ -86,7 +86,7 @@ def ending(error: BaseException) -> tuple[int, str]:
         case RunError():
             return 1, str(error)
         case KeyboardInterrupt():
-            return 130, "Interrupted"
+            return 130, "; ".join(["Interrupted", *getattr(error, "__notes__", ())])
         case Terminated():
-            return 143, "Terminated"
+            return 143, "; ".join(["Terminated", *getattr(error, "__notes__", ())])
     return 1, unexpected(error)

@@ -18,7 +18,7 @@ FILES = sorted(env.conf_dir().rglob("*.yaml"))
 OPTIONS = [path for path in FILES if path.name != "config.yaml"]
 GROUPS = {
     "attention", "backend", "cache", "compile", "experiment", "lora", "machine", "model", "offload", "output",
-    "parallel", "perf", "quality", "quant", "sampling", "tracking",
+    "parallel", "perf", "quality", "quant", "sampling", "sweep", "tracking",
 }  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def name(path: Path) -> str:
 
 def test_every_file_is_seen():
     presets = [path for path in FILES if path.parent.name == "model"]
-    assert len(FILES) - len(presets) == 61
+    assert len(FILES) - len(presets) == 62
     assert len(presets) >= 13  # a model adds one
     assert {path.parent.name for path in OPTIONS} == GROUPS
 

@@ -45,10 +45,10 @@ def test_a_failing_job_does_not_stop_the_others_and_says_why(pipelines, sglang):
     done = sglang("generate", "-m", "--model-path", pipelines["sdxl"], "--prompt", "x", *SMALL,
                   "--output-path", "sweep", "sampling.guidance_scale=nan,2", "parallel.tp_size=1,8")  # fmt: skip
     assert done.code == 1
-    assert done.lines[-1] == "INFO: Multirun: 1 of 4 jobs succeeded"
+    assert done.lines[-1] == "INFO: Multirun: 1 of 4 jobs succeeded, 3 refused"
     assert "Traceback" not in done.err
     notes = [read(f"sweep/{number}/job.json") for number in range(4)]
-    assert [note["status"] for note in notes] == ["failed", "failed", "completed", "failed"]
+    assert [note["status"] for note in notes] == ["refused", "refused", "completed", "refused"]
     assert "guidance_scale is nan; it must be a finite number" in notes[0]["error"]
     assert "parallel.tp_size is 8 and this network has layers of 4 heads" in notes[3]["error"]
     assert [path.parent.name for path in Path("sweep").glob("*/generated_image_0.png")] == ["2"]
@@ -88,7 +88,7 @@ def sweep_file() -> tuple[str, ...]:
 @pytest.mark.whole
 def test_a_sweep_file_needs_no_m(composed, sglang, sweep_file, monkeypatch):
     seen: list = []
-    monkeypatch.setattr("sglang_gen.sweep.jobs.run_job", lambda job, told: seen.append(job) or 0)
+    monkeypatch.setattr("sglang_gen.sweep.jobs.run_job", lambda job, **_: seen.append(job) or 0)
     assert sglang("generate", *sweep_file, "--output-path", "sweep").code == 0
     assert [job.overrides for job in seen] == [("sampling.seed=1", "model=sdxl"), ("sampling.seed=2", "model=sdxl")]
     assert [job.folder for job in seen] == [Path("sweep/0").absolute(), Path("sweep/1").absolute()]
@@ -207,7 +207,7 @@ def test_a_wrong_sweep_is_refused_before_any_job(sglang, words, sentence):
     assert done.code == 2, done.err
     assert sentence in done.lines[-1]
     assert "Traceback" not in done.err
-    assert not any("Job 0" in line for line in done.lines)
+    assert not any("Job 1" in line for line in done.lines)
 
 
 def test_a_flag_that_the_sweep_file_sets_is_refused(sglang, sweep_file):

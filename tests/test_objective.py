@@ -170,14 +170,14 @@ def test_the_file_that_the_page_shows_is_such_a_sweep(dumps, optuna, sglang):
 def test_jobs_whose_results_nobody_wants_need_no_objective(dumps, run, sweeper):
     done = run(f"hydra/sweeper={sweeper}", "--num-samples", "2", *(() if sweeper == "idle" else
                ("sampling.num_inference_steps=3,1,2",)))  # fmt: skip
-    assert (done.code, done.lines[-1]) == (1, "INFO: Multirun: 2 of 3 jobs succeeded"), done.err
+    assert (done.code, done.lines[-1]) == (1, "INFO: Multirun: 2 of 3 jobs succeeded, 1 failed"), done.err
     assert statuses() == ["completed", "failed", "completed"]
 
 
 @pytest.mark.whole
 def test_a_grid_with_an_objective_goes_on_after_a_failed_job(dumps, run):
     done = run("--num-samples", "2", "sampling.num_inference_steps=3,1,2", "perf.objective=step_ms")
-    assert (done.code, done.lines[-1]) == (1, "INFO: Multirun: 2 of 3 jobs succeeded"), done.err
+    assert (done.code, done.lines[-1]) == (1, "INFO: Multirun: 2 of 3 jobs succeeded, 1 failed"), done.err
     assert statuses() == ["completed", "failed", "completed"]
 
 
@@ -210,14 +210,14 @@ def test_a_sweeper_that_finds_no_number_is_one_sentence(dumps, run, words):
 def test_a_failed_job_is_a_failed_trial(dumps, run):
     words = ("hydra/sweeper=minimiser", "--num-samples", "2", "perf.objective=step_ms")
     done = run(*words)
-    assert (done.code, done.lines[-1]) == (1, "ERROR: Job 1 failed: It broke")
+    assert (done.code, done.lines[-1]) == (1, "ERROR: Job 2 failed: It broke")
     assert statuses() == ["completed", "failed"]
     assert [row["status"] for row in csv.DictReader(Path("sweep/table.csv").read_text().splitlines())] == [
         "completed",
         "failed",
     ]
     done = run(*words, "hydra.sweeper.forgiving=true")
-    assert (done.code, done.lines[-1]) == (1, "INFO: Multirun: 2 of 3 jobs succeeded")
+    assert (done.code, done.lines[-1]) == (1, "INFO: Multirun: 2 of 3 jobs succeeded, 1 failed")
     assert best() == [20.0, "2"]
     assert "Traceback" not in done.err
     assert "Error executing job" not in done.err
@@ -226,7 +226,9 @@ def test_a_failed_job_is_a_failed_trial(dumps, run):
 def test_a_key_that_a_finished_dump_lacks_fails_the_job(dumps, run):
     done = run("perf.objective=machine.rates.matmul")
     assert done.code == 1
-    assert "Job 0 failed: perf.objective: the perf dump of this run has no number 'machine.rates.matmul'" in done.err
+    assert (
+        "Job 1 of 1 failed: perf.objective: the perf dump of this run has no number 'machine.rates.matmul'" in done.err
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,15 +28,15 @@ def pictures(row: dict[str, str]) -> list[np.ndarray]:
 
 @pytest.fixture
 def sweep(sglang):
-    """Run a shipped sweep; its rows, every one completed with all that a row has, or failed with its reason."""
+    """Run a shipped sweep; its rows, every one completed with all that a row has, or refused with its reason."""
 
     def run(name: str, *words: str) -> list[dict[str, str]]:
         done = sglang("generate", "--config-dir", SWEEPS, "--config-name", name, "--output-path", "sweep", *words)
         with Path("sweep/table.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         failed = [row for row in rows if row["status"] != "completed"]
-        assert done.code == (1 if failed else 0), done.err
-        assert all(row["status"] == "failed" and row["error"] for row in failed)
+        assert done.code == 0, done.err
+        assert all(row["status"] == "refused" and row["error"] for row in failed)
         for row in rows:
             if row not in failed:
                 check_row(row, PICTURES.get(name, 1))

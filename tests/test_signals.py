@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -61,8 +62,10 @@ def test_a_signal_while_denoising_ends_the_run_cleanly(pipelines, tmp_path, numb
 def test_a_signal_ends_a_whole_sweep_and_the_job_says_so(pipelines, tmp_path, number, code, sentence):
     words = ["--model-path", str(pipelines["sd15"]), *MANY, "--output-path", str(tmp_path), "-m",
              "sampling.guidance_scale=2,3"]  # fmt: skip
-    assert interrupt(number, words) == (code, "", [sentence])
-    assert {path.name for path in tmp_path.iterdir()} == {"multirun.yaml", "0", "table.csv", "table.md"}
+    again = f"{sentence}; continue with: sglang generate {shlex.join(words)}"
+    assert interrupt(number, words) == (code, "", [again])
+    made = {path.name for path in tmp_path.iterdir()} - {".sweep.lock"}
+    assert made == {"multirun.yaml", "sweep.json", "0", "table.csv", "table.md"}
     check_pictures(tmp_path / "0", "job.json")
     note = json.loads((tmp_path / "0" / "job.json").read_text())
     word = "interrupted" if number == signal.SIGINT else "terminated"

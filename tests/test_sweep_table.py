@@ -189,7 +189,7 @@ def test_a_sweep_leaves_its_table_and_a_failed_cell_does_not_stop_it(pipelines, 
         "INFO: Table of the sweep saved to: sweep/table.csv", "INFO: Table of the sweep saved to: sweep/table.md",
     ]  # fmt: skip
     rows = read(Path("sweep/table.csv"))
-    assert [row["status"] for row in rows] == ["completed", "failed", "completed", "failed"]
+    assert [row["status"] for row in rows] == ["completed", "refused", "completed", "refused"]
     assert all("quant" in row["error"] for row in rows[1::2])
     assert rows[2]["pictures"] == "2/generated_image_0.png 2/generated_image_1.png"
     assert float(rows[0]["step_s"]) > 0
@@ -206,7 +206,7 @@ def test_a_failed_job_has_nothing_of_the_job_that_had_its_folder_before(pipeline
     assert sglang("generate", *words, "sampling.num_samples=1,2").code == 0
     assert sglang("generate", *words, "sampling.num_samples=1,0").code == 1
     first, second = read(Path("sweep/table.csv"))
-    assert (first["status"], first["pictures"], first["step_s"] > "0") == ("completed", "0/generated_image_1.png", True)
+    assert (first["status"], first["pictures"], first["step_s"] > "0") == ("completed", "0/generated_image_0.png", True)
     assert second["error"] == "sampling.num_samples is 0; it must be at least 1"
     assert {name for name, value in second.items() if value} == {"job", "overrides", "status", "error", "seconds"}
 
@@ -232,9 +232,9 @@ def test_a_shipped_sweep_runs_and_a_refused_cell_is_a_row_with_its_reason(pipeli
     done = sglang("generate", "--config-dir", SWEEPS, "--config-name", "parallelism", "--output-path", "sweep", TABLE,
                   "--model-path", pipelines["sd3"], *TINY[4:], "parallel=single",
                   "sampling.num_samples=1,0")  # fmt: skip
-    assert done.code == 1, done.err
+    assert done.code == 0, done.err
     rows = read(Path("sweep/table.csv"))
-    assert [row["status"] for row in rows] == ["completed", "failed"]
+    assert [row["status"] for row in rows] == ["completed", "refused"]
     assert all(row["overrides"].startswith("parallel=single ") for row in rows)
     assert rows[1]["error"] == "sampling.num_samples is 0; it must be at least 1"
 
@@ -264,6 +264,7 @@ def test_every_shipped_sweep_names_options_that_exist_and_fixes_prompt_and_seed(
 @pytest.mark.slow
 def test_every_cell_of_every_shipped_sweep_composes():
     for name, choices in shipped().items():
-        runs = multirun.multirun(choices, lambda job: compose.compose(job.choices).run)
+        jobs = multirun.prepare(choices).run(lambda job: compose.compose(job.choices).run, seed=1)
+        runs = [job.result for job in jobs]
         assert len(runs) == CELLS[name]
         assert len({repr(run) for run in runs}) == len(runs), f"{name} has two equal cells"

@@ -125,6 +125,8 @@ def _check_key(word: Word, flags: Mapping[str, Any]) -> None:
         raise UserError(f"'{word.text}': a key of the schema cannot be deleted; set it to null or to its default")
     if word.key == "output.path" and word.is_sweep:
         raise UserError("output.path is the folder of the whole sweep and cannot be swept")
+    if word.key.startswith("sweep.") and word.is_sweep:
+        raise UserError(f"{word.key} is a setting of the whole sweep and cannot be swept; give it one value")
 
 
 def _shown(values: tuple[Any, ...]) -> str:

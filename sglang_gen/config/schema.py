@@ -245,6 +245,15 @@ class Tracking:
 
 
 @dataclass
+class Sweep:
+    """How a multirun treats its jobs; the same for all of them."""
+
+    resume: bool = True  # keep jobs that an earlier run of the sweep completed in the same folder
+    skip_refused: bool = False  # refused jobs do not change the exit code
+    fresh: bool = False  # start each job in a process of its own
+
+
+@dataclass
 class Machine:
     """Rates of a named machine, in place of measured ones."""
 
@@ -274,6 +283,7 @@ class Run:
     sweep: Sweep = field(default_factory=Sweep)
     tracking: Tracking = field(default_factory=Tracking)
     machine: Machine = field(default_factory=Machine)
+    sweep: Sweep = field(default_factory=Sweep)
     dry_run: bool | str = False  # false, true (a table) or json
     device: Device = Device.auto
     dtype: DType = DType.auto

@@ -158,10 +158,12 @@ def _differs(run: Run, sources: Mapping[str, str], path: str) -> bool:
     return sources.get(path, "default") not in ("default", "preset") and get(run, path) != get(Run(), path)
 
 
-def objective_warnings(run: Run, sources: Mapping[str, str], in_sweep: bool) -> list[str]:
-    if in_sweep or not user_gave(run, sources, "perf.objective"):
-        return []
-    return ["perf.objective has no effect outside a multirun: it is what a job returns to the sweeper"]
+def sweep_warnings(run: Run, sources: Mapping[str, str], in_sweep: bool) -> list[str]:
+    """Warnings of settings that only a multirun reads."""
+    meanings = {"perf.objective": "it is what a job returns to the sweeper"}
+    meanings |= {path: "it is a setting of the sweep" for path in leaves() if path.startswith("sweep.")}
+    given = [path for path in meanings if not in_sweep and user_gave(run, sources, path)]
+    return [f"{path} has no effect outside a multirun: {meanings[path]}" for path in given]
 
 
 def request_warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str | None]) -> list[str]:

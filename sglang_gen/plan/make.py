@@ -89,7 +89,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
         warnings=(
             *composed.warnings,
             *checks.request_warnings(run, sources, composed.versions),
-            *checks.objective_warnings(run, sources, composed.in_sweep),
+            *checks.sweep_warnings(run, sources, composed.in_sweep),
             *checks.noise_warnings(run, batches),
             *input_digests.changed(run, sources, composed.inputs),
             *resolve.preset_warnings(run.model, card),

@@ -1,106 +1,158 @@
 """Runs the jobs of a multirun, each in its own folder with its images, records, perf dump and a note of its status."""
 
 import dataclasses
-import secrets
-import time
 import traceback
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from sglang_gen import files, log
+from sglang_gen import log
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import Composed, compose
-from sglang_gen.config.schema import SCHEMA_VERSION, Run
+from sglang_gen.config.schema import Run, Sweep
 from sglang_gen.errors import RunError, UserError, unexpected
 from sglang_gen.outputs import dump_path
 from sglang_gen.perf import objective
 from sglang_gen.signals import Terminated
-from sglang_gen.sweep.multirun import Job, multirun
-from sglang_gen.sweep.report import DUMP, NOTE
+from sglang_gen.sweep import identity, note, sweep_folder
+from sglang_gen.sweep.multirun import Ended, Job, prepare
+from sglang_gen.sweep.note import Note
+from sglang_gen.sweep.pace import Pace, step_time
+from sglang_gen.sweep.report import DUMP, read_note
 
 
-def run_sweep(choices: Choices) -> int:
-    """Run all jobs. Returns 0 if all succeeded, else 1. A failed job does not stop the others.
+class JobRefusedError(RunError):
+    """A job's request cannot be carried out, see `UserError`."""
 
-    An optimizing sweeper decides itself whether to continue, see `run_job`.
+
+def run_sweep(choices: Choices, argv: Sequence[str] = ()) -> int:
+    """Run all jobs. Returns the exit code. A failed or refused job does not stop the others.
+
+    An optimizing sweeper decides itself whether to continue, see `run_job`. `argv` are the words of the command, for
+    the sentence about an interrupted sweep.
     """
-    results = multirun(dataclasses.replace(choices, seed=secrets.randbelow(2**32)), partial(run_job, told=set()))
-    failed = sum(isinstance(result, Exception) for result in results)
-    log.info(f"Multirun: {len(results) - failed} of {len(results)} jobs succeeded")
-    return 1 if failed else 0
+    multirun = prepare(choices)
+    folder = multirun.folder
+    command = sweep_folder.command(argv, folder, multirun.named)
+    with sweep_folder.locked(folder):
+        seed = sweep_folder.shared_seed(folder, multirun.settings.resume)
+        sweep_folder.save(folder, seed, command)
+        try:
+            ended = multirun.run(partial(run_job, told=set(), pace=Pace()), seed)
+        except (KeyboardInterrupt, Terminated) as stop:
+            stop.add_note(sweep_folder.continuation(folder, command))
+            raise
+    return _conclude(ended, multirun.settings)
 
 
-def run_job(job: Job, told: set[str]) -> float | None:
-    """Run one job. Returns the number in its perf dump that perf.objective names, for an optimizing sweeper.
+def _conclude(ended: Sequence[Ended], settings: Sweep) -> int:
+    """Log how many jobs succeeded. Returns the exit code."""
+    refused = sum(isinstance(job.result, JobRefusedError) for job in ended)
+    failed = sum(isinstance(job.result, Exception) for job in ended) - refused
+    succeeded = [job for job in ended if not isinstance(job.result, Exception)]
+    notes = [read_note(job.folder) for job in succeeded]
+    kept = sum(note.get("kept", False) for note in notes)
+    line = f"Multirun: {len(succeeded)} of {len(ended)} jobs succeeded"
+    line += f" ({kept} kept)" if kept else ""
+    log.info(
+        ", ".join([line, *(f"{count} {word}" for word, count in (("refused", refused), ("failed", failed)) if count)])
+    )
+    if failed or not settings.skip_refused:
+        return 1 if failed or refused else 0
+    return 0 if succeeded or not ended else 1
 
-    `told` holds the notices of earlier jobs in this process, which are not repeated.
 
-    Raises RunError if the job fails, so that the sweeper's trial fails. The error message is logged and written to the
-    job's note.
+def run_job(job: Job, told: set[str], pace: Pace) -> float | None:
+    """Run one job, or keep its results of an earlier run of the sweep. Returns the number in its perf dump that
+    perf.objective names, for an optimizing sweeper.
+
+    `told` holds the notices of earlier jobs in this process, which are not repeated, and `pace` their durations.
+
+    Raises RunError if the job fails or is refused, so that the sweeper's trial fails. The error message is logged and
+    written to the job's note.
     """
-    log.info(f"Job {job.number}: {' '.join(job.overrides)}")
-    note, score = _Note(job), None
+    log.info(f"{job.name}: {' '.join(job.overrides)}")
+    own, status = Note(job.folder, job.overrides), "failed"
     try:
-        composed = compose(job.choices)
-        new = tuple(notice for notice in composed.notices if notice not in told)
-        told.update(new)
-        composed = dataclasses.replace(composed, in_sweep=True, notices=new)
-        _place(composed.run, job)
-        note.dump = Path(str(composed.run.output.perf_dump_path)).name
-        status, score = _execute(composed)
-        error = None
-    except (UserError, RunError) as failure:
+        composed = _compose(job, told)
+        own.identity = identity.identify(composed)
+        if (earlier := _kept(job, own)) is not None:
+            note.keep(job.folder, earlier, job.overrides)
+            log.info(f"{job.name} kept: completed at {earlier.get('ran_at')}")
+            return _score(composed, note.read_dump(job.folder, earlier) if composed.run.perf.objective else None)
+        own.dump = Path(str(composed.run.output.perf_dump_path)).name
+        own.open()
+        report = _execute(composed)
+        status, score, error = "planned" if report is None else "completed", _score(composed, report), None
+    except UserError as refusal:
+        status, error = "refused", str(refusal)
+        log.debug(traceback.format_exc())
+    except RunError as failure:
         status, error = "failed", str(failure)
         log.debug(traceback.format_exc())
     except (KeyboardInterrupt, Terminated) as stop:
         word = "terminated" if isinstance(stop, Terminated) else "interrupted"
-        note.leave(word, f"The sweep was {word} in this job")
+        if own.is_open:  # else the folder may hold a completed job
+            own.leave(word, f"The sweep was {word} in this job")
         raise
     except Exception as failure:  # noqa: BLE001 - an unexpected error in one job must not end the sweep
         status, error = "failed", unexpected(failure)
         log.debug(traceback.format_exc())
-    if error:
-        log.error(f"Job {job.number} failed: {error}")
-    note.leave(status, error)
-    if error:
-        raise RunError(f"Job {job.number} failed: {error}")
+    own.leave(status, error)
+    if error is not None:
+        raise _failure(job, status, error)
+    pace.seconds.append(own.seconds)
+    measured = step_time(report) if report is not None else ""
+    log.info(f"{job.name} {status} in {own.seconds:.3g} s{measured}{pace.left(job.number, job.total)}")
     return score
 
 
-def _execute(composed: Composed) -> tuple[str, float | None]:
-    """Carry out a job. Returns its status, and its objective if perf.objective is set."""
+def _failure(job: Job, status: str, error: str) -> RunError:
+    """Log why a job did not succeed. Returns the error for the sweeper."""
+    sentence = f"{job.name} {status}: {error}"
+    if status == "refused":
+        (log.warning if job.settings.skip_refused else log.error)(sentence)
+        return JobRefusedError(sentence)
+    log.error(sentence)
+    return RunError(sentence)
+
+
+def _compose(job: Job, told: set[str]) -> Composed:
+    """Compose a job's run, with the output paths of its folder and the notices that no earlier job had."""
+    composed = compose(job.choices)
+    new = tuple(notice for notice in composed.notices if notice not in told)
+    told.update(new)
+    _place(composed.run, job)
+    return dataclasses.replace(composed, in_sweep=True, notices=new)
+
+
+def _kept(job: Job, own: Note) -> dict[str, Any] | None:
+    """The note of the job that completed in this folder, if its results are those that this job would have."""
+    if not job.settings.resume or (earlier := note.completed(job.folder)) is None:
+        return None
+    clause = note.why_again(job.folder, earlier, own.identity)
+    if clause is not None:
+        log.info(f"{job.name} runs again: {clause}")
+    return earlier if clause is None else None
+
+
+def _execute(composed: Composed) -> dict[str, Any] | None:
+    """Carry out a job. Returns its perf dump; None for a dry run."""
     from sglang_gen.generate import execute
 
-    result, key = execute(composed), composed.run.perf.objective
-    if result is None:
-        return "planned", None
-    if key is None:
-        return "completed", None
-    score = objective.value(result.report, key)
+    result = execute(composed)
+    return None if result is None else result.report
+
+
+def _score(composed: Composed, report: dict[str, Any] | None) -> float | None:
+    """The number of a perf dump that perf.objective names; None without one. Raises RunError if the dump has none."""
+    key = composed.run.perf.objective
+    if report is None or key is None:
+        return None
+    score = objective.value(report, key)
     log.info(f"Objective {key}: {score}")
-    return "completed", score
-
-
-class _Note:
-    """The job's status file, written when the job starts so that files of an earlier job are not taken for its own."""
-
-    def __init__(self, job: Job) -> None:
-        self.job, self.dump, self.started = job, DUMP, time.perf_counter()
-        self.before = set(files.results(job.folder))
-        self.leave("unfinished", None)
-
-    def leave(self, status: str, error: str | None) -> None:
-        """Write the note. Raises RunError if it cannot be written."""
-        note = {
-            "schema_version": SCHEMA_VERSION,
-            "overrides": list(self.job.overrides),
-            "status": status,
-            "error": error,
-            "seconds": None if status == "unfinished" else round(time.perf_counter() - self.started, 3),
-            "files": [name for name in files.results(self.job.folder) if name not in self.before],
-            "dump": self.dump,
-        }
-        files.save_json(self.job.folder / NOTE, note)
+    return score
 
 
 def _place(run: Run, job: Job) -> None:

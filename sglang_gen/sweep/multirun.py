@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, RunMode
@@ -22,12 +24,15 @@ from sglang_gen.config.compose import withheld_values
 from sglang_gen.config.config_file import read_config_file
 from sglang_gen.config.flags import BY_PATH
 from sglang_gen.config.hydra_errors import user_errors
-from sglang_gen.config.hydra_loader import group_options, line_of, open_loader, parse
+from sglang_gen.config.hydra_loader import Loader, group_options, line_of, open_loader, parse
 from sglang_gen.config.overrides import Word, check_overrides
+from sglang_gen.config.schema import Sweep
 from sglang_gen.errors import UserError
 from sglang_gen.files import check_file, check_folder
 from sglang_gen.outputs import dump_path
 from sglang_gen.sweep.recorded import recorded
+
+OPTIMISING = re.compile(r"hydra_plugins\.hydra_(optuna|ax|nevergrad)_sweeper\.")  # sweepers that need a number
 
 
 def is_multirun(choices: Choices, requested: bool) -> bool:
@@ -44,12 +49,28 @@ def is_multirun(choices: Choices, requested: bool) -> bool:
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep: its number, its folder, and the choices from which it is composed."""
+    """One job of a sweep: its number, from 0 on, its folder, and the choices from which it is composed."""
 
     number: int
     folder: Path
     overrides: tuple[str, ...]
     choices: Choices
+    settings: Sweep
+    total: int | None  # jobs of the sweep, if they are known before it ends
+    loader: Loader
+
+    @property
+    def name(self) -> str:
+        """The job in log lines, which count from 1."""
+        return f"Job {self.number + 1}" if self.total is None else f"Job {self.number + 1} of {self.total}"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The folder of a job that has ended, and what its `work` returned or raised."""
+
+    folder: Path
+    result: Any
 
 
 @dataclass(frozen=True)
@@ -58,21 +79,51 @@ class _Task:
 
     choices: Choices
     work: Callable[[Job], Any]
+    settings: Sweep
+    total: int | None
+    loader: Loader
 
     def __call__(self, _cfg: DictConfig) -> Any:
         hydra = HydraConfig.get()
         overrides = tuple(hydra.overrides.task)
         search = tuple(word for word in self.choices.overrides if "hydra.searchpath=" in word)
         choices = dataclasses.replace(self.choices, overrides=(*overrides, *search))
-        return self.work(Job(int(hydra.job.num), Path(hydra.runtime.output_dir), overrides, choices))
+        folder, number = Path(hydra.runtime.output_dir), int(hydra.job.num)
+        return self.work(Job(number, folder, overrides, choices, self.settings, self.total, self.loader))
 
 
-def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
-    """Call `work` for every job that Hydra's sweeper creates. Returns the results in the order of the jobs.
+@dataclass(frozen=True)
+class Multirun:
+    """A composed multirun, before its first job."""
 
-    The sweeper receives the return value of `work`, which it may optimize. A job whose `work` raises has failed, and
-    its result is the error, which the sweeper sees only if there is an objective.
-    """
+    hydra: Hydra
+    cfg: DictConfig
+    choices: Choices
+    settings: Sweep
+    total: int | None
+    objective: bool
+    named: bool  # whether the user named the folder, and not by a date
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.hydra.sweep.dir)
+
+    def run(self, work: Callable[[Job], Any], seed: int) -> list[Ended]:
+        """Call `work` for every job that Hydra's sweeper creates. Returns the jobs in order.
+
+        `seed` is that of jobs without one. The sweeper receives the return value of `work`, which it may optimize. A
+        job whose `work` raises has failed, and its result is the error, which the sweeper sees only if there is an
+        objective.
+        """
+        choices = dataclasses.replace(self.choices, seed=seed)
+        task = _Task(choices, work, self.settings, self.total, self.hydra.config_loader)
+        with user_errors():
+            ended = _sweep(self.hydra, self.cfg, task, self.objective)
+        return [Ended(Path(job.hydra_cfg.hydra.runtime.output_dir), job._return_value) for job in ended]
+
+
+def prepare(choices: Choices) -> Multirun:
+    """Compose and check a multirun. Raises UserError if no job of it could start."""
     hydra = Hydra(task_name="generate", config_loader=open_loader(choices.config_dir))
     words = parse(hydra.config_loader, choices.overrides)
     check_overrides(words, choices.flags, group_options(hydra.config_loader, choices), multirun=True)
@@ -80,7 +131,8 @@ def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
         withheld_values(choices, read_config_file(choices.file), {*choices.flags, *(word.key for word in words)})
     for name in _stated(choices, words, dump_path.KEY):
         dump_path.check_in_sweep(str(name))
-    lines = [*map(line_of, words), *_sweep_dir(choices, words)]
+    named = _sweep_dir(choices, words)
+    lines = [*map(line_of, words), *named]
     with user_errors():
         cfg = hydra.compose_config(choices.config_name, lines, RunMode.MULTIRUN, with_log_configuration=False)
         for key in OmegaConf.select(cfg, "hydra.sweeper.params") or {}:
@@ -88,8 +140,36 @@ def multirun(choices: Choices, work: Callable[[Job], Any]) -> list[Any]:
                 raise UserError(f"{flag.path} is given twice, by {flag.option} and by the sweep {choices.config_name}")
         _check_sweep_dir(Path(cfg.hydra.sweep.dir))
         stated = _stated(choices, words, "perf.objective") or [OmegaConf.select(cfg, "perf.objective")]
-        ended = _sweep(hydra, cfg, _Task(choices, work), any(stated))
-    return [job._return_value for job in ended]
+        sweeper = str(OmegaConf.select(cfg, "hydra.sweeper._target_"))
+        if OPTIMISING.match(sweeper) and not any(stated):
+            raise UserError(_unaimed(sweeper, " (perf.objective is not set)"))
+        by_word = any(word.key == "hydra.sweep.dir" and "${" not in word.text for word in words)
+        return Multirun(hydra, cfg, choices, _settings(choices, words, cfg), _total(hydra, cfg, sweeper), any(stated),
+                        bool(named) or by_word)  # fmt: skip
+
+
+def _settings(choices: Choices, words: Sequence[Word], cfg: DictConfig) -> Sweep:
+    """The group `sweep`, which holds for all jobs. Raises UserError for a value that is not a bool."""
+    settings = Sweep()
+    for item in dataclasses.fields(Sweep):
+        path = f"sweep.{item.name}"
+        value = (_stated(choices, words, path) or [OmegaConf.select(cfg, path)])[0]
+        if not isinstance(value, bool):
+            raise UserError(f"{path} is '{value}'; it must be true or false")
+        setattr(settings, item.name, value)
+    return settings
+
+
+def _total(hydra: Hydra, cfg: DictConfig, sweeper: str) -> int | None:
+    """The number of jobs: that of a grid, or the trials of Optuna; None for other sweepers, which decide as they go."""
+    if sweeper.startswith("hydra._internal."):
+        params = (cfg.hydra.sweeper.params or {}).items()
+        lines = [*(f"{name}={value}" for name, value in params), *cfg.hydra.overrides.task]
+        words = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(lines)
+        return sum(map(len, BasicSweeper.split_arguments(words, None)))
+    trials = OmegaConf.select(cfg, "hydra.sweeper.n_trials")
+    grid = "GridSampler" in str(OmegaConf.select(cfg, "hydra.sweeper.sampler._target_"))  # which may need fewer
+    return trials if OPTIMISING.match(sweeper) and isinstance(trials, int) and not grid else None
 
 
 def _check_sweep_dir(folder: Path) -> None:
@@ -98,17 +178,12 @@ def _check_sweep_dir(folder: Path) -> None:
     check_file(folder / "multirun.yaml")
 
 
-OPTIMISING = re.compile(r"hydra_plugins\.hydra_(optuna|ax|nevergrad)_sweeper\.")
-
-
 def _sweep(hydra: Hydra, cfg: DictConfig, task: "_Task", objective: bool) -> list[JobReturn]:
     """`Hydra.multirun` that also calls the callbacks' on_multirun_end if a signal or a job ends the sweep early.
 
     Returns the jobs that have ended, in order, instead of the sweeper's own return value.
     """
     name = str(OmegaConf.select(cfg, "hydra.sweeper._target_"))
-    if OPTIMISING.match(name) and not objective:
-        raise UserError(_unaimed(name, " (perf.objective is not set)"))
     basic, ended, plugins = name.startswith("hydra._internal."), list[JobReturn](), Plugins.instance()
     callbacks = Callbacks(cfg)
     callbacks.on_multirun_start(config=cfg, config_name=cfg.hydra.job.config_name)

@@ -65,6 +65,11 @@ def _read_job(place: Path) -> Row:
     )
 
 
+def read_note(place: Path) -> dict[str, Any]:
+    """The note in a job's folder; empty if there is none."""
+    return _read(place / NOTE)[0]
+
+
 def _read(path: Path) -> tuple[dict[str, Any], str | None]:
     """The JSON object in a file and None, or an empty dict and an error sentence."""
     if path.exists() and not path.is_file():  # reading a FIFO would block
