@@ -82,7 +82,9 @@ def _execute(composed: "Composed", session: "Session | None") -> Result | None:
         from sglang_gen.launch import torchrun
 
         return torchrun.lead(plan, started, composed.place)
-    return session.run(plan, started) if session else launcher.launch(plan, started)
+    if session is not None:
+        return session.run(plan, started)
+    return launcher.launch(plan, started, fresh=composed.in_sweep and run.sweep.fresh)
 
 
 def _may_be_downloaded(plan: "Plan") -> bool:

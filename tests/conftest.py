@@ -179,7 +179,9 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 def composed(sglang: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """What `sglang generate ARGV...` would carry out: the composed run; a list of them, one for each job, with -m."""
     seen: list[Any] = []
-    monkeypatch.setattr(importlib.import_module("sglang_gen.generate"), "execute", seen.append)
+    monkeypatch.setattr(
+        importlib.import_module("sglang_gen.generate"), "execute", lambda composed, _=None: seen.append(composed)
+    )
 
     def run(*argv: object) -> Any:
         seen.clear()

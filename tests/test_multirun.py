@@ -131,7 +131,7 @@ def test_the_seed_of_a_sweep_is_told_where_a_job_uses_it(composed, sglang):
 @pytest.mark.whole
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
 def test_a_sweep_that_is_cut_short_has_a_table_of_what_is_there(sglang, monkeypatch, stop, code):
-    def execute(composed):
+    def execute(composed, session):
         if composed.run.sampling.seed == 2:
             Path(composed.run.output.path, "generated_image_0.png").write_bytes(b"")
             raise stop

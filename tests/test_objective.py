@@ -99,14 +99,14 @@ def run(pipelines, sglang):
 def dumps(monkeypatch):
     """Runs end at once, with a perf dump whose step takes 10 ms for each of the run's steps."""
 
-    def execute(composed):
+    def execute(composed, session):
         steps = composed.run.sampling.num_inference_steps
         if steps == 1 and composed.run.sampling.num_samples == 2:
             raise RunError("It broke")
         if composed.run.dry_run:
             return None
         each = {"total_duration_ms": 20.0 * steps, "denoise_steps_ms": [{"duration_ms": 10.0 * steps}], "tag": "a",
-                "images_per_second": 1 / steps}  # fmt: skip
+                "images_per_second": 1 / steps, "load": {"imports_ms": 0, "reused": False}}  # fmt: skip
         return SimpleNamespace(report={**each, "steps": [{"name": "denoising", "duration_ms": 5}], "quality": None})
 
     monkeypatch.setattr(importlib.import_module("sglang_gen.generate"), "execute", execute)

@@ -27,7 +27,7 @@ def ran(sglang, monkeypatch):
     """Sweep with runs that end at once and leave an image, its record and a perf dump; the seeds that really ran."""
     seen: list = []
 
-    def execute(composed):
+    def execute(composed, session):
         run = composed.run
         seen.append(run.sampling.seed)
         if run.sampling.num_inference_steps == 13:
@@ -38,7 +38,8 @@ def ran(sglang, monkeypatch):
         taken = len(list(folder.glob("generated_image_*.png")))
         for suffix in ("png", "json"):
             (folder / f"generated_image_{taken}.{suffix}").write_text(f"{run.sampling.seed}")
-        report = {"denoise_steps_ms": [{"duration_ms": float(run.sampling.num_inference_steps)}]}
+        steps = [{"duration_ms": float(run.sampling.num_inference_steps)}]
+        report = {"denoise_steps_ms": steps, "load": {"imports_ms": 0, "reused": False}}
         Path(run.output.perf_dump_path).write_text(json.dumps(report))
         return None if run.dry_run else SimpleNamespace(report=report)
 
@@ -220,7 +221,7 @@ def test_a_second_sweep_in_the_folder_is_refused_and_changes_nothing(ran):
 
 
 def test_an_interrupted_sweep_says_how_to_continue(sglang, monkeypatch):
-    def execute(_):
+    def execute(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importlib.import_module("sglang_gen.generate"), "execute", execute)

@@ -223,19 +223,13 @@ class Perf:
     work: bool = True  # count FLOPs and bytes of each stage
     blocks: bool = False  # time each block of the denoising network
     repeat: int = 1  # generations in one process, for more observations and a check that all are identical
+    interleave: bool = False  # in a multirun, the repeats of all jobs in turn
     objective: str | None = None  # key of a number in the dump that a job of a multirun returns to its sweeper
 
 
 @dataclass
 class Quality:
     reference: str | None = None
-
-
-@dataclass
-class Sweep:
-    """Settings of a multirun."""
-
-    fresh: bool = False  # each job in new processes, which load the weights again
 
 
 @dataclass
@@ -280,7 +274,6 @@ class Run:
     output: Output = field(default_factory=Output)
     perf: Perf = field(default_factory=Perf)
     quality: Quality = field(default_factory=Quality)
-    sweep: Sweep = field(default_factory=Sweep)
     tracking: Tracking = field(default_factory=Tracking)
     machine: Machine = field(default_factory=Machine)
     sweep: Sweep = field(default_factory=Sweep)

@@ -38,12 +38,12 @@ _HINTS: dict[int, str] = {
 GRACE = 1.0  # seconds in which other ranks may still report an earlier failure
 
 
-def launch(plan: Plan, started: float) -> Result:
+def launch(plan: Plan, started: float, fresh: bool = False) -> Result:
     """Carry out the plan on its ranks. `started` is the time at which the command began to load the model.
 
     Raises the UserError or RunError of the rank that failed first.
     """
-    if plan.layout.ranks == 1:
+    if plan.layout.ranks == 1 and not fresh:
         return here(plan, started)
     with open_ranks(plan.layout.ranks, plan.device) as ranks:
         return ranks.run(plan, started)

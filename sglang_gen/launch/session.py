@@ -25,8 +25,7 @@ class Session:
         """
         if plan.run.sweep.fresh:
             self.close()
-            with launcher.open_ranks(plan.layout.ranks, plan.device) as ranks:
-                return ranks.run(plan, started)
+            return launcher.launch(plan, started, fresh=True)
         if plan.layout.ranks == 1:
             return self._in_this_process(plan, started)
         return self._on_ranks(plan, started)

@@ -160,7 +160,10 @@ def _differs(run: Run, sources: Mapping[str, str], path: str) -> bool:
 
 def sweep_warnings(run: Run, sources: Mapping[str, str], in_sweep: bool) -> list[str]:
     """Warnings of settings that only a multirun reads."""
-    meanings = {"perf.objective": "it is what a job returns to the sweeper"}
+    meanings = {
+        "perf.objective": "it is what a job returns to the sweeper",
+        "perf.interleave": "it is the order of the repeats of several jobs",
+    }
     meanings |= {path: "it is a setting of the sweep" for path in leaves() if path.startswith("sweep.")}
     given = [path for path in meanings if not in_sweep and user_gave(run, sources, path)]
     return [f"{path} has no effect outside a multirun: {meanings[path]}" for path in given]
@@ -180,7 +183,8 @@ def request_warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str
             path
             for path in leaves()
             if path.startswith("perf." if run.dry_run else ("perf.", "machine.name")) and _differs(run, sources, path)
-            if path not in ("perf.repeat", "perf.objective")  # the one compares what it generates again
+            if path
+            not in ("perf.repeat", "perf.interleave", "perf.objective")  # the one compares what it generates again
         ]
         found += [f"{path} has no effect without --perf-dump-path" for path in idle]
     if run.model.revision and (run.model.path is None or Path(run.model.path).exists()):

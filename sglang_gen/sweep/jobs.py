@@ -2,7 +2,9 @@
 
 import dataclasses
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,50 @@ from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import Composed, compose
 from sglang_gen.config.schema import Run, Sweep
 from sglang_gen.errors import RunError, UserError, unexpected
+from sglang_gen.launch.session import Session
 from sglang_gen.outputs import dump_path
 from sglang_gen.perf import objective
 from sglang_gen.signals import Terminated
 from sglang_gen.sweep import identity, note, sweep_folder
-from sglang_gen.sweep.multirun import Ended, Job, prepare
+from sglang_gen.sweep.multirun import Ended, Job, Multirun, prepare
 from sglang_gen.sweep.note import Note
 from sglang_gen.sweep.pace import Pace, step_time
 from sglang_gen.sweep.report import DUMP, read_note
+from sglang_gen.sweep.rounds import Begun, Rounds, first_round
 
 
 class JobRefusedError(RunError):
     """A job's request cannot be carried out, see `UserError`."""
+
+
+@dataclass
+class Shared:
+    """What the jobs that run in one process share."""
+
+    session: Session | None = None  # None: Hydra's launcher runs each job in another process
+    told: set[str] = field(default_factory=set)  # notices of earlier jobs, which are not repeated
+    pace: Pace = field(default_factory=Pace)
+    rounds: Rounds = field(default_factory=Rounds)
+    failed: dict[Path, Exception] = field(default_factory=dict)  # in a later round, by folder
+
+    def finish(self) -> None:
+        """Make the repeats of jobs that take turns."""
+        if self.session is not None:
+            self.failed = self.rounds.finish(self.session)
+
+    def late(self, job: Ended) -> Ended:
+        """The job with its result after all rounds."""
+        return dataclasses.replace(job, result=self.failed.get(job.folder, job.result))
+
+
+@contextmanager
+def _shared(multirun: Multirun) -> Iterator[Shared]:
+    session = Session() if multirun.in_process else None
+    try:
+        yield Shared(session)
+    finally:
+        if session is not None:
+            session.close()
 
 
 def run_sweep(choices: Choices, argv: Sequence[str] = ()) -> int:
@@ -39,11 +73,12 @@ def run_sweep(choices: Choices, argv: Sequence[str] = ()) -> int:
         seed = sweep_folder.shared_seed(folder, multirun.settings.resume)
         sweep_folder.save(folder, seed, command)
         try:
-            ended = multirun.run(partial(run_job, told=set(), pace=Pace()), seed)
+            with _shared(multirun) as shared:
+                ended = multirun.run(partial(run_job, shared=shared), seed, shared.finish)
         except (KeyboardInterrupt, Terminated) as stop:
             stop.add_note(sweep_folder.continuation(folder, command))
             raise
-    return _conclude(ended, multirun.settings)
+    return _conclude([shared.late(job) for job in ended], multirun.settings)
 
 
 def _conclude(ended: Sequence[Ended], settings: Sweep) -> int:
@@ -63,11 +98,9 @@ def _conclude(ended: Sequence[Ended], settings: Sweep) -> int:
     return 0 if succeeded or not ended else 1
 
 
-def run_job(job: Job, told: set[str], pace: Pace) -> float | None:
+def run_job(job: Job, shared: Shared) -> float | None:
     """Run one job, or keep its results of an earlier run of the sweep. Returns the number in its perf dump that
     perf.objective names, for an optimizing sweeper.
-
-    `told` holds the notices of earlier jobs in this process, which are not repeated, and `pace` their durations.
 
     Raises RunError if the job fails or is refused, so that the sweeper's trial fails. The error message is logged and
     written to the job's note.
@@ -75,7 +108,7 @@ def run_job(job: Job, told: set[str], pace: Pace) -> float | None:
     log.info(f"{job.name}: {' '.join(job.overrides)}")
     own, status = Note(job.folder, job.overrides), "failed"
     try:
-        composed = _compose(job, told)
+        composed = _compose(job, shared.told)
         own.identity = identity.identify(composed)
         if (earlier := _kept(job, own)) is not None:
             note.keep(job.folder, earlier, job.overrides)
@@ -83,7 +116,16 @@ def run_job(job: Job, told: set[str], pace: Pace) -> float | None:
             return _score(composed, note.read_dump(job.folder, earlier) if composed.run.perf.objective else None)
         own.dump = Path(str(composed.run.output.perf_dump_path)).name
         own.open()
-        report = _execute(composed)
+        turns = takes_turns(composed, shared)
+        from sglang_gen.generate import execute
+
+        result = execute(first_round(composed) if turns else composed, shared.session)
+        report = None if result is None else result.report
+        if report:
+            own.loaded(report["load"])
+        if turns and result:
+            shared.rounds.add(Begun(job, composed, own, result))
+            return None
         status, score, error = "planned" if report is None else "completed", _score(composed, report), None
     except UserError as refusal:
         status, error = "refused", str(refusal)
@@ -102,9 +144,9 @@ def run_job(job: Job, told: set[str], pace: Pace) -> float | None:
     own.leave(status, error)
     if error is not None:
         raise _failure(job, status, error)
-    pace.seconds.append(own.seconds)
+    shared.pace.seconds.append(own.seconds)
     measured = step_time(report) if report is not None else ""
-    log.info(f"{job.name} {status} in {own.seconds:.3g} s{measured}{pace.left(job.number, job.total)}")
+    log.info(f"{job.name} {status} in {own.seconds:.3g} s{measured}{shared.pace.left(job.number, job.total)}")
     return score
 
 
@@ -137,12 +179,20 @@ def _kept(job: Job, own: Note) -> dict[str, Any] | None:
     return earlier if clause is None else None
 
 
-def _execute(composed: Composed) -> dict[str, Any] | None:
-    """Carry out a job. Returns its perf dump; None for a dry run."""
-    from sglang_gen.generate import execute
-
-    result = execute(composed)
-    return None if result is None else result.report
+def takes_turns(composed: Composed, shared: Shared) -> bool:
+    """Whether the job's repeats are made in turn with those of other jobs. Raises UserError where they cannot be."""
+    perf = composed.run.perf
+    if not perf.interleave or composed.run.dry_run:
+        return False
+    if shared.session is None:
+        raise UserError("perf.interleave needs Hydra's basic launcher, which runs all jobs in one process")
+    if perf.objective is not None:
+        raise UserError(
+            "perf.interleave and perf.objective exclude each other: an optimizer waits for each job's number"
+        )
+    if perf.repeat < 2:
+        raise UserError("perf.interleave takes the repeats of all jobs in turn: set perf.repeat to 2 or more")
+    return True
 
 
 def _score(composed: Composed, report: dict[str, Any] | None) -> float | None:

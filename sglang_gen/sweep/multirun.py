@@ -108,8 +108,13 @@ class Multirun:
     def folder(self) -> Path:
         return Path(self.cfg.hydra.sweep.dir)
 
-    def run(self, work: Callable[[Job], Any], seed: int) -> list[Ended]:
-        """Call `work` for every job that Hydra's sweeper creates. Returns the jobs in order.
+    @property
+    def in_process(self) -> bool:
+        """Whether Hydra's launcher runs all jobs in this process, one after the other."""
+        return str(OmegaConf.select(self.cfg, "hydra.launcher._target_")).startswith("hydra._internal.")
+
+    def run(self, work: Callable[[Job], Any], seed: int, finish: Callable[[], None]) -> list[Ended]:
+        """Call `work` for every job that Hydra's sweeper creates, then `finish`. Returns the jobs in order.
 
         `seed` is that of jobs without one. The sweeper receives the return value of `work`, which it may optimize. A
         job whose `work` raises has failed, and its result is the error, which the sweeper sees only if there is an
@@ -118,7 +123,7 @@ class Multirun:
         choices = dataclasses.replace(self.choices, seed=seed)
         task = _Task(choices, work, self.settings, self.total, self.hydra.config_loader)
         with user_errors():
-            ended = _sweep(self.hydra, self.cfg, task, self.objective)
+            ended = _sweep(self.hydra, self.cfg, task, self.objective, finish)
         return [Ended(Path(job.hydra_cfg.hydra.runtime.output_dir), job._return_value) for job in ended]
 
 
@@ -178,10 +183,13 @@ def _check_sweep_dir(folder: Path) -> None:
     check_file(folder / "multirun.yaml")
 
 
-def _sweep(hydra: Hydra, cfg: DictConfig, task: "_Task", objective: bool) -> list[JobReturn]:
+def _sweep(
+    hydra: Hydra, cfg: DictConfig, task: "_Task", objective: bool, finish: Callable[[], None]
+) -> list[JobReturn]:
     """`Hydra.multirun` that also calls the callbacks' on_multirun_end if a signal or a job ends the sweep early.
 
-    Returns the jobs that have ended, in order, instead of the sweeper's own return value.
+    `finish` is called before the callbacks. Returns the jobs that have ended, in order, instead of the sweeper's own
+    return value.
     """
     name = str(OmegaConf.select(cfg, "hydra.sweeper._target_"))
     basic, ended, plugins = name.startswith("hydra._internal."), list[JobReturn](), Plugins.instance()
@@ -193,6 +201,7 @@ def _sweep(hydra: Hydra, cfg: DictConfig, task: "_Task", objective: bool) -> lis
         with recorded(plugins, ended, failures=objective and not basic):
             sweeper = plugins.instantiate_sweeper(config=cfg, hydra_context=context, task_function=task)
             sweeper.sweep(arguments=words)
+        finish()
     except (TypeError, ValueError, AssertionError) as error:
         measured = any(job._return_value is not None for job in ended)
         if basic or measured or not ended or isinstance(error, UserError):

@@ -3,6 +3,8 @@
 import datetime
 import json
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ class Note:
     def __init__(self, folder: Path, overrides: tuple[str, ...]) -> None:
         self.folder, self.overrides = folder, overrides
         self.dump, self.identity = DUMP, dict[str, Any]()
-        self.started, self.ran_at = time.perf_counter(), _now()
+        self.started: float | None = time.perf_counter()
+        self.spent, self.ran_at = 0.0, _now()
+        self.reused = False  # whether the weights were in memory
         self.before = set(files.results(folder))
         self.is_open = False
 
@@ -39,6 +43,7 @@ class Note:
             "files": names,
             "dump": self.dump,
             "kept": False,
+            "reused": self.reused,
             "ran_at": self.ran_at,
             "contents": _contents(self.folder, names, self.dump) if status == "completed" else {},
             "identity": self.identity if status == "completed" else {},
@@ -47,8 +52,26 @@ class Note:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the job started."""
-        return time.perf_counter() - self.started
+        """Seconds that the job has taken, without imports and the start of ranks, which only some jobs pay."""
+        return self.spent + (0.0 if self.started is None else time.perf_counter() - self.started)
+
+    def loaded(self, load: Mapping[str, Any]) -> None:
+        """Note how the job came to its weights: the entry `load` of its perf dump."""
+        self.reused = load["reused"]
+        self.spent -= load["imports_ms"] / 1000
+
+    def pause(self) -> None:
+        """The job waits for its turn."""
+        self.spent, self.started = self.seconds, None
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Context in which the job runs again."""
+        self.started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.pause()
 
 
 def _now() -> str:
