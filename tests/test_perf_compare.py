@@ -321,7 +321,7 @@ def test_the_confidence_widens_the_interval():
 def test_help_states_every_default_tolerance(capsys):
     assert command.main(["compare", "--help"]) == 0
     text = capsys.readouterr().out
-    for word in ("total=2%", "stage=10%,120ms", "step=2%", "memory=2%"):
+    for word in ("total=2%", "stage=10%,120ms", "step=2%", "memory=2%", "--across KEY", "--single"):
         assert word in text
     assert command.main(["--help"]) == 0
     assert capsys.readouterr().out.strip() == command.HELP

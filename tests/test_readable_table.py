@@ -8,9 +8,13 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
+from sglang_gen import files, log
+from sglang_gen.errors import RunError
 from sglang_gen.perf.dump_numbers import Measure, measure, peak_memory, speed_up, times
 from sglang_gen.sweep import table
+from sglang_gen.sweep.callback import SweepTable
 from sglang_gen.sweep.columns import width
 from sglang_gen.sweep.markdown import digits, ranges, to_markdown
 from sglang_gen.sweep.report import Row, read_jobs
@@ -282,3 +286,34 @@ def test_the_printed_table_is_as_wide_as_the_terminal(tmp_path, capsys, monkeypa
         monkeypatch.setenv("COLUMNS", str(columns))
         table.print_table(tmp_path)
         assert capsys.readouterr().out == to_markdown(read_jobs(tmp_path), f"Sweep {tmp_path.name}", columns)
+
+
+@pytest.mark.parametrize(("error", "logged"), [(BrokenPipeError(), 0), (RunError("The result cannot be written"), 1)])
+def test_a_table_that_cannot_be_printed_is_one_line_or_none_if_nobody_reads(
+    tmp_path, monkeypatch, error, logged
+):
+    def fail(_text: str) -> None:
+        raise error
+
+    lines: list[str] = []
+    monkeypatch.setattr(files, "print_result", fail)
+    monkeypatch.setattr(log, "error", lines.append)
+    (tmp_path / "0").mkdir()
+    SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    assert len(lines) == logged
+    assert (tmp_path / "table.md").exists()
+
+
+def test_an_interrupted_sweep_has_a_table_and_prints_none(tmp_path, capsys):
+    (tmp_path / "0").mkdir()
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        SweepTable().on_multirun_end(config)
+    assert (capsys.readouterr().out, (tmp_path / "table.csv").exists()) == ("", True)
+    try:
+        raise RunError("Job 0 failed")  # of an optimizing sweeper
+    except RunError:
+        SweepTable().on_multirun_end(config)
+    assert capsys.readouterr().out.startswith("# Sweep ")

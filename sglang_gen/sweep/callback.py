@@ -6,6 +6,7 @@ hydra:
       _target_: sglang_gen.sweep.callback.SweepTable
 """
 
+import contextlib
 import sys
 import traceback
 from pathlib import Path
@@ -31,7 +32,8 @@ class SweepTable(Callback):  # type: ignore[misc]  # Hydra has no types
             for path in table.write_table(folder):
                 log.info(f"Table of the sweep saved to: {path}")
             if has_ended:
-                table.print_table(folder)
+                with contextlib.suppress(BrokenPipeError):  # the reader has what it wanted
+                    table.print_table(folder)
         except Exception as error:  # noqa: BLE001 - Hydra would discard it; a missing table does not fail the jobs
             log.error(f"The table of the sweep could not be written: {in_our_words(error)}")
             log.debug(traceback.format_exc())
