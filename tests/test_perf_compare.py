@@ -12,7 +12,7 @@ import pytest
 
 from sglang_gen.errors import UserError
 from sglang_gen.perf import command
-from sglang_gen.perf.compare import TOLERANCES, compare
+from sglang_gen.perf.compare import Rules, compare
 from sglang_gen.perf.dump_reader import collect, read
 from sglang_gen.perf.statistics import Verdict
 
@@ -84,15 +84,19 @@ def test_a_dump_of_a_real_run_passes_against_itself(pipelines, sglang, capsys):
     assert (code, report["verdict"], report["exit_code"]) == (0, "PASS", 0)
     assert {"total", "stage.load", "stage.denoising", "stage.decoding", "stage.saving", "step"} <= set(rows(report))
     assert all(row["ratio"] == 1 and row["interval"] is None for row in rows(report).values())
-    assert "judged by the tolerance only" in capsys.readouterr().out
+    assert "one observation on each side" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("factor", "code", "verdict"),
-    [(1.0, 0, "PASS"), (1.015, 0, "PASS"), (1.05, 1, "REGRESSION"), (0.9, 0, "IMPROVEMENT")],
-)
-def test_the_exit_code_is_the_verdicts(factor, code, verdict):
-    found, report = perf(save("base.json", ours()), save("new.json", ours(factor)))
+    ("options", "factor", "code", "verdict"),
+    [
+        ((), 1.0, 0, "PASS"), ((), 1.015, 0, "PASS"), ((), 1.05, 3, "TOO_NOISY"), ((), 0.9, 0, "PASS"),
+        (("--single",), 1.015, 0, "PASS"), (("--single",), 1.05, 1, "REGRESSION"),
+        (("--single",), 0.9, 0, "IMPROVEMENT"),
+    ],
+)  # fmt: skip
+def test_the_exit_code_is_the_verdicts(options, factor, code, verdict):
+    found, report = perf(save("base.json", ours()), save("new.json", ours(factor)), *options)
     assert (found, report["verdict"]) == (code, verdict)
     assert rows(report)["total"]["ratio"] == pytest.approx(factor)
     assert rows(report)["step"]["verdict"] == verdict
@@ -104,7 +108,7 @@ def test_a_stage_counts_only_beyond_its_share_and_its_milliseconds():
         entry["duration_ms"] += {"saving": 110.0, "decoding": 140.0, "denoising": 700.0, "text_encoding": 125.0}.get(
             entry["name"], 0.0
         )
-    code, report = perf(save("base.json", base), save("new.json", new))
+    code, report = perf(save("base.json", base), save("new.json", new), "--single")
     assert code == 1
     found = {name: row["verdict"] for name, row in rows(report).items() if name.startswith("stage.")}
     assert found.pop("stage.text_encoding") == "REGRESSION"  # by 125 ms, 42 %
@@ -113,7 +117,7 @@ def test_a_stage_counts_only_beyond_its_share_and_its_milliseconds():
 
 
 def test_memory_counts_by_its_highest_peak():
-    code, report = perf(save("base.json", ours()), save("new.json", ours(peak=1030.0)))
+    code, report = perf(save("base.json", ours()), save("new.json", ours(peak=1030.0)), "--single")
     assert code == 1
     row = rows(report)["memory.peak_host_anon"]
     assert (row["base"]["observations"], row["new"]["observations"], row["unit"]) == ([1000.0], [1030.0], "MB")
@@ -186,14 +190,14 @@ def test_a_regression_outweighs_a_mismatch_and_both_are_reported():
     save("base/left.json", ours(hash_="dddd", fields={**FIELDS, "steps": 8}))
     save("new/a.json", ours(1.2))
     save("new/b.json", ours(hash_="bbbb", fields={**FIELDS, "steps": 5}))
-    code, report = perf("base", "new")
+    code, report = perf("base", "new", "--single")
     assert code == 1
     assert [item["verdict"] for item in report["comparisons"]] == ["REGRESSION", "RECIPE_MISMATCH"]
     assert report["base_without_new"] == ["base/left.json"]
 
 
 def test_upstreams_dumps_are_paired_by_model_and_prompt():
-    code, report = perf(save("base.json", upstreams()), save("new.json", upstreams(1.05)))
+    code, report = perf(save("base.json", upstreams()), save("new.json", upstreams(1.05)), "--single")
     assert code == 1
     assert set(rows(report)) == {
         "total", "stage.TextEncodingStage", "stage.DenoisingStage", "step",
@@ -266,6 +270,14 @@ def test_a_file_that_cannot_be_read_is_one_sentence(content, sentence):
     [
         (["compare"], "needs a BASE and at least one NEW"),
         (["compare", "base.json"], "needs a BASE and at least one NEW"),
+        (["compare", "--across", "parallel"], "needs a BASE and at least one NEW"),
+        (["compare", "--across", "parallel", "base.json"], "are repeats of one recipe, none differs in parallel"),
+        (["compare", "--across", "paralel", "base.json"], "there is no setting 'paralel'; did you mean 'parallel'?"),
+        (["compare", "--across", "sampling.seed", "base.json"], "sampling.seed is not part of a recipe"),
+        (["compare", "--across", "lora", "base.json"], "lora is not part of a recipe"),
+        (["compare", "--across", "cache,,dtype", "base.json"], "'cache,,dtype' is not a list of different keys"),
+        (["compare", "--across", "cache,cache", "base.json"], "'cache,cache' is not a list of different keys"),
+        (["compare", "base.json", "base.json", "--single", "--confidence", "9"], "no effect with --single"),
         (["compare", "base.json", "none.json"], "none.json does not exist"),
         (["compare", "base.json", "empty"], "The folder empty holds no perf dump"),
         (["compare", "base.json", "base.json", "--jsno", "x"], "Unknown option --jsno; did you mean '--json'?"),
@@ -296,7 +308,7 @@ def test_every_tolerance_can_be_changed(words, code):
     save("base.json", ours())
     save("new.json", ours(1.05))
     options = [option for word in words for option in ("--tolerance", word)]
-    assert perf("base.json", "new.json", *options)[0] == code
+    assert perf("base.json", "new.json", "--single", *options)[0] == code
 
 
 def test_the_confidence_widens_the_interval():
@@ -309,7 +321,7 @@ def test_the_confidence_widens_the_interval():
 def test_help_states_every_default_tolerance(capsys):
     assert command.main(["compare", "--help"]) == 0
     text = capsys.readouterr().out
-    for word in ("total=2%", "stage=10%,120ms", "step=2%", "memory=2%"):
+    for word in ("total=2%", "stage=10%,120ms", "step=2%", "memory=2%", "--across KEY", "--single"):
         assert word in text
     assert command.main(["--help"]) == 0
     assert capsys.readouterr().out.strip() == command.HELP
@@ -379,7 +391,7 @@ def test_a_whole_comparison_of_equal_programs_is_rarely_a_regression():
         for side in ("base", "new"):
             for number in range(4):
                 save(f"{side}/{number}.json", noisy(side, number))
-        report = compare(collect(["base"]), collect(["new"]), TOLERANCES)
+        report = compare(collect(["base"]), collect(["new"]), Rules())
         regressions += report.verdict is Verdict.REGRESSION
     assert regressions / trials <= 0.05
 

@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_gen.perf.statistics import Verdict, _verdict, incomplete_beta, judge, noise, quantile, student
+from sglang_gen.perf.statistics import (
+    ASSUMED_NOISE,
+    MOST_REPEATS,
+    Verdict,
+    _verdict,
+    by_ratio,
+    incomplete_beta,
+    judge,
+    noise,
+    quantile,
+    student,
+)
 
 TOLERANCE = 0.02
 
@@ -132,10 +143,41 @@ def test_a_ratio_at_the_tolerance_itself_asks_for_more_repeats_than_there_are():
     assert exactly.repeats_needed >= 10_000
 
 
-def test_single_observations_are_judged_by_the_tolerance_alone():
-    for value, verdict in [(101.9, Verdict.PASS), (102.1, Verdict.REGRESSION), (97.9, Verdict.IMPROVEMENT)]:
+def test_single_observations_pass_within_the_tolerance_and_need_repeats_beyond_it():
+    for value, verdict, needed in [
+        (50.0, Verdict.PASS, None),
+        (101.9, Verdict.PASS, None),
+        (102.1, Verdict.TOO_NOISY, 8),
+        (500.0, Verdict.TOO_NOISY, 8),
+    ]:
         judged = judge([100.0], [value], TOLERANCE)
-        assert (judged.interval, judged.verdict, judged.repeats_needed) == (None, verdict, None)
+        assert (judged.interval, judged.verdict, judged.repeats_needed) == (None, verdict, needed)
+
+
+@given(st.floats(1e-3, 1e9), st.floats(1e-3, 1e9), st.floats(0, 2), st.floats(0.5, 0.9999))
+def test_one_observation_a_side_is_never_a_regression(base, new, tolerance, confidence):
+    judged = judge([base], [new], tolerance, confidence)
+    assert judged.verdict in (Verdict.PASS, Verdict.TOO_NOISY)
+    assert judged.repeats_needed is None or judged.repeats_needed >= 2
+    assert by_ratio(new / base, tolerance) in (Verdict.PASS, Verdict.IMPROVEMENT, Verdict.REGRESSION)
+
+
+@pytest.mark.parametrize("tolerance", [0.005, 0.02, 0.1])
+def test_the_repeats_for_single_observations_decide_at_the_assumed_noise(tolerance):
+    needed = judge([100.0], [200.0], tolerance).repeats_needed
+    generator, right, trials = random.Random(4), 0, 200
+    for _ in range(trials):
+        base, new = (times(generator, needed, ASSUMED_NOISE) for _ in range(2))
+        right += judge(base, new, tolerance).verdict in (Verdict.PASS, Verdict.IMPROVEMENT)
+    assert right / trials >= 0.85  # 0.9 is planned
+    assert judge([100.0], [200.0], 0.0).repeats_needed == MOST_REPEATS
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"), [(1.0199, Verdict.PASS), (1.0201, Verdict.REGRESSION), (0.9799, Verdict.IMPROVEMENT)]
+)
+def test_a_ratio_that_is_taken_as_exact_is_compared_with_the_tolerance(ratio, verdict):
+    assert by_ratio(ratio, TOLERANCE) is verdict
 
 
 def test_an_interval_that_ends_at_a_tolerance_is_within_it():

@@ -71,7 +71,7 @@ def test_a_signal_ends_a_whole_sweep_and_the_job_says_so(pipelines, tmp_path, nu
     word = "interrupted" if number == signal.SIGINT else "terminated"
     assert (note["status"], note["error"]) == (word, f"The sweep was {word} in this job")
     assert "generated_image_0.png" in note["files"]
-    assert f"| {word}: The sweep was {word} in this job |" in (tmp_path / "table.md").read_text()
+    assert f"\n- 0: The sweep was {word} in this job\n" in (tmp_path / "table.md").read_text()
 
 
 # The command's script, which receives a signal when the module of the first argument is looked for.

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sglang_gen import files, log
-from sglang_gen.perf import command as perf
-from sglang_gen.sweep import table
+from sglang_gen.perf import compare_markdown
+from sglang_gen.sweep import columns, markdown
 
 ROOT = str(Path(__file__).parents[1])
 PROMPT = "s\u00fc\u00df \u2603 \U0001f408\u200d\u2b1b"
@@ -57,7 +57,7 @@ def test_a_prompt_cannot_steer_the_terminal_and_its_record_keeps_it(sglang, pipe
 
 
 def test_the_cells_of_tables_have_no_control_characters():
-    for cell in (table._escaped, table._code, perf._cell):
+    for cell in (columns.escaped, markdown.code, compare_markdown._cell):
         assert not CONTROL.search(cell(HOSTILE)), cell
         assert "\\u202e" in cell(HOSTILE)
 

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sglang_gen import destination, log
+from sglang_gen import destination
 from sglang_gen import files as output
 from sglang_gen.config.schema import plain
 from sglang_gen.errors import UserError, nearest
-from sglang_gen.perf.compare import KINDS, TOLERANCES, Comparison, Report, Row, Tolerance, compare
+from sglang_gen.perf.compare import KINDS, TOLERANCES, Report, Rules, Tolerance, compare, compare_within
+from sglang_gen.perf.compare_markdown import markdown, share
 from sglang_gen.perf.dump_reader import collect
-from sglang_gen.perf.statistics import MOST_REPEATS, Verdict
+from sglang_gen.perf.recipe import fields_of
+from sglang_gen.perf.statistics import Verdict
 
 REPORT_VERSION = 1
 EXIT_CODES = {
@@ -30,12 +32,8 @@ _MEANINGS = {
 }
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.4g}%"
-
-
 def _spelling(kind: str, tolerance: Tolerance) -> str:
-    parts = [_share(tolerance.relative)] if tolerance.relative or not tolerance.absolute else []
+    parts = [share(tolerance.relative)] if tolerance.relative or not tolerance.absolute else []
     parts += [f"{tolerance.absolute:g}{KINDS[kind][0].lower()}"] if tolerance.absolute else []
     return ",".join(parts)
 
@@ -48,16 +46,25 @@ commands:
 
 COMPARE_HELP = """\
 usage: sglang perf compare BASE NEW [NEW ...] [options]
+       sglang perf compare --across KEY[,KEY...] FOLDER [options]
 
 Compare the performance of two programs. BASE and NEW are perf dumps (sglang generate --perf-dump-path FILE) or folders
 of perf dumps. All NEW are compared with BASE together. Dumps with the same fingerprint (model, settings, machine) are
 repeats of one recipe; more repeats give narrower confidence intervals.
 
+With --across, recipes may differ in these keys, and only in these. With one FOLDER, such as that of a sweep, each
+recipe is compared with the first in the folder that differs from it in no other key.
+
 options:
+  --across KEY[,KEY...]     compare recipes that differ in these config paths or groups, such as parallel, cache or
+                            sampling.num_inference_steps, or in fields that a RECIPE_MISMATCH lists
   --tolerance METRIC=VALUE  change of a metric that is allowed: a percentage, an amount, or the larger of both, such as
                             total=3%, memory=64mb or stage=10%,120ms; can be repeated. Defaults:
 {tolerances}
   --confidence PERCENT      confidence of the intervals (default: 95%)
+  --single                  compare the ratios alone with the tolerances; noise is not considered, and no metric is
+                            TOO_NOISY. Without this option, a metric with one observation on each side is never a
+                            REGRESSION or an IMPROVEMENT: it passes within its tolerance and is TOO_NOISY beyond
   --json FILE               write the report as JSON
   --markdown FILE           write the report as Markdown
   -h, --help                show this help
@@ -80,11 +87,38 @@ def main(argv: Sequence[str]) -> int:
     if given.help:
         output.print_result(COMPARE_HELP)
         return 0
-    if len(given.paths) < 2:
-        raise UserError("sglang perf compare needs a BASE and at least one NEW, each a perf dump or a folder of dumps")
+    return _compare(given)
+
+
+def _compare(given: argparse.Namespace) -> int:
+    keys = _keys(given.across)
+    if len(given.paths) < (1 if keys else 2):
+        raise UserError(
+            "sglang perf compare needs a BASE and at least one NEW, each a perf dump or a folder of dumps, or --across "
+            "and one folder"
+        )
     for path in given.paths:
         _check_name("BASE and NEW", path)
     paths = [os.path.expanduser(path) for path in given.paths]
+    reports = _reports(given)
+    if given.single and given.confidence is not None:
+        raise UserError("--confidence has no effect with --single, which computes no intervals; leave out one of them")
+    tolerances, confidence = _tolerances(given.tolerance), _confidence(given.confidence)
+    base, new = collect(paths[:1]), collect(paths[1:])
+    _check_reports(reports, [dump.path for dump in (*base, *new)])
+    rules = Rules(tolerances, confidence, fields_of(keys, [*base, *new]), given.single)
+    report = compare(base, new, rules) if new else compare_within(base, rules)
+    text = markdown(report)
+    if "--json" in reports:
+        output.save_json(Path(reports["--json"]), as_json(report), stream=True)
+    if "--markdown" in reports:
+        output.save_bytes(Path(reports["--markdown"]), f"{text}\n".encode(), stream=True)
+    output.print_result(text)
+    return EXIT_CODES[report.verdict]
+
+
+def _reports(given: argparse.Namespace) -> dict[str, str]:
+    """The files of the reports by option, checked before the comparison, whose exit codes have other meanings."""
     reports = {
         option: os.path.expanduser(path)
         for option, path in (("--json", given.json), ("--markdown", given.markdown))
@@ -94,20 +128,8 @@ def main(argv: Sequence[str]) -> int:
         _check_name(option, path)
         if path.endswith("/"):
             raise UserError(f"sglang perf compare: {option} must name a file, and {path} ends in a slash")
-        output.prepare_file(
-            Path(path), stream=True
-        )  # before the comparison, since a failed write has the same exit code as a verdict
-    tolerances, confidence = _tolerances(given.tolerance), _confidence(given.confidence)
-    base, new = collect(paths[:1]), collect(paths[1:])
-    _check_reports(reports, [dump.path for dump in (*base, *new)])
-    report = compare(base, new, tolerances, confidence)
-    text = markdown(report)
-    if "--json" in reports:
-        output.save_json(Path(reports["--json"]), as_json(report), stream=True)
-    if "--markdown" in reports:
-        output.save_bytes(Path(reports["--markdown"]), f"{text}\n".encode(), stream=True)
-    output.print_result(text)
-    return EXIT_CODES[report.verdict]
+        output.prepare_file(Path(path), stream=True)
+    return reports
 
 
 def _check_name(what: str, path: str) -> None:
@@ -143,15 +165,24 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("paths", nargs="*")
     parser.add_argument("--tolerance", action="append", default=[])
-    for option in ("--confidence", "--json", "--markdown"):
+    parser.add_argument("--single", action="store_true")
+    for option in ("--across", "--confidence", "--json", "--markdown"):
         parser.add_argument(option, action=_Once)
     parser.add_argument("-h", "--help", action="store_true")
     given, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
         name = unknown[0].partition("=")[0]
-        options = ("--tolerance", "--confidence", "--json", "--markdown", "--help")
+        options = ("--across", "--tolerance", "--confidence", "--single", "--json", "--markdown", "--help")
         raise UserError(f"Unknown option {name}{nearest(name, options)} (sglang perf compare --help lists all)")
     return given
+
+
+def _keys(text: str | None) -> list[str]:
+    """The keys of `--across`, each once."""
+    keys = [] if text is None else [key.strip() for key in text.split(",")]
+    if not all(keys) or len(set(keys)) < len(keys):
+        raise UserError(f"--across: '{text}' is not a list of different keys, such as parallel,cache")
+    return keys
 
 
 def _tolerances(given: Sequence[str]) -> dict[str, Tolerance]:
@@ -201,67 +232,3 @@ def as_json(report: Report) -> dict[str, Any]:
     """The report with all its numbers, as JSON-serializable data."""
     content: dict[str, Any] = plain(report)
     return {"report_version": REPORT_VERSION, **content, "exit_code": EXIT_CODES[report.verdict]}
-
-
-def markdown(report: Report) -> str:
-    """The report as Markdown: the verdict, then one table per recipe."""
-    lines = [f"**{report.verdict.name}**"]
-    for item in report.comparisons:
-        lines += ["", f"## {item.verdict.name}: {_cell(item.model)}, {_cell(item.prompt)}", ""]
-        lines += _mismatch(item) if item.verdict is Verdict.RECIPE_MISMATCH else _judged(item, report.confidence)
-        lines += [f"- {note}" for note in item.notes]
-    if report.base_without_new:
-        names = ", ".join(map(str, report.base_without_new))
-        lines += ["", f"Recipes of the base without counterpart, not judged: {names}"]
-    return log.visible("\n".join(lines))
-
-
-def _mismatch(comparison: Comparison) -> list[str]:
-    files = f"{', '.join(map(str, comparison.new_files))} against the nearest recipe, {comparison.base_files[0]}:"
-    rows = [
-        f"| {_cell(item['field'])} | {_cell(item['base'])} | {_cell(item['new'])} |" for item in comparison.differences
-    ]
-    return [files, "", "| field | base | new |", "|---|---|---|", *rows, ""]
-
-
-def _judged(comparison: Comparison, confidence: float) -> list[str]:
-    lines = [
-        f"| metric | base | new | new/base | {_share(confidence)} interval | tolerance | verdict |",
-        "|---|---|---|---|---|---|---|",
-        *map(_line, comparison.rows),
-        "",
-    ]
-    if None not in (rates := comparison.images_per_second).values():
-        lines.append(f"- images per second: {rates['base']:.4g}, now {rates['new']:.4g}")
-    for side, names in comparison.only_in.items():
-        if names:
-            lines.append(f"- only in {side}, not judged: {_cell(', '.join(names), 10_000)}")
-    return lines
-
-
-def _line(row: Row) -> str:
-    def side(values: Any) -> str:
-        count = len(values.observations)
-        spread = "" if values.noise is None else f" ± {_share(values.noise)}"
-        return f"{values.geometric_mean:.6g} {row.unit}{spread}" + (f" (n={count})" if count > 1 else "")
-
-    interval = "none" if row.interval is None else "{:.4f} to {:.4f}".format(*row.interval)
-    verdict = row.verdict.name
-    if row.repeats_needed is not None:
-        verdict += f", {'more than ' if row.repeats_needed >= MOST_REPEATS else ''}{row.repeats_needed} repeats needed"
-    cells = (
-        _cell(row.metric),
-        side(row.base),
-        side(row.new),
-        f"{row.ratio:.4f}",
-        interval,
-        _share(row.tolerance),
-        verdict,
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(value: Any, length: int = 100) -> str:
-    """A value as one cell of a Markdown table, truncated to `length` characters."""
-    text = log.visible(" ".join(str(value).split())).replace("|", "\\|")
-    return text if len(text) <= length else f"{text[: length - 3]}..."

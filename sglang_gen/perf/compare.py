@@ -7,7 +7,8 @@ from typing import Any
 
 from sglang_gen.errors import UserError
 from sglang_gen.perf.dump_reader import Dump
-from sglang_gen.perf.statistics import Verdict, geometric_mean, judge, noise
+from sglang_gen.perf.recipe import allowed, differences
+from sglang_gen.perf.statistics import ASSUMED_NOISE, Verdict, by_ratio, geometric_mean, judge, noise
 
 RESOLUTION = {"ms": 0.001, "MB": 0.01}  # rounding of the values in a dump; zeros are replaced by it
 
@@ -72,6 +73,7 @@ class Comparison:
     images_per_second: dict[str, float | None] = field(default_factory=dict)
     only_in: dict[str, list[str]] = field(default_factory=dict)  # base, new: metrics that the other side lacks
     differences: list[dict[str, Any]] = field(default_factory=list)
+    across: list[dict[str, Any]] = field(default_factory=list)  # differences that --across allows
     notes: list[str] = field(default_factory=list)
 
 
@@ -84,22 +86,77 @@ class Report:
     tolerances: dict[str, Tolerance]
     comparisons: list[Comparison]
     base_without_new: list[Path]  # dumps of recipes that the new side lacks; they do not affect the verdict
+    across: list[str] = field(default_factory=list)  # keys in which the sides may differ
+    single: bool = False
 
 
-def compare(
-    base: Sequence[Dump], new: Sequence[Dump], tolerances: Mapping[str, Tolerance], confidence: float = 0.95
+@dataclass(frozen=True)
+class Rules:
+    """How recipes are paired and judged: `across` has the fields in which a pair may differ, by the key that was given.
+
+    With `single` the ratio alone is compared with the tolerance.
+    """
+
+    tolerances: Mapping[str, Tolerance] = field(default_factory=lambda: TOLERANCES)
+    confidence: float = 0.95
+    across: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    single: bool = False
+
+
+def compare(base: Sequence[Dump], new: Sequence[Dump], rules: Rules) -> Report:
+    """Judge every recipe of `new` against the same recipe of `base`. Both hold at least one dump.
+
+    With `rules.across` against the recipe of `base` that differs in these fields only.
+    """
+    bases = _by_recipe(base)
+    pairs = [(_partner(bases, dumps[0], rules), dumps) for dumps in _by_recipe(new).values()]
+    return _report(pairs, bases, rules)
+
+
+def compare_within(dumps: Sequence[Dump], rules: Rules) -> Report:
+    """Judge the recipes of `dumps`, each against the first of those that differ from it in `rules.across` only.
+
+    If there are no such recipes, all are compared with the first one, which they do not match. Raises UserError for a
+    single recipe.
+    """
+    recipes = list(_by_recipe(dumps).values())
+    if len(recipes) == 1:
+        raise UserError(
+            f"The dumps are repeats of one recipe, none differs in {', '.join(rules.across)}: {recipes[0][0].path}"
+        )
+    families: list[list[Sequence[Dump]]] = []
+    for recipe in recipes:
+        family = next((family for family in families if not _foreign(family[0][0], recipe[0], rules)), None)
+        if family is None:
+            families.append(family := [])
+        family.append(recipe)
+    pairs = [(family[0], recipe) for family in families for recipe in family[1:]]
+    bases = {family[0][0].recipe: family[0] for family in families}
+    if not pairs:
+        pairs, bases = [(recipes[0], recipe) for recipe in recipes[1:]], {}
+    return _report(pairs, bases, rules)
+
+
+def _report(
+    pairs: Iterable[tuple[Sequence[Dump], Sequence[Dump]]], bases: Mapping[str, Sequence[Dump]], rules: Rules
 ) -> Report:
-    """Judge every recipe of `new` against the same recipe of `base`. Both hold at least one dump."""
-    bases, comparisons, used = _by_recipe(base), [], set()
-    for dumps in _by_recipe(new).values():
-        partner = _partner(bases.values(), dumps[0])
-        comparison = _unjudged(partner, dumps)
+    comparisons, used = [], set()
+    for partner, dumps in pairs:
+        comparison = _unjudged(partner, dumps, rules)
         if not comparison.differences:
             used.add(partner[0].recipe)
-            comparison = _judge(comparison, partner, dumps, tolerances, confidence)
+            comparison = _judge(comparison, partner, dumps, rules)
         comparisons.append(comparison)
     left = [dump.path for recipe, dumps in bases.items() if recipe not in used for dump in dumps]
-    return Report(_worst(item.verdict for item in comparisons), confidence, dict(tolerances), comparisons, left)
+    return Report(
+        verdict=_worst(item.verdict for item in comparisons),
+        confidence=rules.confidence,
+        tolerances=dict(rules.tolerances),
+        comparisons=comparisons,
+        base_without_new=left,
+        across=list(rules.across),
+        single=rules.single,
+    )
 
 
 def _by_recipe(dumps: Sequence[Dump]) -> dict[str, list[Dump]]:
@@ -109,43 +166,31 @@ def _by_recipe(dumps: Sequence[Dump]) -> dict[str, list[Dump]]:
     return recipes
 
 
-def _partner(bases: Iterable[Sequence[Dump]], new: Dump) -> Sequence[Dump]:
-    """The recipe of the base that differs least. Raises UserError if several do not differ at all."""
-    distances = [(len(differences(dumps[0], new)), dumps) for dumps in bases]
-    equal = [dumps[0].path for distance, dumps in distances if distance == 0]
-    if len(equal) > 1:
-        names = ", ".join(map(str, equal))
-        raise UserError(
-            f"{new.path} fits several recipes of the base, since a fingerprint is missing; name one: {names}"
-        )
+def _partner(bases: Mapping[str, Sequence[Dump]], new: Dump, rules: Rules) -> Sequence[Dump]:
+    """The same recipe of the base, or the one that differs least. Raises UserError if several fit."""
+    if new.recipe in bases:
+        return bases[new.recipe]
+    distances = [(len(_foreign(dumps[0], new, rules)), dumps) for dumps in bases.values()]
+    fitting = [dumps[0].path for distance, dumps in distances if distance == 0]
+    if len(fitting) > 1:
+        why = f"they differ in {', '.join(rules.across)}" if rules.across else "a fingerprint is missing"
+        names = ", ".join(map(str, fitting))
+        raise UserError(f"{new.path} fits several recipes of the base, since {why}; name one: {names}")
     return min(distances, key=lambda pair: pair[0])[1]
 
 
-def differences(base: Dump, new: Dump) -> list[dict[str, Any]]:
-    """`{field, base, new}` for each field that differs, in the fingerprint or (if a side has none) in `meta`."""
-    if base.fingerprint is None or new.fingerprint is None:
-        left, right = base.meta, new.meta
-    elif base.fingerprint == new.fingerprint:
-        return []
-    else:
-        left, right = _flat(base.fields), _flat(new.fields)
-    names = [
-        name for name in {**left, **right} if left.get(name) != right.get(name) or (name in left) != (name in right)
-    ]
-    if not names and left is not base.meta:
-        return [{"field": "hash", "base": base.fingerprint, "new": new.fingerprint}]
-    return [{"field": name, "base": left.get(name), "new": right.get(name)} for name in names]
+def _foreign(base: Dump, new: Dump, rules: Rules) -> list[dict[str, Any]]:
+    """Differences in fields in which a pair may not differ."""
+    return [item for item in differences(base, new) if not allowed(item, rules.across)]
 
 
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return flat
-
-
-def _unjudged(base: Sequence[Dump], new: Sequence[Dump]) -> Comparison:
-    notes = []
+def _unjudged(base: Sequence[Dump], new: Sequence[Dump], rules: Rules) -> Comparison:
+    notes, across = [], [item for item in differences(base[0], new[0]) if allowed(item, rules.across)]
+    for key, fields in rules.across.items():
+        if not any(allowed(item, {key: fields}) for item in across):
+            notes.append(f"{key} is the same on both sides")
+    if any(item["field"].startswith("cache") for item in across):
+        notes.append("step is the median denoising step, which a cache may reuse; stage.denoising has all steps")
     if base[0].fingerprint is None or new[0].fingerprint is None:
         notes.append("no fingerprint: model, prompt and number of denoising steps were compared, nothing else")
     return Comparison(
@@ -154,23 +199,23 @@ def _unjudged(base: Sequence[Dump], new: Sequence[Dump]) -> Comparison:
         base_files=[dump.path for dump in base],
         new_files=[dump.path for dump in new],
         verdict=Verdict.RECIPE_MISMATCH,
-        differences=differences(base[0], new[0]),
+        differences=_foreign(base[0], new[0], rules),
+        across=across,
         notes=notes,
     )
 
 
-def _judge(
-    comparison: Comparison,
-    base: Sequence[Dump],
-    new: Sequence[Dump],
-    tolerances: Mapping[str, Tolerance],
-    confidence: float,
-) -> Comparison:
+def _judge(comparison: Comparison, base: Sequence[Dump], new: Sequence[Dump], rules: Rules) -> Comparison:
     left, right = _merge(base), _merge(new)
-    rows = [_row(name, left[name], right[name], tolerances, confidence) for name in left if name in right]
+    rows = [_row(name, left[name], right[name], rules) for name in left if name in right]
     notes = list(comparison.notes)
-    if any(row.interval is None for row in rows):
-        notes.append("metrics with one observation on each side have no interval and were judged by the tolerance only")
+    if rules.single:
+        notes.append("--single: the ratios alone were compared with the tolerances; noise was not considered")
+    elif any(row.interval is None for row in rows):
+        notes.append(
+            "a metric with one observation on each side has no interval: it passes within its tolerance, and beyond it "
+            f"it is too noisy (repeats needed at {100 * ASSUMED_NOISE:g}% noise); --single compares the ratios alone"
+        )
     return replace(
         comparison,
         verdict=_worst(row.verdict for row in rows),
@@ -190,13 +235,17 @@ def _merge(dumps: Sequence[Dump]) -> dict[str, list[float]]:
     return {name: merged[name] for name in sorted(merged, key=lambda name: list(KINDS).index(name.partition(".")[0]))}
 
 
-def _row(name: str, base: list[float], new: list[float], tolerances: Mapping[str, Tolerance], confidence: float) -> Row:
+def _row(name: str, base: list[float], new: list[float], rules: Rules) -> Row:
     kind = name.partition(".")[0]
     unit = KINDS[kind][0]
     left, right = (Values.of([max(value, RESOLUTION[unit]) for value in side]) for side in (base, new))
-    allowed = max(tolerances[kind].relative, tolerances[kind].absolute / left.geometric_mean)
-    judged = judge(left.observations, right.observations, allowed, confidence)
-    return Row(name, unit, left, right, judged.ratio, judged.interval, allowed, judged.verdict, judged.repeats_needed)
+    limits = rules.tolerances[kind]
+    tolerance = max(limits.relative, limits.absolute / left.geometric_mean)
+    if rules.single:
+        ratio = right.geometric_mean / left.geometric_mean
+        return Row(name, unit, left, right, ratio, None, tolerance, by_ratio(ratio, tolerance), None)
+    judged = judge(left.observations, right.observations, tolerance, rules.confidence)
+    return Row(name, unit, left, right, judged.ratio, judged.interval, tolerance, judged.verdict, judged.repeats_needed)
 
 
 def _rate(dumps: Sequence[Dump]) -> float | None:

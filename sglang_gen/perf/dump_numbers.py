@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_gen.perf.clock import STAGES
+from sglang_gen.perf.statistics import quantile
 
-TIMES = (*STAGES, "step", "total")  # "step" is one denoising step
+TIMES = (*STAGES, "step", "total")  # "step" is the median denoising step of a generation
+MEAN_STEP = "step_mean"  # the mean of its steps, which differs from the median if a cache skips the work of some
 
 
 MEMORY = {"peak_host_mb": "peak_host_anon_mb", "peak_device_mb": "peak_allocated_mb"}  # column -> field of a checkpoint
@@ -35,13 +37,41 @@ def measure(values: Sequence[float]) -> Measure:
     median, degrees = statistics.median(values), len(values) - 1
     if degrees < 1:
         return Measure(median)
-    t = _T[degrees - 1] if degrees <= len(_T) else 1.96 + 2.372 / degrees + 2.823 / degrees**2  # Cornish and Fisher
-    half = t * math.sqrt(math.pi / 2) * statistics.stdev(values) / math.sqrt(len(values))
+    half = _t(degrees) * math.sqrt(math.pi / 2) * statistics.stdev(values) / math.sqrt(len(values))
     return Measure(median, max(median - half, 0.0), median + half, len(values))
 
 
+def _t(degrees: int) -> float:
+    """Student's t, 97.5 %; beyond the table by Cornish and Fisher."""
+    return _T[degrees - 1] if degrees <= len(_T) else 1.96 + 2.372 / degrees + 2.823 / degrees**2
+
+
+def speed_up(base: Measure, new: Measure) -> Measure:
+    """The ratio base / new of two times, with Welch's interval for the difference of their logarithms.
+
+    The relative standard errors of the medians are those of `measure`. The ratio has no interval if either side is a
+    single observation.
+    """
+    ratio = base.median / new.median if new.median else math.inf
+    relative = [_relative_variance(side) for side in (base, new)]
+    if None in relative or not 0 < ratio < math.inf:
+        return Measure(ratio)
+    u, v = (value for value in relative if value is not None)
+    below = u**2 / (base.repeats - 1) + v**2 / (new.repeats - 1)
+    half = quantile(0.975, (u + v) ** 2 / below) * math.sqrt(u + v) if below else 0.0
+    factor = math.exp(min(half, 50.0))
+    return Measure(ratio, ratio / factor, ratio * factor, min(base.repeats, new.repeats))
+
+
+def _relative_variance(item: Measure) -> float | None:
+    """Squared standard error of a median, relative to it; None for a single observation."""
+    if item.high is None or not item.median:
+        return None
+    return ((item.high - item.median) / (_t(item.repeats - 1) * item.median)) ** 2
+
+
 def times(dump: Mapping[str, Any]) -> dict[str, Measure]:
-    """Seconds per stage, per denoising step (the median step of a generation) and in total.
+    """Seconds per stage, per denoising step (the median and the mean of a generation's steps) and in total.
 
     If the dump has `repeats`, these are the observations, each with `total_duration_ms`, `steps` and
     `denoise_steps_ms`; otherwise, and for stages that are not repeated, the dump's own times are the only observation.
@@ -52,6 +82,7 @@ def times(dump: Mapping[str, Any]) -> dict[str, Measure]:
             observations.setdefault(stage["name"], []).append(stage["duration_ms"])
         if steps := [step["duration_ms"] for step in repeat.get("denoise_steps_ms", ())]:
             observations.setdefault("step", []).append(statistics.median(steps))
+            observations.setdefault(MEAN_STEP, []).append(statistics.fmean(steps))
         if "total_duration_ms" in repeat:
             observations.setdefault("total", []).append(repeat["total_duration_ms"])
     for stage in dump.get("steps", ()):
@@ -69,8 +100,11 @@ def images_per_second(dump: Mapping[str, Any], images: int) -> Measure | None:
 
 
 def peak_memory(dump: Mapping[str, Any]) -> dict[str, float]:
-    """The highest host and device memory of all checkpoints in MB, as far as it was measured."""
-    checkpoints = (dump.get("memory_checkpoints") or {}).values()
-    peaks = {column: [point[name] for point in checkpoints if point.get(name) is not None]
+    """The highest host and device memory in MB, as far as it was measured: of all stages, and of the rank with most.
+
+    The checkpoints are those of rank 0.
+    """
+    points = [*(dump.get("memory_checkpoints") or {}).values(), *(dump.get("ranks") or ())]
+    peaks = {column: [point[name] for point in points if point.get(name) is not None]
              for column, name in MEMORY.items()}  # fmt: skip
     return {column: max(values) for column, values in peaks.items() if values}

@@ -51,7 +51,13 @@ def collect(paths: Iterable[str | Path]) -> list[Dump]:
 
 
 def _json_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.json") if path.is_file() and not path.name.startswith("."))
+    """JSON files in the order of their paths, numbers by value: the jobs of a sweep in their order."""
+    files = [path for path in folder.rglob("*.json") if path.is_file() and not path.name.startswith(".")]
+    return sorted(files, key=lambda path: ([_natural(part) for part in path.parts], path))
+
+
+def _natural(part: str) -> tuple[int, int, str]:
+    return (0, int(part), part) if part.isdecimal() and len(part) < 19 else (1, 0, part)
 
 
 def read(path: Path, strict: bool = False) -> Dump | None:

@@ -10,13 +10,16 @@ x_1..x_n of the base, y_1..y_m of the new program, and sample variances u, v of 
 
 (B. L. Welch, "The generalization of 'Student's' problem when several different population variances are involved",
 Biometrika 34, 1947; the two variances need not be equal.) If one side has a single observation, the variance of the
-other side is used for it: e = s sqrt(1 + 1/n), k = n - 1. Two single observations have no interval.
+other side is used for it: e = s sqrt(1 + 1/n), k = n - 1. Two single observations have no interval: they pass if the
+ratio is within the tolerance, which proves little, and are too noisy for any other verdict.
 
 The repeats needed follow C. Stein, "A two-sample test for a linear hypothesis whose power is independent of the
 variance", Annals of Mathematical Statistics 16, 1945: the quantiles of the first observations' own degrees of freedom
 allow for their variance being an estimate. Per side,
 
     N = (t_confidence + t_power)^2 (u + v) / log(1 + tolerance)^2
+
+Two single observations do not show their variance; ASSUMED_NOISE is then the standard deviation on both sides.
 """
 
 import math
@@ -27,6 +30,7 @@ from functools import lru_cache
 from statistics import NormalDist, fmean, variance
 
 POWER = 0.9  # probability that the predicted number of repeats leads to a decision
+ASSUMED_NOISE = 0.01  # standard deviation of the logarithms of run times on a quiet machine
 MOST_REPEATS = 10_000  # upper limit of the predicted number of repeats
 _EXPONENT = 50.0  # log ratios are clamped to this, so that exp does not overflow
 
@@ -56,18 +60,26 @@ def judge(base: Sequence[float], new: Sequence[float], tolerance: float, confide
 
     REGRESSION if the whole interval lies above 1 + tolerance, IMPROVEMENT if it lies below 1 - tolerance, PASS if it
     ends at or below 1 + tolerance, TOO_NOISY otherwise. A program that is slower by the tolerance or less is judged a
-    regression with probability (1 - confidence) / 2 at most, whatever the noise. Without an interval the ratio itself
-    is compared with the tolerance.
+    regression with probability (1 - confidence) / 2 at most, whatever the noise. Without an interval the verdict is
+    PASS if the ratio is at most 1 + tolerance, else TOO_NOISY.
     """
     logs = [math.log(value) for value in base], [math.log(value) for value in new]
     shift = fmean(logs[1]) - fmean(logs[0])
     error, freedom = _error(*logs)
     if error is None:
-        return Judgement(_exp(shift), None, _verdict(shift, shift, tolerance))
+        if shift <= math.log1p(tolerance):
+            return Judgement(_exp(shift), None, Verdict.PASS)
+        return Judgement(_exp(shift), None, Verdict.TOO_NOISY, _repeats_at_assumed_noise(tolerance, confidence))
     half = quantile(0.5 + confidence / 2, freedom) * error if error else 0.0
     verdict = _verdict(shift - half, shift + half, tolerance)
     needed = _repeats_needed(logs, shift, freedom, tolerance, confidence) if verdict is Verdict.TOO_NOISY else None
     return Judgement(_exp(shift), (_exp(shift - half), _exp(shift + half)), verdict, needed)
+
+
+def by_ratio(ratio: float, tolerance: float) -> Verdict:
+    """The verdict of a ratio that is taken as exact; never TOO_NOISY."""
+    shift = math.log(ratio)
+    return _verdict(shift, shift, tolerance)
 
 
 def noise(values: Sequence[float]) -> float | None:
@@ -123,7 +135,7 @@ def _repeats_needed(
     number that distinguishes this ratio from the tolerance.
     """
     variances = _variances(*logs)
-    assert variances is not None, "two single observations are never too noisy"
+    assert variances is not None, "two single observations have no variance"
     factor = (quantile(0.5 + confidence / 2, freedom) + quantile(POWER, freedom)) ** 2 * sum(variances)
     have = min(len(side) for side in logs)
     limit = math.log1p(tolerance)
@@ -132,6 +144,19 @@ def _repeats_needed(
         if needed > have:
             return needed
     return have + 1
+
+
+def _repeats_at_assumed_noise(tolerance: float, confidence: float) -> int:
+    """Repeats per side that decide, as in `_repeats_needed`, if the noise is ASSUMED_NOISE."""
+    limit = math.log1p(tolerance)
+    repeats = 2
+    while repeats < MOST_REPEATS:
+        freedom = repeats - 1.0  # the least that Welch's formula gives for so many
+        factor = (quantile(0.5 + confidence / 2, freedom) + quantile(POWER, freedom)) ** 2 * 2 * ASSUMED_NOISE**2
+        if factor <= repeats * limit**2:
+            return repeats
+        repeats += 1 + repeats // 10
+    return MOST_REPEATS
 
 
 @lru_cache(maxsize=4096)

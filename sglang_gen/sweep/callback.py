@@ -6,6 +6,8 @@ hydra:
       _target_: sglang_gen.sweep.callback.SweepTable
 """
 
+import contextlib
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,20 @@ from sglang_gen.sweep import table
 
 
 class SweepTable(Callback):  # type: ignore[misc]  # Hydra has no types
-    """Writes `table.csv` and `table.md` into the sweep's folder when all jobs have ended or a signal ends the sweep."""
+    """Writes `table.csv` and `table.md` into the sweep's folder when all jobs have ended or a signal ends the sweep.
+
+    If all jobs have ended, the table is printed too.
+    """
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
+        has_ended = isinstance(sys.exception(), Exception | None)  # a signal is a BaseException
+        folder = Path(config.hydra.sweep.dir)
         try:
-            for path in table.write_table(Path(config.hydra.sweep.dir)):
+            for path in table.write_table(folder):
                 log.info(f"Table of the sweep saved to: {path}")
+            if has_ended:
+                with contextlib.suppress(BrokenPipeError):  # the reader has what it wanted
+                    table.print_table(folder)
         except Exception as error:  # noqa: BLE001 - Hydra would discard it; a missing table does not fail the jobs
             log.error(f"The table of the sweep could not be written: {in_our_words(error)}")
             log.debug(traceback.format_exc())

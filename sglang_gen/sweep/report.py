@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen.errors import in_our_words
+from sglang_gen.perf.dump_facts import facts
 from sglang_gen.perf.dump_numbers import QUALITY, Measure, images_per_second, peak_memory, times
 
 NOTE, DUMP = "job.json", "perf.json"  # file names of a job's note and perf dump
+# Keys of a note: the job was `kept` from an earlier run of the sweep, it `reused` the engine of an earlier job.
+JOB_MARKS = ("kept", "reused")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Row:
     requested: Mapping[str, str] = field(default_factory=dict)  # `parallel.tp_size` -> "2"
     effective: Mapping[str, str] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)  # what ran: `model`, `prompt` and others in words
+    marks: tuple[str, ...] = ()  # those of JOB_MARKS that the job's note sets
 
 
 def read_jobs(folder: Path) -> list[Row]:
@@ -62,6 +67,8 @@ def _read_job(place: Path) -> Row:
         requested=_flattened(dump.get("requested") or {}),
         effective=_flattened(dump.get("effective") or {}),
         quality={name: value for name, value in (dump.get("quality") or {}).items() if name in (*QUALITY, "identical")},
+        facts=facts(dump),
+        marks=tuple(mark for mark in JOB_MARKS if note.get(mark) is True),
     )
 
 
