@@ -21,7 +21,7 @@ from sglang_gen.outputs.save import Saved, kept_latents
 from sglang_gen.parallel import bandwidth
 from sglang_gen.parallel.guidance_split import rounds
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.perf import dump, quality
+from sglang_gen.perf import dump, energy, quality
 from sglang_gen.perf.clock import Clock, timer
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory
@@ -90,22 +90,33 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float) -> Result | Non
             _warm_up(plan, mesh, engine, phases.warmup)
         mesh.barrier()
         phases.calls.on = True
-        saved = _generate(plan, mesh, engine, phases.generate)
-        phases.calls.on = False
-        decisions, blocks = engine.cache_decisions(), engine.block_timings()
-        phases.repeats = [
-            _repeat(plan, mesh, engine, Clock(times, memory), saved) for _ in range(plan.run.perf.repeat - 1)
-        ]
+        with energy.metered(plan.device, _first_here(mesh)) as meter:
+            with meter.generation():
+                saved = _generate(plan, mesh, engine, phases.generate)
+            phases.calls.on = False
+            decisions, blocks = engine.cache_decisions(), engine.block_timings()
+            for _ in range(plan.run.perf.repeat - 1):
+                with meter.generation():
+                    phases.repeats.append(_repeat(plan, mesh, engine, Clock(times, memory), saved))
     finally:
         engine.close()
     sent, rate = _communication(plan, mesh, engine), _link(plan, mesh)
-    ranks = mesh.gather_all(dump.describe_rank(mesh.rank, phases) | {"comm": sent})
+    ranks = mesh.gather_all(
+        dump.describe_rank(mesh.rank, phases) | {"comm": sent, "energy_j": meter.generations}
+    )
     if ranks is None:
         return None
     log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
     report = dump.build(plan, phases, saved.effective, saved.samples)
     report |= {"cache": decisions, "block_timings_ms": blocks, "ranks": ranks, "comm": sent}
+    energy.add(report, plan.device)
     return _finish(plan, phases, saved, report, rate, reference)
+
+
+def _first_here(mesh: Mesh) -> bool:
+    """Whether this rank has the lowest number on its machine, whose processors it measures."""
+    place = env.torchrun()
+    return (place.local if place and place.ranks > 1 else mesh.rank) == 0
 
 
 def _warm_up(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> None:

@@ -68,6 +68,7 @@ def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: lis
         "fingerprint": fingerprint(plan, effective),
         "machine": describe(plan.device),
         "work": None,
+        "energy_j": None,
         "comm": {},
         "cache": None,
         "block_timings_ms": None,
