@@ -12,7 +12,7 @@ from sglang_gen.errors import UserError
 CODE = "model.trust_remote_code"
 FOLDERS = ("output.path", "offload.disk_path")  # folders that a run writes to
 # Settings of the recorded run that do not affect its result.
-NEVER = ("output.perf_dump_path", "log_level", "tracking.name", "tracking.project")
+NEVER = ("output.perf_dump_path", "perf.trace", "log_level", "tracking.name", "tracking.project")
 GROUPS = ("output", "offload", "tracking", "experiment")  # groups whose options could set such keys
 
 

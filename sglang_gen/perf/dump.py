@@ -73,6 +73,7 @@ def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: lis
         "cache": None,
         "block_timings_ms": None,
         "ranks": [],
+        "trace": None,
         "quality": None,
     }
 
