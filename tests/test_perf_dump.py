@@ -164,7 +164,7 @@ def test_rates_that_do_not_fit_into_memory_are_told_and_not_kept(monkeypatch, tm
     assert not (tmp_path / "rates").exists()
 
 
-def test_a_network_that_cannot_be_counted_says_why():
+def test_a_network_that_cannot_be_counted_says_why(caplog):
     class Fickle(Small):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum().item() else x + 1
@@ -172,9 +172,13 @@ def test_a_network_that_cannot_be_counted_says_why():
     model, log = Fickle(), flops.CallLog(on=True)
     log.watch(flops.Watched("denoising", "fickle", model))
     model(torch.zeros(1, 5, 24))
-    found = flops.work(log, {"denoising": 1.0}, {}, {})
+    with caplog.at_level("DEBUG"):
+        found = flops.work(log, {"denoising": 1.0}, {}, {})
     assert set(found["denoising"]) == {"reason"}
     assert found["denoising"]["reason"] == "Fickle cannot be counted on meta"
+    (line,) = caplog.messages
+    assert line.startswith("Fickle.forward cannot be counted on meta: RuntimeError: ")
+    assert "meta" in line.partition("RuntimeError: ")[2]
 
 
 @pytest.mark.whole

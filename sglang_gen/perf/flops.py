@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from sglang_gen import log
 from sglang_gen.tensor_tree import to_meta
 
 
@@ -189,7 +190,8 @@ def count(call: Call) -> tuple[int, float] | str:
         weights = list((copy if isinstance(copy, nn.Module) else copy.network).parameters())
         with torch.no_grad(), Used(weights) as used, FlopCounterMode(display=False) as counter:
             getattr(copy, call.method)(*call.args, **call.kwargs)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        log.debug(f"{type(module).__name__}.{call.method} cannot be counted on meta: {type(error).__name__}: {error}")
         return f"{type(module).__name__} cannot be counted on meta"
     return int(counter.get_total_flops()), used.fraction()
 
