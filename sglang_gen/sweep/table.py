@@ -50,7 +50,8 @@ def _csv_line(row: Row, settings: Iterable[str]) -> dict[str, Any]:
         "seconds": row.seconds,
         "repeats": max((item.repeats for item in row.times.values()), default=None),
     }
-    measures = {f"{name}_s": row.times.get(name) for name in TIMES} | {"images_per_second": row.images_per_second}
+    measures = {f"{name}_s": row.times.get(name) for name in TIMES}
+    measures |= {"images_per_second": row.images_per_second, "joules_per_image": row.joules_per_image}
     for name, item in measures.items():
         line |= {name: item and _rounded(item.median), f"{name}_low": item and _rounded(item.low),
                  f"{name}_high": item and _rounded(item.high)}  # fmt: skip
