@@ -4,16 +4,19 @@ A RAPL counter measures a whole processor package or its memory, including the w
 Intel's and AMD's processors under the same names. Its counters wrap around and are therefore polled.
 """
 
+import errno
 import importlib
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sglang_gen import log
+from sglang_gen.errors import InvalidValueError, in_our_words
 
 POWERCAP = Path("/sys/class/powercap")
 # Seconds between two polls. At 500 W a counter with the usual range of 262 kJ wraps around every 524 s, one with the
@@ -35,14 +38,14 @@ class Zone:
     """A RAPL counter: joules since its creation, continuous across wrap-arounds."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises OSError or ValueError if the counter cannot be read."""
+        """Raises OSError or InvalidValueError if the counter cannot be read."""
         self.folder, self.used_uj = folder, 0
-        self.range_uj = int((folder / "max_energy_range_uj").read_text())
+        self.range_uj = _number(folder / "max_energy_range_uj")
         self.last_uj = self._now()
         self.lock = threading.Lock()  # the polling thread reads too
 
     def _now(self) -> int:
-        return int((self.folder / "energy_uj").read_text())
+        return _number(self.folder / "energy_uj")
 
     def __call__(self) -> float:
         with self.lock:
@@ -50,6 +53,13 @@ class Zone:
             self.used_uj += now - self.last_uj + (self.range_uj if now < self.last_uj else 0)
             self.last_uj = now
             return self.used_uj / 1e6
+
+
+def _number(path: Path) -> int:
+    text = path.read_text().strip()
+    if not text.isdecimal():
+        raise InvalidValueError(f"{path.name} holds no number")
+    return int(text)
 
 
 def zones(root: Path) -> dict[str, list[Counter]]:
@@ -61,7 +71,7 @@ def zones(root: Path) -> dict[str, list[Counter]]:
             own = [place for place in places if domain.fullmatch((place / "name").read_text().strip())]
             found |= {source: [Zone(place) for place in own]} if own else {}
         except (OSError, ValueError) as error:  # on most systems only root reads the counters
-            log.debug(f"Energy: the counters of {source} in {root} cannot be read: {error}")
+            log.debug(f"Energy: the counters of {source} in {root} cannot be read: {in_our_words(error)}")
     return found
 
 
@@ -80,15 +90,15 @@ def gpu(ending: ExitStack) -> list[Counter]:
         uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except nvml.NVMLError as error:  # no driver, a GPU without the counter, a part of a GPU (MIG)
-        log.debug(f"Energy: the GPU's counter cannot be read: {error}")
+    except nvml.NVMLError:  # no driver, a GPU without the counter, a part of a GPU (MIG)
+        log.debug(f"Energy: the GPU's counter cannot be read:\n{traceback.format_exc()}")
         return []
 
     def joules() -> float:
         try:
             return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
         except nvml.NVMLError as error:
-            raise OSError(str(error)) from error
+            raise OSError(errno.EIO, "NVML does not read the GPU's counter any more") from error
 
     return [joules]
 
@@ -130,25 +140,24 @@ def _difference(before: float | None, after: float | None) -> float | None:
 def metered(device: str, first: bool, root: Path | None = None) -> Iterator[Meter]:
     """Context with the meter of one rank: the machine's processors if it is the `first` rank on it, and its own GPU."""
     with ExitStack() as ending:
-        counters: dict[str, list[Counter]] = {}
-        if first:
-            counters |= {"cpu": [], "dram": []} | zones(root or POWERCAP)
+        wrapping = zones(root or POWERCAP) if first else {}
+        counters: dict[str, list[Counter]] = {"cpu": [], "dram": []} | wrapping if first else {}
         if device == "cuda":
             counters["gpu"] = gpu(ending)
-        meter = Meter(counters)
-        if counters.get("cpu"):
-            ending.enter_context(_polled(meter))
-        yield meter
+        if wrapping:
+            ending.enter_context(_polled(wrapping.values()))
+        yield Meter(counters)
 
 
 @contextmanager
-def _polled(meter: Meter) -> Iterator[None]:
+def _polled(sources: Iterable[Sequence[Counter]]) -> Iterator[None]:
     """Context in which a thread reads the counters often enough to see every wrap-around."""
     stop = threading.Event()
 
     def poll() -> None:
         while not stop.wait(POLLING):
-            meter.read()
+            for counters in sources:
+                _sum(counters)
 
     thread = threading.Thread(target=poll, name="energy", daemon=True)
     thread.start()
