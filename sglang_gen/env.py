@@ -117,6 +117,7 @@ def prepare_libraries() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns of every attempt to connect
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports its start and end otherwise
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")

@@ -1,6 +1,7 @@
 """Immutable data types passed between the steps of a run."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -138,6 +139,10 @@ class Engine(Protocol):
 
     def block_timings(self) -> list[dict[str, Any]] | None:
         """`[{name, calls, mean_ms, total_ms}]` of the timed generation; None unless perf.blocks is set."""
+        ...
+
+    def named_blocks(self) -> AbstractContextManager[None]:
+        """Context in which each block that runs on its own is a range of torch.profiler with the block's name."""
         ...
 
     def traffic(self) -> "CommLog":

@@ -61,7 +61,7 @@ def test_the_fields_are_upstreams_and_ours(dump, pipelines, measured):
     upstream = {"timestamp", "request_id", "commit_hash", "tag", "total_duration_ms", "steps", "denoise_steps_ms",
                 "memory_checkpoints", "meta"}  # fmt: skip
     ours = {"schema_version", "samples", "images_per_second", "warmup", "load", "requested", "effective", "fingerprint",
-            "machine", "work", "comm", "cache", "quality"}  # fmt: skip
+            "machine", "work", "comm", "cache", "quality", "energy_j", "trace"}  # fmt: skip
     assert upstream | ours <= set(found)
     assert datetime.datetime.fromisoformat(found["timestamp"]).tzinfo is not None
     assert (found["tag"], found["warmup"], found["comm"]) == ("night", None, {})
@@ -164,17 +164,22 @@ def test_rates_that_do_not_fit_into_memory_are_told_and_not_kept(monkeypatch, tm
     assert not (tmp_path / "rates").exists()
 
 
-def test_a_network_that_cannot_be_counted_says_why():
+def test_a_network_that_cannot_be_counted_says_why(monkeypatch):
     class Fickle(Small):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum().item() else x + 1
 
+    lines: list[str] = []
+    monkeypatch.setattr(flops.log, "debug", lines.append)
     model, log = Fickle(), flops.CallLog(on=True)
     log.watch(flops.Watched("denoising", "fickle", model))
     model(torch.zeros(1, 5, 24))
     found = flops.work(log, {"denoising": 1.0}, {}, {})
     assert set(found["denoising"]) == {"reason"}
     assert found["denoising"]["reason"] == "Fickle cannot be counted on meta"
+    (line,) = lines
+    assert line.startswith("Fickle.forward cannot be counted on meta:\n")
+    assert "\nRuntimeError: " in line
 
 
 @pytest.mark.whole

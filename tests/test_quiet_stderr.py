@@ -11,7 +11,8 @@ import pytest
 ROOT = str(Path(__file__).parents[1])
 OURS = re.compile(
     "INFO: (Backend|Loading model|Model loaded|Seed|Generating with prompt|Progress|Generated (image|video)|"
-    "Total generation time|Performance metrics|dtype|The settings of the preset|Attention|Compil)|"
+    "Total generation time|Performance metrics|dtype|The settings of the preset|Attention|Compil|"
+    "Generating a batch once more|Profiler trace saved)|"
     "WARNING: (compile|attention|parallel|quant|lora|sampling|--)"
 )
 RUNS = [
@@ -24,6 +25,8 @@ RUNS = [
             ("flux", ["--backend", "diffusers"]),
             ("flux", ["parallel=tp2"]),
             ("sd15", ["parallel=dp2", "--num-samples", "2"]),
+            ("sd3", ["perf.trace=true"]),
+            ("sd3", ["parallel=tp2", "perf.trace=true"]),
             ("sd15", ["compile=regional"]),
             ("sd15", ["compile=regional", "--backend", "diffusers"]),
         )

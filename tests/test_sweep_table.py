@@ -98,6 +98,19 @@ def test_repeats_give_a_median_and_its_interval(tmp_path):
     assert f"| 103.0 ± {1000 * half:.1f} |" in text
 
 
+def test_the_energy_of_an_image_is_the_median_over_the_repeats(tmp_path):
+    joules = [500.0, 520.0, 510.0]
+    repeats = [observation(100.0) | {"energy_j": value} for value in joules]
+    job(tmp_path, "0", dump(repeats=repeats, samples=[{"file": "generated_image_0.png"}, {"file": "b.png"}]))
+    job(tmp_path, "1", dump(repeats=[observation(100.0) | {"energy_j": None}]))
+    job(tmp_path, "2", dump())  # of an earlier version
+    told, silent, old = table(tmp_path)
+    half = 4.303 * 1.2533141 * statistics.stdev([value / 2 for value in joules]) / 3**0.5
+    assert float(told["joules_per_image"]) == 255.0
+    assert float(told["joules_per_image_low"]) == pytest.approx(255 - half, abs=1e-3)
+    assert (silent["joules_per_image"], old["joules_per_image"]) == ("", "")
+
+
 def test_an_identical_picture_says_so(tmp_path):
     quality = {"pairs": 1, "identical": True, "psnr": None, "ssim": 1.0, "max_error": 0, "samples": []}
     job(tmp_path, "0", dump(quality=quality))

@@ -28,6 +28,7 @@ REPORT = {
     "meta": {"prompt": 'a "lake", and\r\na tree', "model": "tiny"},
     "samples": [{"index": 0, "prompt": "a lake", "seed": 7, "file": "generated_image_0.png"}],
     "images_per_second": 1.0,
+    "energy_j": {"total": 60.5, "per_image": 60.5, "sources": {"cpu": 60.5}},
     "requested": {"attention": "auto", "parallel": {"num_gpus": 1}},
     "effective": {"attention": "sdpa", "parallel": {"tp": 1}, "height": 32, "width": 64, "compile": False},
     "fingerprint": {"hash": "f00", "fields": {}},
@@ -69,14 +70,14 @@ def test_every_run_adds_one_row_to_the_csv_file(tmp_path):
         "request_id": "abc", "tag": "night", "commit_hash": "", "prompt": 'a "lake", and\r\na tree', "seed": "7",
         "files": "generated_image_0.png", "num_inference_steps": "50", "height": "32", "width": "64", "load_s": "0.5",
         "denoising_s": "0.8", "decoding_s": "", "step_s": "0.2015", "total_s": "1.0", "peak_host_mb": "321.5",
-        "peak_device_mb": "", "requested.attention": "auto", "effective.attention": "sdpa",
+        "joules_per_image": "60.5", "peak_device_mb": "", "requested.attention": "auto", "effective.attention": "sdpa",
         "effective.parallel": '{"tp": 1}', "fingerprint": "f00",
     }  # fmt: skip
     assert {name: first[name] for name in expected} == expected
 
 
 def test_the_columns_are_the_same_for_a_run_that_measured_less(tmp_path):
-    less = {**REPORT, "steps": [], "denoise_steps_ms": [], "memory_checkpoints": {}, "work": None}
+    less = {**REPORT, "steps": [], "denoise_steps_ms": [], "memory_checkpoints": {}, "work": None, "energy_j": None}
     run = run_with(Tracker.csv, tmp_path)
     assert list(tracking.row(run, less, [])) == list(tracking.row(run, REPORT, []))
 
@@ -182,6 +183,7 @@ def test_wandb_keeps_config_numbers_and_pictures_offline_and_says_nothing(tmp_pa
         "total_duration_ms": 1000.0, "steps/load/duration_ms": 500.0, "steps/denoising/duration_ms": 800.0,
         "memory_checkpoints/denoising/peak_host_anon_mb": 321.5, "images_per_second": 1.0,
         "work/denoising/flops": 10**9, "work/denoising/mfu": 0.25,
+        "energy_j/total": 60.5, "energy_j/per_image": 60.5, "energy_j/sources/cpu": 60.5,
     }  # fmt: skip
     (picture,) = file.parent.glob("files/media/images/*.png")
     assert np.array_equal(np.asarray(Image.open(picture)), pixels)

@@ -13,7 +13,7 @@ CODE = "model.trust_remote_code"
 FOLDERS = ("output.path", "offload.disk_path")  # folders that a run writes to
 # Settings of the recorded run that do not affect its result.
 NEVER = (
-    "output.perf_dump_path", "log_level", "tracking.name", "tracking.project",
+    "output.perf_dump_path", "log_level", "perf.trace", "tracking.name", "tracking.project",
     "sweep.resume", "sweep.skip_refused", "sweep.fresh",
 )  # fmt: skip
 GROUPS = ("output", "offload", "tracking", "experiment")  # groups whose options could set such keys

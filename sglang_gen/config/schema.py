@@ -222,6 +222,7 @@ class Perf:
     machine_rates: bool = True  # measure this machine's matmul and memory rates once and cache them
     work: bool = True  # count FLOPs and bytes of each stage
     blocks: bool = False  # time each block of the denoising network
+    trace: bool = False  # write a profiler trace of one more batch after the timed generations
     repeat: int = 1  # generations in one process, for more observations and a check that all are identical
     interleave: bool = False  # in a multirun, the repeats of all jobs in turn
     objective: str | None = None  # key of a number in the dump that a job of a multirun returns to its sweeper

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from sglang_gen.engine.block_names import BlockNames
 from sglang_gen.models.chain import Block, Chain, State
 from sglang_gen.perf.clock import Timer
 
@@ -23,7 +24,7 @@ class TimedChain(Chain):
 
     def __init__(self, network: nn.Module, timer: Timer) -> None:
         super().__init__()
-        self.names = {id(module): name for name, module in network.named_modules()}
+        self.names = BlockNames(network)
         self.timer, self.on = timer, False
         self.blocks: dict[int, BlockCalls] = {}
 
@@ -35,14 +36,9 @@ class TimedChain(Chain):
         for index, (block, condition) in enumerate(zip(blocks, conditions, strict=True)):
             start = self.timer.mark()
             state = block(*state, *condition, *shared)
-            timed = self.blocks.setdefault(index, BlockCalls(self._name(block)))
+            timed = self.blocks.setdefault(index, BlockCalls(self.names.of(block)))
             timed.marks.append((start, self.timer.mark()))
         return state
-
-    def _name(self, block: Any) -> str:
-        """The name of the block in its network; that of its first module if it is a stage of several."""
-        modules = [block] if isinstance(block, nn.Module) else [each for each in vars(block).values() if each]
-        return next((self.names[id(module)] for module in modules if id(module) in self.names), type(block).__name__)
 
     def report(self) -> list[dict[str, Any]]:
         """`[{name, calls, mean_ms, total_ms}]` of the blocks, in order. Waits for the device."""

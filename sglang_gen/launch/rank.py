@@ -18,12 +18,12 @@ from sglang_gen.errors import RunError, UserError
 from sglang_gen.hub import component_classes
 from sglang_gen.launch import numerics
 from sglang_gen.launch.kept_weights import KeptWeights
-from sglang_gen.outputs import decoded_bytes, tracking
+from sglang_gen.outputs import decoded_bytes, trace_path, tracking
 from sglang_gen.outputs.save import Saved, kept_latents
 from sglang_gen.parallel import bandwidth
 from sglang_gen.parallel.guidance_split import rounds
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.perf import dump, quality
+from sglang_gen.perf import dump, energy, quality, trace
 from sglang_gen.perf.clock import Clock, timer
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory
@@ -99,21 +99,27 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float, kept: KeptWeigh
             _warm_up(plan, mesh, engine, phases.warmup)
         mesh.barrier()
         phases.calls.on = True
-        saved = _generate(plan, mesh, engine, phases.generate)
-        phases.calls.on = False
-        decisions, blocks = engine.cache_decisions(), engine.block_timings()
-        phases.repeats = [
-            _repeat(plan, mesh, engine, Clock(times, memory), saved) for _ in range(plan.run.perf.repeat - 1)
-        ]
+        with energy.metered(plan.device, _first_here(mesh)) as meter:
+            with meter.generation():
+                saved = _generate(plan, mesh, engine, phases.generate)
+            phases.calls.on = False
+            decisions, blocks = engine.cache_decisions(), engine.block_timings()
+            for _ in range(plan.run.perf.repeat - 1):
+                with meter.generation():
+                    phases.repeats.append(_repeat(plan, mesh, engine, Clock(times, memory), saved))
+        traced = _trace(plan, mesh, engine, trace.TracedClock(times, memory)) if plan.run.perf.trace else None
     finally:
         engine.close()
     sent, rate = _communication(plan, mesh, engine), _link(plan, mesh)
-    ranks = mesh.gather_all(dump.describe_rank(mesh.rank, phases) | {"comm": sent})
+    ranks = mesh.gather_all(
+        dump.describe_rank(mesh.rank, phases) | {"comm": sent, "energy_j": meter.generations, "trace": traced}
+    )
     if ranks is None:
         return None
     log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
     report = dump.build(plan, phases, saved.effective, saved.samples)
-    report |= {"cache": decisions, "block_timings_ms": blocks, "ranks": ranks, "comm": sent}
+    report |= {"cache": decisions, "block_timings_ms": blocks, "ranks": ranks, "comm": sent, "trace": traced}
+    energy.add(report, plan.device)
     return _finish(plan, phases, saved, report, rate, reference)
 
 
@@ -122,6 +128,33 @@ def _import_classes(plan: Plan) -> None:
     for component in plan.card.components.values():
         if component.library == "transformers" or (plan.backend == "diffusers" and component.library == "diffusers"):
             component_classes.named(component)
+
+
+def _first_here(mesh: Mesh) -> bool:
+    """Whether this rank has the lowest number on its machine, whose processors it measures."""
+    place = env.torchrun()
+    return (place.local if place and place.ranks > 1 else mesh.rank) == 0
+
+
+def _trace(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> str | None:
+    """Generate this data parallel group's first batch once more under the profiler. Returns the name of the trace.
+
+    Returns None if the group has no batch. Raises RunError if the trace cannot be written.
+    """
+    batches = list(enumerate(plan.batches))[mesh.index("dp") :: mesh.size("dp")]
+    mesh.barrier()
+    if not batches:
+        return None
+    log.info("Generating a batch once more for the profiler trace")
+    clock.batch, batch = batches[0]
+    path = trace_path.trace_path(plan.run.output.path, mesh.rank)
+
+    def sample() -> None:
+        engine.sample(batch, plan.run.sampling.num_inference_steps, clock)
+
+    trace.record(path, plan.device, engine.named_blocks(), sample)
+    log.info(f"Profiler trace saved to: {path} (open it in https://ui.perfetto.dev)")
+    return path.name
 
 
 def _warm_up(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from sglang_gen import destination
 from sglang_gen.errors import UserError
 from sglang_gen.files import RESULT
+from sglang_gen.outputs.trace_path import TRACE
 from sglang_gen.perf.dump_reader import is_dump
 
 KEY = "output.perf_dump_path"
@@ -22,7 +23,7 @@ def check_dump_path(path: str) -> None:
         raise UserError(f"{KEY} is the folder {path}; it must name a JSON file")
     if not name:
         raise UserError(f"{KEY} is {path}, which ends in a slash; it must name a JSON file")
-    if RESULT.fullmatch(name) or name == RUNS:
+    if RESULT.fullmatch(name) or TRACE.fullmatch(name) or name == RUNS:
         raise UserError(f"{KEY} is {path}: names such as {name} are those of other results; give the dump another name")
     try:
         to = destination.find(Path(path))
@@ -53,7 +54,7 @@ def check_in_sweep(path: str) -> None:
     """Raises UserError unless `path` is a plain file name, which is not that of another result of a job."""
     whole, name = Path(path), os.path.basename(path)
     if whole.is_absolute() or len(whole.parts) != 1 or name in ("", "..") or name == RUNS or (
-        RESULT.fullmatch(name) or OF_A_SWEEP.fullmatch(name)
+        RESULT.fullmatch(name) or TRACE.fullmatch(name) or OF_A_SWEEP.fullmatch(name)
     ):  # fmt: skip
         raise UserError(
             "In a multirun each job writes its own perf dump: give it a file name that no other result has, "

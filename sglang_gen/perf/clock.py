@@ -65,8 +65,8 @@ class Clock:
     _since: float = 0.0
     _marks: list[Any] = field(default_factory=list)  # the beginning of the stage, and the end of each of its steps
 
-    def enter(self, stage: str) -> None:
-        """End the current stage and begin `stage`."""
+    def enter(self, stage: str, steps: int = 0) -> None:
+        """End the current stage and begin `stage`, which has this number of denoising steps."""
         self.leave()
         self._stage, self._since = stage, time.perf_counter()
         self._marks = [self.timer.mark()]

@@ -73,10 +73,12 @@ def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: lis
         "fingerprint": fingerprint(plan, effective),
         "machine": describe(plan.device),
         "work": None,
+        "energy_j": None,
         "comm": {},
         "cache": None,
         "block_timings_ms": None,
         "ranks": [],
+        "trace": None,
         "quality": None,
     }
 

@@ -99,6 +99,12 @@ def images_per_second(dump: Mapping[str, Any], images: int) -> Measure | None:
     return None if own is None else Measure(own)
 
 
+def energy_per_image(dump: Mapping[str, Any]) -> Measure | None:
+    """Joules per sample over the repeats; None where the machine did not tell."""
+    joules = [repeat["energy_j"] for repeat in dump.get("repeats") or () if repeat.get("energy_j")]
+    return measure([value / len(dump["samples"]) for value in joules]) if joules else None
+
+
 def peak_memory(dump: Mapping[str, Any]) -> dict[str, float]:
     """The highest host and device memory in MB, as far as it was measured: of all stages, and of the rank with most.
 

@@ -6,6 +6,7 @@ on the meta device, where torch's FLOP counter sees every matrix product, attent
 
 import dataclasses
 import math
+import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from sglang_gen import log
 from sglang_gen.tensor_tree import to_meta
 
 
@@ -190,6 +192,7 @@ def count(call: Call) -> tuple[int, float] | str:
         with torch.no_grad(), Used(weights) as used, FlopCounterMode(display=False) as counter:
             getattr(copy, call.method)(*call.args, **call.kwargs)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+        log.debug(f"{type(module).__name__}.{call.method} cannot be counted on meta:\n{traceback.format_exc()}")
         return f"{type(module).__name__} cannot be counted on meta"
     return int(counter.get_total_flops()), used.fraction()
 

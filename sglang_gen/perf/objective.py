@@ -17,11 +17,11 @@ KNOWN = (
     *(f"steps.{stage}.duration_ms" for stage in STAGES),
     *(f"memory_checkpoints.{stage}.{peak}" for stage in STAGES for peak in OBJECTIVE_PEAKS),
     "load.duration_ms", "load.imports_ms", "warmup.duration_ms", "warmup.steps",
-    "quality.psnr", "quality.ssim", "quality.max_error",
+    "quality.psnr", "quality.ssim", "quality.max_error", "energy_j.total", "energy_j.per_image",
 )  # fmt: skip
 # Fields whose keys depend on the run and are known only when it has ended.
 OPEN = ("work", "machine", "comm", "ranks", "repeats", "denoise_steps_ms", "requested", "effective", "fingerprint",
-        "samples", "cache", "block_timings_ms", "quality.samples")  # fmt: skip
+        "samples", "cache", "block_timings_ms", "quality.samples", "energy_j.sources")  # fmt: skip
 
 
 def check_objective(run: Run) -> None:

@@ -55,13 +55,18 @@ def check_request(composed: "Composed") -> None:
 
 def _check_block_timings(run: Run) -> None:
     """Raises UserError if the blocks of the network do not run one by one."""
-    whole = run.compile.enable_torch_compile and not run.compile.regional
-    if run.perf.blocks and (whole or run.compile.cuda_graphs):
-        what = "compile.cuda_graphs replays" if run.compile.cuda_graphs else "compile=full compiles"
+    if run.perf.blocks and (together := _blocks_together(run)):
         raise UserError(
-            f"perf.blocks times each block of the network, and {what} all of them at once; "
-            "run with compile=none or compile=regional"
+            f"perf.blocks times each block of the network, and {together}; run with compile=none or compile=regional"
         )
+
+
+def _blocks_together(run: Run) -> str | None:
+    """The setting that runs all blocks at once, as a clause; None if they run one by one."""
+    if run.compile.cuda_graphs:
+        return "compile.cuda_graphs replays all of them at once"
+    whole = run.compile.enable_torch_compile and not run.compile.regional
+    return "compile=full compiles all of them at once" if whole else None
 
 
 # Settings that need another one: their prefixes, whether the other one is set, and its name.
@@ -169,6 +174,10 @@ def sweep_warnings(run: Run, sources: Mapping[str, str], in_sweep: bool) -> list
     return [f"{path} has no effect outside a multirun: {meanings[path]}" for path in given]
 
 
+# Settings of the group `perf` that need no dump: a check of its own, a file of its own, and what a sweep reads.
+WITHOUT_DUMP = ("perf.repeat", "perf.trace", "perf.interleave", "perf.objective")
+
+
 def request_warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str, str | None]) -> list[str]:
     """Warnings of settings that have no effect, and of a record that was made with other versions."""
     found = []
@@ -183,10 +192,14 @@ def request_warnings(run: Run, sources: Mapping[str, str], versions: Mapping[str
             path
             for path in leaves()
             if path.startswith("perf." if run.dry_run else ("perf.", "machine.name")) and _differs(run, sources, path)
-            if path
-            not in ("perf.repeat", "perf.interleave", "perf.objective")  # the one compares what it generates again
+            if path not in WITHOUT_DUMP
         ]
         found += [f"{path} has no effect without --perf-dump-path" for path in idle]
+    if run.perf.trace and (together := _blocks_together(run)):
+        found.append(
+            f"perf.trace: the trace has no names of blocks, since {together}; run with compile=none or "
+            "compile=regional to see them"
+        )
     if run.model.revision and (run.model.path is None or Path(run.model.path).exists()):
         found.append("--revision has no effect: the model is a local folder or file")
     here = env.versions()

@@ -19,7 +19,7 @@ from sglang_gen.config.schema import (
 )
 from sglang_gen.errors import UserError
 from sglang_gen.hub import remote_code, resolve
-from sglang_gen.outputs import dump_path, input_digests
+from sglang_gen.outputs import dump_path, input_digests, trace_path
 from sglang_gen.perf import cpu_dtype
 from sglang_gen.plan import (
     attention_limits,
@@ -62,6 +62,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     if not run.dry_run:  # which computes on no GPU
         layout_limits.check_machine(here, device)
     dump_path.check_ranks(run.output.perf_dump_path, degrees.ranks)
+    trace_path.check_trace_paths(run, degrees.ranks)
     if run.compile.cuda_graphs and device not in CAPTURING:
         raise UserError("compile.cuda_graphs needs a GPU, and this run computes on the CPU; leave it out")
     if run.compile.cuda_graphs and degrees.ring * degrees.ulysses * degrees.tp > 1:

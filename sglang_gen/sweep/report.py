@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang_gen.errors import in_our_words
 from sglang_gen.perf.dump_facts import facts
-from sglang_gen.perf.dump_numbers import QUALITY, Measure, images_per_second, peak_memory, times
+from sglang_gen.perf.dump_numbers import QUALITY, Measure, energy_per_image, images_per_second, peak_memory, times
 
 NOTE, DUMP = "job.json", "perf.json"  # file names of a job's note and perf dump
 # Keys of a note: the job was `kept` from an earlier run of the sweep, it `reused` the engine of an earlier job.
@@ -27,6 +27,7 @@ class Row:
     outputs: tuple[str, ...] = ()
     times: Mapping[str, Measure] = field(default_factory=dict)
     images_per_second: Measure | None = None
+    joules_per_image: Measure | None = None
     memory: Mapping[str, float] = field(default_factory=dict)
     requested: Mapping[str, str] = field(default_factory=dict)  # `parallel.tp_size` -> "2"
     effective: Mapping[str, str] = field(default_factory=dict)
@@ -63,6 +64,7 @@ def _read_job(place: Path) -> Row:
         outputs=tuple(f"{place.name}/{name}" for name in note.get("files", ()) if (place / name).exists()),
         times=times(dump),
         images_per_second=images_per_second(dump, len(samples)),
+        joules_per_image=energy_per_image(dump),
         memory=peak_memory(dump),
         requested=_flattened(dump.get("requested") or {}),
         effective=_flattened(dump.get("effective") or {}),

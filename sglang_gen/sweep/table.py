@@ -56,7 +56,8 @@ def _csv_line(row: Row, settings: Iterable[str]) -> dict[str, Any]:
         "seconds": row.seconds,
         "repeats": max((item.repeats for item in row.times.values()), default=None),
     }
-    measures = {f"{name}_s": row.times.get(name) for name in TIMES} | {"images_per_second": row.images_per_second}
+    measures = {f"{name}_s": row.times.get(name) for name in TIMES}
+    measures |= {"images_per_second": row.images_per_second, "joules_per_image": row.joules_per_image}
     for name, item in measures.items():
         line |= _bounds(name, item)
     line |= {column: row.memory.get(column) for column in MEMORY}

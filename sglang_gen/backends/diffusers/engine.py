@@ -6,7 +6,7 @@ encoding, the progress bar of every pipeline spans denoising and counts its step
 
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from sglang_gen.backends import component_file
 from sglang_gen.backends.comm_log import CommLog
 from sglang_gen.backends.diffusers import (
     attention_backend,
+    block_ranges,
     cache,
     call_arguments,
     clip_skip,
@@ -33,7 +34,7 @@ from sglang_gen.backends.diffusers import (
 )
 from sglang_gen.backends.diffusers import pipeline_loading as original
 from sglang_gen.backends.diffusers import torch_compile as compilation
-from sglang_gen.backends.diffusers.roles import denoisers, dtype_of, modules
+from sglang_gen.backends.diffusers.roles import denoisers, dtype_of, modules, repeated_blocks
 from sglang_gen.backends.diffusers.seeding import argument, seeded
 from sglang_gen.backends.diffusers.stages import Latents, observed, plain_config
 from sglang_gen.backends.finite import require_finite
@@ -328,6 +329,14 @@ class DiffusersEngine:
 
     def block_timings(self) -> None:
         return None  # perf.blocks chooses the native engine
+
+    def named_blocks(self) -> AbstractContextManager[None]:
+        """A network that is compiled as a whole is left out: hooks inside would have it compiled again."""
+        settings, networks = self.plan.run.compile, denoisers(self.pipeline)
+        if settings.enable_torch_compile:
+            regional = {name: network for name, network in networks.items() if repeated_blocks(network)}
+            networks = regional if settings.regional else {}
+        return block_ranges.named_blocks(networks)
 
     def cache_decisions(self) -> dict[str, Any] | None:
         """The step cache's decisions in the last generation; None without a step cache."""

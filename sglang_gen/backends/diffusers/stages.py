@@ -110,10 +110,10 @@ def _progress_bar(clock: Clock) -> Any:
 
 class _Bar:
     def __init__(self, clock: Clock, iterable: Any, total: int) -> None:
-        self.clock, self.iterable, self.progress = clock, iterable, log.Progress(total)
+        self.clock, self.iterable, self.total, self.progress = clock, iterable, total, log.Progress(total)
 
     def __enter__(self) -> "_Bar":
-        self.clock.enter("denoising")
+        self.clock.enter("denoising", self.total)
         self.progress.__enter__()
         return self
 

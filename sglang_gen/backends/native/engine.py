@@ -1,6 +1,7 @@
 """The native engine: this project's networks and denoising loop with the model's own text encoders and scheduler."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import cycle, islice
 from typing import Any
@@ -21,6 +22,7 @@ from sglang_gen.backends.native.component_offload import ComponentOffload
 from sglang_gen.backends.native.components import read_components
 from sglang_gen.backends.native.execution import Execution, limits, share_graphs
 from sglang_gen.backends.native.request import NativeRequest, check_native_request, warn_ineffective
+from sglang_gen.engine import block_names
 from sglang_gen.engine.block_timing import TimedChain
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
@@ -199,7 +201,7 @@ class NativeEngine:
             execution.settle(predictor, own, request, encoded, noise)
         texts = tuple(tuple(map(described, text)) for text in encoded)
         self.comm_log.note(GeneratedBatch(request, guidance, tuple(numbers), names, texts, lists, described(noise)))
-        clock.enter("denoising")
+        clock.enter("denoising", request.steps_run)
         with self.offload.denoising():
             with self.comm_log.during("conditioning", 1):
                 predict = predictor(self.observed_networks, encoded)
@@ -294,6 +296,17 @@ class NativeEngine:
         """The chains of the networks whose blocks are timed."""
         chains = {name: execution.built.timed for name, execution in self.executions.items()}
         return {name: timed for name, timed in chains.items() if timed is not None}
+
+    @contextmanager
+    def named_blocks(self) -> Iterator[None]:
+        """Compilation of the whole network and CUDA graphs leave no blocks that run on their own."""
+        settings = self.plan.run.compile
+        several = len(self.executions) > 1
+        with ExitStack() as ranges:
+            if not settings.cuda_graphs and (settings.regional or not settings.enable_torch_compile):
+                for name, execution in self.executions.items():
+                    ranges.enter_context(block_names.named_blocks(execution.network, f"{name}." if several else ""))
+            yield
 
     def cache_decisions(self) -> dict[str, Any] | None:
         return None

@@ -79,8 +79,8 @@ def stand_ins(gpu: Any, free: int, count: int) -> Iterator[tuple[Any, str, Any]]
     yield cuda, "stream", lambda _: nullcontext()
     enter, leave, denoise = Clock.enter, Clock.leave, engine.denoise
 
-    def entered(self: Clock, stage: str) -> None:
-        enter(self, stage)
+    def entered(self: Clock, stage: str, steps: int = 0) -> None:
+        enter(self, stage, steps)
         gpu.stage = stage
 
     def left(self: Clock) -> None:
