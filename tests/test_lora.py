@@ -272,7 +272,7 @@ def test_other_kinds_of_adapters_are_refused_by_name(pipelines, run, extra, kind
     factors = pairs(load(pipelines["sd15"]), "unet", re.compile("attn1.to_q$"))
     done = run("sd15", kohya(factors, None) | {extra: torch.zeros(2, 2)})
     assert done.code == 2
-    assert f"is a {kind} adapter ({extra}), and only LoRA is applied" in done.lines[-1]
+    assert f"is an adapter of the kind {kind} ({extra}), and only LoRA is applied" in done.lines[-1]
 
 
 def test_kinds_that_only_the_settings_tell_are_refused_by_name(pipelines, run):
@@ -281,7 +281,7 @@ def test_kinds_that_only_the_settings_tell_are_refused_by_name(pipelines, run):
     for config, kind in (({"peft_type": "LOHA"}, "LOHA"), ({"peft_type": "LORA", "use_dora": True}, "DoRA")):
         Path("peft/adapter_config.json").write_text(json.dumps(config))
         done = run("sd3", "./peft")
-        assert (done.code, f"is a {kind} adapter, and only LoRA is applied" in done.err) == (2, True)
+        assert (done.code, f"is an adapter of the kind {kind}, and only LoRA is applied" in done.err) == (2, True)
 
 
 @pytest.mark.whole

@@ -409,7 +409,10 @@ BAD = {
     ),
     "int8": (_undeclared_int8, "stores 1 tensors as I8 (x_embedder.weight) and declares no quantization"),
     "fp8": (_undeclared_fp8, "tensors as F8_E4M3 ("),
-    "class": (_other_class, "holds a SD3Transformer2DModel, and the model has a FluxTransformer2DModel"),
+    "class": (
+        _other_class,
+        "holds the class SD3Transformer2DModel, and the model has the class FluxTransformer2DModel",
+    ),
     "network": (_other_file, "FluxTransformer2DModel"),
     "config": (_other_config, "is a different FluxTransformer2DModel than the model's (num_layers differ)"),
     "method": (_unknown_method, "odd is quantized by 'magic'"),

@@ -91,7 +91,7 @@ def _check_config(kind: str, name: str, plan: Plan, files: WeightFiles) -> None:
     theirs = {key: value for key, value in files.config.items() if key in component.config and not key.startswith("_")}
     other = files.config.get("_class_name")
     if other is not None and other != kind:
-        raise UserError(f"{FLAG}: {files.given} holds a {other}, and the model has a {kind}")
+        raise UserError(f"{FLAG}: {files.given} holds the class {other}, and the model has the class {kind}")
     differing = [
         key for key, value in theirs.items() if key != "quantization_config" and value != component.config[key]
     ]
