@@ -262,8 +262,8 @@ def _corrupt(folder: Path, others) -> str:
     return "bad.safetensors"
 
 
-@pytest.mark.parametrize("backend", ["auto", "diffusers"])
-def test_a_gguf_file_with_flattened_convolutions_is_refused_by_name(run, backend):
+@pytest.mark.parametrize("words", [("--backend", "auto"), ("--backend", "diffusers"), ("dry_run=true",)])
+def test_a_gguf_file_with_flattened_convolutions_is_refused_by_name(run, words):
     writer = gguf.GGUFWriter("unet.gguf", "sdxl")
     weights = np.zeros((4, 4, 3, 3), np.float16)
     writer.add_tensor("input_blocks.0.0.weight", weights.reshape(12, 12))
@@ -272,10 +272,12 @@ def test_a_gguf_file_with_flattened_convolutions_is_refused_by_name(run, backend
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    done = run("sdxl", "--transformer-weights-path", "unet.gguf", "--backend", backend)
+    done = run("sdxl", "--transformer-weights-path", "unet.gguf", *words)
     assert done.code == 2
     assert "unet.gguf stores 1 tensors in another shape than the network's (input_blocks.0.0.weight; " in done.lines[-1]
     assert "comfy.gguf.orig_shape" in done.lines[-1]
+    native = run("sdxl", "--transformer-weights-path", "unet.gguf", "--backend", "sglang")
+    assert (native.code, "it reads no GGUF files yet" in native.lines[-1]) == (2, True)
 
 
 def _gguf_cut(folder: Path, others) -> str:

@@ -49,7 +49,7 @@ from sglang_gen.perf.flops import CallLog, Watched
 from sglang_gen.plan import image_size
 from sglang_gen.plan.step_cache import wanted
 from sglang_gen.types import TEXT_ENCODERS, Decoded, Plan, Sample
-from sglang_gen.weights import replacement
+from sglang_gen.weights import gguf, replacement
 
 TEXTS = re.compile("(negative_)?prompt_[0-9]")  # arguments for further text encoders
 
@@ -115,6 +115,7 @@ def check_pipeline_call(
         env.require_compiler(plan.device)
     attention_backend.own(run.attention, plan.device, getattr(torch, plan.dtype))
     lora.check_local_adapters(run.lora)
+    gguf.check_file(run.quant.transformer_weights_path)
     cache.check_cache_support(run.cache, plan.card, kind.pipeline_class, call_arguments.network_calls(plan, kind, call))
     if warn:
         ineffective_settings.warn(plan, kind, call, scheduler)
