@@ -1,7 +1,6 @@
 """What people have and do in their first hour: one sentence that says what to change, before anything is loaded."""
 
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,6 @@ import torch
 from native import edited, runner, with_scheduler
 from PIL import Image
 from safetensors.torch import save_file
-
-from sglang_gen import log
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "ab" * 32 + "\nsize 3438167536\n"
 
@@ -113,16 +110,6 @@ def test_an_adapter_with_a_part_for_another_text_encoder_says_which_part(run):
     assert done.code == 2
     assert "both.safetensors also changes a text encoder, in modules such as lora_te3_" in done.lines[-1]
     assert "another model" not in done.lines[-1]
-
-
-@pytest.mark.parametrize(("level", "shown"), [("info", False), ("debug", True)])
-def test_notices_of_packages_that_a_run_does_without_are_for_debugging(capsys, level, shown):
-    log.setup(level)
-    logging.getLogger("transformers").warning("`X` requires torchvision (not installed); falling back to `Y`")
-    logging.getLogger("transformers").warning("something else")
-    written = capsys.readouterr().err
-    assert ("torchvision" in written) is shown
-    assert "something else" in written
 
 
 @pytest.mark.parametrize(

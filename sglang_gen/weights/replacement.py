@@ -260,10 +260,9 @@ def _load_declared(kind: Any, files: WeightFiles, declared: Mapping[str, Any], p
     if method in quantization.ON_GPU and plan.device == "cpu":
         raise UserError(f"{FLAG}: {files.given} is quantized by {method}, which diffusers runs on a GPU only")
     try:
-        with log.quieter("diffusers.quantizers"):  # it warns that int8 needs bfloat16, but float32 works too
-            network, told = kind.from_pretrained(
-                str(files.folder), dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
+        network, told = kind.from_pretrained(
+            str(files.folder), dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     except ImportError as error:
         raise UserError(
             f"{FLAG}: {files.given} is quantized by {method}, which needs {package}: pip install {package}"

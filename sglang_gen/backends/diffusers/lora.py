@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from sglang_gen import log
 from sglang_gen.backends.diffusers import quantize
 from sglang_gen.backends.diffusers.lora_layout import LORA_ERRORS, Target, targets
 from sglang_gen.config.schema import Adapter, Lora
@@ -55,8 +54,7 @@ def _apply(pipeline: Any, adapter: Adapter) -> dict[str, Any]:
     file = read(path)
     kind = type(pipeline).__name__
     try:
-        with log.quieter("diffusers.loaders"):  # modules that do not fit are reported as errors below
-            matched = targets(pipeline, file.modules)
+        matched = targets(pipeline, file.modules)
     except UserError:
         raise
     except LORA_ERRORS as error:
