@@ -166,13 +166,18 @@ def _choices(given: dict[str, Any], overrides: Sequence[str]) -> "Choices":
     from sglang_gen.config.choices import Choices
     from sglang_gen.config.flag_values import flag_values
 
-    folder = given.get("config_dir")
+    folder, name = given.get("config_dir"), given.get("config_name", "config")
+    if not name or name.startswith("/") or {".", ".."} & {*name.split("/")}:
+        raise UserError(
+            f"--config-name: '{name}' is not a name in a configuration folder; give the folder as --config-dir and the "
+            "name of the file in it"
+        )
     return Choices(
         overrides=tuple(overrides),
         flags=flag_values(given),
         file=given.get("config"),
         config_dir=None if folder is None else os.path.expanduser(folder),
-        config_name=given.get("config_name", "config"),
+        config_name=name,
     )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def generate(*overrides: str, config: str | Path | None = None, **flags: Any) -> Result | None:
     """Run `sglang generate` from Python.
 
-    `overrides` are Hydra's ("model=sdxl", "parallel=tp2"), keywords are flags with underscores (prompt="a lake",
+    `overrides` are Hydra's ("sampling=draft", "parallel=tp2"), keywords are flags with underscores (prompt="a lake",
     num_inference_steps=28), whose values may be paths and numpy's numbers too. Returns None for a dry run, which only
     prints. Raises `errors.UserError` for a request that cannot be carried out and `errors.RunError` when the run fails;
     nothing half-written stays.

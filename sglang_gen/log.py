@@ -5,18 +5,13 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 _LOGGER = logging.getLogger("sglang_gen")
-_LIBRARIES = ("diffusers", "transformers")  # loggers whose warnings are shown to the user
-_DEVELOPERS = (
-    "huggingface_hub",
-    "py.warnings",
-    "torchao",
-    "torch.utils._pytree",
-)  # loggers whose warnings repeat our own or address developers
+# Loggers of libraries: their messages address developers, and our own sentences say what concerns a result.
+_LIBRARIES = ("diffusers", "transformers", "huggingface_hub", "torchao", "torch.utils._pytree", "py.warnings")
 # Line ends, terminal control characters, those that reorder a line, and surrogates from bytes that are not UTF-8.
 _CONTROLS = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _CONTROL = re.compile(f"[{_CONTROLS}]+")
@@ -68,60 +63,40 @@ def encodable(text: str, encoding: str) -> str:
     return text
 
 
-class _Through(logging.Handler):
-    """Forwards the records of a library to our own handler."""
+class _ForDebugging(logging.Handler):
+    """Shows a library's record at level debug only, once, with the library's name: `DEBUG: diffusers: ...`.
 
-    def __init__(self, ours: logging.Handler) -> None:
-        super().__init__()
-        self.ours = ours
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.ours.handle(record)
-
-
-# Parts of messages about optional packages that a run does without; shown with --log-level debug.
-_NOTICES = (
-    "requires torchvision (not installed)",
-    "Unable to import `torchao`",
-    "is an Enum subclass and is now natively",
-)
-
-
-class _Once(logging.Filter):
-    """Passes each message of a library once, at level WARNING or below.
-
-    Libraries repeat a message for every component and batch, and log an error that they also raise.
+    Libraries repeat a message for every block and batch.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[str] = set()
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno > logging.WARNING:
-            record.levelno, record.levelname = logging.WARNING, "WARNING"
-        message = record.getMessage()
-        if _LOGGER.level > logging.DEBUG and any(notice in message for notice in _NOTICES):
-            return False
-        new = message not in self.seen
-        self.seen.add(message)
-        return new and record.levelno >= _LOGGER.level
+    def emit(self, record: logging.LogRecord) -> None:
+        if not _LOGGER.isEnabledFor(logging.DEBUG):
+            return
+        library = "Python" if record.name == "py.warnings" else record.name.partition(".")[0]
+        line = f"{library}: {record.getMessage()}"
+        if line not in self.seen:
+            self.seen.add(line)
+            _LOGGER.debug(line, exc_info=record.exc_info)
 
 
-_ONCE = _Once()
+_FOR_DEBUGGING = _ForDebugging()
 _warned: set[str] = set()
 
 
 def setup(level: str, handler: logging.Handler | None = None) -> None:
-    """Log our lines, and the libraries' warnings, to stderr from `level` upwards. Call again to change the level.
+    """Log our lines to stderr from `level` upwards, and messages of libraries at level debug only.
 
-    `handler` replaces stderr.
+    Call again to change the level. `handler` replaces stderr.
     """
     _LOGGER.handlers = [handler or _handler()]
     _LOGGER.propagate = False
     _LOGGER.setLevel(level.upper())
-    _ONCE.seen.clear()
     _warned.clear()
+    _FOR_DEBUGGING.seen.clear()
     adopt_libraries()
 
 
@@ -131,41 +106,40 @@ def ask_first(may_say: Callable[[int, str], bool]) -> None:
 
 
 def capture_warnings() -> None:
-    """Route Python warnings through logging. For the command's own processes only, not for callers of `generate`."""
+    """Route Python warnings and the records of all libraries without handlers to the debug log.
+
+    For the command's own processes only, not for callers of `generate`.
+    """
     logging.captureWarnings(True)
+    root = logging.getLogger()
+    if _FOR_DEBUGGING not in root.handlers:
+        root.addHandler(_FOR_DEBUGGING)  # without one Python writes warnings to stderr
 
 
 def adopt_libraries() -> None:
-    """Route the libraries' loggers through our handler. Call again after importing them, which installs their own.
+    """Route the libraries' loggers to the debug log. Call again after importing them, which installs handlers.
 
-    With --log-level debug all of their messages are shown.
+    Loggers of torch that TORCH_LOGS makes more talkative keep their own handlers.
     """
-    handler = _Through(_LOGGER.handlers[0])
-    handler.addFilter(_ONCE)
-    for name in (*_LIBRARIES, *_DEVELOPERS):
+    known = logging.root.manager.loggerDict.items()
+    torchs = [
+        name
+        for name, logger in known
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] == "torch" and logger.handlers
+        if logger.level in (logging.NOTSET, logging.WARNING)
+    ]
+    for name in _LIBRARIES:
         library = logging.getLogger(name)
-        library.handlers = [handler]
         library.propagate = False
-        quietest = logging.WARNING if name in _LIBRARIES else logging.ERROR
-        library.setLevel(logging.DEBUG if _LOGGER.level <= logging.DEBUG else max(quietest, _LOGGER.level))
+        library.setLevel(logging.DEBUG if _LOGGER.isEnabledFor(logging.DEBUG) else logging.CRITICAL)
+    for name in (*_LIBRARIES, *torchs):
+        logging.getLogger(name).handlers = [_FOR_DEBUGGING]
 
 
 def _handler() -> logging.Handler:
     handler = _Stderr()
     handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
     return handler
-
-
-@contextmanager
-def quieter(library: str) -> Iterator[None]:
-    """Context in which a library logs errors only, because our own checks report its warnings more clearly."""
-    logger = logging.getLogger(library)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def debug(message: str) -> None:

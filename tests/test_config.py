@@ -16,7 +16,7 @@ STEPS = "sampling.num_inference_steps"
 
 def write(path: str, content: dict) -> str:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    header = "# @package _global_\n" if "experiment" in path or "model" in path else ""
+    header = "# @package _global_\n" if any(word in path for word in ("experiment", "model", "part")) else ""
     Path(path).write_text(json.dumps(content) if path.endswith("json") else header + yaml.safe_dump(content))
     return path
 
@@ -251,10 +251,30 @@ def test_a_primary_configuration_without_defaults_builds_on_the_shipped_one(comp
     assert composition.sources[STEPS] == "override"
 
 
+@pytest.mark.parametrize("defaults", [["config", "_self_"], ["/config", "_self_"], ["config", "part", "_self_"], None])
+def test_a_primary_configuration_in_a_folder_is_that_of_a_run(composed, defaults):
+    """Hydra would place its keys under the folder's name, and look for the shipped configuration in the folder."""
+    write("own/inner/mine.yaml", {**({"defaults": defaults} if defaults else {}), "sampling": {"seed": 5}})
+    write("own/inner/part.yaml", {"sampling": {"guidance_scale": 2.5}})
+    write("own/model/mine.yaml", {"model": {"path": "x/y"}})
+    composition = composed("--config-dir", "own", "--config-name", "inner/mine", "model=mine", "--prompt", "x")
+    run = composition.run
+    assert (run.sampling.seed, composition.sources["sampling.seed"]) == (5, "group")
+    assert (run.sampling.guidance_scale == 2.5) is ("part" in (defaults or ()))
+
+
+@pytest.mark.parametrize("name", ["./mine", "../own/mine", "/mine", ""])
+def test_a_primary_configuration_outside_of_its_folder_is_refused(sglang, name):
+    write("own/mine.yaml", {"sampling": {"seed": 5}})
+    done = sglang("generate", "--config-dir", "own", "--config-name", name, "--prompt", "x")
+    assert (done.code, len(done.lines)) == (2, 1)
+    assert done.lines[0].startswith(f"ERROR: --config-name: '{name}' is not a name in a configuration folder")
+
+
 @pytest.mark.whole
 def test_a_sweep_file_without_defaults_sweeps(composed):
-    write("own/seeds.yaml", {"hydra": {"mode": "MULTIRUN", "sweeper": {"params": {"sampling.seed": "1,2"}}}})
-    jobs = composed("-m", "--config-dir", "own", "--config-name", "seeds", "model=sdxl", "--output-path", "sweep")
+    write("own/inner/seeds.yaml", {"hydra": {"mode": "MULTIRUN", "sweeper": {"params": {"sampling.seed": "1,2"}}}})
+    jobs = composed("-m", "--config-dir", "own", "--config-name", "inner/seeds", "model=sdxl", "--output-path", "sweep")
     assert [job.run.sampling.seed for job in jobs] == [1, 2]
 
 

@@ -89,18 +89,14 @@ MODEL = re.compile(r"flux|sd3|sdxl|stable.?diffusion|unet|clip|t5", re.IGNORECAS
 APART = re.compile(r"clip_skip|clip_sample|clipp(ed|ing)", re.IGNORECASE)  # settings, and words
 # Left out: families and networks; training of the embedded model, which runs no family; texts of planted bugs.
 LEFT_OUT = ("sglang_gen/families/", "sglang_gen/models/", "tools/landscape/", "tools/planted.py")
-EXAMPLE = "the example of a command in help, an error or a docstring names a preset"
+EXAMPLE = "the example of a command in help names a preset"
 COMPONENT = "a name of a component in model_index.json, which diffusers gives"
 SENTENCE = "a refusal of the diffusers backend says what the library cannot cache"
 REVIEWED: dict[tuple[str, str], str] = {  # (module, text that stands in it) -> reason
     ("sglang_gen/types.py", "unet"): COMPONENT,
     ("sglang_gen/hub/single_file.py", "unet"): COMPONENT,
-    ("sglang_gen/config/help.py", "(model=sdxl,sd15 sampling.seed=1,2)"): EXAMPLE,
     ("sglang_gen/config/help.py", "model=sdxl parallel=sp2_tp2"): EXAMPLE,
     ("sglang_gen/config/help.py", "model=sdxl --prompt"): EXAMPLE,
-    ("sglang_gen/generate.py", '"model=sdxl", "parallel=tp2"'): EXAMPLE,
-    ("sglang_gen/hub/resolve.py", "a preset such as model=sdxl"): EXAMPLE,
-    ("sglang_gen/plan/checks.py", "a preset such as model=sdxl"): EXAMPLE,
     ("sglang_gen/backends/diffusers/cache.py", "no step cache for UNets"): SENTENCE,
     ("sglang_gen/backends/diffusers/cache.py", " has a UNet"): SENTENCE,
     ("sglang_gen/backends/native/safety_checker.py", "clip_input"): "an argument of diffusers' safety checker",

@@ -194,7 +194,7 @@ def test_a_preset_is_planned_again_from_what_its_repository_holds(sglang, hub, p
     words = ("generate", "model=sd15", "--prompt", "a", *SMALL, "--backend")
     assert json.loads(sglang(*words, "auto", "dry_run=json").out)["effective"]["backend"] == "sglang"
     assert not hub.requests
-    reason = "the text_encoder is a CLIPTextModelWithProjection, not a CLIPTextModel"
+    reason = "its text_encoder has the class CLIPTextModelWithProjection in place of CLIPTextModel"
     refused = sglang(*words, "sglang")
     assert (refused.code, f"The native engine cannot run this: {reason}" in refused.err) == (2, True)
     lines = sglang(*words, "auto").lines

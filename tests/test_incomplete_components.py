@@ -9,8 +9,10 @@ import torch
 from native import record
 from original_layout import save
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
 from sglang_gen import log
+from sglang_gen.backends import loading_report
 
 SMALL = ("--prompt", "a cat", "--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7",
          "--dtype", "float32")  # fmt: skip
@@ -97,6 +99,19 @@ def test_a_shared_tensor_of_another_shape_is_refused_in_our_own_words(pipelines,
     done = generate("--model-path", model, "--backend", backend)
     refused(done, "model/text_encoder_2 is not a checkpoint of this T5EncoderModel", "shape")
     assert "aten" not in done.err
+
+
+def test_another_failure_while_loading_is_not_taken_for_one_of_shapes(pipelines, monkeypatch):
+    """Only a shared tensor of another shape ends loading without a report."""
+
+    def fails(*_, **__):
+        raise RuntimeError("unable to mmap")
+
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", fails)
+    monkeypatch.setattr(loading_report, "header", lambda file: pytest.fail("the shapes were compared"))
+    folder = pipelines["flux"] / "text_encoder_2"
+    with pytest.raises(RuntimeError, match="unable to mmap"):
+        loading_report.read(T5EncoderModel, folder, json.loads((folder / "config.json").read_text()), torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

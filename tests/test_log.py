@@ -122,33 +122,55 @@ def test_a_terminal_at_level_warning_gets_no_bar(monkeypatch):
     assert terminal.getvalue() == ""
 
 
-@pytest.fixture
-def library() -> logging.Logger:
-    return logging.getLogger("diffusers.some.module")
-
-
-def test_a_library_warns_once_and_never_as_an_error(capsys, library):
-    log.setup("info")
-    for _ in range(2):
-        library.warning("be %s", "careful\nplease")
-        library.error("not found")
-        library.info("by the way")
-        log.adopt_libraries()  # as after the library's import
-    assert capsys.readouterr().err.splitlines() == ["WARNING: be careful please", "WARNING: not found"]
-    log.setup("info")
-    library.warning("be careful")
-    assert capsys.readouterr().err == "WARNING: be careful\n"
-
-
-def test_a_library_is_silent_at_level_error_and_talks_at_level_debug(capsys, library):
-    log.setup("error")
+@pytest.mark.parametrize("level", ["info", "error"])
+@pytest.mark.parametrize("name", ["diffusers.some.module", "transformers.x", "huggingface_hub", "torchao.y", "torch.z"])
+def test_no_message_of_a_library_is_shown(capsys, monkeypatch, level, name):
+    library = logging.getLogger(name)
+    own = logging.getLogger(name.partition(".")[0])
+    monkeypatch.setattr(own, "handlers", [logging.StreamHandler()])  # as after the library's import
+    log.setup(level)
+    library.warning("be %s", "careful")
     library.error("not found")
-    logging.getLogger("huggingface_hub").warning("retrying")
     assert capsys.readouterr().err == ""
-    log.setup("debug")
-    library.debug("a detail")
-    assert capsys.readouterr().err == "DEBUG: a detail\n"
     log.setup("info")
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("diffusers.some.module", "diffusers"), ("torch._dynamo", "torch"), ("py.warnings", "Python")]
+)
+def test_a_library_is_shown_at_level_debug_with_its_name(capsys, name, prefix):
+    log.setup("debug")
+    for _ in range(2):
+        logging.getLogger(name).warning("be %s", "careful\nplease")
+    assert capsys.readouterr().err == f"DEBUG: {prefix}: be careful please\n"
+    log.setup("info")
+
+
+def test_loggers_that_torch_logs_makes_talkative_keep_their_handlers(capsys, monkeypatch):
+    asked = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    mine = [logging.NullHandler()]
+    monkeypatch.setattr(asked, "handlers", mine)
+    monkeypatch.setattr(asked, "level", logging.INFO)
+    log.setup("info")
+    assert asked.handlers is mine
+
+
+def test_a_logger_without_handlers_writes_nothing_in_a_process_of_the_command(capsys):
+    """Python would write its warnings to stderr."""
+    before = list(logging.getLogger().handlers)
+    log.setup("info")
+    try:
+        log.capture_warnings()
+        log.capture_warnings()
+        logging.getLogger("accelerate.big_modeling").warning("some layers stay where they are")
+        assert capsys.readouterr().err == ""
+        log.setup("debug")
+        logging.getLogger("accelerate.big_modeling").warning("some layers stay where they are")
+        assert capsys.readouterr().err == "DEBUG: accelerate: some layers stay where they are\n"
+    finally:
+        logging.captureWarnings(False)
+        logging.getLogger().handlers = before
+        log.setup("info")
 
 
 def test_warnings_for_developers_are_shown_at_level_debug_only(capsys):

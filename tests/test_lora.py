@@ -157,6 +157,23 @@ def test_the_last_layers_alpha_counts_in_the_kohya_layout_of_flux(pipelines, run
     assert np.abs(picture() - by_hand(pipelines["flux"], factors, SCALE / 4)).max() <= 1
 
 
+def test_modules_that_the_conversion_refuses_are_named(pipelines, run):
+    """diffusers refuses a whole file of FLUX for one module that it does not know."""
+    factors = pairs(load(pipelines["flux"]), "transformer", re.compile(r"^(proj_out|x_embedder)$"))
+    names = {"transformer.proj_out": "final_layer.linear", "transformer.x_embedder": "image_in"}
+    done = run("flux", kohya(factors, 4.0, names))
+    assert (done.code, done.lines[-1]) == (
+        2, "ERROR: lora: ./adapter.safetensors was made for another model: 1 of its 2 modules have no place in this "
+        "FluxPipeline, such as lora_unet_image_in; --lora-target-modules can choose among them",
+    )  # fmt: skip
+    only = run("flux", kohya(factors, 4.0, names), "--lora-target-modules", "lora_unet_final_layer_linear")
+    assert only.code == 0, only.err
+    kept = {name: pair for name, pair in factors.items() if name.endswith("proj_out")}
+    assert np.abs(picture() - by_hand(pipelines["flux"], kept, SCALE)).max() <= 1
+    unknown = run("flux", kohya(factors, 4.0, {name: f"image.{name}" for name in factors}))
+    assert (unknown.code, "2 of its 2 modules have no place" in unknown.lines[-1]) == (2, True), unknown.err
+
+
 def test_the_xlabs_layout_is_merged(pipelines, run):
     pipeline = load(pipelines["flux"])
     width, generator = pipeline.transformer.config.num_attention_heads * 16, torch.Generator().manual_seed(3)
@@ -272,7 +289,7 @@ def test_other_kinds_of_adapters_are_refused_by_name(pipelines, run, extra, kind
     factors = pairs(load(pipelines["sd15"]), "unet", re.compile("attn1.to_q$"))
     done = run("sd15", kohya(factors, None) | {extra: torch.zeros(2, 2)})
     assert done.code == 2
-    assert f"is a {kind} adapter ({extra}), and only LoRA is applied" in done.lines[-1]
+    assert f"is an adapter of the kind {kind} ({extra}), and only LoRA is applied" in done.lines[-1]
 
 
 def test_kinds_that_only_the_settings_tell_are_refused_by_name(pipelines, run):
@@ -281,7 +298,7 @@ def test_kinds_that_only_the_settings_tell_are_refused_by_name(pipelines, run):
     for config, kind in (({"peft_type": "LOHA"}, "LOHA"), ({"peft_type": "LORA", "use_dora": True}, "DoRA")):
         Path("peft/adapter_config.json").write_text(json.dumps(config))
         done = run("sd3", "./peft")
-        assert (done.code, f"is a {kind} adapter, and only LoRA is applied" in done.err) == (2, True)
+        assert (done.code, f"is an adapter of the kind {kind}, and only LoRA is applied" in done.err) == (2, True)
 
 
 @pytest.mark.whole

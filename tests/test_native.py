@@ -118,7 +118,7 @@ def test_a_scale_that_is_no_number_is_refused(run):
             "sd15",
             "model_index.json",
             {"vae": ["diffusers", "AutoencoderTiny"]},
-            "the vae is a AutoencoderTiny, not a AutoencoderKL",
+            "its vae has the class AutoencoderTiny in place of AutoencoderKL",
         ),
     ],
 )

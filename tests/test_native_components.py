@@ -87,7 +87,7 @@ def test_a_class_that_is_not_ours_runs_on_diffusers(run):
     fill(tiny, 3).save_pretrained("taesd")
     done = run("sdxl", *given(vae="taesd"))
     assert done.code == 0, done.err
-    reason = "the vae is a AutoencoderTiny, not a AutoencoderKL"
+    reason = "its vae has the class AutoencoderTiny in place of AutoencoderKL"
     assert f"INFO: Backend: diffusers (the native engine cannot run this: {reason})" in done.lines
     assert record("outputs")["effective"]["components"]["vae"] == "AutoencoderTiny"
 

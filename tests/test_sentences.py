@@ -1,6 +1,8 @@
 """No exception class name and no sentence of a library reaches a user."""
 
 import ast
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,24 @@ def test_no_message_is_made_of_the_message_of_a_library():
         wrong += [f"{path}:{use.lineno}" for use in uses if not is_translated(use, parents[use])]
     assert seen > 100
     assert wrong == []
+
+
+# Values whose article is known: each begins with a consonant.
+CONSONANTS = {"language", "which"}
+
+
+def test_no_sentence_has_an_article_before_a_name_that_it_fills_in():
+    """Such as "a AutoencoderTiny"."""
+    articles, values = 0, set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else ()
+            for before, value in pairwise(parts):
+                if isinstance(before, ast.Constant) and re.search(r"\b[Aa]n? ['\"]?$", before.value):
+                    articles += 1
+                    values.add(ast.unparse(value.value))
+    assert articles >= 3
+    assert {value for value in values if value not in CONSONANTS} == set()
 
 
 def test_what_the_suite_shows_to_users_is_watched(sglang):

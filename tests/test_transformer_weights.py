@@ -262,8 +262,8 @@ def _corrupt(folder: Path, others) -> str:
     return "bad.safetensors"
 
 
-@pytest.mark.parametrize("backend", ["auto", "diffusers"])
-def test_a_gguf_file_with_flattened_convolutions_is_refused_by_name(run, backend):
+@pytest.mark.parametrize("words", [("--backend", "auto"), ("--backend", "diffusers"), ("dry_run=true",)])
+def test_a_gguf_file_with_flattened_convolutions_is_refused_by_name(run, words):
     writer = gguf.GGUFWriter("unet.gguf", "sdxl")
     weights = np.zeros((4, 4, 3, 3), np.float16)
     writer.add_tensor("input_blocks.0.0.weight", weights.reshape(12, 12))
@@ -272,10 +272,12 @@ def test_a_gguf_file_with_flattened_convolutions_is_refused_by_name(run, backend
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    done = run("sdxl", "--transformer-weights-path", "unet.gguf", "--backend", backend)
+    done = run("sdxl", "--transformer-weights-path", "unet.gguf", *words)
     assert done.code == 2
     assert "unet.gguf stores 1 tensors in another shape than the network's (input_blocks.0.0.weight; " in done.lines[-1]
     assert "comfy.gguf.orig_shape" in done.lines[-1]
+    native = run("sdxl", "--transformer-weights-path", "unet.gguf", "--backend", "sglang")
+    assert (native.code, "it reads no GGUF files yet" in native.lines[-1]) == (2, True)
 
 
 def _gguf_cut(folder: Path, others) -> str:
@@ -409,7 +411,10 @@ BAD = {
     ),
     "int8": (_undeclared_int8, "stores 1 tensors as I8 (x_embedder.weight) and declares no quantization"),
     "fp8": (_undeclared_fp8, "tensors as F8_E4M3 ("),
-    "class": (_other_class, "holds a SD3Transformer2DModel, and the model has a FluxTransformer2DModel"),
+    "class": (
+        _other_class,
+        "holds the class SD3Transformer2DModel, and the model has the class FluxTransformer2DModel",
+    ),
     "network": (_other_file, "FluxTransformer2DModel"),
     "config": (_other_config, "is a different FluxTransformer2DModel than the model's (num_layers differ)"),
     "method": (_unknown_method, "odd is quantized by 'magic'"),

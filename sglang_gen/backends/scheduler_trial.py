@@ -1,11 +1,13 @@
 """Runs a scheduler through its steps before a weight is read, with numbers in place of a network's predictions."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sglang_gen import log
 from sglang_gen.engine.denoise import denoise
 from sglang_gen.errors import UserError
 
@@ -28,6 +30,15 @@ def check_steps(scheduler: Any, timesteps: Tensor) -> None:
             f"{type(scheduler).__name__} finds no noise level for one of its {len(timesteps)} steps with this "
             f"configuration{_spacing(scheduler)}: change the number of steps or the spacing of its noise levels"
         ) from error
+
+
+def warn_changed(scheduler: Any, settings: Mapping[str, Any], steps: int) -> None:
+    """Warn of settings that the scheduler replaced when it set its timesteps."""
+    kind = type(scheduler).__name__
+    for name, value in settings.items():
+        used = scheduler.config.get(name, value)
+        if not name.startswith("_") and used != value and not isinstance(value, (list, tuple)):
+            log.warn_once(f"{kind} runs {steps} steps with {name}={used} in place of {value}")
 
 
 def _spacing(scheduler: Any) -> str:

@@ -32,7 +32,7 @@ List the model presets, one per line: name, hub id and description. Use a preset
 or give its hub id as --model-path."""
 
 _HYDRA = (
-    ("-m, --multirun", "run every combination of the listed values (model=sdxl,sd15 sampling.seed=1,2)"),
+    ("-m, --multirun", "run every combination of the listed values (parallel=single,tp2 sampling.seed=1,2)"),
     ("-c, --cfg {job,hydra,all}", "print the composed configuration with all flags, and exit"),
     ("-p, --package PATH", "part of the configuration that --cfg prints, such as sampling"),
     ("--resolve", "resolve interpolations in the output of --cfg hydra and --cfg all"),

@@ -11,7 +11,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigNode, ConfigStore
-from hydra.core.default_element import ResultDefault
+from hydra.core.default_element import ConfigDefault, GroupDefault, ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
@@ -74,8 +74,9 @@ class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
         for entries in given:
             hydra_code.check_search_path(list(entries) if OmegaConf.is_list(entries) else entries)
         super()._process_config_searchpath(config_name, parsed_overrides, repo)
-        if config_name is not None and "/" not in config_name:  # in a folder, defaults are relative to it
+        if config_name is not None:
             _build_on_shipped(config_name, repo)
+            _read_from_top(config_name, repo)
 
 
 def _build_on_shipped(config_name: str, repo: CachingConfigRepository) -> None:
@@ -92,6 +93,25 @@ def _build_on_shipped(config_name: str, repo: CachingConfigRepository) -> None:
     listed = repo.delegate._extract_defaults_list("config", base.config)
     own.defaults_list = repo.delegate._create_defaults_list("config", listed)
     own.config = typing.cast(DictConfig, OmegaConf.merge(base.config, own.config))
+
+
+def _read_from_top(config_name: str, repo: CachingConfigRepository) -> None:
+    """Read a user's primary configuration in a folder as one at the top of the configuration folder.
+
+    Hydra places the keys of `inner/mine` under the key `inner` and looks for its defaults in `inner` alone. The result
+    in the cache is changed: the keys are those of a run, and defaults that `inner` does not have are those of the top.
+    """
+    folder = config_name.rpartition("/")[0]
+    own = repo.load_config(config_name)
+    if not folder or own is None or own.provider in ("main", "schema"):
+        return
+    if own.header["package"] is None:
+        own.header["package"] = "_global_"
+    for item in own.defaults_list or ():
+        if isinstance(item, ConfigDefault) and item.path and not item.path.startswith("/") and not item.is_self():
+            item.path = item.path if repo.config_exists(f"{folder}/{item.path}") else f"/{item.path}"
+        elif isinstance(item, GroupDefault) and item.group and not item.group.startswith("/"):
+            item.group = item.group if repo.group_exists(f"{folder}/{item.group}") else f"/{item.group}"
 
 
 @cache

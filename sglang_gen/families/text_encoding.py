@@ -15,12 +15,18 @@ def tokens(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> Tenso
     ids: Tensor = tokenizer(
         texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
-    whole = tokenizer(texts, padding="longest", return_tensors="pt", verbose=False).input_ids
-    if whole.shape[-1] > length:
-        decoded = tokenizer.batch_decode(whole[:, length - 1 : -1], skip_special_tokens=True)
-        truncated = log.shorten(" | ".join(text for text in decoded if text))
-        log.warn_once(f'{type(encoder).__name__} takes {length} tokens and does not see: "{truncated}"')
+    warn_of_truncated(encoder, tokenizer, tokenizer(texts, verbose=False).input_ids, length)
     return ids.to(encoder.device)
+
+
+def warn_of_truncated(encoder: Any, tokenizer: Any, whole: list[list[int]], length: int) -> None:
+    """Warn of the end of each text that `length` tokens do not hold; `whole` has all tokens, the last ends the text."""
+    decoded = [
+        tokenizer.decode(text[length - 1 : -1], skip_special_tokens=True) for text in whole if len(text) > length
+    ]
+    if any(decoded):
+        truncated = log.shorten(" | ".join(filter(None, decoded)))
+        log.warn_once(f'{type(encoder).__name__} takes {length} tokens and does not see: "{truncated}"')
 
 
 def expanded(tokenizer: Any, texts: list[str]) -> list[str]:

@@ -4,7 +4,6 @@ import importlib
 from functools import cache
 from typing import Any
 
-from sglang_gen import log
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.hub import remote_code
 from sglang_gen.types import Component
@@ -23,8 +22,7 @@ def named(component: Component) -> Any:
     Raises UserError for a class that the installed library does not have, or that needs a missing package.
     """
     check(component)
-    with log.quieter("transformers"):  # it warns of missing packages that its image processors do not need
-        kind = getattr(_library(component), component.class_name)
+    kind = getattr(_library(component), component.class_name)
     if type(kind).__name__ == "DummyObject":  # what diffusers has in place of a class whose packages are missing
         from diffusers.utils.import_utils import BACKENDS_MAPPING
 

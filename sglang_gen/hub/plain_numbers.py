@@ -43,7 +43,7 @@ def quantized(header: Header) -> str | None:
     """A clause that names the quantization in a header, with an example tensor; None for plain weights."""
     for key in DECLARATIONS:
         if header.metadata.get(key, "null") != "null":
-            return f"its metadata has a {key}"
+            return f"its metadata has the key {key}"
     for name, tensor in header.tensors.items():
         if kind := _format(name, tensor, header.tensors):
             return kind

@@ -52,7 +52,7 @@ def find_weights(run: Run) -> ModelCard:
 def _find(model: Model, weights: bool, replaced: Collection[str]) -> ModelCard:
     name = model.path or model.preset
     if name is None:
-        raise UserError("No model is named: give --model-path, or a preset such as model=sdxl")
+        raise UserError("No model is named: give --model-path or model=NAME (sglang models lists the names)")
     if model.path is None:
         return read_card(env.embedded_model(), "landscape", weights)
     folder = Path(model.path).expanduser()
@@ -203,8 +203,8 @@ def preset_warnings(model: Model, card: ModelCard) -> list[str]:
     if own in (None, model.pipeline_class_name or card.pipeline_class):
         return []
     return [
-        f"The preset '{model.preset}' is for a {own}, and {card.name} is a {card.pipeline_class}: its settings may not "
-        "suit this model"
+        f"The preset '{model.preset}' is for models of the class {own}, and {card.name} has the class "
+        f"{card.pipeline_class}: the preset's settings may not suit this model"
     ]
 
 
@@ -235,11 +235,15 @@ def _replacement(card: ModelCard, name: str, path: str, weights: bool) -> Compon
     folder = folder / name if (folder / name).is_dir() else folder
     own, config = known[name], read_config(folder)
     if own.config and not config:
-        raise UserError(f"--component-paths: {path} holds no '{name}': it has no configuration of a {own.class_name}")
+        raise UserError(
+            f"--component-paths: {path} holds no '{name}': it has no configuration of the class {own.class_name}"
+        )
     kind = config.get("_class_name", own.class_name) if own.library == "diffusers" else own.class_name
     types = [each.get("model_type") for each in (own.config, config)]
     if _role(kind) != _role(own.class_name) or (None not in types and types[0] != types[1]):
-        raise UserError(f"--component-paths: {path} holds a {types[1] or kind}, and '{name}' is a {own.class_name}")
+        raise UserError(
+            f"--component-paths: {path} holds {types[1] or kind}, and '{name}' has the class {own.class_name}"
+        )
     component = replace(own, folder=folder, config=config, class_name=kind)
     if weights:
         check_files(folder, component)

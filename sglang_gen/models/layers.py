@@ -254,7 +254,7 @@ def adopted(layer: nn.Module) -> OwnTensors:
         elif isinstance(layer, nn.Embedding):
             own = Embedding(layer.num_embeddings, layer.embedding_dim)
         else:
-            raise TypeError(f"a {type(layer).__name__} cannot be cut")
+            raise TypeError(f"{type(layer).__name__} cannot be cut")
     for name, parameter in layer.named_parameters(recurse=False):
         own.place(name, parameter)
     return own.train(layer.training)

@@ -113,7 +113,7 @@ def _check_values(run: Run) -> None:
     except InvalidValueError as error:
         raise UserError(str(error)) from None
     if run.model.path is None and run.model.preset != "landscape":
-        raise UserError("No model is named: give --model-path, or a preset such as model=sdxl")
+        raise UserError("No model is named: give --model-path or model=NAME (sglang models lists the names)")
     for path in leaves():
         value = get(run, path)
         if isinstance(value, str) and path not in FREE_TEXT:

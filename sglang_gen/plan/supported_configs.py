@@ -12,7 +12,7 @@ def unsupported(spec: Spec, card: ModelCard) -> str | None:
             return f"this model has no {name}"
         class_name = card.components[name].class_name
         if classes and class_name not in classes:
-            return f"the {name} is a {class_name}, not a {' or '.join(classes)}"
+            return f"its {name} has the class {class_name} in place of {' or '.join(classes)}"
     if card.file is not None and len(spec.networks_of(card)) > 1:
         return "it reads no single file with several denoising networks"
     if "safety_checker" in card.components and "safety_checker" not in spec.optional:

@@ -5,7 +5,7 @@ from typing import Any
 
 from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.hub.safetensors_header import Tensor
-from sglang_gen.hub.weight_files import FLAG, few
+from sglang_gen.hub.weight_files import FLAG, few, locate
 
 RESHAPED = "comfy.gguf.orig_shape."  # start of the metadata keys for tensors that were flattened to fit blocks
 # Exceptions of the gguf package's reader for a file that is not valid GGUF.
@@ -38,6 +38,12 @@ def read_header(path: Path) -> dict[str, Tensor]:
     if odd:
         raise UserError(f"{FLAG}: {path} holds {', '.join(sorted(odd))} tensors, which diffusers cannot compute with")
     return {name: Tensor(kind.name, shape) for name, (kind, shape) in tensors.items()}
+
+
+def check_file(given: str | None) -> None:
+    """`read_header` of a --transformer-weights-path that is a GGUF file, for its refusals before a weight is read."""
+    if given is not None and (files := locate(given)).is_gguf:
+        read_header(files.paths[0])
 
 
 def check_places(network: Any, path: Path) -> None:

@@ -91,7 +91,7 @@ def _check_config(kind: str, name: str, plan: Plan, files: WeightFiles) -> None:
     theirs = {key: value for key, value in files.config.items() if key in component.config and not key.startswith("_")}
     other = files.config.get("_class_name")
     if other is not None and other != kind:
-        raise UserError(f"{FLAG}: {files.given} holds a {other}, and the model has a {kind}")
+        raise UserError(f"{FLAG}: {files.given} holds the class {other}, and the model has the class {kind}")
     differing = [
         key for key, value in theirs.items() if key != "quantization_config" and value != component.config[key]
     ]
@@ -260,10 +260,9 @@ def _load_declared(kind: Any, files: WeightFiles, declared: Mapping[str, Any], p
     if method in quantization.ON_GPU and plan.device == "cpu":
         raise UserError(f"{FLAG}: {files.given} is quantized by {method}, which diffusers runs on a GPU only")
     try:
-        with log.quieter("diffusers.quantizers"):  # it warns that int8 needs bfloat16, but float32 works too
-            network, told = kind.from_pretrained(
-                str(files.folder), dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
+        network, told = kind.from_pretrained(
+            str(files.folder), dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     except ImportError as error:
         raise UserError(
             f"{FLAG}: {files.given} is quantized by {method}, which needs {package}: pip install {package}"

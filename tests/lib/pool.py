@@ -36,10 +36,10 @@ class Pool:
 
     def run(self, layout: Layout, function: Callable[..., Any], *args: Any) -> list[Any]:
         """`function(mesh, *args)` on every rank of the layout; what each returns. The function is a module's own."""
-        import torch.distributed as dist
+        from sglang_gen.parallel import mesh
 
         if layout != self.layout:
-            self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            self.store = mesh.local_store()
             self.layout = layout
         for pipe in self.pipes[: layout.ranks]:
             pipe.send((layout, self.store.port, function, args))

@@ -13,7 +13,7 @@ from sglang_gen.backends.diffusers import schedule_trial
 from sglang_gen.backends.diffusers.pipeline_signature import Kind
 from sglang_gen.backends.diffusers.scheduler_settings import CANNOT_RUN
 from sglang_gen.backends.input_files import read_image
-from sglang_gen.backends.scheduler_trial import check_steps
+from sglang_gen.backends.scheduler_trial import check_steps, warn_changed
 from sglang_gen.errors import UserError, in_our_words, nearest
 from sglang_gen.families.img2img import no_steps_left
 from sglang_gen.hub import component_classes
@@ -89,6 +89,7 @@ def check_scheduler(plan: Plan, kind: Kind, call: Mapping[str, Any], settings: M
         scheduler.set_timesteps(steps)
     except CANNOT_RUN:
         return
+    warn_changed(scheduler, {**component.config, **settings}, steps)
     check_steps(scheduler, scheduler.timesteps)
 
 

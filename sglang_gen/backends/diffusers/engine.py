@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from sglang_gen import env, log
-from sglang_gen.backends import component_file
+from sglang_gen.backends import component_file, ignored_keys
 from sglang_gen.backends.comm_log import CommLog
 from sglang_gen.backends.diffusers import (
     attention_backend,
@@ -31,6 +31,7 @@ from sglang_gen.backends.diffusers import (
     pipeline_signature,
     quantize,
     replaced_components,
+    truncated_prompts,
 )
 from sglang_gen.backends.diffusers import pipeline_loading as original
 from sglang_gen.backends.diffusers import torch_compile as compilation
@@ -52,7 +53,7 @@ from sglang_gen.perf.flops import CallLog, Watched
 from sglang_gen.plan import image_size
 from sglang_gen.plan.step_cache import wanted
 from sglang_gen.types import TEXT_ENCODERS, Decoded, Plan, Sample
-from sglang_gen.weights import replacement
+from sglang_gen.weights import gguf, replacement
 
 TEXTS = re.compile("(negative_)?prompt_[0-9]")  # arguments for further text encoders
 
@@ -80,6 +81,7 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog, kept: KeptWeights | None = None
             if is_out_of_memory(error):
                 raise out_of_memory(plan, mesh.rank, f"loading {plan.card.name}", error) from error
             raise RunError(f"Loading {plan.card.name} failed: {in_our_words(error)}") from error
+        ineffective_settings.warn_attention_arguments(built.pipeline, call)
         engine = DiffusersEngine(plan, mesh, built, PipelineCall(kind, call), calls)
         engine.ending = ending.pop_all()
     return engine
@@ -122,9 +124,12 @@ def check_pipeline_call(
         env.require_compiler(plan.device)
     attention_backend.own(run.attention, plan.device, getattr(torch, plan.dtype))
     lora.check_local_adapters(run.lora)
+    gguf.check_file(run.quant.transformer_weights_path)
     cache.check_cache_support(run.cache, plan.card, kind.pipeline_class, call_arguments.network_calls(plan, kind, call))
     if warn:
         ineffective_settings.warn(plan, kind, call, scheduler)
+        for name, component in plan.card.components.items():
+            ignored_keys.warn(component, name)
     return kind, call, scheduler
 
 
@@ -238,7 +243,8 @@ class DiffusersEngine:
         try:
             kernel = attention_backend.chosen(self.pipeline, self.kernel)
             explained, logged = memory_explained(self.plan, self.rank), self.comm_log.during("denoising")
-            with torch.no_grad(), explained, kernel, watched, draws, logged:
+            texts = truncated_prompts.noticed(self.pipeline)
+            with torch.no_grad(), explained, kernel, watched, draws, logged, texts:
                 result = self.pipeline(**given)
         except UserError:
             raise
@@ -266,6 +272,8 @@ class DiffusersEngine:
         if self.kind.makes == "video" and getattr(result, "audio", None) is not None:
             log.warning(f"{type(self.pipeline).__name__} also generated audio, which is not saved with the video")
         values = np.asarray(getattr(result, field), dtype=np.float32)
+        if self.kind.makes != "audio":
+            self._warn_resized(values)
         require_finite(torch.from_numpy(values), f"the decoded {self.kind.makes}", batch)
         if self.kind.makes == "audio":
             audio = values.reshape(len(batch), -1, values.shape[-1])  # [B, C, T]
@@ -273,6 +281,14 @@ class DiffusersEngine:
         if self.kind.makes == "image":
             values = values[:, None]  # [B, 1, H, W, 3]
         return Decoded(np.rint(values * 255).astype(np.uint8), latents.noise, latents.last, self.kind.makes)
+
+    def _warn_resized(self, values: np.ndarray) -> None:
+        """Warn of a size that the pipeline rounded; `values` is [B, H, W, 3], or [B, F, H, W, 3] for a video."""
+        made = dict(zip(("width", "height", "num_frames"), values.shape[-2:0:-1], strict=False))
+        for name, number in made.items():
+            requested = getattr(self.plan.run.sampling, name)
+            if name in self.kind.accepted and requested is not None and requested != number:
+                log.warn_once(f"sampling.{name} is {requested}, and {type(self.pipeline).__name__} made {number}")
 
     def _arguments(
         self, batch: tuple[Sample, ...], steps: int, latents: Latents, generators: list[torch.Generator]

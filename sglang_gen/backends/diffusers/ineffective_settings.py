@@ -9,6 +9,7 @@ import diffusers
 
 from sglang_gen import log
 from sglang_gen.backends.diffusers.pipeline_signature import Kind, source_of_call
+from sglang_gen.backends.diffusers.roles import denoisers
 from sglang_gen.backends.diffusers.scheduler_settings import Trial
 from sglang_gen.types import Plan
 
@@ -79,6 +80,30 @@ def _arguments(plan: Plan, kind: Kind, call: Mapping[str, Any]) -> dict[str, str
         reason = "without a negative prompt the embeddings are zeros (force_zeros_for_empty_prompt)"
         ineffective["negative_prompt_2"] = reason
     return ineffective | _schedule(plan, kind, call)
+
+
+def warn_attention_arguments(pipeline: Any, call: Mapping[str, Any]) -> None:
+    """Warn of entries of `joint_attention_kwargs` and its like that no attention processor takes.
+
+    Their `scale` is that of adapters which are not merged; ours are.
+    """
+    given = [
+        (f"{argument}.{name}", name)
+        for argument, entries in call.items()
+        for name in (entries if argument.endswith("attention_kwargs") and isinstance(entries, Mapping) else ())
+    ]
+    for path, name in given:
+        if name == "scale":
+            log.warning(f"--diffusers-kwargs: {path} has no effect: adapters are merged with lora.scale")
+        elif not any(_takes(network, name) for network in denoisers(pipeline).values()):
+            log.warning(f"--diffusers-kwargs: {path} has no effect: no attention processor takes it")
+
+
+def _takes(network: Any, name: str) -> bool:
+    """Whether a network or one of its attention processors reads this entry; True if its processors are not known."""
+    kinds = {type(processor) for processor in getattr(network, "attn_processors", {}).values()}
+    taken = any(name in inspect.signature(kind.__call__).parameters for kind in kinds)
+    return not kinds or taken or f'"{name}"' in inspect.getsource(type(network))
 
 
 def _schedule(plan: Plan, kind: Kind, call: Mapping[str, Any]) -> dict[str, str]:

@@ -5,26 +5,14 @@ from typing import Any
 
 import torch
 
-from sglang_gen import log
 from sglang_gen.backends.diffusers import quantize
-from sglang_gen.backends.diffusers.lora_layout import Target, targets
+from sglang_gen.backends.diffusers.lora_layout import LORA_ERRORS, Target, targets
 from sglang_gen.config.schema import Adapter, Lora
 from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.weights.lora import file as lora_file
 from sglang_gen.weights.lora.file import LoraFile, read
 
 TEXT_ENCODER = re.compile(r"lora_te\d*_|(base_model\.model\.)?text_encoder(_\d)?\.")  # modules of text encoders
-# Raised by diffusers' conversions of other LoRA layouts for a malformed file.
-LORA_ERRORS = (
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    AssertionError,
-    NotImplementedError,
-)
 
 
 def adapters(lora: Lora) -> list[Adapter]:
@@ -66,8 +54,7 @@ def _apply(pipeline: Any, adapter: Adapter) -> dict[str, Any]:
     file = read(path)
     kind = type(pipeline).__name__
     try:
-        with log.quieter("diffusers.loaders"):  # modules that do not fit are reported as errors below
-            matched = targets(pipeline, file.modules)
+        matched = targets(pipeline, file.modules)
     except UserError:
         raise
     except LORA_ERRORS as error:

@@ -21,6 +21,18 @@ from sglang_gen.weights.lora.settings import PREFIX
 
 PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # of text encoders
 
+# Raised by diffusers' conversions for a module that they do not know, and for a malformed file.
+LORA_ERRORS = (
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    AssertionError,
+    NotImplementedError,
+)
+
 
 @dataclass
 class Target:
@@ -36,8 +48,28 @@ class Target:
 def targets(pipeline: Any, file: Mapping[str, Factors]) -> list[Target]:
     """The pipeline's weights that the file's modules change; `up` is scaled by alpha / rank.
 
-    A module without a matching weight is in no target's `sources`. Raises the exceptions of diffusers' conversion.
+    A module without a matching weight is in no target's `sources`, nor is one that diffusers refuses to convert. Raises
+    the exceptions of its conversion if they are not due to single modules.
     """
+    try:
+        return _targets(pipeline, file)
+    except LORA_ERRORS:
+        known = {module: factors for module, factors in file.items() if _is_known(pipeline, module, factors)}
+        if len(known) == len(file):
+            raise
+    return _targets(pipeline, known) if known else []
+
+
+def _is_known(pipeline: Any, module: str, factors: Factors) -> bool:
+    """Whether diffusers converts the module without an error if it is the only one of its file."""
+    try:
+        _targets(pipeline, {module: factors})
+    except LORA_ERRORS:
+        return False
+    return True
+
+
+def _targets(pipeline: Any, file: Mapping[str, Factors]) -> list[Target]:
     components = denoisers(pipeline) | modules(pipeline, TEXT_ENCODERS)
     real: dict[str, torch.Tensor] = {}
     numbers: dict[str, torch.Tensor] = {}

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from diffusers.utils import logging as diffusers_logging
 
-from sglang_gen import log
 from sglang_gen.backends import loading_report
 from sglang_gen.backends.diffusers import file_text_encoders
 from sglang_gen.errors import UserError, in_our_words
@@ -67,7 +66,7 @@ def _read_file(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: di
         replaced = {**replaced, "scheduler": kind.from_config(dict(scheduler.config))}  # adjusted to the file's markers
     replaced = {**_converted(plan, dtype, replaced), **file_text_encoders.load(plan, dtype, replaced), **replaced}
     try:
-        with log.quieter("diffusers"), _configs_only(plan) as configs:  # diffusers warns about unused keys
+        with _configs_only(plan) as configs:
             pipeline = pipeline_class.from_single_file(
                 str(plan.card.file), config=str(configs), dtype=dtype, local_files_only=True, **replaced
             )

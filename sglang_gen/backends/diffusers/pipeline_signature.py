@@ -8,7 +8,6 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
-from sglang_gen import log
 from sglang_gen.config.schema import BackendName
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.families import registry
@@ -83,8 +82,7 @@ def _makes_audio(pipeline_class: Any, accepted: frozenset[str]) -> bool:
 
 def _variant(kind: Kind, task: str) -> Kind:
     """The class of the same model for another task, from diffusers' auto pipeline tables."""
-    with log.quieter("transformers"):  # importing all pipelines logs missing packages that are not needed here
-        from diffusers.pipelines import auto_pipeline
+    from diffusers.pipelines import auto_pipeline
 
     tables = {
         "image to image": auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,

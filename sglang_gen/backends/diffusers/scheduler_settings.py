@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_gen import log
 from sglang_gen.engine.denoise import denoise
 
 SCALES = torch.tensor([3.0, 1.0, 0.3, 0.1])[
@@ -77,7 +76,7 @@ class Trial:
 
     def _run(self, settings: Settings, levels: bool) -> list[Tensor] | None:
         """Timesteps, noise levels and the latents of every step; None if the scheduler cannot run in this way."""
-        with warnings.catch_warnings(), log.quieter("diffusers"):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 scheduler = self.kind.from_config(self.config, **settings)

@@ -6,7 +6,7 @@ from sglang_gen import env, log
 from sglang_gen.backends.input_files import read_image, read_noise
 from sglang_gen.backends.native import memory_policy
 from sglang_gen.backends.native.scheduler import build_scheduler
-from sglang_gen.backends.scheduler_trial import check_steps
+from sglang_gen.backends.scheduler_trial import check_steps, warn_changed
 from sglang_gen.engine import attention_kernels
 from sglang_gen.errors import UserError
 from sglang_gen.families import img2img, registry, watermark
@@ -103,6 +103,7 @@ def _check_scheduler(native_request: NativeRequest, request: Request) -> None:
         return  # so that a dry run need not import diffusers
     scheduler = build_scheduler(component)
     check_steps(scheduler, native_request.pipeline.schedule(native_request.config, scheduler, request))
+    warn_changed(scheduler, component.config, request.steps)
 
 
 def _check_noise(native_request: NativeRequest, request: Request) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sglang_gen.backends import ignored_keys
 from sglang_gen.engine import flow_match_euler
 from sglang_gen.hub.component_classes import named
 from sglang_gen.types import Component
@@ -11,4 +12,5 @@ def build_scheduler(component: Component) -> Any:
     """Build our flow-match Euler scheduler if it supports the whole configuration, else diffusers' scheduler."""
     if component.class_name == flow_match_euler.SCHEDULER_NAME and flow_match_euler.knows(component.config):
         return flow_match_euler.FlowMatchEuler(component.config)
+    ignored_keys.warn(component, "scheduler")
     return named(component).from_config(component.config)

@@ -186,7 +186,7 @@ def _refuse_other_kinds(name: str, tensors: Iterable[str]) -> None:
             )
         for mark, kind in OTHER_KINDS.items():
             if mark in key:
-                raise UserError(f"lora: {name} is a {kind} adapter ({key}), and only LoRA is applied")
+                raise UserError(f"lora: {name} is an adapter of the kind {kind} ({key}), and only LoRA is applied")
         if key.endswith(".bias"):
             raise UserError(f"lora: {name} holds {key}, a bias, and only factors are merged; {ADVICE}")
 

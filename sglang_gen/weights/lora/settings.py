@@ -140,7 +140,9 @@ def _refuse(name: str, source: str, own: Mapping[str, Any]) -> None:
     _refuse_values(name, source, own)
     for key, kind in OTHER_PEFT_KINDS.items():
         if _is_set(own.get(key)):
-            raise UserError(f"lora: {name} is a {kind} adapter, and only LoRA is applied ({key} in {source})")
+            raise UserError(
+                f"lora: {name} is an adapter of the kind {kind}, and only LoRA is applied ({key} in {source})"
+            )
     for key in MORE_THAN_FACTORS:
         if _is_set(own.get(key)):
             raise UserError(
@@ -161,7 +163,7 @@ def _refuse(name: str, source: str, own: Mapping[str, Any]) -> None:
 def _refuse_values(name: str, source: str, own: Mapping[str, Any]) -> None:
     kind = str(own.get("peft_type") or "LORA").upper()
     if kind != "LORA":
-        raise UserError(f"lora: {name} is a {kind} adapter, and only LoRA is applied")
+        raise UserError(f"lora: {name} is an adapter of the kind {kind}, and only LoRA is applied")
     stabilized = own.get("use_rslora")
     if stabilized is not None and not isinstance(stabilized, bool):
         raise UserError(f"lora: use_rslora in {source} is {stabilized!r}; it must be true or false")
