@@ -25,6 +25,7 @@ from sglang_gen.plan import (
     guidance,
     offloading,
     quantization,
+    random_request,
     step_cache,
     stored_dtype,
 )
@@ -50,6 +51,7 @@ def check_request(composed: "Composed") -> None:
     offloading.check_offloading(composed.run)
     step_cache.check_cache_settings(composed.run)
     objective.check_objective(composed.run)
+    random_request.check_random_weights(composed.run)
     _check_block_timings(composed.run)
 
 
