@@ -14,7 +14,6 @@ from torch import nn
 from sglang_gen.backends import loading_report, stand_in_tokenizer
 from sglang_gen.hub import component_classes
 from sglang_gen.hub.component_folder import has_vocabulary
-from sglang_gen.models.layers import place
 from sglang_gen.types import Component, Plan
 from sglang_gen.weights.random_weights import RandomTensors
 
@@ -56,19 +55,18 @@ def _network(name: str, component: Component, dtype: torch.dtype, device: str) -
     for module in network.modules():
         for key, parameter in module._parameters.items():
             owners[id(parameter)].append((module, key))
-    parameters = dict(network.named_parameters())
-    for path, parameter in parameters.items():
+    for path, parameter in [*network.named_parameters()]:
         drawn.dtype = torch.float32 if kept & {*path.split(".")} else dtype
-        tensor = drawn.take(path).to(device)
+        placed = nn.Parameter(drawn.take(path).to(device), requires_grad=False)
         for module, key in owners[id(parameter)]:
-            place(module, key, tensor)
+            module._parameters[key] = placed
     if component.library == "diffusers" and not kept:
         for module in network.modules():  # diffusers rounds buffers too when it loads a network
             for key, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[key] = buffer.to(dtype)
-    placed: nn.Module = network.to(device).requires_grad_(False).eval()
-    return placed
+    complete: nn.Module = network.to(device).eval()
+    return complete
 
 
 def _kept_in_float32(network: Any, dtype: torch.dtype) -> set[str]:

@@ -45,13 +45,13 @@ def check_request(composed: "Composed") -> None:
     _check_values(composed.run)
     _check_files(composed.run)
     refuse_missing(composed.run, composed.sources)
+    random_request.check_random_weights(composed.run)  # before the files of other weights are looked for
     guidance.check_interval(composed.run)
     quantization.check_quantization(composed.run)
     stored_dtype.check_single_dtype(composed.run)
     offloading.check_offloading(composed.run)
     step_cache.check_cache_settings(composed.run)
     objective.check_objective(composed.run)
-    random_request.check_random_weights(composed.run)
     _check_block_timings(composed.run)
 
 
