@@ -10,7 +10,7 @@ from typing import Any
 from sglang_gen.families import text_encoders
 from sglang_gen.types import Component
 
-FIRST = "abcdefghijklmnopqrstuvwxyz\u0120"  # and the space, as `ByteLevel` writes it
+SMALL_LETTERS = "abcdefghijklmnopqrstuvwxyz\u0120"  # and the space, as `ByteLevel` writes it
 LENGTH = 512  # of encoders whose config states no largest length
 
 
@@ -41,6 +41,6 @@ def _vocabulary(names: Mapping[int, str], config: Mapping[str, Any]) -> dict[str
     """Ids of the special tokens and, as far as the encoder's table has room, of all bytes, small letters first."""
     from tokenizers import pre_tokenizers
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda letter: (letter not in FIRST, letter))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda letter: (letter not in SMALL_LETTERS, letter))
     free = (index for index in range(config["vocab_size"]) if index not in names)
     return {**{name: index for index, name in names.items()}, **dict(zip(letters, free))}  # noqa: B905

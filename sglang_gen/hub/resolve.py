@@ -68,7 +68,7 @@ def _find(model: Model, weights: bool, replaced: Collection[str]) -> ModelCard:
     if is_folder:
         card = read_card(folder, model.path, weights, elsewhere)
         for component_name in card.components.keys() - {*elsewhere}:
-            if model.weights is Weights.pretrained or not component_name.startswith("tokenizer"):
+            if not (model.weights is Weights.random and component_name.startswith("tokenizer")):
                 _check_present(folder, component_name)
         return _allowed(card, model)
     if is_file:
@@ -77,10 +77,14 @@ def _find(model: Model, weights: bool, replaced: Collection[str]) -> ModelCard:
         raise UserError(f"The model folder {model.path} does not exist{_preset_instead(model.path)}")
     if not weights and (packaged := _packaged(model)) is not None:
         return read_card(packaged, model.path, weights=False)
-    drawn = model.weights is Weights.random
-    patterns = download.CONFIGS_AND_TOKENIZERS if drawn else download.CONFIGS
-    folder = download.fetch(model, model.path, weights, patterns)
-    return _allowed(read_card(folder, model.path, weights, elsewhere), model)
+    return _allowed(read_card(_fetch(model, model.path, weights), model.path, weights, elsewhere), model)
+
+
+def _fetch(model: Model, path: str, weights: bool) -> Path:
+    """Download a hub repository: its configs, with `weights` all that its pipeline needs."""
+    if model.weights is Weights.random:
+        return download.fetch(model, path, False, download.CONFIGS_AND_TOKENIZERS)
+    return download.fetch(model, path, weights)
 
 
 def _folder_of(card: ModelCard) -> Path:

@@ -19,7 +19,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-CHUNK = 2**18  # numbers of one generator: they stay in a core's cache until they are rounded
+CHUNK = (
+    2**15
+)  # numbers of one generator: few enough that they stay in a cache and that torch adds no threads of its own
 BIAS_DEVIATION = 0.02
 
 
