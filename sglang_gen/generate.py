@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_gen import env, files, log, signals
+from sglang_gen.config.schema import Weights
 from sglang_gen.errors import UserError
 from sglang_gen.types import Result
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from sglang_gen.config.compose import Composed
     from sglang_gen.launch.session import Session
     from sglang_gen.types import Plan
+
+RANDOM_WEIGHTS = " with random weights: speed and memory are real, images are noise"
 
 
 def generate(*overrides: str, config: str | Path | None = None, **flags: Any) -> Result | None:
@@ -68,7 +71,7 @@ def _execute(composed: "Composed", session: "Session | None") -> Result | None:
     files.prepare_folder(Path(run.output.path))
     if run.output.perf_dump_path:
         files.prepare_file(Path(run.output.perf_dump_path), stream=True)
-    log.info(f"Loading model: {plan.card.name}")
+    log.info(f"Loading model: {plan.card.name}{RANDOM_WEIGHTS if run.model.weights is Weights.random else ''}")
     _tell(plan.notices)
     if run.sampling.seed is None:
         log.info(f"Seed: {plan.run.sampling.seed} (drawn; set it with --seed to repeat the run)")

@@ -50,11 +50,7 @@ def read(kind: Any, folder: Path, config: Mapping[str, Any], dtype: torch.dtype)
 
 def _other_shapes(kind: Any, folder: Path, config: Mapping[str, Any]) -> list[str]:
     """Clauses about tensors whose shape in the files is not that of the network, found by headers alone."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        network = kind(kind.config_class.from_dict(dict(config))) if hasattr(kind, "config_class") else None
-        network = kind.from_config(dict(config)) if network is None else network
+    network = without_weights(kind, config)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     given = {name: shape for file in in_folder(folder) for name, shape in header(file).items()}
     return [
@@ -62,6 +58,18 @@ def _other_shapes(kind: Any, folder: Path, config: Mapping[str, Any]) -> list[st
         for name in sorted(given)
         if given[name] != expected.get(name, given[name])
     ]
+
+
+def without_weights(kind: Any, config: Mapping[str, Any]) -> Any:
+    """A network of diffusers or transformers on the meta device, with real buffers."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        network = kind(kind.config_class.from_dict(dict(config))) if hasattr(kind, "config_class") else None
+        network = kind.from_config(dict(config)) if network is None else network
+    if hasattr(network, "tie_weights"):  # each assignment of a parameter to an empty network made a new one
+        network.tie_weights()
+    return network
 
 
 def shape_clause(name: str, actual: Sequence[int], expected: Sequence[int]) -> str:

@@ -73,6 +73,11 @@ class GuidanceBatching(Enum):
     sequential = "sequential"
 
 
+class Weights(Enum):
+    pretrained = "pretrained"
+    random = "random"
+
+
 @dataclass
 class Model:
     """The model's weights, and how a diffusers pipeline is assembled from them."""
@@ -85,6 +90,7 @@ class Model:
     pipeline_class_name: str | None = None
     component_paths: dict[str, str] = field(default_factory=dict)
     configs: str | None = None  # folder or hub id with the component configs and tokenizers for a single file
+    weights: Weights = Weights.pretrained  # random: drawn from a fixed seed, and no weight file is read
     example_prompt: str | None = None
 
 

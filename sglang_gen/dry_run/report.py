@@ -52,7 +52,8 @@ def _as_table(plan: Plan) -> str:
         *([("frames", str(size.frames))] if size is not None and size.frames > 1 else []),
         ("steps, guidance, seed", f"{sampling.num_inference_steps}, {sampling.guidance_scale}, {sampling.seed}"),
     ]
-    rows += [(name, f"{_short(value)}  ->  {_short(plan.effective[name])}") for name, value in plan.requested.items()]
+    shown = {name: value for name, value in plan.requested.items() if name != "model"}  # a setting in the rows below
+    rows += [(name, f"{_short(value)}  ->  {_short(plan.effective[name])}") for name, value in shown.items()]
     if rates := plan.effective.get("dtype_choice"):
         rows.append(("dtype=auto chosen by", _short(rates)))
     if library := plan.effective.get("float32_matmul"):

@@ -81,23 +81,46 @@ def traffic(component: Component, axis: Axis, dtype: torch.dtype, rows: int, len
 def read(folder: Path, dtype: torch.dtype, device: str, axis: Axis) -> nn.Module:
     """Load this rank's shard of the encoder in a folder, without the other shards. Raises the errors of `load.fill`."""
     files = in_folder(folder)
+    with ExitStack() as stack:
+        checkpoint = Checkpoint([stack.enter_context(safe_open(file, framework="pt")) for file in files])
+        config = T5Config.from_pretrained(folder)
+        return _fill(config, checkpoint, checkpoint.sources, (dtype, device), load.where(files), axis)
+
+
+def from_tensors(
+    component: Component, tensors: load.Tensors, placement: tuple[torch.dtype, str], where: str, axis: Axis
+) -> nn.Module:
+    """This rank's shard of an encoder whose tensors have its own names. Raises the errors of `load.fill`."""
+    config = T5Config.from_dict(dict(component.config))
+    return _fill(config, tensors, lambda name: {name: WHOLE}, placement, where, axis)
+
+
+def _fill(
+    config: T5Config,
+    tensors: load.Tensors,
+    sources: load.Sources,
+    placement: tuple[torch.dtype, str],
+    where: str,
+    axis: Axis,
+) -> nn.Module:
+    """This rank's shard of an encoder with these tensors, in the dtype and on the device of `placement`.
+
+    Raises the errors of `load.fill`.
+    """
 
     def build() -> nn.Module:
-        network: Any = T5EncoderModel(T5Config.from_pretrained(folder))
+        network: Any = T5EncoderModel(config)
         network.encoder.embed_tokens = None  # tied to `shared`
         return network
 
-    with ExitStack() as stack:
-        checkpoint = Checkpoint([stack.enter_context(safe_open(file, framework="pt")) for file in files])
-        network: Any = load.fill(
-            build,
-            checkpoint,
-            sources=checkpoint.sources,
-            dtype=dtype,
-            device=device,
-            where=load.where(files),
-            shrink=lambda network: tensor.shrink(network, TENSOR, axis),
-        )
+    network: Any = load.fill(
+        build,
+        tensors,
+        sources,
+        *placement,
+        where=where,
+        shrink=lambda network: tensor.shrink(network, TENSOR, axis),
+    )
     network.encoder.embed_tokens = network.shared
     tensor.insert_collectives(network, TENSOR, axis)
     return network.requires_grad_(False)

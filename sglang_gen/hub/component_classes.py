@@ -32,9 +32,14 @@ def named(component: Component) -> Any:
 
 
 def check(component: Component) -> None:
-    """Raises UserError for a class that the installed library does not have; does not import its module."""
-    names = _names(_library(component))
-    if component.class_name not in names:
+    """Raises UserError for a class that the installed library does not have.
+
+    Imports the module of a class only if the library does not list it: transformers 5 keeps old names, such as those of
+    fast tokenizers, as aliases that it does not list.
+    """
+    library = _library(component)
+    names = _names(library)
+    if component.class_name not in names and not hasattr(library, component.class_name):
         raise UserError(
             f"The model has a component of the class {component.class_name}, which the installed "
             f"{component.library} does not have{nearest(component.class_name, names)}"

@@ -129,7 +129,15 @@ def check_vocabulary(folder: Path, component: Component) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_file() and is_pointer(path):
             raise UserError(f"{path} is a Git LFS pointer: run 'git lfs pull'")
-    if "Tokenizer" in component.class_name and "ByT5" not in component.class_name:
-        settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"}
-        if settings.issuperset(path.name for path in folder.iterdir()):
-            raise UserError(f"{folder} holds no vocabulary for {component.class_name}")
+    if not has_vocabulary(folder, component):
+        raise UserError(f"{folder} holds no vocabulary for {component.class_name}")
+
+
+def has_vocabulary(folder: Path, component: Component) -> bool:
+    """Whether the folder exists and, of a tokenizer that has a vocabulary, holds one."""
+    if not folder.is_dir():
+        return False
+    if "Tokenizer" not in component.class_name or "ByT5" in component.class_name:
+        return True
+    settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"}
+    return not settings.issuperset(path.name for path in folder.iterdir())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sglang_gen import env, log
 from sglang_gen.config import presets
-from sglang_gen.config.schema import Model, Run
+from sglang_gen.config.schema import Model, Run, Weights
 from sglang_gen.errors import UserError, nearest
 from sglang_gen.families import registry
 from sglang_gen.hub import component_classes, download, prediction_markers, remote_code, single_file, vocabulary
@@ -33,9 +33,13 @@ def find(model: Model, weights: bool, replaced: Collection[str] = ()) -> ModelCa
 
     Without `weights`, a preset is described by the component configs in the package, without a request to the hub. The
     weight files of components in `replaced` are loaded from elsewhere and may be absent. Components given with
-    --component-paths are described by their own configs. Raises UserError or RunError.
+    --component-paths are described by their own configs. With model.weights=random only configs and tokenizers are
+    read, those of a preset from the package. Raises UserError or RunError.
     """
-    card = _find(model, weights, replaced)
+    drawn = model.weights is Weights.random
+    card = _find(model, weights and not drawn, replaced)
+    if weights and drawn:
+        card = replace(card, folder=_folder_of(card))
     others = {name: _replacement(card, name, path, weights) for name, path in model.component_paths.items()}
     for name, component in others.items():
         remote_code.check_component(model.component_paths[name], name, component, model.trust_remote_code)
@@ -64,7 +68,8 @@ def _find(model: Model, weights: bool, replaced: Collection[str]) -> ModelCard:
     if is_folder:
         card = read_card(folder, model.path, weights, elsewhere)
         for component_name in card.components.keys() - {*elsewhere}:
-            _check_present(folder, component_name)
+            if not (model.weights is Weights.random and component_name.startswith("tokenizer")):
+                _check_present(folder, component_name)
         return _allowed(card, model)
     if is_file:
         return _allowed(_read_single_file(folder, model, weights), model)
@@ -72,8 +77,21 @@ def _find(model: Model, weights: bool, replaced: Collection[str]) -> ModelCard:
         raise UserError(f"The model folder {model.path} does not exist{_preset_instead(model.path)}")
     if not weights and (packaged := _packaged(model)) is not None:
         return read_card(packaged, model.path, weights=False)
-    folder = download.fetch(model, model.path, weights)
-    return _allowed(read_card(folder, model.path, weights, elsewhere), model)
+    return _allowed(read_card(_fetch(model, model.path, weights), model.path, weights, elsewhere), model)
+
+
+def _fetch(model: Model, path: str, weights: bool) -> Path:
+    """Download a hub repository: its configs, with `weights` all that its pipeline needs."""
+    if model.weights is Weights.random:
+        return download.fetch(model, path, False, download.CONFIGS_AND_TOKENIZERS)
+    return download.fetch(model, path, weights)
+
+
+def _folder_of(card: ModelCard) -> Path:
+    """The folder of the card's configs."""
+    folder = next(iter(card.components.values())).folder
+    assert folder is not None  # `read_card` names the folder of every component
+    return folder.parent
 
 
 def _preset_instead(path: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sglang_gen import env
-from sglang_gen.config.schema import SCHEMA_VERSION
+from sglang_gen.config.schema import SCHEMA_VERSION, Weights
 from sglang_gen.perf.clock import STAGES, Clock
 from sglang_gen.perf.flops import CallLog, work
 from sglang_gen.perf.machine import describe, rates
@@ -161,6 +161,7 @@ def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
         **({"guidance_interval": sampling.guidance_interval} if sampling.guidance_interval else {}),
         **({"guidance_batching": "sequential"} if effective.get("guidance_batching") == "sequential" else {}),
         **({"cuda_graphs": True} if effective.get("cuda_graphs") else {}),
+        **({"weights": "random"} if plan.run.model.weights is Weights.random else {}),
         "latents_saved": plan.run.output.latents,
         "warmup_steps": plan.run.compile.warmup_steps if plan.run.compile.warmup else 0,
         "deterministic": plan.run.deterministic,

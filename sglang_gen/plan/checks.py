@@ -25,6 +25,7 @@ from sglang_gen.plan import (
     guidance,
     offloading,
     quantization,
+    random_request,
     step_cache,
     stored_dtype,
 )
@@ -44,6 +45,7 @@ def check_request(composed: "Composed") -> None:
     _check_values(composed.run)
     _check_files(composed.run)
     refuse_missing(composed.run, composed.sources)
+    random_request.check_random_weights(composed.run)  # before the files of other weights are looked for
     guidance.check_interval(composed.run)
     quantization.check_quantization(composed.run)
     stored_dtype.check_single_dtype(composed.run)

@@ -32,6 +32,7 @@ from sglang_gen.plan import (
     noise_levels,
     offloading,
     quantization,
+    random_request,
     step_cache,
     stored_dtype,
 )
@@ -71,6 +72,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
             "parallel.dp_size or parallel.enable_cfg_parallel alone"
         )
     dtype, chosen_by = choose_dtype(run.dtype, device, backend)
+    random_request.check_random_model(run, card)
     quantization.check_model(run, card, quantization.facts_of(device))
     plan = Plan(
         run=run,
@@ -183,6 +185,7 @@ def requested(run: Run) -> dict[str, Any]:
         "lora": [adapter["path"] for adapter in [plain(run.lora), *plain(run.lora.adapters)] if adapter["path"]],
         "compile": run.compile.enable_torch_compile,
         "cuda_graphs": run.compile.cuda_graphs,
+        "model": {"weights": run.model.weights.name},
     }
 
 
@@ -208,4 +211,5 @@ def _effective(run: Run, backend: str, degrees: Layout, device: str, dtype: str)
         "compile": asked["compile"],
         "cuda_graphs": asked["cuda_graphs"],
         "seed": run.sampling.seed,
+        "model": asked["model"],
     }

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from diffusers.utils import logging as diffusers_logging
 
-from sglang_gen.backends import loading_report
+from sglang_gen.backends import loading_report, random_components
 from sglang_gen.backends.diffusers import file_text_encoders
+from sglang_gen.config.schema import Weights
 from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.families import registry
 from sglang_gen.hub import component_classes, remote_code
@@ -42,10 +43,17 @@ def own_class(plan: Plan) -> Any:
 
 
 def read(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: dict[str, Any]) -> Any:
-    """Load the pipeline on the CPU; components in `replaced` are used unchanged. Raises UserError."""
+    """Load the pipeline on the CPU; components in `replaced` are used unchanged. Raises UserError.
+
+    With model.weights=random all components are built from their configs.
+    """
     diffusers_logging.disable_progress_bar()
     taken = inspect.signature(pipeline_class.__init__).parameters
     replaced = {**dict.fromkeys(name for name in plan.card.absent if name in taken), **replaced}
+    if plan.run.model.weights is Weights.random:
+        names = [name for name in plan.card.components if name in taken]
+        replaced = {name: random_components.build_component(plan, name, dtype) for name in names} | replaced
+        return pipeline_class.from_pretrained(str(plan.card.folder), dtype=dtype, **replaced)
     if plan.card.file is None:
         replaced = _networks(plan, pipeline_class, dtype, replaced) | replaced
         return pipeline_class.from_pretrained(

@@ -5,9 +5,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from sglang_gen.backends import random_components
+from sglang_gen.config.schema import Weights
 from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.hub.component_folder import in_folder
 from sglang_gen.hub.weight_files import locate
@@ -38,13 +41,16 @@ class OpenCheckpoint:
 
 @contextmanager
 def open_checkpoint(plan: Plan, name: str) -> Iterator[OpenCheckpoint]:
-    """The model's own weights of the network `name`, or those of --transformer-weights-path.
+    """The model's own weights of the network `name`, those of --transformer-weights-path, or random ones.
 
     Raises UserError for a file of another model, and the errors of safetensors for an unreadable one.
     """
     component, path = plan.card.components[name], plan.run.quant.transformer_weights_path
     with ExitStack() as stack:
-        if path is None and plan.card.file is not None and name not in plan.run.model.component_paths:
+        if plan.run.model.weights is Weights.random:
+            drawn = random_components.tensors(name, component, getattr(torch, plan.dtype))
+            yield OpenCheckpoint(drawn, "model.weights=random", plan)
+        elif path is None and plan.card.file is not None and name not in plan.run.model.component_paths:
             tensors = load.InMemoryTensors(_from_single_file(plan, plan.card.file, component))
             yield OpenCheckpoint(tensors, load.where([plan.card.file]), plan, is_single_file=True)
         elif path is None:

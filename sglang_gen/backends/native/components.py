@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglang_gen.backends import component_file, loading_report
+from sglang_gen.backends import component_file, loading_report, random_components
 from sglang_gen.backends.native.scheduler import build_scheduler
+from sglang_gen.config.schema import Weights
 from sglang_gen.engine.memory_format import to_channels_last
 from sglang_gen.families import autoencoder
 from sglang_gen.families.contract import Spec
@@ -22,6 +23,8 @@ from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.plan import offloading
 from sglang_gen.types import Component, Plan
 from sglang_gen.weights.load import InMemoryTensors, fill, load
+
+RANDOM = "model.weights=random"  # in place of the name of a file
 
 
 def read_components(plan: Plan, pipeline: Pipeline, mesh: Mesh) -> dict[str, Any]:
@@ -36,10 +39,8 @@ def read_components(plan: Plan, pipeline: Pipeline, mesh: Mesh) -> dict[str, Any
     others = [name for name in spec.required(plan.card) if name not in networks]
     given = [name for name in others if plan.card.file is None or name in plan.run.model.component_paths]
     tp = mesh.axis("tp")
-    components = {
-        name: _component(name, plan.card.components[name], dtype, loading_device(plan, spec, name), tp)
-        for name in given
-    }
+    read = _random_component if plan.run.model.weights is Weights.random else _component
+    components = {name: read(plan, name, dtype, loading_device(plan, spec, name), tp) for name in given}
     if plan.card.file is not None:
         others_given = {**components, **dict.fromkeys(networks)}
         components = _components_from_file(plan, spec, others, others_given, dtype)
@@ -90,8 +91,9 @@ def _folder(component: Component) -> Path:
     return component.folder
 
 
-def _component(name: str, component: Component, dtype: torch.dtype, device: str, tp: Axis) -> Any:
+def _component(plan: Plan, name: str, dtype: torch.dtype, device: str, tp: Axis) -> Any:
     """Our autoencoder, this rank's shard of a large text encoder, or a component loaded by its own library."""
+    component = plan.card.components[name]
     if name == "scheduler":
         return build_scheduler(component)
     if name == "vae":
@@ -102,6 +104,24 @@ def _component(name: str, component: Component, dtype: torch.dtype, device: str,
         if text_encoder_parallel.can_shard(component, dtype, tp):
             return text_encoder_parallel.read(_folder(component), dtype, device, tp)
     return _read(component, dtype, device)
+
+
+def _random_component(plan: Plan, name: str, dtype: torch.dtype, device: str, tp: Axis) -> Any:
+    """The same with random weights."""
+    component = plan.card.components[name]
+    if name == "scheduler":
+        return build_scheduler(component)
+    if name == "vae":
+        weights = random_components.tensors(name, component, dtype)
+        build = partial(autoencoder.build, component.config)
+        return fill(build, weights, autoencoder.sources, dtype, device, RANDOM)
+    if tp.size > 1:
+        from sglang_gen.families import text_encoder_parallel
+
+        if text_encoder_parallel.can_shard(component, dtype, tp):
+            weights = random_components.tensors(name, component, dtype)
+            return text_encoder_parallel.from_tensors(component, weights, (dtype, device), RANDOM, tp)
+    return random_components.build_component(plan, name, dtype, device)
 
 
 def _autoencoder(component: Component, dtype: torch.dtype, device: str) -> nn.Module:
