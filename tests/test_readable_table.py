@@ -289,9 +289,7 @@ def test_the_printed_table_is_as_wide_as_the_terminal(tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize(("error", "logged"), [(BrokenPipeError(), 0), (RunError("The result cannot be written"), 1)])
-def test_a_table_that_cannot_be_printed_is_one_line_or_none_if_nobody_reads(
-    tmp_path, monkeypatch, error, logged
-):
+def test_a_table_that_cannot_be_printed_is_one_line_or_none_if_nobody_reads(tmp_path, monkeypatch, error, logged):
     def fail(_text: str) -> None:
         raise error
 
