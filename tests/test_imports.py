@@ -25,7 +25,7 @@ LAYERS = (
     ("weights", "launch"),
     ("families",),
     ("backends",),
-    ("dry_run", "debug"),
+    ("dry_run", "debug", "report"),
     ("generate",),
     ("sweep", "__init__"),
     ("cli",),

@@ -15,7 +15,8 @@ from sglang_gen import env
 from sglang_gen.config import compose
 from sglang_gen.config.choices import Choices
 from sglang_gen.perf.dump_numbers import measure
-from sglang_gen.sweep import multirun, report
+from sglang_gen.report import job_reader
+from sglang_gen.sweep import multirun
 from sglang_gen.sweep.table import to_csv, to_markdown
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
@@ -61,7 +62,7 @@ def job(folder: Path, name: str, content: dict | None, *overrides: str, **note: 
 
 
 def table(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(to_csv(report.read_jobs(folder)), newline="")))
+    return list(csv.DictReader(io.StringIO(to_csv(job_reader.read_jobs(folder)), newline="")))
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -95,7 +96,7 @@ def test_repeats_give_a_median_and_its_interval(tmp_path):
     assert (row["repeats"], row["load_s"], row["load_s_low"]) == ("5", "0.5", "")
     assert float(row["images_per_second"]) == pytest.approx(1 / 1.02, abs=1e-6)
     assert (row["psnr"], row["ssim"], row["max_error"]) == ("40.5", "0.99", "3")
-    text = to_markdown(report.read_jobs(tmp_path))
+    text = to_markdown(job_reader.read_jobs(tmp_path))
     assert re.search(r"\| 0\.103 \(0\.0\d+ to 0\.1\d+, n = 5\) \|", text)
 
 
@@ -104,14 +105,14 @@ def test_an_identical_picture_says_so(tmp_path):
     job(tmp_path, "0", dump(quality=quality))
     (row,) = table(tmp_path)
     assert (row["psnr"], row["ssim"], row["max_error"]) == ("", "1.0", "0")
-    assert "| identical | 1 | 0 |" in to_markdown(report.read_jobs(tmp_path))
+    assert "| identical | 1 | 0 |" in to_markdown(job_reader.read_jobs(tmp_path))
 
 
 def test_a_setting_that_only_some_jobs_can_have_is_said_once_where_it_is_the_same(tmp_path):
     for name, cache in enumerate(["none", {"fn": 1, "bn": 0, "plan": "a"}, {"fn": 1, "bn": 0, "plan": "b"}, {"fn": 1}]):
         effective = {**dump()["effective"], "cache": cache}
         job(tmp_path, str(name), dump(effective=effective), f"x={name}")
-    text = to_markdown(report.read_jobs(tmp_path))
+    text = to_markdown(job_reader.read_jobs(tmp_path))
     assert "In all jobs that ran: attention auto → sdpa, cache.fn 1." in text
     (header,) = [line for line in text.splitlines() if line.startswith("| job")]
     assert header.endswith("| peak host | cache | cache.bn | cache.plan |")
@@ -134,7 +135,7 @@ def test_only_settings_that_tell_jobs_apart_or_did_not_take_effect_have_a_column
                         "effective.parallel.tp", "requested.parallel.tp_size"]  # fmt: skip
     assert [row["effective.parallel.tp"] for row in rows] == ["1", "2"]
     assert [row["requested.parallel.tp_size"] for row in rows] == ["", "2"]
-    text = to_markdown(report.read_jobs(tmp_path))
+    text = to_markdown(job_reader.read_jobs(tmp_path))
     assert "In all jobs that ran: attention auto → sdpa." in text
     assert text.count("auto → sdpa") == 1
 
@@ -155,7 +156,7 @@ def test_a_job_without_a_dump_is_a_row_with_its_reason(tmp_path):
     assert (rows["3"]["status"], rows["3"]["error"]) == ("unfinished", "job.json is missing")
     assert rows["4"]["error"].startswith("job.json cannot be read: ")
     assert (rows["10"]["status"], rows["10"]["error"]) == ("completed", "")
-    assert "failed: 2 ranks \\| not here" in to_markdown(report.read_jobs(tmp_path))
+    assert "failed: 2 ranks \\| not here" in to_markdown(job_reader.read_jobs(tmp_path))
 
 
 def test_a_job_that_did_not_complete_has_no_times_from_a_dump_that_an_earlier_job_left(tmp_path):
@@ -164,13 +165,13 @@ def test_a_job_that_did_not_complete_has_no_times_from_a_dump_that_an_earlier_jo
     for row in table(tmp_path):
         told = {name: value for name, value in row.items() if value}
         assert set(told) <= {"job", "status", "seconds"}
-    assert "\n0 of 4 jobs completed, 1 planned without running.\n" in to_markdown(report.read_jobs(tmp_path))
+    assert "\n0 of 4 jobs completed, 1 planned without running.\n" in to_markdown(job_reader.read_jobs(tmp_path))
 
 
 def test_the_markdown_shows_pictures_and_says_shared_overrides_once(tmp_path):
     for name, layout in enumerate(["single", "tp2"]):
         job(tmp_path, str(name), dump(), "model.path=a|b", f"parallel={layout}")
-    text = to_markdown(report.read_jobs(tmp_path), "Sweep x")
+    text = to_markdown(job_reader.read_jobs(tmp_path), "Sweep x")
     lines = text.splitlines()
     assert lines[:4] == ["# Sweep x", "", "2 of 2 jobs completed.", "All jobs: `'model.path=a\\|b'`."]
     assert lines[4] == "In all jobs that ran: attention auto → sdpa."

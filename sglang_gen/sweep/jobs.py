@@ -14,9 +14,9 @@ from sglang_gen.config.schema import SCHEMA_VERSION, Run
 from sglang_gen.errors import RunError, UserError, unexpected
 from sglang_gen.outputs import dump_path
 from sglang_gen.perf import objective
+from sglang_gen.report.job_reader import DUMP, NOTE
 from sglang_gen.signals import Terminated
 from sglang_gen.sweep.multirun import Job, multirun
-from sglang_gen.sweep.report import DUMP, NOTE
 
 
 def run_sweep(choices: Choices) -> int:

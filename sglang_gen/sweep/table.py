@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from sglang_gen import files, log
 from sglang_gen.perf.dump_numbers import MEMORY, QUALITY, TIMES, Measure
-from sglang_gen.sweep.report import Row, read_jobs
+from sglang_gen.report.job_reader import Row, read_jobs
 
 
 def _varying(rows: Sequence[Row]) -> list[str]:

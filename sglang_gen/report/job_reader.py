@@ -28,6 +28,7 @@ class Row:
     requested: Mapping[str, str] = field(default_factory=dict)  # `parallel.tp_size` -> "2"
     effective: Mapping[str, str] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
+    dump: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the whole perf dump; empty if there is none
 
 
 def read_jobs(folder: Path) -> list[Row]:
@@ -62,6 +63,7 @@ def _read_job(place: Path) -> Row:
         requested=_flattened(dump.get("requested") or {}),
         effective=_flattened(dump.get("effective") or {}),
         quality={name: value for name, value in (dump.get("quality") or {}).items() if name in (*QUALITY, "identical")},
+        dump=dump,
     )
 
 
