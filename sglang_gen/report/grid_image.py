@@ -76,7 +76,7 @@ def grid_png(shown: Sequence[Embedded]) -> bytes | None:
 
 def _longest(titles: Sequence[str], font: "ImageFont.FreeTypeFont | ImageFont.ImageFont") -> int:
     """Width of a canvas on which the titles are legible, up to `WIDEST_TITLE`."""
-    widths = [math.ceil(font.getlength(title)) for title in titles]
+    widths: list[int] = [math.ceil(font.getlength(title)) for title in titles]
     return 2 * MARGIN + min(WIDEST_TITLE, max(widths))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sglang_gen import env, log
-from sglang_gen.report import plots, vega_scripts
+from sglang_gen.report import bar_plots, scatter_plots, vega_scripts
 from sglang_gen.report.cell_metrics import Metrics, memory_column, metrics, states_quality
 from sglang_gen.report.cell_table import table
 from sglang_gen.report.cells import SWEEP, Cell, short_names
@@ -46,8 +46,12 @@ def collect(cells: list[Cell]) -> Content:
     shown = embed(items(cells))
     found = metrics(cells, shown)
     column = memory_column(cells)
-    pareto = [plot for plot in (plots.quality_plot(found), plots.memory_plot(found, column)) if plot is not None]
-    stages, cache = plots.stage_plots(cells), plots.cache_plot(cells)
+    pareto = [
+        plot
+        for plot in (scatter_plots.quality_plot(found), scatter_plots.memory_plot(found, column))
+        if plot is not None
+    ]
+    stages, cache = bar_plots.stage_plots(cells), bar_plots.cache_plot(cells)
     content = Content(cells, shown, found, conclude(found, column), stages, pareto, cache)
     content.absent.extend(_absent(content))
     return content
