@@ -61,7 +61,9 @@ def test_a_signal_ends_a_whole_sweep_and_the_job_says_so(pipelines, tmp_path, nu
     words = ["--model-path", str(pipelines["sd15"]), *MANY, "--output-path", str(tmp_path), "-m",
              "sampling.guidance_scale=2,3"]  # fmt: skip
     assert interrupt(number, words) == (code, "", [sentence])
-    assert {path.name for path in tmp_path.iterdir()} == {"multirun.yaml", "0", "table.csv", "table.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "multirun.yaml", "0", "table.csv", "table.md", "report.html", "grid.png",
+    }  # fmt: skip
     check_pictures(tmp_path / "0", "job.json")
     note = json.loads((tmp_path / "0" / "job.json").read_text())
     word = "interrupted" if number == signal.SIGINT else "terminated"

@@ -12,7 +12,7 @@ from sglang_gen.perf.statistics import geometric_mean
 from sglang_gen.report.cell_metrics import MEMORY_NAMES, Metrics, memory_column
 from sglang_gen.report.cells import SWEEP, short_names
 from sglang_gen.report.conclusion import duration
-from sglang_gen.report.settings import Setting
+from sglang_gen.report.setting_pairs import Setting
 
 
 @dataclass(frozen=True)

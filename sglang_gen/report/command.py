@@ -9,7 +9,7 @@ from typing import NoReturn
 from sglang_gen import files, log
 from sglang_gen.errors import UserError, nearest
 
-HELP = """\
+REPORT_HELP = """\
 usage: sglang report DIR [DIR ...] [--output FILE]
 
 Write the report of a sweep: one HTML page with the fastest cell in words, the images in a grid over any two swept keys,
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     """Run `sglang report ARGV...`; returns the exit code. Raises UserError, or RunError if a file cannot be written."""
     given = _parse(argv)
     if given.help or not argv:
-        files.print_result(HELP)
+        files.print_result(REPORT_HELP)
         return 0 if given.help else 2
     if not given.folders:
         raise UserError("sglang report needs the folder of a sweep")

@@ -30,7 +30,8 @@ def conclude(found: Sequence[Metrics], memory: str | None) -> Conclusion:
         return Conclusion(only, (*_properties(timed[0], memory), *ended))
     headline, hint, tied = _fastest(timed)
     first = next(one for one in found if one.time is not None)
-    details = [hint, _against_first(first, timed[0], bool(tied)), *_properties(timed[0], memory), *_trade(timed)]
+    speed_up = "" if first is timed[1] and not tied else _against_first(first, timed[0], bool(tied))
+    details = [hint, speed_up, *_properties(timed[0], memory), *_trade(timed)]
     return Conclusion(headline, tuple(sentence for sentence in (*details, *ended) if sentence))
 
 
@@ -86,8 +87,8 @@ def _properties(one: Metrics, memory: str | None) -> list[str]:
         sentences.append(f"The images of {one.cell.short} are the reference of the others.")
     elif one.psnr is not None:
         similar = "" if one.ssim is None else f", SSIM {one.ssim:.4f}"
-        quality = "identical to the reference" if math.isinf(one.psnr) else f"{one.psnr:.1f} dB PSNR{similar}"
-        sentences.append(f"Its images are {quality}." if math.isinf(one.psnr) else f"Its quality: {quality}.")
+        quality = f"Its images have {one.psnr:.1f} dB PSNR{similar} against the reference."
+        sentences.append("Its images are identical to the reference." if math.isinf(one.psnr) else quality)
     if one.memory is not None and memory is not None:
         sentences.append(f"Its peak of {MEMORY_NAMES[memory]} is {mebibytes(one.memory)}.")
     return sentences

@@ -9,7 +9,7 @@ from sglang_gen import log
 from sglang_gen.report.cells import UNSET, Cell
 
 SAMPLE = "image"  # the key that tells several files of one cell apart
-KINDS = {
+MEDIA_KINDS = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".gif"),
     "video": (".mp4", ".webm"),
     "audio": (".wav", ".flac", ".mp3", ".ogg"),
@@ -46,7 +46,7 @@ def items(cells: Sequence[Cell]) -> list[Item]:
 
 
 def _kind(path: Path) -> str:
-    return next((kind for kind, endings in KINDS.items() if path.suffix.lower() in endings), "none")
+    return next((kind for kind, endings in MEDIA_KINDS.items() if path.suffix.lower() in endings), "none")
 
 
 def _sample_names(cells: Sequence[Cell]) -> dict[int, str]:

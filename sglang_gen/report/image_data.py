@@ -169,7 +169,7 @@ def _encoded(image: "Image.Image") -> str:
 
 def _png(image: "Image.Image") -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="png", optimize=True)
+    image.save(buffer, format="png")
     return buffer.getvalue()
 
 

@@ -20,7 +20,7 @@ from sglang_gen.report.conclusion import Conclusion, conclude, duration
 from sglang_gen.report.gallery import SAMPLE, items
 from sglang_gen.report.image_data import FACTORS, Embedded, amplification, embed
 from sglang_gen.report.plots import Plot
-from sglang_gen.report.settings import shared_and_own
+from sglang_gen.report.setting_pairs import shared_and_own
 
 MARK = "sglang-gen report"  # by which a file is recognized as a report that may be replaced
 FOLDER = Path(__file__).parent

@@ -47,5 +47,5 @@ def finished(chart: Any, height: Any) -> dict[str, Any]:
         font=font, view=alt.ViewConfig(stroke=None), axis=alt.AxisConfig(**axis), text=alt.MarkConfig(fontSize=11.5),
         legend=alt.LegendConfig(labelColor=MUTED, labelFontSize=11, symbolSize=80, padding=0, offset=8),
     )  # fmt: skip
-    spec: dict[str, Any] = chart.to_dict()
+    spec: dict[str, Any] = chart.to_dict(validate=False)  # half of the time; the tests validate
     return spec

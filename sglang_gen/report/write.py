@@ -24,9 +24,10 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> list[Pa
         raise UserError(f"A report needs {' and '.join(absent)}: {vega_scripts.INSTALL}")
     page = folders[0] / REPORT if output is None else output
     grid = page.with_name(GRID)
+    cells = read_cells(folders)
     for path in (page, grid):
         _check(path)
-    content = collect(read_cells(folders))
+    content = collect(cells)
     files.save_bytes(page, render(content, folders, page).encode("utf-8", "replace"))
     image = grid_png(content.shown)
     if image is None:
