@@ -67,7 +67,8 @@ def _fastest(timed: Sequence[Metrics]) -> tuple[str, str, list[Metrics]]:
         )
     needed = max(judged.repeats_needed or 0 for judged in noisy)
     count = f"More than {MOST_REPEATS}" if needed >= MOST_REPEATS else f"About {needed}"
-    hint = f"{count} repeats per cell would tell times that differ by {100 * TOLERANCE:.0f} % apart (perf.repeat)."
+    hint = f"{count} repeats per cell would tell times that differ by {100 * TOLERANCE:.0f} % apart (perf.repeat)"
+    hint += "; fewer on an idle machine."
     return f"Too noisy to tell which is fastest: {names}.", hint, tied
 
 
