@@ -30,7 +30,8 @@ def stage_plots(cells: Sequence[Cell]) -> list[Plot]:
     if len(timed) > 1:
         plots.append(Plot("Generation", "Medians of the stages, and the 95 % interval of their total.",
                           _stacked(measured, timed), wide=True))  # fmt: skip
-    largest = max(cell.row.times[name].median for cell in measured for name in timed if name in cell.row.times)
+    medians = [cell.row.times[name].median for cell in measured for name in timed if name in cell.row.times]
+    largest = max(medians, default=0.0)
     for name in stages:
         values = [cell.row.times[name].median for cell in measured if name in cell.row.times]
         if name in ("load", "denoising") or max(values) > 0.02 * largest:

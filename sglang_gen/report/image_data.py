@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PIXELS, LONGEST, SHORTEST = 24_000_000, 512, 96
 PNG_BYTES = 200_000
-SSIM_PIXELS = 24_000_000  # SSIM is left out for sweeps with more pixels: it takes about two seconds per megapixel
+SSIM_PIXELS = 8_000_000  # SSIM takes about a second per million pixels; images with more in all have none
 MEDIA_BYTES = 2_000_000  # a video or sound of more bytes is linked, not embedded
 MOST_MEDIA_BYTES = 40_000_000  # all embedded videos and sounds together
 FACTORS = (1, 2, 4, 8, 16, 32, 64)  # by which difference maps can be amplified
@@ -52,8 +52,7 @@ def embed(found: Sequence[Item]) -> list[Embedded]:
     """All items, in order, with their images, videos and sounds."""
     images = sum(item.kind == "image" for item in found)
     longest = longest_side(images)
-    reader = _References()
-    media = 0
+    reader, media = _References(found), 0
     shown = []
     for item, reference in zip(found, references(found), strict=True):
         if item.kind == "image":
@@ -75,9 +74,9 @@ def longest_side(images: int) -> int:
 class _References:
     """Decoded references. Neighbouring images mostly share theirs, so only the last ones are kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, found: Sequence[Item]) -> None:
         self.kept: dict[Path, Pixels] = {}
-        self.ssim_pixels = 0
+        self.rates_ssim = sum(map(_area, found)) <= SSIM_PIXELS
 
     def read(self, path: Path) -> "Pixels":
         if path not in self.kept:
@@ -85,6 +84,17 @@ class _References:
                 del self.kept[next(iter(self.kept))]
             self.kept[path] = _pixels(path)
         return self.kept[path]
+
+
+def _area(item: Item) -> int:
+    """Number of pixels of an image, read from its header; 0 if it cannot be read."""
+    if item.kind != "image" or item.path is None:
+        return 0
+    try:
+        with files.opened_image(item.path) as image:
+            return math.prod(image.size)
+    except (OSError, InvalidValueError):
+        return 0
 
 
 def _pixels(path: Path) -> "Pixels":
@@ -123,18 +133,14 @@ def _compared(shown: Embedded, pixels: "Pixels", other: "Pixels", longest: int, 
 
     if pixels.shape != other.shape:
         raise InvalidValueError("they have different sizes")
-    count = pixels.shape[0] * pixels.shape[1]
-    similarity = None
-    if min(pixels.shape[:2]) >= quality.WINDOW and reader.ssim_pixels + count <= SSIM_PIXELS:
-        reader.ssim_pixels += count
-        similarity = quality.ssim(pixels, other)
+    rates_ssim = reader.rates_ssim and min(pixels.shape[:2]) >= quality.WINDOW
     differences = np.abs(pixels.astype(np.int16) - other).max(axis=2).astype(np.uint8)
     grey = _scaled(Image.fromarray(differences), round(longest / math.sqrt(2)))
     return replace(
         shown,
         difference=_uri(_png(grey), "png"),
         squared_error=quality.squared_error(pixels, other),
-        ssim=similarity,
+        ssim=quality.ssim(pixels, other) if rates_ssim else None,
         strongest=int(np.percentile(np.asarray(grey), 99)),
     )
 

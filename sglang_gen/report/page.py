@@ -105,7 +105,7 @@ def render(content: Content, folders: Sequence[Path], output: Path) -> str:
         "css": (FOLDER / "page.css").read_text(encoding="utf-8"),
         "content": content,
         "figures": _figures(content, output),
-        "data": {**_grid_data(content), "plots": [plot.spec for plot in charts]},
+        "data": {**_grid_data(content), "plots": [{**plot.spec, "description": plot.title} for plot in charts]},
         "has_images": any(one.data for one in content.shown),
         "has_differences": any(one.difference for one in content.shown),
         "factors": FACTORS,

@@ -31,7 +31,7 @@ def interval_of(item: Measure, factor: float) -> dict[str, float]:
     return {} if item.low is None or item.high is None else {"low": factor * item.low, "high": factor * item.high}
 
 
-def finished(chart: Any, height: Any) -> dict[str, Any]:
+def finished(chart: Any, height: float) -> dict[str, Any]:
     """The specification of a chart that fills the width of its place on the page."""
     import altair as alt
 
