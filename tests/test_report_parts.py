@@ -186,7 +186,7 @@ def test_the_grid_has_two_keys_unless_the_cells_do_not_fill_it():
     assert axes({"cache": ["a", "b"]}, 2) == (None, "cache")
     assert axes({}, 1) == (None, None)
     values = [str(index) for index in range(20)]
-    assert axes({"x": values, "y": values}, 20) == (None, "x")
+    assert axes({"x": values, "y": values}, 20) == (None, None)
     assert axes({"x": [str(index) for index in range(50)]}, 50) == (None, None)
 
 

@@ -14,7 +14,7 @@ from sglang_gen.report.plots import ACCENT, INK, MUTED, Plot, finished, interval
 
 STAGE_COLOURS = {name: f"var(--stage-{index})" for index, name in enumerate(STAGES)}
 DECISIONS = {"compute": "var(--accent)", "reuse": "var(--faint)"}  # colours of a step cache's decisions
-MOST_BARS = 40  # cells in a plot
+MOST_BARS = 32  # cells in a plot
 BAND = 36  # height of a bar with its label, in pixels
 LABEL_PIXELS = 190
 

@@ -113,6 +113,7 @@ def render(content: Content, folders: Sequence[Path], output: Path) -> str:
         "reference": _reference(content),
         "scaled": _scaled(content),
         "naming": _naming(content.cells),
+        "most_bars": bar_plots.MOST_BARS,
         "facts": _facts(content.cells),
         "requested": [setting for setting in shared if setting.requested is not None],
         "more_effective": [setting for setting in shared if setting.requested is None],
@@ -184,7 +185,7 @@ def axes(values: dict[str, list[str]], count: int) -> tuple[str | None, str | No
     columns = max(fitting, key=lambda key: len(values[key]), default=None)
     rows = next((key for key in values if key in fitting and key != columns), None)
     if rows and columns and len(values[rows]) * len(values[columns]) > 3 * count:
-        rows = None
+        return None, None
     return rows, columns
 
 

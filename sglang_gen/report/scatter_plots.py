@@ -75,6 +75,7 @@ def _scatter(
     """Points with intervals of time, a step line through the frontier, and names of its points."""
     import altair as alt
 
+    middle = (min(row["x"] for row in rows) + max(row["x"] for row in rows)) / 2
     for index in chosen:
         rows[index]["frontier"] = True
     line = [rows[index] for index in chosen]
@@ -94,12 +95,20 @@ def _scatter(
         base.mark_point(size=70, filled=True, opacity=1, strokeWidth=1.5, stroke=ACCENT).encode(
             x=x, tooltip=tooltip, fill=alt.condition("datum.frontier", alt.value(ACCENT), others)
         ),
-        _point_names(best, line),
+        *_point_names(line, middle, {"x": x, "y": y}),
     ]
     return finished(alt.layer(*layers), 300)
 
 
-def _point_names(best: Any, line: Sequence[dict[str, Any]]) -> Any:
-    """Names of the points on the frontier, if they are few."""
-    shown = 1 if len(line) <= MOST_NAMES else 0
-    return best.mark_text(align="left", dx=8, dy=-9, limit=160, color=INK, opacity=shown).encode(text="short:N")
+def _point_names(line: Sequence[dict[str, Any]], middle: float, position: dict[str, Any]) -> list[Any]:
+    """Names of the points on the frontier, if they are few; on the left of a point in the right half."""
+    import altair as alt
+
+    sides = {"left": [row for row in line if row["x"] <= middle], "right": [row for row in line if row["x"] > middle]}
+    return [
+        alt.Chart(alt.Data(values=rows))
+        .mark_text(align=align, dx=8 if align == "left" else -8, dy=-9, limit=160, color=INK)
+        .encode(**position, text="short:N")
+        for align, rows in sides.items()
+        if rows and len(line) <= MOST_NAMES
+    ]

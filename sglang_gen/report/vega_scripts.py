@@ -22,7 +22,9 @@ def bundle() -> str:
     import altair
     import vl_convert
 
-    version = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+    version, known = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2]), vl_convert.get_vegalite_versions()
+    if version not in known:  # Altair is newer
+        version = known[-1]
     name = f"vega-lite-{version}-{vl_convert.__version__}.js"  # type: ignore[attr-defined]
     path = env.cache_dir() / "report" / name
     try:
