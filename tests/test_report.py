@@ -83,7 +83,7 @@ def test_a_page_says_which_cell_is_fastest_by_how_much_and_at_which_quality(page
     assert "The next is none · 3, which takes 2 times as long (95 % interval 1.96 to 2.05)." in page.text
     assert "Its images have 36.1 dB PSNR, SSIM 0.9992 against the reference." in page.text
     assert "Its peak of host memory is 350 MiB." in page.text
-    assert "1 of 4 cells did not complete (1 failed)" in page.text
+    assert "1 of 4 cells did not complete (1 failed): memory ran out." in page.text
 
 
 def test_the_grid_knows_the_place_of_every_image_and_a_cell_without_one_shows_its_reason(page):
@@ -223,6 +223,14 @@ def test_several_sweeps_are_compared_in_one_report(tmp_path):
     assert [found["href"] for found in page.all("a")][2] == "../new/0/generated_image_0.png"
 
 
+def test_files_outside_of_a_job_are_not_shown(tmp_path):
+    job(tmp_path / "sweep", "x=0", content=dump([1.0]), images=[pixels()])
+    (tmp_path / "secret.png").write_bytes((tmp_path / "sweep/0/generated_image_0.png").read_bytes())
+    note = json.loads((tmp_path / "sweep/0/job.json").read_text())
+    (tmp_path / "sweep/0/job.json").write_text(json.dumps({**note, "files": ["../../secret.png"]}))
+    assert not written(tmp_path / "sweep").all("img")
+
+
 def test_each_image_of_a_job_has_its_place_in_the_grid(tmp_path):
     for cache in ("none", "dbcache"):
         job(tmp_path, f"cache={cache}", content=dump([1.0], images=2), images=[pixels(), pixels(9)])
@@ -253,6 +261,7 @@ def test_only_a_report_is_replaced(tmp_path, sglang):
         (["nowhere"], "The folder nowhere does not exist; give the folder of a sweep"),
         (["."], "The folder . holds no job of a sweep"),
         (["sweep", "sweep/"], "sglang report: a folder is given twice"),
+        (["sweep", "--output", "x/grid.png"], "--output names the page, and grid.png is the image beside it"),
         (["sweep", "--output", "sweep"], "--output must name a file, and sweep is a folder"),
         (["sweep", "--outptu=x.html"], "Unknown option --outptu; did you mean '--output'?"),
         (["--output", "x.html"], "sglang report needs the folder of a sweep"),

@@ -80,7 +80,7 @@ def _stacked(cells: Sequence[Cell], stages: Sequence[str]) -> dict[str, Any]:
                 start = end
         total: dict[str, Any] = {"order": order, "cell": cell.label, "short": cell.short, "text": duration(start)}
         if cell.seconds:
-            images = max(len(cell.row.dump.get("samples", ())), 1)
+            images = max(len(cell.row.dump.get("samples") or ()), 1)
             whole = measure([images * value for value in cell.seconds])
             total["text"] = duration(whole.median, whole.low, whole.high)
             total |= interval_of(whole, factor)

@@ -88,7 +88,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 def _seconds(row: Row) -> Iterator[float]:
     """Seconds per image of each repeat. Saving is left out, because only the first repeat saves its images."""
-    images = max(len(row.dump.get("samples", ())), 1)
+    images = max(len(row.dump.get("samples") or ()), 1)
     for repeat in row.dump.get("repeats") or [row.dump]:
         saving = sum(stage["duration_ms"] for stage in repeat.get("steps", ()) if stage["name"] == "saving")
         total = repeat.get("total_duration_ms", 0.0) - saving

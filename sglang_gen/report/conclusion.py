@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sglang_gen import log
 from sglang_gen.perf.statistics import MOST_REPEATS, Judgement, Verdict, geometric_mean, judge
 from sglang_gen.report.cell_metrics import MEMORY_NAMES, Metrics, frontier
 
@@ -112,7 +113,10 @@ def _not_completed(found: Sequence[Metrics]) -> tuple[str, ...]:
         return ()
     counts = Counter(row.status for row in lost)
     words = _list([f"{count} {status}" for status, count in counts.items()])
-    return (f"{len(lost)} of {len(found)} cells did not complete ({words}); the table gives the reasons.",)
+    reasons = {row.error for row in lost}
+    reason = reasons.pop() if len(reasons) == 1 else None
+    end = "; the table gives the reasons." if reason is None else f": {log.visible(log.shorten(reason, 300))}."
+    return (f"{len(lost)} of {len(found)} cells did not complete ({words}){end}",)
 
 
 def _list(names: Sequence[str], most: int = 6) -> str:

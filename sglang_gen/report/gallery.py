@@ -30,17 +30,18 @@ class Item:
 
 def items(cells: Sequence[Cell]) -> list[Item]:
     """All files of all cells, in order; one item without a path for a cell without files."""
-    several = any(len(cell.row.outputs) > 1 for cell in cells)
-    names = _sample_names(cells) if several else {}
+    outputs = [[name for name in cell.row.outputs if ".." not in Path(name).parts] for cell in cells]
+    several = any(len(own) > 1 for own in outputs)
+    names = _sample_names(cells, max(map(len, outputs))) if several else {}
     found = []
-    for cell in cells:
-        if not cell.row.outputs:
+    for cell, own in zip(cells, outputs, strict=True):
+        if not own:
             found.append(Item(cell, {**cell.values, **({SAMPLE: UNSET} if several else {})}))
-        for index, output in enumerate(cell.row.outputs):
+        for index, output in enumerate(own):
             path, values = cell.folder / output, cell.values
             if several:
                 values = {**values, SAMPLE: names[index]}
-            sample = next((one for one in cell.row.dump.get("samples", ()) if one.get("file") == path.name), None)
+            sample = next((one for one in cell.row.dump.get("samples") or () if one.get("file") == path.name), None)
             found.append(Item(cell, values, path, _kind(path), sample, _stated(cell, path.name)))
     return found
 
@@ -49,15 +50,15 @@ def _kind(path: Path) -> str:
     return next((kind for kind, endings in MEDIA_KINDS.items() if path.suffix.lower() in endings), "none")
 
 
-def _sample_names(cells: Sequence[Cell]) -> dict[int, str]:
+def _sample_names(cells: Sequence[Cell], most: int) -> dict[int, str]:
     """The number of each file in its cell, with its seed and prompt where all cells agree on them."""
     columns: dict[int, list[Mapping[str, Any]]] = {}
     for cell in cells:
-        for index, sample in enumerate(cell.row.dump.get("samples", ())):
+        for index, sample in enumerate(cell.row.dump.get("samples") or ()):
             columns.setdefault(index, []).append(sample)
     prompts = {str(sample.get("prompt")) for column in columns.values() for sample in column}
     names = {}
-    for index in range(max(len(cell.row.outputs) for cell in cells)):
+    for index in range(most):
         column = columns.get(index, [])
         words = [str(index)]
         if len(seeds := {sample.get("seed") for sample in column}) == 1:
@@ -71,7 +72,7 @@ def _sample_names(cells: Sequence[Cell]) -> dict[int, str]:
 def _stated(cell: Cell, name: str) -> Path | None:
     """The reference image that the perf dump names for the file `name`."""
     quality = cell.row.dump.get("quality") or {}
-    for entry in quality.get("samples", ()):
+    for entry in quality.get("samples") or ():
         reference = str(entry.get("reference", ""))
         if entry.get("file") == name and reference and Path(reference).name == reference:
             return Path(str(quality.get("reference"))) / reference

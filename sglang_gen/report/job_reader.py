@@ -49,7 +49,7 @@ def _read_job(place: Path) -> Row:
     if status == "completed":  # a dump in the folder of an unfinished or failed job is from an earlier one
         dump, missing = _read(place / note.get("dump", DUMP))
         problem = missing if note.get("files") else problem
-    samples = dump.get("samples", [])
+    samples = dump.get("samples") or []
     return Row(
         job=place.name,
         status=status,

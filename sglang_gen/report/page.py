@@ -220,7 +220,7 @@ def _facts(cells: Sequence[Cell]) -> list[tuple[str, str]]:
         "prompt": [dump.get("meta", {}).get("prompt") for dump in dumps],
         "size": [_size(dump.get("effective", {})) for dump in dumps],
         "steps": [dump.get("fingerprint", {}).get("fields", {}).get("steps") for dump in dumps],
-        "images per cell": [len(dump.get("samples", ())) or None for dump in dumps],
+        "images per cell": [len(dump.get("samples") or ()) or None for dump in dumps],
         "repeats": [len(dump.get("repeats") or [dump]) for dump in dumps],
     }
     facts = [(name, str(values[0])) for name, values in columns.items()

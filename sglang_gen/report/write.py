@@ -24,6 +24,10 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> list[Pa
         raise UserError(f"A report needs {' and '.join(absent)}: {vega_scripts.INSTALL}")
     page = folders[0] / REPORT if output is None else output
     grid = page.with_name(GRID)
+    if page == grid:
+        raise UserError(
+            f"sglang report: --output names the page, and {GRID} is the image beside it; choose another name"
+        )
     cells = read_cells(folders)
     for path in (page, grid):
         _check(path)
@@ -39,5 +43,11 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> list[Pa
 def _check(path: Path) -> None:
     """Raises UserError for an existing file that is not part of a report, or that cannot be written."""
     files.prepare_file(path)
-    if path.exists() and MARK.encode() not in path.read_bytes()[:1000]:
+    if path.exists() and not _is_report(path):
         raise UserError(f"{path} exists and is not a report; choose another place with --output")
+
+
+def _is_report(path: Path) -> bool:
+    """Whether the file starts like a page or a grid of ours."""
+    with open(path, "rb") as file:
+        return MARK.encode() in file.read(1000)
