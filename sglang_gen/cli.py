@@ -199,6 +199,13 @@ def command_perf(argv: Sequence[str]) -> int:
     return command.main(argv)
 
 
+def command_report(argv: Sequence[str]) -> int:
+    """`sglang report`: write the report of one or more sweeps."""
+    from sglang_gen.report import command
+
+    return command.main(argv)
+
+
 def command_debug(argv: Sequence[str]) -> int:
     """`sglang debug parity`: find the first module whose outputs differ between the backends, for one request."""
     from sglang_gen.debug import command
@@ -222,6 +229,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": command_generate,
     "models": command_models,
     "perf": command_perf,
+    "report": command_report,
     "debug": command_debug,
 }
 

@@ -25,8 +25,10 @@ from rank_runs import Processes
 
 from sglang_gen import env
 from sglang_gen.launch import launcher
+from sglang_gen.report import vega_scripts
 
 torch.set_num_threads(1)
+MISSING = vega_scripts.missing
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -138,6 +140,17 @@ def _private_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
     monkeypatch.setenv("SGLANG_GEN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.delenv("SGLANG_USE_MODELSCOPE", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _sweeps_without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report takes a second; the tests of reports ask for it with the fixture `reports`."""
+    monkeypatch.setattr(vega_scripts, "missing", lambda: ["altair"])
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vega_scripts, "missing", MISSING)
 
 
 @pytest.fixture

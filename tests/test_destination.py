@@ -14,7 +14,7 @@ import pytest
 
 from sglang_gen import destination, files
 from sglang_gen.errors import RunError, UserError
-from sglang_gen.sweep.report import read_jobs
+from sglang_gen.report.job_reader import read_jobs
 
 SMALL = ("--height", "32", "--width", "32", "--num-inference-steps", "1", "--seed", "7")
 DUMP = {"total_duration_ms": 1.0, "steps": []}

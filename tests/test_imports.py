@@ -25,7 +25,7 @@ LAYERS = (
     ("weights", "launch"),
     ("families",),
     ("backends",),
-    ("dry_run", "debug"),
+    ("dry_run", "debug", "report"),
     ("generate",),
     ("sweep", "__init__"),
     ("cli",),
@@ -175,8 +175,9 @@ def test_every_package_has_only_a_docstring_in_its_init():
 def test_help_and_models_import_no_heavy_library():
     code = (
         "import sys; from sglang_gen.cli import main;"
-        "assert main(['generate', '--help']) == 0 and main(['models']) == 0;"
-        "print([name for name in ('torch', 'diffusers', 'transformers', 'hydra', 'omegaconf', 'numpy', 'rich') "
+        "assert [main(words) for words in (['generate', '--help'], ['models'], ['report', '--help'])] == [0, 0, 0];"
+        "print([name for name in ('torch', 'diffusers', 'transformers', 'hydra', 'omegaconf', 'numpy', 'rich', "
+        "'altair', 'jinja2', 'vl_convert', 'PIL') "
         "if name in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -135,6 +135,11 @@ def run(sglang, command: pages.Command) -> None:
         assert sglang(*words).code in (0, 1, 3), command.line  # a verdict on times is not this test's
         options = [words[index + 1] for index, word in enumerate(words) if word in ("--json", "--markdown")]
         assert all(Path(name).stat().st_size for name in options)
+    elif words[0] == "report":
+        done = sglang(*words)
+        assert done.code == 0, f"{command.line}\n{done.err}"
+        output = Path(words[words.index("--output") + 1]) if "--output" in words else Path(words[1], "report.html")
+        assert {output, output.with_name("grid.png")} <= everything()
     elif words[0] in PRINTS or any(word in PRINTS or word.startswith("dry_run=") for word in words):
         done = sglang(*words)
         assert (done.code, bool(done.out)) == (0, True), f"{command.line}\n{done.err}"
@@ -173,7 +178,7 @@ def check_promises(words: list[str], made: set[Path]) -> None:
 
 
 # Pages whose commands take long together; the others are those that a newcomer meets first.
-LONG = {"README", "attention", "backend", "cache", "lora", "model", "parallel", "parity", "quality", "quant",
+LONG = {"README", "attention", "backend", "cache", "lora", "model", "parallel", "parity", "quality", "quant", "report",
         "sampling", "sweeps", "tracking"}  # fmt: skip
 
 
@@ -183,7 +188,9 @@ LONG = {"README", "attention", "backend", "cache", "lora", "model", "parallel", 
     ids=lambda page: page.stem,
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb.*")
-def test_the_commands_of_a_page_do_what_it_says(sglang, props, page):
+def test_the_commands_of_a_page_do_what_it_says(sglang, props, page, request):
+    if page.stem == "report":
+        request.getfixturevalue("reports")
     props(page)
     for command in pages.commands(page):
         if command.kind not in ("slow", "added") and command.whole_sweep is None:

@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 from sglang_gen import files, log
 from sglang_gen.errors import RunError
 from sglang_gen.perf.dump_numbers import Measure, measure, peak_memory, speed_up, times
+from sglang_gen.report.job_reader import Row, read_jobs
 from sglang_gen.sweep import table
 from sglang_gen.sweep.callback import SweepTable
 from sglang_gen.sweep.columns import width
 from sglang_gen.sweep.markdown import digits, ranges, to_markdown
-from sglang_gen.sweep.report import Row, read_jobs
 from sglang_gen.sweep.table import to_csv
 
 FACTS = {"model": "landscape", "work": "1 image of 128 x 128 in 28 steps", "prompt": "a lake", "backend": "sglang",

@@ -65,7 +65,7 @@ def test_a_signal_ends_a_whole_sweep_and_the_job_says_so(pipelines, tmp_path, nu
     again = f"{sentence}; continue with: sglang generate {shlex.join(words)}"
     assert interrupt(number, words) == (code, "", [again])
     made = {path.name for path in tmp_path.iterdir()} - {".sweep.lock"}
-    assert made == {"multirun.yaml", "sweep.json", "0", "table.csv", "table.md"}
+    assert made == {"multirun.yaml", "sweep.json", "0", "table.csv", "table.md", "report.html", "grid.png"}
     check_pictures(tmp_path / "0", "job.json")
     note = json.loads((tmp_path / "0" / "job.json").read_text())
     word = "interrupted" if number == signal.SIGINT else "terminated"

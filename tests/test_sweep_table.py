@@ -14,7 +14,8 @@ from sglang_gen import env
 from sglang_gen.config import compose
 from sglang_gen.config.choices import Choices
 from sglang_gen.perf.dump_numbers import measure
-from sglang_gen.sweep import multirun, report
+from sglang_gen.report import job_reader
+from sglang_gen.sweep import multirun
 from sglang_gen.sweep.table import to_csv, to_markdown
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
@@ -60,7 +61,7 @@ def job(folder: Path, name: str, content: dict | None, *overrides: str, **note: 
 
 
 def table(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(to_csv(report.read_jobs(folder)), newline="")))
+    return list(csv.DictReader(io.StringIO(to_csv(job_reader.read_jobs(folder)), newline="")))
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -94,7 +95,7 @@ def test_repeats_give_a_median_and_its_interval(tmp_path):
     assert (row["repeats"], row["load_s"], row["load_s_low"]) == ("5", "0.5", "")
     assert float(row["images_per_second"]) == pytest.approx(1 / 1.02, abs=1e-6)
     assert (row["psnr"], row["ssim"], row["max_error"]) == ("40.5", "0.99", "3")
-    text = to_markdown(report.read_jobs(tmp_path))
+    text = to_markdown(job_reader.read_jobs(tmp_path))
     assert f"| 103.0 ± {1000 * half:.1f} |" in text
 
 
@@ -116,7 +117,7 @@ def test_an_identical_picture_says_so(tmp_path):
     job(tmp_path, "0", dump(quality=quality))
     (row,) = table(tmp_path)
     assert (row["psnr"], row["ssim"], row["max_error"]) == ("", "1.0", "0")
-    assert "| identical | 1.000 |         0 |" in to_markdown(report.read_jobs(tmp_path))
+    assert "| identical | 1.000 |         0 |" in to_markdown(job_reader.read_jobs(tmp_path))
 
 
 def test_the_interval_never_starts_below_zero_and_narrows_with_repeats():
@@ -136,7 +137,7 @@ def test_only_settings_that_tell_jobs_apart_or_did_not_take_effect_have_a_column
                         "effective.parallel.tp", "requested.parallel.tp_size"]  # fmt: skip
     assert [row["effective.parallel.tp"] for row in rows] == ["1", "2"]
     assert [row["requested.parallel.tp_size"] for row in rows] == ["", "2"]
-    text = to_markdown(report.read_jobs(tmp_path))
+    text = to_markdown(job_reader.read_jobs(tmp_path))
     assert "- In effect: attention auto → sdpa\n" in text
     assert text.count("auto → sdpa") == 1
 
@@ -157,7 +158,7 @@ def test_a_job_without_a_dump_is_a_row_with_its_reason(tmp_path):
     assert (rows["3"]["status"], rows["3"]["error"]) == ("unfinished", "job.json is missing")
     assert rows["4"]["error"].startswith("job.json cannot be read: ")
     assert (rows["10"]["status"], rows["10"]["error"]) == ("completed", "")
-    lines = to_markdown(report.read_jobs(tmp_path)).splitlines()
+    lines = to_markdown(job_reader.read_jobs(tmp_path)).splitlines()
     assert "- 1: 2 ranks | not here" in lines
     assert "- 2: perf.json is missing" in lines
     assert [line for line in lines if line.startswith("|   1 |") and "failed" in line]
@@ -169,13 +170,13 @@ def test_a_job_that_did_not_complete_has_no_times_from_a_dump_that_an_earlier_jo
     for row in table(tmp_path):
         told = {name: value for name, value in row.items() if value}
         assert set(told) <= {"job", "status", "seconds"}
-    assert "\n0 of 4 jobs completed, 1 planned without running.\n" in to_markdown(report.read_jobs(tmp_path))
+    assert "\n0 of 4 jobs completed, 1 planned without running.\n" in to_markdown(job_reader.read_jobs(tmp_path))
 
 
 def test_the_markdown_says_once_what_all_jobs_share(tmp_path):
     for name, layout in enumerate(["single", "tp2"]):
         job(tmp_path, str(name), dump(), "model.path=a|b", f"parallel={layout}")
-    lines = to_markdown(report.read_jobs(tmp_path), "Sweep x").splitlines()
+    lines = to_markdown(job_reader.read_jobs(tmp_path), "Sweep x").splitlines()
     assert lines[:3] == ["# Sweep x", "", "2 of 2 jobs completed."]
     assert "- All jobs: `'model.path=a|b'`" in lines
     assert "- In effect: attention auto → sdpa" in lines

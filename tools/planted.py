@@ -462,7 +462,7 @@ OUTPUT = (
            "sglang_gen/outputs/video_audio.py", "tests/test_media.py -k sound",
            "np.rint(np.clip(samples, -1, 1).T * 32767).astype", "(np.clip(samples, -1, 1).T * 32767).astype"),
     Mutant("Jobs of a sweep are listed in the order of their letters",
-           "sglang_gen/sweep/report.py", "tests/test_sweep_table.py -k without_a_dump",
+           "sglang_gen/report/job_reader.py", "tests/test_sweep_table.py -k without_a_dump",
            "int(place.name) if place.name.isdigit() else 0, place.name)", "place.name)"),
     Mutant("The interval of a median is that of a mean",
            "sglang_gen/perf/dump_numbers.py", "tests/test_sweep_table.py -k interval",

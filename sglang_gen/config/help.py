@@ -16,6 +16,7 @@ commands:
   generate   generate images, videos or audio with a diffusion model
   models     list the model presets
   perf       compare the performance of runs (sglang perf compare)
+  report     write a page with the images, plots and tables of a sweep
   debug      compare the native engine with diffusers, module by module (sglang debug parity)
 
 options:

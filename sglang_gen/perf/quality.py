@@ -34,7 +34,7 @@ def squared_error(frame: "Frame", reference: "Frame") -> float:
 
 def psnr(frame: "Frame", reference: "Frame") -> float:
     """Peak signal-to-noise ratio in dB, 10 log10(255^2 / mean squared error); math.inf for identical frames."""
-    return _decibels(squared_error(frame, reference))
+    return decibels(squared_error(frame, reference))
 
 
 def max_error(frame: "Frame", reference: "Frame") -> int:
@@ -90,7 +90,7 @@ def _size(frame: "Frame") -> str:
     return f"{frame.shape[1]} x {frame.shape[0]}"
 
 
-def _decibels(error: float) -> float:
+def decibels(error: float) -> float:
     return 10 * math.log10(PEAK**2 / error) if error else math.inf
 
 
@@ -134,7 +134,7 @@ def compare(
         "reference": str(reference),
         "pairs": len(pairs),
         "identical": error == 0,
-        "psnr": _finite(_decibels(error)),
+        "psnr": _finite(decibels(error)),
         "ssim": round(fmean(entry["ssim"] for entry in compared), 6),
         "max_error": max(entry["max_error"] for entry in compared),
         "samples": compared,
@@ -150,7 +150,7 @@ def _compare_pair(sample: Mapping[str, Any], frame: "Frame", path: Path) -> tupl
         **{key: sample.get(key) for key in ("index", "prompt", "seed", "file")},
         "reference": path.name,
         "identical": error == 0,
-        "psnr": _finite(_decibels(error)),
+        "psnr": _finite(decibels(error)),
         "ssim": round(ssim(frame, other), 6),
         "max_error": max_error(frame, other),
     }
@@ -167,8 +167,8 @@ def _check_sizes(sample: Mapping[str, Any], size: Sequence[int], path: Path, oth
         raise UserError(f"{_name(sample)} is {width} x {height}, too small for SSIM (at least {WINDOW} x {WINDOW})")
 
 
-def _finite(decibels: float) -> float | None:
-    return None if math.isinf(decibels) else round(decibels, 4)
+def _finite(value: float) -> float | None:
+    return None if math.isinf(value) else round(value, 4)
 
 
 def _name(sample: Mapping[str, Any]) -> str:

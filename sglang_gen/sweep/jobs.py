@@ -17,12 +17,12 @@ from sglang_gen.errors import RunError, UserError, unexpected
 from sglang_gen.launch.session import Session
 from sglang_gen.outputs import dump_path
 from sglang_gen.perf import objective
+from sglang_gen.report.job_reader import DUMP, read_note
 from sglang_gen.signals import Terminated
 from sglang_gen.sweep import identity, note, sweep_folder
 from sglang_gen.sweep.multirun import Ended, Job, Multirun, prepare
 from sglang_gen.sweep.note import Note
 from sglang_gen.sweep.pace import Pace, step_time
-from sglang_gen.sweep.report import DUMP, read_note
 from sglang_gen.sweep.rounds import Begun, Rounds, first_round
 
 

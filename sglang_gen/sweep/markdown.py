@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from sglang_gen import log
 from sglang_gen.perf.dump_facts import FACTS
 from sglang_gen.perf.dump_numbers import MEAN_STEP, Measure
+from sglang_gen.report.job_reader import Row
 from sglang_gen.sweep.columns import Column, escaped, fit, render, wrapped
 from sglang_gen.sweep.measured import base_row, is_mean_needed, speed_ups
-from sglang_gen.sweep.report import Row
 from sglang_gen.sweep.swept import changes, layout, swept_cells
 
 FILE_WIDTH = 120  # columns of table.md

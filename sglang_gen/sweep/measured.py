@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from sglang_gen.perf.dump_numbers import MEAN_STEP, Measure, speed_up
-from sglang_gen.sweep.report import Row
+from sglang_gen.report.job_reader import Row
 
 UNEVEN = 1.25  # ratio of mean and median step from which the steps of a job do not do the same work
 

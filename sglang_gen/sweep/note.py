@@ -10,8 +10,8 @@ from typing import Any
 
 from sglang_gen import files
 from sglang_gen.config.schema import SCHEMA_VERSION
+from sglang_gen.report.job_reader import DUMP, NOTE
 from sglang_gen.sweep import identity
-from sglang_gen.sweep.report import DUMP, NOTE
 
 
 class Note:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
+from sglang_gen.report.job_reader import Row
 from sglang_gen.sweep.columns import Column
-from sglang_gen.sweep.report import Row
 
 _GROUPS = {"quant": "quantization"}  # config group -> setting of a dump, where the names differ
 KEYS_RANK = 11  # of the first swept key's column; later keys are left out before it

@@ -11,9 +11,9 @@ from typing import Any
 
 from sglang_gen import files
 from sglang_gen.perf.dump_numbers import MEAN_STEP, MEMORY, QUALITY, TIMES, Measure
+from sglang_gen.report.job_reader import JOB_MARKS, Row, read_jobs
 from sglang_gen.sweep.markdown import FILE_WIDTH, to_markdown
 from sglang_gen.sweep.measured import speed_ups
-from sglang_gen.sweep.report import JOB_MARKS, Row, read_jobs
 
 _NONE = Row("", "")
 LEAST_WIDTH = 40  # columns of a terminal; a narrower one wraps the lines

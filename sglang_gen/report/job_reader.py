@@ -34,6 +34,7 @@ class Row:
     quality: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)  # what ran: `model`, `prompt` and others in words
     marks: tuple[str, ...] = ()  # those of JOB_MARKS that the job's note sets
+    dump: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the whole perf dump; empty if there is none
 
 
 def read_jobs(folder: Path) -> list[Row]:
@@ -54,7 +55,7 @@ def _read_job(place: Path) -> Row:
     if status == "completed":  # a dump in the folder of an unfinished or failed job is from an earlier one
         dump, missing = _read(place / note.get("dump", DUMP))
         problem = missing if note.get("files") else problem
-    samples = dump.get("samples", [])
+    samples = dump.get("samples") or []
     return Row(
         job=place.name,
         status=status,
@@ -71,6 +72,7 @@ def _read_job(place: Path) -> Row:
         quality={name: value for name, value in (dump.get("quality") or {}).items() if name in (*QUALITY, "identical")},
         facts=facts(dump),
         marks=tuple(mark for mark in JOB_MARKS if note.get(mark) is True),
+        dump=dump,
     )
 
 
