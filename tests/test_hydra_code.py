@@ -190,8 +190,10 @@ def test_what_a_plugin_registers_may_be_instantiated(monkeypatch):
     monkeypatch.setitem(
         store.repo, "hydra", {k: dict(v) if isinstance(v, dict) else v for k, v in store.repo["hydra"].items()}
     )
-    store.store(group="hydra/sweeper", name="tpe", node={"sampler": {"_target_": "optuna.samplers.TPESampler"}})
+    store.store(group="hydra/sweeper", name="tpe", node={"sampler": {"_target_": "optuna.samplers.SamplerOfAPlugin"}})
     installed = hydra_loader.instantiable.__wrapped__()
-    assert "optuna.samplers.TPESampler" in installed
-    hydra_code.check_targets({"hydra": {"sweeper": {"sampler": {"_target_": "optuna.samplers.TPESampler"}}}}, installed)
-    assert "optuna.samplers.TPESampler" not in hydra_loader.instantiable()
+    assert "optuna.samplers.SamplerOfAPlugin" in installed
+    hydra_code.check_targets(
+        {"hydra": {"sweeper": {"sampler": {"_target_": "optuna.samplers.SamplerOfAPlugin"}}}}, installed
+    )
+    assert "optuna.samplers.SamplerOfAPlugin" not in hydra_loader.instantiable()

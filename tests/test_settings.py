@@ -18,6 +18,9 @@ COPYING = (
 # Read only under conditions that these two commands do not have; the test that has them.
 ELSEWHERE = {
     "model.id": "test_config.py",
+    "sweep.resume": "test_resumed_sweep.py",
+    "sweep.skip_refused": "test_resumed_sweep.py",
+    "sweep.fresh": "test_resumed_sweep.py",
     "model.example_prompt": "test_config.py",
     "model.revision": "test_hub.py",
     "model.preset": "test_hub.py",

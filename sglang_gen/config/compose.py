@@ -4,7 +4,6 @@ Precedence, lowest first: schema < model preset < group options < experiment < -
 sweep choices. `Composed.sources` gives the source of the value at each config path.
 """
 
-import copy
 import dataclasses
 import os.path
 from collections.abc import Collection, Iterable, Mapping
@@ -40,16 +39,19 @@ class Composed:
     place: env.Torchrun | None = None  # rank of this process if torchrun started it
 
 
-def compose(choices: Choices) -> Composed:
-    """Compose the user's choices into one `Run`. Raises UserError, which suggests a legal name for an unknown key."""
-    composed, named = compose_partly(choices)
+def compose(choices: Choices, loader: Loader | None = None) -> Composed:
+    """Compose the user's choices into one `Run`. Raises UserError, which suggests a legal name for an unknown key.
+
+    The jobs of a sweep share a `loader`, which reads the YAML files once.
+    """
+    composed, named = compose_partly(choices, loader)
     notices = _complete(composed.run, composed.sources, named, choices.seed)
     return dataclasses.replace(composed, notices=(*notices, *composed.notices))
 
 
-def compose_partly(choices: Choices) -> tuple[Composed, bool]:
+def compose_partly(choices: Choices, loader: Loader | None = None) -> tuple[Composed, bool]:
     """The composition before prompt and seed are filled in, and whether an option of the group `model` was chosen."""
-    loader = open_loader(choices.config_dir)
+    loader = loader or open_loader(choices.config_dir)
     words = parse(loader, choices.overrides)
     options_of = group_options(loader, choices)
     check_overrides(words, choices.flags, options_of)
@@ -138,18 +140,18 @@ def _flatten(content: Any, prefix: str) -> list[str]:
 
 
 def _to_run(cfg: DictConfig, later: Mapping[str, Any]) -> Run:
-    """Convert the composed job configuration to a `Run`. Missing values and interpolations raise OmegaConf's errors.
+    """Convert the composed job configuration to a `Run`, and change it. Missing values and interpolations raise
+    OmegaConf's errors.
 
     `later` holds the values of flags and files, which the caller sets verbatim afterwards. They are set here too, if
     they are plain, so that interpolations (`width: ${sampling.height}`) resolve to them.
     """
-    job = copy.deepcopy(cfg)
-    with read_write(job), open_dict(job):
-        del job["hydra"]
+    with read_write(cfg), open_dict(cfg):
+        del cfg["hydra"]
         for path, value in later.items():
             if isinstance(value, (int, float, Enum)) or (isinstance(value, str) and not {"$", "?"} & set(value)):
-                OmegaConf.update(job, path, value)
-    run = OmegaConf.to_object(job)
+                OmegaConf.update(cfg, path, value)
+    run = OmegaConf.to_object(cfg)
     if not isinstance(run, Run):
         raise UserError("The primary configuration does not build on 'config': put '- config' first in its defaults")
     return run

@@ -1,13 +1,15 @@
 """Hydra's configuration loader and its override parser."""
 
+import copy
 import os.path
+import pickle
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigNode, ConfigStore
@@ -16,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sglang_gen import env
@@ -23,8 +26,10 @@ from sglang_gen.config import hydra_code
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.hydra_errors import override_problem, user_errors
 from sglang_gen.config.overrides import Word, dict_path
-from sglang_gen.config.schema import Run
+from sglang_gen.config.schema import Run, leaves
 from sglang_gen.errors import UserError
+
+_Base = tuple[Callable[[], DictConfig], Sequence[ResultDefault], IConfigRepository]
 
 
 class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
@@ -32,6 +37,16 @@ class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
 
     defaults: Sequence[ResultDefault] = ()
     read: IConfigRepository
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._bases: dict[
+            tuple[Any, ...], tuple[Callable[[], DictConfig], Sequence[ResultDefault], IConfigRepository]
+        ] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the compositions, which another process makes faster than it would read them."""
+        return {**self.__dict__, "_bases": {}}
 
     def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
         self.defaults, self.read = defaults, repo
@@ -49,6 +64,32 @@ class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
             raise UserError(f"{self._undecodable()} is not UTF-8 text") from error
         hydra_code.check_targets(
             typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False)), instantiable()
+        )
+        return cfg
+
+    def _load_configuration_impl(
+        self, config_name: str | None, overrides: list[str], run_mode: RunMode, *args: Any, **kwargs: Any
+    ) -> DictConfig:
+        """Hydra's method, which composes all files for every job of a sweep, in 0.1 s.
+
+        Values of the schema's keys do not affect which files are composed. So the files are composed once for all
+        jobs that have the same other overrides, and the values are set in a copy.
+        """
+        words = OverridesParser.create().parse_overrides(overrides)
+        values = [word for word in words if run_mode == RunMode.RUN and _is_value(word)]
+        others = [str(word.input_line) for word in words if word not in values]
+        key = (config_name, *others, run_mode)
+        if key not in self._bases:
+            base = super()._load_configuration_impl(config_name, others, run_mode, *args, **kwargs)
+            self._bases[key] = (_copies(base), self.defaults, self.read)
+        copied, self.defaults, self.read = self._bases[key]
+        cfg = copied()
+        self._apply_overrides_to_config(values, cfg)
+        tasks = [word for word in words if not word.is_hydra_override()]
+        cfg.hydra.overrides.task = [word.input_line for word in tasks]
+        naming = cfg.hydra.job.config.override_dirname
+        cfg.hydra.job.override_dirname = get_overrides_dirname(
+            tasks, kv_sep=naming.kv_sep, item_sep=naming.item_sep, exclude_keys=naming.exclude_keys
         )
         return cfg
 
@@ -77,6 +118,21 @@ class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
         if config_name is not None:
             _build_on_shipped(config_name, repo)
             _read_from_top(config_name, repo)
+
+
+def _copies(cfg: DictConfig) -> Callable[[], DictConfig]:
+    """A function that returns a new copy. Pickle takes a seventh of the time of `copy.deepcopy`."""
+    try:
+        return partial(pickle.loads, pickle.dumps(cfg))
+    except pickle.PicklingError:  # in a launcher's process Hydra has loaded the classes of a plugin twice
+        return partial(copy.deepcopy, cfg)
+
+
+def _is_value(word: Override) -> bool:
+    """Whether an override sets one value of a key that no config group can have as its name."""
+    is_key = word.key_or_group in leaves() or dict_path(word.key_or_group) is not None
+    return is_key and "." in word.key_or_group and word.package is None and not (
+        word.is_delete() or word.is_sweep_override())  # fmt: skip
 
 
 def _build_on_shipped(config_name: str, repo: CachingConfigRepository) -> None:

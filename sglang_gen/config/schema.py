@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -291,13 +292,18 @@ class Run:
     log_level: LogLevel = LogLevel.info
 
 
-def leaves(cls: type = Run, prefix: str = "") -> dict[str, Any]:
+def leaves() -> dict[str, Any]:
     """Every config path of the schema with its type, in order: `{"sampling.seed": int | None, ...}`."""
+    return dict(_leaves(Run))
+
+
+@cache
+def _leaves(cls: type, prefix: str = "") -> dict[str, Any]:
     kinds: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(cls).items():
         path = f"{prefix}{name}"
         if dataclasses.is_dataclass(kind):
-            kinds |= leaves(typing.cast(type, kind), f"{path}.")
+            kinds |= _leaves(typing.cast(type, kind), f"{path}.")
         else:
             kinds[path] = kind
     return kinds

@@ -4,6 +4,7 @@ One rank's network is traced on the meta device, with the shapes of the run and 
 numbers come from this trace.
 """
 
+import copy
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from sglang_gen.backends.native import memory_policy
 from sglang_gen.backends.native import vae_parallel as decoders
 from sglang_gen.backends.native.build import build
 from sglang_gen.backends.native.request import NativeRequest
-from sglang_gen.config.schema import GuidanceBatching, Machine
+from sglang_gen.config.schema import GuidanceBatching, Machine, plain
 from sglang_gen.dry_run.roofline import Kernels, seconds
 from sglang_gen.engine.cfg import Encoded, Guidance, guided
 from sglang_gen.engine.meta_trace import trace_on_meta
@@ -183,13 +184,44 @@ def ranks_of_encoder(plan: Plan, name: str) -> int:
     return 1 if in_file else text_encoders.ranks(part, plan.dtype, tp)
 
 
+_estimates: dict[str, dict[str, Any]] = {}  # by `_estimate_key`
+MOST_ESTIMATES = 64  # kept in memory
+
+
 def estimate(plan: Plan) -> dict[str, Any]:
     """Return `{memory, conditioning, step, decoding, prediction}` of one rank; `{reason}` for the diffusers backend.
+
+    The jobs of a sweep that differ only in what an estimate does not depend on, such as seeds, share one.
 
     Raises UserError for an input image that cannot be read or has too few rows for the ranks.
     """
     if plan.backend != "sglang":
         return {"reason": "none: only runs on the native engine are estimated"}
+    if plan.run.sampling.image_path:  # its size counts, and the file may change
+        return _estimate(plan)
+    key = _estimate_key(plan)
+    if key not in _estimates:
+        if len(_estimates) == MOST_ESTIMATES:
+            _estimates.clear()
+        _estimates[key] = _estimate(plan)
+    found = copy.deepcopy(_estimates[key])
+    found["memory"]["there"] = _available_memory(plan)
+    return found
+
+
+def _estimate_key(plan: Plan) -> str:
+    """All of a plan that an estimate can depend on."""
+    run = plain(plan.run)
+    for name in ("output", "perf", "quality", "tracking", "sweep", "log_level", "dry_run"):
+        del run[name]
+    run["sampling"].pop("seed")
+    negatives = [[sample.negative_prompt is not None for sample in batch] for batch in plan.batches]
+    facts = (plan.card, plan.layout, plan.device, plan.dtype, plan.effective, plan.stated_degrees, plan.here)
+    without_seed = tuple({**fact, "seed": None} if fact is plan.effective else fact for fact in facts)
+    return repr((run, negatives, without_seed))
+
+
+def _estimate(plan: Plan) -> dict[str, Any]:
     native_request = NativeRequest(plan)
     pipeline, request, batch = native_request.pipeline, native_request.full_request, max(plan.batches, key=len)
     layout_limits.check_size(plan.run, plan.card, plan.layout, plan.stated_degrees, request.size)

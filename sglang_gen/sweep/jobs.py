@@ -115,7 +115,8 @@ def run_job(job: Job, shared: Shared) -> float | None:
             log.info(f"{job.name} kept: completed at {earlier.get('ran_at')}")
             return _score(composed, note.read_dump(job.folder, earlier) if composed.run.perf.objective else None)
         own.dump = Path(str(composed.run.output.perf_dump_path)).name
-        own.open()
+        if not composed.run.dry_run:
+            own.open()
         turns = takes_turns(composed, shared)
         from sglang_gen.generate import execute
 
@@ -162,7 +163,7 @@ def _failure(job: Job, status: str, error: str) -> RunError:
 
 def _compose(job: Job, told: set[str]) -> Composed:
     """Compose a job's run, with the output paths of its folder and the notices that no earlier job had."""
-    composed = compose(job.choices)
+    composed = compose(job.choices, job.loader)
     new = tuple(notice for notice in composed.notices if notice not in told)
     told.update(new)
     _place(composed.run, job)

@@ -19,6 +19,7 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from sglang_gen import log
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import withheld_values
 from sglang_gen.config.config_file import read_config_file
@@ -200,7 +201,8 @@ def _sweep(
     try:
         with recorded(plugins, ended, failures=objective and not basic):
             sweeper = plugins.instantiate_sweeper(config=cfg, hydra_context=context, task_function=task)
-            sweeper.sweep(arguments=words)
+            with log.quieter("optuna"):  # which prints a line for each study and trial
+                sweeper.sweep(arguments=words)
         finish()
     except (TypeError, ValueError, AssertionError) as error:
         measured = any(job._return_value is not None for job in ended)

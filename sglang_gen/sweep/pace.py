@@ -1,5 +1,6 @@
 """Log lines about the pace of a sweep: what a finished job measured, and the time that is left."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,15 +8,19 @@ from sglang_gen.perf.dump_numbers import times
 
 
 class Pace:
-    """The durations of the jobs that this process has run. Kept and refused jobs take no time and do not count."""
+    """The durations of the jobs that ran in the command's process. Kept and refused jobs take no time and do not count.
+
+    In the processes of a launcher, which run jobs at the same time, nothing is estimated.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.process = os.getpid()
 
     def left(self, number: int, total: int | None) -> str:
         """A clause about the time that the jobs after `number` will take; empty if that is not known."""
         remaining = 0 if total is None else total - number - 1
-        if not self.seconds or remaining <= 0:
+        if not self.seconds or remaining <= 0 or os.getpid() != self.process:
             return ""
         estimate = remaining * sum(self.seconds) / len(self.seconds)
         return f"; about {_duration(estimate)} left" if estimate >= 1 else ""
