@@ -51,6 +51,7 @@ types: $(STAMP)  ## mypy, strict
 bench: $(STAMP)  ## benchmarks: start, composition, a picture (pytest-benchmark), a denoising step beside its peers
 	$(BIN)/python -m pytest -m bench tests/bench
 	$(BIN)/python -m tools.bench.networks
+	$(BIN)/python -m tools.bench.single_file --file "$(MODEL_FILE)" $(MODEL_OVERRIDES)
 	$(BIN)/python -m tools.bench.start
 
 bench-gpu: $(STAMP)  ## on a GPU: whole pictures of SDXL and FLUX.1 dev with random weights, beside diffusers

@@ -92,6 +92,7 @@ LEFT_OUT = ("sglang_gen/families/", "sglang_gen/models/", "tools/landscape/", "t
 EXAMPLE = "the example of a command in help names a preset"
 COMPONENT = "a name of a component in model_index.json, which diffusers gives"
 SENTENCE = "a refusal of the diffusers backend says what the library cannot cache"
+ENGINE = "the name of another engine, of its package and of its class"
 REVIEWED: dict[tuple[str, str], str] = {  # (module, text that stands in it) -> reason
     ("sglang_gen/types.py", "unet"): COMPONENT,
     ("sglang_gen/hub/single_file.py", "unet"): COMPONENT,
@@ -101,6 +102,9 @@ REVIEWED: dict[tuple[str, str], str] = {  # (module, text that stands in it) -> 
     ("sglang_gen/backends/diffusers/cache.py", " has a UNet"): SENTENCE,
     ("sglang_gen/backends/native/safety_checker.py", "clip_input"): "an argument of diffusers' safety checker",
     ("sglang_gen/hub/component_folder.py", "ByT5"): "a tokenizer of transformers that has no vocabulary file",
+    ("tools/bench/single_file.py", "stable-diffusion.cpp"): ENGINE,
+    ("tools/bench/single_file.py", "stable_diffusion_cpp"): ENGINE,
+    ("tools/bench/single_file.py", "StableDiffusion"): ENGINE,
     ("sglang_gen/env.py", "transformer_flux.py"): "a file that tells two packages named nunchaku apart",
 }
 

@@ -1,11 +1,11 @@
 """A thousand requests that nobody should make: one sentence, the right exit code, and nothing is written."""
 
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from endings import ran_into
 
 from sglang_gen.config.flags import FLAGS
 from sglang_gen.config.schema import leaves
@@ -18,10 +18,6 @@ WORDS = (
     "\x1b[31m", "日本", "a,b", "a=b", "=", "'", '"', "--", "-", "\n", "a\nb", "None", "False", "0x10", "1_000", "+1",
 )  # fmt: skip
 MODELS = ("sd15", "sdxl", "sd3", "flux")
-# What reaches a user from a library: the name of an exception class, or of a module of the library.
-FOREIGN = re.compile(
-    r"Traceback|\b[A-Z]\w*(?:Error|Exception)\b|\b(?:torch|diffusers|transformers|omegaconf|hydra|safetensors)\.[a-z_]+"
-)
 
 
 def flag(draw: random.Random) -> list[str]:
@@ -69,20 +65,6 @@ def requests() -> list[list[str]]:
         backend = draw.choice([[], ["--backend", "sglang"], ["--backend", "diffusers"]])
         made.append([draw.choice(MODELS), *backend, *words])
     return made
-
-
-def ran_into(code: int, lines: list[str], err: str) -> str | None:
-    """What is wrong with the end of a request; None if nothing is."""
-    errors = [line for line in lines if line.startswith("ERROR: ")]
-    if code not in (0, 2):
-        return f"exit code {code}"
-    if (code == 2) != (len(errors) == 1):
-        return f"{len(errors)} errors"
-    if any(not re.match(r"(INFO|WARNING|ERROR): ", line) for line in lines if line):
-        return "a line that is no log line"
-    if found := FOREIGN.search("\n".join(errors)):
-        return f"'{found.group()}' reached the user"
-    return "an escape code" if "\x1b" in err else None
 
 
 @pytest.mark.slow

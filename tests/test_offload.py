@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import diffusers
 import diffusers.hooks
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -75,6 +76,24 @@ def test_offloaded_components_come_for_their_call_and_draw_the_same_picture(
     assert record(1)["effective"]["offload"] == ["dit_cpu_offload", "text_encoder_cpu_offload", "vae_cpu_offload"]
     kinds = ("UNet2DConditionModel", "CLIPTextModel", "CLIPTextModelWithProjection", "AutoencoderKL")
     assert uploads == dict.fromkeys(kinds, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*upcast_vae:FutureWarning")  # diffusers calls what it deprecates
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("words", [("--vae-cpu-offload",), ("offload=model",), ("offload=text_encoder",)])
+def test_each_way_of_offloading_a_pipeline_that_casts_its_autoencoder_draws_the_same_picture(
+    pipelines, sglang, moves, words, dtype
+):
+    """SDXL's pipeline decodes in float32 if the autoencoder is in float16, and casts it in place for each call."""
+    small = ("--prompt", "a cat", "--height", "32", "--width", "32", "--num-inference-steps", "2", "--seed", "7",
+             "--dtype", dtype, "--backend", "diffusers", "--num-samples", "2")  # fmt: skip
+    for more in ((), words):
+        done = sglang("generate", "--model-path", pipelines["sdxl"], *small, *more)
+        assert done.code == 0, done.err
+    plain, offloaded = ([picture(f"outputs/generated_image_{first + n}.png") for n in (0, 1)] for first in (0, 2))
+    assert np.array_equal(plain, offloaded)
+    assert record(2)["effective"]["offload"] != []
 
 
 @pytest.mark.whole

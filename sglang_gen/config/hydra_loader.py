@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sglang_gen import env
 from sglang_gen.config import hydra_code
+from sglang_gen.config.aliases import check_folder
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.hydra_errors import override_problem, user_errors
 from sglang_gen.config.overrides import Word, dict_path
@@ -114,6 +115,8 @@ class Loader(ConfigLoaderImpl):  # type: ignore[misc] # Hydra states no types
             given = [OmegaConf.select(primary.config, "hydra.searchpath")]
         for entries in given:
             hydra_code.check_search_path(list(entries) if OmegaConf.is_list(entries) else entries)
+            for entry in entries or () if OmegaConf.is_list(entries) or isinstance(entries, list) else ():
+                check_folder(Path(str(entry).removeprefix("file://")))
         super()._process_config_searchpath(config_name, parsed_overrides, repo)
         if config_name is not None:
             _build_on_shipped(config_name, repo)
@@ -201,6 +204,7 @@ def open_loader(config_dir: str | None) -> Loader:
     if config_dir is not None:
         if not os.path.isdir(config_dir):  # False also for invalid path names
             raise UserError(f"--config-dir: '{config_dir}' is not a folder")
+        check_folder(Path(config_dir))
         search_path.prepend("command-line", f"file://{Path(config_dir).absolute()}")
     store = ConfigStore.instance()
     if "schema.yaml" not in store.repo:

@@ -11,6 +11,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, NoReturn, Union
 
+from sglang_gen.config.aliases import check_aliases
 from sglang_gen.errors import InvalidValueError
 
 DEPTH, SIZE = 64, 1_000_000  # limits for the contents of a file or flag; a YAML alias can contain itself
@@ -51,6 +52,7 @@ def parse_yaml(text: str) -> Any:
     """Parse a YAML text with the safe loader. Raises InvalidValueError with a clause ("is not valid YAML: ...")."""
     import yaml
 
+    check_aliases(text)
     try:
         value = yaml.load(text, Loader=_yaml_loader())
     except yaml.YAMLError as error:

@@ -73,7 +73,7 @@ def judge(args: argparse.Namespace) -> tuple[Classifier, dict[str, float]]:
 
 
 def adherence(pipeline: DiffusionPipeline, model: Classifier, args: argparse.Namespace) -> dict[str, float]:
-    """Fraction of generated images that show each attribute of their prompt."""
+    """Fraction of generated images that show each attribute of their prompt: "prompts followed" in the table."""
     rng = np.random.default_rng(args.seed)
     scenes = [sample_scene(rng) for _ in range(args.count)]
     images = generate(pipeline, [full_caption(scene, rng) for scene in scenes], args)
@@ -107,12 +107,12 @@ def evaluate(args: argparse.Namespace) -> dict:
     images = np.stack([draw(HELD_OUT_SEED, index, size)[1] for index in range(256)])
     return {
         "settings": {"steps": args.steps, "guidance": args.guidance, "text_length": args.text_length},
-        "dtype": str(args.dtype), "seed": args.seed, "pictures": args.count, "resolution": size,
+        "dtype": str(args.dtype), "seed": args.seed, "images": args.count, "resolution": size,
         "adherence": adherence(pipeline, classifier, args),
         "classifier": trust,
         "autoencoder_psnr_db": psnr(pipeline.vae, images, args.device),
         "load_seconds": loaded,
-        "seconds_per_picture": seconds_per_image(pipeline, args),
+        "seconds_per_image": seconds_per_image(pipeline, args),
     }  # fmt: skip
 
 
