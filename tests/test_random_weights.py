@@ -96,7 +96,7 @@ def test_a_parameter_depends_on_its_component_and_name_alone(monkeypatch):
 def test_a_tensor_that_modules_share_stays_shared(pipelines):
     card = resolve.read_card(pipelines["flux"], "flux", weights=False)
     component = card.components["text_encoder_2"]
-    encoder = random_components._network("text_encoder_2", component, torch.float32, "cpu")
+    encoder = random_components.network("text_encoder_2", component, torch.float32, "cpu")
     assert encoder.encoder.embed_tokens.weight is encoder.shared.weight
     assert not any(parameter.is_meta for parameter in encoder.parameters())
 
@@ -105,7 +105,7 @@ def test_parts_that_a_library_keeps_in_float32_are_drawn_in_float32(tmp_path):
     network = {"_class_name": "WanTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 12,
                "text_dim": 32, "freq_dim": 64, "ffn_dim": 32, "num_layers": 1, "rope_max_seq_len": 32}  # fmt: skip
     component = Component("diffusers", "WanTransformer3DModel", tmp_path, network)
-    built = random_components._network("transformer", component, torch.bfloat16, "cpu")
+    built = random_components.network("transformer", component, torch.bfloat16, "cpu")
     (tmp_path / "saved").mkdir()
     built.save_pretrained(tmp_path / "saved")
     read = type(built).from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
@@ -311,7 +311,7 @@ def test_a_block_of_each_kind_of_a_large_transformer_keeps_activations_of_order_
     component = card_of("flux_dev").components["transformer"]
     config = dict(component.config) | {"num_layers": 1, "num_single_layers": 1}
     component = Component(component.library, component.class_name, component.folder, config)
-    network = random_components._network("transformer", component, torch.bfloat16, "cpu")
+    network = random_components.network("transformer", component, torch.bfloat16, "cpu")
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -338,7 +338,7 @@ def test_a_wide_block_of_a_large_unet_keeps_activations_of_order_one():
         "transformer_layers_per_block": [1, 1], "attention_head_dim": [5, 20],
     }  # fmt: skip
     component = Component(component.library, component.class_name, component.folder, config)
-    network = random_components._network("unet", component, torch.bfloat16, "cpu")
+    network = random_components.network("unet", component, torch.bfloat16, "cpu")
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -410,7 +410,7 @@ def test_a_safety_checker_with_random_weights_flags_no_image():
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = {"projection_dim": 16, "vision_config": {**small, "image_size": 28, "patch_size": 14}}
     component = Component("stable_diffusion", "StableDiffusionSafetyChecker", None, config)
-    checker = random_components._network("safety_checker", component, torch.float32, "cpu")
+    checker = random_components.network("safety_checker", component, torch.float32, "cpu")
     pixels = torch.randn(8, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     _, flags = checker(clip_input=pixels, images=np.zeros((8, 4, 4, 3), dtype=np.float32))
     assert not any(flags)
