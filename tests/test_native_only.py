@@ -95,3 +95,10 @@ def test_a_single_file_is_refused_in_one_sentence(sglang, folder, pipelines):
         done = sglang("generate", "--model-path", file, f"model.configs={folder}", "--prompt", "a", *SMALL, *dry)
         assert done.code == 2
         assert done.lines[-1].endswith(f"has no {PIPELINE}; give a folder in diffusers' layout")
+
+
+def test_random_weights_are_refused_before_a_network_is_built(sglang, folder):
+    for more in ((), ("dry_run=true",)):
+        done = sglang("generate", "--model-path", folder, "model.weights=random", "--prompt", "a", *SMALL, *more)
+        assert done.code == 2
+        assert f"is a {NETWORK}, which diffusers does not have; run with model.weights=pretrained" in done.lines[-1]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from little_hub import LittleHub
 from PIL import Image
 from torch import nn
 
@@ -95,7 +96,7 @@ def test_a_parameter_depends_on_its_component_and_name_alone(monkeypatch):
 def test_a_tensor_that_modules_share_stays_shared(pipelines):
     card = resolve.read_card(pipelines["flux"], "flux", weights=False)
     component = card.components["text_encoder_2"]
-    encoder = random_components._network("text_encoder_2", component, torch.float32, "cpu")
+    encoder = random_components.network("text_encoder_2", component, torch.float32, "cpu")
     assert encoder.encoder.embed_tokens.weight is encoder.shared.weight
     assert not any(parameter.is_meta for parameter in encoder.parameters())
 
@@ -104,7 +105,7 @@ def test_parts_that_a_library_keeps_in_float32_are_drawn_in_float32(tmp_path):
     network = {"_class_name": "WanTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 12,
                "text_dim": 32, "freq_dim": 64, "ffn_dim": 32, "num_layers": 1, "rope_max_seq_len": 32}  # fmt: skip
     component = Component("diffusers", "WanTransformer3DModel", tmp_path, network)
-    built = random_components._network("transformer", component, torch.bfloat16, "cpu")
+    built = random_components.network("transformer", component, torch.bfloat16, "cpu")
     (tmp_path / "saved").mkdir()
     built.save_pretrained(tmp_path / "saved")
     read = type(built).from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
@@ -310,7 +311,7 @@ def test_a_block_of_each_kind_of_a_large_transformer_keeps_activations_of_order_
     component = card_of("flux_dev").components["transformer"]
     config = dict(component.config) | {"num_layers": 1, "num_single_layers": 1}
     component = Component(component.library, component.class_name, component.folder, config)
-    network = random_components._network("transformer", component, torch.bfloat16, "cpu")
+    network = random_components.network("transformer", component, torch.bfloat16, "cpu")
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -337,7 +338,7 @@ def test_a_wide_block_of_a_large_unet_keeps_activations_of_order_one():
         "transformer_layers_per_block": [1, 1], "attention_head_dim": [5, 20],
     }  # fmt: skip
     component = Component(component.library, component.class_name, component.folder, config)
-    network = random_components._network("unet", component, torch.bfloat16, "cpu")
+    network = random_components.network("unet", component, torch.bfloat16, "cpu")
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -366,6 +367,53 @@ def test_fifty_steps_in_bfloat16_stay_finite(pipelines, sglang, name):
 
 
 # With other settings, and what is refused
+
+
+@pytest.mark.whole
+def test_of_a_hub_id_only_configs_and_tokenizers_are_downloaded(sglang, pipelines, monkeypatch, tmp_path):
+    hub = LittleHub()
+    hub.repos["tiny/flux"] = {"main": pipelines["flux"]}
+    hub.install(monkeypatch, tmp_path)
+    try:
+        done = sglang("generate", "--model-path", "tiny/flux", *RANDOM)
+        fetched = hub.files_fetched()
+    finally:
+        hub.close()
+    assert done.code == 0, done.err
+    assert {"model_index.json", "tokenizer/tokenizer.json", "transformer/config.json"} <= {*fetched}
+    assert not any(name.endswith(".safetensors") for name in fetched)
+
+
+@pytest.mark.slow
+def test_int8_quantizes_random_weights_and_adapters_merge_into_them(sglang, pipelines, tmp_path):
+    from diffusers import FluxPipeline
+
+    layer = "transformer_blocks.0.attn.to_q"
+    config = tiny.config("flux")
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    factors = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(width, 2)}
+    FluxPipeline.save_lora_weights(tmp_path / "adapter", transformer_lora_layers=factors)
+    folder = without_weights(pipelines["flux"], tmp_path / "model")
+    runs = {"plain": (), "int8": ("quant=int8",), "adapted": ("--lora-path", tmp_path / "adapter")}
+    for name, words in runs.items():
+        done = sglang("generate", "--model-path", folder, *RANDOM, "--backend", "diffusers", *words,
+                      "--output-path", name)  # fmt: skip
+        assert done.code == 0, done.err
+    records = {name: json.loads(Path(f"{name}/generated_image_0.json").read_text())["effective"] for name in runs}
+    assert records["int8"]["quantization"]["method"] == "int8"
+    assert len(records["adapted"]["lora"]) == 1
+    assert 0 < np.abs(saved("int8") - saved("plain")).mean() < 20
+    assert np.abs(saved("adapted") - saved("plain")).max() > 0
+
+
+def test_a_safety_checker_with_random_weights_flags_no_image():
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"projection_dim": 16, "vision_config": {**small, "image_size": 28, "patch_size": 14}}
+    component = Component("stable_diffusion", "StableDiffusionSafetyChecker", None, config)
+    checker = random_components.network("safety_checker", component, torch.float32, "cpu")
+    pixels = torch.randn(8, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    _, flags = checker(clip_input=pixels, images=np.zeros((8, 4, 4, 3), dtype=np.float32))
+    assert not any(flags)
 
 
 @pytest.mark.whole

@@ -28,7 +28,7 @@ def build_component(plan: Plan, name: str, dtype: torch.dtype, device: str = "cp
     component = plan.card.components[name]
     kind = component_classes.named(component)
     if loading_report.is_reported(kind):
-        return _network(name, component, dtype, device)
+        return network(name, component, dtype, device)
     if hasattr(kind, "from_config"):
         return kind.from_config(dict(component.config))
     if name.startswith("tokenizer") and not has_vocabulary(_folder(component), component):
@@ -47,25 +47,25 @@ def _without_weights(component: Component) -> Any:
     return loading_report.without_weights(component_classes.named(component), component.config)
 
 
-def _network(name: str, component: Component, dtype: torch.dtype, device: str) -> nn.Module:
+def network(name: str, component: Component, dtype: torch.dtype, device: str) -> nn.Module:
     """The network with each parameter drawn and placed on the device, so that the weights are in memory only once."""
-    network: Any = _without_weights(component)
-    kept, drawn = _kept_in_float32(network, dtype), RandomTensors(name, network, dtype)
+    built: Any = _without_weights(component)
+    kept, drawn = _kept_in_float32(built, dtype), RandomTensors(name, built, dtype)
     owners = defaultdict(list)  # of each tensor; modules may share one
-    for module in network.modules():
+    for module in built.modules():
         for key, parameter in module._parameters.items():
             owners[id(parameter)].append((module, key))
-    for path, parameter in [*network.named_parameters()]:
+    for path, parameter in [*built.named_parameters()]:
         drawn.dtype = torch.float32 if kept & {*path.split(".")} else dtype
         placed = nn.Parameter(drawn.take(path).to(device), requires_grad=False)
         for module, key in owners[id(parameter)]:
             module._parameters[key] = placed
     if component.library == "diffusers" and not kept:
-        for module in network.modules():  # diffusers rounds buffers too when it loads a network
+        for module in built.modules():  # diffusers rounds buffers too when it loads a network
             for key, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[key] = buffer.to(dtype)
-    complete: nn.Module = network.to(device).eval()
+    complete: nn.Module = built.to(device).eval()
     return complete
 
 

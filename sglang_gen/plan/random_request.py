@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sglang_gen.config.schema import QuantMethod, Run, Weights
 from sglang_gen.errors import UserError
-from sglang_gen.hub import weight_files
+from sglang_gen.hub import component_classes, weight_files
 from sglang_gen.plan import quantization
 from sglang_gen.types import ModelCard
 
@@ -47,6 +47,12 @@ def check_random_model(run: Run, card: ModelCard) -> None:
             "code; run with model.weights=pretrained"
         )
     for name, component in card.components.items():
+        if component.library == "diffusers" and not component_classes.in_diffusers(component.class_name):
+            raise UserError(
+                f"model.weights=random builds the networks of diffusers and transformers, and the {name} of "
+                f"{card.name} is a {component.class_name}, which diffusers does not have; run with "
+                "model.weights=pretrained"
+            )
         if declaration := weight_files.declared(component.config, {}):
             raise UserError(
                 f"model.weights=random draws plain weights, and the config of the {name} of {card.name} declares "

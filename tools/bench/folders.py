@@ -1,6 +1,6 @@
 """Writes a preset's model with random weights in bfloat16 as a folder, from the configs in the package.
 
-Weights are initialized by the model classes, on the given device, one component at a time, so that the GPU holds at
+The weights are those of model.weights=random. They are drawn one component at a time, so that the given device holds at
 most the largest component and the host one shard of it. Tokenizers are the embedded model's with the maximum length of
 the preset's text encoder, to which texts are padded.
 """
@@ -8,17 +8,16 @@ the preset's text encoder, to which texts are padded.
 import gc
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import transformers
 
 from sglang_gen import env
-from sglang_gen.types import DENOISERS
+from sglang_gen.backends import random_components
+from sglang_gen.types import DENOISERS, Component
 
 SHARD = "4GB"
 Configs = Mapping[str, Mapping[str, Any]]  # component name -> config
@@ -51,9 +50,8 @@ def write(
         elif name == "scheduler":
             _write_json(folder / name / "scheduler_config.json", component_configs[name])
         else:
-            component = _drawn(
-                {"diffusers": diffusers, "transformers": transformers}[library], kind, component_configs[name], device
-            )
+            described = Component(library, kind, None, component_configs[name])
+            component: Any = random_components.network(name, described, torch.bfloat16, device)
             if check is not None and name in DENOISERS:
                 check(component)
             component.save_pretrained(folder / name, max_shard_size=SHARD)
@@ -69,24 +67,6 @@ def _embedded_tokenizers() -> dict[str, str]:
     """The embedded model's tokenizers by class, without the suffix of the fast variant."""
     index = json.loads((env.embedded_model() / "model_index.json").read_text())
     return {entry[1].removesuffix("Fast"): name for name, entry in reversed(index.items()) if "tokenizer" in name}
-
-
-def _drawn(library: Any, kind: str, config: Mapping[str, Any], device: str) -> Any:
-    torch.manual_seed(0)
-    cls = getattr(library, kind)
-    with torch.device(device), _default(torch.bfloat16):
-        made = cls.from_config(config) if library is diffusers else cls(cls.config_class(**config))
-    return made.eval()
-
-
-@contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _write_tokenizer(name: str, folder: Path, length: int) -> None:
