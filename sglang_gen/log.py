@@ -11,7 +11,7 @@ from typing import Any
 
 _LOGGER = logging.getLogger("sglang_gen")
 # Loggers of libraries: their messages address developers, and our own sentences say what concerns a result.
-_LIBRARIES = ("diffusers", "transformers", "huggingface_hub", "torchao", "torch.utils._pytree", "py.warnings")
+_LIBRARIES = ("diffusers", "transformers", "huggingface_hub", "torchao", "torch.utils._pytree", "py.warnings", "optuna")
 # Line ends, terminal control characters, those that reorder a line, and surrogates from bytes that are not UTF-8.
 _CONTROLS = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _CONTROL = re.compile(f"[{_CONTROLS}]+")

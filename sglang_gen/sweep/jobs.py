@@ -24,6 +24,7 @@ from sglang_gen.sweep.multirun import Ended, Job, Multirun, prepare
 from sglang_gen.sweep.note import Note
 from sglang_gen.sweep.pace import Pace, step_time
 from sglang_gen.sweep.rounds import Begun, Rounds, first_round
+from sglang_gen.types import Result
 
 
 class JobRefusedError(RunError):
@@ -117,16 +118,11 @@ def run_job(job: Job, shared: Shared) -> float | None:
         own.dump = Path(str(composed.run.output.perf_dump_path)).name
         if not composed.run.dry_run:
             own.open()
-        turns = takes_turns(composed, shared)
-        from sglang_gen.generate import execute
-
-        result = execute(first_round(composed) if turns else composed, shared.session)
-        report = None if result is None else result.report
-        if report:
-            own.loaded(report["load"])
-        if turns and result:
+        result, takes_turns = _execute(composed, own, shared)
+        if result is not None and takes_turns:
             shared.rounds.add(Begun(job, composed, own, result))
             return None
+        report = None if result is None else result.report
         status, score, error = "planned" if report is None else "completed", _score(composed, report), None
     except UserError as refusal:
         status, error = "refused", str(refusal)
@@ -180,7 +176,18 @@ def _kept(job: Job, own: Note) -> dict[str, Any] | None:
     return earlier if clause is None else None
 
 
-def takes_turns(composed: Composed, shared: Shared) -> bool:
+def _execute(composed: Composed, own: Note, shared: Shared) -> tuple[Result | None, bool]:
+    """Carry out a job, or its first round. Returns its result (None for a dry run), and whether rounds follow."""
+    from sglang_gen.generate import execute
+
+    takes_turns = _takes_turns(composed, shared)
+    result = execute(first_round(composed) if takes_turns else composed, shared.session)
+    if result is not None:
+        own.loaded(result.report["load"])
+    return result, takes_turns
+
+
+def _takes_turns(composed: Composed, shared: Shared) -> bool:
     """Whether the job's repeats are made in turn with those of other jobs. Raises UserError where they cannot be."""
     perf = composed.run.perf
     if not perf.interleave or composed.run.dry_run:

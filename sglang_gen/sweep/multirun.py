@@ -201,8 +201,8 @@ def _sweep(
     try:
         with recorded(plugins, ended, failures=objective and not basic):
             sweeper = plugins.instantiate_sweeper(config=cfg, hydra_context=context, task_function=task)
-            with log.quieter("optuna"):  # which prints a line for each study and trial
-                sweeper.sweep(arguments=words)
+            log.adopt_libraries()  # Optuna prints a line for each study and trial
+            sweeper.sweep(arguments=words)
         finish()
     except (TypeError, ValueError, AssertionError) as error:
         measured = any(job._return_value is not None for job in ended)

@@ -24,9 +24,6 @@ from sglang_gen.weights.replacement import load_original
 # Raised by diffusers' conversion of a single file that is not of the expected model.
 MISMATCH = (KeyError, ValueError, RuntimeError, IndexError, AttributeError, TypeError)
 
-# Module of diffusers that warns of a safety checker that is passed to a pipeline, and prints the whole network.
-UNVERIFIED = "diffusers.pipelines.pipeline_loading_utils"
-
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".msgpack", ".h5")
 
 
@@ -56,15 +53,13 @@ def read(plan: Plan, pipeline_class: Any, dtype: torch.dtype, replaced: dict[str
     if plan.run.model.weights is Weights.random:
         names = [name for name in plan.card.components if name in taken]
         replaced = {name: random_components.build_component(plan, name, dtype) for name in names} | replaced
-        with log.quieter(UNVERIFIED):
-            return pipeline_class.from_pretrained(str(plan.card.folder), dtype=dtype, **replaced)
+        return pipeline_class.from_pretrained(str(plan.card.folder), dtype=dtype, **replaced)
     if plan.card.file is None:
         replaced = _networks(plan, pipeline_class, dtype, replaced) | replaced
-        with log.quieter(UNVERIFIED):
-            return pipeline_class.from_pretrained(
-                str(plan.card.folder), dtype=dtype, use_safetensors=True,
-                trust_remote_code=plan.run.model.trust_remote_code, **replaced,
-            )  # fmt: skip
+        return pipeline_class.from_pretrained(
+            str(plan.card.folder), dtype=dtype, use_safetensors=True,
+            trust_remote_code=plan.run.model.trust_remote_code, **replaced,
+        )  # fmt: skip
     return _read_file(plan, pipeline_class, dtype, replaced)
 
 
