@@ -283,6 +283,8 @@ def test_other_work_has_another_fingerprint(pipelines, tmp_path):
         "deterministic": fingerprint(model, "deterministic=true"),
         "latents": fingerprint(model, "output.latents=true"),
         "text length": fingerprint(model, "sampling.max_sequence_length=16"),
+        "autocast": fingerprint(model, disable_autocast=True),
+        "library of products": fingerprint(model, "backend.float32_matmul=onednn"),
         "network": fingerprint(pipelines["sdxl"]),
     }
     assert len(set(hashes.values())) == len(hashes), hashes

@@ -161,6 +161,8 @@ def fingerprint(plan: Plan, effective: Mapping[str, Any]) -> dict[str, Any]:
         **({"guidance_interval": sampling.guidance_interval} if sampling.guidance_interval else {}),
         **({"guidance_batching": "sequential"} if effective.get("guidance_batching") == "sequential" else {}),
         **({"cuda_graphs": True} if effective.get("cuda_graphs") else {}),
+        **({"float32_matmul": plan.matmul} if plan.matmul != "torch" else {}),
+        **({"disable_autocast": True} if plan.run.compile.disable_autocast else {}),
         **({"weights": "random"} if plan.run.model.weights is Weights.random else {}),
         "latents_saved": plan.run.output.latents,
         "warmup_steps": plan.run.compile.warmup_steps if plan.run.compile.warmup else 0,
