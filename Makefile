@@ -21,17 +21,17 @@ setup: $(STAMP)  ## virtual environment with everything installed
 generate: $(STAMP)  ## a picture from the embedded model, outputs/generated_image_0.png on a fresh clone
 	$(BIN)/sglang generate --prompt "$(PROMPT)" --seed 42
 
-# Two processes of one thread; a file's tests run in one of them, and so do all that share ranks (tests/lib/tiers.py).
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile
+# Processes of one thread; a file's tests run in one of them, and so do all that share ranks (tests/lib/tiers.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider --dist loadfile --numprocesses
 
 check: lint types $(STAMP)  ## lint, types and the tests that start nothing: before every commit
-	$(PYTEST) -m "not whole and not slow and not bench"
+	$(PYTEST) 2 -m "not whole and not slow and not bench"
 
 test: $(STAMP)  ## the test suite: those of make check, and whole runs, ranks, pages
-	$(PYTEST)
+	$(PYTEST) 3  # some of its tests wait for processes that they start
 
 test-slow: $(STAMP)  ## what make test leaves out: compilation, training, sweeps, variants of what another test says
-	$(PYTEST) -m slow
+	$(PYTEST) 2 -m slow
 
 test-all: test test-slow  ## both, as .ci/run does
 

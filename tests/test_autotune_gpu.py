@@ -227,7 +227,7 @@ def test_cudnn_merges_in_half_precision_without_masks_alone(cudnn, dtype, masked
     assert attention_kernels.kernel_with_lse("cudnn", "cuda", dtype, masked) is None
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_the_run_of_a_ring_offers_only_kernels_that_merge(run_on_ranks):
     done = run_on_ranks("sd3", "parallel=ring2", "attention=auto", dtype="bfloat16", steps=1)
     assert done.code == 0, done.err

@@ -208,7 +208,7 @@ def test_the_ranks_compute_in_the_dtype_of_their_launcher(monkeypatch, sglang, p
     assert [record("outputs", number)["effective"]["dtype"] for number in range(2)] == ["bfloat16"] * 2
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_on_several_machines_the_first_decides(pipelines):
     port, ranks = free_port(), []
     for rank, dtype in enumerate(("bfloat16", "float32")):

@@ -96,7 +96,7 @@ def test_steps_without_guidance_have_a_graph_of_their_own(both):
     assert recorder.replays == 3
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.parametrize("regional", ["true", "false"])
 def test_what_is_captured_is_what_was_compiled(both, monkeypatch, regional):
     traced = []

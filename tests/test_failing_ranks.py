@@ -213,15 +213,15 @@ def test_a_stopped_rank_and_one_that_waits_for_it_end_with_their_launcher(pipeli
     assert gone(ranks, within=2)
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for children in /proc")
 @pytest.mark.parametrize(
     ("number", "code", "layout"),
     [
         (signal.SIGKILL, -9, "parallel=tp2"),
-        pytest.param(signal.SIGINT, 130, "parallel=ring2", marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, 130, "parallel=dp2", marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, 143, "parallel=tp2", marks=pytest.mark.slow),
+        (signal.SIGINT, 130, "parallel=ring2"),
+        (signal.SIGINT, 130, "parallel=dp2"),
+        (signal.SIGTERM, 143, "parallel=tp2"),
     ],
 )
 def test_no_rank_outlives_its_launcher(pipelines, tmp_path, number, code, layout):

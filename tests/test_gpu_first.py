@@ -62,6 +62,7 @@ def test_a_section_that_fails_or_dies_is_named_and_does_not_end_the_others():
     assert "on a cpu" in text
 
 
+@pytest.mark.slow
 def test_a_section_that_hangs_is_ended_and_a_spent_budget_skips_the_rest(monkeypatch):
     monkeypatch.setattr(sections, "GRACE", 0.1)
     works = [Section("hangs", hang, 0.5), Section("good", WORKS["good"], 60), Section("hangs again", hang, 60),

@@ -152,7 +152,7 @@ def test_an_estimate_counts_texts_of_the_longest_length_and_their_masks(run, mod
     assert found[0]["step"]["flops"] < found[1]["step"]["flops"]
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.parametrize("regional", ["true", "false"])
 def test_a_block_is_compiled_once_for_each_length_of_text(run, traced, regional):
     """Both branches in one batch have one length; a third prompt of another length is compiled too, expectedly."""

@@ -178,8 +178,9 @@ def test_a_branch_without_text_attends_to_as_many_zeros_as_the_prompt_has_tokens
     assert torch.equal(kept, mask)
 
 
-@pytest.mark.parametrize("compiled", mostly_slow(["regional", "full"], "regional"))
-@pytest.mark.parametrize("layout", mostly_slow(["ring3", "ulysses2", "usp4"], "usp4"))
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["regional", "full"])
+@pytest.mark.parametrize("layout", ["ring3", "ulysses2", "usp4"])
 def test_compiled_blocks_take_the_mask_as_a_tensor(ranks, folder, layout, compiled):
     """Two lengths and a mask of other values take turns: a graph for each length, and none for other values."""
     latents, texts = drawn(len(LENGTHS)), [padded(LENGTHS), padded((6, 6, 2)), padded((9, 8, 7))]

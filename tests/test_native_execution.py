@@ -263,6 +263,7 @@ def test_the_graphs_of_a_network_are_as_many_as_expected(run, traced, name, regi
     assert len(traced) == 1 if regional == "false" else len(traced) > 1
 
 
+@pytest.mark.slow
 def test_what_a_run_compiled_counts_against_no_later_run_of_its_process(run, traced):
     for rows in (1, 2):
         done = run("sd3", "compile=regional", "--num-samples", rows, f"sampling.batch_size={rows}")

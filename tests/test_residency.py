@@ -77,7 +77,7 @@ def test_an_autoencoder_comes_once_to_encode_an_input_image_and_once_to_decode(r
     assert uploads == {"Autoencoder": 2}
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["regional", "full"])
 def test_a_compiled_network_is_offloaded_without_another_graph(run, uploads, traced, mode):
     words = (f"compile={mode}", "--no-warmup", "--dit-cpu-offload", "--backend", "sglang")

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from started import ROOT, children, generating, gone, said, started
+from started import ROOT, children, ending, generating, gone, said, started
 
-from sglang_gen import files
+from sglang_gen import files, log
 from sglang_gen.errors import RunError, UserError
+from sglang_gen.parallel import mesh
 
 
 def interrupt(number: int, words: list[str]) -> tuple[int, str, list[str]]:
@@ -24,7 +25,7 @@ def interrupt(number: int, words: list[str]) -> tuple[int, str, list[str]]:
     time.sleep(0.05)
     family = [process.pid, *children(process.pid)]
     os.killpg(process.pid, number)  # as a terminal or a container does: to everybody
-    out, rest = process.communicate(timeout=120)
+    out, rest = ending(process)
     assert not any(Path(f"/proc/{pid}").exists() for pid in family)
     return process.returncode, out, said(rest)
 
@@ -162,6 +163,37 @@ def test_a_signal_that_python_has_discarded_is_heard_a_moment_later(sglang, pipe
     assert (done.code, [line for line in done.lines if not line.startswith("INFO")]) == (130, ["ERROR: Interrupted"])
 
 
+@pytest.mark.whole
+def test_a_signal_that_was_swallowed_before_the_launcher_waits_for_its_ranks_ends_the_run(
+    sglang, pipelines, monkeypatch
+):
+    store = mesh.local_store
+
+    def swallowing():
+        lose(None)
+        return store()
+
+    monkeypatch.setattr(mesh, "local_store", swallowing)
+    monkeypatch.setattr(signal, "getsignal", signals_of_a_terminal)
+    done = sglang("generate", "--model-path", pipelines["sd15"], *MANY, "parallel=tp2")
+    assert (done.code, [line for line in done.lines if not line.startswith("INFO")]) == (130, ["ERROR: Interrupted"])
+
+
+@pytest.mark.parametrize("backend", ["sglang", "diffusers"])
+def test_a_signal_that_was_swallowed_in_a_step_ends_the_run_in_this_step(sglang, pipelines, monkeypatch, backend):
+    step, steps = log.Progress.step, []
+
+    def swallowing(progress):
+        steps.append(step(progress))
+        lose(None)
+
+    monkeypatch.setattr(log.Progress, "step", swallowing)
+    monkeypatch.setattr(signal, "getsignal", signals_of_a_terminal)
+    done = sglang("generate", "--model-path", pipelines["sd15"], *MANY, f"backend={backend}")
+    assert (done.code, [line for line in done.lines if line.startswith("ERROR")]) == (130, ["ERROR: Interrupted"])
+    assert len(steps) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for children in /proc")
 @pytest.mark.parametrize("layout", ["parallel=single", "parallel=tp2"])
@@ -177,7 +209,7 @@ def test_a_signal_at_any_moment_ends_the_command_in_one_line(pipelines, layout):
             time.sleep(seconds)
             family = [process.pid, *children(process.pid)]
             os.killpg(process.pid, number)
-            _, rest = process.communicate(timeout=120)
+            _, rest = ending(process)
             assert (process.returncode, said(rest)) in [(code, [sentence]), (-number, [])], seconds
             assert gone(family, within=1)
     assert not [path for path in Path("outputs").iterdir() if path.name.startswith(".tmp")]

@@ -60,6 +60,7 @@ def test_a_picture_of_fewer_rows_than_ranks_is_refused_once_it_is_read(run_on_ra
     assert (done.code, "this image has 1 bands of" in done.lines[-1]) == (2, True), done.err
 
 
+@pytest.mark.slow
 def test_an_autoencoder_that_decodes_in_float32_sends_what_was_predicted(run_on_ranks):
     done = run_on_ranks(
         "sdxl", "--backend", "sglang", "parallel=ring2", "--perf-dump-path", "half.json", dtype="float16"

@@ -92,6 +92,7 @@ def test_a_list_of_options_stays_whole(sglang):
     assert "..." not in sglang("generate", "model=nothing").lines[-1]
 
 
+@pytest.mark.slow
 def test_a_prompt_of_a_megabyte_is_generated(sglang, pipelines):
     prompt = "a lake " * 150_000
     done = sglang("generate", "--model-path", pipelines["sd15"], "--prompt", prompt, "--height", 32, "--width", 32,

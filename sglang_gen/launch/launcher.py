@@ -16,7 +16,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
-from sglang_gen import env, log
+from sglang_gen import env, log, signals
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.launch.worker import PATIENCE, RECEIVED_SIGTERM, TERMINATED, Done, Failure, Job, LogLine
 from sglang_gen.types import Plan, Result
@@ -152,6 +152,7 @@ class Ranks:
 
     def _read(self, pipes: list[Connection], timeout: float | None) -> list[tuple[int, Any]]:
         """(rank, message) of every pipe with a message within `timeout` seconds; the message of a dead rank is None."""
+        signals.check()  # wait() would not return
         messages: list[tuple[int, Any]] = []
         ready = wait(pipes, timeout)
         for rank, pipe in enumerate(self.pipes):

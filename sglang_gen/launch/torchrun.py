@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sglang_gen import env, log
+from sglang_gen import env, log, signals
 from sglang_gen.config.schema import DEGREES
 from sglang_gen.errors import LostError, RunError, UserError, ending
 from sglang_gen.hub import resolve
@@ -97,6 +97,7 @@ def _follow(rendezvous: Rendezvous) -> End:
     """Run a rank other than 0: wait for the plan, carry it out, and wait for the end of the run."""
     plan = None
     while (end := rendezvous.ended()) is None:
+        signals.check()
         if plan is None and (plan := rendezvous.plan()) is not None:
             started = time.perf_counter()
             card = resolve.find_weights(plan.run)  # each machine has its own files

@@ -1,6 +1,7 @@
 """The command as a process of its own, which a signal can reach."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,16 @@ def generating(words: list[str]) -> subprocess.Popen:
         lines.append(process.stderr.readline())
         assert lines[-1], lines
     return process
+
+
+def ending(process: subprocess.Popen) -> tuple[str, str]:
+    """What the process still prints until it ends; killed with its children if it does not."""
+    try:
+        return process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
 
 
 def children(pid: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sglang_gen import log
+from sglang_gen import log, signals
 from sglang_gen.perf.clock import Clock
 
 
@@ -121,6 +121,7 @@ class _Bar:
         for _ in range(count):
             self.clock.step()
             self.progress.step()
+            signals.check()
 
     def __exit__(self, *error: Any) -> None:
         self.progress.__exit__(*error)

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from sglang_gen import log
+from sglang_gen import log, signals
 from sglang_gen.backends.comm_log import CommLog, GeneratedBatch, described
 from sglang_gen.backends.diffusers.stages import plain_config
 from sglang_gen.backends.finite import require_finite
@@ -210,6 +210,7 @@ class NativeEngine:
                 def after_step() -> None:
                     clock.step()
                     progress.step()
+                    signals.check()
 
                 latents = denoise(predict, scheduler, timesteps, numbers, noise, generators, after_step)
         clock.enter("decoding")
