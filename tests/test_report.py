@@ -127,7 +127,7 @@ def test_the_table_says_constants_once_and_marks_what_took_effect_instead(page):
                       "peak host memory", "PSNR", "SSIM", "whole job"]  # fmt: skip
     assert page.source.count("auto → <b>sdpa</b>") == 1
     assert page.source.count(f"<dd>{PROMPT}</dd>") == 1
-    assert "A processor, 8 cores, 4 threads" in page.text
+    assert "A processor, cores: 8, threads: 4" in page.text
     assert "0123456789" in page.text
     assert '<td class="reason" colspan="8">memory ran out</td>' in page.source
 
@@ -187,6 +187,18 @@ def test_a_sweep_of_one_cell_has_a_page(tmp_path):
     assert not page.section("trade-offs")
     assert "Time and quality: only one cell was measured." in page.text
     assert "Differences: no two images" in page.text
+
+
+def test_images_of_random_weights_have_no_quality(tmp_path):
+    for index in range(2):
+        content = dump([1.0 + index, 1.1 + index])
+        content["effective"]["model"] = {"weights": "random"}
+        job(tmp_path, f"x={index}", content=content, images=[pixels(index)])
+    page = written(tmp_path)
+    assert "<dt>weights</dt><dd>random</dd>" in page.source
+    assert "Time and quality: the weights are random, so images mean nothing." in page.text
+    assert "Time and memory" in [found["aria-label"] for found in page.all("div", "chart")]
+    assert "PSNR</th>" not in page.source
 
 
 def test_jobs_without_note_or_dump_and_damaged_images_are_said_to_be_so(tmp_path):

@@ -470,6 +470,21 @@ OUTPUT = (
     Mutant("A failed job is counted as done in the exit code",
            "sglang_gen/sweep/jobs.py", "tests/test_multirun.py -k failing_job",
            "return 1 if failed else 0", "return 0"),
+    Mutant("A report writes the text of users as HTML",
+           "sglang_gen/report/page.py", "tests/test_report.py -k stays_text",
+           "autoescape=True", "autoescape=False"),
+    Mutant("The policy of a report's page allows any script",
+           "sglang_gen/report/page.html", "tests/test_report.py -k stays_text",
+           "script-src 'unsafe-eval'", "script-src 'unsafe-inline' 'unsafe-eval'"),
+    Mutant("A report counts the time of saving, which only the first repeat has",
+           "sglang_gen/report/cells.py", "tests/test_report_parts.py -k saving_and_loading",
+           'repeat.get("total_duration_ms", 0.0) - saving', 'repeat.get("total_duration_ms", 0.0)'),
+    Mutant("A cell as fast within the noise as the fastest is called slower",
+           "sglang_gen/report/conclusion.py", "tests/test_report_parts.py -k as_certain",
+           "judged.verdict is not Verdict.REGRESSION", "judged.verdict is Verdict.PASS"),
+    Mutant("A report replaces any file",
+           "sglang_gen/report/write.py", "tests/test_report.py -k only_a_report_is_replaced",
+           "path.exists() and not _is_report(path)", "False"),
 )
 
 VIDEO = (

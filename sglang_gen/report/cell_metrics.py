@@ -47,8 +47,10 @@ def metrics(cells: Sequence[Cell], shown: Sequence[Embedded]) -> list[Metrics]:
         own[id(one.item.cell)].append(one)
     found = []
     for cell in cells:
-        psnr, ssim = _stated(cell) if stated else _computed(own[id(cell)])
         images = own[id(cell)]
+        psnr, ssim = _stated(cell) if stated else _computed(images)
+        if cell.has_random_weights:
+            psnr = ssim = None
         found.append(
             Metrics(
                 cell,
@@ -56,7 +58,10 @@ def metrics(cells: Sequence[Cell], shown: Sequence[Embedded]) -> list[Metrics]:
                 psnr=psnr,
                 ssim=ssim,
                 memory=cell.row.memory.get(column) if column else None,
-                is_reference=not stated and bool(images) and all(one.is_reference for one in images),
+                is_reference=not stated
+                and psnr is not None
+                and bool(images)
+                and all(one.is_reference for one in images),
             )
         )
     return found

@@ -27,8 +27,9 @@ class Cell:
     seconds: tuple[float, ...] = ()  # one observation per repeat: generation of one image, without saving
 
     @property
-    def completed(self) -> bool:
-        return self.row.status == "completed"
+    def has_random_weights(self) -> bool:
+        """Whether the run drew its weights (model.weights=random): its images mean nothing."""
+        return self.row.effective.get("model.weights") == "random"
 
 
 def read_cells(folders: Sequence[Path]) -> list[Cell]:

@@ -69,7 +69,9 @@ def _absent(content: Content) -> list[str]:
     if not content.stages:
         sentences.append("Stage times: no cell was measured.")
     titles = {plot.title for plot in content.pareto}
-    if "Time and quality" not in titles:
+    if any(cell.has_random_weights for cell in content.cells):
+        sentences.append("Time and quality: the weights are random, so images mean nothing.")
+    elif "Time and quality" not in titles:
         sentences.append(
             f"Time and quality: {'no two images differ' if timed > 1 else reason}."
             if any(one.psnr is not None for one in content.metrics) or timed < 2
@@ -217,6 +219,7 @@ def _facts(cells: Sequence[Cell]) -> list[tuple[str, str]]:
     dumps = [cell.row.dump for cell in cells if cell.row.dump]
     columns: dict[str, list[Any]] = {
         "model": [dump.get("meta", {}).get("model") for dump in dumps],
+        "weights": [cell.row.effective.get("model.weights") for cell in cells if cell.row.dump],
         "prompt": [dump.get("meta", {}).get("prompt") for dump in dumps],
         "size": [_size(dump.get("effective", {})) for dump in dumps],
         "steps": [dump.get("fingerprint", {}).get("fields", {}).get("steps") for dump in dumps],
@@ -248,7 +251,7 @@ def _machines(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             continue
         machine = dump["machine"]
         facts = {
-            "processor": f"{machine.get('cpu')}, {machine.get('cpu_count')} cores, {machine.get('threads')} threads",
+            "processor": f"{machine.get('cpu')}, cores: {machine.get('cpu_count')}, threads: {machine.get('threads')}",
             "GPUs": ", ".join(map(str, machine.get("gpus") or ())) or "none",
             "commit": str(dump.get("commit_hash")),
             "versions": ", ".join(f"{name} {version}" for name, version in (machine.get("versions") or {}).items()),
