@@ -4,7 +4,7 @@ import re
 
 # What reaches a user from a library: the name of an exception class, or of a module of the library.
 FOREIGN = re.compile(
-    r"Traceback|\b[A-Z]\w*(?:Error|Exception)\b|\b(?:torch|diffusers|transformers|omegaconf|safetensors)\.[a-z_]+"
+    r"Traceback|\b[A-Z]\w*(?:Error|Exception)\b|\b(?:torch|diffusers|transformers|omegaconf|safetensors)\.(?!yaml|json)[a-z_]+"
     r"|\bhydra\.(?:core|errors|plugins|types|utils|_internal)"
 )
 
