@@ -251,6 +251,7 @@ def test_each_image_of_a_job_has_its_place_in_the_grid(tmp_path):
     assert page.data["items"] == [[0, 0], [0, 1], [1, 0], [1, 1]]
 
 
+@pytest.mark.whole
 def test_only_a_report_is_replaced(tmp_path, sglang):
     sweep = cache_and_guidance(tmp_path / "sweep")
     for _ in range(2):
