@@ -9,7 +9,7 @@ from endings import ran_into
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
-SEED, DAMAGES, PARTS = 20261129, 8, 10
+SEED, DAMAGES, PARTS = 20261129, 3, 4
 OPTION = "# @package _global_\nsampling:\n  seed: 5\n  num_inference_steps: 3\nattention:\n  backend: math\n"
 FLAT = "seed: 5\nnum_inference_steps: 3\nguidance_scale: 2.5\ndiffusers_kwargs:\n  eta: 0.5\nattention: math\n"
 VALUES = (
