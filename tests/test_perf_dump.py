@@ -294,6 +294,10 @@ def test_other_work_has_another_fingerprint(pipelines, tmp_path):
 def test_repeats_do_not_add_to_the_work_of_one_generation(dump, pipelines, measured):
     once, thrice = dump(pipelines["sd3"]), dump(pipelines["sd3"], "perf.repeat=3")
     assert len(thrice["repeats"]) == 3
+    for repeat in thrice["repeats"]:  # only the first saves, which counts for none
+        stages = {step["name"]: step["duration_ms"] for step in repeat["steps"]}
+        assert repeat["total_duration_ms"] == pytest.approx(sum(stages.values()) - stages.get("saving", 0), abs=0.01)
+    assert thrice["total_duration_ms"] > thrice["repeats"][0]["total_duration_ms"]
     for stage, work in once["work"].items():
         assert (thrice["work"][stage]["flops"], thrice["work"][stage]["bytes"]) == (work["flops"], work["bytes"])
 
