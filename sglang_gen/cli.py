@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setup(level)
     log.capture_warnings()
     try:
-        with signals.raised():
+        with signals.raised(), signals.heeded():
             place = env.torchrun()
             if place is None:
                 return _dispatch(argv)

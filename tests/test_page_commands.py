@@ -178,7 +178,7 @@ def check_promises(words: list[str], made: set[Path]) -> None:
 
 
 # Pages whose commands take long together; the others are those that a newcomer meets first.
-LONG = {"README", "attention", "backend", "cache", "lora", "model", "parallel", "parity", "quality", "quant", "report",
+LONG = {"README", "attention", "backend", "cache", "lora", "model", "parallel", "parity", "quality", "quant", "report", "tutorial",
         "sampling", "sweeps", "tracking"}  # fmt: skip
 
 
@@ -189,7 +189,7 @@ LONG = {"README", "attention", "backend", "cache", "lora", "model", "parallel", 
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb.*")
 def test_the_commands_of_a_page_do_what_it_says(sglang, props, page, request):
-    if page.stem == "report":
+    if page.stem in ("report", "tutorial"):
         request.getfixturevalue("reports")
     props(page)
     for command in pages.commands(page):

@@ -11,6 +11,7 @@ import tiny
 import torch
 from little_hub import LittleHub
 from PIL import Image
+from published import NETWORKS
 from torch import nn
 
 from sglang_gen import env
@@ -209,8 +210,6 @@ def test_every_preset_is_planned_without_a_hub(no_hub, preset):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_network_of_a_preset_is_built_from_its_config(preset):
-    from test_component_configs import NETWORKS
-
     networks = {}
     for name, component in card_of(preset).components.items():
         if loading_report.is_reported(component_classes.named(component)):

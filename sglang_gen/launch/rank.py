@@ -124,9 +124,9 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float, kept: KeptWeigh
 
 
 def _import_classes(plan: Plan) -> None:
-    """Import the components' classes, which takes longer than loading a small model, so that loading is timed alone."""
+    """Import text encoders' classes, which takes longer than loading a small model, so that loading is timed alone."""
     for component in plan.card.components.values():
-        if component.library == "transformers" or (plan.backend == "diffusers" and component.library == "diffusers"):
+        if component.library == "transformers":
             component_classes.named(component)
 
 

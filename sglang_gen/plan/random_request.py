@@ -50,7 +50,7 @@ def check_random_model(run: Run, card: ModelCard) -> None:
         if component.library == "diffusers" and not component_classes.in_diffusers(component.class_name):
             raise UserError(
                 f"model.weights=random builds the networks of diffusers and transformers, and the {name} of "
-                f"{card.name} is a {component.class_name}, which diffusers does not have; run with "
+                f"{card.name} has the class {component.class_name}, which diffusers does not have; run with "
                 "model.weights=pretrained"
             )
         if declaration := weight_files.declared(component.config, {}):

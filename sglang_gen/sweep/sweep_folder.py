@@ -11,7 +11,7 @@ from sglang_gen import files
 from sglang_gen.config.schema import SCHEMA_VERSION
 from sglang_gen.errors import RunError, UserError, in_our_words
 
-SWEEP = "sweep.json"
+SWEEP_FILE = "sweep.json"
 LOCK = ".sweep.lock"
 LONGEST_COMMAND = 300  # characters of a command in a log line, which may be cut above `log.LONGEST`
 
@@ -47,7 +47,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def shared_seed(folder: Path, resume: bool) -> int:
     """The seed of jobs without one: that of the sweep which is resumed, else a new one."""
-    path = folder / SWEEP
+    path = folder / SWEEP_FILE
     if resume and path.is_file():
         try:
             seed = json.loads(path.read_text(encoding="utf-8"))["seed"]
@@ -60,7 +60,7 @@ def shared_seed(folder: Path, resume: bool) -> int:
 
 def save(folder: Path, seed: int, command: str) -> None:
     """Write `sweep.json`. Raises RunError."""
-    files.save_json(folder / SWEEP, {"schema_version": SCHEMA_VERSION, "seed": seed, "continue": command})
+    files.save_json(folder / SWEEP_FILE, {"schema_version": SCHEMA_VERSION, "seed": seed, "continue": command})
 
 
 def command(argv: Sequence[str], folder: Path, named: bool) -> str:
@@ -77,5 +77,5 @@ def command(argv: Sequence[str], folder: Path, named: bool) -> str:
 def continuation(folder: Path, command: str) -> str:
     """A clause that says how to continue an interrupted sweep."""
     if len(command) > LONGEST_COMMAND:
-        return f"continue with the command in {folder / SWEEP}"
+        return f"continue with the command in {folder / SWEEP_FILE}"
     return f"continue with: {command}"

@@ -157,8 +157,8 @@ def denoising(times: Mapping[str, Any]) -> float:
 
 
 def whole(times: Mapping[str, Any]) -> float:
-    """Seconds from the prompt to the decoded image, without saving (only a process's first image is saved)."""
-    return float(times["total_duration_ms"]) / 1000 - stage(times, "saving")
+    """Seconds from the prompt to the decoded image; the total of a repeat is without saving."""
+    return float(times["total_duration_ms"]) / 1000
 
 
 def observed(dumps: Sequence[Dump], seconds: Callable[[Mapping[str, Any]], float]) -> list[list[float]]:
