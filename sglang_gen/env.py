@@ -103,6 +103,16 @@ def embedded_model() -> Path:
     return Path(__file__).parent / "assets" / "landscape"
 
 
+def manifests() -> Path:
+    """Folder of the prompt manifests in the package."""
+    return Path(__file__).parent / "assets" / "manifests"
+
+
+def entry_points(group: str) -> dict[str, importlib.metadata.EntryPoint]:
+    """Entry points of the installed packages in a group, by name."""
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=group)}
+
+
 def preset_configs(preset: str) -> Path:
     """Folder with the component configs of a preset; it may not exist."""
     return Path(__file__).parent / "assets" / "configs" / preset
