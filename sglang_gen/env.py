@@ -86,7 +86,7 @@ def use_modelscope() -> bool:
 
 
 def cache_dir() -> Path:
-    """Folder of measured rates, kernel choices, compiled code: SGLANG_GEN_CACHE, XDG_CACHE_HOME or ~/.cache."""
+    """Folder of rates, kernel choices, compiled code, references: SGLANG_GEN_CACHE, XDG_CACHE_HOME or ~/.cache."""
     if explicit := os.environ.get("SGLANG_GEN_CACHE"):
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-gen"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.launch import judging
@@ -69,8 +70,8 @@ def entry(index: int, frame: np.ndarray, other: np.ndarray) -> dict:
     [
         (0, 0, "identical"),
         (1, 1, "equal within rounding"),
-        (12, 1, "equal within rounding"),
-        (13, 1, "approximate"),
+        (122, 1, "equal within rounding"),
+        (123, 1, "approximate"),
         (1, 2, "approximate"),
     ],
 )
@@ -190,3 +191,15 @@ def test_a_black_image_fails_a_run_that_asks_for_quality_and_leaves_its_dump(pac
     assert found["summary"]["brightness"]["difference"] == 0
     assert "Quality against reference: identical" in done.err
     assert "Quality, brightness: " in done.err
+
+
+@pytest.mark.whole
+def test_a_reference_without_content_fails_the_run_too(pipelines, sglang, monkeypatch):
+    words = ("generate", "--model-path", pipelines["sd3"], *SMALL)
+    assert sglang(*words, "--output-path", "reference").code == 0
+    path = Path("reference/generated_image_0.png")
+    with Image.open(path) as image:
+        Image.new("RGB", image.size, (90, 90, 90)).save(path)
+    done = sglang(*words, "quality.reference=reference")
+    assert done.code == 1
+    assert "saved, but the reference of sample 0 is a constant image: the standard deviation of its" in done.lines[-1]
