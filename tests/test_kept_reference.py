@@ -124,15 +124,10 @@ def test_the_reference_is_made_in_one_process_on_the_runs_own_backend_and_dtype(
     assert (run.quality.reference, run.sampling.seed) == (None, 7)
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        ((), "and the seed of this run is drawn; set --seed or quality.manifest"),
-    ],
-)
-def test_a_drawn_seed_has_no_kept_reference(sglang, words, sentence):
-    done = sglang("generate", "--prompt", "a lake", "quality.reference=auto", "dry_run=true", *words)
-    assert (done.code, sentence in done.lines[-1]) == (2, True), done.err
+def test_a_drawn_seed_has_no_kept_reference(sglang):
+    done = sglang("generate", "--prompt", "a lake", "quality.reference=auto", "dry_run=true")
+    assert "the seed of this run is drawn; set --seed or quality.manifest" in done.lines[-1]
+    assert done.code == 2
 
 
 def test_a_model_with_quantized_weights_has_no_reference(pipelines):
