@@ -86,7 +86,7 @@ def use_modelscope() -> bool:
 
 
 def cache_dir() -> Path:
-    """Folder of measured rates, kernel choices, compiled code: SGLANG_GEN_CACHE, XDG_CACHE_HOME or ~/.cache."""
+    """Folder of rates, kernel choices, compiled code, references: SGLANG_GEN_CACHE, XDG_CACHE_HOME or ~/.cache."""
     if explicit := os.environ.get("SGLANG_GEN_CACHE"):
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-gen"
@@ -101,6 +101,16 @@ def conf_dir() -> Path:
 
 def embedded_model() -> Path:
     return Path(__file__).parent / "assets" / "landscape"
+
+
+def manifests() -> Path:
+    """Folder of the prompt manifests in the package."""
+    return Path(__file__).parent / "assets" / "manifests"
+
+
+def entry_points(group: str) -> dict[str, importlib.metadata.EntryPoint]:
+    """Entry points of the installed packages in a group, by name."""
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=group)}
 
 
 def preset_configs(preset: str) -> Path:

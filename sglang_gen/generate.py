@@ -66,7 +66,7 @@ def _execute(composed: "Composed", session: "Session | None") -> Result | None:
 
         files.print_result(report.describe(plan))
         return None
-    from sglang_gen.launch import launcher
+    from sglang_gen.launch import kept_reference, launcher
 
     files.prepare_folder(Path(run.output.path))
     if run.output.perf_dump_path:
@@ -80,7 +80,7 @@ def _execute(composed: "Composed", session: "Session | None") -> Result | None:
         from sglang_gen.backends.preflight import check_backend
 
         check_backend(plan)
-    plan = _from_weights(composed, plan)
+    plan = kept_reference.with_reference(composed, _from_weights(composed, plan), session)
     if composed.place is not None:
         from sglang_gen.launch import torchrun
 

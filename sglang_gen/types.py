@@ -98,6 +98,7 @@ class Plan:
     matmul: str = "torch"  # library of float32 products of the native engine on a CPU: torch or onednn
     given: frozenset[str] = frozenset()  # config paths that the user set to a value other than the default
     stated_degrees: frozenset[str] = frozenset()  # fields of `parallel` set by the user or by a group option
+    reference: str | None = None  # folder of the reference images that quality.reference=auto stands for
 
     @property
     def pipeline_class(self) -> str:

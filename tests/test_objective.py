@@ -239,6 +239,7 @@ def test_a_key_that_a_finished_dump_lacks_fails_the_job(dumps, run):
         ("tag", (), "'tag' is not a number of the perf dump"),
         ("steps.denoise.duration_ms", (), "did you mean 'steps.denoising.duration_ms'"),
         ("quality.psnr", (), "'quality.psnr' needs quality.reference"),
+        ("quality.summary.psnr.worst.value", (), "'quality.summary.psnr.worst.value' needs quality.reference"),
         ("warmup.duration_ms", (), "'warmup.duration_ms' needs --warmup"),
         ("work.denoising.mfu", ("perf.work=false",), "'work.denoising.mfu' needs perf.work=true"),
         ("' '", (), "perf.objective is blank"),

@@ -43,7 +43,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("name", "content", "sentence"), BROKEN, ids=[name for name, *_ in BROKEN])
-@pytest.mark.parametrize("read", [lambda path: read_image(str(path), "--image-path"), quality._read_image])
+@pytest.mark.parametrize("read", [lambda path: read_image(str(path), "--image-path"), quality.read_reference])
 def test_a_broken_image_is_one_sentence_and_little_memory(name, content, sentence, read):
     Path("odd.png").write_bytes(content())
     tracemalloc.start()

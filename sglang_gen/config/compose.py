@@ -162,7 +162,9 @@ def _complete(run: Run, sources: dict[str, str], named: bool, seed: int | None) 
     notices = []
     if run.model.path is None and run.model.preset == "landscape" and not named:
         notices.append("No model given: using the embedded model 'landscape'")
-    if run.sampling.prompt is None and not run.sampling.prompts_file and not run.sampling.prompts:
+    if run.quality.manifest is not None:  # its lines are the prompts, and they do not depend on a drawn seed
+        run.sampling.seed = run.sampling.seed or 0
+    elif run.sampling.prompt is None and not run.sampling.prompts_file and not run.sampling.prompts:
         if not (named and run.model.example_prompt):
             raise UserError('A prompt is needed: --prompt "a description of the image"')
         run.sampling.prompt = run.model.example_prompt

@@ -20,35 +20,39 @@ def pin(run: Run) -> Run:
     if sum(stated) > 1:
         raise UserError("sampling.prompt, sampling.prompts_file and sampling.prompts exclude each other; give one")
     seed = sampling.seed if sampling.seed is not None else secrets.randbelow(2**32)
-    entries = _read(sampling.prompts_file) if sampling.prompts_file else sampling.prompts
+    key = "sampling.prompts_file"
+    entries = read_lines(sampling.prompts_file, key) if sampling.prompts_file else sampling.prompts
     for entry in entries:
         _check_entry(entry)
     return replace(run, sampling=replace(sampling, seed=seed, prompts=entries, prompts_file=None))
 
 
-def _read(path: str) -> list[dict[str, Any]]:
+def read_lines(path: str, key: str, only_json: bool = False) -> list[dict[str, Any]]:
+    """The prompts in the file that the setting `key` names: a text or a JSON object in each line. Raises UserError."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"sampling.prompts_file: {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{key}: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"sampling.prompts_file: {path} is not UTF-8 text") from None
+        raise UserError(f"{key}: {path} is not UTF-8 text") from None
     entries = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        if not line.lstrip().startswith("{"):
+        if not only_json and not line.lstrip().startswith("{"):
             entries.append({"prompt": line})
             continue
         try:
             entries.append(parse_json(line))
+            if not isinstance(entries[-1], dict):
+                raise InvalidValueError("is not a JSON object")
             _check_entry(entries[-1])
         except UserError as error:
-            raise UserError(f"sampling.prompts_file: {path}, line {number}: {error}") from None
+            raise UserError(f"{key}: {path}, line {number}: {error}") from None
         except InvalidValueError as error:
-            raise UserError(f"sampling.prompts_file: {path}, line {number} {error}") from None
+            raise UserError(f"{key}: {path}, line {number} {error}") from None
     if not entries:
-        raise UserError(f"sampling.prompts_file: {path} holds no prompt")
+        raise UserError(f"{key}: {path} holds no prompt")
     return entries
 
 

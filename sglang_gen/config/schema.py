@@ -237,7 +237,11 @@ class Perf:
 
 @dataclass
 class Quality:
-    reference: str | None = None
+    """Measures of the images, and what they are compared with."""
+
+    manifest: str | None = None  # file of JSON lines with the prompts and seeds of the run, or a name in the package
+    reference: str | None = None  # folder of an earlier run; auto: made once without approximations, and kept
+    metrics: list[str] = field(default_factory=list)  # entry points of the group sglang_gen.metrics
 
 
 @dataclass
@@ -341,8 +345,8 @@ def plain(value: Any) -> Any:
 # Settings that may name a local file or folder, in which a leading ~ is expanded to the home folder.
 LOCAL = (
     "model.path", "model.configs", "lora.path", "quant.transformer_weights_path", "offload.disk_path",
-    "sampling.image_path", "sampling.latents", "sampling.prompts_file", "quality.reference", "output.path",
-    "output.perf_dump_path",
+    "sampling.image_path", "sampling.latents", "sampling.prompts_file", "quality.manifest", "quality.reference",
+    "output.path", "output.perf_dump_path",
 )  # fmt: skip
 
 # Minimum and maximum of numeric settings; larger values would overflow or exhaust memory.

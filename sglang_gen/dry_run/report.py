@@ -6,7 +6,7 @@ from typing import Any
 from sglang_gen.backends.preflight import check_backend
 from sglang_gen.config.schema import plain
 from sglang_gen.dry_run.estimate import estimate
-from sglang_gen.perf import quality
+from sglang_gen.launch import judging
 from sglang_gen.plan import image_size
 from sglang_gen.types import Plan
 
@@ -17,8 +17,7 @@ def describe(plan: Plan) -> str:
     Raises UserError for requests that the backend would refuse before it reads a weight.
     """
     check_backend(plan, warn=True)
-    if plan.run.quality.reference is not None:
-        quality.counterparts(plan.run.quality.reference, [plain(sample) for batch in plan.batches for sample in batch])
+    judging.prepared(plan)
     return json.dumps(_as_dict(plan), indent=2, ensure_ascii=False) if plan.run.dry_run == "json" else _as_table(plan)
 
 

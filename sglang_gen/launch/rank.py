@@ -13,21 +13,20 @@ from typing import Any
 import torch
 
 from sglang_gen import env, files, log, signals
-from sglang_gen.config.schema import Tracker, plain
-from sglang_gen.errors import RunError, UserError
+from sglang_gen.config.schema import Tracker
+from sglang_gen.errors import UserError
 from sglang_gen.hub import component_classes
-from sglang_gen.launch import numerics
+from sglang_gen.launch import judging, numerics
 from sglang_gen.launch.kept_weights import KeptWeights
 from sglang_gen.outputs import decoded_bytes, trace_path, tracking
 from sglang_gen.outputs.save import Saved, kept_latents
 from sglang_gen.parallel import bandwidth
 from sglang_gen.parallel.guidance_split import rounds
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.perf import dump, energy, quality, trace
+from sglang_gen.perf import dump, energy, trace
 from sglang_gen.perf.clock import Clock, timer
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory
-from sglang_gen.plan import image_size
 from sglang_gen.types import Decoded, Engine, Plan, Result, Sample
 
 BACKENDS = {"sglang": "sglang_gen.backends.native.engine", "diffusers": "sglang_gen.backends.diffusers.engine"}
@@ -86,7 +85,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float, kept: KeptWeigh
     )
     backend = importlib.import_module(BACKENDS[plan.backend])  # takes seconds and is timed separately from loading
     _import_classes(plan)
-    reference = _reference(plan) if mesh.rank == 0 else None
+    judge = judging.prepared(plan) if mesh.rank == 0 else None
     phases.imports_ms = 1000 * (time.perf_counter() - started)
     phases.load.enter("load")
     engine: Engine = backend.load(plan, mesh, phases.calls, kept)
@@ -120,7 +119,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float, kept: KeptWeigh
     report = dump.build(plan, phases, saved.effective, saved.samples)
     report |= {"cache": decisions, "block_timings_ms": blocks, "ranks": ranks, "comm": sent, "trace": traced}
     energy.add(report, plan.device)
-    return _finish(plan, phases, saved, report, rate, reference)
+    return _finish(plan, phases, saved, report, rate, judge)
 
 
 def _import_classes(plan: Plan) -> None:
@@ -193,16 +192,10 @@ def _finish(
     saved: Saved,
     report: dict[str, Any],
     rate: float | None,
-    reference: list[Path] | None,
+    judge: judging.Judge | None,
 ) -> Result:
-    """Compare quality, write the perf dump and report to trackers, in this order, after the last image is saved."""
-    failure = None
-    if reference is not None:
-        try:
-            report["quality"] = quality.compare(str(plan.run.quality.reference), saved.samples, saved.frames, reference)
-            log.info(f"Quality against {plan.run.quality.reference}: {quality.sentence(report['quality'])}")
-        except UserError as error:
-            failure = RunError(f"The images are saved, but not compared: {error}")
+    """Judge quality, write the perf dump and report to trackers, in this order, after the last image is saved."""
+    failure = None if judge is None else judging.judged(judge, saved, report)
     if plan.run.output.perf_dump_path:
         dump.add_measurements(report, plan, phases, rate)
         files.save_json(Path(plan.run.output.perf_dump_path), report, stream=True)
@@ -211,14 +204,6 @@ def _finish(
     if failure is not None:
         raise failure
     return Result(tuple(saved.paths), tuple(saved.frames), tuple(saved.seeds), report)
-
-
-def _reference(plan: Plan) -> list[Path] | None:
-    """The reference images for the samples (quality.reference), located before anything is generated."""
-    if plan.run.quality.reference is None:
-        return None
-    samples = [plain(sample) for batch in plan.batches for sample in batch]
-    return quality.counterparts(plan.run.quality.reference, samples, image_size.expected(plan))
 
 
 def _generate(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> Saved:

@@ -30,6 +30,11 @@ class Session:
             return self._in_this_process(plan, started)
         return self._on_ranks(plan, started)
 
+    def alone(self, plan: Plan, started: float) -> Result:
+        """Carry out a plan that is no job of the sweep in a process of its own, with all memory."""
+        self.close()
+        return launcher.launch(plan, started, fresh=True)
+
     def _in_this_process(self, plan: Plan, started: float) -> Result:
         from sglang_gen.launch.kept_weights import KeptWeights
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from sglang_gen.config import manifest
 from sglang_gen.config.flags import BY_PATH
 from sglang_gen.config.schema import Run, get
 from sglang_gen.errors import RunError
@@ -12,8 +13,13 @@ FILES = ("sampling.image_path", "sampling.latents")
 
 
 def digests(run: Run) -> dict[str, str]:
-    """SHA-256 of each input file, by the config path that names it. Raises RunError for a missing file."""
-    return {path: _digest(str(name)) for path in FILES if (name := get(run, path)) is not None}
+    """SHA-256 of each input file, by the config path that names it, and the digest of a manifest.
+
+    Raises RunError for a missing file."""
+    found = {path: _digest(str(name)) for path in FILES if (name := get(run, path)) is not None}
+    if run.quality.manifest is not None:
+        found[manifest.SETTING] = manifest.read(run.quality.manifest).digest
+    return found
 
 
 def changed(run: Run, sources: Mapping[str, str], recorded: Mapping[str, str]) -> list[str]:

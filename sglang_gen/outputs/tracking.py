@@ -56,6 +56,7 @@ def row(run: Run, report: Mapping[str, Any], paths: Sequence[Path]) -> dict[str,
         **{f"requested.{name}": _text(value) for name, value in requested.items()},
         **{f"effective.{name}": _text(effective.get(name)) for name in requested},
         "fingerprint": report["fingerprint"]["hash"],
+        "verdict": (report.get("quality") or {}).get("verdict"),
     }
 
 

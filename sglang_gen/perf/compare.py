@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang_gen.errors import UserError
 from sglang_gen.perf.dump_reader import Dump
+from sglang_gen.perf.paired_quality import QualityRow, compare_quality
 from sglang_gen.perf.recipe import allowed, differences
 from sglang_gen.perf.statistics import ASSUMED_NOISE, Verdict, by_ratio, geometric_mean, judge, noise
 
@@ -75,6 +76,7 @@ class Comparison:
     differences: list[dict[str, Any]] = field(default_factory=list)
     across: list[dict[str, Any]] = field(default_factory=list)  # differences that --across allows
     notes: list[str] = field(default_factory=list)
+    quality: list[QualityRow] = field(default_factory=list)  # not judged
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,8 @@ def _unjudged(base: Sequence[Dump], new: Sequence[Dump], rules: Rules) -> Compar
 def _judge(comparison: Comparison, base: Sequence[Dump], new: Sequence[Dump], rules: Rules) -> Comparison:
     left, right = _merge(base), _merge(new)
     rows = [_row(name, left[name], right[name], rules) for name in left if name in right]
-    notes = list(comparison.notes)
+    quality, left_out = compare_quality([dump.quality for dump in base], [dump.quality for dump in new])
+    notes = [*comparison.notes, *left_out]
     if rules.single:
         notes.append("--single: the ratios alone were compared with the tolerances; noise was not considered")
     elif any(row.interval is None for row in rows):
@@ -220,6 +223,7 @@ def _judge(comparison: Comparison, base: Sequence[Dump], new: Sequence[Dump], ru
         comparison,
         verdict=_worst(row.verdict for row in rows),
         rows=rows,
+        quality=quality,
         images_per_second={"base": _rate(base), "new": _rate(new)},
         only_in={
             "base": [name for name in left if name not in right],

@@ -6,6 +6,7 @@ from typing import Any
 
 from sglang_gen import log
 from sglang_gen.perf.compare import Comparison, Report, Row
+from sglang_gen.perf.paired_quality import QualityRow
 from sglang_gen.perf.recipe import keys_of
 from sglang_gen.perf.statistics import MOST_REPEATS, Verdict
 
@@ -67,6 +68,9 @@ def _judged(comparison: Comparison, report: Report) -> list[str]:
         *map(_line, comparison.rows),
         "",
     ]
+    if comparison.quality:
+        lines += ["| quality | images | base | new | paired difference |", "|---|---|---|---|---|"]
+        lines += [*map(_quality_line, comparison.quality), ""]
     if None not in (rates := comparison.images_per_second).values():
         lines.append(f"- images per second: {rates['base']:.4g}, now {rates['new']:.4g}")
     for side, names in comparison.only_in.items():
@@ -95,6 +99,11 @@ def _line(row: Row) -> str:
         verdict,
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _quality_line(row: QualityRow) -> str:
+    error = "" if row.standard_error is None else f" ± {row.standard_error:.2g}"
+    return f"| {_cell(row.measure)} | {row.images} | {row.base:.6g} | {row.new:.6g} | {row.difference:+.4g}{error} |"
 
 
 def _cell(value: Any, length: int = 100) -> str:

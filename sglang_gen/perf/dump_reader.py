@@ -7,13 +7,14 @@ A dump is a JSON object with `total_duration_ms` and `steps`. Ours have `schema_
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from sglang_gen.config.schema import SCHEMA_VERSION
 from sglang_gen.errors import InvalidValueError, UserError, in_our_words
+from sglang_gen.perf.paired_quality import Measures, by_sample
 
 PEAKS = ("peak_allocated_mb", "peak_reserved_mb", "peak_host_anon_mb")
 
@@ -28,6 +29,7 @@ class Dump:
     fields: dict[str, Any]
     metrics: dict[str, list[float]]
     images: int | None  # None if the dump does not list its samples
+    quality: Measures = field(default_factory=dict)
 
     @property
     def recipe(self) -> str:
@@ -112,6 +114,7 @@ def _dump(path: Path, content: Mapping[str, Any]) -> Dump:
             fields=fingerprint.get("fields") or {},
             metrics=metrics,
             images=len(samples) if samples else None,
+            quality=by_sample(content.get("quality")),
         )
     except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
         own = isinstance(error, InvalidValueError)

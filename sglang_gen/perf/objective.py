@@ -21,7 +21,7 @@ KNOWN = (
 )  # fmt: skip
 # Fields whose keys depend on the run and are known only when it has ended.
 OPEN = ("work", "machine", "comm", "ranks", "repeats", "denoise_steps_ms", "requested", "effective", "fingerprint",
-        "samples", "cache", "block_timings_ms", "quality.samples", "energy_j.sources")  # fmt: skip
+        "samples", "cache", "block_timings_ms", "quality.samples", "quality.summary", "energy_j.sources")  # fmt: skip
 
 
 def check_objective(run: Run) -> None:
@@ -32,7 +32,7 @@ def check_objective(run: Run) -> None:
     if key not in KNOWN and not key.startswith(tuple(f"{name}." for name in OPEN)):
         raise UserError(f"perf.objective: '{key}' is not a number of the perf dump{_near(key, KNOWN)}")
     needs = {
-        "quality": run.quality.reference,
+        "quality": run.quality.reference or (key.startswith("quality.summary.") and run.quality.metrics),
         "warmup": run.compile.warmup,
         "work": run.perf.work,
         "block_timings_ms": run.perf.blocks,

@@ -1,4 +1,4 @@
-"""Image quality against a reference: PSNR, SSIM and the largest difference, on uint8 frames `[H, W, 3]`."""
+"""Images against a reference: PSNR, SSIM and the largest difference, on uint8 frames `[H, W, 3]`."""
 
 import json
 import math
@@ -9,8 +9,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from sglang_gen import files
+from sglang_gen.config.manifest import SETTING, Manifest
 from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.log import shorten
+from sglang_gen.perf import agreement
 from sglang_gen.types import Size
 
 if TYPE_CHECKING:
@@ -78,6 +80,14 @@ def _blur(planes: "np.ndarray[Any, np.dtype[np.float64]]") -> "np.ndarray[Any, n
     return sum(weight * rows[:, :, shift : shift + width] for shift, weight in enumerate(weights))  # type: ignore
 
 
+def changed(frame: "Frame", reference: "Frame") -> float:
+    """The fraction of the values (pixels times channels) that differ."""
+    import numpy as np
+
+    _check(frame, reference)
+    return float(np.mean(frame != reference))
+
+
 def _check(frame: "Frame", reference: "Frame") -> None:
     for one in (frame, reference):
         if one.dtype.name != "uint8" or one.ndim != 3 or one.shape[2] != 3:
@@ -94,15 +104,21 @@ def decibels(error: float) -> float:
     return 10 * math.log10(PEAK**2 / error) if error else math.inf
 
 
-def counterparts(reference: str | Path, samples: Sequence[Mapping[str, Any]], size: Size | None = None) -> list[Path]:
+def counterparts(
+    reference: str | Path,
+    samples: Sequence[Mapping[str, Any]],
+    size: Size | None = None,
+    manifest: Manifest | None = None,
+) -> list[Path]:
     """Find the reference image of each sample in the folder `reference`: the one with the same prompt and seed.
 
     A sample has `prompt`, `seed` and possibly `negative_prompt`, which decides if several images match; `size` is the
-    size of all images, if known. Call this before a run, so that it fails before work is done and does not
-    find the run's own images. Raises UserError if an image is missing, ambiguous, broken or of another size.
+    size of all images, if known, and `manifest` the manifest of the run. Call this before a run, so that it fails
+    before work is done and does not find the run's own images. Raises UserError if an image is missing, ambiguous,
+    broken or of another size, and if all images were made with other manifests.
     """
     folder = Path(reference)
-    records = _records(folder)
+    records = _records(folder, manifest)
     paths = [_counterpart(folder, records, sample) for sample in samples]
     for sample, path in zip(samples, paths, strict=True):
         own = _size_of(path)
@@ -120,9 +136,9 @@ def compare(
     """Compare a finished run with the run records in the folder `reference`; returns JSON-serializable data.
 
     `samples[i]` describes `frames[i]`; `found` is the result of `counterparts` before the run. Returns `{reference,
-    pairs, identical, psnr, ssim, max_error, samples}`: `psnr` is computed from the mean squared error over all pairs
-    (None if all are identical), `ssim` is the mean, `max_error` the maximum. Raises UserError if a reference image is
-    missing, ambiguous, broken or of another size.
+    pairs, verdict, identical, psnr, ssim, max_error, summary, samples}`: `psnr` is computed from the mean squared error
+    over all pairs (None if all are identical), `ssim` is the mean, `max_error` the maximum; `verdict` and `summary` are
+    those of `agreement`. Raises UserError if a reference image is missing, ambiguous, broken or of another size.
     """
     if not samples:
         raise UserError("There is no image to compare with a reference")
@@ -133,17 +149,19 @@ def compare(
     return {
         "reference": str(reference),
         "pairs": len(pairs),
+        "verdict": agreement.verdict(compared),
         "identical": error == 0,
         "psnr": _finite(decibels(error)),
         "ssim": round(fmean(entry["ssim"] for entry in compared), 6),
         "max_error": max(entry["max_error"] for entry in compared),
+        "summary": agreement.summaries(compared),
         "samples": compared,
     }
 
 
 def _compare_pair(sample: Mapping[str, Any], frame: "Frame", path: Path) -> tuple[float, dict[str, Any]]:
     """The mean squared error of one pair, and its entry in the report."""
-    other = _read_image(path)
+    other = read_reference(path)
     _check_sizes(sample, frame.shape[:2], path, other.shape[:2])
     error = squared_error(frame, other)
     return error, {
@@ -153,6 +171,7 @@ def _compare_pair(sample: Mapping[str, Any], frame: "Frame", path: Path) -> tupl
         "psnr": _finite(decibels(error)),
         "ssim": round(ssim(frame, other), 6),
         "max_error": max_error(frame, other),
+        "changed": round(changed(frame, other), 6),
     }
 
 
@@ -175,29 +194,45 @@ def _name(sample: Mapping[str, Any]) -> str:
     return f"The image of seed {sample['seed']} and prompt '{shorten(str(sample['prompt']), 60)}'"
 
 
-def _records(folder: Path) -> dict[tuple[Any, Any], list[tuple[Path, Any]]]:
+def _records(folder: Path, manifest: Manifest | None) -> dict[tuple[Any, Any], list[tuple[Path, Any]]]:
     """(prompt, seed) -> images with their negative prompts, from the run records of a folder."""
     if not folder.is_dir():
         raise UserError(f"The reference folder {folder} does not exist")
     records: dict[tuple[Any, Any], list[tuple[Path, Any]]] = {}
+    manifests: dict[str | None, str] = {}  # digest -> name
     for path in sorted(folder.glob("*.json")):
-        sample = None if path.name.startswith(".") else _sample(path)
-        if sample is not None:
+        content = {} if path.name.startswith(".") else _record(path)
+        if sample := content.get("sample"):
             image, key = path.with_suffix(".png"), (sample.get("prompt"), sample.get("seed"))
             records.setdefault(key, []).append((image, sample.get("negative_prompt")))
+            digest, name = (_at(content, path) for path in (("inputs", SETTING), ("run", *SETTING.split("."))))
+            manifests[digest] = str(name)
     if not records:
         raise UserError(f"The reference folder {folder} holds no run record (generated_image_0.json next to its image)")
+    if manifest is not None and not {manifest.digest, None} & manifests.keys():
+        others = ", ".join(f"{name} (digest {str(digest)[:12]})" for digest, name in manifests.items())
+        raise UserError(
+            f"quality.reference: the images in {folder} were made with the manifest {others}, and this run has "
+            f"{manifest.name} (digest {manifest.digest[:12]}); name a run with the same manifest"
+        )
     return records
 
 
-def _sample(path: Path) -> dict[str, Any] | None:
-    """The `sample` entry of a run record; None for any other JSON file."""
+def _record(path: Path) -> dict[str, Any]:
+    """A run record; empty for any other JSON file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{path} in the reference folder is not valid JSON") from None
     sample = content.get("sample") if isinstance(content, dict) else None
-    return sample if isinstance(sample, dict) and {"prompt", "seed"} <= sample.keys() else None
+    return content if isinstance(sample, dict) and {"prompt", "seed"} <= sample.keys() else {}
+
+
+def _at(content: Any, path: Sequence[str]) -> Any:
+    """The value at a path of nested mappings; None if there is none."""
+    for name in path:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
 
 
 def _counterpart(
@@ -214,7 +249,8 @@ def _counterpart(
     return entries[0][0]
 
 
-def _read_image(path: Path) -> "Frame":
+def read_reference(path: Path) -> "Frame":
+    """The reference image at `path`. Raises UserError if it is missing or damaged."""
     import numpy as np
 
     with _opened(path) as image:
@@ -244,4 +280,10 @@ def sentence(comparison: Mapping[str, Any]) -> str:
     """The result of `compare` as a phrase for the log."""
     if comparison["identical"]:
         return "identical"
-    return f"PSNR {comparison['psnr']:.2f} dB, SSIM {comparison['ssim']:.4f}, largest error {comparison['max_error']}"
+    figures = (
+        f"PSNR {comparison['psnr']:.2f} dB, SSIM {comparison['ssim']:.4f}, largest error {comparison['max_error']}"
+    )
+    worst = comparison["summary"]["psnr"]["worst"]
+    if comparison["pairs"] > 1:
+        figures += f"; worst image {worst['index']} ({worst['value']:.2f} dB, '{shorten(worst['prompt'], 40)}')"
+    return f"{comparison['verdict']}, {figures}"

@@ -8,6 +8,7 @@ from sglang_gen.families import registry
 from sglang_gen.families.contract import Spec
 from sglang_gen.hub import weight_files
 from sglang_gen.plan import image_size, offloading
+from sglang_gen.plan.quality_request import about_images
 from sglang_gen.plan.supported_configs import unsupported
 from sglang_gen.types import ModelCard
 
@@ -57,8 +58,8 @@ def check_video(run: Run, card: ModelCard) -> None:
     spec = family(run, card)
     assert spec is not None  # the native engine was chosen
     image_size.check_frames(run, spec)
-    if spec.video is not None and run.quality.reference is not None:
-        raise UserError(f"quality.reference compares images, and {spec.pipeline_class} makes video")
+    if spec.video is not None and (clause := about_images(run)):
+        raise UserError(f"{clause}, and {spec.pipeline_class} makes video")
     if spec.video is not None and run.attention.backend == "flex":
         raise UserError(
             f"attention=flex supports only images, and {spec.pipeline_class} generates video; use another kernel"

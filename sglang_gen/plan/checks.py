@@ -24,6 +24,7 @@ from sglang_gen.perf import objective
 from sglang_gen.plan import (
     guidance,
     offloading,
+    quality_request,
     quantization,
     random_request,
     step_cache,
@@ -51,6 +52,7 @@ def check_request(composed: "Composed") -> None:
     stored_dtype.check_single_dtype(composed.run)
     offloading.check_offloading(composed.run)
     step_cache.check_cache_settings(composed.run)
+    quality_request.check_quality(composed.run, composed.sources)
     objective.check_objective(composed.run)
     _check_block_timings(composed.run)
 

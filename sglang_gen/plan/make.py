@@ -6,7 +6,7 @@ In: the composed `Run`, the model's card, the machine. Out: a frozen `Plan` that
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen.config import prompts
+from sglang_gen.config import manifest, prompts
 from sglang_gen.config.schema import (
     DEGREES,
     CacheMethod,
@@ -31,6 +31,7 @@ from sglang_gen.plan import (
     layout_limits,
     noise_levels,
     offloading,
+    quality_request,
     quantization,
     random_request,
     step_cache,
@@ -53,7 +54,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     if backend == "sglang":
         backend_choice.check_start(run)
         backend_choice.check_video(run, card)
-    run = prompts.pin(run)
+    run = prompts.pin(manifest.pin(run))
     batches = prompts.batches(prompts.samples(run), run.sampling.batch_size)
     image_size.check_size(run, card)
     image_size.check_text_length(run, card)
@@ -74,6 +75,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     dtype, chosen_by = choose_dtype(run.dtype, device, backend)
     random_request.check_random_model(run, card)
     quantization.check_model(run, card, quantization.facts_of(device))
+    quality_request.check_exact(run, card)
     plan = Plan(
         run=run,
         sources=sources,
@@ -94,6 +96,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
             *checks.request_warnings(run, sources, composed.versions),
             *checks.sweep_warnings(run, sources, composed.in_sweep),
             *checks.noise_warnings(run, batches),
+            *quality_request.seed_warnings(run, user_gave(run, sources, "sampling.seed")),
             *input_digests.changed(run, sources, composed.inputs),
             *resolve.preset_warnings(run.model, card),
             *remote_code.warnings(run.model, card, sources),

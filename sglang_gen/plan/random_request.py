@@ -20,6 +20,8 @@ EXCLUDED: tuple[tuple[str, Callable[[Run], object]], ...] = (
     ("quant=nunchaku reads weights that are quantized already", quantization.wants_nunchaku),
     ("--disable-autocast computes in the dtype of the stored weights", lambda run: run.compile.disable_autocast),
     ("quality.reference compares images, and these are noise", lambda run: run.quality.reference),
+    ("quality.manifest is for the quality of images, and these are noise", lambda run: run.quality.manifest),
+    ("quality.metrics measures images, and these are noise", lambda run: run.quality.metrics),
 )
 
 

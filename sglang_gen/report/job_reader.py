@@ -13,6 +13,7 @@ from sglang_gen.perf.dump_numbers import QUALITY, Measure, energy_per_image, ima
 NOTE, DUMP = "job.json", "perf.json"  # file names of a job's note and perf dump
 # Keys of a note: the job was `kept` from an earlier run of the sweep, it `reused` the engine of an earlier job.
 JOB_MARKS = ("kept", "reused")
+RESULTS = (*QUALITY, "identical", "verdict")  # of the entry `quality` of a dump
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _read_job(place: Path) -> Row:
         memory=peak_memory(dump),
         requested=_flattened(dump.get("requested") or {}),
         effective=_flattened(dump.get("effective") or {}),
-        quality={name: value for name, value in (dump.get("quality") or {}).items() if name in (*QUALITY, "identical")},
+        quality={name: value for name, value in (dump.get("quality") or {}).items() if name in RESULTS},
         facts=facts(dump),
         marks=tuple(mark for mark in JOB_MARKS if note.get(mark) is True),
         dump=dump,

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 # Settings that do not change what a job generates and measures.
 IRRELEVANT = ("output.path", "log_level", "dry_run", "perf.objective", "sweep")
 OUTPUTS = ("output.path", "output.perf_dump_path", "offload.disk_path")
-READ_WHOLE = ("sampling.", "lora.")  # prefixes of input files whose contents are compared; weights would take too long
+READ_WHOLE = (
+    "sampling.",
+    "quality.manifest",
+    "lora.",
+)  # inputs whose contents are compared; weights take long
 OTHER_LIBRARIES = ("peft", "cache-dit", "torchao", "gguf")  # change images or times too, see `env.PACKAGES`
 
 

@@ -153,6 +153,7 @@ def _measured(rows: Sequence[Row]) -> list[Column]:
         Column("speed-up", [_ratio(item) for item in ratios], 10, False, [_ratio(item, True) for item in ratios], 70),
         _times("total", totals, 60),
         *_memory(rows),
+        Column("verdict", [_verdict(row) for row in rows], 46, False, [_brief_verdict(row) for row in rows], 85),
         Column("PSNR (dB)", [_psnr(row) for row in rows], 45),
         Column("SSIM", [digits(row.quality.get("ssim")) for row in rows], 80),
         Column("max error", [digits(row.quality.get("max_error")) for row in rows], 90),
@@ -213,6 +214,15 @@ def _memory(rows: Sequence[Row]) -> list[Column]:
         rank = 75 if name != found[0] else 50
         columns.append(Column(f"{header} ({unit})", [digits(value and value / scale) for value in values], rank))
     return columns
+
+
+def _verdict(row: Row) -> str:
+    """The verdict on the images of a job; empty for a dump of an older version."""
+    return str(row.quality.get("verdict") or "")
+
+
+def _brief_verdict(row: Row) -> str:
+    return _verdict(row).removeprefix("equal within ")
 
 
 def _psnr(row: Row) -> str:

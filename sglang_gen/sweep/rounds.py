@@ -47,7 +47,8 @@ class Begun:
         with tempfile.TemporaryDirectory() as folder:
             run = first_round(self.composed).run
             run.output.path, run.output.perf_dump_path = folder, str(Path(folder, "perf.json"))
-            run.quality, run.tracking, run.perf.trace = Quality(), Tracking(), False
+            run.quality = Quality(manifest=run.quality.manifest)  # which has the prompts
+            run.tracking, run.perf.trace = Tracking(), False
             again = execute(replace(self.composed, run=run, notices=()), session)
         assert again is not None  # the first round was no dry run
         for index, (frames, others) in enumerate(zip(self.result.frames, again.frames, strict=True)):

@@ -70,7 +70,8 @@ def _added(row: Row, speed_up: Measure | None, of_means: Measure | None) -> dict
     """Columns of newer versions, after all others."""
     measures = {f"{MEAN_STEP}_s": row.times.get(MEAN_STEP), "speedup": speed_up, "speedup_mean": of_means}
     bounds = {column: value for name, item in measures.items() for column, value in _bounds(name, item).items()}
-    return bounds | {mark: "true" if mark in row.marks else None for mark in JOB_MARKS}
+    marks = {mark: "true" if mark in row.marks else None for mark in JOB_MARKS}
+    return bounds | marks | {"verdict": row.quality.get("verdict")}
 
 
 def _bounds(name: str, item: Measure | None) -> dict[str, float | None]:

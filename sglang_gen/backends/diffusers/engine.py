@@ -51,6 +51,7 @@ from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf.clock import Clock
 from sglang_gen.perf.flops import CallLog, Watched
 from sglang_gen.plan import image_size
+from sglang_gen.plan.quality_request import about_images
 from sglang_gen.plan.step_cache import wanted
 from sglang_gen.types import TEXT_ENCODERS, Decoded, Plan, Sample
 from sglang_gen.weights import gguf, replacement
@@ -112,8 +113,8 @@ def check_pipeline_call(
         mask="mask_image" in run.backend.diffusers_kwargs,
         own=own,
     )
-    if run.quality.reference is not None and kind.makes != "image":
-        raise UserError(f"quality.reference compares images, and {kind.pipeline_class.__name__} makes {kind.makes}")
+    if kind.makes != "image" and (clause := about_images(run)):
+        raise UserError(f"{clause}, and {kind.pipeline_class.__name__} makes {kind.makes}")
     call, scheduler = call_arguments.split(plan, kind)
     call_arguments.check_complete(kind, plan, call)
     call_arguments.check_scheduler(plan, kind, call, scheduler)
