@@ -54,8 +54,8 @@ def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: lis
         "request_id": uuid.uuid4().hex,
         "commit_hash": env.commit_hash(),
         "tag": plan.run.perf.tag,
-        **_times(phases.generate, {**phases.load.stages_ms, **phases.generate.stages_ms}),
-        "repeats": [_times(clock, clock.stages_ms) for clock in (phases.generate, *phases.repeats)],
+        **_times(plan, phases.generate, {**phases.load.stages_ms, **phases.generate.stages_ms}),
+        "repeats": [_times(plan, clock, clock.stages_ms) for clock in (phases.generate, *phases.repeats)],
         "memory_checkpoints": {name: asdict(checkpoint) for name, checkpoint in phases.checkpoints().items()},
         "meta": {"prompt": samples[0]["prompt"], "model": plan.card.name},
         "samples": samples,
@@ -102,9 +102,10 @@ def describe_rank(rank: int, phases: Phases) -> dict[str, Any]:
     }
 
 
-def _times(clock: Clock, stages_ms: Mapping[str, float]) -> dict[str, Any]:
+def _times(plan: Plan, clock: Clock, stages_ms: Mapping[str, float]) -> dict[str, Any]:
     return {
         "total_duration_ms": _rounded(clock.total_ms),
+        "cpu_duration_ms": _rounded(clock.cpu_ms) if plan.device == "cpu" else None,  # a GPU's time is not in it
         "steps": [{"name": name, "duration_ms": _rounded(stages_ms[name])} for name in STAGES if name in stages_ms],
         "denoise_steps_ms": [
             {"step": step, "duration_ms": _rounded(duration), "batch": batch}

@@ -32,6 +32,7 @@ from statistics import NormalDist, fmean, variance
 POWER = 0.9  # probability that the predicted number of repeats leads to a decision
 ASSUMED_NOISE = 0.01  # standard deviation of the logarithms of run times on a quiet machine
 MOST_REPEATS = 10_000  # upper limit of the predicted number of repeats
+LEAST_FREEDOM = 4.0  # of correlated observations
 _EXPONENT = 50.0  # log ratios are clamped to this, so that exp does not overflow
 
 
@@ -55,6 +56,47 @@ class Judgement:
     repeats_needed: int | None = None  # per side, if the verdict is TOO_NOISY
 
 
+@dataclass(frozen=True)
+class Difference:
+    """The log ratio of two sides, its standard error (None for two single observations) and degrees of freedom."""
+
+    shift: float
+    error: float | None
+    freedom: float
+
+    @classmethod
+    def of(cls, base: Sequence[float], new: Sequence[float]) -> "Difference":
+        logs = [math.log(value) for value in base], [math.log(value) for value in new]
+        return cls(fmean(logs[1]) - fmean(logs[0]), *_error(*logs))
+
+    def correlated(self, correlation: float) -> "Difference":
+        """The same for observations in the order of time of which each is correlated with the next.
+
+        A first-order autoregressive process of n values has the information of n (1 - r) / (1 + r) independent ones,
+        which applies to the freedom too, down to LEAST_FREEDOM: the formula is for long series.
+        """
+        if self.error is None or correlation <= 0:
+            return self
+        factor = (1 + correlation) / (1 - correlation)
+        freedom = max(self.freedom / factor, min(self.freedom, LEAST_FREEDOM))
+        return Difference(self.shift, self.error * math.sqrt(factor), freedom)
+
+    def p_value(self, tolerance: float) -> float:
+        """Of the hypothesis that the ratio is within the tolerance, two-sided; 1 if it is, or without an error."""
+        limit = math.log1p(tolerance) if self.shift > 0 else -math.log1p(-tolerance) if tolerance < 1 else math.inf
+        beyond = abs(self.shift) - limit
+        if self.error is None or beyond <= 0:
+            return 1.0
+        return 2 * (1 - student(beyond / self.error, self.freedom)) if self.error else 0.0
+
+    def interval(self, confidence: float) -> tuple[float, float] | None:
+        """The interval of the ratio."""
+        if self.error is None:
+            return None
+        half = quantile(0.5 + confidence / 2, self.freedom) * self.error if self.error else 0.0
+        return _exp(self.shift - half), _exp(self.shift + half)
+
+
 def judge(base: Sequence[float], new: Sequence[float], tolerance: float, confidence: float = 0.95) -> Judgement:
     """Judge positive observations of a metric for which larger is worse; `tolerance` is relative (0.02: two percent).
 
@@ -64,8 +106,8 @@ def judge(base: Sequence[float], new: Sequence[float], tolerance: float, confide
     PASS if the ratio is at most 1 + tolerance, else TOO_NOISY.
     """
     logs = [math.log(value) for value in base], [math.log(value) for value in new]
-    shift = fmean(logs[1]) - fmean(logs[0])
-    error, freedom = _error(*logs)
+    found = Difference.of(base, new)
+    shift, error, freedom = found.shift, found.error, found.freedom
     if error is None:
         if shift <= math.log1p(tolerance):
             return Judgement(_exp(shift), None, Verdict.PASS)
