@@ -14,7 +14,8 @@ from sglang_gen.errors import UserError
 from sglang_gen.perf import command
 from sglang_gen.perf.change_points import Place, Rule, find
 from sglang_gen.perf.history_markdown import BLOCKS, sparkline
-from sglang_gen.perf.statistics import Difference, Verdict, judge
+from sglang_gen.perf.log_ratio import Difference, Noise, independent
+from sglang_gen.perf.statistics import Verdict, judge
 
 RULE = Rule(lambda _: 0.02)
 
@@ -97,21 +98,23 @@ def test_a_change_within_the_tolerance_is_none():
 
 def test_the_p_value_and_the_interval_of_a_difference_agree_with_the_verdict():
     base, new = [100.0, 101.0, 99.0, 100.5], [104.0, 106.0, 105.0]
-    found, judged = Difference.of(base, new), judge(base, new, 0.02)
+    found, judged = independent(*([math.log(value) for value in side] for side in (base, new))), judge(base, new, 0.02)
     assert found.interval(0.95) == pytest.approx(judged.interval)
     p_value = found.p_value(0.02)
     assert judge(base, new, 0.02, 1 - 1.01 * p_value).verdict is Verdict.REGRESSION
     assert judge(base, new, 0.02, 1 - 0.99 * p_value).verdict is Verdict.TOO_NOISY
-    assert Difference.of(new, base).p_value(0.02) < 0.05
+    assert Difference(-found.shift, found.error, found.freedom).p_value(0.02) > p_value  # -log 0.98 > log 1.02
     assert found.p_value(0.06) == 1.0
-    assert found.correlated(-0.5) == found
 
 
 def test_correlated_observations_have_a_larger_error_and_less_freedom():
-    wider = Difference(0.1, 0.01, 30.0).correlated(0.5)
-    assert (wider.error, wider.freedom) == pytest.approx((0.01 * math.sqrt(3), 10.0))
-    assert Difference(0.1, 0.01, 9.0).correlated(0.9).freedom == 4.0
-    assert Difference(0.1, 0.01, 2.0).correlated(0.9).freedom == 2.0
+    base, new = [0.0] * 10, [0.1] * 10
+    alone, alike = Noise(0.01, 30, 0.0).difference(base, new), Noise(0.01, 30, 0.5).difference(base, new)
+    assert (alone.error, alone.freedom) == pytest.approx((0.1 * math.sqrt(0.2), 30.0))
+    assert (alike.error, alike.freedom) == pytest.approx((alone.error * math.sqrt(3), 10.0))
+    assert Noise(0.01, 9, 0.9).difference(base, new).freedom == 4.0
+    assert Noise(0.01, 2, 0.9).difference(base, new).freedom == 2.0
+    assert Noise(0.0, 0, 0.0).difference([0.0], [0.1]).error is None
 
 
 def test_dumps_of_one_commit_are_repeats_and_commits_are_in_the_order_of_time(capsys):

@@ -16,20 +16,20 @@ T is Student's t variable with n - k degrees of freedom, and n - 1 the number of
 confidence is 1 - p.
 
 A machine whose speed drifts makes neighboring commits alike. The correlation of neighbors within segments increases e
-(`Difference.correlated`).
+(`log_ratio.Noise`).
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import median
 
-from sglang_gen.perf.statistics import Difference, Verdict, geometric_mean
+from sglang_gen.perf.log_ratio import Noise
+from sglang_gen.perf.statistics import Verdict, geometric_mean
 
 LEAST_DUMPS = 2  # in a segment; a single dump may be slow for any reason
 PENALTY = 2.0  # times the variance and the logarithm of the number of commits
-MOST_CORRELATION = 0.9
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def find(places: Sequence[Place], rule: Rule) -> list[Change]:
     """The change points of a series, in the order of time."""
     bounds = [0, *_proposed(places), len(places)]
     while len(bounds) > 2:
-        noise = _Noise.of([places[start:end] for start, end in pairwise(bounds)])
+        noise = Noise.of([_logs(places[start:end]) for start, end in pairwise(bounds)])
         changes = [
             _judged(places, (bounds[at - 1], bounds[at], bounds[at + 1]), noise, rule)
             for at in range(1, len(bounds) - 1)
@@ -83,7 +83,7 @@ def _proposed(places: Sequence[Place]) -> list[int]:
     import numpy as np
     import ruptures
 
-    logs = [math.log(place.value) for place in places]
+    logs = _logs(places)
     steps = [abs(after - before) for before, after in pairwise(logs)]
     spread = median(steps) / (0.6745 * math.sqrt(2)) or max(steps) / 1000  # robust: few of the steps are changes
     if not spread:
@@ -93,40 +93,16 @@ def _proposed(places: Sequence[Place]) -> list[int]:
     return found[:-1]
 
 
-@dataclass(frozen=True)
-class _Noise:
-    """Variance of the logarithms within segments, its degrees of freedom, and the correlation of neighbors."""
-
-    variance: float
-    freedom: int
-    correlation: float
-
-    @classmethod
-    def of(cls, segments: Sequence[Sequence[Place]]) -> "_Noise":
-        """The mean of a segment is its own, which lowers the correlation of n values by about (1 + 3 r) / n
-        (M. G. Kendall, "Note on bias in the estimation of autocorrelation", Biometrika 41, 1954); this is added.
-        """
-        products, squares, count = 0.0, 0.0, 0
-        for segment in segments:
-            logs = [math.log(place.value) for place in segment]
-            rests = [value - fmean(logs) for value in logs]
-            products += sum(left * right for left, right in pairwise(rests))
-            squares += sum(rest**2 for rest in rests)
-            count += len(rests)
-        freedom, found = count - len(segments), products / squares if squares else 0.0
-        correlation = found + len(segments) * (1 + 3 * found) / count
-        return cls(squares / max(freedom, 1), freedom, min(max(correlation, 0.0), MOST_CORRELATION))
-
-
-def _judged(places: Sequence[Place], bounds: tuple[int, int, int], noise: _Noise, rule: Rule) -> Change:
+def _judged(places: Sequence[Place], bounds: tuple[int, int, int], noise: Noise, rule: Rule) -> Change:
     start, middle, end = bounds
     base, new, tries = places[start:middle], places[middle:end], len(places) - 1
-    shift = fmean(math.log(place.value) for place in new) - fmean(math.log(place.value) for place in base)
-    error = math.sqrt(noise.variance * (1 / len(base) + 1 / len(new))) if noise.freedom else None
-    found = Difference(shift, error, noise.freedom).correlated(noise.correlation)
+    found = noise.difference(_logs(base), _logs(new))
     enough = all(sum(place.dumps for place in side) >= LEAST_DUMPS for side in (base, new))
-    tolerance = rule.tolerance(geometric_mean([place.value for place in base]))
-    p_value = min(1.0, tries * found.p_value(tolerance)) if enough else 1.0
-    verdict = Verdict.REGRESSION if shift > 0 else Verdict.IMPROVEMENT
+    p_value = tries * found.p_value(rule.tolerance(geometric_mean([place.value for place in base])))
+    verdict = Verdict.REGRESSION if found.shift > 0 else Verdict.IMPROVEMENT
     interval = found.interval(1 - (1 - rule.confidence) / tries) or (0.0, math.inf)
-    return Change(middle, math.exp(shift), interval, 1 - p_value, verdict)
+    return Change(middle, math.exp(found.shift), interval, 1 - min(1.0, p_value) if enough else 0.0, verdict)
+
+
+def _logs(places: Sequence[Place]) -> list[float]:
+    return [math.log(place.value) for place in places]

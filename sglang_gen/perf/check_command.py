@@ -15,6 +15,7 @@ from sglang_gen.perf.compare import Comparison, Report, Rules, compare, worst
 from sglang_gen.perf.compare_command import EXIT_CODES, as_json, write
 from sglang_gen.perf.compare_markdown import changed_fields, markdown
 from sglang_gen.perf.dump_reader import Dump, collect
+from sglang_gen.perf.log_ratio import Method
 from sglang_gen.perf.recipe import differences
 from sglang_gen.perf.statistics import Verdict
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     reports = parser.reports(json=given.json, markdown=given.markdown)
     dumps, known = collect(map(os.path.expanduser, given.paths)), baseline.read_folder(folder)
     parser.check_reports(reports, [*(dump.path for dump in dumps), *(item.path for item in known)])
-    rules = Rules(limits, level, metrics=metrics(given.metric, given.tolerance, dumps), by_dump=True)
+    rules = Rules(limits, level, metrics=metrics(given.metric, given.tolerance, dumps), method=Method.DRIFTING)
     groups = _groups(dumps, known, machine, rules)
     written = [_added(group, folder, keep, given.replace) for group in groups if group.accepted(given)]
     report = _report(groups, rules, given)

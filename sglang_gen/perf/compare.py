@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang_gen.errors import UserError
 from sglang_gen.perf.dump_reader import Dump
+from sglang_gen.perf.log_ratio import Method
 from sglang_gen.perf.recipe import allowed, differences
 from sglang_gen.perf.statistics import ASSUMED_NOISE, Verdict, by_ratio, geometric_mean, judge, noise
 
@@ -97,7 +98,7 @@ class Rules:
     """How recipes are paired and judged: `across` has the fields in which a pair may differ, by the key that was given.
 
     With `single` the ratio alone is compared with the tolerance. Metrics beside `metrics` are left out. Each dump is
-    one observation if a side has several dumps, which show how much processes differ, and always with `by_dump`.
+    one observation if a side has several dumps, which show how much processes differ, and always with another method.
     """
 
     tolerances: Mapping[str, Tolerance] = field(default_factory=lambda: TOLERANCES)
@@ -105,7 +106,7 @@ class Rules:
     across: Mapping[str, Sequence[str]] = field(default_factory=dict)
     single: bool = False
     metrics: Sequence[str] = JUDGED  # names of metrics, or their first parts, such as stage
-    by_dump: bool = False
+    method: Method = Method.INDEPENDENT
 
     def judges(self, name: str) -> bool:
         return name in self.metrics or name.partition(".")[0] in self.metrics
@@ -214,8 +215,16 @@ def _unjudged(base: Sequence[Dump], new: Sequence[Dump], rules: Rules) -> Compar
 
 
 def _judge(comparison: Comparison, base: Sequence[Dump], new: Sequence[Dump], rules: Rules) -> Comparison:
-    by_dump = rules.by_dump or max(len(base), len(new)) > 1
+    by_dump = rules.method is not Method.INDEPENDENT or max(len(base), len(new)) > 1
+    if by_dump:
+        base, new = (sorted(side, key=lambda dump: dump.origin.date or "") for side in (base, new))
+    if rules.method is Method.PAIRED:
+        check_turns(base, new)
     left, right = (observations(side, rules, by_dump) for side in (base, new))
+    if rules.method is Method.PAIRED:  # a metric that a dump lacks has no pairs
+        left, right = (
+            {name: values for name, values in side.items() if len(values) == len(base)} for side in (left, right)
+        )
     rows = [_row(name, left[name], right[name], rules) for name in left if name in right]
     if not rows:
         raise UserError(f"{new[0].path} and {base[0].path} have no common metric of {', '.join(rules.metrics)}")
@@ -252,6 +261,22 @@ def observations(dumps: Sequence[Dump], rules: Rules, by_dump: bool) -> dict[str
     return found
 
 
+def check_turns(base: Sequence[Dump], new: Sequence[Dump]) -> None:
+    """Raises UserError unless the dumps, in the order of time, are pairs of one of each side."""
+    if len(base) != len(new) or len(base) < 2:
+        raise UserError(
+            f"--paired: BASE and NEW have {len(base)} and {len(new)} dumps of a recipe; run both in turn, equally "
+            "often and at least twice"
+        )
+    sides = sorted([(dump.origin.date or "", side) for side, dumps in enumerate((base, new)) for dump in dumps])
+    for (date, first), (_, second) in zip(sides[::2], sides[1::2], strict=True):
+        if first == second or not date:
+            raise UserError(
+                f"--paired: the dumps of BASE and NEW were not made in turn at {date or 'an unknown time'}; leave out "
+                "--paired, or run the programs in turn"
+            )
+
+
 def unit_of(name: str) -> str:
     return KINDS[name.partition(".")[0]][0]
 
@@ -274,7 +299,7 @@ def _row(name: str, base: list[float], new: list[float], rules: Rules) -> Row:
     if rules.single:
         ratio = right.geometric_mean / left.geometric_mean
         return Row(name, unit, left, right, ratio, None, tolerance, by_ratio(ratio, tolerance), None)
-    judged = judge(left.observations, right.observations, tolerance, rules.confidence)
+    judged = judge(left.observations, right.observations, tolerance, rules.confidence, rules.method.difference)
     return Row(name, unit, left, right, judged.ratio, judged.interval, tolerance, judged.verdict, judged.repeats_needed)
 
 

@@ -12,6 +12,7 @@ from sglang_gen.perf.arguments import METRIC_HELP, TOLERANCE_HELP, Parser, confi
 from sglang_gen.perf.compare import Report, Rules, compare, compare_within
 from sglang_gen.perf.compare_markdown import markdown
 from sglang_gen.perf.dump_reader import collect
+from sglang_gen.perf.log_ratio import Method
 from sglang_gen.perf.recipe import fields_of
 from sglang_gen.perf.statistics import Verdict
 
@@ -42,6 +43,8 @@ options:
   --single                  compare the ratios alone with the tolerances; noise is not considered, and no metric is
                             TOO_NOISY. Without this option, a metric with one observation on each side is never a
                             REGRESSION or an IMPROVEMENT: it passes within its tolerance and is TOO_NOISY beyond
+  --paired                  pair the dumps of BASE and NEW in the order of time; they must have been made in turn, so
+                            that the drift of the machine cancels
   --json FILE               write the report as JSON
   --markdown FILE           write the report as Markdown
   -h, --help                show this help
@@ -52,7 +55,7 @@ exit codes: 0 PASS or IMPROVEMENT, 1 REGRESSION, 2 wrong usage, 3 TOO_NOISY or R
 def main(argv: Sequence[str]) -> int:
     """Run `sglang perf compare ARGV...`; returns the exit code."""
     options = ("--across", "--metric", "--confidence", "--json", "--markdown")
-    parser = Parser("compare", "BASE and NEW", options, ("--single",)).take_tolerances()
+    parser = Parser("compare", "BASE and NEW", options, ("--single", "--paired")).take_tolerances()
     given = parser.read(argv)
     if given.help:
         output.print_result(COMPARE_HELP)
@@ -67,12 +70,15 @@ def main(argv: Sequence[str]) -> int:
     reports = parser.reports(json=given.json, markdown=given.markdown)
     if given.single and given.confidence is not None:
         raise UserError("--confidence has no effect with --single, which computes no intervals; leave out one of them")
+    if given.paired and (given.single or keys):
+        raise UserError("--paired compares one program with another; leave out --single and --across")
     limits, level = tolerances(given.tolerance), confidence(given.confidence)
     base, new = collect(paths[:1]), collect(paths[1:])
     dumps = [*base, *new]
     parser.check_reports(reports, [dump.path for dump in dumps])
     judged = metrics(given.metric, given.tolerance, dumps)
-    rules = Rules(limits, level, fields_of(keys, dumps), given.single, judged)
+    method = Method.PAIRED if given.paired else Method.INDEPENDENT
+    rules = Rules(limits, level, fields_of(keys, dumps), given.single, judged, method)
     report = compare(base, new, rules) if new else compare_within(base, rules)
     write(reports, as_json(report), markdown(report))
     return EXIT_CODES[report.verdict]
