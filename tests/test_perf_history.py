@@ -191,7 +191,6 @@ def test_the_line_of_blocks_rises_with_the_values_and_small_noise_stays_small():
         ([], "needs at least one perf dump, baseline or folder"),
         (["none"], "none does not exist"),
         (["empty"], "The folder empty holds no perf dump and no baseline"),
-        (["one.json"], "needs dumps of at least two commits with the same fingerprint"),
         (["old.json"], "old.json has no timestamp, so it has no place in a history"),
         (["odd.json"], 'odd.json cannot be compared: its timestamp is "yesterday", not a date of ISO 8601'),
         (["one.json", "--metric", "totl"], "the dumps have no metric 'totl'; did you mean 'total'?"),
@@ -213,6 +212,13 @@ def test_wrong_usage_of_history_is_one_sentence(argv, sentence):
         command.main(["history", *argv])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_single_commit_has_values_and_no_change(capsys):
+    dumps.save("one.json", dumps.ours())
+    (report,) = history("one.json")
+    assert [series["changes"] for series in report["series"]] == [[]] * len(report["series"])
+    assert "1 dump of 1 commit, 2026-01-01 to 2026-01-01." in capsys.readouterr().out
 
 
 def test_without_ruptures_the_extra_is_named(monkeypatch):

@@ -33,15 +33,22 @@ METRIC_HELP = """\
                             metrics to judge, such as total, stage.denoising or cpu (default: {judged})""".format(
     judged=", ".join(JUDGED)
 )
-TOLERANCE_HELP = """\
-  --tolerance METRIC=VALUE  change of a metric that is allowed: a percentage, an amount, or the larger of both, such as
-                            total=3%, memory=64mb or stage=10%,120ms; can be repeated. Defaults:
-{tolerances}
-  --confidence PERCENT      confidence of the intervals (default: 95%)""".format(
-    tolerances="\n".join(
+
+
+def tolerance_help(level: str) -> str:
+    """The lines about --tolerance and --confidence, whose default is `level`."""
+    defaults = [
         f"{'':28}{f'{kind}={_spelling(kind, tolerance)}':18}{_MEANINGS[kind]}" for kind, tolerance in TOLERANCES.items()
+    ]
+    return "\n".join(
+        [
+            "  --tolerance METRIC=VALUE  change of a metric that is allowed: a percentage, an amount, or the larger of "
+            "both, such as",
+            f"{'':28}total=3%, memory=64mb or stage=10%,120ms; can be repeated. Defaults:",
+            *defaults,
+            f"  --confidence PERCENT      confidence of the intervals (default: {level})",
+        ]
     )
-)
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,7 @@ from pathlib import Path
 from sglang_gen import files as output
 from sglang_gen.errors import UserError
 from sglang_gen.perf import baseline
-from sglang_gen.perf.arguments import METRIC_HELP, TOLERANCE_HELP, Parser, confidence, metrics, tolerances
+from sglang_gen.perf.arguments import METRIC_HELP, Parser, confidence, metrics, tolerance_help, tolerances
 from sglang_gen.perf.baseline import Baseline
 from sglang_gen.perf.compare import Comparison, Report, Rules, compare, worst
 from sglang_gen.perf.compare_command import EXIT_CODES, as_json, write
@@ -19,6 +19,7 @@ from sglang_gen.perf.log_ratio import Method
 from sglang_gen.perf.recipe import differences
 from sglang_gen.perf.statistics import Verdict
 
+CHECK_CONFIDENCE = "99%"
 CHECK_HELP = f"""\
 usage: sglang perf check DUMP [DUMP ...] [options]
 
@@ -34,7 +35,7 @@ options:
   --machine NAME            name of the machine (default: its processor or GPUs). Equal machines may differ in speed, so
                             name each machine, or each kind of CI runner
 {METRIC_HELP}
-{TOLERANCE_HELP}
+{tolerance_help(CHECK_CONFIDENCE)}
   --json FILE               write the report as JSON
   --markdown FILE           write the report as Markdown
   -h, --help                show this help
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--keep has no effect without --save or --replace")
     keep, machine = _number(given.keep), given.machine and baseline.check_machine(given.machine)
     folder = Path(os.path.expanduser("perf_baseline" if given.baseline is None else given.baseline))
-    limits, level = tolerances(given.tolerance), confidence(given.confidence)
+    limits, level = tolerances(given.tolerance), confidence(given.confidence or CHECK_CONFIDENCE)
     reports = parser.reports(json=given.json, markdown=given.markdown)
     dumps, known = collect(map(os.path.expanduser, given.paths)), baseline.read_folder(folder)
     parser.check_reports(reports, [*(dump.path for dump in dumps), *(item.path for item in known)])

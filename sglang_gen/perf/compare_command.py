@@ -8,7 +8,7 @@ from typing import Any
 from sglang_gen import files as output
 from sglang_gen.config.schema import plain
 from sglang_gen.errors import UserError
-from sglang_gen.perf.arguments import METRIC_HELP, TOLERANCE_HELP, Parser, confidence, metrics, tolerances
+from sglang_gen.perf.arguments import METRIC_HELP, Parser, confidence, metrics, tolerance_help, tolerances
 from sglang_gen.perf.compare import Report, Rules, compare, compare_within
 from sglang_gen.perf.compare_markdown import markdown
 from sglang_gen.perf.dump_reader import collect
@@ -39,7 +39,7 @@ options:
   --across KEY[,KEY...]     compare recipes that differ in these config paths or groups, such as parallel, cache or
                             sampling.num_inference_steps, or in fields that a RECIPE_MISMATCH lists
 {METRIC_HELP}
-{TOLERANCE_HELP}
+{tolerance_help("95%")}
   --single                  compare the ratios alone with the tolerances; noise is not considered, and no metric is
                             TOO_NOISY. Without this option, a metric with one observation on each side is never a
                             REGRESSION or an IMPROVEMENT: it passes within its tolerance and is TOO_NOISY beyond

@@ -8,13 +8,13 @@ from sglang_gen import files as output
 from sglang_gen.config.schema import plain
 from sglang_gen.errors import UserError
 from sglang_gen.perf import history, history_page
-from sglang_gen.perf.arguments import METRIC_HELP, TOLERANCE_HELP, Parser, confidence, metrics, tolerances
+from sglang_gen.perf.arguments import METRIC_HELP, Parser, confidence, metrics, tolerance_help, tolerances
 from sglang_gen.perf.compare import Rules
 from sglang_gen.perf.history_markdown import markdown
 
 HISTORY_VERSION = 1
 HISTORY_CONFIDENCE = "99%"
-HISTORY_HELP = """\
+HISTORY_HELP = f"""\
 usage: sglang perf history PATH [PATH ...] [options]
 
 Show the metrics of perf dumps over commits, in the order of time, and the commits at which they changed. Each PATH is a
@@ -22,16 +22,14 @@ perf dump, a baseline of sglang perf check, or a folder of them. Dumps of one co
 machine has a history of its own. Dumps of SGLang are read too.
 
 options:
-{metric}
-{tolerance}
+{METRIC_HELP}
+{tolerance_help(HISTORY_CONFIDENCE)}
   --html FILE               write plots of all metrics as one HTML page
   --json FILE               write values and changes as JSON
   --markdown FILE           write the report as Markdown
   -h, --help                show this help
 
-exit codes: 0 the report was made, 2 wrong usage""".format(
-    metric=METRIC_HELP, tolerance=TOLERANCE_HELP.replace("(default: 95%)", f"(default: {HISTORY_CONFIDENCE})")
-)
+exit codes: 0 the report was made, 2 wrong usage"""
 
 
 def main(argv: Sequence[str]) -> int:

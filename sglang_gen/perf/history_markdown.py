@@ -23,7 +23,8 @@ def markdown(histories: Sequence[History], confidence: float) -> str:
 def _lines(history: History, confidence: float) -> Iterator[str]:
     commits, dumps = history.commits, sum(commit.dumps for commit in history.commits)
     yield from ("", f"## {cell(history.model)}, {cell(history.prompt)}, on {history.machine}", "")
-    yield f"{dumps} dumps of {len(commits)} commits, {commits[0].date[:10]} to {commits[-1].date[:10]}."
+    counts = f"{dumps} dump{'s' * (dumps > 1)} of {len(commits)} commit{'s' * (len(commits) > 1)}"
+    yield f"{counts}, {commits[0].date[:10]} to {commits[-1].date[:10]}."
     yield from ("", "| metric | first | last | history | changes |", "|---|---|---|---|---|")
     for series in history.series:
         values = f"{_value(series, 0)} | {_value(series, -1)} | {sparkline(series.values)}"
