@@ -11,6 +11,7 @@ commit, `near` at a neighbor either.
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -187,7 +188,7 @@ def main() -> None:
         record(name, folder)
         return
     recorded = recordings()
-    for line in (*rates(recorded, given.trials), "", *bounds(recorded, given.trials)):
+    for line in itertools.chain(rates(recorded, given.trials), [""], bounds(recorded, given.trials)):
         print(line, flush=True)
 
 
