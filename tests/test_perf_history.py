@@ -112,7 +112,8 @@ def test_correlated_observations_have_a_larger_error_and_less_freedom():
     alone, alike = Noise(0.01, 30, 0.0).difference(base, new), Noise(0.01, 30, 0.5).difference(base, new)
     assert (alone.error, alone.freedom) == pytest.approx((0.1 * math.sqrt(0.2), 30.0))
     assert (alike.error, alike.freedom) == pytest.approx((alone.error * math.sqrt(3), 10.0))
-    assert Noise(0.01, 9, 0.9).difference(base, new).freedom == 4.0
+    assert Noise(0.01, 300, 0.5).difference(base, new).freedom == pytest.approx(100.0)
+    assert Noise(0.01, 12, 0.9).difference(base, new).freedom == 10.0
     assert Noise(0.01, 2, 0.9).difference(base, new).freedom == 2.0
     assert Noise(0.0, 0, 0.0).difference([0.0], [0.1]).error is None
 

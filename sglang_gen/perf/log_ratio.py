@@ -20,7 +20,7 @@ from functools import lru_cache
 from itertools import pairwise
 from statistics import NormalDist, fmean, variance
 
-LEAST_FREEDOM = 4.0  # of correlated observations
+LEAST_FREEDOM = 10.0  # of correlated observations, if there are so many
 MOST_CORRELATION = 0.9
 _EXPONENT = 50.0  # log ratios are clamped to this, so that exp does not overflow
 
