@@ -193,7 +193,7 @@ def command_models(argv: Sequence[str]) -> int:
 
 
 def command_perf(argv: Sequence[str]) -> int:
-    """`sglang perf compare`: compare perf dumps."""
+    """`sglang perf`: compare perf dumps with each other, with a baseline, and over commits."""
     from sglang_gen.perf import command
 
     return command.main(argv)

@@ -38,6 +38,20 @@ def test_a_stage_that_is_entered_again_adds_to_its_time_and_keeps_its_higher_pea
     assert [clock.checkpoints[name].peak_allocated_mb for name in ("latents", "decoding")] == [30.0, 20.0]
 
 
+def test_processor_time_is_that_of_the_stages_and_waiting_has_none(now, monkeypatch):
+    spent = [7.0]
+    monkeypatch.setattr(clock.time, "process_time", lambda: spent[0])
+    watch = Clock(timer("cpu"), Watched(0.0, 0.0))
+    for stage, seconds in (("latents", 0.25), ("decoding", 0.5)):
+        watch.enter(stage)
+        now[0] += 10.0
+        spent[0] += seconds
+    watch.leave()
+    spent[0] += 3.0  # of no stage
+    watch.leave()
+    assert (watch.cpu_ms, watch.total_ms) == pytest.approx((750, 20_000))
+
+
 def test_a_stage_ends_when_the_device_has_finished_and_no_step_waits_for_it(now):
     """The device takes a second for each step, and the host queues all of them at once."""
     queued, waits = [0.0], []

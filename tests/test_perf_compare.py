@@ -405,3 +405,46 @@ def test_comparing_imports_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
+
+
+def run_in_turn(turns: str) -> None:
+    """Dumps of base (B) and new (N) in this order, on a machine that becomes slower by 5 % each time."""
+    for number, side in enumerate(turns):
+        made = ours(1.05**number * (1.1 if side == "N" else 1.0) * (1 + 0.004 * (number % 3)))
+        save(f"{side}/{number}.json", {**made, "timestamp": f"2026-01-01T00:{number:02}:00+00:00"})
+
+
+def test_pairs_that_ran_in_turn_show_a_slowdown_in_spite_of_drift():
+    run_in_turn("BNNB" * 4)
+    assert perf("B", "N", "--metric", "total")[1]["verdict"] == "TOO_NOISY"
+    code, report = perf("B", "N", "--paired", "--metric", "total")
+    assert (code, report["verdict"]) == (1, "REGRESSION")
+    assert rows(report)["total"]["ratio"] == pytest.approx(1.1, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("turns", "words", "sentence"),
+    [
+        ("BBNN", (), "the dumps of BASE and NEW were not made in turn at 2026-01-01T00:00:00.000+00:00"),
+        ("BNB", (), "BASE and NEW have 2 and 1 dumps of a recipe; run both in turn, equally often"),
+        ("BN", (), "BASE and NEW have 1 and 1 dumps"),
+        ("BNBN", ("--single",), "leave out --single and --across"),
+        ("BNBN", ("--metric", "cpu"), "the dumps have no metric 'cpu'"),
+    ],
+)
+def test_dumps_that_are_no_pairs_are_refused(turns, words, sentence):
+    run_in_turn(turns)
+    with pytest.raises(UserError) as error:
+        command.main(["compare", "B", "N", "--paired", *words])
+    assert sentence in str(error.value)
+
+
+def test_several_dumps_of_a_side_are_one_observation_each():
+    for number in range(3):
+        repeats = [times(1 + number / 10 + index / 1000) for index in range(4)]
+        save(f"base/{number}.json", {**ours(), "repeats": repeats})
+    _, report = perf("base", "base")
+    assert len(rows(report)["total"]["base"]["observations"]) == 3
+    assert "each dump is one observation" in " ".join(report["comparisons"][0]["notes"])
+    _, report = perf("base/0.json", "base/1.json")
+    assert len(rows(report)["total"]["base"]["observations"]) == 4

@@ -91,6 +91,7 @@ def test_each_stage_has_one_entry_and_the_sums_agree(dump, pipelines, name):
     assert steps == [(0, 0), (0, 1), (1, 0), (1, 1)]
     denoising = sum(entry["duration_ms"] for entry in found["denoise_steps_ms"])
     assert 0 < denoising <= durations["denoising"] + 0.01
+    assert found["cpu_duration_ms"] > 0
     assert found["images_per_second"] == pytest.approx(3000 / found["total_duration_ms"], rel=1e-3)
     assert [(sample["seed"], sample["batch"], sample["file"]) for sample in found["samples"]] == [
         (7 + index, index // 2, f"generated_image_{index}.png") for index in range(3)

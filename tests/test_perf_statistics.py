@@ -8,18 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_gen.perf.statistics import (
-    ASSUMED_NOISE,
-    MOST_REPEATS,
-    Verdict,
-    _verdict,
-    by_ratio,
-    incomplete_beta,
-    judge,
-    noise,
-    quantile,
-    student,
-)
+from sglang_gen.perf.log_ratio import drifting, incomplete_beta, independent, paired, quantile, student
+from sglang_gen.perf.statistics import ASSUMED_NOISE, MOST_REPEATS, Verdict, _verdict, by_ratio, judge, noise
 
 TOLERANCE = 0.02
 
@@ -214,3 +204,44 @@ def test_the_verdict_does_not_depend_on_the_unit(base, scale):
     first = judge(base, new, TOLERANCE)
     second = judge([value * scale for value in base], [value * scale for value in new], TOLERANCE)
     assert first.ratio == pytest.approx(second.ratio)
+
+
+def drifts(generator: random.Random, count: int) -> list[float]:
+    """Times of a machine whose speed drifts by 4 %, most of it slowly."""
+    level, found = 0.0, []
+    for _ in range(count):
+        level = 0.8 * level + 0.6 * generator.gauss(0, 0.04)
+        found.append(math.exp(level + generator.gauss(0, 0.005)))
+    return found
+
+
+def rate(method, factor: float, wanted: Verdict) -> float:
+    """How often 20 observations after 20 others, or in turn with them, are judged so."""
+    generator, found = random.Random(7), 0
+    for _ in range(200):
+        series = drifts(generator, 40)
+        base, new = (series[::2], series[1::2]) if method is paired else (series[:20], series[20:])
+        found += judge(base, [value * factor for value in new], TOLERANCE, 0.95, method).verdict is wanted
+    return found / 200
+
+
+def test_drift_makes_false_regressions_of_independent_observations_only():
+    assert rate(independent, 1.0, Verdict.REGRESSION) > 0.08
+    assert rate(drifting, 1.0, Verdict.REGRESSION) <= 0.02
+    assert rate(paired, 1.0, Verdict.REGRESSION) <= 0.02
+
+
+def test_pairs_find_a_slowdown_that_is_lost_in_the_drift():
+    assert rate(paired, 1.1, Verdict.REGRESSION) >= 0.95
+    assert rate(drifting, 1.1, Verdict.REGRESSION) < 0.8
+
+
+def test_the_interval_of_pairs_is_students():
+    base, new = [100.0, 120.0, 90.0, 110.0], [104.0, 125.0, 93.0, 116.0]
+    logs = [math.log(after / before) for before, after in zip(base, new, strict=True)]
+    half = quantile(0.975, 3) * statistics.stdev(logs) / 2
+    judged = judge(base, new, TOLERANCE, 0.95, paired)
+    middle = statistics.fmean(logs)
+    assert judged.interval == pytest.approx((math.exp(middle - half), math.exp(middle + half)))
+    assert judged.verdict is Verdict.REGRESSION
+    assert judge(base, new, TOLERANCE).verdict is Verdict.TOO_NOISY

@@ -60,15 +60,17 @@ class Clock:
     stages_ms: dict[str, float] = field(default_factory=dict)
     steps_ms: list[tuple[int, int, float]] = field(default_factory=list)  # (batch, step, milliseconds)
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    cpu_ms: float = 0.0  # processor time of this process in all stages, summed over its threads
     batch: int = 0
     _stage: str | None = None
     _since: float = 0.0
+    _cpu_since: float = 0.0
     _marks: list[Any] = field(default_factory=list)  # the beginning of the stage, and the end of each of its steps
 
     def enter(self, stage: str, steps: int = 0) -> None:
         """End the current stage and begin `stage`, which has this number of denoising steps."""
         self.leave()
-        self._stage, self._since = stage, time.perf_counter()
+        self._stage, self._since, self._cpu_since = stage, time.perf_counter(), time.process_time()
         self._marks = [self.timer.mark()]
 
     def leave(self) -> None:
@@ -77,6 +79,7 @@ class Clock:
             return
         self.timer.synchronise()
         elapsed = 1000 * (time.perf_counter() - self._since)
+        self.cpu_ms += 1000 * (time.process_time() - self._cpu_since)
         self.stages_ms[self._stage] = self.stages_ms.get(self._stage, 0.0) + elapsed
         for step, (begun, ended) in enumerate(pairwise(self._marks)):
             self.steps_ms.append((self.batch, step, self.timer.elapsed_ms(begun, ended)))

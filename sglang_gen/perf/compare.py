@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang_gen.errors import UserError
 from sglang_gen.perf.dump_reader import Dump
+from sglang_gen.perf.log_ratio import Method
 from sglang_gen.perf.paired_quality import QualityRow, compare_quality
 from sglang_gen.perf.recipe import allowed, differences
 from sglang_gen.perf.statistics import ASSUMED_NOISE, Verdict, by_ratio, geometric_mean, judge, noise
@@ -28,7 +29,9 @@ KINDS = {
     "stage": ("ms", Tolerance(0.10, 120.0)),
     "step": ("ms", Tolerance(0.02)),
     "memory": ("MB", Tolerance(0.02)),
+    "cpu": ("ms", Tolerance(0.02)),
 }
+JUDGED = ("total", "stage", "step", "memory")  # unless others are named
 TOLERANCES = {kind: tolerance for kind, (_, tolerance) in KINDS.items()}
 
 
@@ -96,13 +99,19 @@ class Report:
 class Rules:
     """How recipes are paired and judged: `across` has the fields in which a pair may differ, by the key that was given.
 
-    With `single` the ratio alone is compared with the tolerance.
+    With `single` the ratio alone is compared with the tolerance. Metrics beside `metrics` are left out. Each dump is
+    one observation if a side has several dumps, which show how much processes differ, and always with another method.
     """
 
     tolerances: Mapping[str, Tolerance] = field(default_factory=lambda: TOLERANCES)
     confidence: float = 0.95
     across: Mapping[str, Sequence[str]] = field(default_factory=dict)
     single: bool = False
+    metrics: Sequence[str] = JUDGED  # names of metrics, or their first parts, such as stage
+    method: Method = Method.INDEPENDENT
+
+    def judges(self, name: str) -> bool:
+        return name in self.metrics or name.partition(".")[0] in self.metrics
 
 
 def compare(base: Sequence[Dump], new: Sequence[Dump], rules: Rules) -> Report:
@@ -151,7 +160,7 @@ def _report(
         comparisons.append(comparison)
     left = [dump.path for recipe, dumps in bases.items() if recipe not in used for dump in dumps]
     return Report(
-        verdict=_worst(item.verdict for item in comparisons),
+        verdict=worst(item.verdict for item in comparisons),
         confidence=rules.confidence,
         tolerances=dict(rules.tolerances),
         comparisons=comparisons,
@@ -198,8 +207,8 @@ def _unjudged(base: Sequence[Dump], new: Sequence[Dump], rules: Rules) -> Compar
     return Comparison(
         **{name: new[0].meta[name] for name in ("model", "prompt")},
         fingerprint=new[0].fingerprint,
-        base_files=[dump.path for dump in base],
-        new_files=[dump.path for dump in new],
+        base_files=list(dict.fromkeys(dump.path for dump in base)),
+        new_files=list(dict.fromkeys(dump.path for dump in new)),
         verdict=Verdict.RECIPE_MISMATCH,
         differences=_foreign(base[0], new[0], rules),
         across=across,
@@ -208,10 +217,23 @@ def _unjudged(base: Sequence[Dump], new: Sequence[Dump], rules: Rules) -> Compar
 
 
 def _judge(comparison: Comparison, base: Sequence[Dump], new: Sequence[Dump], rules: Rules) -> Comparison:
-    left, right = _merge(base), _merge(new)
+    by_dump = rules.method is not Method.INDEPENDENT or max(len(base), len(new)) > 1
+    if by_dump:
+        base, new = (sorted(side, key=lambda dump: dump.origin.date or "") for side in (base, new))
+    if rules.method is Method.PAIRED:
+        check_turns(base, new)
+    left, right = (observations(side, rules, by_dump) for side in (base, new))
+    if rules.method is Method.PAIRED:  # a metric that a dump lacks has no pairs
+        left, right = (
+            {name: values for name, values in side.items() if len(values) == len(base)} for side in (left, right)
+        )
     rows = [_row(name, left[name], right[name], rules) for name in left if name in right]
+    if not rows:
+        raise UserError(f"{new[0].path} and {base[0].path} have no common metric of {', '.join(rules.metrics)}")
     quality, left_out = compare_quality([dump.quality for dump in base], [dump.quality for dump in new])
     notes = [*comparison.notes, *left_out]
+    if by_dump and any(len(values) > 1 for dump in (*base, *new) for values in dump.metrics.values()):
+        notes.append("each dump is one observation, the geometric mean of its repeats, since processes differ")
     if rules.single:
         notes.append("--single: the ratios alone were compared with the tolerances; noise was not considered")
     elif any(row.interval is None for row in rows):
@@ -221,7 +243,7 @@ def _judge(comparison: Comparison, base: Sequence[Dump], new: Sequence[Dump], ru
         )
     return replace(
         comparison,
-        verdict=_worst(row.verdict for row in rows),
+        verdict=worst(row.verdict for row in rows),
         rows=rows,
         quality=quality,
         images_per_second={"base": _rate(base), "new": _rate(new)},
@@ -233,22 +255,55 @@ def _judge(comparison: Comparison, base: Sequence[Dump], new: Sequence[Dump], ru
     )
 
 
-def _merge(dumps: Sequence[Dump]) -> dict[str, list[float]]:
-    names = dict.fromkeys(name for dump in dumps for name in dump.metrics)
-    merged = {name: [value for dump in dumps for value in dump.metrics.get(name, ())] for name in names}
-    return {name: merged[name] for name in sorted(merged, key=lambda name: list(KINDS).index(name.partition(".")[0]))}
+def observations(dumps: Sequence[Dump], rules: Rules, by_dump: bool) -> dict[str, list[float]]:
+    """The observations of each metric that is judged: one per dump, or one per repeat of each dump."""
+    names = dict.fromkeys(name for dump in dumps for name in dump.metrics if rules.judges(name))
+    found: dict[str, list[float]] = {}
+    for name in sorted(names, key=lambda name: list(KINDS).index(name.partition(".")[0])):
+        each = [dump.metrics[name] for dump in dumps if name in dump.metrics]
+        found[name] = [location(name, one) for one in each] if by_dump else [value for one in each for value in one]
+    return found
+
+
+def check_turns(base: Sequence[Dump], new: Sequence[Dump]) -> None:
+    """Raises UserError unless the dumps, in the order of time, are pairs of one of each side."""
+    if len(base) != len(new) or len(base) < 2:
+        raise UserError(
+            f"--paired: BASE and NEW have {len(base)} and {len(new)} dumps of a recipe; run both in turn, equally "
+            "often and at least twice"
+        )
+    sides = sorted([(dump.origin.date or "", side) for side, dumps in enumerate((base, new)) for dump in dumps])
+    for (date, first), (_, second) in zip(sides[::2], sides[1::2], strict=True):
+        if first == second or not date:
+            raise UserError(
+                f"--paired: the dumps of BASE and NEW were not made in turn at {date or 'an unknown time'}; leave out "
+                "--paired, or run the programs in turn"
+            )
+
+
+def unit_of(name: str) -> str:
+    return KINDS[name.partition(".")[0]][0]
+
+
+def location(name: str, values: Sequence[float]) -> float:
+    """The one observation of a dump whose repeats have these values of a metric."""
+    return geometric_mean([max(value, RESOLUTION[unit_of(name)]) for value in values])
+
+
+def tolerance_of(name: str, base: float, rules: Rules) -> float:
+    """The relative tolerance of a metric whose base is `base`, from both parts of its tolerance."""
+    limits = rules.tolerances[name.partition(".")[0]]
+    return max(limits.relative, limits.absolute / base)
 
 
 def _row(name: str, base: list[float], new: list[float], rules: Rules) -> Row:
-    kind = name.partition(".")[0]
-    unit = KINDS[kind][0]
+    unit = unit_of(name)
     left, right = (Values.of([max(value, RESOLUTION[unit]) for value in side]) for side in (base, new))
-    limits = rules.tolerances[kind]
-    tolerance = max(limits.relative, limits.absolute / left.geometric_mean)
+    tolerance = tolerance_of(name, left.geometric_mean, rules)
     if rules.single:
         ratio = right.geometric_mean / left.geometric_mean
         return Row(name, unit, left, right, ratio, None, tolerance, by_ratio(ratio, tolerance), None)
-    judged = judge(left.observations, right.observations, tolerance, rules.confidence)
+    judged = judge(left.observations, right.observations, tolerance, rules.confidence, rules.method.difference)
     return Row(name, unit, left, right, judged.ratio, judged.interval, tolerance, judged.verdict, judged.repeats_needed)
 
 
@@ -256,8 +311,8 @@ def _rate(dumps: Sequence[Dump]) -> float | None:
     """Images per second; not judged, since it is derived from the total time."""
     if dumps[0].images is None:
         return None
-    return dumps[0].images * 1000 / geometric_mean(_merge(dumps)["total"])
+    return dumps[0].images * 1000 / geometric_mean([value for dump in dumps for value in dump.metrics["total"]])
 
 
-def _worst(verdicts: Iterable[Verdict]) -> Verdict:
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
     return max(verdicts, key=list(Verdict).index)

@@ -19,7 +19,7 @@ def markdown(report: Report) -> str:
     """The report as Markdown: the verdict, then one table per recipe."""
     lines = [f"**{report.verdict.name}**"]
     for item in report.comparisons:
-        lines += ["", f"## {item.verdict.name}: {_cell(item.model)}, {_cell(item.prompt)}", ""]
+        lines += ["", f"## {item.verdict.name}: {cell(item.model)}, {cell(item.prompt)}", ""]
         lines += _mismatch(item) if item.verdict is Verdict.RECIPE_MISMATCH else _judged(item, report)
         lines += [f"- {note}" for note in item.notes]
     if report.base_without_new:
@@ -31,7 +31,7 @@ def markdown(report: Report) -> str:
 def _mismatch(comparison: Comparison) -> list[str]:
     files = f"{', '.join(map(str, comparison.new_files))} against the nearest recipe, {comparison.base_files[0]}:"
     rows = [
-        f"| {_cell(item['field'])} | {_cell(item['base'])} | {_cell(item['new'])} |" for item in comparison.differences
+        f"| {cell(item['field'])} | {cell(item['base'])} | {cell(item['new'])} |" for item in comparison.differences
     ]
     hint = (
         f"- to compare them nevertheless: --across {','.join(keys_of([*comparison.across, *comparison.differences]))}"
@@ -40,19 +40,19 @@ def _mismatch(comparison: Comparison) -> list[str]:
     return [files, "", "| field | base | new |", "|---|---|---|", *rows, "", *([hint] if is_known else [])]
 
 
-def _changes(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def changed_fields(differences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """`parallel.tp 1 → 2`; a field whose parts only one side has, such as a step cache, as a whole."""
     for top, group in itertools.groupby(differences, lambda item: str(item["field"]).partition(".")[0]):
         items = list(group)
         if all(None not in (item["base"], item["new"]) for item in items):
-            yield from (f"{_cell(item['field'])} {_cell(item['base'])} → {_cell(item['new'])}" for item in items)
+            yield from (f"{cell(item['field'])} {cell(item['base'])} → {cell(item['new'])}" for item in items)
         else:
-            yield f"{_cell(top)} {_side(items, 'base', top)} → {_side(items, 'new', top)}"
+            yield f"{cell(top)} {_side(items, 'base', top)} → {_side(items, 'new', top)}"
 
 
 def _side(items: Sequence[Mapping[str, Any]], side: str, top: str) -> str:
     found = {str(item["field"]).removeprefix(top).lstrip("."): item[side] for item in items if item[side] is not None}
-    return _cell(", ".join(f"{name} {value}".lstrip() for name, value in found.items()) or "absent", 400)
+    return cell(", ".join(f"{name} {value}".lstrip() for name, value in found.items()) or "absent", 400)
 
 
 def _judged(comparison: Comparison, report: Report) -> list[str]:
@@ -60,7 +60,7 @@ def _judged(comparison: Comparison, report: Report) -> list[str]:
     lines = []
     if report.across:
         base, new = (", ".join(map(str, of)) for of in (comparison.base_files, comparison.new_files))
-        fields = "; ".join(_changes(comparison.across))
+        fields = "; ".join(changed_fields(comparison.across))
         lines += [f"{new} against {base}.", f"They differ in {fields}." if fields else "They have one recipe.", ""]
     lines += [
         f"| metric | base | new | new/base | {share(report.confidence)} interval | tolerance | verdict |",
@@ -75,7 +75,7 @@ def _judged(comparison: Comparison, report: Report) -> list[str]:
         lines.append(f"- images per second: {rates['base']:.4g}, now {rates['new']:.4g}")
     for side, names in comparison.only_in.items():
         if names:
-            lines.append(f"- only in {side}, not judged: {_cell(', '.join(names), 10_000)}")
+            lines.append(f"- only in {side}, not judged: {cell(', '.join(names), 10_000)}")
     return lines
 
 
@@ -90,7 +90,7 @@ def _line(row: Row) -> str:
     if row.repeats_needed is not None:
         verdict += f", {'more than ' if row.repeats_needed >= MOST_REPEATS else ''}{row.repeats_needed} repeats needed"
     cells = (
-        _cell(row.metric),
+        cell(row.metric),
         side(row.base),
         side(row.new),
         f"{row.ratio:.4f}",
@@ -103,10 +103,10 @@ def _line(row: Row) -> str:
 
 def _quality_line(row: QualityRow) -> str:
     error = "" if row.standard_error is None else f" ± {row.standard_error:.2g}"
-    return f"| {_cell(row.measure)} | {row.images} | {row.base:.6g} | {row.new:.6g} | {row.difference:+.4g}{error} |"
+    return f"| {cell(row.measure)} | {row.images} | {row.base:.6g} | {row.new:.6g} | {row.difference:+.4g}{error} |"
 
 
-def _cell(value: Any, length: int = 100) -> str:
+def cell(value: Any, length: int = 100) -> str:
     """A value as one cell of a Markdown table, truncated to `length` characters."""
     text = log.visible(" ".join(str(value).split())).replace("|", "\\|")
     return text if len(text) <= length else f"{text[: length - 3]}..."

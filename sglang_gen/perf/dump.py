@@ -54,9 +54,11 @@ def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: lis
         "request_id": uuid.uuid4().hex,
         "commit_hash": env.commit_hash(),
         "tag": plan.run.perf.tag,
-        **_times(phases.generate, {**phases.load.stages_ms, **phases.generate.stages_ms}, total),
+        **_times(plan, phases.generate, {**phases.load.stages_ms, **phases.generate.stages_ms}, total),
         "repeats": [
-            _times(clock, clock.stages_ms, clock.total_ms - clock.stages_ms.get("saving", 0.0))  # only the first saves
+            _times(
+                plan, clock, clock.stages_ms, clock.total_ms - clock.stages_ms.get("saving", 0.0)
+            )  # only the first saves
             for clock in (phases.generate, *phases.repeats)
         ],
         "memory_checkpoints": {name: asdict(checkpoint) for name, checkpoint in phases.checkpoints().items()},
@@ -105,9 +107,10 @@ def describe_rank(rank: int, phases: Phases) -> dict[str, Any]:
     }
 
 
-def _times(clock: Clock, stages_ms: Mapping[str, float], total_ms: float) -> dict[str, Any]:
+def _times(plan: Plan, clock: Clock, stages_ms: Mapping[str, float], total_ms: float) -> dict[str, Any]:
     return {
         "total_duration_ms": _rounded(total_ms),
+        "cpu_duration_ms": _rounded(clock.cpu_ms) if plan.device == "cpu" else None,  # a GPU's time is not in it
         "steps": [{"name": name, "duration_ms": _rounded(stages_ms[name])} for name in STAGES if name in stages_ms],
         "denoise_steps_ms": [
             {"step": step, "duration_ms": _rounded(duration), "batch": batch}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_gen.perf.clock import STAGES
-from sglang_gen.perf.statistics import quantile
+from sglang_gen.perf.log_ratio import quantile
 
 TIMES = (*STAGES, "step", "total")  # "step" is the median denoising step of a generation
 MEAN_STEP = "step_mean"  # the mean of its steps, which differs from the median if a cache skips the work of some

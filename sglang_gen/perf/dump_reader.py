@@ -4,6 +4,8 @@ A dump is a JSON object with `total_duration_ms` and `steps`. Ours have `schema_
 `repeats`; upstream's have none of these, and their recipe is model, prompt and number of denoising steps.
 """
 
+import datetime
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +19,17 @@ from sglang_gen.errors import InvalidValueError, UserError, in_our_words
 from sglang_gen.perf.paired_quality import Measures, by_sample
 
 PEAKS = ("peak_allocated_mb", "peak_reserved_mb", "peak_host_anon_mb")
+NO_COMMIT = ("N/A", "unknown")  # upstream's, if it is not in a checkout
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a dump comes from. `identity` tells dumps apart, wherever their files are."""
+
+    commit: str | None
+    date: str | None  # ISO 8601, in UTC
+    identity: str
+    hardware: tuple[str, ...]  # processor and GPUs; empty for a dump of upstream
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,7 @@ class Dump:
     fields: dict[str, Any]
     metrics: dict[str, list[float]]
     images: int | None  # None if the dump does not list its samples
+    origin: Origin
     quality: Measures = field(default_factory=dict)
 
     @property
@@ -45,14 +59,14 @@ def collect(paths: Iterable[str | Path]) -> list[Dump]:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path} does not exist")
-        dumps = [read(file) for file in _json_files(path)] if path.is_dir() else [read(path, strict=True)]
+        dumps = [read(file) for file in json_files(path)] if path.is_dir() else [read(path, strict=True)]
         if not any(dumps):
             raise UserError(f"The folder {path} holds no perf dump")
         collected |= {dump.path.resolve(): dump for dump in dumps if dump is not None}
     return list(collected.values())
 
 
-def _json_files(folder: Path) -> list[Path]:
+def json_files(folder: Path) -> list[Path]:
     """JSON files in the order of their paths, numbers by value: the jobs of a sweep in their order."""
     files = [path for path in folder.rglob("*.json") if path.is_file() and not path.name.startswith(".")]
     return sorted(files, key=lambda path: ([_natural(part) for part in path.parts], path))
@@ -64,8 +78,13 @@ def _natural(part: str) -> tuple[int, int, str]:
 
 def read(path: Path, strict: bool = False) -> Dump | None:
     """Read the dump in a file. For other JSON files returns None, or raises UserError if `strict`."""
+    return parse_dump(path, parse_json(path), strict)
+
+
+def parse_json(path: Path) -> Any:
+    """The JSON of a file. Raises UserError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
     except json.JSONDecodeError as error:
@@ -78,6 +97,10 @@ def read(path: Path, strict: bool = False) -> Dump | None:
         raise UserError(f"{path} is nested too deeply") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def parse_dump(path: Path, content: Any, strict: bool = False) -> Dump | None:
+    """The dump in the parsed JSON of a file; None, or UserError if `strict`, for other JSON."""
     if not is_dump(content):
         if strict:
             raise UserError(f"{path} is not a perf dump: it has no total_duration_ms and steps")
@@ -115,11 +138,33 @@ def _dump(path: Path, content: Mapping[str, Any]) -> Dump:
             metrics=metrics,
             images=len(samples) if samples else None,
             quality=by_sample(content.get("quality")),
+            origin=_origin(content, metrics),
         )
     except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
         own = isinstance(error, InvalidValueError)
         reason = in_our_words(error) if own else "its entries do not have the layout of a dump"
         raise UserError(f"{path} cannot be compared: {reason}") from None
+
+
+def _origin(content: Mapping[str, Any], metrics: Mapping[str, list[float]]) -> Origin:
+    date, commit, machine = content.get("timestamp"), content.get("commit_hash"), content.get("machine") or {}
+    text = json.dumps([date, content.get("request_id"), metrics], sort_keys=True)
+    return Origin(
+        commit=str(commit) if commit and commit not in NO_COMMIT else None,
+        date=utc(date) if date else None,
+        identity=hashlib.sha256(text.encode()).hexdigest()[:12],
+        hardware=tuple(map(str, machine.get("gpus") or filter(None, [machine.get("cpu")]))),
+    )
+
+
+def utc(date: Any) -> str:
+    """A date of ISO 8601 in UTC, to the millisecond, so that the order of texts is that of time."""
+    try:
+        moment = datetime.datetime.fromisoformat(date)
+        moment = moment.replace(tzinfo=datetime.UTC) if moment.tzinfo is None else moment.astimezone(datetime.UTC)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidValueError(f"its timestamp is {json.dumps(date)[:40]}, not a date of ISO 8601") from None
+    return moment.isoformat(timespec="milliseconds")
 
 
 def _step_number(index: int, entry: Any) -> Any:
@@ -153,7 +198,13 @@ def _times(repeat: Mapping[str, Any]) -> dict[str, float]:
         for entry in repeat.get("denoise_steps_ms") or ()
     ]
     middle = {"step": median(steps)} if steps else {}
-    return {"total": _number(repeat["total_duration_ms"], "total_duration_ms"), **_stages(repeat), **middle}
+    cpu = repeat.get("cpu_duration_ms")
+    return {
+        "total": _number(repeat["total_duration_ms"], "total_duration_ms"),
+        **_stages(repeat),
+        **middle,
+        **({} if cpu is None else {"cpu": _number(cpu, "cpu_duration_ms")}),
+    }
 
 
 def _stages(content: Mapping[str, Any]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from sglang_gen.perf.dump_numbers import times
 STEP = "step_ms"  # not a field of the dump: the median denoising step of all repeats
 OBJECTIVE_PEAKS = ("allocated_mb", "reserved_mb", "peak_allocated_mb", "peak_reserved_mb", "peak_host_anon_mb")
 KNOWN = (
-    STEP, "total_duration_ms", "images_per_second",
+    STEP, "total_duration_ms", "cpu_duration_ms", "images_per_second",
     *(f"steps.{stage}.duration_ms" for stage in STAGES),
     *(f"memory_checkpoints.{stage}.{peak}" for stage in STAGES for peak in OBJECTIVE_PEAKS),
     "load.duration_ms", "load.imports_ms", "warmup.duration_ms", "warmup.steps",

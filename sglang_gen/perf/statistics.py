@@ -23,16 +23,16 @@ Two single observations do not show their variance; ASSUMED_NOISE is then the st
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
-from statistics import NormalDist, fmean, variance
+from statistics import fmean, variance
+
+from sglang_gen.perf.log_ratio import Difference, exp, independent, quantile
 
 POWER = 0.9  # probability that the predicted number of repeats leads to a decision
 ASSUMED_NOISE = 0.01  # standard deviation of the logarithms of run times on a quiet machine
 MOST_REPEATS = 10_000  # upper limit of the predicted number of repeats
-_EXPONENT = 50.0  # log ratios are clamped to this, so that exp does not overflow
 
 
 class Verdict(Enum):
@@ -55,25 +55,29 @@ class Judgement:
     repeats_needed: int | None = None  # per side, if the verdict is TOO_NOISY
 
 
-def judge(base: Sequence[float], new: Sequence[float], tolerance: float, confidence: float = 0.95) -> Judgement:
+def judge(
+    base: Sequence[float],
+    new: Sequence[float],
+    tolerance: float,
+    confidence: float = 0.95,
+    difference: Callable[[Sequence[float], Sequence[float]], Difference] = independent,
+) -> Judgement:
     """Judge positive observations of a metric for which larger is worse; `tolerance` is relative (0.02: two percent).
 
     REGRESSION if the whole interval lies above 1 + tolerance, IMPROVEMENT if it lies below 1 - tolerance, PASS if it
     ends at or below 1 + tolerance, TOO_NOISY otherwise. A program that is slower by the tolerance or less is judged a
     regression with probability (1 - confidence) / 2 at most, whatever the noise. Without an interval the verdict is
-    PASS if the ratio is at most 1 + tolerance, else TOO_NOISY.
+    PASS if the ratio is at most 1 + tolerance, else TOO_NOISY. `difference` is `independent`, `drifting` or `paired`.
     """
-    logs = [math.log(value) for value in base], [math.log(value) for value in new]
-    shift = fmean(logs[1]) - fmean(logs[0])
-    error, freedom = _error(*logs)
-    if error is None:
-        if shift <= math.log1p(tolerance):
-            return Judgement(_exp(shift), None, Verdict.PASS)
-        return Judgement(_exp(shift), None, Verdict.TOO_NOISY, _repeats_at_assumed_noise(tolerance, confidence))
-    half = quantile(0.5 + confidence / 2, freedom) * error if error else 0.0
-    verdict = _verdict(shift - half, shift + half, tolerance)
-    needed = _repeats_needed(logs, shift, freedom, tolerance, confidence) if verdict is Verdict.TOO_NOISY else None
-    return Judgement(_exp(shift), (_exp(shift - half), _exp(shift + half)), verdict, needed)
+    found = difference([math.log(value) for value in base], [math.log(value) for value in new])
+    logs, ratio = found.log_interval(confidence), exp(found.shift)
+    if logs is None:
+        if found.shift <= math.log1p(tolerance):
+            return Judgement(ratio, None, Verdict.PASS)
+        return Judgement(ratio, None, Verdict.TOO_NOISY, _repeats_at_assumed_noise(tolerance, confidence))
+    verdict, have = _verdict(*logs, tolerance), min(len(base), len(new))
+    needed = _repeats_needed(found, have, tolerance, confidence) if verdict is Verdict.TOO_NOISY else None
+    return Judgement(ratio, (exp(logs[0]), exp(logs[1])), verdict, needed)
 
 
 def by_ratio(ratio: float, tolerance: float) -> Verdict:
@@ -91,10 +95,6 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(fmean(math.log(value) for value in values))
 
 
-def _exp(value: float) -> float:
-    return math.exp(max(-_EXPONENT, min(_EXPONENT, value)))
-
-
 def _verdict(low: float, high: float, tolerance: float) -> Verdict:
     """`low` and `high` are the ends of the interval of the log ratio."""
     if low > math.log1p(tolerance):
@@ -104,42 +104,14 @@ def _verdict(low: float, high: float, tolerance: float) -> Verdict:
     return Verdict.PASS if high <= math.log1p(tolerance) else Verdict.TOO_NOISY
 
 
-def _variances(base: Sequence[float], new: Sequence[float]) -> tuple[float, float] | None:
-    """Variances of both sides; a side with one observation gets the variance of the other."""
-    variances = [variance(side) if len(side) > 1 else None for side in (base, new)]
-    known = [value for value in variances if value is not None]
-    if not known:
-        return None
-    first, second = (known[0] if value is None else value for value in variances)
-    return first, second
-
-
-def _error(base: Sequence[float], new: Sequence[float]) -> tuple[float | None, float]:
-    """Standard error of the difference of the means, and its degrees of freedom."""
-    variances = _variances(base, new)
-    if variances is None:
-        return None, 0.0
-    parts = [value / len(side) for value, side in zip(variances, (base, new), strict=True)]
-    total = sum(parts)
-    if len(base) == 1 or len(new) == 1:
-        return math.sqrt(total), max(len(base), len(new)) - 1.0
-    below = sum(part**2 / (len(side) - 1) for part, side in zip(parts, (base, new), strict=True))
-    return math.sqrt(total), total**2 / below if below else len(base) + len(new) - 2.0
-
-
-def _repeats_needed(
-    logs: tuple[Sequence[float], Sequence[float]], shift: float, freedom: float, tolerance: float, confidence: float
-) -> int:
+def _repeats_needed(found: Difference, have: int, tolerance: float, confidence: float) -> int:
     """Repeats per side after which an unchanged program passes, and one slower by twice the tolerance is detected, each
     with probability POWER. If there are that many already, the ratio is close to the tolerance, and the result is the
     number that distinguishes this ratio from the tolerance.
     """
-    variances = _variances(*logs)
-    assert variances is not None, "two single observations have no variance"
-    factor = (quantile(0.5 + confidence / 2, freedom) + quantile(POWER, freedom)) ** 2 * sum(variances)
-    have = min(len(side) for side in logs)
-    limit = math.log1p(tolerance)
-    for distance in (limit, abs(shift - limit)):
+    quantiles = quantile(0.5 + confidence / 2, found.freedom) + quantile(POWER, found.freedom)
+    factor, limit = quantiles**2 * found.variance, math.log1p(tolerance)
+    for distance in (limit, abs(found.shift - limit)):
         needed = MOST_REPEATS if factor >= MOST_REPEATS * distance**2 else math.ceil(factor / distance**2)
         if needed > have:
             return needed
@@ -157,51 +129,3 @@ def _repeats_at_assumed_noise(tolerance: float, confidence: float) -> int:
             return repeats
         repeats += 1 + repeats // 10
     return MOST_REPEATS
-
-
-@lru_cache(maxsize=4096)
-def quantile(probability: float, freedom: float) -> float:
-    """Quantile of Student's t for a probability of at least 1/2; `freedom` need not be an integer.
-
-    Newton's method, starting at the normal quantile, which is smaller; the distribution function is concave there, so
-    every iterate stays below the root and the steps shrink.
-    """
-    value = NormalDist().inv_cdf(probability)
-    for _ in range(200):
-        density = math.exp(
-            math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
-            - (freedom + 1) / 2 * math.log1p(value**2 / freedom)
-        )  # fmt: skip
-        step = (probability - student(value, freedom)) / density
-        value += step
-        if abs(step) <= 1e-10 * max(value, 1e-6):
-            break
-    return value
-
-
-def student(value: float, freedom: float) -> float:
-    """Distribution function of Student's t for value >= 0 (Abramowitz and Stegun 26.7.1)."""
-    return 0.5 + incomplete_beta(value**2 / (freedom + value**2), 0.5, freedom / 2) / 2
-
-
-def incomplete_beta(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function I_x(a, b): continued fraction DLMF 8.17.22, by Lentz's method."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # the fraction converges fast on one side only
-        return 1 - incomplete_beta(1 - x, b, a)
-    tiny = 1e-300
-    above, below, fraction = 1.0, 0.0, 1.0
-    for index in range(1, 2000):
-        m = index // 2
-        if index % 2:
-            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        else:
-            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        below = 1 / ((1 + term * below) or tiny)
-        above = (1 + term / above) or tiny
-        fraction *= above * below
-        if abs(above * below - 1) < 1e-15:
-            break
-    front = a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    return math.exp(front) / (fraction * a)

@@ -1,0 +1,192 @@
+"""`sglang perf check`: dumps against the baseline of their machine and fingerprint, and what is added to it."""
+
+import json
+from pathlib import Path
+
+import dumps
+import pytest
+
+from sglang_gen.errors import UserError
+from sglang_gen.perf import command
+
+FILE = Path("perf_baseline/amd-epyc-7b13/landscape-aaaa.json")
+
+
+def check(*argv: str) -> tuple[int, dict]:
+    code = command.main(["check", *argv, "--json", "check.json"])
+    return code, json.loads(Path("check.json").read_text(encoding="utf-8"))
+
+
+def make(folder: str, factor: float = 1.0, start: int = 0, count: int = 6, **options: object) -> str:
+    """A folder of dumps around a factor, with 0.3 % of noise; `start` is the number of the first."""
+    for number in range(start, start + count):
+        noise = 1 + 0.003 * ((number * 7) % 5 - 2)
+        dumps.save(f"{folder}/{number}.json", dumps.ours(factor * noise, number, **options))
+    return folder
+
+
+def kept() -> list[dict]:
+    return json.loads(FILE.read_text(encoding="utf-8"))["observations"]
+
+
+@pytest.mark.parametrize(
+    ("factor", "code", "verdict"), [(1.0, 0, "PASS"), (1.1, 1, "REGRESSION"), (0.9, 0, "IMPROVEMENT")]
+)
+def test_dumps_are_judged_against_the_baseline(factor, code, verdict):
+    assert check(make("before"), "--save")[0] == 0
+    found, report = check(make("after", factor, start=20, count=3))
+    assert (found, report["verdict"], report["exit_code"]) == (code, verdict, code)
+    row = report["comparisons"][0]["rows"][0]
+    assert (row["metric"], len(row["base"]["observations"]), len(row["new"]["observations"])) == ("total", 6, 3)
+    assert row["ratio"] == pytest.approx(factor, rel=0.01)
+    assert report["saved"] == []
+    assert len(kept()) == 6
+
+
+def test_without_a_baseline_the_exit_code_is_3_and_a_sentence_says_what_makes_one(capsys):
+    code, report = check(make("dumps"))
+    assert (code, report["verdict"], report["comparisons"]) == (3, "RECIPE_MISMATCH", [])
+    assert not Path("perf_baseline").exists()
+    sentence = "- no baseline: perf_baseline/amd-epyc-7b13 has no dump of the recipe of dumps/0.json; sglang perf check"
+    assert sentence in capsys.readouterr().out
+    check("dumps", "--save")
+    capsys.readouterr()
+    assert check(make("other", hash_="bbbb", fields={**dumps.FIELDS, "dtype": "bfloat16"}))[0] == 3
+    assert f"- the nearest baseline, {FILE}, differs: dtype float32 → bfloat16" in capsys.readouterr().out
+    both, report = check(make("next", start=20), "other")
+    assert (both, [item["verdict"] for item in report["comparisons"]]) == (3, ["PASS"])
+
+
+def test_the_file_has_one_line_for_each_dump_in_the_order_of_time_and_is_the_same_whatever_the_order_of_saving():
+    check(make("late", start=5, count=2), "--save")
+    check(make("early", count=2), "--save")
+    lines = FILE.read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line.strip().rstrip(",")) for line in lines if line.startswith('    {"commit"')]
+    assert [entry["date"][11:13] for entry in entries] == ["00", "01", "05", "06"]
+    assert list(entries[0]) == ["commit", "date", "id", "images", "metrics"]
+    assert entries[0]["commit"] == f"{0:040x}"
+    assert next(iter(entries[0]["metrics"])) == "total"
+    first = FILE.read_bytes()
+    FILE.unlink()
+    check("early", "late", "--save")
+    assert FILE.read_bytes() == first
+    assert json.loads(first)["fingerprint"] == {"fields": dumps.FIELDS, "hash": "aaaa"}
+
+
+def test_a_dump_counts_once_and_is_not_compared_with_itself():
+    check(make("dumps"), "--save")
+    code, report = check("dumps/0.json", "--save")
+    assert code == 0
+    assert len(report["comparisons"][0]["rows"][0]["base"]["observations"]) == 5
+    assert len(kept()) == 6
+    assert check("dumps")[0] == 3  # no other dump
+
+
+def test_the_newest_dumps_are_kept():
+    check(make("dumps", count=9), "--save", "--keep", "4")
+    assert [entry["commit"] for entry in kept()] == [f"{number:040x}" for number in (5, 6, 7, 8)]
+    check(make("more", start=9, count=2), "--save")
+    assert len(kept()) == 6
+
+
+def test_a_regression_is_not_saved_and_replace_accepts_it(capsys):
+    check(make("before"), "--save")
+    make("after", 1.1, start=20)
+    assert check("after", "--save")[0] == 1
+    assert len(kept()) == 6
+    assert "not saved, since it is a REGRESSION: after/20.json; --replace accepts" in capsys.readouterr().out
+    code, report = check("after", "--replace")
+    assert (code, report["verdict"], report["saved"]) == (1, "REGRESSION", [str(FILE)])
+    assert [entry["commit"] for entry in kept()] == [f"{number:040x}" for number in range(20, 26)]
+    assert check(make("again", 1.1, start=30))[0] == 0
+
+
+def test_an_improvement_is_saved_beside_the_slower_dumps_and_the_report_says_so(capsys):
+    check(make("before"), "--save")
+    assert check(make("after", 0.9, start=20), "--save")[0] == 0
+    assert len(kept()) == 12
+    assert "- the baseline has slower observations than after/20.json; --replace" in capsys.readouterr().out
+
+
+def test_two_repeats_of_one_process_prove_nothing_about_the_next_process():
+    """Processes differ by 20 %, their repeats hardly: with the repeats as observations this is a false regression."""
+
+    def save(name: str, factor: float, number: int) -> str:
+        repeats = [dumps.times(factor * (1 + index / 1000)) for index in range(8)]
+        return dumps.save(name, {**dumps.ours(factor, number), "repeats": repeats})
+
+    check(save("a.json", 1.0, 0), save("b.json", 0.8, 1), "--save", "--metric", "total")
+    code, report = check(save("c.json", 1.1, 2), "--metric", "total")
+    assert (code, report["verdict"]) == (3, "TOO_NOISY")
+    assert len(report["comparisons"][0]["rows"][0]["base"]["observations"]) == 2
+    code = command.main(["compare", "c.json", "a.json", "b.json", "--metric", "total", "--json", "c"])
+    assert code == 3
+    assert "each dump is one observation" in json.loads(Path("c").read_text())["comparisons"][0]["notes"][0]
+
+
+def test_each_machine_has_a_baseline_of_its_own():
+    check(make("dumps"), "--save", "--machine", "runner-1")
+    assert [path.name for path in Path("perf_baseline").iterdir()] == ["runner-1"]
+    make("next", start=10)
+    assert check("next", "--machine", "runner-2")[0] == 3
+    assert check("next", "--machine", "runner-1")[0] == 0
+    assert check("next")[0] == 3
+
+
+def test_dumps_of_sglang_have_a_baseline():
+    for number in range(9):
+        dumps.save(f"{'old' if number < 6 else 'new'}/{number}.json", dumps.upstreams(1 + number % 3 / 500, number))
+    assert check("old", "--save")[1]["saved"][0].startswith("perf_baseline/unknown/flux-1-dev-")
+    code, report = check("new")
+    assert (code, report["verdict"]) == (0, "PASS")
+    assert len(report["comparisons"][0]["rows"][0]["base"]["observations"]) == 6  # although all have one request id
+
+
+def test_the_processor_time_is_judged_where_it_is_asked_for():
+    for number in range(8):
+        made = dumps.ours(1.0 + 0.3 * (number % 2), number)
+        dumps.save(f"dumps/{number}.json", {**made, "cpu_duration_ms": 500.0 + number % 3 + (60 if number > 5 else 0)})
+    check(*(f"dumps/{number}.json" for number in range(6)), "--save")
+    code, report = check("dumps/6.json", "dumps/7.json", "--metric", "cpu")
+    assert (code, [row["metric"] for row in report["comparisons"][0]["rows"]]) == (1, ["cpu"])
+    code, report = check("dumps/6.json", "dumps/7.json")
+    assert "cpu" not in [row["metric"] for row in report["comparisons"][0]["rows"]]
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "needs at least one perf dump or folder"),
+        (["dumps", "--keep", "3"], "--keep has no effect without --save or --replace"),
+        (["dumps", "--save", "--keep", "none"], "--keep: 'none' is not a number of dumps, such as 50"),
+        (["dumps", "--machine", "../x"], "--machine: '../x' may have letters, digits"),
+        (["dumps", "--baseline", "file"], "--baseline: file is not a folder"),
+        (["dumps", "--baseline", "odd"], "odd/a.json is not a baseline of sglang perf check"),
+        (["dumps", "--baseline", "newer"], "newer/a.json has baseline version 9, this program reads version 1"),
+        (["dumps", "--baseline", "broken"], "broken/a.json cannot be read: its observations do not have the layout"),
+        (["dumps", "--baseline", "empty"], "empty/a.json has no observations; delete it"),
+        (["old.json", "--save"], "old.json has no timestamp, so it cannot be added to a baseline"),
+        (["dumps", "--metric", "cpu"], "the dumps have no metric 'cpu'"),
+        (["dumps", "--sav"], "Unknown option --sav; did you mean '--save'? (sglang perf check --help lists all)"),
+        (["dumps", "--json", "dumps/0.json"], "--json dumps/0.json would replace dumps/0.json"),
+    ],
+)
+def test_wrong_usage_of_check_is_one_sentence(argv, sentence):
+    make("dumps", count=1)
+    dumps.save("old.json", {key: value for key, value in dumps.ours().items() if key != "timestamp"})
+    dumps.save("odd/a.json", dumps.ours())
+    whole = {"baseline_version": 1, "machine": "m", "meta": {}, "fingerprint": {"hash": "a", "fields": {}}}
+    dumps.save("newer/a.json", {**whole, "baseline_version": 9, "observations": []})
+    dumps.save("broken/a.json", {**whole, "observations": [{"metrics": {"total": [-1]}}]})
+    dumps.save("empty/a.json", {**whole, "observations": []})
+    Path("file").write_text("")
+    with pytest.raises(UserError) as error:
+        command.main(["check", *argv])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_help_of_each_command_states_its_exit_codes(capsys):
+    for name in ("compare", "check", "history"):
+        assert command.main([name, "--help"]) == 0
+        assert "exit codes: 0" in capsys.readouterr().out
