@@ -265,10 +265,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setup(level)
     log.capture_warnings()
     try:
-        with signals.raised(), signals.heeded():
+        with signals.raised():
             place = env.torchrun()
             if place is None:
-                return _dispatch(argv)
+                with signals.heeded():
+                    return _dispatch(argv)
             from sglang_gen.launch import torchrun
 
             return torchrun.run(place, partial(_dispatch, argv), partial(_report, debug=debug))

@@ -119,6 +119,7 @@ def cases() -> list[tuple[str, Text, list[str]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(r"ignore:[\s\S]*deprecated keyword in package header:UserWarning")  # `# @package _group_`
 @pytest.mark.parametrize("part", range(PARTS))
 def test_a_damaged_configuration_file_ends_in_one_sentence(pipelines, sglang, part):
     wrong = []

@@ -213,4 +213,4 @@ def test_a_signal_at_any_moment_ends_the_command_in_one_line(pipelines, layout):
             _, rest = ending(process)
             assert (process.returncode, said(rest)) in [(code, [sentence]), (-number, [])], seconds
             assert gone(family, within=1)
-    assert not [path for path in Path("outputs").iterdir() if path.name.startswith(".tmp")]
+    assert not list(Path().glob("outputs/.tmp*"))
