@@ -282,7 +282,7 @@ def test_the_prediction_for_flux_is_what_its_arithmetic_says():
     assert 0.5 * found["step_ms"] < half["step_ms"] < 0.6 * found["step_ms"]
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_a_dry_run_shows_memory_communication_products_and_the_prediction(sglang):
     words = ("generate", "model=sd15", "parallel=sp2_tp2", "device=cpu", "machine=h200", "--dtype", "bfloat16")
     table, content = sglang(*words, "dry_run=true"), sglang(*words, "dry_run=json")

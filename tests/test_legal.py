@@ -72,7 +72,7 @@ def options() -> dict[str, Composed]:
     return {name: composed("model=sdxl", f"parallel={name}") for name in LAYOUTS}
 
 
-LONG = {"sd15", "sd21", "sd35_large", "flux_dev"}
+LONG = {"sd15", "sd21", "sd35_large", "flux_dev", "sdxl"}
 
 
 @pytest.mark.whole

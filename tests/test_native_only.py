@@ -101,4 +101,7 @@ def test_random_weights_are_refused_before_a_network_is_built(sglang, folder):
     for more in ((), ("dry_run=true",)):
         done = sglang("generate", "--model-path", folder, "model.weights=random", "--prompt", "a", *SMALL, *more)
         assert done.code == 2
-        assert f"is a {NETWORK}, which diffusers does not have; run with model.weights=pretrained" in done.lines[-1]
+        assert (
+            f"has the class {NETWORK}, which diffusers does not have; run with model.weights=pretrained"
+            in done.lines[-1]
+        )

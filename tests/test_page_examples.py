@@ -117,6 +117,7 @@ def test_cpu_offloading_for_large_models(example):
     assert record["requested"]["offload"] == ["dit_cpu_offload", "text_encoder_cpu_offload", "vae_cpu_offload"]
 
 
+@pytest.mark.slow
 def test_multi_gpu_inference_runs_natively_on_four_ranks(example, pool, monkeypatch):
     monkeypatch.setattr(launcher, "open_ranks", pool.open)
     done = example(f"{MULTI_GPU} --num-inference-steps 2")

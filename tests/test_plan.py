@@ -274,7 +274,7 @@ PRESETS = [preset.name for preset in presets.load() if preset.path]
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("model", mostly_slow(PRESETS, "sdxl", "flux_schnell"))
+@pytest.mark.parametrize("model", mostly_slow(PRESETS, "sdxl"))
 def test_a_dry_run_of_a_preset_needs_neither_hub_nor_weights(sglang, monkeypatch, model):
     def unreachable(*_args, **_kwargs):
         raise AssertionError("a dry run asks nobody")

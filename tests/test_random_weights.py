@@ -270,6 +270,7 @@ def test_presets_of_the_diffusers_backend_run_with_the_stand_in_tokenizer(sglang
 LAYOUTS = [("flux", "parallel=tp2"), ("sd3", "parallel=sp2"), ("sd3", "parallel=cfg2"), ("flux", "parallel=dp2")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout"), [LAYOUTS[0], *(pytest.param(*each, marks=pytest.mark.slow) for each in LAYOUTS[1:])]
 )

@@ -56,7 +56,7 @@ def test_a_signal_while_denoising_ends_the_run_cleanly(pipelines, tmp_path, numb
     check_pictures(tmp_path)
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for children in /proc")
 @pytest.mark.parametrize(("number", "code", "sentence"), ENDINGS)
 def test_a_signal_ends_a_whole_sweep_and_the_job_says_so(pipelines, tmp_path, number, code, sentence):

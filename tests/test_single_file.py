@@ -177,7 +177,7 @@ def test_a_file_of_flux_with_a_tensor_too_many_or_another_width_is_refused_by_na
     assert "have 223 rows together, this network needs 224; name the right preset" in done.lines[-1]
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_the_network_of_flux_comes_out_of_its_original_layout_as_in_diffusers(tmp_path):
     """At the published width, which diffusers' conversion takes for granted; one block of each kind, in 8 bits."""
     config = {"num_layers": 1, "num_single_layers": 1, "in_channels": 16, "joint_attention_dim": 32,

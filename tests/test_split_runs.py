@@ -82,6 +82,7 @@ def test_the_work_of_t5_is_that_of_this_ranks_part(run_on_ranks):
     assert 0.5 < work["parallel=tp2"] / work["parallel=single"] < 0.9  # CLIP is whole on both
 
 
+@pytest.mark.slow
 def test_a_step_that_waits_for_other_ranks_is_bound_by_them_and_repeats_send_nothing_more(run_on_ranks):
     words = ("sd15", "--backend", "sglang", "parallel=ring2", "--perf-dump-path", "perf.json")
     found = []

@@ -57,7 +57,7 @@ def test_a_prompt_cannot_steer_the_terminal_and_its_record_keeps_it(sglang, pipe
 
 
 def test_the_cells_of_tables_have_no_control_characters():
-    for cell in (columns.escaped, markdown.code, compare_markdown._cell):
+    for cell in (columns.escaped, markdown.code, compare_markdown.cell):
         assert not CONTROL.search(cell(HOSTILE)), cell
         assert "\\u202e" in cell(HOSTILE)
 

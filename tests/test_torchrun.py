@@ -25,7 +25,7 @@ def alone(sglang, pipelines):
     assert sglang("generate", *words(pipelines["sd15"], "--output-path", "one")).code == 0
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_the_ranks_of_torchrun_give_the_picture_of_one_process(alone, pipelines):
     run = words(pipelines["sd15"], "--output-path", "two")  # no degree: all ranks share the sequence
     codes, lines = finish(start([*TORCHRUN, "--nproc-per-node", 2, *COMMAND, *run]))

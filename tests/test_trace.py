@@ -121,7 +121,7 @@ def test_a_trace_of_the_embedded_model_is_small_and_replaces_an_older_one(sglang
     assert 10_000 < size < 500_000  # three steps of seven blocks, and an autoencoder
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_each_rank_writes_a_trace_of_its_own(run_on_ranks):
     done = run_on_ranks("flux", "parallel=tp2", "perf.trace=true", "--perf-dump-path", "perf.json")
     assert done.code == 0, done.err

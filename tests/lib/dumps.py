@@ -58,7 +58,7 @@ def upstreams(factor: float = 1.0, number: int = 0) -> dict:
         "commit_hash": f"{number:040x}",
         "tag": "benchmark_dump",
         **times(factor, stages),
-        "meta": {"prompt": "a lake", "model": "FLUX.1-dev"},
+        "meta": {"prompt": "a lake", "model": "a/model"},
     }
 
 
