@@ -136,7 +136,7 @@ def test_each_machine_has_a_baseline_of_its_own():
 def test_dumps_of_sglang_have_a_baseline():
     for number in range(9):
         dumps.save(f"{'old' if number < 6 else 'new'}/{number}.json", dumps.upstreams(1 + number % 3 / 500, number))
-    assert check("old", "--save")[1]["saved"][0].startswith("perf_baseline/unknown/flux-1-dev-")
+    assert check("old", "--save")[1]["saved"][0].startswith("perf_baseline/unknown/model-")
     code, report = check("new")
     assert (code, report["verdict"]) == (0, "PASS")
     assert len(report["comparisons"][0]["rows"][0]["base"]["observations"]) == 6  # although all have one request id
