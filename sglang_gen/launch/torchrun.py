@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sglang_gen.config.compose import Composed
 
 WATCH = 0.25  # seconds between polls of the watching thread
+HEARING = 60.0  # seconds in which all ranks hear that the run has succeeded; a busy machine needs many
 
 
 def fit(composed: "Composed", place: env.Torchrun, single: bool) -> "Composed":
@@ -68,8 +69,10 @@ def run(place: env.Torchrun, command: Callable[[], int], say: Callable[[BaseExce
         rendezvous, over = Rendezvous.join(place), threading.Event()
     watch = threading.Thread(target=_watch, args=(rendezvous.again(), over), name="torchrun", daemon=True)
     watch.start()
+    patience = PATIENCE
     try:
         end = _follow(rendezvous) if place.rank > 0 else rendezvous.end(End(command()))
+        patience = PATIENCE if end.code else HEARING
         _ignore_sigterm()
         return _heard(end, place, say)
     except (Exception, KeyboardInterrupt, Terminated) as error:  # noqa: BLE001 - the rank boundary
@@ -79,7 +82,7 @@ def run(place: env.Torchrun, command: Callable[[], int], say: Callable[[BaseExce
         mesh.leave()  # after the failure is reported, because leaving makes other ranks fail and may take long
         if place.keeps_store:
             with suppress(LostError):
-                rendezvous.gather("end heard", PATIENCE if place.rank == 0 else 0)
+                rendezvous.gather("end heard", patience if place.rank == 0 else 0)
         over.set()
         watch.join(PATIENCE)  # the interpreter must not exit while a thread is inside torch
 
