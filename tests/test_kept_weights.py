@@ -1,11 +1,13 @@
 """Jobs of a sweep that share weights: what the second computes is bit for bit what it computes alone."""
 
+import shutil
+
 import diffusers
 import numpy as np
 import pytest
 import torch
 from cases import mostly_whole
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
@@ -112,6 +114,28 @@ def test_a_merged_adapter_is_never_in_the_weights_of_another_job(run, session, p
     after = run(session, "sd15", "backend=diffusers")
     assert not reused(after)
     assert_equal(after, plain)
+
+
+@pytest.mark.whole
+def test_weights_that_changed_on_disk_are_loaded_again(run, session, pipelines, tmp_path):
+    folder = f"model.path={shutil.copytree(pipelines['sd15'], tmp_path / 'model')}"
+    first = run(session, "sd15", folder)
+    (file,) = (tmp_path / "model" / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, file, {"format": "pt"})
+    changed = run(session, "sd15", folder)
+    assert not reused(changed)
+    assert not (changed.frames[0] == first.frames[0]).all()
+
+
+def test_encoders_that_leave_a_full_device_are_not_kept_on_it(run, session, monkeypatch):
+    monkeypatch.setattr("sglang_gen.backends.native.memory_policy.free_memory", lambda device: 10**5)
+    monkeypatch.setattr("sglang_gen.backends.native.engine.stored_bytes", lambda tensor: 10**8)
+    result = run(session, "sdxl", "backend=sglang")
+    assert result.report["effective"]["released"] == ["text_encoder", "text_encoder_2"]
+    assert "components" not in session._kept._loaded
+    again = run(session, "sdxl", "backend=sglang")
+    assert_equal(again, result)
 
 
 def test_a_copy_has_its_own_modules_and_hooks_and_the_memory_of_the_first(monkeypatch):

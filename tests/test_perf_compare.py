@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from dumps import STAGES, times
 
 from sglang_gen.errors import UserError
 from sglang_gen.perf import command
@@ -17,17 +18,6 @@ from sglang_gen.perf.dump_reader import collect, read
 from sglang_gen.perf.statistics import Verdict
 
 FIELDS = {"steps": 4, "dtype": "float32", "parallel": {"tp": 1, "ring": 1}, "versions": {"torch": "2.13.0"}}
-STAGES = {"load": 2000.0, "text_encoding": 300.0, "denoising": 8000.0, "decoding": 1500.0, "saving": 20.0}
-
-
-def times(factor: float = 1.0, stages: dict[str, float] = STAGES) -> dict:
-    """What one repeat holds."""
-    scaled = {name: value * factor for name, value in stages.items()}
-    return {
-        "total_duration_ms": sum(scaled.values()) - scaled.get("load", 0.0),
-        "steps": [{"name": name, "duration_ms": value} for name, value in scaled.items()],
-        "denoise_steps_ms": [{"step": step, "duration_ms": 2000.0 * factor} for step in range(4)],
-    }
 
 
 def ours(factor: float = 1.0, hash_: str = "aaaa", fields: dict | None = None, peak: float = 1000.0) -> dict:

@@ -19,7 +19,7 @@ from torch import nn
 from sglang_gen.config.schema import plain
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.plan import offloading
-from sglang_gen.types import Plan
+from sglang_gen.types import ModelCard, Plan
 
 Loaded = TypeVar("Loaded")
 
@@ -56,6 +56,10 @@ class KeptWeights:
         kept: Loaded = self._loaded[name]  # type: ignore[assignment]  # what `read` of this name returned
         return _sharing_copy(kept)
 
+    def forget(self, name: str) -> None:
+        """Release what `load` of this name keeps, because the run itself does not keep it on the device."""
+        self._loaded.pop(name, None)
+
     def release(self) -> None:
         """Release everything that is kept."""
         self._loaded.clear()
@@ -84,8 +88,18 @@ def _identity(plan: Plan, mesh: Mesh) -> str | None:
         return None
     facts = (plan.card, plan.backend, plan.device, plan.dtype, run.model, run.quant, run.offload)
     shard = (mesh.size("tp"), mesh.index("tp"))
-    text = json.dumps([plan.pipeline_class, shard, *map(plain, facts)], sort_keys=True, default=str)
+    text = json.dumps([plan.pipeline_class, shard, _states(plan.card), *map(plain, facts)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _states(card: ModelCard) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of the model's files, which another program may write between two jobs."""
+    places = {part for each in card.components.values() for part in (each.folder, each.file)} | {card.file}
+    files = {
+        file for place in places if place is not None for file in (place.rglob("*") if place.is_dir() else [place])
+    }
+    states = [(str(file), file.stat()) for file in sorted(files) if file.is_file()]
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
 def _modules(loaded: object) -> Iterator[nn.Module]:

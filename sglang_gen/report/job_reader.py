@@ -11,7 +11,7 @@ from sglang_gen.perf.dump_facts import facts
 from sglang_gen.perf.dump_numbers import QUALITY, Measure, energy_per_image, images_per_second, peak_memory, times
 
 NOTE, DUMP = "job.json", "perf.json"  # file names of a job's note and perf dump
-# Keys of a note: the job was `kept` from an earlier run of the sweep, it `reused` the engine of an earlier job.
+# Keys of a note: the job was `kept` from an earlier run of the sweep, it `reused` the weights of an earlier job.
 JOB_MARKS = ("kept", "reused")
 RESULTS = (*QUALITY, "identical", "verdict")  # of the entry `quality` of a dump
 

@@ -55,6 +55,6 @@ def _write_report(folder: Path) -> None:
     try:
         for path in write_report([folder]):
             log.info(f"Report of the sweep saved to: {path}")
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:  # noqa: BLE001 - a missing report does not fail the jobs either
         log.error(f"The report of the sweep could not be written: {in_our_words(error)}")
         log.debug(traceback.format_exc())

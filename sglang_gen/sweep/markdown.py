@@ -18,7 +18,7 @@ MOST_VARIANTS = 4  # different values of a fact that are listed
 MOST_RANGES = 12  # jobs, or runs of jobs, that are listed
 _MARKS = {
     "kept": ("k", "kept from an earlier run of this sweep"),
-    "reused": ("r", "ran on the engine of an earlier job"),
+    "reused": ("r", "took the weights of an earlier job"),
 }
 _NAMES = {"device": "device memory", "host": "host memory"}  # what a header is called outside of the table
 UNSHOWN = ("each stage", "loading", "images per second", "all settings")  # only in table.csv, whatever the width

@@ -30,7 +30,6 @@ LORA_ERRORS = (
     AttributeError,
     IndexError,
     AssertionError,
-    NotImplementedError,
 )
 
 

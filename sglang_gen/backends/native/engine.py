@@ -60,7 +60,10 @@ def load(plan: Plan, mesh: Mesh, calls: CallLog, kept: KeptWeights | None = None
     warn_ineffective(plan, pipeline)
     executions = {name: Execution(each) for name, each in built.items()}
     share_graphs(executions.values())
-    return NativeEngine(native_request, executions, components, calls)
+    engine = NativeEngine(native_request, executions, components, calls)
+    if engine.released:
+        kept.forget("components")  # text encoders leave a GPU that is short of memory
+    return engine
 
 
 def _weight_bytes(modules: Iterable[Any]) -> int:
