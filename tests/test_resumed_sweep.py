@@ -329,7 +329,6 @@ MANY = ("--height", "32", "--width", "32", "--num-inference-steps", "2", "perf=l
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="kills a process group")
 def test_a_sweep_that_is_killed_continues_with_the_job_in_which_it_was_killed(pipelines, sglang):
     words = ["--model-path", str(pipelines["sd15"]), "--prompt", "a", *MANY, "--output-path", "sweep", "-m",
              "sampling.guidance_scale=2,3,4"]  # fmt: skip
