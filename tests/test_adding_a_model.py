@@ -130,7 +130,7 @@ def test_the_page_adds_a_network_a_family_a_preset_and_a_test(checkout):
 CODE = {name for name in files(pages.ROOT) if name.startswith(("sglang_gen/", "conf/", "tools/"))}
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_the_parity_test_of_the_page_passes(checkout):
     out = python(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_tiny_dit.py", folder=checkout)
     assert "6 passed" in out

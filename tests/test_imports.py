@@ -184,7 +184,7 @@ def test_help_and_models_import_no_heavy_library():
     assert done.stderr.strip() == "[]"
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_a_run_of_the_native_engine_imports_only_what_it_computes_with(tmp_path):
     """Of diffusers nothing, and nothing that only other requests need."""
     idle = ("diffusers", "scipy.stats", "peft", "cache_dit", "wandb", "imageio", "torchvision", "matplotlib",

@@ -181,7 +181,7 @@ def counted(pool, monkeypatch):
     return opened
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_jobs_of_as_many_ranks_share_processes_and_those_of_the_same_shard_weights(run, session, counted):
     first = run(session, "sd15", "parallel=tp2", "sampling.seed=3")
     second = run(session, "sd15", "parallel=tp2")

@@ -129,7 +129,7 @@ def networks(draw) -> tuple[str, dict]:
                               "num_single_layers": 1, "in_channels": 4}  # fmt: skip
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(networks(), SPLIT, st.integers(1, 6))
 def test_a_layout_is_legal_exactly_where_its_ranks_can_run(network, split, rows):

@@ -217,7 +217,8 @@ def run_on_ranks(run, ranks, monkeypatch):
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # imageio's reader, see above
 @pytest.mark.parametrize(
     ("layout", "count"),
-    [("parallel.tp_size=2", 2), ("parallel.dp_size=2", 2), ("parallel.enable_cfg_parallel=true", 2),
+    [("parallel.dp_size=2", 2), ("parallel.enable_cfg_parallel=true", 2),
+     pytest.param("parallel.tp_size=2", 2, marks=pytest.mark.slow),
      pytest.param("parallel.tp_size=2 parallel.dp_size=2", 4, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_ranks_make_the_videos_of_one_process(run, run_on_ranks, monkeypatch, layout, count):
