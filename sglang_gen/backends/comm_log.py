@@ -1,7 +1,7 @@
 """Collectives that a rank ran in the timed generation by stage, and the facts from which its traffic is predicted."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,8 @@ class GeneratedBatch:
     """How one batch was generated, as far as its communication depends on it.
 
     `steps` is the step of each evaluation and `networks` the name of the network that computes it, `texts` the encoded
-    texts of each guidance branch, and `encoded` the number of lists of texts that the text encoders encoded.
+    texts of each guidance branch, and `encoded` the number of lists of texts that the text encoders encoded. `choices`
+    are those of the step cache in each evaluation, if there is one.
     """
 
     request: Request
@@ -34,6 +35,7 @@ class GeneratedBatch:
     texts: tuple[tuple[Described, ...], ...]
     encoded: int
     latents: Described
+    choices: tuple[tuple[Hashable, ...], ...] = ()
 
 
 class CommLog:

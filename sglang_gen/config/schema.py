@@ -172,6 +172,7 @@ class Cache:
     Fn_compute_blocks: int = 8
     Bn_compute_blocks: int = 0
     residual_diff_threshold: float = 0.08
+    max_accumulated_residual_diff_threshold: float | None = None
     max_warmup_steps: int = 8
     warmup_interval: int = 1
     max_cached_steps: int = -1

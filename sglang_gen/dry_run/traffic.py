@@ -11,6 +11,7 @@ from sglang_gen.backends.comm_log import CommLog, Described, GeneratedBatch
 from sglang_gen.backends.native.build import build
 from sglang_gen.backends.native.request import pipeline_of
 from sglang_gen.dry_run.estimate import ranks_of_encoder, trace_decoding
+from sglang_gen.engine.caching.cached_chain import CachedChain
 from sglang_gen.engine.cfg import guided, kinds
 from sglang_gen.engine.meta_trace import trace_on_meta
 from sglang_gen.families.contract import Spec
@@ -75,21 +76,27 @@ def trace_denoising(plan: Plan, pipeline: Pipeline, mesh: Mesh, batch: Generated
     latents, texts = _empty(batch.latents), [tuple(map(_empty, branch)) for branch in batch.texts]
     stages: Stages = {"conditioning": Traffic(), "denoising": Traffic()}
 
-    evaluations = Counter(kinds(batch.guidance, batch.steps, batch.networks))
+    choices = batch.choices or ((),) * len(batch.steps)
+    evaluations = Counter(zip(kinds(batch.guidance, batch.steps, batch.networks), choices, strict=True))
 
-    def evaluate(name: str, network: Any) -> None:
+    def evaluate(name: str, cache: CachedChain | None, network: Any) -> None:
         schedule = NetworkSchedule({name: network}, batch.networks)
         prepare = partial(pipeline.prepare, schedule, torch.zeros(len(batch.steps)), batch.request)
         with counted() as conditioning:
             predict = guided(prepare, texts, batch.guidance, batch.steps, mesh.axis("cfg"))
         stages["conditioning"].include(conditioning)
-        for kind in (kind for kind in evaluations if batch.networks[kind] == name):
+        for (kind, choice), times in evaluations.items():
+            if batch.networks[kind] != name:
+                continue
+            if cache is not None:
+                cache.repeat(choice)
             with counted() as evaluation:
                 predict(latents, kind)
-            stages["denoising"].include(evaluation, evaluations[kind])
+            stages["denoising"].include(evaluation, times)
 
     for name in dict.fromkeys(batch.networks):
-        trace_on_meta(build(plan, mesh, name, meta=True).parallel, (), partial(evaluate, name))
+        built = build(plan, mesh, name, meta=True)
+        trace_on_meta(built.parallel, (), partial(evaluate, name, built.cache))
     return stages
 
 

@@ -1,7 +1,7 @@
 """Settings of the group cache under cache-dit's names, and checks for invalid settings or ones without any reuse."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sglang_gen.config.schema import Cache, CacheMethod, Run
@@ -22,8 +22,12 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "Fn_compute_blocks": (lambda value: _whole(value, 1), "a whole number of at least 1"),
     "Bn_compute_blocks": (lambda value: _whole(value, 0), "a whole number of at least 0"),
     "residual_diff_threshold": (
-        lambda value: type(value) in (int, float) and 0 < value < math.inf,
-        "a number above 0",
+        lambda value: type(value) in (int, float) and 0 <= value < math.inf,
+        "a number of at least 0",
+    ),
+    "max_accumulated_residual_diff_threshold": (
+        lambda value: value is None or (type(value) in (int, float) and 0 < value < math.inf),
+        "null or a number above 0",
     ),
     "max_warmup_steps": (lambda value: _whole(value, 0), "a whole number of at least 0"),
     "warmup_interval": (lambda value: _whole(value, 1), "a whole number of at least 1"),
@@ -37,7 +41,22 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "steps_computation_policy": (lambda value: value in ("dynamic", "static"), "dynamic or static"),
     "calibrator": (lambda value: value in (None, "taylorseer"), "taylorseer or null"),
     "taylorseer_order": (lambda value: _whole(value, 1), "a whole number of at least 1"),
-    **{name: (lambda value: type(value) is bool, "true or false") for name in SWITCHES},
+    **{
+        name: (lambda value: type(value) is bool, "true or false")
+        for name in (*SWITCHES, "cfg_compute_first", "cfg_diff_compute_separate")
+    },
+    "force_refresh_step_hint": (
+        lambda value: value is None or _whole(value, 1),
+        "null or a whole number of at least 1",
+    ),
+    "force_refresh_step_policy": (lambda value: value in ("once", "repeat"), "once or repeat"),
+}
+# Keys that only --cache-dit-config has, each with the library's default and what it does.
+LIBRARY_FIELDS: Mapping[str, tuple[Any, str]] = {
+    "cfg_compute_first": (False, "it tells cache-dit which of two calls is the conditional one"),
+    "cfg_diff_compute_separate": (True, "false lets one guidance branch decide with the residual of the other"),
+    "force_refresh_step_hint": (None, "it empties the cache within a generation, for pipelines of several passes"),
+    "force_refresh_step_policy": ("once", "it belongs to force_refresh_step_hint"),
 }
 
 
@@ -111,6 +130,25 @@ def _calibrator(given: Mapping[str, Any]) -> dict[str, Any]:
         names = [name for name in (*SWITCHES, "calibrator") if name in given]
         raise UserError(f"{CACHE_FLAG}: {' and '.join(names)} contradict each other; give one of them")
     return {"calibrator": calibrator}
+
+
+def refuse_library_fields(given: Mapping[str, Any]) -> None:
+    """Raises UserError for a key of cache-dit that the native engine does not have."""
+    for name, (usual, meaning) in LIBRARY_FIELDS.items():
+        if given.get(name, usual) != usual:
+            raise UserError(
+                f"{CACHE_FLAG}: '{name}' is not supported by the native engine ({meaning}); leave it out or run with "
+                "--backend diffusers"
+            )
+
+
+def idle_sentence(changes: Sequence[float], given: Mapping[str, Any]) -> str:
+    """The warning of a generation that reused no step; `changes` are those of its residuals."""
+    nonzero, why = [value for value in changes if value > 0], ""
+    if nonzero:
+        threshold = given["residual_diff_threshold"]
+        why = f"; the residual changed by at least {min(nonzero):.3g}, and residual_diff_threshold is {threshold}"
+    return f"cache: no step was reused, so the cache saved nothing{why}"
 
 
 def _named(key: str, given: Mapping[str, Any]) -> str:

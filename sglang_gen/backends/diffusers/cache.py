@@ -8,7 +8,7 @@ from sglang_gen import log
 from sglang_gen.backends.diffusers.roles import denoisers
 from sglang_gen.config.schema import Cache, CacheMethod
 from sglang_gen.errors import UserError, in_our_words
-from sglang_gen.plan.step_cache import check_blocks, check_steps, refuse_covered, settings, wanted
+from sglang_gen.plan.step_cache import check_blocks, check_steps, idle_sentence, refuse_covered, settings, wanted
 from sglang_gen.types import ModelCard
 
 
@@ -80,12 +80,8 @@ class StepCache:
         if self.warned or self.reused() > 0:
             return
         self.warned = True
-        diffs = [float(value) for stats in self._statistics() for value in stats.residual_diffs.values()]
-        nonzero, why = [value for value in diffs if value > 0], ""
-        if nonzero:
-            threshold = self.settings["residual_diff_threshold"]
-            why = f"; the residual changed by at least {min(nonzero):.3g}, and residual_diff_threshold is {threshold}"
-        log.warning(f"cache: no step was reused, so the cache saved nothing{why}")
+        changes = [float(value) for stats in self._statistics() for value in stats.residual_diffs.values()]
+        log.warning(idle_sentence(changes, self.settings))
 
     def _statistics(self) -> list[Any]:
         """cache-dit's statistics for every list of blocks of every cached network."""

@@ -1,0 +1,133 @@
+"""The step cache of a native run: what is refused before weights are read, how it is built, and what it reports."""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+from sglang_gen import log
+from sglang_gen.config.schema import Cache, CacheMethod, GuidanceBatching
+from sglang_gen.engine.caching.block_cache import BlockCache, Ranks
+from sglang_gen.engine.caching.cached_chain import CachedChain
+from sglang_gen.engine.caching.decider import Rules
+from sglang_gen.errors import UserError
+from sglang_gen.parallel.mesh import SEQUENCE, Mesh
+from sglang_gen.plan import step_cache
+from sglang_gen.types import Plan
+
+
+def check_native_cache(plan: Plan, networks: Sequence[str], evaluations: int) -> None:
+    """Refuse a cache that does not fit the model, the number of evaluations, compilation or guidance.
+
+    Raises UserError.
+    """
+    cache, compiling = plan.run.cache, plan.run.compile
+    if not step_cache.wanted(cache):
+        return
+    if len(networks) > 1:
+        raise UserError(
+            f"cache: {plan.pipeline_class} denoises with {len(networks)} networks ({', '.join(networks)}), and a step "
+            "cache supports one; run with cache=none"
+        )
+    has_unet = "unet" in plan.card.components
+    if cache.method is CacheMethod.deepcache:
+        raise UserError("cache=deepcache: the native engine does not have it yet; run with cache=none")
+    if has_unet:
+        raise UserError(
+            f"cache: DBCache works on the blocks of a transformer, and {plan.pipeline_class} has a UNet; "
+            "run with cache=none"
+        )
+    settings = step_cache.settings(cache)
+    step_cache.refuse_library_fields(settings)
+    step_cache.check_blocks(cache, plan.card)
+    step_cache.check_steps(cache, evaluations, evaluations)
+    if rules(cache).dynamic and compiling.cuda_graphs:
+        raise UserError(
+            "cache: a threshold decides in each step what is computed, which CUDA graphs cannot capture; leave out "
+            "compile.cuda_graphs, or use a fixed plan (cache=scm_slow)"
+        )
+    if rules(cache).dynamic and compiling.enable_torch_compile and not compiling.regional:
+        raise UserError(
+            "cache: a threshold decides in each step what is computed, which compile=full cannot trace; run with "
+            "compile=regional, or use a fixed plan (cache=scm_slow)"
+        )
+    if settings["enable_separate_cfg"] is False and (
+        plan.run.sampling.guidance_batching is GuidanceBatching.sequential
+    ):
+        raise UserError(
+            "cache.enable_separate_cfg=false lets both guidance branches decide together, which needs them in one "
+            "call: leave out sampling.guidance_batching=sequential"
+        )
+
+
+def rules(cache: Cache) -> Rules:
+    given = step_cache.settings(cache)
+    mask = given["steps_computation_mask"]
+    return Rules(
+        threshold=given["residual_diff_threshold"],
+        accumulated=given["max_accumulated_residual_diff_threshold"],
+        warmup=given["max_warmup_steps"],
+        warmup_interval=given["warmup_interval"],
+        mask=None if mask is None else tuple(mask),
+        static=given["steps_computation_policy"] == "static",
+        most=given["max_cached_steps"],
+        most_in_a_row=given["max_continuous_cached_steps"],
+    )
+
+
+def build_cache(plan: Plan, mesh: Mesh) -> CachedChain:
+    given = step_cache.settings(plan.run.cache)
+    spread = Ranks(mesh.axis(SEQUENCE), mesh.axis("cfg"), mesh.axis("tp"))
+    return BlockCache(
+        rules(plan.run.cache),
+        given["Fn_compute_blocks"],
+        given["Bn_compute_blocks"],
+        given["taylorseer_order"] if given["calibrator"] else 0,
+        given["enable_separate_cfg"],
+        spread if plan.layout.ranks > plan.layout.dp else None,
+    )
+
+
+def choices(caches: Iterable[CachedChain], evaluations: int) -> tuple[tuple[Hashable, ...], ...]:
+    """What the caches chose in each evaluation of the last generation; empty without caches."""
+    taken = [pair for cache in caches for pair in cache.choices]
+    if not taken:
+        return ()
+    return tuple(tuple(choice for at, choice in taken if at == index) for index in range(evaluations))
+
+
+Trace = Sequence[Mapping[str, Any]]
+
+
+def effective(plan: Plan, trace: Trace = ()) -> Any:
+    """The settings of the cache and, after a generation, the largest number of steps that an image reused."""
+    if not step_cache.wanted(plan.run.cache):
+        return "none"
+    values = {name: value for name, value in step_cache.settings(plan.run.cache).items() if value is not None}
+    return values | ({"reused_steps": _reused(trace)} if trace else {})
+
+
+def _reused(trace: Trace) -> int:
+    """The largest number of steps that an image and branch reused."""
+    rows: dict[tuple[int, str], int] = {}
+    for row in trace:
+        place = row["image"], row["branch"]
+        rows[place] = rows.get(place, 0) + (row["decision"] != "computed")
+    return max(rows.values(), default=0)
+
+
+def decisions(trace: Trace) -> dict[str, Any]:
+    """The dump's `cache`: the steps of the first image's conditional branch, and the decisions of all images."""
+    first = min((row["image"] for row in trace), default=0)
+    rows = [row for row in trace if row["image"] == first and row["branch"] == "conditional"]
+    return {
+        "steps": ["compute" if row["decision"] == "computed" else "reuse" for row in rows],
+        "reused": sum(row["decision"] != "computed" for row in rows),
+        "residual_diffs": {str(row["step"]): row["residual"] for row in rows if row["residual"] is not None},
+        "trace": [dict(row) for row in trace],
+    }
+
+
+def warn_idle(plan: Plan, trace: Trace) -> None:
+    """Warn once if no image reused a step."""
+    if not _reused(trace):
+        changes = [row["residual"] for row in trace if row["residual"]]
+        log.warn_once(step_cache.idle_sentence(changes, step_cache.settings(plan.run.cache)))
