@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sglang_gen.engine.cfg import Guidance
+from sglang_gen.engine.cfg import Guidance, kinds
 from sglang_gen.families.contract import Request
 from sglang_gen.parallel.collectives import Traffic, counted
 
@@ -34,6 +34,11 @@ class GeneratedBatch:
     texts: tuple[tuple[Described, ...], ...]
     encoded: int
     latents: Described
+
+    @property
+    def kinds(self) -> list[int]:
+        """For each evaluation the index of the first one of its kind."""
+        return kinds(self.guidance, self.steps, self.networks)
 
 
 class CommLog:
