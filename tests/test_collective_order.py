@@ -16,7 +16,7 @@ from cases import mostly_slow
 from collective_order import Call, complete, recorded
 from reference import Reference
 
-from sglang_gen.dry_run.estimate import trace_decoding
+from sglang_gen.dry_run.traces import trace_decoding
 from sglang_gen.engine import attention_kernels
 from sglang_gen.families.contract import Request
 from sglang_gen.parallel import spatial
@@ -58,7 +58,7 @@ def calls_of(name: str, layout: Layout, number: int) -> tuple[Call, ...]:
         if not (mesh.index("cfg") or mesh.index("tp")) and mesh.axis(SEQUENCE).size > 1:
             family = rehearsed.FAMILIES[name]
             request = Request(Size(*SIDES), rehearsed.FACTOR, steps=2, guidance=3.5, text_length=TEXT)
-            trace_decoding(family, mesh.axis(SEQUENCE), card(name), request, 2, torch.float32)
+            trace_decoding(family, mesh.axis(SEQUENCE), card(name), request, 2, torch.float32, "cpu")
     return tuple(calls)
 
 

@@ -20,8 +20,10 @@ from sglang_gen.config import presets
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
 from sglang_gen.config.schema import Machine
-from sglang_gen.dry_run.estimate import Alive, busiest, estimate, most_memory, predicted, trace_decoding
+from sglang_gen.dry_run.estimate import busiest, estimate, most_memory, predicted
+from sglang_gen.dry_run.live_memory import Alive
 from sglang_gen.dry_run.roofline import Kernels
+from sglang_gen.dry_run.traces import trace_decoding
 from sglang_gen.families import autoencoder, encoder_sizes
 from sglang_gen.families.contract import Request
 from sglang_gen.hub import resolve
@@ -127,16 +129,18 @@ def test_products_are_those_that_torch_counts_and_two_ranks_have_half():
 def test_decoding_by_rows_needs_less_memory_and_sends_what_its_ranks_send():
     card = resolve.read_card(env.preset_configs("sdxl"), "sdxl", weights=False)
     request = Request(Size(1024, 768), rehearsed.FACTOR, steps=1, guidance=1.0, text_length=None)
-    alone, nothing = trace_decoding(rehearsed.FAMILIES["sdxl"], Axis("sp", 1, 0), card, request, 2, torch.float16)
-    half, sent = trace_decoding(rehearsed.FAMILIES["sdxl"], Axis("sp", 2, 0), card, request, 2, torch.float16)
+    alone, half = (
+        trace_decoding(rehearsed.FAMILIES["sdxl"], Axis("sp", ranks, 0), card, request, 2, torch.float16, "cuda")
+        for ranks in (1, 2)
+    )
     widest = 2 * 256 * 1024 * 768 * 4  # bytes of a batch of maps after the last upsampling, in float32
-    assert alone == pytest.approx(3 * widest, rel=0.01)  # what a residual adds to, what it convolves, what that gives
-    assert half == pytest.approx(4 * widest / 2, rel=0.01)  # and the same with its neighbours' rows beside it
-    assert not nothing.calls
+    assert alone.alive == pytest.approx(3 * widest, rel=0.01)  # what a residual adds to, what it convolves, its result
+    assert half.alive == pytest.approx(4 * widest / 2, rel=0.01)  # and the same with its neighbours' rows beside it
+    assert not alone.sent.calls
     network = autoencoder.build(card.components["vae"].config)
     with counted() as expected:
         decoders.meta_copy(network, Axis("sp", 2, 0), torch.float32).decode(torch.empty(2, 4, 128, 96, device="meta"))
-    assert sent == expected
+    assert half.sent == expected
 
 
 def test_memory_is_that_of_the_fullest_stage_where_components_are_offloaded():

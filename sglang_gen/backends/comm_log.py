@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sglang_gen.engine.cfg import Guidance
+from sglang_gen.engine.cfg import Guidance, kinds
 from sglang_gen.families.contract import Request
 from sglang_gen.parallel.collectives import Traffic, counted
 
@@ -36,6 +36,13 @@ class GeneratedBatch:
     encoded: int
     latents: Described
     choices: tuple[tuple[Hashable, ...], ...] = ()
+
+    @property
+    def kinds(self) -> list[int]:
+        """For each evaluation the index of the first one of its kind, of which a step cache left out the same."""
+        plain = kinds(self.guidance, self.steps, self.networks)
+        found = list(zip(plain, self.choices, strict=True)) if self.choices else plain
+        return [found.index(kind) for kind in found]
 
 
 class CommLog:

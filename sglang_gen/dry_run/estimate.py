@@ -5,148 +5,25 @@ numbers come from this trace.
 """
 
 import copy
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sglang_gen import env
 from sglang_gen.backends.native import memory_policy
-from sglang_gen.backends.native import vae_parallel as decoders
-from sglang_gen.backends.native.build import build
 from sglang_gen.backends.native.request import NativeRequest
 from sglang_gen.config.schema import GuidanceBatching, Machine, plain
+from sglang_gen.dry_run.held_weights import weights_of
 from sglang_gen.dry_run.roofline import Kernels, seconds
-from sglang_gen.engine.cfg import Encoded, Guidance, guided
-from sglang_gen.engine.meta_trace import trace_on_meta
-from sglang_gen.families import autoencoder as autoencoder
-from sglang_gen.families import text_encoders
+from sglang_gen.dry_run.traces import NetworkTrace, Occupied, trace_decoding, trace_encoding, trace_network
 from sglang_gen.families.contract import Request, Spec
-from sglang_gen.families.encoder_sizes import COUNT
-from sglang_gen.families.pipeline_contract import Pipeline
-from sglang_gen.families.prediction import NetworkSchedule
-from sglang_gen.models.vae import Autoencoder
-from sglang_gen.parallel.collectives import Axis, Traffic, counted
+from sglang_gen.parallel.collectives import Traffic
 from sglang_gen.parallel.mesh import AXES, SEQUENCE, Mesh, coordinates
 from sglang_gen.parallel.sequence_boundary import shard_sizes
-from sglang_gen.perf.flops import stored_bytes
 from sglang_gen.plan import layout_limits, offloading
-from sglang_gen.types import Layout, ModelCard, Plan
-
-
-@dataclass
-class NetworkTrace:
-    """Trace of one rank's network: its memory, and the kernels and communication of one denoising step."""
-
-    weights: int  # bytes of the rank's weights
-    alive: int = 0  # peak bytes of all other tensors
-    conditioning: Traffic = field(default_factory=Traffic)
-    step: Traffic = field(default_factory=Traffic)
-    kernels: Kernels = field(default_factory=lambda: Kernels(fused=False))  # kernels of one step
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of one step; a multiply-add counts as two."""
-        return self.kernels.flops
-
-
-class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of live tensors, now and at their peak. The tensors in `known` are not counted."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
-        self.seen: Any = WeakIdKeyDictionary()
-        for tensor in known:
-            self.seen[tensor.untyped_storage()] = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return out
-
-    def _add(self, storage: Any) -> None:
-        if storage in self.seen:
-            return
-        size = storage.nbytes()
-        self.seen[storage] = size
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._remove, size)
-
-    def _remove(self, size: int) -> None:
-        self.now -= size
-
-
-def trace_network(
-    plan: Plan, mesh: Mesh, request: Request, rows: int, guidance: Guidance, name: str | None = None
-) -> NetworkTrace:
-    """Trace one rank's conditioning and one guided step of a batch of `rows` samples.
-
-    `name` is the denoising network to trace, by default the first.
-    """
-    built = build(plan, mesh, name, meta=True)
-    pipeline, dtype = built.pipeline, built.dtype
-    configs = {key: component.config for key, component in plan.card.components.items()}
-    config = configs[built.name]
-    held = [*built.network.parameters(), *built.network.buffers()]
-    trace = NetworkTrace(sum(map(stored_bytes, held)), kernels=Kernels(plan.run.compile.enable_torch_compile))
-    with torch.device("meta"):
-        latents = torch.empty(rows, *pipeline.latents_shape(config, request), dtype=dtype)
-    texts = pipeline.empty_texts(configs, request.text_length, rows, dtype)
-    encoded: Encoded = [texts, texts] if guidance.on else [texts]
-    timesteps = torch.zeros(request.steps_run)
-    step = guidance.steps.start if guidance.on and guidance.steps else 0
-
-    def evaluate(network: Any) -> None:
-        schedule = NetworkSchedule.of_one(network, len(timesteps))
-        prepare = partial(pipeline.prepare, schedule, timesteps, request)
-        with counted() as trace.conditioning:
-            predict = guided(prepare, encoded, guidance, range(request.steps_run), mesh.axis("cfg"))
-        with counted() as trace.step, trace.kernels:
-            predict(latents, step)
-
-    with Alive([*held, latents, *texts]) as alive:
-        trace_on_meta(built.parallel, (), evaluate, trace.kernels.add_attention)
-    trace.alive = alive.most
-    return trace
-
-
-def trace_decoding(
-    pipeline: Pipeline, axis: Axis, card: ModelCard, request: Request, rows: int, dtype: torch.dtype
-) -> tuple[int, Traffic]:
-    """Peak bytes of live tensors, without weights, and the communication of decoding a batch of `rows` images.
-
-    The ranks of `axis` shard the rows of pixels.
-    """
-    config = autoencoder.config(card.components["vae"].config)
-    with torch.device("meta"):
-        vae = decoders.split(Autoencoder(config).to(pipeline.decoding_dtype(config, dtype)), axis)
-        latents = torch.empty(pipeline.autoencoder_shape(config, request, rows), dtype=autoencoder.dtype(vae))
-    with torch.no_grad(), counted() as sent, Alive([*vae.parameters(), latents]) as alive:
-        vae.decode(latents)
-    return alive.most, sent
-
-
-def trace_encoding(pipeline: Pipeline, card: ModelCard, request: Request, dtype: torch.dtype) -> int:
-    """Peak bytes of live tensors, without weights, of encoding an input image, which every rank encodes completely."""
-    config = autoencoder.config(card.components["vae"].config)
-    with torch.device("meta"):
-        vae = Autoencoder(config).to(pipeline.encoding_dtype(config, dtype))
-        sides = (request.size.height, request.size.width)
-        pixels = torch.empty(1, config.channels_in, *sides, dtype=autoencoder.dtype(vae))
-    with torch.no_grad(), Alive([*vae.parameters(), pixels]) as alive:
-        vae.encode(pixels)
-    return int(alive.most)
+from sglang_gen.types import Layout, Plan
 
 
 def busiest(layout: Layout, lengths: Sequence[int]) -> tuple[int, ...]:
@@ -161,27 +38,6 @@ def busiest(layout: Layout, lengths: Sequence[int]) -> tuple[int, ...]:
         dict.fromkeys(AXES, 0) | dict(zip(("ring", "ulysses"), divmod(n, layout.ulysses), strict=True)) for n in shards
     ]
     return tuple(rank for rank in range(layout.ranks) if coordinates(layout, rank) in places)
-
-
-def weights_of(plan: Plan, spec: Spec, networks: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of each component's weights on one rank; `networks` has those of the denoising networks."""
-    size = getattr(torch, plan.dtype).itemsize
-    sizes = {}
-    for name in spec.required(plan.card):
-        component = plan.card.components[name]
-        if name in networks:
-            sizes[name] = networks[name]
-        elif component.class_name in COUNT:
-            sizes[name] = COUNT[component.class_name](component.config, ranks_of_encoder(plan, name)) * size
-            sizes[name] += text_encoders.bytes_kept_in_float32(component, plan.dtype)
-    return sizes
-
-
-def ranks_of_encoder(plan: Plan, name: str) -> int:
-    """Ranks that share a text encoder's weights; one out of a single file is not sharded."""
-    part, tp = plan.card.components[name], plan.layout.tp
-    in_file = plan.card.file is not None and name not in plan.run.model.component_paths
-    return 1 if in_file else text_encoders.ranks(part, plan.dtype, tp)
 
 
 _estimates: dict[str, dict[str, Any]] = {}  # by `_estimate_key`
@@ -235,20 +91,26 @@ def _estimate(plan: Plan) -> dict[str, Any]:
         for name in pipeline.spec.networks_of(plan.card)
     }
     trace = _most(traces.values())  # a step is computed by one network; that of the most work is shown
-    decoded, traffic = max(
-        (trace_decoding(pipeline, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype) for mesh in meshes),
-        key=lambda one: sum(one[1].bytes.values()),
+    decoding = max(
+        (
+            trace_decoding(pipeline, mesh.axis(SEQUENCE), plan.card, request, len(batch), dtype, plan.device)
+            for mesh in meshes
+        ),
+        key=lambda one: sum(one.sent.bytes.values()),
     )
     weights = weights_of(plan, pipeline.spec, {name: one.weights for name, one in traces.items()})
-    alive = {"step": trace.alive, "decoding": decoded}
+    alive, occupied = {}, Occupied(plan.device)
     if plan.run.sampling.image_path:
-        alive["encoding"] = trace_encoding(pipeline, plan.card, request, dtype)
-    total = most_memory(weights, alive, _offloaded(plan, pipeline.spec))
+        alive["encoding"] = occupied.stage(trace_encoding(pipeline, plan.card, request, dtype, plan.device))
+    alive["step"] = max(occupied.stage(one) for one in traces.values())
+    occupied.return_freed()
+    alive["decoding"] = occupied.stage(decoding)
+    total = most_memory(weights, alive, offloaded_stages(plan, pipeline.spec))
     return {
         "memory": {"weights": weights, "alive": alive, "total": total, "there": _available_memory(plan)},
         "conditioning": {"collectives": _collectives(_total(one.conditioning for one in traces.values()))},
         "step": {"flops": trace.flops, "collectives": _collectives(trace.step)},
-        "decoding": {"collectives": _collectives(traffic)},
+        "decoding": {"collectives": _collectives(decoding.sent)},
         "prediction": predicted(plan.run.machine, plan.dtype, trace.kernels, trace.step),
     }
 
@@ -266,7 +128,7 @@ def most_memory(weights: Mapping[str, int], alive: Mapping[str, int], offloaded:
     return resident + max(on_device(stage) + alive.get(stage, 0) for stage in {*alive, *offloaded.values()})
 
 
-def _offloaded(plan: Plan, spec: Spec) -> dict[str, str]:
+def offloaded_stages(plan: Plan, spec: Spec) -> dict[str, str]:
     """Offloaded components and the stage in which each is on the device."""
     options = offloading.active(plan.run, plan.device)
     stages: dict[str, str] = {}
@@ -330,7 +192,7 @@ def predicted(machine: Machine, dtype: str, kernels: Kernels, traffic: Traffic) 
     if dtype not in ("bfloat16", "float16"):
         return {"reason": f"the rates of machine={machine.name} are those of bfloat16, and this run is {dtype}"}
     times = {
-        "products_ms": seconds(kernels.products, rate, memory),
+        "products_ms": seconds(kernels.products + kernels.convolutions, rate, memory),
         "attention_ms": seconds(kernels.attention, machine.attention_tflops or rate, memory),
         "elementwise_ms": kernels.elementwise / (memory * 1e9),
         "communication_ms": (sent / (link * 1e9) if sent and link else 0.0)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,15 +21,16 @@ Work = Counter[tuple[int, int]]  # (FLOPs, bytes) of a kernel -> number of calls
 
 
 class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records matrix products, attention, and the bytes of all element-wise kernels. A multiply-add is two FLOPs.
+    """Records matrix products, convolutions, attention, and the bytes of all element-wise kernels.
 
-    On meta, attention is not an operator; it is recorded by calls of `add_attention`.
+    A multiply-add is two FLOPs. On meta, attention is not an operator; it is recorded by calls of `add_attention`.
     """
 
     def __init__(self, fused: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.fused = fused
-        self.products, self.attention, self.elementwise = Work(), Work(), 0
+        self.products, self.convolutions, self.attention, self.elementwise = Work(), Work(), Work(), 0
+        self.others: Counter[tuple[str, int]] = Counter()  # (kind, bytes) of an element-wise kernel -> number of calls
         self.turn = 0  # number of products so far; element-wise kernels of the same turn are fused
         self.made: Any = WeakIdKeyDictionary()  # storage of a fused result -> its turn
         self.unwritten: Any = WeakIdKeyDictionary()  # storage of a fused result -> bytes not yet written to memory
@@ -36,7 +38,11 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def flops(self) -> int:
-        return sum(flops * calls for work in (self.products, self.attention) for (flops, _), calls in work.items())
+        return sum(flops * calls for work in self.all_products for (flops, _), calls in work.items())
+
+    @property
+    def all_products(self) -> tuple[Work, Work, Work]:
+        return self.products, self.convolutions, self.attention
 
     def add_attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *mask: Tensor) -> None:
         """Record attention of q `[B, H, L, D]` to k and v `[B, H, S, D]`: two matrix products of 2 L S D FLOPs.
@@ -57,8 +63,10 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if (formula := flop_registry.get(func.overloadpacket)) is not None:
             self._written(inputs)
             self.turn += 1
-            self.products[formula(*args, **(kwargs or {}), out_val=out), sum(map(_bytes, [*inputs, *outputs]))] += 1
-        elif "empty" not in func.overloadpacket.__name__:
+            work = self.convolutions if func is torch.ops.aten.convolution.default else self.products
+            work[formula(*args, **(kwargs or {}), out_val=out), sum(map(_bytes, [*inputs, *outputs]))] += 1
+        elif "empty" not in (name := func.overloadpacket.__name__):
+            self.others[kind_of(name), sum(map(_bytes, [*inputs, *outputs]))] += 1
             self._elementwise(inputs, outputs)
         return out
 
@@ -91,6 +99,17 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         moved = min(left, _bytes(tensor))
         self.unread[storage] = (self.turn, left - moved)
         self.elementwise += moved
+
+
+ACTIVATIONS = ("silu", "gelu", "sigmoid", "tanh", "softmax", "exp", "sin", "cos", "rsqrt", "pow", "erf")
+NORMS = ("norm", "mean", "var", "sum")
+
+
+def kind_of(operator: str) -> str:
+    """Kind of an element-wise kernel. On a CPU functions of each number and reductions take longer than their bytes."""
+    if any(name in operator for name in NORMS):
+        return "norm"
+    return "activation" if any(name in operator for name in ACTIVATIONS) else "move"
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -11,6 +11,11 @@ def to_channels_last(network: nn.Module) -> None:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def pixel_values(decoded: Tensor) -> Tensor:
+    """Decoded values in -1..1 as float32 in 0..1."""
+    return (decoded * 0.5 + 0.5).clamp(0, 1).float()
+
+
 def to_bytes(values: Tensor) -> Tensor:
     """Values in 0..1 as uint8, rounded half to even; on their device, so that a quarter of the bytes leaves it."""
     return (values * 255).round().to(torch.uint8)

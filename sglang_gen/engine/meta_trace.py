@@ -23,22 +23,32 @@ class Shapes:
     blocks: dict[type, set[Any]] = field(default_factory=dict)
 
 
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, held: Callable[[Tensor, Tensor, Tensor], int]) -> Tensor:
+    """An empty result of attention on meta; what the kernel holds lives until the call returns."""
+    workspace = torch.empty(held(q, k, v), dtype=torch.uint8, device="meta")
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    del workspace
+    return out
+
+
 def trace_on_meta(
     meta_copy: ParallelNetwork,
     regions: tuple[type, ...],
     evaluate: Callable[[Any], Any],
     on_attention: Callable[..., None] | None = None,
+    held: Callable[[Tensor, Tensor, Tensor], int] = lambda q, k, v: 0,
 ) -> Shapes:
     """Shapes of the attention calls and of the calls of `regions` in `evaluate`, on this rank's meta copy.
 
-    `on_attention` is called with q, k, v, the result and, if there is one, the mask of every attention.
+    `on_attention` is called with q, k, v, the result and, if there is one, the mask of every attention. `held` returns
+    the bytes that the kernel holds besides these, which are allocated on meta for the time of the call.
     """
     shapes = Shapes()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor, tags: tuple[str, ...] = ()) -> Tensor:
         masked = ("masked",) if mask else ()
         shapes.attention.update([(*q.shape[:3], k.shape[2], q.shape[3], *masked, *tags)])
-        out = torch.empty_like(q)
+        out = fused_attention(q, k, v, held)
         if on_attention is not None:
             on_attention(q, k, v, out, *mask)
         return out

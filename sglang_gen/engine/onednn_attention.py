@@ -33,10 +33,15 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def rows_of_block(length: int, keys: int) -> int:
+    """Query rows whose scores are computed at once."""
+    return max(64, min(length, SCORES // max(keys, 1)))
+
+
 def _blocks(q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
     out, lse = _results(q, with_lse)
     length, keys = q.shape[2], k.shape[2]
-    rows = max(64, min(length, SCORES // max(keys, 1)))
+    rows = rows_of_block(length, keys)
     q, k = q.float() * q.shape[-1] ** -0.5, k.float().contiguous()
     values = v.mT.contiguous()  # [B, H, D, S]
     for b in range(q.shape[0]):

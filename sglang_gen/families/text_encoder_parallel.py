@@ -69,10 +69,15 @@ def meta_copy(config: T5Config, dtype: torch.dtype, axis: Axis) -> nn.Module:
     return copy
 
 
+def meta_shard(component: Component, dtype: torch.dtype, axis: Axis) -> nn.Module:
+    """This rank's shard of a text encoder on the meta device."""
+    return meta_copy(T5Config.from_dict(dict(component.config)), dtype, axis)
+
+
 def traffic(component: Component, axis: Axis, dtype: torch.dtype, rows: int, length: int) -> Traffic:
     """Traffic of this rank's shard while it encodes `rows` texts of `length` tokens, traced on meta."""
     tokens = torch.zeros(rows, length, dtype=torch.long, device="meta")
-    encoder = meta_copy(T5Config.from_dict(dict(component.config)), dtype, axis)
+    encoder = meta_shard(component, dtype, axis)
     with torch.no_grad(), counted() as sent:
         encoder(tokens)
     return sent

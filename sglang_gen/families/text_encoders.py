@@ -21,6 +21,11 @@ def ranks(component: Component, dtype: str, tp: int) -> int:
     return tp if divides and not any(component.config[key] % tp for key in ("num_heads", "d_ff")) else 1
 
 
+def takes_length(component: Component) -> bool:
+    """Whether a family chooses the number of tokens of this encoder; those of CLIP are in its config."""
+    return component.class_name in T5
+
+
 def bytes_kept_in_float32(component: Component, dtype: str) -> int:
     """Bytes by which the weights exceed those in `dtype`, because transformers keeps some layers in float32."""
     if component.class_name not in T5 or dtype != "float16":

@@ -5,11 +5,9 @@ caches and compilation change, and share the memory of the parameters, which not
 """
 
 import copy
-import ctypes
 import gc
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
@@ -17,6 +15,7 @@ import torch
 from torch import nn
 
 from sglang_gen.config.schema import plain
+from sglang_gen.engine.freed_memory import return_freed_memory
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.plan import offloading
 from sglang_gen.types import ModelCard, Plan
@@ -39,7 +38,7 @@ class KeptWeights:
         if identity is None or identity != self._identity:
             self.release()
         if self._keeps:
-            _return_freed_memory(first=self._runs == 0)
+            _collect(first=self._runs == 0)
             self._runs += 1
         self._identity, self.reused = identity, False
 
@@ -66,7 +65,7 @@ class KeptWeights:
         self._identity = None
 
 
-def _return_freed_memory(first: bool) -> None:
+def _collect(first: bool) -> None:
     """Collect what earlier runs left and return it to the kernel, so that the peak of a run does not depend on them.
 
     What the process has before its first run are imported modules, which later collections need not visit.
@@ -74,8 +73,7 @@ def _return_freed_memory(first: bool) -> None:
     gc.collect()
     if first:
         gc.freeze()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc alone has it
-        trim(0)
+    return_freed_memory()
 
 
 def _identity(plan: Plan, mesh: Mesh) -> str | None:

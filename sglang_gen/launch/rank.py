@@ -26,11 +26,11 @@ from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf import cache_trace, dump, energy, trace
 from sglang_gen.perf.clock import Clock, timer
 from sglang_gen.perf.flops import CallLog
-from sglang_gen.perf.memory import Memory
+from sglang_gen.perf.memory import Memory, host_anon_mb
 from sglang_gen.types import Decoded, Engine, Plan, Result, Sample
 
 BACKENDS = {"sglang": "sglang_gen.backends.native.engine", "diffusers": "sglang_gen.backends.diffusers.engine"}
-PREDICTIONS = "sglang_gen.dry_run.traffic"
+TRAFFIC, PREDICTIONS = "sglang_gen.dry_run.traffic", "sglang_gen.dry_run.predictions"
 
 
 def run(plan: Plan, mesh: Mesh, started: float, kept: KeptWeights | None = None) -> Result | None:
@@ -87,6 +87,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float, kept: KeptWeigh
     _import_classes(plan)
     judge = judging.prepared(plan) if mesh.rank == 0 else None
     phases.imports_ms = 1000 * (time.perf_counter() - started)
+    phases.loading_mb = host_anon_mb()
     phases.load.enter("load")
     engine: Engine = backend.load(plan, mesh, phases.calls, kept)
     phases.load.leave()
@@ -109,9 +110,10 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float, kept: KeptWeigh
         traced = _trace(plan, mesh, engine, trace.TracedClock(times, memory)) if plan.run.perf.trace else None
     finally:
         engine.close()
-    sent, rate = _communication(plan, mesh, engine), _link(plan, mesh)
+    (sent, predicted), rate = _predicted(plan, mesh, engine, phases, saved), _link(plan, mesh)
     ranks = mesh.gather_all(
-        dump.describe_rank(mesh.rank, phases) | {"comm": sent, "energy_j": meter.generations, "trace": traced}
+        dump.describe_rank(mesh.rank, phases)
+        | {"comm": sent, "predicted": predicted, "energy_j": meter.generations, "trace": traced}
     )
     traces = mesh.gather_all(decisions)
     if ranks is None or traces is None:
@@ -124,7 +126,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float, kept: KeptWeigh
     log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
     report = dump.build(plan, phases, saved.effective, saved.samples)
     report |= {"cache": None if cached is None else cache_trace.dumped(cached)}
-    report |= {"block_timings_ms": blocks, "ranks": ranks, "comm": sent, "trace": traced}
+    report |= {"block_timings_ms": blocks, "ranks": ranks, "trace": traced, "comm": sent, "predicted": predicted}
     energy.add(report, plan.device)
     return _finish(plan, phases, saved, report, rate, judge)
 
@@ -173,12 +175,18 @@ def _warm_up(plan: Plan, mesh: Mesh, engine: Engine, clock: Clock) -> None:
         raise UserError(f"The warm-up with compile.warmup_steps={steps} is not possible: {error}") from error
 
 
-def _communication(plan: Plan, mesh: Mesh, engine: Engine) -> dict[str, Any]:
-    """This rank's measured traffic by stage, next to the predicted traffic in a run whose report shows it."""
-    log, shown = engine.traffic(), plan.run.output.perf_dump_path or plan.run.tracking.name is Tracker.wandb
-    if not shown or plan.layout.ranks == 1:
-        return log.report({})
-    return log.report(importlib.import_module(PREDICTIONS).predict(plan, mesh, log))
+def _predicted(
+    plan: Plan, mesh: Mesh, engine: Engine, phases: dump.Phases, saved: Saved
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """This rank's measured traffic by stage next to the predicted traffic, and all predictions of a run with a dump."""
+    log, dumped = engine.traffic(), plan.run.output.perf_dump_path
+    if dumped and plan.run.perf.work:
+        measured = dump.measured(plan, phases, saved.effective)
+        traffic, predicted = importlib.import_module(PREDICTIONS).compare(plan, mesh, log, measured)
+        return log.report(traffic), predicted
+    if (dumped or plan.run.tracking.name is Tracker.wandb) and plan.layout.ranks > 1:
+        return log.report(importlib.import_module(TRAFFIC).predict(plan, mesh, log)), None
+    return log.report({}), None
 
 
 def _link(plan: Plan, mesh: Mesh) -> float | None:

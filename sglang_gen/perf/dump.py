@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import statistics
 import uuid
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 from sglang_gen import env
 from sglang_gen.config.schema import SCHEMA_VERSION, Weights
 from sglang_gen.perf.clock import STAGES, Clock
-from sglang_gen.perf.flops import CallLog, work
+from sglang_gen.perf.flops import CallLog, total_flops, work
 from sglang_gen.perf.machine import describe, rates
 from sglang_gen.perf.memory import Checkpoint
 from sglang_gen.types import Plan
@@ -29,6 +30,7 @@ class Phases:
     imports_ms: float = 0.0
     repeats: list[Clock] = field(default_factory=list)
     replays: bool = False  # whether CUDA graphs are replayed
+    loading_mb: float | None = None  # anonymous host memory when loading began, after all imports
     reused: bool = False  # whether the weights were in memory since an earlier job of the sweep
 
     def checkpoints(self) -> dict[str, Checkpoint]:
@@ -80,6 +82,7 @@ def build(plan: Plan, phases: Phases, effective: Mapping[str, Any], samples: lis
         "work": None,
         "energy_j": None,
         "comm": {},
+        "predicted": None,
         "cache": None,
         "block_timings_ms": None,
         "ranks": [],
@@ -103,7 +106,29 @@ def describe_rank(rank: int, phases: Phases) -> dict[str, Any]:
         "rank": rank,
         "stages_ms": {name: _rounded(value) for name, value in stages.items()},
         "host_anon_before_mb": before and round(before, 2),
+        "host_anon_loading_mb": phases.loading_mb and round(phases.loading_mb, 2),
         **peaks,
+    }
+
+
+PREDICTED_STAGES = ("text_encoding", "denoising", "decoding")
+
+
+def measured(plan: Plan, phases: Phases, effective: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured on this rank of all that is predicted; see `dry_run.predictions.Measured`."""
+    import torch
+
+    described = describe_rank(0, phases)
+    steps = [duration for _, _, duration in phases.generate.steps_ms]
+    return {
+        "base_mb": phases.loading_mb,
+        "peak_mb": described["peak_host_anon_mb" if plan.device == "cpu" else "peak_allocated_mb"],
+        "flops": total_flops(phases.calls),
+        "step_ms": statistics.median(steps) if steps else None,
+        "total_ms": sum(phases.generate.stages_ms.get(name, 0.0) for name in PREDICTED_STAGES),
+        "threads": torch.get_num_threads(),
+        "reused": phases.reused,
+        "effective": dict(effective),
     }
 
 

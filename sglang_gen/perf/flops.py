@@ -49,6 +49,7 @@ class Call:
     io_bytes: int
     variant: Hashable = None
     count: int = 1
+    counted: "tuple[int, float] | str | None" = None  # the result of `count`, once it is known
 
 
 @dataclass
@@ -138,7 +139,7 @@ def work(
     stages: dict[str, dict[str, Any]] = {}
     for call in log.calls.values():
         entry = stages.setdefault(call.network.stage, {"flops": 0, "bytes": 0})
-        counted = count(call)
+        counted = count_once(call)
         if isinstance(counted, str):
             entry["reason"] = counted
             continue
@@ -166,6 +167,21 @@ def _judge(entry: dict[str, Any], milliseconds: float, rates: Mapping[str, Any],
         bound = "launch"
     mfu = least["compute"] / seconds
     return {**entry, "mfu": round(mfu, 4) if math.isfinite(mfu) else None, "bound": bound}
+
+
+def count_once(call: Call) -> tuple[int, float] | str:
+    """The result of `count`, which is kept with the call."""
+    if call.counted is None:
+        call.counted = count(call)
+    return call.counted
+
+
+def total_flops(log: CallLog) -> int | None:
+    """FLOPs of all recorded calls; None if one of them cannot be counted."""
+    counted = [(count_once(call), call.count) for call in log.calls.values()]
+    if any(isinstance(each, str) for each, _ in counted):
+        return None
+    return sum(each[0] * times for each, times in counted if not isinstance(each, str))
 
 
 class Used(TorchDispatchMode):  # type: ignore[no-untyped-call]

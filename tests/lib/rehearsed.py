@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sglang_gen.config.schema import Run
-from sglang_gen.dry_run.estimate import NetworkTrace, trace_network
+from sglang_gen.dry_run.traces import NetworkTrace, trace_network
 from sglang_gen.engine.cfg import Guidance
 from sglang_gen.families import registry
 from sglang_gen.families.contract import Request

@@ -92,18 +92,17 @@ def build(
 
 def steps(plan: Plan, mesh: Mesh, meta: bool = False) -> list[Step]:
     """The steps in order; where the plan asks for nothing, a step says what stays as it is."""
-    tp, sp, half = mesh.size("tp") > 1, mesh.axis(SEQUENCE).size > 1, getattr(torch, plan.dtype).itemsize == 2
+    tp, sp = mesh.size("tp") > 1, mesh.axis(SEQUENCE).size > 1
     offloaded = "dit_cpu_offload" in offloading.active(plan.run, plan.device)
     compiles, graphs, timed = plan.run.compile.enable_torch_compile, plan.run.compile.cuda_graphs, plan.run.perf.blocks
     caches = step_cache.wanted(plan.run.cache)
-    wide = half or (compiles and plan.device == "cpu")  # Inductor's convolutions on a CPU have channels last too
     return [
         create,  # on meta: shapes are known before anything takes memory
         keep_linear_layers,  # a quantized layer takes another's place before anything asks for its tensors
         no_checkpoint if meta else check_checkpoint,  # names and shapes, while every tensor is still whole
         shrink if tp else keep_all_channels,  # before loading: a rank reads its part alone
         stay_on_meta if meta else load_tensors,  # one by one, so that the weights are in memory once
-        channels_last if wide and not meta else keep_memory_format,  # what kernels of half precision prefer
+        channels_last if has_channels_last(plan) and not meta else keep_memory_format,  # as kernels prefer it
         add_collectives if tp else add_nothing,  # hooks of the loaded layers
         split_sequence if sp else keep_sequence,  # wraps attention, convolutions and norms
         choose_kernel,  # inside of the wrappers, which merge results if the kernel returns a log-sum-exp
@@ -114,6 +113,12 @@ def steps(plan: Plan, mesh: Mesh, meta: bool = False) -> list[Step]:
         compile_network if compiles and not meta else run_eagerly,  # after everything that changes the modules
         capture_graphs if graphs and not meta else launch_kernels,  # a graph records compiled code
     ]
+
+
+def has_channels_last(plan: Plan) -> bool:
+    """Whether the network's convolutions have channels last; those of Inductor on a CPU do in float32 too."""
+    half = getattr(torch, plan.dtype).itemsize == 2
+    return half or (plan.run.compile.enable_torch_compile and plan.device == "cpu")
 
 
 def create(built: Built) -> None:

@@ -27,7 +27,8 @@ from sglang_gen.engine.block_timing import TimedChain
 from sglang_gen.engine.caching import cached_chain
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
-from sglang_gen.engine.memory_format import to_bytes
+from sglang_gen.engine.freed_memory import return_freed_memory
+from sglang_gen.engine.memory_format import pixel_values, to_bytes
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, in_our_words, is_out_of_memory
 from sglang_gen.families import img2img, prediction
 from sglang_gen.families.contract import Request
@@ -299,9 +300,11 @@ class NativeEngine:
 
     def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
         """Frames `[B, F, H, W, 3]` uint8."""
+        if self.plan.device == "cpu":  # the largest tensors come now, and do not fit into what smaller ones left
+            return_freed_memory()
         with self.comm_log.during("decoding", 1), self.offload.stage(["vae"]):
             decoded = self.pipeline.decode(self.decoder, latents, request)
-        values = (decoded * 0.5 + 0.5).clamp(0, 1).float()
+        values = pixel_values(decoded)
         require_finite(values, f"the decoded {self.pipeline.spec.makes}", batch)
         frames: np.ndarray[Any, Any] = to_bytes(values).cpu().numpy()
         safety_checker.blank(self.components, frames, self.execution.dtype, batch, warn=self.calls.on)

@@ -1,0 +1,119 @@
+"""Seconds of kernels and collectives on this machine, as `sglang perf rates` has measured them and kept them on disk.
+
+A rate is a curve: seconds of calls of growing work. Small calls are dominated by their launch, large ones by arithmetic
+or memory traffic, and the speed between depends on caches, so no single number describes a processor.
+"""
+
+import bisect
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_gen import env, files
+from sglang_gen.dry_run.roofline import Kernels
+from sglang_gen.parallel.collectives import Traffic
+from sglang_gen.perf.machine import describe
+from sglang_gen.types import Plan
+
+Curve = list[tuple[float, float]]  # (work, seconds) of a call, in order; work is FLOPs or bytes
+RATES_METHOD = 1  # a new one does not read the rates of an older one
+
+
+@dataclass(frozen=True)
+class Rates:
+    """`curves` by kind of kernel, `collectives` by name, `launch_us` of Python between two kernels.
+
+    `library_mb` is the memory that torch's libraries keep once their kernels have run: compiled code and buffers.
+    """
+
+    measured_at: str
+    threads: int
+    ranks: int
+    launch_us: float
+    library_mb: float
+    curves: Mapping[str, Curve]
+    collectives: Mapping[str, Curve]
+
+    def seconds(self, kernels: Kernels, attention: str, matmul: str) -> float:
+        """Seconds of kernels that Python launches in sequence; products and attention by the kernels of these names."""
+        products = (
+            (kernels.products, f"product {matmul}"),
+            (kernels.convolutions, "convolution"),
+            (kernels.attention, f"attention {attention}"),
+        )
+        total, calls = 0.0, 0
+        for work, kind in products:
+            curve = self.curves.get(kind) or self.curves[kind.split()[0] + (" torch" if "product" in kind else " sdpa")]
+            for (flops, moved), count in work.items():
+                total += count * max(at(curve, flops), at(self.curves["copy"], moved))
+                calls += count
+        for (kind, moved), count in kernels.others.items():
+            total += count * at(self.curves[kind], moved)
+            calls += count
+        return total + calls * self.launch_us / 1e6
+
+    def seconds_between_ranks(self, sent: Traffic) -> float | None:
+        """Seconds of the collectives of `sent`; None if they were not measured."""
+        total = 0.0
+        for name, count in sent.calls.items():
+            curve = self.collectives.get(name.split()[0])
+            if curve is None:
+                return None
+            total += count * at(curve, sent.bytes[name] / count)
+        return total
+
+
+def at(curve: Curve, work: float) -> float:
+    """Seconds of a call of this work: the speed of the largest measured call beyond it, that of neighbours between.
+
+    Less work than that of the smallest measured call takes as long.
+    """
+    works = [point[0] for point in curve]
+    index = bisect.bisect_left(works, work)
+    if index == 0:
+        return curve[0][1]
+    if index == len(curve):
+        return curve[-1][1] * work / works[-1]
+    (low, before), (high, after) = curve[index - 1 : index + 1]
+    part = math.log(work / low) / math.log(high / low)
+    return float(before * (after / before) ** part)
+
+
+def cache_file(device: str, dtype: str, ranks: int, threads: int) -> Path:
+    """Where the rates of so many ranks on this machine are kept, each with so many threads."""
+    facts = describe(device)
+    key = [RATES_METHOD, facts["cpu"], facts["cpu_count"], facts["gpus"], device, dtype, ranks, threads]
+    key.append(facts["versions"]["torch"])
+    return env.cache_dir() / "machine" / f"rates_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+
+
+def save(rates: Rates, path: Path) -> None:
+    """Keep rates. Raises OSError."""
+    files.write_json(path, vars(rates))
+
+
+def read(path: Path) -> Rates | None:
+    """Kept rates; None if there are none or the file is incomplete."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("curves", "collectives"):
+            content[name] = {kind: [tuple(point) for point in curve] for kind, curve in content[name].items()}
+        return Rates(**content)
+    return None
+
+
+def of_run(plan: Plan, threads: int) -> Rates | None:
+    """The rates for a run of this plan, whose ranks compute with so many threads; None if none were measured."""
+    return read(cache_file(plan.device, plan.dtype, plan.here, threads))
+
+
+def facts(rates: Rates | None) -> dict[str, Any]:
+    """What a dump tells about the rates that its predictions were made with."""
+    if rates is None:
+        return {"reason": "the rates of this machine were not measured for this dtype and number of ranks"}
+    return {name: getattr(rates, name) for name in ("measured_at", "threads", "ranks", "launch_us", "library_mb")}
