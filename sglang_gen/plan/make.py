@@ -76,6 +76,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     random_request.check_random_model(run, card)
     quantization.check_model(run, card, quantization.facts_of(device))
     quality_request.check_exact(run, card)
+    quality_request.check_attributes(run, card)
     plan = Plan(
         run=run,
         sources=sources,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from sglang_gen.perf.attributes import ACCURACY, REFERENCE_ACCURACY
 from sglang_gen.perf.dump_numbers import Measure, measure
 from sglang_gen.perf.quality import decibels
 from sglang_gen.report.cells import Cell
@@ -22,6 +23,8 @@ class Metrics:
     psnr: float | None
     ssim: float | None
     memory: float | None  # MiB
+    attributes: float | None = None  # accuracy, and that of the reference's images
+    reference_attributes: float | None = None
     is_reference: bool = False
 
 
@@ -58,6 +61,8 @@ def metrics(cells: Sequence[Cell], shown: Sequence[Embedded]) -> list[Metrics]:
                 psnr=psnr,
                 ssim=ssim,
                 memory=cell.row.memory.get(column) if column else None,
+                attributes=cell.row.quality.get(ACCURACY),
+                reference_attributes=cell.row.quality.get(REFERENCE_ACCURACY),
                 is_reference=not stated
                 and psnr is not None
                 and bool(images)
