@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sglang_gen import log
 from sglang_gen.perf.attributes import percent
 from sglang_gen.perf.statistics import MOST_REPEATS, Judgement, Verdict, geometric_mean, judge
+from sglang_gen.report import interactions
 from sglang_gen.report.cell_metrics import MEMORY_NAMES, Metrics, frontier
 
 TOLERANCE = 0.02  # cells whose times differ by less are called equally fast
@@ -33,7 +34,8 @@ def conclude(found: Sequence[Metrics], memory: str | None) -> Conclusion:
     headline, hint, tied = _fastest(timed)
     first = next(one for one in found if one.time is not None)
     speed_up = "" if first is timed[1] and not tied else _against_first(first, timed[0], bool(tied))
-    details = [hint, speed_up, *_properties(timed[0], memory), *_trade(timed)]
+    together = interactions.sentences(interactions.interactions(found))
+    details = [hint, speed_up, *_properties(timed[0], memory), *_trade(timed), *together]
     return Conclusion(headline, tuple(sentence for sentence in (*details, *ended) if sentence))
 
 
