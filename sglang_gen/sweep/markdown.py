@@ -158,9 +158,7 @@ def _measured(rows: Sequence[Row]) -> list[Column]:
         Column("PSNR (dB)", [_psnr(row) for row in rows], 45),
         Column("SSIM", [digits(row.quality.get("ssim")) for row in rows], 80),
         Column("max error", [digits(row.quality.get("max_error")) for row in rows], 90),
-        Column(
-            "attributes (%)", [_attributes(row) for row in rows], 47, False, [_own_attributes(row) for row in rows], 80
-        ),
+        _attributes(rows),
     ]
     return _with_status(rows, [column for column in found if any(column.cells)])
 
@@ -234,15 +232,15 @@ def _psnr(row: Row) -> str:
     return "identical" if row.quality.get("identical") else digits(row.quality.get("psnr"))
 
 
-def _attributes(row: Row) -> str:
+def _attributes(rows: Sequence[Row]) -> Column:
     """The attribute accuracy, and behind a slash that of the reference."""
-    other = row.quality.get(REFERENCE_ACCURACY)
-    return _own_attributes(row) + ("" if other is None else f" / {digits(100 * other)}")
 
+    def percent(row: Row, name: str, before: str = "") -> str:
+        value = row.quality.get(name)
+        return "" if value is None else f"{before}{digits(100 * value)}"
 
-def _own_attributes(row: Row) -> str:
-    value = row.quality.get(ACCURACY)
-    return "" if value is None else digits(100 * value)
+    both = [percent(row, ACCURACY) + percent(row, REFERENCE_ACCURACY, " / ") for row in rows]
+    return Column("attributes (%)", both, 47)
 
 
 def digits(value: float | None) -> str:
@@ -272,7 +270,8 @@ def _legend(rows: Sequence[Row], columns: Sequence[Column]) -> Iterator[str]:
         mean, why = ("mean ", ", since the steps do not all take the same time") if is_mean_needed(rows) else ("", "")
         yield f"Speed-up: {mean}step time of job {base.job} / that of the job{why}."
     if "attributes" in shown:
-        other = " / that of the reference's images" if any(REFERENCE_ACCURACY in row.quality for row in rows) else ""
+        cells = [cell for column in columns if column.header == "attributes (%)" for cell in column.cells]
+        other = " / that of the reference's images" if any(" / " in cell for cell in cells) else ""
         yield f"Attributes: accuracy of the images{other}."
     if shown & {"memory", "device", "host"}:
         on_host = "" if any(row.memory.get("peak_device_mb") for row in rows) else ", on the host"
