@@ -179,7 +179,7 @@ def check_promises(words: list[str], made: set[Path]) -> None:
 
 # Pages whose commands take long together; the others are those that a newcomer meets first.
 LONG = {"README", "attention", "backend", "cache", "command", "comparing", "configuration", "lora", "machine", "model",
-        "offload", "parallel", "parity", "perf", "quality", "quant", "report", "sampling", "sweep", "sweeps",
+        "offload", "parallel", "parity", "perf", "quality", "quant", "report", "reporting_results", "sampling", "sweep", "sweeps",
         "tracking", "tutorial"}  # fmt: skip
 
 

@@ -8,12 +8,20 @@ from typing import Any
 
 from sglang_gen.errors import in_our_words
 from sglang_gen.perf.dump_facts import facts
-from sglang_gen.perf.dump_numbers import QUALITY, Measure, energy_per_image, images_per_second, peak_memory, times
+from sglang_gen.perf.dump_numbers import (
+    ACCURACIES,
+    QUALITY,
+    Measure,
+    energy_per_image,
+    images_per_second,
+    peak_memory,
+    times,
+)
 
 NOTE, DUMP = "job.json", "perf.json"  # file names of a job's note and perf dump
 # Keys of a note: the job was `kept` from an earlier run of the sweep, it `reused` the weights of an earlier job.
 JOB_MARKS = ("kept", "reused")
-RESULTS = (*QUALITY, "identical", "verdict")  # of the entry `quality` of a dump
+RESULTS = (*QUALITY, *ACCURACIES, "identical", "verdict")  # of the entry `quality` of a dump
 
 
 @dataclass(frozen=True)
