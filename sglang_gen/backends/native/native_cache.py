@@ -8,6 +8,7 @@ from sglang_gen.config.schema import Cache, CacheMethod, GuidanceBatching
 from sglang_gen.engine.caching.block_cache import BlockCache, Ranks
 from sglang_gen.engine.caching.cached_chain import CachedChain
 from sglang_gen.engine.caching.decider import Rules
+from sglang_gen.engine.caching.static_cache import StaticCache
 from sglang_gen.errors import UserError
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.plan import step_cache
@@ -74,16 +75,15 @@ def rules(cache: Cache) -> Rules:
 
 
 def build_cache(plan: Plan, mesh: Mesh) -> CachedChain:
-    given = step_cache.settings(plan.run.cache)
+    """The chain of this rank's network, with the cache of the plan."""
+    given, decides = step_cache.settings(plan.run.cache), rules(plan.run.cache)
+    first, last = given["Fn_compute_blocks"], given["Bn_compute_blocks"]
+    order = given["taylorseer_order"] if given["calibrator"] else 0
+    if not decides.dynamic:
+        return StaticCache(decides, first, last, order)
     spread = Ranks(mesh.axis(SEQUENCE), mesh.axis("cfg"), mesh.axis("tp"))
-    return BlockCache(
-        rules(plan.run.cache),
-        given["Fn_compute_blocks"],
-        given["Bn_compute_blocks"],
-        given["taylorseer_order"] if given["calibrator"] else 0,
-        given["enable_separate_cfg"],
-        spread if plan.layout.ranks > plan.layout.dp else None,
-    )
+    several = plan.layout.ranks > plan.layout.dp
+    return BlockCache(decides, first, last, order, given["enable_separate_cfg"], spread if several else None)
 
 
 def choices(caches: Iterable[CachedChain], evaluations: int) -> tuple[tuple[Hashable, ...], ...]:

@@ -79,8 +79,8 @@ class BlockCache(CachedChain):
         self.ranks = ranks
         self.units: dict[tuple[int, int | None], Unit] = {}  # by image and, where it decides alone, branch
 
-    def begin(self) -> None:
-        super().begin()
+    def begin(self, warming: bool = False) -> None:
+        super().begin(warming)
         self.units = {}
 
     def end(self) -> None:

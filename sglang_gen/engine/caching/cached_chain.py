@@ -55,9 +55,12 @@ class Decision:
 class CachedChain(Chain):
     """A chain whose blocks are run by another one, `chain`, which may time or name them."""
 
+    graphs = 1  # that compilation of the whole network needs for each shape
+
     def __init__(self) -> None:
         super().__init__()
         self.chain = Chain()
+        self.warming = False
         self.evaluation: Evaluation | None = None
         self.decisions: list[Decision] = []  # of the generation that runs or ran last
         self.choice: Hashable = None  # what was decided in the last evaluation, as `repeat` takes it
@@ -99,12 +102,21 @@ class CachedChain(Chain):
         """Choices for an evaluation of these, in which blocks see other shapes than where all is computed."""
         return []
 
-    def begin(self) -> None:
-        """Start a generation with an empty cache."""
+    def begin(self, warming: bool = False) -> None:
+        """Start a generation with an empty cache. One that warms up compiles what a later one may need."""
+        self.warming = warming
         self.decisions, self.choices, self.choice = [], [], None
 
     def end(self) -> None:
         """Release all tensors."""
+
+    def before(self, evaluation: Evaluation) -> None:
+        """Prepare for an evaluation."""
+        self.evaluation = evaluation
+
+    def after(self, evaluation: Evaluation) -> None:
+        """Take in what an evaluation has computed."""
+        self.evaluation = None
 
     def repeat(self, choices: Sequence[Hashable]) -> None:
         """Let the next evaluations do what those with these choices did, on a copy on meta."""
@@ -116,10 +128,10 @@ class CachedChain(Chain):
 
 
 @contextmanager
-def generation(caches: Sequence[CachedChain]) -> Iterator[None]:
+def generation(caches: Sequence[CachedChain], warming: bool = False) -> Iterator[None]:
     """A generation, after which nothing is left in the caches, however it ends."""
     for cache in caches:
-        cache.begin()
+        cache.begin(warming)
     try:
         yield
     finally:
@@ -154,13 +166,12 @@ def observed(
             guided = guidance.on and (guidance.steps is None or steps[index] in guidance.steps)
             together = both if over_ranks and guided else branches
             cache = caches[networks[index]]
-            cache.evaluation = Evaluation(
-                index, places[index], branches, together, len(latents) // len(branches), sequential
-            )
-            try:
-                return predict(latents, index)
-            finally:
-                cache.evaluation = None
+            images = len(latents) // len(branches)
+            evaluation = Evaluation(index, places[index], branches, together, images, sequential)
+            cache.before(evaluation)
+            prediction = predict(latents, index)
+            cache.after(evaluation)
+            return prediction
 
         return evaluate
 
