@@ -5,7 +5,7 @@ Neither depends on the latents, so `condition` computes all steps' projections a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from typing import Any
@@ -267,9 +267,8 @@ class UNet(nn.Module):
                 stages.append(Stage(downsample=level.downsample, pushes=1))
         stages += [Stage(residual, transformer) for residual, transformer in self.middle.pairs()]
         for level in self.up:
-            pairs = list(level.pairs())
-            stages += [Stage(*pair, pops=1) for pair in pairs[:-1]]
-            stages.append(Stage(*pairs[-1], upsample=level.upsample, pops=1))
+            stages += [Stage(residual, transformer, pops=1) for residual, transformer in level.pairs()]
+            stages[-1] = replace(stages[-1], upsample=level.upsample)
         return stages
 
     def forward(self, latents: Tensor, conditioning: Conditioning, step: int) -> Tensor:

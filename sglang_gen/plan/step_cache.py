@@ -6,6 +6,7 @@ from typing import Any
 
 from sglang_gen.config.schema import Cache, CacheMethod, Run
 from sglang_gen.errors import UserError, nearest
+from sglang_gen.plan import deep_schedule
 from sglang_gen.plan.quantization import denoisers
 from sglang_gen.types import ModelCard
 
@@ -15,7 +16,11 @@ FIELDS_SET_ELSEWHERE = {
     "quantize_config": "the group quant",
     "attention_backend": "the group attention",
 }
-FIELDS_OUTSIDE = ("method", "cache_dit_config", "interval")  # keys of the group that cache-dit does not have
+FIELDS_OUTSIDE = (
+    "method",
+    "cache_dit_config",
+    *deep_schedule.DEEP_KEYS,
+)  # keys of the group that cache-dit does not have
 SWITCHES = ("enable_taylorseer", "enable_calibrator")  # cache-dit's alternatives to calibrator=taylorseer
 # Keys of cache-dit, each with a predicate for legal values and a description of them.
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -80,7 +85,9 @@ def wanted(cache: Cache) -> bool:
 
 def check_cache_settings(run: Run) -> None:
     """Raises UserError for settings that are invalid for every model and number of steps."""
-    if run.cache.method is not CacheMethod.deepcache and wanted(run.cache):
+    if deep_schedule.chosen(run.cache):
+        deep_schedule.check_settings(run.cache)
+    elif wanted(run.cache):
         settings(run.cache)
 
 
@@ -210,8 +217,10 @@ def refuse_covered(given: Mapping[str, Any], lists: list[int]) -> None:
 
 def warnings(run: Run) -> list[str]:
     """Warns about settings of a step cache that have no effect because of other settings."""
-    if run.cache.method is CacheMethod.deepcache or not wanted(run.cache):
+    if not wanted(run.cache):
         return []
+    if deep_schedule.chosen(run.cache):
+        return deep_schedule.warnings(run.cache)
     given, usual = settings(run.cache), Cache()
     idle = {}
     if given["steps_computation_policy"] == "static":
@@ -219,6 +228,7 @@ def warnings(run: Run) -> list[str]:
             idle[name] = "with steps_computation_policy=static, which reuses every step that the mask marks with 0"
     if given["calibrator"] is None:
         idle["taylorseer_order"] = "without calibrator=taylorseer"
-    return [
+    found = [
         f"cache: {name} has no effect {reason}" for name, reason in idle.items() if given[name] != getattr(usual, name)
     ]
+    return [*found, *deep_schedule.warnings(run.cache)]
