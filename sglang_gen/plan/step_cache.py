@@ -16,11 +16,8 @@ FIELDS_SET_ELSEWHERE = {
     "quantize_config": "the group quant",
     "attention_backend": "the group attention",
 }
-FIELDS_OUTSIDE = (
-    "method",
-    "cache_dit_config",
-    *deep_schedule.DEEP_KEYS,
-)  # keys of the group that cache-dit does not have
+# Keys of the group that cache-dit does not have.
+FIELDS_OUTSIDE = ("method", "cache_dit_config", *deep_schedule.DEEP_KEYS)
 SWITCHES = ("enable_taylorseer", "enable_calibrator")  # cache-dit's alternatives to calibrator=taylorseer
 # Keys of cache-dit, each with a predicate for legal values and a description of them.
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -87,6 +84,8 @@ def check_cache_settings(run: Run) -> None:
     """Raises UserError for settings that are invalid for every model and number of steps."""
     if deep_schedule.chosen(run.cache):
         deep_schedule.check_settings(run.cache)
+        for key in ("steps_computation_mask", "steps_computation_policy"):
+            _check_value(key, getattr(run.cache, key), {})
     elif wanted(run.cache):
         settings(run.cache)
 
@@ -101,9 +100,7 @@ def settings(cache: Cache) -> dict[str, Any]:
     for key, value in {**typed, **given}.items():
         if key not in RULES:
             raise UserError(f"{CACHE_FLAG}: unknown key '{key}'{nearest(key, RULES)}")
-        fits, named = RULES[key]
-        if not fits(value):
-            raise UserError(f"{_named(key, given)} is {_shown(value)}; it must be {named}")
+        _check_value(key, value, given)
     merged = {**typed, **given, **_calibrator(given)}
     if merged["steps_computation_policy"] == "static" and merged["steps_computation_mask"] is None:
         raise UserError(
@@ -111,6 +108,12 @@ def settings(cache: Cache) -> dict[str, Any]:
             "give steps_computation_mask too, or the policy dynamic"
         )
     return {name: value for name, value in merged.items() if name not in SWITCHES}
+
+
+def _check_value(key: str, value: Any, given: Mapping[str, Any]) -> None:
+    fits, named = RULES[key]
+    if not fits(value):
+        raise UserError(f"{_named(key, given)} is {_shown(value)}; it must be {named}")
 
 
 def _given(config: Mapping[str, Any]) -> dict[str, Any]:
