@@ -1,7 +1,7 @@
 """Settings of the group cache under cache-dit's names, and checks for invalid settings or ones without any reuse."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sglang_gen.config.schema import Cache, CacheMethod, Run
@@ -150,15 +150,6 @@ def refuse_library_fields(given: Mapping[str, Any]) -> None:
                 f"{CACHE_FLAG}: '{name}' is not supported by the native engine ({meaning}); leave it out or run with "
                 "--backend diffusers"
             )
-
-
-def idle_sentence(changes: Sequence[float], given: Mapping[str, Any]) -> str:
-    """The warning of a generation that reused no step; `changes` are those of its residuals."""
-    nonzero, why = [value for value in changes if value > 0], ""
-    if nonzero:
-        threshold = given["residual_diff_threshold"]
-        why = f"; the residual changed by at least {min(nonzero):.3g}, and residual_diff_threshold is {threshold}"
-    return f"cache: no step was reused, so the cache saved nothing{why}"
 
 
 def _named(key: str, given: Mapping[str, Any]) -> str:
