@@ -102,14 +102,17 @@ def plan(schedule: str, images: int = 1, branches: tuple[str, ...] = BOTH) -> li
     )  # fmt: skip
 
 
-def test_the_dump_has_the_decision_of_every_step_image_and_branch(latents):
-    latents("sd15", "--num-samples", 3, "sampling.batch_size=2", *GUIDED, "--perf-dump-path", "perf.json", steps=4)
+def test_dump_and_log_have_the_decision_of_every_step_image_and_branch(run):
+    words = ("--num-samples", 3, "sampling.batch_size=2", *GUIDED, "--perf-dump-path", "perf.json")
+    done = run("sd15", *DEEP, *words, steps=4)
+    said = [line for line in done.lines if "Step cache" in line]
+    assert said == [f"INFO: Step cache: image {image} reused 3 of 5 steps: 1, 2, 4" for image in range(3)]
     assert decided() == plan("crrcr", images=3)  # PNDM evaluates its first step twice
     dump = json.loads(Path("perf.json").read_text())
     assert dump["cache"]["steps"] == ["compute", "reuse", "reuse", "compute", "reuse"]
     assert dump["cache"]["reused"] == 3
     assert dump["effective"]["cache"] == {"method": "deepcache", "branch": 0, "interval": 3, "reused_steps": 3}
-    assert record("deep")["effective"]["cache"] == dump["effective"]["cache"]
+    assert record("outputs")["effective"]["cache"] == dump["effective"]["cache"]
 
 
 def test_evaluations_of_a_scheduler_of_second_order_count_as_steps(pipelines, latents):
@@ -241,8 +244,7 @@ LAYOUTS = ("parallel=sp2_tp2", "parallel=tp2", "parallel=ring2", "parallel=ulyss
            "parallel=dp2", "parallel=cfg2_sp2")  # fmt: skip
 
 
-@pytest.mark.parametrize("branch", mostly_slow((1, 3), 1))
-@pytest.mark.parametrize("name", mostly_slow(("sd15", "sdxl"), "sdxl"))
+@pytest.mark.parametrize(("name", "branch"), mostly_slow([("sdxl", 1), ("sd15", 3)], ("sdxl", 1)))
 @pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, "parallel=ring2", "parallel=cfg2"))
 def test_every_layout_gives_the_latents_of_one_process_without_a_collective_of_its_own(
     run_on_ranks, name, layout, branch
@@ -275,6 +277,7 @@ def test_compiled_networks_are_cached_too(latents, traced, mode, graphs):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
 @pytest.mark.parametrize("mode", ["regional", "full"])
 def test_generated_code_gives_the_same_latents(latents, mode):
     given = (*GUIDED, "cache.branch=1", "cache.interval=2")
@@ -379,6 +382,16 @@ def test_settings_without_effect_are_warned_of(run, words, warnings):
     assert [line for line in done.lines if line.startswith("WARNING: ")] == [
         f"WARNING: cache: {each}" for each in warnings
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [(("compile=full",), True), (("compile=full", "compile.warmup_steps=2"), False), (("compile=regional",), False)],
+)
+def test_a_warm_up_without_a_step_that_reuses_is_warned_of(run, words, warned):
+    done = run("sdxl", *DEEP, *words, "compile.warmup=true", "dry_run=true", steps=5)
+    assert done.code == 0, done.err
+    assert ("WARNING: compile.warmup_steps=1 warms up no step that reuses; give it 2" in done.lines) is warned
 
 
 def test_settings_of_deepcache_are_warned_of_with_another_cache(run):
