@@ -80,6 +80,7 @@ def test_any_schedule_gives_the_latents_of_a_loop_written_by_hand(pipelines, lat
     assert error(ours, by_hand(folder, branch, SCHEDULES[word], 7)) <= 1e-5
 
 
+@pytest.mark.whole
 def test_an_interval_of_one_gives_the_latents_of_a_run_without_a_cache_bit_for_bit(run, latents):
     assert run("sdxl", folder="plain", steps=3).code == 0
     assert np.array_equal(latents("sdxl", "cache.interval=1", steps=3), tensors("plain")["latents"][None])
@@ -102,6 +103,7 @@ def plan(schedule: str, images: int = 1, branches: tuple[str, ...] = BOTH) -> li
     )  # fmt: skip
 
 
+@pytest.mark.whole
 def test_dump_and_log_have_the_decision_of_every_step_image_and_branch(run):
     words = ("--num-samples", 3, "sampling.batch_size=2", *GUIDED, "--perf-dump-path", "perf.json")
     done = run("sd15", *DEEP, *words, steps=4)
@@ -115,6 +117,7 @@ def test_dump_and_log_have_the_decision_of_every_step_image_and_branch(run):
     assert record("outputs")["effective"]["cache"] == dump["effective"]["cache"]
 
 
+@pytest.mark.whole
 def test_evaluations_of_a_scheduler_of_second_order_count_as_steps(pipelines, latents):
     folder = with_scheduler(pipelines["sd15"], "HeunDiscreteScheduler", steps_offset=1)
     ours = latents(folder, *GUIDED, "cache.branch=1", "--perf-dump-path", "perf.json", steps=4)
@@ -134,6 +137,7 @@ def test_a_step_in_which_guidance_starts_or_stops_is_a_full_one_in_a_batch_and_b
     assert error(found["sequential"], found["batched"]) <= 1e-5
 
 
+@pytest.mark.whole
 def test_an_input_image_shortens_the_schedule(latents):
     Image.effect_noise((48, 32), 90).convert("RGB").save("photo.png")
     latents("sdxl", "--image-path", "photo.png", *GUIDED, "cache.interval=2", "--perf-dump-path", "perf.json",
@@ -245,7 +249,7 @@ LAYOUTS = ("parallel=sp2_tp2", "parallel=tp2", "parallel=ring2", "parallel=ulyss
 
 
 @pytest.mark.parametrize(("name", "branch"), mostly_slow([("sdxl", 1), ("sd15", 3)], ("sdxl", 1)))
-@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, "parallel=ring2", "parallel=cfg2"))
+@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, "parallel=ring2"))
 def test_every_layout_gives_the_latents_of_one_process_without_a_collective_of_its_own(
     run_on_ranks, name, layout, branch
 ):
@@ -266,8 +270,8 @@ def test_every_layout_gives_the_latents_of_one_process_without_a_collective_of_i
     assert counts["ranks"] <= counts["whole"]
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize(("mode", "graphs"), [pytest.param("regional", None, marks=pytest.mark.slow), ("full", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "graphs"), [("regional", None), ("full", 2)])
 def test_compiled_networks_are_cached_too(latents, traced, mode, graphs):
     given = (*GUIDED, "--num-samples", 2, "sampling.batch_size=2", "cache.branch=1", "cache.interval=2")
     plain = latents("sdxl", *given, folder="plain", steps=5)
@@ -285,6 +289,7 @@ def test_generated_code_gives_the_same_latents(latents, mode):
     assert error(latents("sdxl", *given, f"compile={mode}", steps=5), plain) <= 1e-4
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("words", [(), ("sampling.guidance_batching=sequential",)], ids=["batched", "sequential"])
 def test_full_and_reused_steps_are_captured_into_a_graph_each(latents, monkeypatch, words):
     made: list[Repeated] = []
