@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_gen.engine.caching.static_cache import StaticCache
+from sglang_gen.engine.caching.cached_chain import PlannedChain
 from sglang_gen.errors import RunError, in_our_words, is_out_of_memory
 from sglang_gen.tensor_tree import mapped, tensors
 
@@ -94,7 +94,7 @@ class Graphs:
     What a step cache adds is an input too, and what it computes an output: there is one graph with and one without.
     """
 
-    def __init__(self, network: Any, cache: StaticCache | None = None) -> None:
+    def __init__(self, network: Any, cache: PlannedChain | None = None) -> None:
         """Replaces `network.evaluate`, which may be compiled; `cache` is the network's chain of blocks."""
         self.network_evaluate: Any = network.evaluate
         self.cache = cache

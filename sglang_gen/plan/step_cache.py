@@ -6,6 +6,7 @@ from typing import Any
 
 from sglang_gen.config.schema import Cache, CacheMethod, Run
 from sglang_gen.errors import UserError, nearest
+from sglang_gen.plan import deep_schedule
 from sglang_gen.plan.quantization import denoisers
 from sglang_gen.types import ModelCard
 
@@ -15,7 +16,8 @@ FIELDS_SET_ELSEWHERE = {
     "quantize_config": "the group quant",
     "attention_backend": "the group attention",
 }
-FIELDS_OUTSIDE = ("method", "cache_dit_config", "interval")  # keys of the group that cache-dit does not have
+# Keys of the group that cache-dit does not have.
+FIELDS_OUTSIDE = ("method", "cache_dit_config", *deep_schedule.DEEP_KEYS)
 SWITCHES = ("enable_taylorseer", "enable_calibrator")  # cache-dit's alternatives to calibrator=taylorseer
 # Keys of cache-dit, each with a predicate for legal values and a description of them.
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -80,7 +82,11 @@ def wanted(cache: Cache) -> bool:
 
 def check_cache_settings(run: Run) -> None:
     """Raises UserError for settings that are invalid for every model and number of steps."""
-    if run.cache.method is not CacheMethod.deepcache and wanted(run.cache):
+    if deep_schedule.chosen(run.cache):
+        deep_schedule.check_settings(run.cache)
+        for key in ("steps_computation_mask", "steps_computation_policy"):
+            _check_value(key, getattr(run.cache, key), {})
+    elif wanted(run.cache):
         settings(run.cache)
 
 
@@ -94,9 +100,7 @@ def settings(cache: Cache) -> dict[str, Any]:
     for key, value in {**typed, **given}.items():
         if key not in RULES:
             raise UserError(f"{CACHE_FLAG}: unknown key '{key}'{nearest(key, RULES)}")
-        fits, named = RULES[key]
-        if not fits(value):
-            raise UserError(f"{_named(key, given)} is {_shown(value)}; it must be {named}")
+        _check_value(key, value, given)
     merged = {**typed, **given, **_calibrator(given)}
     if merged["steps_computation_policy"] == "static" and merged["steps_computation_mask"] is None:
         raise UserError(
@@ -104,6 +108,12 @@ def settings(cache: Cache) -> dict[str, Any]:
             "give steps_computation_mask too, or the policy dynamic"
         )
     return {name: value for name, value in merged.items() if name not in SWITCHES}
+
+
+def _check_value(key: str, value: Any, given: Mapping[str, Any]) -> None:
+    fits, named = RULES[key]
+    if not fits(value):
+        raise UserError(f"{_named(key, given)} is {_shown(value)}; it must be {named}")
 
 
 def _given(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,8 +211,10 @@ def refuse_covered(given: Mapping[str, Any], lists: list[int]) -> None:
 
 def warnings(run: Run) -> list[str]:
     """Warns about settings of a step cache that have no effect because of other settings."""
-    if run.cache.method is CacheMethod.deepcache or not wanted(run.cache):
+    if not wanted(run.cache):
         return []
+    if deep_schedule.chosen(run.cache):
+        return [*deep_schedule.warnings(run.cache), *_short_warm_up(run)]
     given, usual = settings(run.cache), Cache()
     idle = {}
     if given["steps_computation_policy"] == "static":
@@ -210,6 +222,17 @@ def warnings(run: Run) -> list[str]:
             idle[name] = "with steps_computation_policy=static, which reuses every step that the mask marks with 0"
     if given["calibrator"] is None:
         idle["taylorseer_order"] = "without calibrator=taylorseer"
-    return [
+    found = [
         f"cache: {name} has no effect {reason}" for name, reason in idle.items() if given[name] != getattr(usual, name)
     ]
+    static = given["steps_computation_policy"] == "static"
+    return [*found, *deep_schedule.warnings(run.cache), *(_short_warm_up(run) if static else ())]
+
+
+def _short_warm_up(run: Run) -> list[str]:
+    """Warns about a warm-up of one step, which compiles or captures no step that reuses."""
+    compiling = run.compile
+    whole = compiling.cuda_graphs or (compiling.enable_torch_compile and not compiling.regional)
+    if not (compiling.warmup and compiling.warmup_steps < 2 and whole):
+        return []
+    return [f"compile.warmup_steps={compiling.warmup_steps} warms up no step that reuses; give it 2"]

@@ -1,17 +1,20 @@
 """The step cache of a native run: what is refused before weights are read, how it is built, and what it reports."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from sglang_gen.config.schema import Cache, CacheMethod, GuidanceBatching
+from sglang_gen.config.schema import Cache, GuidanceBatching
 from sglang_gen.engine.caching.block_cache import BlockCache, Ranks
 from sglang_gen.engine.caching.cached_chain import CachedChain
 from sglang_gen.engine.caching.decider import Rules
+from sglang_gen.engine.caching.deep_cache import DeepCache
 from sglang_gen.engine.caching.static_cache import StaticCache
 from sglang_gen.errors import UserError
+from sglang_gen.families import registry
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.perf import cache_trace
-from sglang_gen.plan import step_cache
+from sglang_gen.plan import deep_schedule, step_cache
 from sglang_gen.types import Plan
 
 
@@ -28,13 +31,21 @@ def check_native_cache(plan: Plan, networks: Sequence[str], evaluations: int) ->
             f"cache: {plan.pipeline_class} denoises with {len(networks)} networks ({', '.join(networks)}), and a step "
             "cache supports one; run with cache=none"
         )
-    has_unet = "unet" in plan.card.components
-    if cache.method is CacheMethod.deepcache:
-        raise UserError("cache=deepcache: the native engine does not have it yet; run with cache=none")
-    if has_unet:
+    spec = registry.by_pipeline_class(plan.pipeline_class)
+    connections = spec.skip_connections if spec else None
+    if deep_schedule.chosen(cache):
+        if connections is None:
+            raise UserError(
+                f"cache=deepcache works on UNets, and {plan.pipeline_class} has a transformer; run with cache=dbcache "
+                "or cache=none"
+            )
+        (network,) = networks
+        deep_schedule.check_schedule(cache, connections(plan.card.components[network].config), evaluations)
+        return
+    if connections is not None:
         raise UserError(
             f"cache: DBCache works on the blocks of a transformer, and {plan.pipeline_class} has a UNet; "
-            "run with cache=none"
+            "run with cache=deepcache or cache=none"
         )
     settings = step_cache.settings(cache)
     step_cache.refuse_library_fields(settings)
@@ -76,6 +87,8 @@ def rules(cache: Cache) -> Rules:
 
 def build_cache(plan: Plan, mesh: Mesh) -> CachedChain:
     """The chain of this rank's network, with the cache of the plan."""
+    if deep_schedule.chosen(plan.run.cache):
+        return DeepCache(plan.run.cache.branch, partial(deep_schedule.schedule, plan.run.cache))
     given, decides = step_cache.settings(plan.run.cache), rules(plan.run.cache)
     first, last = given["Fn_compute_blocks"], given["Bn_compute_blocks"]
     order = given["taylorseer_order"] if given["calibrator"] else 0
@@ -101,5 +114,6 @@ def effective(plan: Plan, trace: Trace = ()) -> Any:
     """The settings of the cache and, after a generation, the largest number of steps that an image reused."""
     if not step_cache.wanted(plan.run.cache):
         return "none"
-    values = {name: value for name, value in step_cache.settings(plan.run.cache).items() if value is not None}
+    settings = deep_schedule.settings if deep_schedule.chosen(plan.run.cache) else step_cache.settings
+    values = {name: value for name, value in settings(plan.run.cache).items() if value is not None}
     return values | ({"reused_steps": cache_trace.reused_steps(trace)} if trace else {})

@@ -26,7 +26,7 @@ class Evaluation:
 
     `index` counts the evaluations of a generation and `step` those of this network, from 0. `branches` are those that
     this rank computes in the call, and `together` those that all ranks compute in it. `sequential` says that the
-    branches are computed one after the other.
+    branches are computed one after the other, and `guided` that the step has both. A generation has `evaluations`.
     """
 
     index: int
@@ -35,6 +35,8 @@ class Evaluation:
     together: tuple[int, ...]
     images: int
     sequential: bool = False
+    guided: bool = False
+    evaluations: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,21 @@ class CachedChain(Chain):
         return [asdict(each) | {"image": numbers[each.image]} for each in self.decisions]
 
 
+class PlannedChain(CachedChain):
+    """A chain in which the step alone decides what is reused.
+
+    All that differs between steps happens before and after the evaluation. Inside, the chain is either given what an
+    earlier evaluation has computed or computes it, so that both can be compiled as a whole and captured.
+    """
+
+    graphs = 2  # one that computes everything, one that reuses
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added: tuple[Tensor, ...] | None = None  # for the evaluation that follows; None: it computes everything
+        self.computed: tuple[Tensor, ...] = ()  # by the last evaluation
+
+
 @contextmanager
 def generation(caches: Sequence[CachedChain], warming: bool = False) -> Iterator[None]:
     """A generation, after which nothing is left in the caches, however it ends."""
@@ -167,7 +184,8 @@ def observed(
             together = both if over_ranks and guided else branches
             cache = caches[networks[index]]
             images = len(latents) // len(branches)
-            evaluation = Evaluation(index, places[index], branches, together, images, sequential)
+            place, last = places[index], places[-1]
+            evaluation = Evaluation(index, place, branches, together, images, sequential, guided, last + 1)
             cache.before(evaluation)
             prediction = predict(latents, index)
             cache.after(evaluation)

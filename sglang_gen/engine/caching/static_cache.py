@@ -1,21 +1,13 @@
-"""Block caches with a fixed plan: which steps are reused depends on the step alone.
-
-All that differs between steps happens before and after the evaluation. Inside, the cache is either given what the
-middle blocks would add or computes it, so that both can be compiled as a whole and captured into CUDA graphs.
-"""
+"""Block caches with a fixed plan: which steps are reused depends on the step alone."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-from sglang_gen.engine.caching.cached_chain import BRANCHES, CachedChain, Conditions, Decision, Evaluation
+from sglang_gen.engine.caching.cached_chain import BRANCHES, Conditions, Decision, Evaluation, PlannedChain
 from sglang_gen.engine.caching.decider import Decider, Rules
 from sglang_gen.engine.caching.extrapolation import History
 from sglang_gen.models.chain import Block, State
-
-Residuals = tuple[Tensor, ...]  # what the middle blocks add to each stream [B, ...]
 
 
 @dataclass
@@ -27,10 +19,11 @@ class Slot:
     middle: list[History] = field(default_factory=list)
 
 
-class StaticCache(CachedChain):
-    """Runs the blocks of a transformer, whose state is the image `[B, L, D]` and the text `[B, T, D]`."""
+class StaticCache(PlannedChain):
+    """Runs the blocks of a transformer, whose state is the image `[B, L, D]` and the text `[B, T, D]`.
 
-    graphs = 2  # evaluations that are compiled for each shape: one that computes all blocks, one that reuses the middle
+    It is given what the middle blocks add to each stream.
+    """
 
     def __init__(self, rules: Rules, first: int, last: int = 0, order: int = 0) -> None:
         """The `first` and last blocks are always computed; `order` is that of TaylorSeer, 0 to repeat residuals."""
@@ -38,8 +31,6 @@ class StaticCache(CachedChain):
         assert not rules.dynamic
         self.rules, self.first, self.last, self.order = rules, first, last, order
         self.slots: dict[tuple[int, ...], Slot] = {}
-        self.added: Residuals | None = None  # for the evaluation that follows; None: it computes them
-        self.computed: Residuals = ()  # by the last evaluation
 
     def begin(self, warming: bool = False) -> None:
         super().begin(warming)
