@@ -35,6 +35,7 @@ class Row:
     quality: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)  # what ran: `model`, `prompt` and others in words
     marks: tuple[str, ...] = ()  # those of JOB_MARKS that the job's note sets
+    label: str | None = None  # how the note names the job, in place of its overrides
     dump: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the whole perf dump; empty if there is none
 
 
@@ -72,6 +73,7 @@ def _read_job(place: Path) -> Row:
         effective=_flattened(dump.get("effective") or {}),
         quality={name: value for name, value in (dump.get("quality") or {}).items() if name in RESULTS},
         facts=facts(dump),
+        label=note.get("label"),
         marks=tuple(mark for mark in JOB_MARKS if note.get(mark) is True),
         dump=dump,
     )

@@ -10,12 +10,12 @@ from typing import Protocol
 class Candidate:
     """The base configuration with at most one change per axis."""
 
-    changes: tuple[tuple[str, str], ...] = ()  # (axis, override), in the order of the axes
+    changes: tuple[tuple[str, str], ...] = ()  # (axis, its overrides), in the order of the axes
     is_baseline: bool = False  # measured for comparison only
 
     @property
     def words(self) -> tuple[str, ...]:
-        return tuple(word for _, word in self.changes)
+        return tuple(word for _, words in self.changes for word in words.split(" "))
 
     @property
     def singles(self) -> "tuple[Candidate, ...]":

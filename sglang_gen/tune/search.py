@@ -7,11 +7,12 @@
 5. What is left of the budget goes to rounds that tell the best ones apart.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from sglang_gen.tune.candidate import BASE, REFUSED, Bench, Bounds, Candidate, CandidateError
+from sglang_gen.tune.candidate import BASE, REFUSED, Bench, Bounds, Candidate, CandidateError, Observation
 from sglang_gen.tune.halving import entrants, halve, image_counts
 from sglang_gen.tune.surrogate import Surrogate
 from sglang_gen.tune.trials import Trials
@@ -88,7 +89,7 @@ class Search:
 
     def _measure_base(self) -> None:
         self.trials.open(self.counts[0])
-        self.trials.add(BASE, self.bench.measure(BASE, self.counts[0]))
+        self._note(BASE, self.bench.measure(BASE, self.counts[0]))
 
     def _measure(self, candidate: Candidate, images: int) -> None:
         try:
@@ -97,7 +98,17 @@ class Search:
             self.trials.lose(candidate, error.status, error.reason)
             self.tell(f"{candidate}: {error.status}: {error.reason}")
             return
+        self._note(candidate, one)
+
+    def _note(self, candidate: Candidate, one: Observation) -> None:
         self.trials.add(candidate, one)
+        images, base = self.trials.rounds[-1].images, self.trials.rounds[-1].seconds.get(BASE)
+        ratio = "" if base is None or candidate == BASE else f", {base / one.seconds:.2f}x"
+        quality = "identical" if math.isinf(one.psnr) else f"worst {one.psnr:.2f} dB"
+        self.tell(
+            f"{self.bench.elapsed() / 60:.1f} of {self.budget / 60:.3g} min: {candidate}: {images} images, "
+            f"{one.seconds:.3g} s each{ratio}, {quality}"
+        )
 
     def _fits(self, entries: Iterable[Candidate], images: int, end: float) -> bool:
         """Whether the measurements are expected to end before `end`; otherwise the search was cut."""
