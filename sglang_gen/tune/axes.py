@@ -40,7 +40,7 @@ def _options(group: str) -> Callable[[Run, Callable[[str], list[str]]], Iterable
     return lambda _run, options_of: (f"{group}={option}" for option in options_of(group))
 
 
-AXES = (
+TUNED_AXES = (
     Axis("dtype", ("dtype",), True, "number format",
          lambda _run, _options_of: (f"dtype={name}" for name in DType.__members__ if name != "auto")),
     Axis("compile", ("compile",), True, "torch.compile and CUDA graphs", _options("compile")),
@@ -71,13 +71,13 @@ def select(requested: Sequence[str] | None, fixed: Collection[str]) -> list[Axis
 
     Raises UserError for an unknown axis, for a requested one that is fixed, and if none is left.
     """
-    names = [axis.name for axis in AXES]
+    names = [axis.name for axis in TUNED_AXES]
     for name in requested or ():
         if name not in names:
             raise UserError(f"--axes: there is no axis '{name}'{nearest(name, names)} (axes: {', '.join(names)})")
         if name in fixed:
             raise UserError(f"--axes names {name}, and the request sets it; leave one of the two out")
-    chosen = [axis for axis in AXES if (axis.by_default if requested is None else axis.name in requested)]
+    chosen = [axis for axis in TUNED_AXES if (axis.by_default if requested is None else axis.name in requested)]
     left = [axis for axis in chosen if axis.name not in fixed]
     if not left:
         raise UserError("Nothing is left to search: the request sets every axis; leave out a setting, or name --axes")
@@ -91,4 +91,4 @@ def fixed_axes(choices: Choices, sources: dict[str, str]) -> set[str]:
         content = read_config_file(choices.file)
         given |= {*content.values, *content.options}
     given |= {path for path in leaves() if sources.get(path) == "experiment"}
-    return {axis.name for axis in AXES for key in axis.keys if any(covers(key, path) for path in given)}
+    return {axis.name for axis in TUNED_AXES for key in axis.keys if any(covers(key, path) for path in given)}

@@ -3,7 +3,25 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
+
+
+class CandidateVerdict(StrEnum):
+    """The verdict on a candidate."""
+
+    CHOSEN = "chosen"
+    TIED = "tied"  # as fast as the fastest, within the interval
+    KEPT = "kept"  # keeps the bounds over the whole manifest, and is slower
+    SLOW = "too slow"  # dropped before it generated the whole manifest
+    BELOW = "below the bound"
+    OVER = "over memory"
+    REFUSED = "refused"
+    FAILED = "failed"
+    UNFINISHED = "unfinished"  # the budget was spent before it generated the whole manifest
+    UNMEASURED = "not measured"
+    BASE = "base"
+    BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
@@ -48,17 +66,17 @@ class Bounds:
     psnr: float  # dB
     memory: float = math.inf  # bytes
 
-    def broken_by(self, one: Observation) -> str | None:
+    def broken_by(self, one: Observation) -> CandidateVerdict | None:
         """`below the bound` or `over memory`; None if the observation keeps both."""
         if one.psnr < self.psnr:
-            return BELOW
-        return OVER if one.memory is not None and one.memory > self.memory else None
+            return CandidateVerdict.BELOW
+        return CandidateVerdict.OVER if one.memory is not None and one.memory > self.memory else None
 
 
 class CandidateError(Exception):
     """A candidate cannot be measured: its status, refused or failed, and the reason."""
 
-    def __init__(self, status: str, reason: str) -> None:
+    def __init__(self, status: CandidateVerdict, reason: str) -> None:
         super().__init__(reason)
         self.status, self.reason = status, reason
 
@@ -76,18 +94,10 @@ class Bench(Protocol):
         """Generate the first `images` images of the manifest. Raises CandidateError."""
         ...
 
+    def tell(self, line: str) -> None:
+        """Show a line about the progress."""
+        ...
+
     def elapsed(self) -> float:
         """Seconds since the start of the command."""
         ...
-
-
-# Verdicts on candidates.
-CHOSEN = "chosen"
-TIED = "tied"  # as fast as the chosen one, within the interval
-KEPT = "kept"  # keeps the bounds over the whole manifest, and is slower
-SLOW = "too slow"  # dropped before the whole manifest
-BELOW = "below the bound"
-OVER = "over memory"
-REFUSED = "refused"
-FAILED = "failed"
-UNMEASURED = "not measured"

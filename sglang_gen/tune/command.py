@@ -75,17 +75,17 @@ def tune(choices: "Choices", given: Mapping[str, Any]) -> int:
 
 
 def _search(space: "Space", machine: "Machine", options: TuningOptions, places: Places) -> int:
-    from sglang_gen.tune.candidate import REFUSED, Bounds, CandidateError
+    from sglang_gen.tune.candidate import Bounds, CandidateError, CandidateVerdict
     from sglang_gen.tune.search import Search
 
     seed = space.base.run.sampling.seed or 0
     bounds = Bounds(options.min_psnr, options.max_memory)
-    search = Search(space.axes, machine, bounds, options.budget, seed, space.baseline, log.info)
+    search = Search(space.axes, machine, bounds, options.budget, seed, space.baseline)
     try:
         machine.prepare()
         search.run()
     except CandidateError as error:
-        kind = UserError if error.status == REFUSED else RunError
+        kind = UserError if error.status is CandidateVerdict.REFUSED else RunError
         raise kind(f"The base configuration was {error.status}: {error.reason}") from error
     except (KeyboardInterrupt, Terminated) as stop:
         if search.trials.rounds:

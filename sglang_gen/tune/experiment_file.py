@@ -19,7 +19,7 @@ from sglang_gen.errors import UserError
 from sglang_gen.tune.candidate import Candidate
 from sglang_gen.tune.space import Space
 
-HEADER = "# @package _global_\n# Written by sglang tune"
+EXPERIMENT_HEADER = "# @package _global_\n# Written by sglang tune"
 # What is generated, where it is saved and what is measured is not part of the experiment.
 OUTSIDE = (
     "sampling.prompt", "sampling.prompts", "sampling.prompts_file", "sampling.seed", "sampling.num_samples",
@@ -36,7 +36,7 @@ def check_experiment(path: Path, options: list[str]) -> None:
         if path.stem in options:
             raise UserError(f"--name: there is an experiment '{path.stem}' already; give another name")
         return
-    if not path.is_file() or not path.read_bytes().startswith(HEADER.encode()):
+    if not path.is_file() or not path.read_bytes().startswith(EXPERIMENT_HEADER.encode()):
         raise UserError(f"--name: {path} exists and was not written by sglang tune; give another name")
 
 
@@ -56,7 +56,7 @@ def experiment_text(space: Space, candidate: Candidate, comments: list[str]) -> 
     if options:
         content["defaults"] = [{f"override /{group}": option} for group, option in options.items()]
     content |= values
-    head = [HEADER, *(f"# {line}" for line in comments)]
+    head = [EXPERIMENT_HEADER, *(f"# {line}" for line in comments)]
     body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110) if content else "{}\n"
     return "\n".join([*head, body])
 

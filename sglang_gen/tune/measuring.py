@@ -18,7 +18,7 @@ from sglang_gen.launch.session import Session
 from sglang_gen.perf.dump_numbers import peak_memory
 from sglang_gen.plan import make
 from sglang_gen.report.job_reader import DUMP, NOTE
-from sglang_gen.tune.candidate import FAILED, REFUSED, Candidate, CandidateError, Observation
+from sglang_gen.tune.candidate import Candidate, CandidateError, CandidateVerdict, Observation
 from sglang_gen.tune.space import Space
 from sglang_gen.types import Result
 
@@ -36,6 +36,9 @@ class Machine:
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
+
+    def tell(self, line: str) -> None:
+        log.info(line)
 
     def refusal(self, candidate: Candidate) -> str | None:
         return self.space.refusal(candidate)
@@ -67,11 +70,11 @@ class Machine:
                     result = self._generate(candidate, images, Path(place))
                 self._add_repeat(candidate, result, images)
         except UserError as error:
-            raise self._lost(candidate, REFUSED, str(error)) from error
+            raise self._lost(candidate, CandidateVerdict.REFUSED, str(error)) from error
         except RunError as error:
-            raise self._lost(candidate, FAILED, str(error)) from error
+            raise self._lost(candidate, CandidateVerdict.FAILED, str(error)) from error
         except Exception as error:  # an unexpected error of one candidate must not end the search
-            raise self._lost(candidate, FAILED, unexpected(error)) from error
+            raise self._lost(candidate, CandidateVerdict.FAILED, unexpected(error)) from error
         finally:
             log.setup(self.level.name)
         return _observation(result.report, images, time.perf_counter() - started)
@@ -129,7 +132,7 @@ class Machine:
             report["repeats"] += result.report["repeats"]
             files.save_json(self.folder / str(self.jobs[candidate]) / DUMP, report)
 
-    def _lost(self, candidate: Candidate, status: str, reason: str) -> CandidateError:
+    def _lost(self, candidate: Candidate, status: CandidateVerdict, reason: str) -> CandidateError:
         self._write(candidate, status, reason, [], None)
         return CandidateError(status, reason)
 

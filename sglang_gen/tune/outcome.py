@@ -8,19 +8,9 @@ from typing import Any
 from sglang_gen.log import shorten
 from sglang_gen.perf.log_ratio import exp
 from sglang_gen.report.cell_metrics import frontier
-from sglang_gen.tune.candidate import (
-    BASE,
-    CHOSEN,
-    KEPT,
-    SLOW,
-    TIED,
-    UNMEASURED,
-    Candidate,
-)
+from sglang_gen.tune.candidate import BASE, Candidate, CandidateVerdict
 from sglang_gen.tune.search import Search
-from sglang_gen.tune.trials import CONFIDENCE, Trial
-
-IS_BASE, IS_BASELINE = "base", "baseline"
+from sglang_gen.tune.trials import CONFIDENCE, Round, Trial
 
 
 @dataclass(frozen=True)
@@ -28,7 +18,7 @@ class CandidateRow:
     """A candidate as the table and tune.json show it. Ratios are times of the base over those of the candidate."""
 
     candidate: Candidate
-    verdict: str
+    verdict: CandidateVerdict
     reason: str | None = None
     images: int = 0
     speed_up: float | None = None
@@ -61,9 +51,11 @@ class CandidateRow:
 def candidate_rows(search: Search) -> list[CandidateRow]:
     """The base, the baseline and all candidates: those measured on the whole manifest first, the fastest first."""
     chosen, tied = search.chosen, search.tied
-    verdicts = {each: TIED for each in tied if each != chosen} | ({chosen: CHOSEN} if chosen is not None else {})
+    verdicts = {each: CandidateVerdict.CHOSEN if each == chosen else CandidateVerdict.TIED for each in tied}
     rows = [_row(search, each, trial, verdicts) for each, trial in search.trials.known.items()]
-    rows += [CandidateRow(each, UNMEASURED) for each in search.singles() if each not in search.trials.known]
+    rows += [
+        CandidateRow(each, CandidateVerdict.UNMEASURED) for each in search.singles() if each not in search.trials.known
+    ]
     rows.sort(key=lambda row: (-row.images, -(row.speed_up or 0.0)))
     whole = [place for place, row in enumerate(rows) if row.images == search.bench.images and row.speed_up is not None]
     front = {whole[place] for place in frontier([_point(rows[place]) for place in whole])}
@@ -80,7 +72,9 @@ def _marked(row: CandidateRow, on_front: bool) -> CandidateRow:
     return CandidateRow(**{**vars(row), "on_front": on_front})
 
 
-def _row(search: Search, candidate: Candidate, trial: Trial, verdicts: dict[Candidate, str]) -> CandidateRow:
+def _row(
+    search: Search, candidate: Candidate, trial: Trial, verdicts: dict[Candidate, CandidateVerdict]
+) -> CandidateRow:
     found = search.trials.difference(BASE, candidate)
     interval = None if found is None or candidate == BASE else found.interval(CONFIDENCE)
     verdict, reason = _verdict(search, candidate, trial, verdicts)
@@ -91,32 +85,29 @@ def _row(search: Search, candidate: Candidate, trial: Trial, verdicts: dict[Cand
         images=trial.images,
         speed_up=None if found is None else exp(-found.shift),
         interval=None if interval is None else (1 / interval[1], 1 / interval[0]),
-        observations=_observations(search, candidate),
+        observations=len(search.trials.shared(BASE, candidate)),
         psnr=trial.psnr if trial.images else None,
         worst=trial.worst,
         memory=trial.memory,
     )
 
 
-def _observations(search: Search, candidate: Candidate) -> int:
-    shared = [each.images for each in search.trials.rounds if candidate in each.seconds and BASE in each.seconds]
-    return shared.count(max(shared)) if shared else 0
-
-
 def _verdict(
-    search: Search, candidate: Candidate, trial: Trial, verdicts: dict[Candidate, str]
-) -> tuple[str, str | None]:
+    search: Search, candidate: Candidate, trial: Trial, verdicts: dict[Candidate, CandidateVerdict]
+) -> tuple[CandidateVerdict, str | None]:
     if trial.lost is not None:
         return trial.lost
     if candidate.is_baseline:
-        return IS_BASELINE, None
+        return CandidateVerdict.BASELINE, None
     if trial.broken is not None:
         return trial.broken, None
     if candidate in verdicts:
         return verdicts[candidate], None
     if trial.images == search.bench.images:
-        return KEPT, None
-    return SLOW, None
+        return CandidateVerdict.KEPT, None
+    shift, least = search.trials.shift(candidate), None if search.leader is None else search.trials.shift(search.leader)
+    might_win = search.is_cut and shift is not None and (least is None or shift < least)
+    return CandidateVerdict.UNFINISHED if might_win else CandidateVerdict.SLOW, None
 
 
 def image_name(worst: Any) -> str:
@@ -141,11 +132,13 @@ def outcome_dict(search: Search, rows: Sequence[CandidateRow], about: dict[str, 
         "tied": [list(each.words) for each in search.tied],
         "against_baseline": against and {"speed_up": round(against[0], 4), "interval": against[1]},
         "candidates": [row.as_dict() for row in rows],
-        "rounds": [
-            {"images": each.images, "seconds": {str(one): round(value, 6) for one, value in each.seconds.items()}}
-            for each in search.trials.rounds
-        ],
+        "rounds": [_round_dict(each) for each in search.trials.rounds],
     }
+
+
+def _round_dict(one: Round) -> dict[str, Any]:
+    seconds = {str(candidate): round(value, 6) for candidate, value in one.seconds.items()}
+    return {"images": one.images, "final": one.is_final, "seconds": seconds}
 
 
 def against_baseline(search: Search) -> tuple[float, tuple[float, float] | None] | None:

@@ -2,17 +2,18 @@
 
 1. Every change of every axis is measured alone beside the base, on the first images of the manifest.
 2. Products of the changes that helped take part in successive halving, most promising first.
-3. The fastest generate the whole manifest, in rounds with the base, until enough of them keep the bound.
+3. The fastest generate the whole manifest until enough of them keep the bound. Then they are timed in rounds of fewer
+   images: many short rounds tell times apart better than few long ones.
 4. Candidates that differ from the best in one axis are measured beside it, until none is better.
 5. What is left of the budget goes to rounds that tell the best ones apart.
 """
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from sglang_gen.tune.candidate import BASE, REFUSED, Bench, Bounds, Candidate, CandidateError, Observation
+from sglang_gen.tune.candidate import BASE, Bench, Bounds, Candidate, CandidateError, CandidateVerdict, Observation
 from sglang_gen.tune.halving import entrants, halve, image_counts
 from sglang_gen.tune.surrogate import Surrogate
 from sglang_gen.tune.trials import Trials
@@ -20,7 +21,7 @@ from sglang_gen.tune.trials import Trials
 FIRST_IMAGES = 2  # images of the first rung
 BESIDE_BASE = 4  # candidates that are measured in one round with the base
 FINALISTS = 3  # candidates that are told apart on the whole manifest
-LEAST_OBSERVATIONS, MOST_OBSERVATIONS = 3, 12  # rounds of the whole manifest
+LEAST_OBSERVATIONS, MOST_OBSERVATIONS = 5, 25  # final rounds of each finalist
 MOST_ENTRANTS = 48  # of the halving
 QUALITY_SLACK = 3.0  # dB by which predictions of quality may be too low
 SIMPLER = 0.03  # fraction of the time by which a simpler neighbour may be slower and still generates the whole manifest
@@ -38,12 +39,12 @@ class Search:
         budget: float,
         seed: int = 0,
         baseline: Candidate | None = None,
-        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.axes, self.bench, self.budget, self.baseline, self.tell = axes, bench, budget, baseline, tell
+        self.axes, self.bench, self.budget, self.baseline = axes, bench, budget, baseline
         self.trials = Trials(bounds)
         self.surrogate = Surrogate(self.trials)
         self.counts = image_counts(bench.images, FIRST_IMAGES)
+        self.timed = self.counts[min(1, len(self.counts) - 1)]  # images of a round that tells times apart
         self.random = random.Random(seed)
         self.is_cut = False  # whether the budget ended before the search did
         self.unmeasured = 0  # combinations that the budget left out
@@ -81,7 +82,7 @@ class Search:
             return known.lost is None
         reason = self.bench.refusal(candidate)
         if reason is not None:
-            self.trials.lose(candidate, REFUSED, reason)
+            self.trials.lose(candidate, CandidateVerdict.REFUSED, reason)
         return reason is None
 
     def _ends(self, phase: str) -> float:
@@ -96,7 +97,7 @@ class Search:
             one = self.bench.measure(candidate, images)
         except CandidateError as error:
             self.trials.lose(candidate, error.status, error.reason)
-            self.tell(f"{candidate}: {error.status}: {error.reason}")
+            self.bench.tell(f"{candidate}: {error.status}: {error.reason}")
             return
         self._note(candidate, one)
 
@@ -105,7 +106,7 @@ class Search:
         images, base = self.trials.rounds[-1].images, self.trials.rounds[-1].seconds.get(BASE)
         ratio = "" if base is None or candidate == BASE else f", {base / one.seconds:.2f}x"
         quality = "identical" if math.isinf(one.psnr) else f"worst {one.psnr:.2f} dB"
-        self.tell(
+        self.bench.tell(
             f"{self.bench.elapsed() / 60:.1f} of {self.budget / 60:.3g} min: {candidate}: {images} images, "
             f"{one.seconds:.3g} s each{ratio}, {quality}"
         )
@@ -118,22 +119,22 @@ class Search:
         self.is_cut = True
         return False
 
-    def _round(self, entries: Sequence[Candidate], images: int, end: float) -> bool:
+    def _round(self, entries: Sequence[Candidate], images: int, end: float, is_final: bool = False) -> bool:
         """Measure the base and the entries, one after the other. Returns False if the time does not suffice.
 
-        The base comes first unless the whole manifest is generated, so that what is measured can be compared with it.
+        A final round is measured completely or not at all, in random order. In others the base comes first, so that
+        all candidates that are still measured can be compared with it.
         """
-        whole = images == self.bench.images
         order = [BASE, *entries]
-        if whole:
+        if is_final:
             self.random.shuffle(order)
             if not self._fits(order, images, end):
                 return False
         elif not self._fits(order[:2], images, end):
             return False
-        self.trials.open(images)
+        self.trials.open(images, is_final)
         for candidate in order:
-            if not whole and candidate != BASE and not self._fits([candidate], images, end):
+            if not is_final and candidate != BASE and not self._fits([candidate], images, end):
                 return False
             if (known := self.trials.known.get(candidate)) is None or known.lost is None:
                 self._measure(candidate, images)
@@ -158,7 +159,7 @@ class Search:
 
     def _screen(self) -> None:
         field = [each for each in self.singles() if self.allowed(each)]
-        self.tell(f"{len(field)} changes are measured alone, on {self.counts[0]} images each")
+        self.bench.tell(f"{len(field)} changes are measured alone, on {self.counts[0]} images each")
         self._rounds(field, self.counts[0], self._ends("screening"))
 
     def _halve(self) -> None:
@@ -171,7 +172,7 @@ class Search:
         starting = self._first_allowed(field, most)
         self.unmeasured = len(field) - len(starting)
         if starting:
-            self.tell(f"{len(starting)} of {len(field)} promising combinations take part in the halving")
+            self.bench.tell(f"{len(starting)} of {len(field)} promising combinations take part in the halving")
         halve(starting, rungs, lambda entries, count: self._rounds(entries, count, end), self.trials.fastest, FINALISTS)
 
     def _first_allowed(self, field: Iterable[Candidate], most: int) -> list[Candidate]:
@@ -187,17 +188,20 @@ class Search:
         """Have the fastest generate the whole manifest until enough of them keep the bounds, then repeat these."""
         reserve = [each for each in self.trials.fastest(list(self.trials.known)) if each != BASE]
         reserve = [each for each in reserve if (self.trials.shift(each) or 0.0) < 0]
-        self.tell(f"The fastest of {len(reserve)} candidates generate all {self.bench.images} images")
+        self.bench.tell(f"The fastest of {len(reserve)} candidates generate all {self.bench.images} images")
         beside = [self.baseline] if self.baseline is not None else []
         if not reserve:
-            self._round(beside, self.bench.images, self.budget)
+            self._final_round(beside, self.bench.images)
         while reserve and len(self._complete()) < FINALISTS:
             following, reserve = reserve[:FINALISTS], reserve[FINALISTS:]
-            goes_on = self._round([*following, *beside], self.bench.images, self.budget)
-            if not goes_on and not self._round(following[:1], self.bench.images, self.budget):
+            goes_on = self._final_round([*following, *beside], self.bench.images)
+            if not goes_on and not self._final_round(following[:1], self.bench.images):
                 return
             beside = []
         self._repeat(LEAST_OBSERVATIONS)
+
+    def _final_round(self, entries: Sequence[Candidate], images: int) -> bool:
+        return self._round(entries, images, self.budget, is_final=True)
 
     def _complete(self) -> list[Candidate]:
         return [each for each in self.trials.complete(self.bench.images) if each != BASE]
@@ -208,21 +212,22 @@ class Search:
         entries = [each for each in entries if self.trials.keeps(each)]
         entries += [self.baseline] if self.baseline is not None else []
         while min(map(self._observations, [BASE, *entries])) < observations:
-            if not self._round(entries, self.bench.images, self.budget):
+            if not self._final_round(entries, self.timed):
                 return False
         return True
 
     def _observations(self, candidate: Candidate) -> int:
-        """Rounds of the whole manifest that the candidate took part in; unlimited for one that cannot be measured."""
+        """Final rounds that the candidate took part in; enough for one that cannot be measured."""
         known = self.trials.known.get(candidate)
         if known is not None and known.lost is not None:
             return MOST_OBSERVATIONS
-        return sum(candidate in each.seconds for each in self.trials.rounds if each.images == self.bench.images)
+        return sum(candidate in each.seconds for each in self.trials.rounds if each.is_final)
 
     def neighbours(self, candidate: Candidate) -> list[Candidate]:
         """Candidates that were not measured and differ in one axis, the most promising first."""
         order, found = list(self.axes), list[Candidate]()
-        for axis, words in self.axes.items():
+        for axis, all_words in self.axes.items():
+            words = [word for word in all_words if not self._is_lost(Candidate(((axis, word),)))]
             rest = [change for change in candidate.changes if change[0] != axis]
             for change in [None, *((axis, word) for word in words)]:
                 changes = sorted([*rest, *([change] if change else [])], key=lambda item: order.index(item[0]))
@@ -232,19 +237,21 @@ class Search:
         least = self.trials.bounds.psnr - QUALITY_SLACK
         return sorted((each for each in new if predicted[each].psnr >= least), key=lambda each: predicted[each].shift)
 
+    def _is_lost(self, candidate: Candidate) -> bool:
+        return candidate in self.trials.known and self.trials.known[candidate].lost is not None
+
     def _refine(self) -> None:
         """Move to a better neighbour of the best candidates as long as there is one and time is left."""
-        count = self.counts[min(1, len(self.counts) - 1)]
         while (leader := self.leader) is not None:
             best = self.trials.complete(self.bench.images)[:FINALISTS]
             near = [near for each in best for near in self.neighbours(each) if self.allowed(near)]
             better, left = list[Candidate](), list(dict.fromkeys(near))
             while left and not better:
                 chunk, left = left[: BESIDE_BASE - 1], left[BESIDE_BASE - 1 :]
-                if not self._round([leader, *chunk], count, self.budget):
+                if not self._round([leader, *chunk], self.timed, self.budget):
                     return
                 better = [each for each in chunk if self.trials.keeps(each) and self._is_better(each, leader)]
-            if not better or not self._round([leader, *better], self.bench.images, self.budget):
+            if not better or not self._final_round([leader, *better], self.bench.images):
                 return
             if not self._repeat(LEAST_OBSERVATIONS, [leader, *better]):
                 return
@@ -264,5 +271,5 @@ class Search:
                 return
             entries = [each for each in tied[: FINALISTS + 1] if each != BASE]
             entries += [self.baseline] if self.baseline is not None else []
-            if not self._round(entries, self.bench.images, self.budget):
+            if not self._final_round(entries, self.timed):
                 return

@@ -5,11 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from sglang_gen.perf.log_ratio import Difference, paired
-from sglang_gen.tune.candidate import BASE, Bounds, Candidate, Observation
+from sglang_gen.perf.log_ratio import Difference
+from sglang_gen.tune.blocks import residual_variance
+from sglang_gen.tune.candidate import BASE, Bounds, Candidate, CandidateVerdict, Observation
 
 CONFIDENCE = 0.95
-INDISTINCT = 0.02  # times that were compared once differ if they do by more than this
+INDISTINCT = 0.02  # times that differ by less need not be told apart
+LEAST_FREEDOM_OF_FINALS = 6  # degrees of freedom from which final rounds alone show the noise
 
 
 @dataclass
@@ -17,6 +19,7 @@ class Round:
     """Candidates that generated the same images one after the other, so that a drift of the machine cancels."""
 
     images: int
+    is_final: bool = False  # after the halving, whose choice favours candidates with lucky times
     seconds: dict[Candidate, float] = field(default_factory=dict)
 
 
@@ -30,8 +33,8 @@ class Trial:
     memory: float | None = None
     overhead: float = 0.0  # seconds of a measurement beside its generation: loading, warm-up, compilation
     seconds: float = 0.0  # per image, in the last measurement
-    broken: str | None = None  # the bound that it does not keep
-    lost: tuple[str, str] | None = None  # status and reason of a candidate that cannot be measured
+    broken: CandidateVerdict | None = None  # the bound that it does not keep
+    lost: tuple[CandidateVerdict, str] | None = None  # status and reason of a candidate that cannot be measured
 
 
 class Trials:
@@ -41,10 +44,11 @@ class Trials:
         self.bounds = bounds
         self.rounds: list[Round] = []
         self.known: dict[Candidate, Trial] = {}
+        self._known_noise = (0, 0.0, 0)  # number of measurements that it is from, variance, degrees of freedom
 
-    def open(self, images: int) -> None:
+    def open(self, images: int, is_final: bool = False) -> None:
         """Begin a round."""
-        self.rounds.append(Round(images))
+        self.rounds.append(Round(images, is_final))
 
     def add(self, candidate: Candidate, one: Observation) -> None:
         """Add a measurement to the last round."""
@@ -58,7 +62,7 @@ class Trials:
             trial.memory = max(one.memory, trial.memory or 0.0)
         trial.broken = trial.broken or self.bounds.broken_by(one)
 
-    def lose(self, candidate: Candidate, status: str, reason: str) -> None:
+    def lose(self, candidate: Candidate, status: CandidateVerdict, reason: str) -> None:
         """Note that a candidate cannot be measured."""
         self.known.setdefault(candidate, Trial()).lost = (status, reason)
 
@@ -74,16 +78,39 @@ class Trials:
         trial = self.known.get(candidate)
         return trial is not None and trial.images > 0 and trial.broken is None and trial.lost is None
 
+    def shared(self, one: Candidate, other: Candidate) -> list[Round]:
+        """The rounds that compare two candidates: the final ones in which both took part, else those of most images."""
+        both = [each for each in self.rounds if one in each.seconds and other in each.seconds]
+        final = [each for each in both if each.is_final]
+        most = max((each.images for each in both), default=0)
+        return final or [each for each in both if each.images == most]
+
     def difference(self, one: Candidate, other: Candidate) -> Difference | None:
-        """log(time of `other` / time of `one`), over the rounds of the most images in which both took part."""
+        """log(time of `other` / time of `one`), over the rounds that compare them; None if there are none."""
         if one == other:
             return Difference(0.0, 0.0, 1.0)
-        shared = [each for each in self.rounds if one in each.seconds and other in each.seconds]
-        if not shared:
+        pairs = [each.seconds for each in self.shared(one, other)]
+        if not pairs:
             return None
-        most = max(each.images for each in shared)
-        pairs = [each.seconds for each in shared if each.images == most]
-        return paired([math.log(each[one]) for each in pairs], [math.log(each[other]) for each in pairs])
+        shift = fmean(math.log(each[other] / each[one]) for each in pairs)
+        noise, freedom = self._noise()
+        if not freedom:
+            return Difference(shift, None, 0.0)
+        return Difference(shift, math.sqrt(2 * noise / len(pairs)), float(freedom), 2 * noise)
+
+    def _noise(self) -> tuple[float, int]:
+        """Variance of the logarithm of a time, and its degrees of freedom, from all rounds: the final ones if these
+        suffice.
+        """
+        count = sum(len(each.seconds) for each in self.rounds)
+        if self._known_noise[0] != count:
+            logs = [({name: math.log(value) for name, value in each.seconds.items()}, each.is_final)
+                    for each in self.rounds]  # fmt: skip
+            found = residual_variance([each for each, is_final in logs if is_final])
+            if found[1] < LEAST_FREEDOM_OF_FINALS:
+                found = residual_variance([each for each, _ in logs])
+            self._known_noise = (count, *found)
+        return self._known_noise[1:]
 
     def shift(self, candidate: Candidate) -> float | None:
         """log(time of the candidate / time of the base); None if they were not measured in one round."""

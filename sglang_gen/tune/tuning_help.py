@@ -1,10 +1,10 @@
 """The help page of `sglang tune`."""
 
-from sglang_gen.tune.axes import AXES
+from sglang_gen.tune.axes import TUNED_AXES
 from sglang_gen.tune.tuning_options import DEFAULT_BUDGET
 
-_AXES = "\n".join(f"{'':4}{axis.name:12}{axis.meaning}" for axis in AXES if axis.by_default)
-_OTHERS = "\n".join(f"{'':4}{axis.name:12}{axis.meaning}" for axis in AXES if not axis.by_default)
+_AXES = "\n".join(f"{'':4}{axis.name:12}{axis.meaning}" for axis in TUNED_AXES if axis.by_default)
+_OTHERS = "\n".join(f"{'':4}{axis.name:12}{axis.meaning}" for axis in TUNED_AXES if not axis.by_default)
 
 TUNE_HELP = f"""\
 usage: sglang tune --min-psnr DB [options] [flags and overrides of sglang generate]

@@ -16,7 +16,7 @@ MEMORY_UNITS = {"mb": 1e6, "gb": 1e9, "mib": 2.0**20, "gib": 2.0**30}
 LARGEST_PSNR = 100.0  # dB; images of 8 bits that differ by less are identical
 OWN_OPTIONS = ("min-psnr", "max-memory", "budget", "axes", "baseline", "name")
 # Options of `sglang generate` that print or run something else.
-ELSEWHERE = ("multirun", "cfg", "package", "info", "resolve", "hydra_help", "run", "config_name", "version")
+OTHER_COMMANDS = ("multirun", "cfg", "package", "info", "resolve", "hydra_help", "run", "config_name", "version")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def add_tuning_options(parser: argparse.ArgumentParser) -> None:
 
 def read_tuning_options(given: Mapping[str, Any]) -> TuningOptions:
     """The options of a parsed command line. Raises UserError for a value that is missing or cannot be one."""
-    for name in ELSEWHERE:
+    for name in OTHER_COMMANDS:
         if name in given:
             raise UserError(f"sglang tune decides itself what it runs; leave out --{name.replace('_', '-')}")
     own = {name: given.get(f"tune.{name}") for name in OWN_OPTIONS}

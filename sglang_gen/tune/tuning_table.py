@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from sglang_gen.sweep.columns import Column, escaped, fit, render, wrapped
-from sglang_gen.tune.candidate import BELOW, FAILED, REFUSED, UNMEASURED, Candidate
+from sglang_gen.tune.candidate import Candidate, CandidateVerdict
 from sglang_gen.tune.outcome import CandidateRow, against_baseline, candidate_rows, image_name
 from sglang_gen.tune.search import Search
 
@@ -60,7 +60,7 @@ def _below(
         yield "`*`: no other candidate with all images is both faster and closer to the reference"
     if left_out:
         yield f"only in tune.json: {', '.join(left_out)}"
-    below = [row for row in shown if row.verdict == BELOW and row.worst]
+    below = [row for row in shown if row.verdict == CandidateVerdict.BELOW and row.worst]
     if below:
         closest = max(below, key=lambda row: row.psnr or 0.0)
         yield escaped(f"the closest below the bound: {closest.candidate} ({image_name(closest.worst)})")
@@ -71,9 +71,10 @@ def _below(
 def _by_reason(rows: Sequence[CandidateRow]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for row in rows:
-        if row.verdict == UNMEASURED:
+        is_lost = row.verdict in (CandidateVerdict.REFUSED, CandidateVerdict.FAILED)
+        if row.verdict == CandidateVerdict.UNMEASURED:
             found.setdefault("not measured, the budget was spent", []).append(str(row.candidate))
-        elif row.verdict in (REFUSED, FAILED) and row.reason and not row.reason.startswith(SAME):
+        elif is_lost and row.reason and not row.reason.startswith(SAME):
             found.setdefault(f"{row.verdict}: {row.reason}", []).append(str(row.candidate))
     return found
 
