@@ -1,6 +1,7 @@
 """The command `sglang tune`: searches, then writes the experiment, tune.json and the report."""
 
 import datetime
+import json
 import math
 import re
 import shlex
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_gen import env, files, log
 from sglang_gen.config.schema import SCHEMA_VERSION, user_gave
 from sglang_gen.errors import RunError, UserError, in_our_words
+from sglang_gen.report.job_reader import TUNING_FILE
 from sglang_gen.signals import Terminated
 from sglang_gen.tune.tuning_options import TuningOptions, read_tuning_options
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from sglang_gen.tune.search import Search
     from sglang_gen.tune.space import Space
 
-RESULT_FILE = "tune.json"
 PRINTED_WIDTH = 120  # if standard output is not a terminal
 LEAST_PRINTED_WIDTH = 60
 FEW_IMAGES = 4  # fewer say little about other prompts
@@ -60,7 +61,7 @@ def tune(choices: "Choices", given: Mapping[str, Any]) -> int:
     log.setup(space.base.run.log_level.name)
     _tell(space, options)
     if space.base.run.dry_run:
-        files.print_result("\n".join(_planned_lines(space)))
+        files.print_result(_described(space))
         return 0
     from sglang_gen.launch.session import Session
     from sglang_gen.sweep import sweep_folder
@@ -88,9 +89,9 @@ def _search(space: "Space", machine: "Machine", options: TuningOptions, places: 
         kind = UserError if error.status is CandidateVerdict.REFUSED else RunError
         raise kind(f"The base configuration was {error.status}: {error.reason}") from error
     except (KeyboardInterrupt, Terminated) as stop:
-        if search.trials.rounds:
+        if search.trials.known:
             best = _conclude(search, space, machine, places)
-            stop.add_note(f"the best so far: {best}")
+            stop.add_note("no candidate had generated all images" if best is None else f"the best so far: {best}")
         raise
     if _conclude(search, space, machine, places) is None:
         from sglang_gen.tune.tuning_table import why_nothing
@@ -105,22 +106,24 @@ def _conclude(search: "Search", space: "Space", machine: "Machine", places: Plac
     from sglang_gen.tune.tuning_table import conclusion_lines, table_lines
 
     rows, command = candidate_rows(search), None
+    conclusion = conclusion_lines(search, rows)
     if search.chosen is not None:
-        command = _write_experiment(search.chosen, space, conclusion_lines(search, rows), places)
+        command = _write_experiment(search.chosen, space, conclusion, places)
     about = {
         "schema_version": SCHEMA_VERSION,
         "name": places.name,
         "model": space.card.name,
         "reference": machine.reference,
         "command": command,
+        "conclusion": conclusion,
         "commit_hash": env.commit_hash(),
         "fixed_axes": space.fixed,
         "jobs": {str(each): number for each, number in machine.jobs.items()},
     }
-    files.save_json(places.folder / RESULT_FILE, outcome_dict(search, rows, about))
-    log.info(f"Candidates saved to: {places.folder / RESULT_FILE}")
+    files.save_json(places.folder / TUNING_FILE, outcome_dict(search, rows, about))
+    log.info(f"Candidates saved to: {places.folder / TUNING_FILE}")
     _write_report(places.folder)
-    lines = [*table_lines(search, rows, _width()), "", *conclusion_lines(search, rows)]
+    lines = [*table_lines(search, rows, _width()), "", *conclusion]
     files.print_result("\n".join([*lines, *([] if command is None else ["", f"Use it: {command}"])]))
     return search.chosen
 
@@ -148,7 +151,7 @@ def _folder(space: "Space") -> Path:
         return Path("outputs/tune") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(base.run.output.path)
     files.check_folder(folder)
-    taken = next((name for name in (RESULT_FILE, "0", "sweep.json") if (folder / name).exists()), None)
+    taken = next((name for name in (TUNING_FILE, "0", "sweep.json") if (folder / name).exists()), None)
     if taken is not None:
         raise UserError(f"{folder} has the results of another command ({taken}); give another --output-path")
     return folder
@@ -189,17 +192,20 @@ def _tell(space: "Space", options: TuningOptions) -> None:
         )
 
 
-def _planned_lines(space: "Space") -> list[str]:
-    """The changes of every axis, with what the plan or an estimate says against them."""
+def _described(space: "Space") -> str:
+    """The changes of every axis, with what the plan or an estimate says against them; JSON with dry_run=json."""
     from sglang_gen.tune.candidate import Candidate
 
+    found = {
+        axis: {word: space.refusal(Candidate(((axis, word),))) for word in words} for axis, words in space.axes.items()
+    }
+    if space.base.run.dry_run == "json":
+        return json.dumps(found, indent=2, ensure_ascii=False)
     lines = []
-    for axis, words in space.axes.items():
+    for axis, refusals in found.items():
         lines.append(f"{axis}:")
-        for word in words:
-            refusal = space.refusal(Candidate(((axis, word),)))
-            lines.append(f"  {word}" + ("" if refusal is None else f"  not measured: {refusal}"))
-    return lines
+        lines += [f"  {word}" + ("" if refusal is None else f": {refusal}") for word, refusal in refusals.items()]
+    return "\n".join(lines)
 
 
 def _width() -> int:

@@ -10,7 +10,7 @@ from sglang_gen import env, log
 from sglang_gen.config import manifest
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import Composed, compose, compose_partly
-from sglang_gen.config.hydra_loader import Loader, group_options, open_loader
+from sglang_gen.config.hydra_loader import Loader, group_options, open_loader, parse
 from sglang_gen.config.schema import Quality, Run, Tracker, get, plain, user_gave
 from sglang_gen.errors import UserError
 from sglang_gen.hub import resolve
@@ -42,6 +42,9 @@ class Space:
 
     def __init__(self, choices: Choices, options: TuningOptions) -> None:
         self.options, self.loader = options, open_loader(choices.config_dir)
+        for word in parse(self.loader, choices.overrides):
+            if word.is_sweep:
+                raise UserError(f"'{word.text}' is a sweep; leave the setting out to search it, or give it one value")
         self.choices = _with_samples(choices, self.loader)
         composed = compose(self.choices, self.loader)
         self.stated_reference = None if composed.run.quality.reference == AUTO else composed.run.quality.reference
@@ -180,6 +183,8 @@ def _with_samples(choices: Choices, loader: Loader) -> Choices:
            name.startswith(partly.run.model.preset or "\0")]  # fmt: skip
     if not own:
         return choices
+    if user_gave(partly.run, partly.sources, "sampling.num_samples"):
+        raise UserError(f"--num-samples needs a prompt: without one, the samples are those of the manifest {own[0]}")
     return replace(choices, overrides=(*choices.overrides, f"quality.manifest={own[0]}"))
 
 
@@ -187,6 +192,8 @@ def _prepared(composed: Composed) -> Composed:
     """The run with a seed, so that its images can be compared, and without a reference, which the search sets."""
     run = composed.run
     sampling = run.sampling if run.sampling.seed is not None else replace(run.sampling, seed=0)
+    if run.quality.manifest is not None:  # an experiment may set a number that the manifest decides
+        sampling = replace(sampling, num_samples=1)
     return replace(composed, run=replace(run, sampling=sampling, quality=replace(run.quality, reference=None)))
 
 

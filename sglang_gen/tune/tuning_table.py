@@ -96,11 +96,14 @@ def conclusion_lines(search: Search, rows: Sequence[CandidateRow]) -> list[str]:
         interval = "" if against[1] is None else f" ({against[1][0]:.2f} to {against[1][1]:.2f})"
         lines.append(f"{against[0]:.2f} times as fast as the {search.baseline}{interval}")
     if search.is_cut:
-        lines.append(
-            f"The budget ended the search: {search.unmeasured} promising combinations were not measured; a larger "
-            "--budget measures more"
-        )
+        changes = sum(row.verdict == CandidateVerdict.UNMEASURED for row in rows)
+        left = f"{_count(changes, 'change')} and {_count(search.unmeasured, 'promising combination')}"
+        lines.append(f"The budget ended the search before {left} were measured; a larger --budget measures more")
     return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
 
 
 def why_nothing(search: Search) -> str:
