@@ -20,7 +20,7 @@ from sglang_gen.tune import pruning
 from sglang_gen.tune.axes import TUNED_AXES
 from sglang_gen.tune.candidate import BASE, Candidate, CandidateError, CandidateVerdict, Observation
 from sglang_gen.tune.experiment_file import OUTSIDE, experiment_text, round_trip, write_experiment
-from sglang_gen.tune.measuring import Machine
+from sglang_gen.tune.measuring import Machine, _observation
 from sglang_gen.tune.space import Space
 from sglang_gen.tune.tuning_options import TuningOptions
 
@@ -59,7 +59,7 @@ def synthetic(monkeypatch):
         error = 10**-5.5 + sum(10 ** (-psnr / 10) for _, psnr in found)
         seconds = math.exp(sum(shift for shift, _ in found))
         worst = {"index": 1, "prompt": "a calm lake", "seed": 0, "value": 40.0}
-        return Observation(seconds, -10 * math.log10(error), 5e8, seconds * images / 10, worst)
+        return Observation(seconds, -10 * math.log10(error), 5e8, seconds * images / 10, worst=worst)
 
     monkeypatch.setattr(Machine, "measure", measure)
     monkeypatch.setattr(Machine, "prepare", lambda self: setattr(self, "reference", "kept"))
@@ -81,6 +81,8 @@ WRONG = {
     ("--min-psnr", "34", "--axes", "dtype,,"): "--axes: 'dtype,,' is not a list of different names",
     ("--min-psnr", "34", "--axes", "compiler"): "--axes: there is no axis 'compiler'; did you mean 'compile'?",
     ("--min-psnr", "34", "--axes", "dtype", "--dtype", "float32"): "--axes names dtype, and the request sets it",
+    ("--min-psnr", "34", "--time", "cpu"): "--time: 'cpu' is not one of elapsed and processor",
+    ("--min-psnr", "34", "--time", "processor", "parallel=tp2"): "--time processor is that of one process on a CPU",
     ("--min-psnr", "34", "--name", "a/b"): "--name: 'a/b' is not the name of an experiment: letters, digits and",
     ("--min-psnr", "34", "--name", "quick_look"): "--name: there is an experiment 'quick_look' already",
     ("--min-psnr", "34", "--baseline", "diffusers"): "--baseline: 'diffusers' is not a list of overrides in quotes",
@@ -260,6 +262,14 @@ def test_candidates_are_pruned_by_their_predicted_time(monkeypatch):
     reason = searched.refusal(one("dtype", "dtype=bfloat16"))
     assert reason == "a step is predicted to take 1.40 times as long as that of the base"
     assert searched.refusal(one("dtype", "dtype=float16")) is None
+
+
+def test_by_processor_time_layouts_of_several_processes_are_left_out():
+    searched = space(axes=("layout",), by_processor=True)
+    assert searched.refusal(one("layout", "parallel=tp2")) == "several processes cannot be compared by processor time"
+    report = {"repeats": [{"total_duration_ms": 4000.0, "cpu_duration_ms": 1000.0}], "memory_checkpoints": {},
+              "quality": {"summary": {"psnr": {"worst": None}}}}  # fmt: skip
+    assert [_observation(report, 2, 9.0, by_processor).seconds for by_processor in (False, True)] == [2.0, 0.5]
 
 
 def test_layouts_with_more_processes_than_processors_are_pruned(monkeypatch):

@@ -52,10 +52,11 @@ BASE = Candidate()
 class Observation:
     """One measurement: the generation of the first images of the manifest."""
 
-    seconds: float  # per image, without loading, warm-up and saving
+    seconds: float  # per image, without loading, warm-up and saving; elapsed or processor time
     psnr: float  # of the worst image, in dB; infinite if all are identical to the reference
     memory: float | None = None  # peak in bytes
     wall: float = 0.0  # seconds that the measurement took, with loading, warm-up and compilation
+    elapsed: float | None = None  # elapsed seconds per image, if `seconds` is processor time
     worst: Mapping[str, object] | None = None  # index and prompt of the worst image
 
 

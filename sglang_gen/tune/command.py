@@ -114,6 +114,7 @@ def _conclude(search: "Search", space: "Space", machine: "Machine", places: Plac
         "name": places.name,
         "model": space.card.name,
         "reference": machine.reference,
+        "time": "processor" if space.options.by_processor else "elapsed",
         "command": command,
         "conclusion": conclusion,
         "commit_hash": env.commit_hash(),
@@ -180,10 +181,11 @@ def _tell(space: "Space", options: TuningOptions) -> None:
     for warning in space.base_plan.warnings:
         log.warning(warning)
     memory = "" if math.isinf(options.max_memory) else f" in at most {options.max_memory / 1e9:.3g} GB"
+    clock = ", by processor time" if options.by_processor else ""
     fixed = f"; the request sets {', '.join(space.fixed)}" if space.fixed else ""
     log.info(
         f"Tuning {space.card.name} over {', '.join(space.axes)}: every one of {space.images} images with at least "
-        f"{options.min_psnr:g} dB{memory}, within {options.budget / 60:.3g} min{fixed}"
+        f"{options.min_psnr:g} dB{memory}, within {options.budget / 60:.3g} min{clock}{fixed}"
     )
     if space.images < FEW_IMAGES:
         log.warning(

@@ -77,7 +77,7 @@ class Machine:
             raise self._lost(candidate, CandidateVerdict.FAILED, unexpected(error)) from error
         finally:
             log.setup(self.level.name)
-        return _observation(result.report, images, time.perf_counter() - started)
+        return _observation(result.report, images, time.perf_counter() - started, self.space.options.by_processor)
 
     def _generate(self, candidate: Candidate, images: int, folder: Path) -> Result:
         from sglang_gen.generate import execute
@@ -149,16 +149,18 @@ class Machine:
             files.save_json(folder / DUMP, self._reports[candidate])
 
 
-def _observation(report: dict[str, Any], images: int, wall: float) -> Observation:
-    """Time, quality and memory of a perf dump. The time is that of the first generation, without saving."""
-    seconds = report["repeats"][0]["total_duration_ms"] / 1000 / images
+def _observation(report: dict[str, Any], images: int, wall: float, by_processor: bool) -> Observation:
+    """Time, quality and memory of a perf dump. Elapsed time is without saving."""
+    first = report["repeats"][0]
+    milliseconds = first["cpu_duration_ms" if by_processor else "total_duration_ms"]
     worst = report["quality"]["summary"]["psnr"]["worst"]
     peaks = peak_memory(report)
     memory = peaks.get("peak_device_mb", peaks.get("peak_host_mb"))
     return Observation(
-        seconds=seconds,
+        seconds=milliseconds / 1000 / images,
         psnr=math.inf if worst is None else worst["value"],
         memory=None if memory is None else memory * 2**20,
         wall=wall,
+        elapsed=first["total_duration_ms"] / 1000 / images,
         worst=worst,
     )

@@ -103,6 +103,8 @@ def _verdict(
         return trial.broken, None
     if candidate in verdicts:
         return verdicts[candidate], None
+    if candidate == BASE:
+        return CandidateVerdict.BASE, None
     if trial.images == search.bench.images:
         return CandidateVerdict.KEPT, None
     shift, least = search.trials.shift(candidate), None if search.leader is None else search.trials.shift(search.leader)

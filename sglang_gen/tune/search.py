@@ -47,7 +47,7 @@ class Search:
         self.timed = self.counts[min(1, len(self.counts) - 1)]  # images of a round that tells times apart
         self.random = random.Random(seed)
         self.is_cut = False  # whether the budget ended before the search did
-        self.unmeasured = 0  # combinations that the budget left out
+        self.promising: list[Candidate] = []  # combinations, the most promising first
 
     def run(self) -> None:
         """Search until nothing better is expected or the budget is spent. Raises CandidateError if the base fails."""
@@ -57,6 +57,11 @@ class Search:
         self._finish()
         self._refine()
         self._resolve()
+
+    @property
+    def unmeasured(self) -> int:
+        """The number of promising combinations that were not measured."""
+        return sum(each not in self.trials.known for each in self.promising)
 
     @property
     def leader(self) -> Candidate | None:
@@ -170,7 +175,7 @@ class Search:
         costs = [(1 + 1 / BESIDE_BASE) * sum(each) / len(each) for each in typical if each]
         most = max(entrants(end - self.bench.elapsed(), costs, MOST_ENTRANTS), FINALISTS)
         starting = self._first_allowed(field, most)
-        self.unmeasured = len(field) - len(starting)
+        self.promising = field
         if starting:
             self.bench.tell(f"{len(starting)} of {len(field)} promising combinations take part in the halving")
         halve(starting, rungs, lambda entries, count: self._rounds(entries, count, end), self.trials.fastest, FINALISTS)

@@ -113,6 +113,8 @@ class Space:
         same = self._same.setdefault(_identity(found.plan), candidate)
         if same != candidate:
             return f"it is the same as {same}"
+        if self.options.by_processor and found.plan.layout.ranks > 1:
+            return "several processes cannot be compared by processor time"
         shares_images = self.base_plan.layout.dp == 1 and tuned_axes.THROUGHPUT not in self.axes
         if found.plan.layout.dp > 1 and shares_images:
             return "data parallelism makes no image faster; --axes with throughput searches it"
@@ -143,6 +145,8 @@ class Space:
             check_backend(plan)
         except UserError as error:
             raise UserError(str(error).replace("quality.reference compares", "--min-psnr compares")) from None
+        if self.options.by_processor and (plan.device != "cpu" or plan.layout.ranks > 1):
+            raise UserError("--time processor is that of one process on a CPU; leave it out")
         return planned
 
     def _plan_baseline(self) -> Candidate:

@@ -32,7 +32,7 @@ class Trial:
     worst: object = None
     memory: float | None = None
     overhead: float = 0.0  # seconds of a measurement beside its generation: loading, warm-up, compilation
-    seconds: float = 0.0  # per image, in the last measurement
+    seconds: float = 0.0  # elapsed per image, in the last measurement
     broken: CandidateVerdict | None = None  # the bound that it does not keep
     lost: tuple[CandidateVerdict, str] | None = None  # status and reason of a candidate that cannot be measured
 
@@ -55,7 +55,9 @@ class Trials:
         trial, images = self.known.setdefault(candidate, Trial()), self.rounds[-1].images
         self.rounds[-1].seconds[candidate] = one.seconds
         trial.images, trial.seconds = max(trial.images, images), one.seconds
-        trial.overhead = max(one.wall - images * one.seconds, 0.0)
+        trial.overhead = max(
+            one.wall - images * one.seconds, 0.0
+        )  # all of it beyond the processor time, if that counts
         if one.psnr < trial.psnr or trial.worst is None:
             trial.psnr, trial.worst = min(one.psnr, trial.psnr), one.worst
         if one.memory is not None:

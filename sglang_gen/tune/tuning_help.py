@@ -24,6 +24,7 @@ options:
   --min-psnr DB         PSNR in dB that every image must keep
   --max-memory AMOUNT   peak memory of a rank that no candidate may exceed, such as 4GB (of the GPU, else of the host)
   --budget TIME         no measurement starts after this time, such as 90s, 20m or 1h30m (default: {DEFAULT_BUDGET})
+  --time CLOCK          elapsed (default), or processor: on a machine with other load, one process on a CPU
   --axes A,B            settings to search, see below
   --baseline WORDS      overrides of a configuration that is measured too, to compare with
   --name NAME           name of the experiment (default: model and bound, such as landscape_34db)

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_gen.errors import UserError
+from sglang_gen.errors import UserError, nearest
 
 DEFAULT_BUDGET = "20m"
 TIME_UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 MEMORY_UNITS = {"mb": 1e6, "gb": 1e9, "mib": 2.0**20, "gib": 2.0**30}
 LARGEST_PSNR = 100.0  # dB; images of 8 bits that differ by less are identical
-OWN_OPTIONS = ("min-psnr", "max-memory", "budget", "axes", "baseline", "name")
+CLOCKS = ("elapsed", "processor")  # values of --time
+OWN_OPTIONS = ("min-psnr", "max-memory", "budget", "time", "axes", "baseline", "name")
 # Options of `sglang generate` that print or run something else.
 OTHER_COMMANDS = ("multirun", "cfg", "package", "info", "resolve", "hydra_help", "run", "config_name", "version")
 
@@ -29,6 +30,7 @@ class TuningOptions:
     axes: tuple[str, ...] | None  # None: those that are searched by default
     baseline: tuple[str, ...]  # overrides of a configuration to compare with; empty: none
     name: str | None  # of the experiment
+    by_processor: bool = False  # compare processor time in place of elapsed time
 
 
 def add_tuning_options(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +53,7 @@ def read_tuning_options(given: Mapping[str, Any]) -> TuningOptions:
         axes=None if own["axes"] is None else _names(own["axes"]),
         baseline=() if own["baseline"] is None else _overrides(own["baseline"]),
         name=None if own["name"] is None else _name(own["name"]),
+        by_processor=own["time"] is not None and _clock(own["time"]) == "processor",
     )
 
 
@@ -77,6 +80,12 @@ def _duration(text: str) -> float:
     if not is_whole or len(known) < len(values) or not 0 < sum(known) < math.inf:
         raise UserError(f"--budget: '{text}' is not a duration above 0 in s, m or h, such as 20m or 1h30m")
     return sum(known)
+
+
+def _clock(text: str) -> str:
+    if text not in CLOCKS:
+        raise UserError(f"--time: '{text}' is not one of {' and '.join(CLOCKS)}{nearest(text, CLOCKS)}")
+    return text
 
 
 def _number(text: str) -> float | None:

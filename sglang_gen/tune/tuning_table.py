@@ -8,6 +8,7 @@ from sglang_gen.tune.candidate import Candidate, CandidateVerdict
 from sglang_gen.tune.outcome import CandidateRow, against_baseline, candidate_rows, image_name
 from sglang_gen.tune.search import Search
 
+MOST_NAMED = 6  # candidates with one reason
 SAME = "it is the same as "  # reasons of candidates that nobody misses in the table
 
 
@@ -65,16 +66,18 @@ def _below(
         closest = max(below, key=lambda row: row.psnr or 0.0)
         yield escaped(f"the closest below the bound: {closest.candidate} ({image_name(closest.worst)})")
     for reason, names in _by_reason(rows).items():
-        yield escaped(f"{', '.join(names)}: {reason}")
+        more = f" and {_count(len(names) - MOST_NAMED, 'other')}" if len(names) > MOST_NAMED else ""
+        yield escaped(f"{', '.join(names[:MOST_NAMED])}{more}: {reason}")
 
 
 def _by_reason(rows: Sequence[CandidateRow]) -> dict[str, list[str]]:
+    """Names of candidates by the reason why they have no measurement; of refused ones the options alone."""
     found: dict[str, list[str]] = {}
     for row in rows:
         is_lost = row.verdict in (CandidateVerdict.REFUSED, CandidateVerdict.FAILED)
         if row.verdict == CandidateVerdict.UNMEASURED:
             found.setdefault("not measured, the budget was spent", []).append(str(row.candidate))
-        elif is_lost and row.reason and not row.reason.startswith(SAME):
+        elif is_lost and row.reason and len(row.candidate.words) == 1 and not row.reason.startswith(SAME):
             found.setdefault(f"{row.verdict}: {row.reason}", []).append(str(row.candidate))
     return found
 

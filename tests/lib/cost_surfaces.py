@@ -76,7 +76,7 @@ class CostSurface:
             raise CandidateError(CandidateVerdict.FAILED, "memory ran out")
         memory = 1e9 + sum(self.memory.get(change, 0.0) for change in candidate.changes)
         worst = {"index": max(range(images), key=self.hardness.__getitem__), "prompt": "a lake", "seed": 0}
-        return Observation(seconds, self.psnr(candidate, images), memory, wall, worst)
+        return Observation(seconds, self.psnr(candidate, images), memory, wall, worst=worst)
 
     def tell(self, line: str) -> None:
         self.lines.append(line)
