@@ -225,11 +225,30 @@ def command_debug(argv: Sequence[str]) -> int:
     return command.parity(compose(_choices(given, overrides)), given)
 
 
+def command_tune(argv: Sequence[str]) -> int:
+    """`sglang tune`: find the fastest configuration whose images keep a bound."""
+    from sglang_gen.tune import tuning_options
+
+    parser = build_parser()
+    tuning_options.add_tuning_options(parser)
+    options, overrides = split_argv(argv, parser)
+    given = vars(parser.parse_args(options))
+    if given.get("help"):
+        from sglang_gen.tune.tuning_help import TUNE_HELP
+
+        files.print_result(TUNE_HELP)
+        return 0
+    from sglang_gen.tune import command
+
+    return command.tune(_choices(given, overrides), given)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": command_generate,
     "models": command_models,
     "perf": command_perf,
     "report": command_report,
+    "tune": command_tune,
     "debug": command_debug,
 }
 
