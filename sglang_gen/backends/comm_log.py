@@ -41,7 +41,7 @@ class GeneratedBatch:
     def kinds(self) -> list[int]:
         """For each evaluation the index of the first one of its kind, of which a step cache left out the same."""
         plain = kinds(self.guidance, self.steps, self.networks)
-        found = list(zip(plain, self.choices, strict=True)) if self.choices else plain
+        found: list[Any] = list(zip(plain, self.choices, strict=True)) if self.choices else list(plain)
         return [found.index(kind) for kind in found]
 
 
