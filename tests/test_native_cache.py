@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import mostly_slow
-from native import assert_same, record, runner, tensors
+from native import COMMON, assert_same, record, runner, tensors
 from repeated import Repeated
 
 from sglang_gen.engine import cuda_graphs
@@ -259,3 +259,19 @@ def test_the_record_says_what_was_reused(run):
     done = run("sd3", *STATIC, "--backend", "sglang", steps=8)
     assert done.code == 0, done.err
     assert record("outputs")["effective"]["cache"]["reused_steps"] == 4
+
+
+@pytest.mark.slow
+def test_a_job_of_a_sweep_finds_nothing_of_the_jobs_before_it(run, sglang, pipelines):
+    """They share the loaded network, in other sizes, numbers of steps and caches."""
+    size = {"32": ("--height", 32, "--width", 32), "48": ("--height", 48, "--width", 32)}
+    common = (*DBCACHE, "cache.max_warmup_steps=1", "cache.residual_diff_threshold=0.9", "--dtype", "float32")
+    done = sglang("generate", "--model-path", pipelines["sd3"], "--prompt", "a cat", *COMMON, *common,
+                  "--num-inference-steps", 6, "--width", 32, "--output-path", "sweep",
+                  "-m", "sampling.height=32,48,32")  # fmt: skip
+    assert done.code == 0, done.err
+    for job, side in enumerate(("32", "48", "32")):
+        alone = sglang("generate", "--model-path", pipelines["sd3"], "--prompt", "a cat", *COMMON, *common,
+                       "--num-inference-steps", 6, *size[side], "--output-path", f"alone{job}")  # fmt: skip
+        assert alone.code == 0, alone.err
+        assert np.array_equal(tensors(f"sweep/{job}")["latents"], tensors(f"alone{job}")["latents"])
