@@ -54,10 +54,9 @@ class Trials:
         """Add a measurement to the last round."""
         trial, images = self.known.setdefault(candidate, Trial()), self.rounds[-1].images
         self.rounds[-1].seconds[candidate] = one.seconds
-        trial.images, trial.seconds = max(trial.images, images), one.seconds
-        trial.overhead = max(
-            one.wall - images * one.seconds, 0.0
-        )  # all of it beyond the processor time, if that counts
+        elapsed = one.seconds if one.elapsed is None else one.elapsed
+        trial.images, trial.seconds = max(trial.images, images), elapsed
+        trial.overhead = max(one.wall - images * elapsed, 0.0)
         if one.psnr < trial.psnr or trial.worst is None:
             trial.psnr, trial.worst = min(one.psnr, trial.psnr), one.worst
         if one.memory is not None:

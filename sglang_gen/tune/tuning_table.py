@@ -100,13 +100,15 @@ def conclusion_lines(search: Search, rows: Sequence[CandidateRow]) -> list[str]:
         lines.append(f"{against[0]:.2f} times as fast as the {search.baseline}{interval}")
     if search.is_cut:
         changes = sum(row.verdict == CandidateVerdict.UNMEASURED for row in rows)
-        left = f"{_count(changes, 'change')} and {_count(search.unmeasured, 'promising combination')}"
-        lines.append(f"The budget ended the search before {left} were measured; a larger --budget measures more")
+        left = [_count(number, noun) for number, noun in
+                ((changes, "change"), (search.unmeasured, "promising combination")) if number]  # fmt: skip
+        before = f" before {' and '.join(left)} had been measured" if left else ""
+        lines.append(f"The budget ended the search{before}; a larger --budget tells more candidates apart")
     return lines
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def why_nothing(search: Search) -> str:
