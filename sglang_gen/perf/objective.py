@@ -20,8 +20,9 @@ KNOWN = (
     "quality.psnr", "quality.ssim", "quality.max_error", "energy_j.total", "energy_j.per_image",
 )  # fmt: skip
 # Fields whose keys depend on the run and are known only when it has ended.
-OPEN = ("work", "machine", "comm", "ranks", "repeats", "denoise_steps_ms", "requested", "effective", "fingerprint",
-        "samples", "cache", "block_timings_ms", "quality.samples", "quality.summary", "energy_j.sources")  # fmt: skip
+OPEN = ("work", "predicted", "machine", "comm", "ranks", "repeats", "denoise_steps_ms", "requested", "effective",
+        "fingerprint", "samples", "cache", "block_timings_ms", "quality.samples", "quality.summary",
+        "energy_j.sources")  # fmt: skip
 
 
 def check_objective(run: Run) -> None:
@@ -35,12 +36,14 @@ def check_objective(run: Run) -> None:
         "quality": run.quality.reference or (key.startswith("quality.summary.") and run.quality.metrics),
         "warmup": run.compile.warmup,
         "work": run.perf.work,
+        "predicted": run.perf.work,
         "block_timings_ms": run.perf.blocks,
     }
     names = {
         "quality": "quality.reference",
         "warmup": "--warmup",
         "work": "perf.work=true",
+        "predicted": "perf.work=true",
         "block_timings_ms": "perf.blocks=true",
     }
     head = key.partition(".")[0]
