@@ -351,3 +351,29 @@ def test_a_report_that_cannot_be_written_is_one_line_and_changes_no_exit_code(sg
         "ERROR: The report of the sweep could not be written: sweep/report.html exists and is not a "
     )
     assert Path("sweep/report.html").read_text() == "mine"
+
+
+def predicted(reason: str | None = None, **ratios: float) -> dict[str, Any]:
+    entries = {name: {"predicted": 1.0, "measured": ratio, "ratio": ratio} for name, ratio in ratios.items()}
+    missing = {"predicted": None, "measured": 2.0, "ratio": None, "reason": reason}
+    return {"rates": {}, **entries, **({"step_ms": missing} if reason else {})}
+
+
+def test_a_page_shows_measurements_divided_by_their_predictions_and_why_there_are_none(tmp_path):
+    sweep = tmp_path / "sweep"
+    ranks = [{"rank": 0, "predicted": predicted(memory_mb=1.05, step_ms=1.1, flops=1.0)},
+             {"rank": 1, "predicted": predicted(memory_mb=0.9, step_ms=1.0, flops=1.0)}]  # fmt: skip
+    job(sweep, "x=0", content=dump([1.0, 1.1], ranks=ranks))
+    job(sweep, "x=1", content=dump([1.0, 1.1], predicted=predicted("not <b>known</b>", memory_mb=1.04)))
+    job(sweep, "x=2", content=dump([1.0, 1.1]))  # of an older version
+    page = written(sweep)
+    assert page.section("predictions")
+    rows = re.search(r'<section id="predictions">.*?</section>', page.source, re.DOTALL)[0]
+    assert re.findall(r'<th scope="col" class="number">(.*)</th>', rows) == ["memory", "step", "FLOPs"]
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr><td>.*</tr>", rows)]
+    assert cells == [["x=0", "0.90", "1.10", "1.00"], ["x=1", "1.04", "", ""]]
+    assert "Step: not &lt;b&gt;known&lt;/b&gt;." in rows
+
+
+def test_a_page_of_dumps_without_predictions_has_no_section_for_them(page):
+    assert not page.section("predictions")

@@ -605,7 +605,6 @@ GPU = (
            "    if not any(received):\n        return zeros, zeros\n"
            "    coming = exchange(flat, sent, received, axis)\n"),
 )
-<<<<<<< HEAD
 CACHING = (
     Mutant("A threshold of one is compared like any other",
            "sglang_gen/engine/caching/decider.py", "tests/test_block_cache.py -k decisions_are_those",
@@ -646,7 +645,7 @@ CACHING = (
            "sglang_gen/engine/cuda_graphs.py", "tests/test_native_cache.py -k captured_into_a_graph",
            "        inputs = (conditioning, self.cache.added if self.cache else None)\n",
            "        inputs = (conditioning, None)\n"),
-=======
+)
 
 TUNING = (
     Mutant("The halving goes on with the slower half",
@@ -675,7 +674,6 @@ TUNING = (
     Mutant("An experiment leaves out what flags have set",
            "sglang_gen/tune/experiment_file.py", "tests/test_tune.py -k composed_experiment",
            "    content |= values\n", ""),
->>>>>>> tune
 )
 # fmt: on
 MUTANTS = (
@@ -692,9 +690,6 @@ MUTANTS = (
     *OUTPUT,
     *VIDEO,
     *GPU,
-<<<<<<< HEAD
     *CACHING,
-=======
     *TUNING,
->>>>>>> tune
 )

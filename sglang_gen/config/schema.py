@@ -231,7 +231,7 @@ class Output:
 class Perf:
     tag: str | None = None
     machine_rates: bool = True  # measure this machine's matmul and memory rates once and cache them
-    work: bool = True  # count FLOPs and bytes of each stage
+    work: bool = True  # count FLOPs and bytes of each stage, and predict memory and times
     calibrate: bool = False  # measure a fixed work beside each generation, to which perf check relates processor time
     blocks: bool = False  # time each block of the denoising network
     trace: bool = False  # write a profiler trace of one more batch after the timed generations

@@ -15,9 +15,10 @@ from sglang_gen import env
 from sglang_gen.backends.native import memory_policy
 from sglang_gen.backends.native.request import NativeRequest
 from sglang_gen.config.schema import GuidanceBatching, Machine, plain
+from sglang_gen.dry_run import machine_rates
 from sglang_gen.dry_run.held_weights import weights_of
 from sglang_gen.dry_run.roofline import Kernels, seconds
-from sglang_gen.dry_run.traces import NetworkTrace, Occupied, trace_decoding, trace_encoding, trace_network
+from sglang_gen.dry_run.traces import NetworkTrace, Occupied, kernel_of, trace_decoding, trace_encoding, trace_network
 from sglang_gen.families.contract import Request, Spec
 from sglang_gen.parallel.collectives import Traffic
 from sglang_gen.parallel.mesh import AXES, SEQUENCE, Mesh, coordinates
@@ -74,7 +75,8 @@ def _estimate_key(plan: Plan) -> str:
     negatives = [[sample.negative_prompt is not None for sample in batch] for batch in plan.batches]
     facts = (plan.card, plan.layout, plan.device, plan.dtype, plan.effective, plan.stated_degrees, plan.here)
     without_seed = tuple({**fact, "seed": None} if fact is plan.effective else fact for fact in facts)
-    return repr((run, negatives, without_seed))
+    rates = _rates(plan)
+    return repr((run, negatives, without_seed, rates and rates.measured_at))
 
 
 def _estimate(plan: Plan) -> dict[str, Any]:
@@ -111,8 +113,31 @@ def _estimate(plan: Plan) -> dict[str, Any]:
         "conditioning": {"collectives": _collectives(_total(one.conditioning for one in traces.values()))},
         "step": {"flops": trace.flops, "collectives": _collectives(trace.step)},
         "decoding": {"collectives": _collectives(decoding.sent)},
-        "prediction": predicted(plan.run.machine, plan.dtype, trace.kernels, trace.step),
+        "prediction": predicted(plan.run.machine, plan.dtype, trace.kernels, trace.step)
+        or _by_measured_rates(plan, trace),
     }
+
+
+def _by_measured_rates(plan: Plan, trace: NetworkTrace) -> dict[str, Any] | None:
+    """The same on this machine, by the rates that `sglang perf rates` has kept; None if it has not measured them.
+
+    Compiled code is not predicted: Python launches the kernels that were measured.
+    """
+    rates = _rates(plan)
+    if rates is None or plan.run.compile.enable_torch_compile or plan.run.compile.cuda_graphs:
+        return None
+    between = rates.seconds_between_ranks(trace.step)
+    if between is None or f"attention {kernel_of(plan)}" not in rates.curves:
+        return None
+    times = rates.parts(trace.kernels, kernel_of(plan), plan.matmul) | {"communication_ms": between}
+    rounded = {name: round(1000 * seconds, 3) for name, seconds in times.items()}
+    named = {"machine": "this machine", "measured_at": rates.measured_at}
+    return {**named, **rounded, "step_ms": round(1000 * sum(times.values()), 3), "measured": False}
+
+
+def _rates(plan: Plan) -> machine_rates.Rates | None:
+    """Rates of this machine for a run that has not started, whose ranks share the cores of a CPU."""
+    return machine_rates.of_run(plan, min(torch.get_num_threads(), max(env.cpu_count() // plan.here, 1)))
 
 
 def most_memory(weights: Mapping[str, int], alive: Mapping[str, int], offloaded: Mapping[str, str]) -> int:

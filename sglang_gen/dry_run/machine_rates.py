@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen import env, files
-from sglang_gen.dry_run.roofline import Kernels
+from sglang_gen.dry_run.roofline import Kernels, Work
 from sglang_gen.parallel.collectives import Traffic
 from sglang_gen.perf.machine import describe
 from sglang_gen.types import Plan
@@ -41,21 +41,26 @@ class Rates:
 
     def seconds(self, kernels: Kernels, attention: str, matmul: str) -> float:
         """Seconds of kernels that Python launches in sequence; products and attention by the kernels of these names."""
-        products = (
-            (kernels.products, f"product {matmul}"),
-            (kernels.convolutions, "convolution"),
-            (kernels.attention, f"attention {attention}"),
-        )
-        total, calls = 0.0, 0
-        for work, kind in products:
-            curve = self.curves.get(kind) or self.curves[kind.split()[0] + (" torch" if "product" in kind else " sdpa")]
-            for (flops, moved), count in work.items():
-                total += count * max(at(curve, flops), at(self.curves["copy"], moved))
-                calls += count
-        for (kind, moved), count in kernels.others.items():
-            total += count * at(self.curves[kind], moved)
-            calls += count
-        return total + calls * self.launch_us / 1e6
+        return sum(self.parts(kernels, attention, matmul).values())
+
+    def parts(self, kernels: Kernels, attention: str, matmul: str) -> dict[str, float]:
+        """The same by kind, under the names of the estimate's prediction."""
+
+        def total(work: Work, kind: str) -> float:
+            return sum(
+                calls * (max(at(self.curves[kind], flops), at(self.curves["copy"], moved)) + self.launch_us / 1e6)
+                for (flops, moved), calls in work.items()
+            )
+
+        product = f"product {matmul}" if f"product {matmul}" in self.curves else "product torch"
+        return {
+            "products_ms": total(kernels.products, product) + total(kernels.convolutions, "convolution"),
+            "attention_ms": total(kernels.attention, f"attention {attention}"),
+            "elementwise_ms": sum(
+                calls * (at(self.curves[kind], moved) + self.launch_us / 1e6)
+                for (kind, moved), calls in kernels.others.items()
+            ),
+        }
 
     def seconds_between_ranks(self, sent: Traffic) -> float | None:
         """Seconds of the collectives of `sent`; None if they were not measured."""

@@ -24,7 +24,7 @@ from sglang_gen.types import Plan
 
 MB = 2**20
 QUANTITIES = ("memory_mb", "communication_bytes", "flops", "step_ms", "total_ms")
-CLIP_TOKENS = 77  # of encoders whose config does not name the length
+TOKENS_UNLESS_NAMED = 77  # of an encoder whose config does not name its length
 
 
 @dataclass
@@ -68,7 +68,7 @@ def traced(plan: Plan, mesh: Mesh, batch: GeneratedBatch, kernel: str) -> BatchT
         if text_encoders.takes_length(component):
             lengths = encoded_lengths(pipeline.spec, batch)
         else:
-            length = text_encoders.text_config(component).get("max_position_embeddings", CLIP_TOKENS)
+            length = text_encoders.text_config(component).get("max_position_embeddings", TOKENS_UNLESS_NAMED)
             lengths = Counter({length: batch.encoded})
         for length, lists in lengths.items():
             texts.append((trace_text_encoder(plan, name, mesh.axis("tp"), rows, length), lists))

@@ -158,7 +158,7 @@ def trace_encoding(
 
 
 def trace_text_encoder(plan: Plan, name: str, axis: Axis, rows: int, length: int) -> StageTrace:
-    """Trace one text encoder on `rows` texts of `length` tokens; of a T5 that is sharded this rank's part."""
+    """Trace one text encoder on `rows` texts of `length` tokens; of a sharded one this rank's part."""
     from sglang_gen.families import text_encoder_parallel  # imports transformers
     from sglang_gen.hub import component_classes
 

@@ -23,8 +23,8 @@ KNOWN = (
     *QUALITY_NUMBERS, ATTRIBUTES, "energy_j.total", "energy_j.per_image",
 )  # fmt: skip
 # Fields whose keys depend on the run and are known only when it has ended.
-OPEN = ("work", "machine", "comm", "ranks", "repeats", "denoise_steps_ms", "requested", "effective", "fingerprint",
-        "samples", "cache", "block_timings_ms", "quality.samples", "quality.summary",
+OPEN = ("work", "predicted", "machine", "comm", "ranks", "repeats", "denoise_steps_ms", "requested", "effective",
+        "fingerprint", "samples", "cache", "block_timings_ms", "quality.samples", "quality.summary",
         "quality.attributes", "energy_j.sources")  # fmt: skip
 
 
@@ -41,12 +41,14 @@ def check_objective(run: Run) -> None:
         "quality": run.quality.reference or measured or judged,
         "warmup": run.compile.warmup,
         "work": run.perf.work,
+        "predicted": run.perf.work,
         "block_timings_ms": run.perf.blocks,
     }
     names = {
         "quality": "quality.reference or quality.manifest" if is_about_attributes(key) else "quality.reference",
         "warmup": "--warmup",
         "work": "perf.work=true",
+        "predicted": "perf.work=true",
         "block_timings_ms": "perf.blocks=true",
     }
     head = key.partition(".")[0]

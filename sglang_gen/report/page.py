@@ -21,6 +21,7 @@ from sglang_gen.report.gallery import SAMPLE, items
 from sglang_gen.report.image_data import FACTORS, Embedded, amplification, embed
 from sglang_gen.report.job_reader import read_tuning_conclusion
 from sglang_gen.report.plots import Plot
+from sglang_gen.report.prediction_table import predicted_table
 from sglang_gen.report.setting_pairs import shared_and_own
 
 MARK = "sglang-gen report"  # by which a file is recognized as a report that may be replaced
@@ -130,6 +131,7 @@ def render(content: Content, folders: Sequence[Path], output: Path) -> str:
         "requested": [setting for setting in shared if setting.requested is not None],
         "more_effective": [setting for setting in shared if setting.requested is None],
         "table": table(content.metrics, own),
+        "predictions": predicted_table(content.cells),
         "machines": _machines(content.cells),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": env.VERSION,

@@ -37,10 +37,11 @@ def card_of(pipeline: str, config: Mapping[str, Any], encoders: Mapping[str, Any
 def rank(
     pipeline: str, card: ModelCard, layout: Layout, number: int, height: int, width: int, scale: float = 1.0,
     dtype: torch.dtype = torch.float32, rows: int = 1, text_length: int | None = None, fused: bool = False,
+    attention: str = "auto",
 ) -> NetworkTrace:  # fmt: skip
     """One rank's step for pictures of so many pixels."""
     run = Run()
-    run.compile.enable_torch_compile = fused
+    run.compile.enable_torch_compile, run.attention.backend = fused, attention
     name = str(dtype).removeprefix("torch.")
     plan: Any = SimpleNamespace(
         pipeline_class=FAMILIES[pipeline].spec.pipeline_class,
