@@ -21,14 +21,19 @@ QUICK = ("--num-inference-steps", "1", "--height", "32", "--width", "32", "perf=
 BASELINE = Path("perf_baseline/amd-epyc-7b13/landscape-aaaa.json")
 
 
-def busy(count: int, seed: int, factor: float = 1.0, load: float = 0.0, slope: float = 1.3) -> tuple[list, list]:
-    """Logarithms of processor times and calibrations on a machine whose speed drifts around a `load`."""
+def busy(
+    count: int, seed: int, factor: float = 1.0, load: float = 0.0, slope: float = 1.3
+) -> tuple[list[float], list[float]]:
+    """Logarithms of processor times and calibrations on a machine whose speed drifts around a `load`.
+
+    The load raises processor times by `slope`, the drift by 1.3 of what it raises calibrations.
+    """
     generator, speed = random.Random(seed), 0.0
     times, speeds = [], []
     for _ in range(count):
         speed = 0.5 * speed + generator.gauss(0, 0.05)
         speeds.append(load + speed + generator.gauss(0, 0.005))
-        times.append(math.log(350 * factor) + slope * (load + speed) + generator.gauss(0, 0.02))
+        times.append(math.log(350 * factor) + slope * load + 1.3 * speed + generator.gauss(0, 0.02))
     return times, speeds
 
 
@@ -66,7 +71,8 @@ def rates(new_count: int, load: float = 0.0, adjust: bool = True) -> tuple[float
     """False alarms and slowdowns of 10 % that are not found, over 200 simulated checks."""
     alarms = lost = 0
     for trial in range(200):
-        (base, base_speeds), (new, new_speeds) = busy(20, trial), busy(new_count, 1000 + trial, load=load)
+        slope = random.Random(trial).gauss(1.3, 0.25)
+        (base, base_speeds), (new, new_speeds) = busy(20, trial), busy(new_count, 1000 + trial, 1.0, load, slope)
         for factor in (1.0, 1.1):
             sides = [[math.exp(value) for value in base], [factor * math.exp(value) for value in new]]
             speeds = (base_speeds, new_speeds)
