@@ -151,6 +151,38 @@ def test_pairs_of_a_busy_machine_are_adjusted_too():
     assert any("adjusted" in note for note in json.loads(Path("c.json").read_text())["comparisons"][0]["notes"])
 
 
+def save_history(slope: float, seed: int) -> None:
+    """Eight commits with five dumps each, of which the fifth is slower by 10 %, on a drifting machine."""
+    times, speeds = busy(40, seed)
+    for number, (cpu, fixed) in enumerate(zip(times, speeds, strict=True)):
+        slow = 1.1 if number >= 20 else 1.0
+        values = {"cpu_duration_ms": slow * math.exp(cpu), "calibration_cpu_ms": 30 * math.exp(slope * fixed)}
+        dumps.save(f"dumps/{number}.json", {**dumps.ours(1.0, number, commit=f"{number // 5:040x}"), **values})
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_history_of_processor_times_is_adjusted_and_finds_the_commit(seed, capsys):
+    save_history(1.0, seed)
+    assert command.main(["history", "dumps", "--metric", "cpu", "--json", "history.json"]) == 0
+    (found,) = json.loads(Path("history.json").read_text(encoding="utf-8"))["histories"]
+    assert found["is_adjusted"]
+    (change,) = found["series"][0]["changes"]
+    assert (change["index"], change["verdict"]) == (4, "REGRESSION")
+    assert "cpu is adjusted for the speed of the machine" in capsys.readouterr().out
+
+
+def test_a_history_without_processor_times_or_calibrations_is_not_adjusted():
+    save_history(0.0, 1)
+    for number in range(40):
+        place = Path(f"dumps/{number}.json")
+        content = json.loads(place.read_text())
+        del content["calibration_cpu_ms"]
+        dumps.save(place, content)
+    for metric in ("cpu", "total"):
+        assert command.main(["history", "dumps", "--metric", metric, "--json", "history.json"]) == 0
+        assert not json.loads(Path("history.json").read_text())["histories"][0]["is_adjusted"]
+
+
 def test_a_check_on_a_quiet_machine_judges_the_wall_clock_too():
     check(save("base", 20, wall=0.002), "--save")
     _, comparison = check(save("new", 10, 20, wall=0.002))
