@@ -21,14 +21,19 @@ QUICK = ("--num-inference-steps", "1", "--height", "32", "--width", "32", "perf=
 BASELINE = Path("perf_baseline/amd-epyc-7b13/landscape-aaaa.json")
 
 
-def busy(count: int, seed: int, factor: float = 1.0, load: float = 0.0, slope: float = 1.3) -> tuple[list, list]:
-    """Logarithms of processor times and calibrations on a machine whose speed drifts around a `load`."""
+def busy(
+    count: int, seed: int, factor: float = 1.0, load: float = 0.0, slope: float = 1.3
+) -> tuple[list[float], list[float]]:
+    """Logarithms of processor times and calibrations on a machine whose speed drifts around a `load`.
+
+    The load raises processor times by `slope`, the drift by 1.3 of what it raises calibrations.
+    """
     generator, speed = random.Random(seed), 0.0
     times, speeds = [], []
     for _ in range(count):
         speed = 0.5 * speed + generator.gauss(0, 0.05)
         speeds.append(load + speed + generator.gauss(0, 0.005))
-        times.append(math.log(350 * factor) + slope * (load + speed) + generator.gauss(0, 0.02))
+        times.append(math.log(350 * factor) + slope * load + 1.3 * speed + generator.gauss(0, 0.02))
     return times, speeds
 
 
@@ -66,7 +71,8 @@ def rates(new_count: int, load: float = 0.0, adjust: bool = True) -> tuple[float
     """False alarms and slowdowns of 10 % that are not found, over 200 simulated checks."""
     alarms = lost = 0
     for trial in range(200):
-        (base, base_speeds), (new, new_speeds) = busy(20, trial), busy(new_count, 1000 + trial, load=load)
+        slope = random.Random(trial).gauss(1.3, 0.25)
+        (base, base_speeds), (new, new_speeds) = busy(20, trial), busy(new_count, 1000 + trial, 1.0, load, slope)
         for factor in (1.0, 1.1):
             sides = [[math.exp(value) for value in base], [factor * math.exp(value) for value in new]]
             speeds = (base_speeds, new_speeds)
@@ -143,6 +149,38 @@ def test_pairs_of_a_busy_machine_are_adjusted_too():
     words = ("compare", "base", "new", "--paired", "--metric", "cpu", "--json", "c.json")
     assert command.main([*words]) == 1
     assert any("adjusted" in note for note in json.loads(Path("c.json").read_text())["comparisons"][0]["notes"])
+
+
+def save_history(slope: float, seed: int) -> None:
+    """Eight commits with five dumps each, of which the fifth is slower by 10 %, on a drifting machine."""
+    times, speeds = busy(40, seed)
+    for number, (cpu, fixed) in enumerate(zip(times, speeds, strict=True)):
+        slow = 1.1 if number >= 20 else 1.0
+        values = {"cpu_duration_ms": slow * math.exp(cpu), "calibration_cpu_ms": 30 * math.exp(slope * fixed)}
+        dumps.save(f"dumps/{number}.json", {**dumps.ours(1.0, number, commit=f"{number // 5:040x}"), **values})
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_history_of_processor_times_is_adjusted_and_finds_the_commit(seed, capsys):
+    save_history(1.0, seed)
+    assert command.main(["history", "dumps", "--metric", "cpu", "--json", "history.json"]) == 0
+    (found,) = json.loads(Path("history.json").read_text(encoding="utf-8"))["histories"]
+    assert found["is_adjusted"]
+    (change,) = found["series"][0]["changes"]
+    assert (change["index"], change["verdict"]) == (4, "REGRESSION")
+    assert "cpu is adjusted for the speed of the machine" in capsys.readouterr().out
+
+
+def test_a_history_without_processor_times_or_calibrations_is_not_adjusted():
+    save_history(0.0, 1)
+    for number in range(40):
+        place = Path(f"dumps/{number}.json")
+        content = json.loads(place.read_text())
+        del content["calibration_cpu_ms"]
+        dumps.save(place, content)
+    for metric in ("cpu", "total"):
+        assert command.main(["history", "dumps", "--metric", metric, "--json", "history.json"]) == 0
+        assert not json.loads(Path("history.json").read_text())["histories"][0]["is_adjusted"]
 
 
 def test_a_check_on_a_quiet_machine_judges_the_wall_clock_too():

@@ -26,9 +26,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sglang_gen.perf.busy_machine import CPU, QUIET
-from sglang_gen.perf.change_points import Place, Rule, find
+from sglang_gen.perf.change_points import Change, Place, Rule, find
 from sglang_gen.perf.compare import TOLERANCES
-from sglang_gen.perf.covariance import adjusted, adjusted_pairs
+from sglang_gen.perf.covariance import adjusted, adjusted_pairs, at_one_speed
 from sglang_gen.perf.dump_reader import CALIBRATION, collect
 from sglang_gen.perf.log_ratio import Difference, Method
 from sglang_gen.perf.statistics import Verdict, judge
@@ -152,26 +152,32 @@ def slower(dump: Dump) -> Dump:
     return {metric: value if metric == CALIBRATION else SLOWDOWN * value for metric, value in dump.items()}
 
 
-def over_commits(values: Series, repeats: int, trials: int) -> tuple[float, float, float]:
+def over_commits(dumps: list[Dump], metric: str, repeats: int, trials: int) -> tuple[float, float, float]:
     """Shares of steady histories with a change, and of slowdowns not found near and not found at their commit."""
     generator, alarms, far, lost = random.Random(0), 0, 0, 0
-    rule = Rule(lambda _: TOLERANCE)
     for _ in range(trials):
-        series = resample(values, COMMITS * repeats, generator)
-        logs = [fmean(map(math.log, series[at : at + repeats])) for at in range(0, len(series), repeats)]
-        alarms += bool(find([Place(math.exp(value), repeats) for value in logs], rule))
+        series = resample(dumps, COMMITS * repeats, generator)
+        alarms += bool(changes(series, metric, repeats))
         at = generator.randrange(2, COMMITS - 1)
-        changed = [
-            Place((SLOWDOWN if index >= at else 1) * math.exp(value), repeats) for index, value in enumerate(logs)
-        ]
-        found = [change.index for change in find(changed, rule) if change.verdict is Verdict.REGRESSION]
+        changed = [slower(dump) if index >= at * repeats else dump for index, dump in enumerate(series)]
+        found = [change.index for change in changes(changed, metric, repeats) if change.verdict is Verdict.REGRESSION]
         lost += at not in found
         far += not any(abs(index - at) <= 1 for index in found)
     return alarms / trials, far / trials, lost / trials
 
 
+def changes(series: list[Dump], metric: str, repeats: int) -> list[Change]:
+    """The changes of a history of commits with so many dumps; processor times with a calibration are adjusted."""
+    logs = [math.log(dump[metric]) for dump in series]
+    if metric == CPU and CALIBRATION in series[0]:
+        logs = at_one_speed(logs, [math.log(dump[CALIBRATION]) for dump in series])
+    means = [fmean(logs[at : at + repeats]) for at in range(0, len(logs), repeats)]
+    return find([Place(math.exp(value), repeats) for value in means], Rule(lambda _: TOLERANCE))
+
+
 Rates = Callable[[list[Dump], str, int], tuple[float, float, float]]
 PAIRS = (10, 15, 20)
+REPEATS = (1, 3, 5)  # dumps of each commit of a history
 CHECKS = ((20, 5), (20, 10), (40, 10))  # dumps of the baseline, and new ones
 
 
@@ -189,7 +195,7 @@ def procedures() -> dict[str, Rates]:
         )
 
     def history(repeats: int) -> Rates:
-        return lambda dumps, metric, trials: over_commits([dump[metric] for dump in dumps], repeats, trials)
+        return lambda dumps, metric, trials: over_commits(dumps, metric, repeats, trials)
 
     return {
         "compare, 20 dumps and then 20": lambda dumps, metric, trials: rated(
@@ -197,15 +203,16 @@ def procedures() -> dict[str, Rates]:
         ),
         **{f"compare --paired, {count} pairs": paired(count) for count in PAIRS},
         **{f"check, {new} dumps against {base}": check(base, new) for base, new in CHECKS},
-        **{f"history, {COMMITS} commits with {repeats} dumps": history(repeats) for repeats in (1, 3, 5)},
+        **{f"history, {COMMITS} commits with {repeats} dumps": history(repeats) for repeats in REPEATS},
     }
 
 
 def rates(recorded: dict[str, list[Dump]], trials: int) -> Iterator[str]:
-    """Markdown: the rates of each procedure at the noise of the recording."""
+    """Markdown: the rates of each procedure at the noise of the recording, without its calibration."""
     yield "| recording | metric | noise | procedure | false alarms | passed or far | not found |"
     yield "|---|---|---|---|---|---|---|"
-    for name, dumps in recorded.items():
+    for name, calibrated_dumps in recorded.items():
+        dumps = [{metric: dump[metric] for metric in (CPU, "total")} for dump in calibrated_dumps]
         for metric in (CPU, "total"):
             level = noise([dump[metric] for dump in dumps])
             for procedure, measure in procedures().items():
@@ -214,7 +221,7 @@ def rates(recorded: dict[str, list[Dump]], trials: int) -> Iterator[str]:
 
 def calibrated(recorded: dict[str, list[Dump]], trials: int) -> Iterator[str]:
     """Markdown: the rates of commands that use the calibration, within recordings that have one and between them."""
-    yield "| baseline from | new dumps from | procedure | false alarms | passed | not found |"
+    yield "| baseline from | new dumps from | procedure | false alarms | passed or far | not found |"
     yield "|---|---|---|---|---|---|"
     known = {name: dumps for name, dumps in recorded.items() if CALIBRATION in dumps[0]}
     for (name, dumps), (other, later) in itertools.product(known.items(), repeat=2):
@@ -226,6 +233,9 @@ def calibrated(recorded: dict[str, list[Dump]], trials: int) -> Iterator[str]:
         for count in PAIRS if name == other else ():
             cells = _shares(rated(in_turn(dumps, count), by_calibrated(adjusted_pairs, 0.95), trials))
             yield f"| {name} | {other} | compare --paired --metric cpu, {count} pairs | {cells} |"
+        for count in REPEATS if name == other else ():
+            cells = _shares(over_commits(dumps, CPU, count, trials))
+            yield f"| {name} | {other} | history --metric cpu, {COMMITS} commits with {count} dumps | {cells} |"
 
 
 def _shares(found: tuple[float, float, float]) -> str:

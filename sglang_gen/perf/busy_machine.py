@@ -1,12 +1,13 @@
 """What is judged on a machine that others use too: adjusted processor times, and wall clocks while it is quiet."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import exp, log
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from sglang_gen.perf.covariance import LEAST_OBSERVATIONS, adjusted, adjusted_pairs
+from sglang_gen.perf.covariance import LEAST_OBSERVATIONS, adjusted, adjusted_pairs, at_one_speed
 from sglang_gen.perf.dump_reader import CALIBRATION, Dump
 from sglang_gen.perf.log_ratio import Difference, Method
 from sglang_gen.perf.statistics import geometric_mean
@@ -37,6 +38,21 @@ def difference(metric: str, method: Method, found: Speeds | None) -> Compared:
         compare = adjusted_pairs if method is Method.PAIRED else adjusted
         return partial(compare, base_speeds=found[0], new_speeds=found[1])
     return method.difference
+
+
+def at_mean_speed(dumps: Sequence[Dump]) -> list[Dump] | None:
+    """The dumps of a history, in the order of time, with their processor times at one speed of the machine.
+
+    None if one has no calibration, or if there are few dumps.
+    """
+    if len(dumps) < LEAST_OBSERVATIONS or any(not {CPU, CALIBRATION} <= dump.metrics.keys() for dump in dumps):
+        return None
+    times, found = ([log(geometric_mean(dump.metrics[name])) for dump in dumps] for name in (CPU, CALIBRATION))
+    adjusted_times = at_one_speed(times, found)
+    return [
+        replace(dump, metrics={**dump.metrics, CPU: [exp(value)]})
+        for dump, value in zip(dumps, adjusted_times, strict=True)
+    ]
 
 
 def about_speeds(rows: Sequence["Row"], found: Speeds | None) -> list[str]:

@@ -14,11 +14,12 @@ which were measured at other times: a program's memory may be shared with other 
 so sides that were measured at very different speeds of the machine are too noisy to be judged.
 
 Programs that ran in turn have one difference of y, and one of x, for each pair. Their log ratio is the intercept of a
-line through these.
+line through these. A history has no sides: its slope is that of neighbors.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import fmean
 
 from sglang_gen.perf.log_ratio import Difference, Noise
@@ -64,6 +65,18 @@ def adjusted_pairs(
     scale = 1 / count + (apart**2 / squares if squares else 0.0)
     error = math.sqrt(variance * scale + (SLOPE_ERROR * apart) ** 2)
     return Difference(fmean(ys) - slope * apart, error, count - 2.0, variance)
+
+
+def at_one_speed(values: Sequence[float], speeds: Sequence[float]) -> list[float]:
+    """Logarithms of processor times in the order of time, as they would be at the mean speed of all.
+
+    The slope is that of the differences of neighbors, of which a change of the program raises one alone.
+    """
+    steps = [(x1 - x0, y1 - y0) for (x0, y0), (x1, y1) in pairwise(zip(speeds, values, strict=True))]
+    squares = sum(x * x for x, _ in steps)
+    slope = sum(x * y for x, y in steps) / squares if squares else 0.0
+    middle = fmean(speeds)
+    return [value - slope * (speed - middle) for value, speed in zip(values, speeds, strict=True)]
 
 
 def _rests(values: Sequence[float]) -> list[float]:

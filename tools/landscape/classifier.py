@@ -20,9 +20,8 @@ from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 
 from sglang_gen.perf.attribute_classifier import Classifier, classify, prepare
 from sglang_gen.perf.attributes import CLASSIFIER_FILE, VOCABULARY_FILE
-from tools.landscape.data import draw
+from tools.landscape.data import HELD_OUT_SEED, draw
 from tools.landscape.scene import ATTRIBUTES
-from tools.landscape.train_autoencoder import HELD_OUT_SEED
 from tools.landscape.words import PHRASES
 
 HELD_OUT = 500  # renders

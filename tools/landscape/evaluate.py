@@ -19,9 +19,9 @@ from safetensors import safe_open
 from sglang_gen.perf.attributes import CLASSIFIER_FILE, Attributes, load
 from tools.landscape.captions import full_caption
 from tools.landscape.classifier import accuracy
-from tools.landscape.data import draw, tile
+from tools.landscape.data import HELD_OUT_SEED, draw, tile
 from tools.landscape.scene import ATTRIBUTES, sample_scene
-from tools.landscape.train_autoencoder import HELD_OUT_SEED, psnr
+from tools.landscape.train_autoencoder import psnr
 
 SHOWN = (
     "A serene landscape with mountains and a lake at sunset",
