@@ -225,11 +225,33 @@ def command_debug(argv: Sequence[str]) -> int:
     return command.parity(compose(_choices(given, overrides)), given)
 
 
+def command_tune(argv: Sequence[str]) -> int:
+    """`sglang tune cache`: calibrate the schedule of a planned step cache."""
+    if argv[:1] != ["cache"]:
+        raise UserError("sglang tune has the command cache: sglang tune cache --min-psnr 38")
+    return _tune_cache(argv[1:])
+
+
+def _tune_cache(argv: Sequence[str]) -> int:
+    from sglang_gen.tune import cache_command, plan_options
+
+    parser = build_parser()
+    plan_options.add_plan_options(parser)
+    options, overrides = split_argv(argv, parser)
+    given = vars(parser.parse_args(options))
+    if given.get("help"):
+        files.print_result(plan_options.CACHE_PLAN_HELP)
+        return 0
+    words = cache_command.kept_words(parser, options, overrides)
+    return cache_command.tune_cache(_choices(given, overrides), given, words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": command_generate,
     "models": command_models,
     "perf": command_perf,
     "report": command_report,
+    "tune": command_tune,
     "debug": command_debug,
 }
 

@@ -28,6 +28,7 @@ LAYERS = (
     ("dry_run", "debug", "report"),
     ("generate",),
     ("sweep", "__init__"),
+    ("tune",),
     ("cli",),
     ("__main__",),
 )

@@ -60,6 +60,7 @@ class CacheMethod(Enum):
     none = "none"
     dbcache = "dbcache"
     deepcache = "deepcache"
+    planned = "planned"
 
 
 class Tracker(Enum):
@@ -183,6 +184,7 @@ class Cache:
     calibrator: str | None = None
     taylorseer_order: int = 1
     interval: int = 3  # deepcache: a full forward every `interval` steps
+    plan_file: str | None = None  # planned: the schedule that `sglang tune cache` wrote
 
 
 @dataclass
@@ -347,7 +349,7 @@ def plain(value: Any) -> Any:
 LOCAL = (
     "model.path", "model.configs", "lora.path", "quant.transformer_weights_path", "offload.disk_path",
     "sampling.image_path", "sampling.latents", "sampling.prompts_file", "quality.manifest", "quality.reference",
-    "output.path", "output.perf_dump_path",
+    "cache.plan_file", "output.path", "output.perf_dump_path",
 )  # fmt: skip
 
 # Minimum and maximum of numeric settings; larger values would overflow or exhaust memory.

@@ -6,6 +6,7 @@ from typing import Any
 
 from sglang_gen.config.schema import Cache, CacheMethod, Run
 from sglang_gen.errors import UserError, nearest
+from sglang_gen.plan import cache_plan
 from sglang_gen.plan.quantization import denoisers
 from sglang_gen.types import ModelCard
 
@@ -15,7 +16,12 @@ FIELDS_SET_ELSEWHERE = {
     "quantize_config": "the group quant",
     "attention_backend": "the group attention",
 }
-FIELDS_OUTSIDE = ("method", "cache_dit_config", "interval")  # keys of the group that cache-dit does not have
+FIELDS_OUTSIDE = (
+    "method",
+    "cache_dit_config",
+    "interval",
+    "plan_file",
+)  # keys of the group that cache-dit does not have
 SWITCHES = ("enable_taylorseer", "enable_calibrator")  # cache-dit's alternatives to calibrator=taylorseer
 # Keys of cache-dit, each with a predicate for legal values and a description of them.
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -78,9 +84,15 @@ def wanted(cache: Cache) -> bool:
     return cache.method is not CacheMethod.none or bool(cache.cache_dit_config)
 
 
+def is_dbcache(cache: Cache) -> bool:
+    """Whether DBCache is requested, whose settings have the names of cache-dit."""
+    return wanted(cache) and cache.method not in (CacheMethod.deepcache, CacheMethod.planned)
+
+
 def check_cache_settings(run: Run) -> None:
     """Raises UserError for settings that are invalid for every model and number of steps."""
-    if run.cache.method is not CacheMethod.deepcache and wanted(run.cache):
+    cache_plan.check_planned(run.cache)
+    if is_dbcache(run.cache):
         settings(run.cache)
 
 
@@ -210,7 +222,7 @@ def refuse_covered(given: Mapping[str, Any], lists: list[int]) -> None:
 
 def warnings(run: Run) -> list[str]:
     """Warns about settings of a step cache that have no effect because of other settings."""
-    if run.cache.method is CacheMethod.deepcache or not wanted(run.cache):
+    if not is_dbcache(run.cache):
         return []
     given, usual = settings(run.cache), Cache()
     idle = {}

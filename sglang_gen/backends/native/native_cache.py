@@ -3,23 +3,29 @@
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from sglang_gen import log
+from sglang_gen.backends.native import planned_request
 from sglang_gen.config.schema import Cache, CacheMethod, GuidanceBatching
 from sglang_gen.engine.caching.block_cache import BlockCache, Ranks
 from sglang_gen.engine.caching.cached_chain import CachedChain
 from sglang_gen.engine.caching.decider import Rules
 from sglang_gen.errors import UserError
+from sglang_gen.families.contract import Request, Spec
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.plan import step_cache
 from sglang_gen.types import Plan
 
 
-def check_native_cache(plan: Plan, networks: Sequence[str], evaluations: int) -> None:
-    """Refuse a cache that does not fit the model, the number of evaluations, compilation or guidance.
+def check_native_cache(plan: Plan, spec: Spec, request: Request, timesteps: Tensor, numbers: Sequence[int]) -> None:
+    """Refuse a cache that does not fit the model, the evaluations, compilation or guidance.
+
+    `timesteps` and `numbers` are the timestep and the step of each evaluation.
 
     Raises UserError.
     """
-    cache, compiling = plan.run.cache, plan.run.compile
+    cache, compiling, networks = plan.run.cache, plan.run.compile, spec.networks_of(plan.card)
     if not step_cache.wanted(cache):
         return
     if len(networks) > 1:
@@ -27,6 +33,9 @@ def check_native_cache(plan: Plan, networks: Sequence[str], evaluations: int) ->
             f"cache: {plan.pipeline_class} denoises with {len(networks)} networks ({', '.join(networks)}), and a step "
             "cache supports one; run with cache=none"
         )
+    if cache.method is CacheMethod.planned:
+        planned_request.check_planned_cache(plan, spec, request, timesteps, numbers)
+        return
     has_unet = "unet" in plan.card.components
     if cache.method is CacheMethod.deepcache:
         raise UserError("cache=deepcache: the native engine does not have it yet; run with cache=none")
@@ -38,7 +47,7 @@ def check_native_cache(plan: Plan, networks: Sequence[str], evaluations: int) ->
     settings = step_cache.settings(cache)
     step_cache.refuse_library_fields(settings)
     step_cache.check_blocks(cache, plan.card)
-    step_cache.check_steps(cache, evaluations, evaluations)
+    step_cache.check_steps(cache, len(timesteps), len(timesteps))
     if rules(cache).dynamic and compiling.cuda_graphs:
         raise UserError(
             "cache: a threshold decides in each step what is computed, which CUDA graphs cannot capture; leave out "
@@ -74,6 +83,8 @@ def rules(cache: Cache) -> Rules:
 
 
 def build_cache(plan: Plan, mesh: Mesh) -> CachedChain:
+    if plan.run.cache.method is CacheMethod.planned:
+        return planned_request.build_planned(plan)
     given = step_cache.settings(plan.run.cache)
     spread = Ranks(mesh.axis(SEQUENCE), mesh.axis("cfg"), mesh.axis("tp"))
     return BlockCache(
@@ -101,7 +112,10 @@ def effective(plan: Plan, trace: Trace = ()) -> Any:
     """The settings of the cache and, after a generation, the largest number of steps that an image reused."""
     if not step_cache.wanted(plan.run.cache):
         return "none"
-    values = {name: value for name, value in step_cache.settings(plan.run.cache).items() if value is not None}
+    if plan.run.cache.method is CacheMethod.planned:
+        values = planned_request.described(plan)
+    else:
+        values = {name: value for name, value in step_cache.settings(plan.run.cache).items() if value is not None}
     return values | ({"reused_steps": _reused(trace)} if trace else {})
 
 
@@ -130,4 +144,5 @@ def warn_idle(plan: Plan, trace: Trace) -> None:
     """Warn once if no image reused a step."""
     if not _reused(trace):
         changes = [row["residual"] for row in trace if row["residual"]]
-        log.warn_once(step_cache.idle_sentence(changes, step_cache.settings(plan.run.cache)))
+        given = step_cache.settings(plan.run.cache) if step_cache.is_dbcache(plan.run.cache) else {}
+        log.warn_once(step_cache.idle_sentence(changes, given))
