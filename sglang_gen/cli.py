@@ -242,7 +242,7 @@ def _tune_cache(argv: Sequence[str]) -> int:
     if given.get("help"):
         files.print_result(plan_options.CACHE_PLAN_HELP)
         return 0
-    words = cache_command.kept_words(parser, options, overrides)
+    words = plan_options.kept_words(parser, options, overrides)
     return cache_command.tune_cache(_choices(given, overrides), given, words)
 
 

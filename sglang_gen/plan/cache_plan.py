@@ -17,21 +17,22 @@ KEY = "cache.plan_file"
 FORMAT = "sglang-gen cache plan"
 PLAN_VERSION = 1
 SAME_TIMESTEP = 0.05  # of 1000; machines round timesteps differently
-# What a plan is bound to, by the name of the setting in messages.
+# What a plan is bound to, as it is named in messages. Values that are digests are not shown.
 BINDINGS = {
     "pipeline": "the pipeline",
-    "network": "the network's configuration",
-    "weights": "the network's weights",
+    "network": "another configuration of the network",
+    "weights": "other weights of the network",
     "size": "the size [height, width, frames]",
     "scheduler": "the scheduler",
-    "scheduler_config": "the scheduler's configuration",
+    "scheduler_config": "another configuration of the scheduler",
     "steps": "sampling.num_inference_steps",
     "timesteps": "the timesteps",
     "dtype": "dtype",
     "guidance_scale": "sampling.guidance_scale",
     "guidance_interval": "sampling.guidance_interval",
-    "guidance_arguments": "the guidance in --diffusers-kwargs",
+    "guidance_arguments": "the --diffusers-kwargs",
 }
+DIGESTS = ("network", "weights", "scheduler_config")
 SHOWN = 60  # characters of a value in a message
 
 
@@ -102,15 +103,11 @@ def check_bound(plan: CachePlan, name: str, facts: Mapping[str, Any]) -> None:
         if key == "weights" and None in (expected, found):
             continue  # before the weights are downloaded
         if not _agree(key, expected, found):
-            values = "" if _is_digest(key) else f" {_shown(found)}, not {_shown(expected)}"
+            values = "" if key in DIGESTS else f" {_shown(expected)}, and this run has {_shown(found)}"
             raise UserError(
-                f"{KEY}: {name} was calibrated with another value of {meaning}: this run has"
-                f"{values or ' another one'}; calibrate it for this run with `sglang tune cache`"
+                f"{KEY}: {name} was calibrated with {meaning}{values}; calibrate a plan for this run with "
+                "`sglang tune cache`"
             )
-
-
-def _is_digest(key: str) -> bool:
-    return key in ("network", "weights", "scheduler_config")
 
 
 def _agree(key: str, expected: Any, found: Any) -> bool:

@@ -1,56 +1,54 @@
 """The command `sglang tune cache`: calibrates the schedule of a planned step cache and writes its cache plan."""
 
-import argparse
-import hashlib
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sglang_gen import env, files, log
 from sglang_gen.config.schema import BackendName, leaves, user_gave
 from sglang_gen.errors import RunError, UserError
-from sglang_gen.tune.plan_options import DEFAULT_CALIBRATION, PlanOptions, read_plan_options
+from sglang_gen.tune.plan_options import PlanOptions, read_plan_options
+from sglang_gen.tune.prompt_split import PromptSplit, indices, split_samples
 
 if TYPE_CHECKING:
     from sglang_gen.config.choices import Choices
     from sglang_gen.config.compose import Composed
     from sglang_gen.tune.plan_bench import PlanBench
     from sglang_gen.tune.plan_search import PlanSearch, PlanTrial
-    from sglang_gen.types import Plan, Sample
+    from sglang_gen.types import Plan
 
 # Settings without effect here: nothing is saved but the plan.
 IDLE_SETTINGS = ("output.", "perf.", "quality.reference", "quality.metrics", "tracking.", "machine.", "compile.warmup")
-# Settings of prompts and of what is saved, which the printed command leaves out.
-LEFT_OUT = ("sampling.prompt", "sampling.num_samples", "sampling.seed", "quality.", "output.", "perf.", "tracking")
-
-
-@dataclass(frozen=True)
-class PromptSplit:
-    """Samples for calibration and for measuring, which have no prompt in common."""
-
-    calibrated: tuple["Sample", ...]
-    measured: tuple["Sample", ...]
 
 
 def tune_cache(choices: "Choices", given: Mapping[str, Any], words: Sequence[str]) -> int:
-    """Carry out `sglang tune cache`; `words` are the flags and overrides of the request, for the command that is
-    printed. Returns the exit code. Raises UserError, and RunError if no schedule keeps the bound."""
+    """Carry out `sglang tune cache`; returns the exit code.
+
+    `words` are the flags and overrides of the request that the printed command repeats. Raises UserError, and RunError
+    if no schedule keeps the bound.
+    """
     options = read_plan_options(given)
     composed = _composed(choices)
     log.setup(composed.run.log_level.name)
+    log.ask_first(lambda _, line: not line.startswith("Progress: "))  # of each of many generations
     for notice in composed.notices:
         log.info(notice)
     env.prepare_libraries()
-    plan = _planned(composed)
-    split = split_samples([sample for batch in plan.batches for sample in batch], options.calibration_prompts)
-    files.prepare_file(options.output)
+    plan = _planned(composed, options)
     from sglang_gen.launch import numerics
+    from sglang_gen.tune.plan_bench import PlanBench
 
+    samples = [sample for batch in plan.batches for sample in batch]
+    split = split_samples(samples, options.calibration_prompts)
+    files.prepare_file(options.output)
     with numerics.settled(plan.dtype, plan.run.deterministic):
-        return _tuned(plan, split, options, words)
+        log.info(f"Loading model: {plan.card.name}")
+        bench = PlanBench(plan)
+        search = _search(bench, split)
+        found = search.try_fraction(options.budget) if options.budget else search.bisect(options.min_psnr or 0.0)
+    return _concluded(bench, split, options, search, found, words)
 
 
 def _composed(choices: "Choices") -> "Composed":
@@ -68,7 +66,7 @@ def _composed(choices: "Choices") -> "Composed":
     return compose(choices)
 
 
-def _planned(composed: "Composed") -> "Plan":
+def _planned(composed: "Composed", options: PlanOptions) -> "Plan":
     """The plan of the exact run on the native engine, with local weights. Raises UserError."""
     from sglang_gen.backends.native import planned_request
     from sglang_gen.hub import resolve
@@ -98,6 +96,7 @@ def _planned(composed: "Composed") -> "Plan":
         )
     planned_request.check_transformer(plan)
     planned_request.refuse_whole(plan)
+    _check_budget(plan, options.budget or 1.0)
     for warning in plan.warnings:
         if not warning.startswith(IDLE_SETTINGS):
             log.warning(warning)
@@ -107,156 +106,72 @@ def _planned(composed: "Composed") -> "Plan":
     return stored_dtype.require(make.complete(composed, plan, resolve.find_weights(plan.run)))
 
 
-def split_samples(samples: Sequence["Sample"], count: int | None) -> PromptSplit:
-    """Samples of `count` prompts, evenly spaced, are for calibration, those of all other prompts for measuring.
+def _check_budget(plan: "Plan", budget: float) -> None:
+    """Refuse a budget that is less than what has to be computed; other requests that the engine cannot carry out too.
 
-    Raises UserError if no prompt is left for one of both.
+    Raises UserError.
     """
-    texts = list(dict.fromkeys(sample.prompt for sample in samples))
-    if len(texts) < 2:
-        raise UserError(
-            "sglang tune cache measures on other prompts than it calibrates on, and needs at least two: give "
-            "sampling.prompts_file or quality.manifest"
-        )
-    if count is not None and count >= len(texts):
-        raise UserError(
-            f"--calibration-prompts is {count}, and the request has {len(texts)} prompts, of which at least one is "
-            f"measured; give at most {len(texts) - 1}"
-        )
-    count = count or min(DEFAULT_CALIBRATION, len(texts) // 2)
-    chosen = {texts[place * len(texts) // count] for place in range(count)}
-    return PromptSplit(
-        tuple(sample for sample in samples if sample.prompt in chosen),
-        tuple(sample for sample in samples if sample.prompt not in chosen),
-    )
-
-
-def _tuned(plan: "Plan", split: PromptSplit, options: PlanOptions, words: Sequence[str]) -> int:
-    from sglang_gen.tune.plan_bench import PlanBench
+    from sglang_gen.backends.native import planned_request, request
+    from sglang_gen.tune.calibration import sources
+    from sglang_gen.tune.plan_bench import SPAN
     from sglang_gen.tune.plan_schedule import Planner
-    from sglang_gen.tune.plan_search import PlanSearch
 
-    log.info(f"Loading model: {plan.card.name}")
-    bench = PlanBench(plan)
+    checked = request.check_native_request(plan)
+    _, numbers = request.evaluations(checked, checked.full_request)
+    guided = planned_request.is_guided(plan, checked.full_request, numbers)
+    steps = len(guided)
+    free = {(source, step, 0): 0.0 for step in range(steps) for source in sources(step, guided, SPAN)}
+    least = Planner(free, steps, 1).least  # steps that are computed if all others compute no block
+    if budget * steps < least:
+        raise UserError(
+            f"--budget is {budget:g}, and at least {least} of {steps} steps have to be computed; give at least "
+            f"{math.ceil(1000 * least / steps) / 1000:g}"
+        )
+
+
+def _search(bench: "PlanBench", split: PromptSplit) -> "PlanSearch":
+    """Calibrate on one part of the prompts; schedules are measured on the other."""
+    from sglang_gen.tune.plan_schedule import PlannedSchedule, Planner
+    from sglang_gen.tune.plan_search import PlanMeasurement, PlanSearch
+
     bench.warm_up(split.calibrated[0])
-    log.info(f"Calibrating on {len(split.calibrated)} images: {_indices(split.calibrated)}")
+    log.info(f"Calibrating on {len(split.calibrated)} images: {indices(split.calibrated)}")
     planner = Planner(bench.calibrate(split.calibrated), bench.steps, bench.blocks)
-    log.info(f"Measuring on {len(split.measured)} other images: {_indices(split.measured)}")
+    log.info(f"Measuring on {len(split.measured)} other images: {indices(split.measured)}")
     batches = bench.batches(split.measured)
     exact = bench.exact(batches)
-    search = PlanSearch(planner, lambda schedule: bench.measure(schedule, batches, exact))
-    if options.budget is not None:
-        blocks = int(options.budget * planner.most)
-        if blocks < planner.least:
-            raise UserError(
-                f"--budget is {options.budget:g} of {planner.most} blocks, and the smallest schedule computes "
-                f"{planner.least}; give at least {math.ceil(1000 * planner.least / planner.most) / 1000:g}"
-            )
-        chosen: PlanTrial | None = search.try_budget(blocks)
-    else:
-        assert options.min_psnr is not None
-        chosen = search.bisect(options.min_psnr)
-    return _concluded(plan, split, options, search, chosen, bench, words)
+
+    def measure(schedule: PlannedSchedule) -> PlanMeasurement:
+        found = bench.measure(schedule, batches, exact)
+        log.info(
+            f"{schedule.blocks} of {planner.most} blocks: worst image {found.worst:.2f} dB, mean {found.mean:.2f} dB, "
+            f"{found.time:.2f} of the time"
+        )
+        return found
+
+    return PlanSearch(planner, measure)
 
 
 def _concluded(
-    plan: "Plan",
+    bench: "PlanBench",
     split: PromptSplit,
     options: PlanOptions,
     search: "PlanSearch",
-    chosen: "PlanTrial | None",
-    bench: "PlanBench",
+    found: "PlanTrial | None",
     words: Sequence[str],
 ) -> int:
     """Print the trials and write the plan. Raises RunError if no schedule keeps the bound."""
-    lines = table(search, chosen)
-    if chosen is None:
+    from sglang_gen.tune import plan_report
+
+    lines = plan_report.table(search, found)
+    if found is None:
         files.print_result("\n".join(lines))
         raise RunError(
             f"No schedule keeps {options.min_psnr:g} dB for every image with fewer blocks than the exact run; lower "
             "--min-psnr"
         )
-    files.save_json(options.output, content(plan, split, options, chosen, bench))
+    files.save_json(options.output, plan_report.content(bench, split, options, found))
     log.info(f"Cache plan saved to: {options.output}")
-    command = shlex.join(use(plan, options, words, split.measured[0]))
-    files.print_result("\n".join([*lines, "", steps_line(chosen), f"Use it: {command}"]))
+    command = shlex.join(plan_report.use(bench.plan, options, words, split.measured[0]))
+    files.print_result("\n".join([*lines, "", plan_report.steps_line(found), f"Use it: {command}"]))
     return 0
-
-
-def table(search: "PlanSearch", chosen: "PlanTrial | None") -> list[str]:
-    """The trials, fewest blocks first; the chosen one is marked."""
-    names = ("blocks", 12), ("of all", 7), ("computed", 8), ("expected error", 14), ("worst dB", 9), ("mean dB", 8)
-    lines = [" ".join(f"{name:>{width}}" for name, width in (*names, ("time", 6)))]
-    for trial in sorted(search.trials, key=lambda trial: trial.schedule.blocks):
-        schedule, measured, most = trial.schedule, trial.measured, search.planner.most
-        full = sum(depth is None for depth in schedule.depths)
-        lines.append(
-            f"{f'{schedule.blocks}/{most}':>12} {schedule.blocks / most:>7.1%} {full:>8} {schedule.error:>14.3g} "
-            f"{measured.worst:>9.2f} {measured.mean:>8.2f} {measured.time:>6.2f}{' *' if trial is chosen else ''}"
-        )
-    return lines
-
-
-def steps_line(chosen: "PlanTrial") -> str:
-    """The schedule: C for a step that is computed, the depth of one that is reused."""
-    return "Schedule: " + " ".join("C" if depth is None else str(depth) for depth in chosen.schedule.depths)
-
-
-def content(
-    plan: "Plan", split: PromptSplit, options: PlanOptions, chosen: "PlanTrial", bench: "PlanBench"
-) -> dict[str, Any]:
-    """The cache plan as JSON."""
-    from sglang_gen.plan.cache_plan import FORMAT, PLAN_VERSION
-    from sglang_gen.tune.plan_bench import SPAN
-
-    schedule, measured = chosen.schedule, chosen.measured
-    return {
-        "format": FORMAT,
-        "schema_version": PLAN_VERSION,
-        "model": plan.card.name,
-        "bound_to": bench.bound_to,
-        "blocks": bench.blocks,
-        "depths": list(schedule.depths),
-        "computed_blocks": schedule.blocks,
-        "expected_error": schedule.error,
-        "calibration": _about(split.calibrated) | {"depths": list(bench.depths), "span": SPAN},
-        "measured": _about(split.measured)
-        | {
-            "min_psnr": options.min_psnr,
-            "worst_psnr": _decibels(measured.worst),
-            "mean_psnr": _decibels(measured.mean),
-            "worst_prompt": measured.worst_prompt,
-            "denoising_time": round(measured.time, 4),
-        },
-        "commit_hash": env.commit_hash(),
-        "versions": dict(env.versions()),
-    }
-
-
-def _about(samples: Sequence["Sample"]) -> dict[str, Any]:
-    """The number of samples and a digest of their prompts and seeds."""
-    named = [[sample.prompt, sample.negative_prompt, sample.seed] for sample in samples]
-    return {"images": len(samples), "digest": hashlib.sha256(json.dumps(named).encode()).hexdigest()}
-
-
-def _decibels(value: float) -> float | None:
-    """A PSNR as JSON holds it; None if all images are identical."""
-    return None if math.isinf(value) else round(value, 4)
-
-
-def _indices(samples: Sequence["Sample"]) -> str:
-    return ", ".join(str(sample.index) for sample in samples)
-
-
-def kept_words(parser: argparse.ArgumentParser, options: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """The options and overrides of the request that the printed command repeats: all but prompts and this command's."""
-    actions = parser._option_string_actions
-    others = [word for word in options if not actions[word.partition("=")[0]].dest.startswith(("plan.", *LEFT_OUT))]
-    return [*others, *(word for word in overrides if not word.lstrip("+").startswith(LEFT_OUT))]
-
-
-def use(plan: "Plan", options: PlanOptions, words: Sequence[str], sample: "Sample") -> list[str]:
-    """The command that generates with the plan, for one of the measured prompts."""
-    dtype = [] if plan.run.dtype.name != "auto" else [f"dtype={plan.dtype}"]
-    return ["sglang", "generate", *words, *dtype, "cache=planned", f"cache.plan_file={options.output}",
-            "--prompt", sample.prompt, "--seed", str(sample.seed)]  # fmt: skip

@@ -62,8 +62,7 @@ class Calibrator:
 
     def sources(self, step: int) -> list[tuple[int, int]]:
         """The steps and depths that `step` may be reused from."""
-        first = max(0, step - self.chain.span)
-        steps = [source for source in range(first, step) if self.guided[source] == self.guided[step]]
+        steps = sources(step, self.guided, self.chain.span)
         return [(source, depth) for source in steps for depth in self.chain.recorded_depths]
 
     def loop(
@@ -167,6 +166,16 @@ class Calibrator:
         )
         _restore(generators, random)
         return torch.where(before > 0, _squared(end - final) / before, 1.0)
+
+
+def sources(step: int, guided: Sequence[bool], span: int) -> list[int]:
+    """The steps that `step` may be reused from: at most `span` before it, and guided like it and all steps between."""
+    found: list[int] = []
+    for source in range(step - 1, max(-1, step - 1 - span), -1):
+        if guided[source] != guided[step]:
+            break
+        found.insert(0, source)
+    return found
 
 
 def _copied(scheduler: Any) -> Any:

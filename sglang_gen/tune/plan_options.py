@@ -2,17 +2,19 @@
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sglang_gen.errors import UserError
+from sglang_gen.tune.prompt_split import DEFAULT_CALIBRATION
 
 PLAN_OPTIONS = ("min-psnr", "budget", "output", "calibration-prompts")
-DEFAULT_CALIBRATION = 8  # prompts; at most half of those that are given
 DEFAULT_OUTPUT = "cache_plan.json"
 HIGHEST_PSNR = 100.0  # dB
+# Settings of prompts and of what is saved, which the printed command leaves out.
+LEFT_OUT = ("sampling.prompt", "sampling.num_samples", "sampling.seed", "quality.", "output.", "perf.", "tracking")
 # Options of `sglang generate` that print or run something else.
 OTHER_RUNS = ("multirun", "cfg", "package", "info", "resolve", "hydra_help", "run", "version")
 
@@ -87,3 +89,10 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise UserError(f"--calibration-prompts: '{text}' is not a whole number of at least 1")
     return int(text)
+
+
+def kept_words(parser: argparse.ArgumentParser, options: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The options and overrides of the request that the printed command repeats: all but prompts and this command's."""
+    actions = parser._option_string_actions
+    others = [word for word in options if not actions[word.partition("=")[0]].dest.startswith(("plan.", *LEFT_OUT))]
+    return [*others, *(word for word in overrides if not word.lstrip("+").startswith(LEFT_OUT))]
