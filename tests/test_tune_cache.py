@@ -197,7 +197,8 @@ def test_settings_without_effect_are_warned_of(tune, monkeypatch):
 @pytest.mark.slow
 def test_the_embedded_model_keeps_the_bound_with_fewer_blocks(sglang):
     done = sglang("tune", "cache", "--min-psnr", 30, "quality.manifest=landscape16", "--num-inference-steps", 12,
-                  "dtype=float32",                   "--height", 64, "--width", 64, "--calibration-prompts", 2, "--output", "plan.json")  # fmt: skip
+                  "--height", 64, "--width", 64, "dtype=float32", "--calibration-prompts", 2,
+                  "--output", "plan.json")  # fmt: skip
     assert done.code == 0, done.err
     content = json.loads(Path("plan.json").read_text())
     assert content["measured"]["worst_psnr"] >= 30
