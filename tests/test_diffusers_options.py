@@ -351,7 +351,10 @@ def test_an_image_that_cannot_be_read_is_refused(run, path, sentence):
             ("model=sdxl", "cache=dbcache"),
             "cache: cache-dit works on transformers; StableDiffusionXLPipeline has a UNet",
         ),
-        (("model=sdxl", "cache=deepcache"), "cache=deepcache: the diffusers backend has no step cache for UNets"),
+        (
+            ("model=sdxl", "cache=deepcache", "--backend", "diffusers"),
+            "cache=deepcache is supported only by the native",
+        ),
         (("model=sdxl", "--attention-backend", "flesh"), "unknown kernel 'flesh'; did you mean 'flash'?"),
         (("--diffusers-kwargs", '{"shfit": 2.0}'), "takes 'shfit'; did you mean 'shift'?"),
         (("--dit-cpu-offload", "--dit-layerwise-offload"), "exclude each other; give one"),

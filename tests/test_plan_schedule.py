@@ -23,7 +23,12 @@ def planners(draw, most_steps: int = 6) -> Planner:
             for depth in sorted(depths)]  # fmt: skip
     sizes = st.sampled_from((0.0, 0.25, 0.5, 1.0, 3.0)) | st.floats(0, 1, allow_subnormal=False)
     errors = {key: draw(sizes) for key in keys if draw(st.integers(0, 9))}
-    return Planner(errors, steps, blocks)
+    costs = {depth: draw(st.integers(0, blocks - 1)) for depth in depths}
+    return Planner(errors, steps, blocks, costs)
+
+
+def cost(planner: Planner, schedule: tuple[int | None, ...]) -> int:
+    return sum(planner.blocks if depth is None else planner.costs[depth] for depth in schedule)
 
 
 def schedules(planner: Planner) -> Iterator[PlannedSchedule]:
@@ -31,7 +36,7 @@ def schedules(planner: Planner) -> Iterator[PlannedSchedule]:
     depths = [None, *sorted({depth for _, _, depth in planner.errors})]
     for rest in itertools.product(depths, repeat=planner.steps - 1):
         schedule = (None, *rest)
-        blocks = sum(planner.blocks if depth is None else depth for depth in schedule)
+        blocks = cost(planner, schedule)
         error = expected_error(planner.errors, schedule)
         if math.isfinite(error):
             yield PlannedSchedule(schedule, blocks, error)
@@ -46,7 +51,7 @@ def compare_with_brute_force(planner: Planner) -> None:
         best = min(each.error for each in possible if each.blocks <= budget)
         assert found.error == pytest.approx(best, rel=1e-12, abs=1e-12)
         assert found in possible or expected_error(planner.errors, found.depths) == pytest.approx(found.error)
-        assert sum(planner.blocks if depth is None else depth for depth in found.depths) == found.blocks <= budget
+        assert cost(planner, found.depths) == found.blocks <= budget
         assert found.depths[0] is None
         assert found.error <= before, "more blocks never cost quality"
         before = found.error
@@ -66,21 +71,21 @@ def test_the_schedule_is_that_of_brute_force_for_up_to_eight_steps(planner):
 
 
 def test_of_equal_errors_the_fewest_blocks_are_computed():
-    planner = Planner({(0, 1, 0): 0.5, (0, 1, 1): 0.5}, 2, 3)
+    planner = Planner({(0, 1, 0): 0.5, (0, 1, 1): 0.5}, 2, 3, {0: 0, 1: 1})
     assert planner.schedule(5) == PlannedSchedule((None, 0), 3, 0.5)
     assert planner.schedule(6) == PlannedSchedule((None, None), 6, 0.0)
 
 
 def test_a_budget_below_the_smallest_schedule_is_an_error():
     with pytest.raises(ValueError, match="the smallest schedule computes 8 blocks"):
-        Planner({(0, 1, 2): 0.1}, 3, 3).schedule(2)
+        Planner({(0, 1, 2): 0.1}, 3, 3, {2: 2}).schedule(2)
 
 
 def falling(scale: float) -> Planner:
     """A schedule loses more, the further apart its computed steps are."""
     errors = {(source, step, depth): scale * (step - source) * (1 - depth / 4)
               for step in range(1, 12) for source in range(max(0, step - 8), step) for depth in (0, 2)}  # fmt: skip
-    return Planner(errors, 12, 4)
+    return Planner(errors, 12, 4, {0: 0, 2: 2})
 
 
 def measure(schedule: PlannedSchedule) -> PlanMeasurement:

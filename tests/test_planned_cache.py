@@ -17,7 +17,7 @@ from torch import Tensor
 from sglang_gen.backends.native import build, engine
 from sglang_gen.backends.native.planned_request import fits_guidance
 from sglang_gen.engine.caching.cached_chain import Evaluation, generation
-from sglang_gen.engine.caching.planned_cache import PlannedCache, depths_after
+from sglang_gen.engine.caching.planned_cache import PlannedCache, PlannedTransformer, depths_after
 from sglang_gen.errors import UserError
 from sglang_gen.models.chain import Chain
 from sglang_gen.plan.cache_plan import BINDINGS, CachePlan, check_bound, read_cache_plan
@@ -154,15 +154,22 @@ def blocks_that_add(values: Sequence[float]) -> list[Any]:
     return [lambda x, text, value=value: (x + value, text) for value in values]
 
 
+def evaluate(cache: PlannedCache, step: int, branches: tuple[int, ...], blocks: list[Any], x: Tensor) -> Tensor:
+    evaluation = Evaluation(step, step, branches, branches, len(x) // len(branches))
+    cache.before(evaluation)
+    image: Tensor = cache(blocks, (x, None), [()] * len(blocks))[0]
+    cache.after(evaluation)
+    return image
+
+
 def test_a_cache_keeps_only_the_residuals_that_are_used_later_and_none_after_the_generation():
-    cache = PlannedCache((None, 1, 0, None, 2))
-    assert cache.depths == [(0, 1), (), (), (2,), ()]
+    cache = PlannedTransformer((None, 1, 0, None, 2))
+    assert cache.needed == [(0, 1), (), (), (2,), ()]
     blocks, x = blocks_that_add((1.0, 2.0, 3.0)), torch.zeros(1, 1, 1)
     sums, kept = [], []
     with generation([cache]):
         for step in range(5):
-            cache.evaluation = Evaluation(step, step, (0,), (0,), 1)
-            sums.append(cache(blocks, (x + step, None), [()] * 3)[0].item())
+            sums.append(evaluate(cache, step, (0,), blocks, x + step).item())
             kept.append({depth: residual.item() for depth, residual in cache.kept[0,].items()})
     assert sums == [6, 7, 8, 9, 10]
     assert kept == [{0: 6, 1: 5}] * 3 + [{2: 3}] * 2
@@ -173,12 +180,19 @@ def test_depths_are_those_of_the_steps_that_follow():
     assert depths_after((None, None, 3, 1, 3, None)) == [(), (1, 3), (), (), (), ()]
 
 
-def test_a_warm_up_of_other_steps_computes_what_was_not_kept():
-    cache = PlannedCache((None, 0))
-    with generation([cache]):
-        for step, branches in enumerate(((1, 0), (0,), (0,))):
-            cache.evaluation = Evaluation(step, step, branches, branches, 1)
-            cache(blocks_that_add((1.0,)), (torch.zeros(len(branches), 1, 1), None), [()])
+def test_a_warm_up_takes_every_depth_of_the_schedule_in_turn():
+    cache = PlannedTransformer((None, None, 0, 2))
+    with generation([cache], warming=True):
+        for step in range(6):
+            evaluate(cache, step, (0,), blocks_that_add((1.0, 2.0, 3.0)), torch.zeros(1, 1, 1))
+    assert [choice and choice[0] for _, choice in cache.choices] == [None, 0, 2, None, 0, 2]
+
+
+def test_a_warm_up_computes_a_step_with_other_branches_than_the_last_computed_one():
+    cache = PlannedTransformer((None, 0))
+    with generation([cache], warming=True):
+        for step, branches in enumerate(((1, 0), (0,))):
+            evaluate(cache, step, branches, blocks_that_add((1.0,)), torch.zeros(len(branches), 1, 1))
     assert {each.decision for each in cache.decisions} == {"computed"}
 
 
@@ -215,7 +229,7 @@ OTHER = {
 @pytest.mark.parametrize("key", BINDINGS)
 def test_a_run_that_differs_from_that_of_the_plan_is_refused_by_what_differs(key):
     assert OTHER.keys() == BINDINGS.keys() == facts().keys()
-    plan = CachePlan(facts(), (None, 0), 3)
+    plan = CachePlan(facts(), (None, 0), 3, 3)
     check_bound(plan, "plan.json", facts())
     with pytest.raises(UserError, match=r"^cache\.plan_file: plan\.json was calibrated with ") as error:
         check_bound(plan, "plan.json", facts() | {key: OTHER[key]})
@@ -225,7 +239,7 @@ def test_a_run_that_differs_from_that_of_the_plan_is_refused_by_what_differs(key
 
 @pytest.mark.parametrize(("timesteps", "same"), [([1000.0, 500.01], True), ([1000.0], False), ([1000.0, 0.0], False)])
 def test_timesteps_agree_up_to_rounding(timesteps, same):
-    plan = CachePlan(facts(), (None, 0), 3)
+    plan = CachePlan(facts(), (None, 0), 3, 3)
     if same:
         check_bound(plan, "plan.json", facts() | {"timesteps": timesteps})
     else:
@@ -234,7 +248,7 @@ def test_timesteps_agree_up_to_rounding(timesteps, same):
 
 
 def test_weights_that_are_not_downloaded_yet_are_compared_later():
-    check_bound(CachePlan(facts(), (None, 0), 3), "plan.json", facts() | {"weights": None})
+    check_bound(CachePlan(facts(), (None, 0), 3, 3), "plan.json", facts() | {"weights": None})
 
 
 @pytest.mark.parametrize(
@@ -289,15 +303,15 @@ def test_a_file_that_is_no_plan_is_refused_in_one_sentence(text, sentence):
 
 DAMAGES: list[dict[str, Any]] = [
     {"depths": []}, {"depths": [0, None]}, {"depths": [None, 3]}, {"depths": [None, -1]}, {"depths": [None, True]},
-    {"depths": [None, "1"]}, {"depths": None}, {"blocks": None}, {"blocks": "3"}, {"bound_to": []},
-    {"bound_to": {"dtype": "float32"}},
+    {"depths": [None, "1"]}, {"depths": None}, {"blocks": None}, {"blocks": "3"}, {"computed_blocks": 1.5},
+    {"bound_to": []}, {"bound_to": {"dtype": "float32"}},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=json.dumps)
 def test_a_damaged_plan_is_refused(damage):
     whole = {"format": "sglang-gen cache plan", "schema_version": 1, "bound_to": facts(), "blocks": 3,
-             "depths": [None, 2]}  # fmt: skip
+             "depths": [None, 2], "computed_blocks": 5}  # fmt: skip
     Path("plan.json").write_text(json.dumps(whole))
     assert read_cache_plan("plan.json").computed_blocks == 5
     Path("plan.json").write_text(json.dumps(whole | damage))
@@ -325,8 +339,7 @@ def test_a_plan_of_a_later_version_and_a_missing_one_are_refused():
             ("cache=planned", "cache.plan_file=a", "--backend", "diffusers"),
             "cache=planned is supported only by the nat",
         ),
-        (("cache=planned", "cache.plan_file=a", "compile=full"), "cache=planned: compile=full compiles all blocks at"),
-        (("cache=planned", "cache.plan_file=a", "model=sdxl"), "has a UNet, and the planned cache works on the bloc"),
+        (("cache=planned", "cache.plan_file=a", "cache.interval=2"), "cache.interval has no effect with cache=planned"),
     ],
 )
 def test_settings_that_contradict_the_planned_cache_are_refused(sglang, words, sentence):

@@ -11,6 +11,7 @@ from native import picture, tensors
 from plan_files import write
 from whole import plan_of
 
+from sglang_gen.backends.native import planned_request
 from sglang_gen.perf import quality
 from sglang_gen.tune import calibration
 from sglang_gen.tune.calibration import sources
@@ -46,7 +47,7 @@ def bench(pipelines):
 def test_the_error_of_the_last_step_is_that_of_a_run_which_reuses_it(bench, sglang, pipelines, name, words):
     """Nothing follows the last step, so the error after it is the error of the final latents."""
     loaded, samples = bench(name, *words)
-    errors = loaded.calibrate(samples)
+    errors = loaded.calibrate(samples).errors
     for depth in loaded.depths:
         depths = [None, None, None, depth]
         for folder, cache in (("exact", ()), (f"reused{depth}", ("cache=planned", write(pipelines[name], depths)))):
@@ -63,7 +64,7 @@ def test_the_error_of_the_last_step_is_that_of_a_run_which_reuses_it(bench, sgla
 def test_calibration_leaves_the_exact_images_and_the_loop_unchanged(bench):
     loaded, samples = bench("sd3")
     before = loaded.exact(loaded.batches(samples)).frames[0]
-    errors = loaded.calibrate(samples)
+    errors = loaded.calibrate(samples).errors
     after = loaded.exact(loaded.batches(samples)).frames[0]
     assert (before == after).all()
     assert {step for _, step, _ in errors} == {1, 2, 3}
@@ -77,15 +78,14 @@ def test_the_gain_of_a_step_carries_its_error_to_the_end(bench, monkeypatch):
     monkeypatch.setattr(calibration, "LARGEST_FACTOR", 1.0)
     loaded, samples = bench("sd3")
     (batch,) = loaded.batches(samples)
-    errors = loaded.calibrate(samples)
+    errors = loaded.calibrate(samples).errors
     exact = loaded._generate(batch)
     depth = loaded.depths[-1]  # the gain is measured with the last source and depth
-    from sglang_gen.engine.caching.planned_cache import PlannedCache
-
     for step in (1, 2, 3):
         loaded._use(None)
         exact = loaded._generate(batch)[0].latents.double()
-        loaded._use(PlannedCache(tuple(depth if each == step else None for each in range(4))))
+        schedule = tuple(depth if each == step else None for each in range(4))
+        loaded._use(planned_request.planned_chain(loaded.plan, schedule))
         moved = loaded._generate(batch)[0].latents.double()
         final = ((moved - exact).flatten(1).square().sum(1) / exact.flatten(1).square().sum(1)).mean()
         assert errors[step - 1, step, depth] == pytest.approx(float(final), rel=1e-3)
@@ -167,7 +167,7 @@ def test_a_bound_that_no_schedule_keeps_is_a_failure_and_leaves_no_file(tune):
         (("--budget", "0.3", "sampling.guidance_interval=[0,0.5]"), "at least 2 of 6 steps have to be computed"),
         (("--budget", "0.5", "cache=dbcache"), "calibrates a schedule from the exact run; leave out the settings of c"),
         (("--budget", "0.5", "parallel=tp2"), "calibrates on one rank, and the schedule holds for every layout"),
-        (("--budget", "0.5", "compile=full"), "compile=full compiles all blocks at once; run with compile=regional"),
+        (("--budget", "0.5", "compile=full"), "observes the blocks one by one, and the schedule holds with every"),
         (("--budget", "0.5", "dry_run=true"), "sglang tune cache has no dry run"),
         (("--budget", "0.5", "--cfg", "job"), "sglang tune cache decides itself what it runs; leave out --cfg"),
     ],
@@ -178,14 +178,9 @@ def test_a_request_that_cannot_be_calibrated_is_refused_before_a_weight_is_read(
     assert (done.code, sentence in done.err) == (2, True), done.err
 
 
-def test_one_prompt_and_a_unet_are_refused(sglang, tune):
+def test_one_prompt_is_refused(sglang):
     one = sglang("tune", "cache", "--budget", "0.5", "--prompt", "a")
     assert (one.code, "needs at least two: give sampling.prompts_file or quality.manifest" in one.err) == (2, True)
-    unet = tune("--budget", "0.5", name="sd15")
-    assert (unet.code, "has a UNet, and the planned cache works on the blocks of a transformer" in unet.err) == (
-        2,
-        True,
-    )
 
 
 def test_settings_without_effect_are_warned_of(tune, monkeypatch):

@@ -183,7 +183,10 @@ class Cache:
     steps_computation_policy: str = "dynamic"
     calibrator: str | None = None
     taylorseer_order: int = 1
-    interval: int = 3  # deepcache: a full forward every `interval` steps
+    interval: int = 3  # deepcache: number of steps from one full forward to the next
+    branch: int = 0  # deepcache: skip connection at which a reused step turns back, from the outermost
+    center: int | None = None  # deepcache: step around which full forwards are denser; null: evenly spaced
+    power: float = 1.4  # deepcache: how much denser
     plan_file: str | None = None  # planned: the schedule that `sglang tune cache` wrote
 
 

@@ -38,21 +38,22 @@ SHOWN = 60  # characters of a value in a message
 
 @dataclass(frozen=True)
 class CachePlan:
-    """`depths` has one entry per evaluation of the network: None computes all of its `blocks`, a number computes that
-    many first blocks and reuses the others."""
+    """`depths` has one entry per evaluation of the network: the depth at which it is reused, or None if it computes all
+    of its `blocks`. In total `computed_blocks` are computed."""
 
     bound_to: Mapping[str, Any]
     depths: tuple[int | None, ...]
     blocks: int
+    computed_blocks: int
 
-    @property
-    def computed_blocks(self) -> int:
-        return sum(self.blocks if depth is None else depth for depth in self.depths)
+
+def chosen(cache: Cache) -> bool:
+    return cache.method is CacheMethod.planned
 
 
 def check_planned(cache: Cache) -> None:
     """Raises UserError for a plan without cache=planned, cache=planned without one, and settings of other caches."""
-    if cache.method is not CacheMethod.planned:
+    if not chosen(cache):
         if cache.plan_file is not None:
             raise UserError(f"{KEY} is the schedule of cache=planned; add cache=planned or leave it out")
         return
@@ -75,16 +76,18 @@ def read_cache_plan(name: str) -> CachePlan:
     version = content.get("schema_version")
     if version != PLAN_VERSION:
         raise UserError(f"{KEY}: {name} has the version {_shown(version)} of cache plans, and this is {PLAN_VERSION}")
-    bound_to, depths, blocks = (content.get(key) for key in ("bound_to", "depths", "blocks"))
+    bound_to, depths = content.get("bound_to"), content.get("depths")
+    blocks, computed = content.get("blocks"), content.get("computed_blocks")
     if (
         not isinstance(bound_to, dict)
         or BINDINGS.keys() - bound_to.keys()
-        or type(blocks) is not int
+        or not isinstance(blocks, int)
+        or not isinstance(computed, int)
         or not isinstance(depths, list)
         or not _is_schedule(depths, blocks)
     ):
         raise UserError(f"{KEY}: {name} is damaged; write it again with `sglang tune cache`")
-    return CachePlan(bound_to, tuple(depths), blocks)
+    return CachePlan(bound_to, tuple(depths), blocks, computed)
 
 
 def _is_schedule(depths: list[Any], blocks: int) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang_gen.config.schema import Cache, CacheMethod, Run
 from sglang_gen.errors import UserError, nearest
-from sglang_gen.plan import cache_plan
+from sglang_gen.plan import cache_plan, deep_schedule
 from sglang_gen.plan.quantization import denoisers
 from sglang_gen.types import ModelCard
 
@@ -19,7 +19,7 @@ FIELDS_SET_ELSEWHERE = {
 FIELDS_OUTSIDE = (
     "method",
     "cache_dit_config",
-    "interval",
+    *deep_schedule.DEEP_KEYS,
     "plan_file",
 )  # keys of the group that cache-dit does not have
 SWITCHES = ("enable_taylorseer", "enable_calibrator")  # cache-dit's alternatives to calibrator=taylorseer
@@ -92,7 +92,9 @@ def is_dbcache(cache: Cache) -> bool:
 def check_cache_settings(run: Run) -> None:
     """Raises UserError for settings that are invalid for every model and number of steps."""
     cache_plan.check_planned(run.cache)
-    if is_dbcache(run.cache):
+    if deep_schedule.chosen(run.cache):
+        deep_schedule.check_settings(run.cache)
+    elif is_dbcache(run.cache):
         settings(run.cache)
 
 
@@ -222,8 +224,10 @@ def refuse_covered(given: Mapping[str, Any], lists: list[int]) -> None:
 
 def warnings(run: Run) -> list[str]:
     """Warns about settings of a step cache that have no effect because of other settings."""
-    if not is_dbcache(run.cache):
+    if not wanted(run.cache) or cache_plan.chosen(run.cache):
         return []
+    if deep_schedule.chosen(run.cache):
+        return deep_schedule.warnings(run.cache)
     given, usual = settings(run.cache), Cache()
     idle = {}
     if given["steps_computation_policy"] == "static":
@@ -231,6 +235,7 @@ def warnings(run: Run) -> list[str]:
             idle[name] = "with steps_computation_policy=static, which reuses every step that the mask marks with 0"
     if given["calibrator"] is None:
         idle["taylorseer_order"] = "without calibrator=taylorseer"
-    return [
+    found = [
         f"cache: {name} has no effect {reason}" for name, reason in idle.items() if given[name] != getattr(usual, name)
     ]
+    return [*found, *deep_schedule.warnings(run.cache)]

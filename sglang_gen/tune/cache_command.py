@@ -47,7 +47,7 @@ def tune_cache(choices: "Choices", given: Mapping[str, Any], words: Sequence[str
         log.info(f"Loading model: {plan.card.name}")
         bench = PlanBench(plan)
         search = _search(bench, split)
-        found = search.try_fraction(options.budget) if options.budget else search.bisect(options.min_psnr or 0.0)
+        found = _found(search, options)
     return _concluded(bench, split, options, search, found, words)
 
 
@@ -68,7 +68,6 @@ def _composed(choices: "Choices") -> "Composed":
 
 def _planned(composed: "Composed", options: PlanOptions) -> "Plan":
     """The plan of the exact run on the native engine, with local weights. Raises UserError."""
-    from sglang_gen.backends.native import planned_request
     from sglang_gen.hub import resolve
     from sglang_gen.plan import checks, make, step_cache, stored_dtype
 
@@ -94,8 +93,11 @@ def _planned(composed: "Composed", options: PlanOptions) -> "Plan":
             "sglang tune cache calibrates on one rank, and the schedule holds for every layout; leave out the settings "
             "of parallel"
         )
-    planned_request.check_transformer(plan)
-    planned_request.refuse_whole(plan)
+    if plan.run.compile.cuda_graphs or (plan.run.compile.enable_torch_compile and not plan.run.compile.regional):
+        raise UserError(
+            "sglang tune cache observes the blocks one by one, and the schedule holds with every compilation; run with "
+            "compile=none or compile=regional"
+        )
     _check_budget(plan, options.budget or 1.0)
     for warning in plan.warnings:
         if not warning.startswith(IDLE_SETTINGS):
@@ -121,7 +123,7 @@ def _check_budget(plan: "Plan", budget: float) -> None:
     guided = planned_request.is_guided(plan, checked.full_request, numbers)
     steps = len(guided)
     free = {(source, step, 0): 0.0 for step in range(steps) for source in sources(step, guided, SPAN)}
-    least = Planner(free, steps, 1).least  # steps that are computed if all others compute no block
+    least = Planner(free, steps, 1, {0: 0}).least  # steps that are computed if all others compute no block
     if budget * steps < least:
         raise UserError(
             f"--budget is {budget:g}, and at least {least} of {steps} steps have to be computed; give at least "
@@ -131,12 +133,12 @@ def _check_budget(plan: "Plan", budget: float) -> None:
 
 def _search(bench: "PlanBench", split: PromptSplit) -> "PlanSearch":
     """Calibrate on one part of the prompts; schedules are measured on the other."""
-    from sglang_gen.tune.plan_schedule import PlannedSchedule, Planner
+    from sglang_gen.tune.plan_schedule import PlannedSchedule
     from sglang_gen.tune.plan_search import PlanMeasurement, PlanSearch
 
     bench.warm_up(split.calibrated[0])
     log.info(f"Calibrating on {len(split.calibrated)} images: {indices(split.calibrated)}")
-    planner = Planner(bench.calibrate(split.calibrated), bench.steps, bench.blocks)
+    planner = bench.calibrate(split.calibrated)
     log.info(f"Measuring on {len(split.measured)} other images: {indices(split.measured)}")
     batches = bench.batches(split.measured)
     exact = bench.exact(batches)
@@ -150,6 +152,20 @@ def _search(bench: "PlanBench", split: PromptSplit) -> "PlanSearch":
         return found
 
     return PlanSearch(planner, measure)
+
+
+def _found(search: "PlanSearch", options: PlanOptions) -> "PlanTrial | None":
+    """The trial that fits the options; None if no schedule keeps the bound. Raises UserError."""
+    if options.min_psnr is not None:
+        return search.bisect(options.min_psnr)
+    assert options.budget is not None
+    planner = search.planner
+    if options.budget * planner.most < planner.least:
+        raise UserError(
+            f"--budget is {options.budget:g} of {planner.most} blocks, and the smallest schedule computes "
+            f"{planner.least}; give at least {math.ceil(1000 * planner.least / planner.most) / 1000:g}"
+        )
+    return search.try_budget(int(options.budget * planner.most))
 
 
 def _concluded(

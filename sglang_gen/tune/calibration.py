@@ -63,7 +63,7 @@ class Calibrator:
     def sources(self, step: int) -> list[tuple[int, int]]:
         """The steps and depths that `step` may be reused from."""
         steps = sources(step, self.guided, self.chain.span)
-        return [(source, depth) for source in steps for depth in self.chain.recorded_depths]
+        return [(source, depth) for source in steps for depth in self.chain.depths]
 
     def loop(
         self,

@@ -14,7 +14,6 @@ from sglang_gen.backends.native.request import evaluations
 from sglang_gen.config import prompts
 from sglang_gen.engine.caching.cached_chain import CachedChain
 from sglang_gen.engine.caching.calibration_chain import CalibrationChain
-from sglang_gen.engine.caching.planned_cache import PlannedCache
 from sglang_gen.models.chain import Block, Chain, State
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.perf import quality
@@ -22,12 +21,12 @@ from sglang_gen.perf.clock import Clock, timer
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory
 from sglang_gen.tune.calibration import Calibrator
-from sglang_gen.tune.plan_schedule import Errors, PlannedSchedule
+from sglang_gen.tune.plan_schedule import PlannedSchedule, Planner
 from sglang_gen.tune.plan_search import PlanMeasurement
 from sglang_gen.types import Decoded, Plan, Sample
 
 SPAN = 8  # largest number of steps from a computed step to one that reuses it
-DEPTH_FRACTIONS = (0, 0.25, 0.5, 0.75)  # of the blocks; depth 1 is tried too
+DEPTH_FRACTIONS = (0, 0.25, 0.5, 0.75)  # of the blocks, or of a UNet's skip connections; depth 1 is tried too
 
 Batches = tuple[tuple[Sample, ...], ...]
 
@@ -66,8 +65,8 @@ class PlanBench:
     @property
     def depths(self) -> tuple[int, ...]:
         """The depths at which steps are reused, ascending."""
-        fractions = (int(fraction * self.blocks) for fraction in DEPTH_FRACTIONS)
-        return tuple(sorted({*fractions, min(1, self.blocks - 1)}))
+        most = planned_request.skip_connections(self.plan, self.engine.pipeline.spec) or self.blocks
+        return tuple(sorted({*(int(fraction * most) for fraction in DEPTH_FRACTIONS), min(1, most - 1)}))
 
     def batches(self, samples: Sequence[Sample]) -> Batches:
         return prompts.batches(list(samples), self.plan.run.sampling.batch_size)
@@ -77,9 +76,9 @@ class PlanBench:
         self._use(None)
         self._generate((sample,) * self.plan.run.sampling.batch_size)
 
-    def calibrate(self, samples: Sequence[Sample]) -> Errors:
-        """The error of reusing each step, averaged over the samples."""
-        chain = CalibrationChain(self.depths, SPAN)
+    def calibrate(self, samples: Sequence[Sample]) -> Planner:
+        """The planner of schedules with the errors of reusing each step, averaged over the samples."""
+        chain = CalibrationChain(planned_request.planned_chain(self.plan, ()), self.depths, SPAN)
         calibrator = Calibrator(chain, self.guided)
         self._use(chain)
         self.engine.loop = calibrator.loop
@@ -88,7 +87,7 @@ class PlanBench:
                 self._generate(batch)
         finally:
             self.engine.loop = self.exact_loop
-        return calibrator.errors
+        return Planner(calibrator.errors, self.steps, self.blocks, chain.costs)
 
     def exact(self, batches: Batches) -> ExactImages:
         self._use(None)
@@ -97,7 +96,7 @@ class PlanBench:
 
     def measure(self, schedule: PlannedSchedule, batches: Batches, exact: ExactImages) -> PlanMeasurement:
         """The images of a schedule against the exact ones."""
-        self._use(PlannedCache(schedule.depths))
+        self._use(planned_request.planned_chain(self.plan, schedule.depths))
         found: list[tuple[float, str]] = []
         times = []
         for batch, frames in zip(batches, exact.frames, strict=True):

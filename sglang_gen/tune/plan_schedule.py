@@ -1,8 +1,8 @@
 """The schedule of a planned step cache with the least expected error for a number of computed blocks.
 
 Dynamic programming over the steps. The state is the last computed step and the number of blocks computed so far: after
-it, a step is either computed, at the cost of all blocks, or reused at one of the depths, at the cost of its first
-blocks and an error that calibration has measured. Errors of different steps are added.
+it, a step is either computed, at the cost of all blocks, or reused at one of the depths, at the cost of a part of
+them and an error that calibration has measured. Errors of different steps are added.
 """
 
 import math
@@ -30,12 +30,14 @@ class PlannedSchedule:
 class Planner:
     """Schedules of `steps` steps for a network of `blocks` blocks. The first step is always computed.
 
-    A step can be reused from the source steps and at the depths that `errors` has.
+    A step can be reused from the source steps and at the depths that `errors` has; `costs` is the number of blocks that
+    it then computes, by depth.
     """
 
     errors: Errors
     steps: int
     blocks: int
+    costs: Mapping[int, int]
 
     @property
     def most(self) -> int:
@@ -74,10 +76,11 @@ class Planner:
             errors[step, self.blocks :] = before[:step, : size - self.blocks].min(axis=0)
             decisions[step, self.blocks :] = before[:step, : size - self.blocks].argmin(axis=0)
             for (source, _, depth), error in self._by_step[step]:
-                reused = before[source, : size - depth] + error
-                better = reused < errors[source, depth:]
-                errors[source, depth:][better] = reused[better]
-                decisions[source, depth:][better] = depth
+                cost = self.costs[depth]
+                reused = before[source, : size - cost] + error
+                better = reused < errors[source, cost:]
+                errors[source, cost:][better] = reused[better]
+                decisions[source, cost:][better] = depth
             all_decisions.append(decisions)
         return errors, all_decisions
 
@@ -99,7 +102,7 @@ class Planner:
                 last, blocks = decision, blocks - self.blocks
             else:
                 depths.append(decision)
-                blocks -= decision
+                blocks -= self.costs[decision]
         return (None, *reversed(depths))
 
 

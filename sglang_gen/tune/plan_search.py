@@ -41,10 +41,6 @@ class PlanSearch:
             self.trials.append(known)
         return known
 
-    def try_fraction(self, fraction: float) -> PlanTrial:
-        """The trial that computes at most this fraction of all blocks."""
-        return self.try_budget(int(fraction * self.planner.most))
-
     def bisect(self, psnr: float) -> PlanTrial | None:
         """The trial with the fewest blocks whose worst image keeps `psnr`; None if only the exact run does.
 

@@ -10,7 +10,7 @@ from sglang_gen.backends.native.plan_bindings import bindings
 from sglang_gen.backends.native.request import check_native_request, evaluations
 from sglang_gen.plan.cache_plan import FORMAT, PLAN_VERSION
 
-BLOCKS = {"sd3": 3, "flux": 4}  # of the tiny networks
+BLOCKS = {"sd3": 3, "flux": 4, "sd15": 14}  # of the tiny networks
 
 
 def content(folder: Path, depths: list[int | None], *words: str) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def content(folder: Path, depths: list[int | None], *words: str) -> dict[str, An
         "bound_to": bindings(plan, checked.spec, checked.full_request, timesteps),
         "blocks": blocks,
         "depths": depths,
+        "computed_blocks": sum(blocks if depth is None else depth for depth in depths),
     }
 
 

@@ -46,8 +46,9 @@ class StepCache:
         kind, order = values.pop("calibrator"), values.pop("taylorseer_order")
         calibrator = None
         if kind:
+            with_text = self.settings["Bn_compute_blocks"] > 0 or _returns_text(self.pipeline.transformer)
             calibrator = cache_dit.TaylorSeerCalibratorConfig(
-                taylorseer_order=order, enable_encoder_calibrator=_returns_text(self.pipeline.transformer)
+                taylorseer_order=order, enable_encoder_calibrator=with_text
             )
         try:
             refuse_covered(self.settings, _lists(self.pipeline))

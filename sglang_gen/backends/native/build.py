@@ -16,7 +16,7 @@ from sglang_gen.backends.native.native_cache import build_cache
 from sglang_gen.backends.native.request import pipeline_of
 from sglang_gen.engine import attention_kernels
 from sglang_gen.engine.block_timing import TimedChain
-from sglang_gen.engine.caching.cached_chain import CachedChain, runner
+from sglang_gen.engine.caching.cached_chain import CachedChain, PlannedChain, runner
 from sglang_gen.engine.cuda_graphs import Graphs
 from sglang_gen.engine.memory_format import to_channels_last
 from sglang_gen.engine.residency import Offloaded
@@ -243,7 +243,7 @@ def run_eagerly(built: Built) -> None:
 
 
 def capture_graphs(built: Built) -> None:
-    built.graphs = Graphs(built.network)
+    built.graphs = Graphs(built.network, built.cache if isinstance(built.cache, PlannedChain) else None)
 
 
 def launch_kernels(built: Built) -> None:

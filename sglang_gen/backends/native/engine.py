@@ -219,7 +219,8 @@ class NativeEngine:
             execution.settle(predictor, own, request, encoded, noise)
         texts = tuple(tuple(map(described, text)) for text in encoded)
         clock.enter("denoising", request.steps_run)
-        with cached_chain.generation(list(self.caches.values())), self.offload.denoising():
+        warming = request.steps != self.plan.run.sampling.num_inference_steps
+        with cached_chain.generation(list(self.caches.values()), warming), self.offload.denoising():
             with self.comm_log.during("conditioning", 1):
                 predict = predictor(self.observed_networks, encoded)
             with (

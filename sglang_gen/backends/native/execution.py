@@ -116,8 +116,8 @@ class Execution:
             for kind in kinds:
                 predict(empty, kind)
 
-        self.compiled.expect(self._trace(evaluate))
         cache = self.built.cache
+        self.compiled.expect(self._trace(evaluate), cache.graphs if cache and not self.built.regions else 1)
         for choice in cache.partial_choices(len(latents), len(encoded)) if cache else ():
             self.compiled.expect(self._trace(evaluate, [choice] * (2 * len(kinds))))
 

@@ -1,20 +1,23 @@
 """The step cache of a native run: what is refused before weights are read, how it is built, and what it reports."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from sglang_gen import log
 from sglang_gen.backends.native import planned_request
-from sglang_gen.config.schema import Cache, CacheMethod, GuidanceBatching
+from sglang_gen.config.schema import Cache, GuidanceBatching
 from sglang_gen.engine.caching.block_cache import BlockCache, Ranks
 from sglang_gen.engine.caching.cached_chain import CachedChain
 from sglang_gen.engine.caching.decider import Rules
+from sglang_gen.engine.caching.deep_cache import DeepCache
+from sglang_gen.engine.caching.static_cache import StaticCache
 from sglang_gen.errors import UserError
 from sglang_gen.families.contract import Request, Spec
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
-from sglang_gen.plan import step_cache
+from sglang_gen.plan import cache_plan, deep_schedule, step_cache
 from sglang_gen.types import Plan
 
 
@@ -33,16 +36,23 @@ def check_native_cache(plan: Plan, spec: Spec, request: Request, timesteps: Tens
             f"cache: {plan.pipeline_class} denoises with {len(networks)} networks ({', '.join(networks)}), and a step "
             "cache supports one; run with cache=none"
         )
-    if cache.method is CacheMethod.planned:
+    connections = spec.skip_connections
+    if cache_plan.chosen(cache):
         planned_request.check_planned_cache(plan, spec, request, timesteps, numbers)
         return
-    has_unet = "unet" in plan.card.components
-    if cache.method is CacheMethod.deepcache:
-        raise UserError("cache=deepcache: the native engine does not have it yet; run with cache=none")
-    if has_unet:
+    if deep_schedule.chosen(cache):
+        if connections is None:
+            raise UserError(
+                f"cache=deepcache works on UNets, and {plan.pipeline_class} has a transformer; run with cache=dbcache "
+                "or cache=none"
+            )
+        (network,) = networks
+        deep_schedule.check_schedule(cache, connections(plan.card.components[network].config), len(timesteps))
+        return
+    if connections is not None:
         raise UserError(
             f"cache: DBCache works on the blocks of a transformer, and {plan.pipeline_class} has a UNet; "
-            "run with cache=none"
+            "run with cache=deepcache or cache=none"
         )
     settings = step_cache.settings(cache)
     step_cache.refuse_library_fields(settings)
@@ -83,18 +93,19 @@ def rules(cache: Cache) -> Rules:
 
 
 def build_cache(plan: Plan, mesh: Mesh) -> CachedChain:
-    if plan.run.cache.method is CacheMethod.planned:
+    """The chain of this rank's network, with the cache of the plan."""
+    if cache_plan.chosen(plan.run.cache):
         return planned_request.build_planned(plan)
-    given = step_cache.settings(plan.run.cache)
+    if deep_schedule.chosen(plan.run.cache):
+        return DeepCache(plan.run.cache.branch, partial(deep_schedule.schedule, plan.run.cache))
+    given, decides = step_cache.settings(plan.run.cache), rules(plan.run.cache)
+    first, last = given["Fn_compute_blocks"], given["Bn_compute_blocks"]
+    order = given["taylorseer_order"] if given["calibrator"] else 0
+    if not decides.dynamic:
+        return StaticCache(decides, first, last, order)
     spread = Ranks(mesh.axis(SEQUENCE), mesh.axis("cfg"), mesh.axis("tp"))
-    return BlockCache(
-        rules(plan.run.cache),
-        given["Fn_compute_blocks"],
-        given["Bn_compute_blocks"],
-        given["taylorseer_order"] if given["calibrator"] else 0,
-        given["enable_separate_cfg"],
-        spread if plan.layout.ranks > plan.layout.dp else None,
-    )
+    several = plan.layout.ranks > plan.layout.dp
+    return BlockCache(decides, first, last, order, given["enable_separate_cfg"], spread if several else None)
 
 
 def choices(caches: Iterable[CachedChain], evaluations: int) -> tuple[tuple[Hashable, ...], ...]:
@@ -112,10 +123,11 @@ def effective(plan: Plan, trace: Trace = ()) -> Any:
     """The settings of the cache and, after a generation, the largest number of steps that an image reused."""
     if not step_cache.wanted(plan.run.cache):
         return "none"
-    if plan.run.cache.method is CacheMethod.planned:
+    if cache_plan.chosen(plan.run.cache):
         values = planned_request.described(plan)
     else:
-        values = {name: value for name, value in step_cache.settings(plan.run.cache).items() if value is not None}
+        settings = deep_schedule.settings if deep_schedule.chosen(plan.run.cache) else step_cache.settings
+        values = {name: value for name, value in settings(plan.run.cache).items() if value is not None}
     return values | ({"reused_steps": _reused(trace)} if trace else {})
 
 
@@ -141,8 +153,8 @@ def decisions(trace: Trace) -> dict[str, Any]:
 
 
 def warn_idle(plan: Plan, trace: Trace) -> None:
-    """Warn once if no image reused a step."""
-    if not _reused(trace):
+    """Warn once if no image reused a step; the plan has warned about DeepCache with an interval of 1."""
+    if not _reused(trace) and not deep_schedule.computes_all(plan.run.cache):
         changes = [row["residual"] for row in trace if row["residual"]]
         given = step_cache.settings(plan.run.cache) if step_cache.is_dbcache(plan.run.cache) else {}
         log.warn_once(step_cache.idle_sentence(changes, given))

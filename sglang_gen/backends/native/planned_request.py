@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from sglang_gen.backends.native.plan_bindings import bindings
-from sglang_gen.engine.caching.planned_cache import PlannedCache
+from sglang_gen.engine.caching.planned_cache import PlannedCache, PlannedTransformer, PlannedUNet, Schedule
 from sglang_gen.errors import UserError
+from sglang_gen.families import registry
 from sglang_gen.families.contract import Request, Spec
 from sglang_gen.plan import cache_plan
 from sglang_gen.plan.guidance import guided_steps
@@ -15,35 +16,28 @@ from sglang_gen.types import Plan
 
 
 def check_planned_cache(plan: Plan, spec: Spec, request: Request, timesteps: Tensor, numbers: Sequence[int]) -> None:
-    """Raises UserError for a cache plan of another model or other settings, and where blocks do not run one by one."""
-    check_transformer(plan)
-    refuse_whole(plan)
+    """Raises UserError for a cache plan of another model or other settings.
+
+    `timesteps` and `numbers` are the timestep and the step of each evaluation.
+    """
     name = str(plan.run.cache.plan_file)
     found = cache_plan.read_cache_plan(name)
     cache_plan.check_bound(found, name, bindings(plan, spec, request, timesteps))
-    guided = is_guided(plan, request, numbers)
-    if len(found.depths) != len(guided) or not fits_guidance(found.depths, guided):
+    guided, connections = is_guided(plan, request, numbers), skip_connections(plan, spec)
+    deepest = max((depth for depth in found.depths if depth is not None), default=0)
+    if (
+        len(found.depths) != len(guided)
+        or not fits_guidance(found.depths, guided)
+        or (connections is not None and deepest >= connections)
+    ):
         raise UserError(
-            f"{cache_plan.KEY}: the schedule of {name} does not fit the guided steps of this run; write it again with "
-            "`sglang tune cache`"
+            f"{cache_plan.KEY}: the schedule of {name} does not fit this run; write it again with `sglang tune cache`"
         )
 
 
-def check_transformer(plan: Plan) -> None:
-    if "unet" in plan.card.components:
-        raise UserError(
-            f"cache=planned: {plan.pipeline_class} has a UNet, and the planned cache works on the blocks of a "
-            "transformer; run with cache=none"
-        )
-
-
-def refuse_whole(plan: Plan) -> None:
-    """Raises UserError where all blocks of an evaluation run as one."""
-    compiling = plan.run.compile
-    if compiling.cuda_graphs:
-        raise UserError("cache=planned: CUDA graphs capture all blocks at once; leave out compile.cuda_graphs")
-    if compiling.enable_torch_compile and not compiling.regional:
-        raise UserError("cache=planned: compile=full compiles all blocks at once; run with compile=regional")
+def skip_connections(plan: Plan, spec: Spec) -> int | None:
+    """Number of skip connections of a UNet; None for a transformer."""
+    return None if spec.skip_connections is None else spec.skip_connections(plan.card.components[spec.network].config)
 
 
 def is_guided(plan: Plan, request: Request, numbers: Sequence[int]) -> list[bool]:
@@ -63,7 +57,14 @@ def fits_guidance(depths: Sequence[int | None], guided: Sequence[bool]) -> bool:
 
 
 def build_planned(plan: Plan) -> PlannedCache:
-    return PlannedCache(cache_plan.read_cache_plan(str(plan.run.cache.plan_file)).depths)
+    return planned_chain(plan, cache_plan.read_cache_plan(str(plan.run.cache.plan_file)).depths)
+
+
+def planned_chain(plan: Plan, schedule: Schedule) -> PlannedCache:
+    """The chain that follows a schedule in the network of a plan."""
+    spec = registry.by_pipeline_class(plan.pipeline_class)
+    assert spec is not None  # the plan chose the native engine
+    return PlannedTransformer(schedule) if spec.skip_connections is None else PlannedUNet(schedule)
 
 
 def described(plan: Plan) -> dict[str, Any]:

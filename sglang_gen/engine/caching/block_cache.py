@@ -79,8 +79,8 @@ class BlockCache(CachedChain):
         self.ranks = ranks
         self.units: dict[tuple[int, int | None], Unit] = {}  # by image and, where it decides alone, branch
 
-    def begin(self) -> None:
-        super().begin()
+    def begin(self, warming: bool = False) -> None:
+        super().begin(warming)
         self.units = {}
 
     def end(self) -> None:
@@ -175,12 +175,17 @@ class BlockCache(CachedChain):
         return gather(sums, self.ranks.tensor).wait()[0] if self.ranks.tensor.size > 1 else sums
 
     def _require_agreement(self, step: int, decided: Sequence[bool], device: Any, over_guidance: bool) -> None:
-        """Raises RunError if ranks that compute the same images disagree, since each would wait for the others."""
+        """Raises RunError on all ranks if some that compute the same images disagree: they would wait for each other.
+
+        What one axis finds travels along the next.
+        """
+        mine = torch.tensor([*decided, False], dtype=torch.float32, device=device)
         for axis in self._agreeing(over_guidance):
-            mine = torch.tensor(decided, dtype=torch.float32, device=device)
             total = all_reduce(mine, axis)
-            if not mine.is_meta and bool((total != axis.size * mine).any()):
-                raise RunError(f"cache: the ranks of the axis {axis.name} disagree on whether step {step} is reused")
+            differs = (total[:-1] != axis.size * mine[:-1]).any() | (total[-1] > 0)
+            mine = torch.cat([mine[:-1], differs.to(mine.dtype)[None]])
+        if not mine.is_meta and bool(mine[-1]):
+            raise RunError(f"cache: the ranks disagree on whether step {step} is reused")
 
     def _agreeing(self, over_guidance: bool) -> list[Axis]:
         """The axes whose ranks must decide alike."""

@@ -26,7 +26,7 @@ class Evaluation:
 
     `index` counts the evaluations of a generation and `step` those of this network, from 0. `branches` are those that
     this rank computes in the call, and `together` those that all ranks compute in it. `sequential` says that the
-    branches are computed one after the other.
+    branches are computed one after the other, and `guided` that the step has both. A generation has `evaluations`.
     """
 
     index: int
@@ -35,6 +35,8 @@ class Evaluation:
     together: tuple[int, ...]
     images: int
     sequential: bool = False
+    guided: bool = False
+    evaluations: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,12 @@ class Decision:
 class CachedChain(Chain):
     """A chain whose blocks are run by another one, `chain`, which may time or name them."""
 
+    graphs = 1  # that compilation of the whole network needs for each shape
+
     def __init__(self) -> None:
         super().__init__()
         self.chain = Chain()
+        self.warming = False
         self.evaluation: Evaluation | None = None
         self.decisions: list[Decision] = []  # of the generation that runs or ran last
         self.choice: Hashable = None  # what was decided in the last evaluation, as `repeat` takes it
@@ -99,12 +104,21 @@ class CachedChain(Chain):
         """Choices for an evaluation of these, in which blocks see other shapes than where all is computed."""
         return []
 
-    def begin(self) -> None:
-        """Start a generation with an empty cache."""
+    def begin(self, warming: bool = False) -> None:
+        """Start a generation with an empty cache. One that warms up compiles what a later one may need."""
+        self.warming = warming
         self.decisions, self.choices, self.choice = [], [], None
 
     def end(self) -> None:
         """Release all tensors."""
+
+    def before(self, evaluation: Evaluation) -> None:
+        """Prepare for an evaluation."""
+        self.evaluation = evaluation
+
+    def after(self, evaluation: Evaluation) -> None:
+        """Take in what an evaluation has computed."""
+        self.evaluation = None
 
     def repeat(self, choices: Sequence[Hashable]) -> None:
         """Let the next evaluations do what those with these choices did, on a copy on meta."""
@@ -115,11 +129,31 @@ class CachedChain(Chain):
         return [asdict(each) | {"image": numbers[each.image]} for each in self.decisions]
 
 
+class PlannedChain(CachedChain):
+    """A chain in which the step alone decides what is reused.
+
+    All that differs between steps happens before and after the evaluation. Inside, the chain is either given what an
+    earlier evaluation has computed or computes it, so that both can be compiled as a whole and captured.
+    """
+
+    graphs = 2  # one that computes everything, one that reuses
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added: tuple[Tensor, ...] | None = None  # for the evaluation that follows; None: it computes everything
+        self.computed: tuple[Tensor, ...] = ()  # by the last evaluation
+
+    @property
+    def form(self) -> Hashable:
+        """What distinguishes the graph of the evaluation that follows from others of the same shapes."""
+        return self.added is None
+
+
 @contextmanager
-def generation(caches: Sequence[CachedChain]) -> Iterator[None]:
+def generation(caches: Sequence[CachedChain], warming: bool = False) -> Iterator[None]:
     """A generation, after which nothing is left in the caches, however it ends."""
     for cache in caches:
-        cache.begin()
+        cache.begin(warming)
     try:
         yield
     finally:
@@ -154,13 +188,13 @@ def observed(
             guided = guidance.on and (guidance.steps is None or steps[index] in guidance.steps)
             together = both if over_ranks and guided else branches
             cache = caches[networks[index]]
-            cache.evaluation = Evaluation(
-                index, places[index], branches, together, len(latents) // len(branches), sequential
-            )
-            try:
-                return predict(latents, index)
-            finally:
-                cache.evaluation = None
+            images = len(latents) // len(branches)
+            place, last = places[index], places[-1]
+            evaluation = Evaluation(index, place, branches, together, images, sequential, guided, last + 1)
+            cache.before(evaluation)
+            prediction = predict(latents, index)
+            cache.after(evaluation)
+            return prediction
 
         return evaluate
 

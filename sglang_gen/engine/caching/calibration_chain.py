@@ -1,28 +1,38 @@
 """The chain of a calibration: it records an exact trajectory, and repeats evaluations as if they were reused."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from sglang_gen.engine.caching.cached_chain import Conditions, Evaluation
-from sglang_gen.engine.caching.planned_cache import PlannedCache
+from sglang_gen.engine.caching.cached_chain import CachedChain, Conditions, Evaluation
+from sglang_gen.engine.caching.planned_cache import PlannedCache, PlannedTransformer
 from sglang_gen.models.chain import Block, State
 
 
-class CalibrationChain(PlannedCache):
-    """Computes all blocks unless `source` is set, and keeps the image stream at `depths` for the last `span` steps."""
+@dataclass(frozen=True)
+class RecordedEvaluation:
+    """What later evaluations take from this one, by depth; of a transformer also the image before each depth."""
 
-    def __init__(self, depths: Sequence[int], span: int) -> None:
-        super().__init__(())
-        self.recorded_depths, self.span = tuple(depths), span
+    taken: dict[int, Tensor]
+    before: dict[int, Tensor] = field(default_factory=dict)
+
+
+class CalibrationChain(CachedChain):
+    """Computes all blocks unless `source` is set. `cache` knows what is taken at the `depths`, which ascend."""
+
+    def __init__(self, cache: PlannedCache, depths: Sequence[int], span: int) -> None:
+        """Evaluations of the last `span` steps are kept."""
+        super().__init__()
+        self.cache, self.depths, self.span = cache, tuple(depths), span
         self.source: tuple[int, int] | None = None  # step and depth from which evaluations are reused
         self.recording = True
-        # by branches and step: the streams `[B, L, D]` before the blocks at each depth, and after all blocks
-        self.recorded: dict[tuple[tuple[int, ...], int], tuple[dict[int, Tensor], Tensor]] = {}
+        self.recorded: dict[tuple[tuple[int, ...], int], RecordedEvaluation] = {}  # by branches and step
+        self.costs: dict[int, int] = {}  # number of blocks that a step computes which is reused at a depth
 
-    def begin(self) -> None:
-        super().begin()
+    def begin(self, warming: bool = False) -> None:
+        super().begin(warming)
         self.recorded = {}
 
     def end(self) -> None:
@@ -32,17 +42,34 @@ class CalibrationChain(PlannedCache):
         self, evaluation: Evaluation, blocks: Sequence[Block], state: State, conditions: Conditions, *shared: Any
     ) -> State:
         if self.source is not None:
-            return (self._reused(evaluation, *self.source), *state[1:])
+            return self._reused(evaluation, *self.source, blocks, state, conditions, *shared)
         if not self.recording:
             return self.chain(blocks, state, conditions, *shared)  # type: ignore[no-any-return]
-        *before, after = self.stages(self.recorded_depths, blocks, state, conditions, *shared)
-        streams = {depth: stage[0] for depth, stage in zip(self.recorded_depths, before, strict=True)}
-        self.recorded[evaluation.branches, evaluation.step] = streams, after[0]
+        self.costs = {depth: self.cache.cost(depth, blocks) for depth in self.depths}
+        if isinstance(self.cache, PlannedTransformer):
+            images, state = self.cache.stages(self.depths, blocks, state, conditions, *shared)
+            before = dict(zip(self.depths, images, strict=True))
+            recorded = RecordedEvaluation({depth: state[0] - image for depth, image in before.items()}, before)
+        else:
+            state, taken = self.cache.full(self.depths, blocks, state, conditions, *shared)
+            recorded = RecordedEvaluation(dict(zip(self.depths, taken, strict=True)))
+        self.recorded[evaluation.branches, evaluation.step] = recorded
         self.recorded.pop((evaluation.branches, evaluation.step - self.span - 1), None)
-        return after
+        return state
 
-    def _reused(self, evaluation: Evaluation, source: int, depth: int) -> Tensor:
-        """The stream after all blocks, if those from `depth` on were reused from the step `source`."""
-        now, _ = self.recorded[evaluation.branches, evaluation.step]
-        streams, after = self.recorded[evaluation.branches, source]
-        return now[depth] + (after - streams[depth])
+    def _reused(
+        self,
+        evaluation: Evaluation,
+        source: int,
+        depth: int,
+        blocks: Sequence[Block],
+        state: State,
+        conditions: Conditions,
+        *shared: Any,
+    ) -> State:
+        """The state if the blocks beyond a depth were reused. The first blocks of a transformer are not run again."""
+        taken = self.recorded[evaluation.branches, source].taken[depth]
+        before = self.recorded[evaluation.branches, evaluation.step].before
+        if before:
+            return (before[depth] + taken, *state[1:])
+        return self.cache.reused(depth, taken, blocks, state, conditions, *shared)
