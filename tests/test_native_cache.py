@@ -110,7 +110,7 @@ LAYOUTS = ("parallel=tp2", "parallel=ring2", "parallel=ulysses2", "parallel=usp4
 PAIR = ("--num-samples", 2, "sampling.batch_size=1")
 GUIDED = {
     "sd3": ("--guidance-scale", 3),
-    "flux": ("--negative-prompt", "dark", "--diffusers-kwargs", "{true_cfg_scale: 3.0}"),
+    "flux": ("--negative-prompt", "dark", "--diffusers-kwargs", '{"true_cfg_scale": 3.0}'),
 }
 
 

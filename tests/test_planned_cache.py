@@ -7,19 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import deep_unet
 import pytest
 import torch
-from native import record, tensors
+from deep_unet import ByHand
+from native import error, record, tensors, with_scheduler
 from plan_files import content, write
 from rank_runs import assert_every_rank_as_predicted, assert_same
+from repeated import Repeated
 from torch import Tensor
 
 from sglang_gen.backends.native import build, engine
 from sglang_gen.backends.native.planned_request import fits_guidance
+from sglang_gen.engine import cuda_graphs
 from sglang_gen.engine.caching.cached_chain import Evaluation, generation
 from sglang_gen.engine.caching.planned_cache import PlannedCache, PlannedTransformer, depths_after
 from sglang_gen.errors import UserError
 from sglang_gen.models.chain import Chain
+from sglang_gen.plan import make
 from sglang_gen.plan.cache_plan import BINDINGS, CachePlan, check_bound, read_cache_plan
 
 MIXED = [None, 1, None, 0, 2, None]
@@ -38,7 +43,7 @@ def generate(sglang, pipelines):
     return run
 
 
-class ByHand(Chain):
+class ChainByHand(Chain):
     """Counts the calls of a network that is called `calls` times in a step, and does what the schedule says."""
 
     def __init__(self, schedule: Sequence[int | None], calls: int) -> None:
@@ -75,7 +80,9 @@ def test_a_planned_run_computes_what_a_loop_written_by_hand_does(generate, pipel
     file = write(pipelines[name], MIXED)
     generate(name, "planned", "cache=planned", file, *words)
     with monkeypatch.context() as patch:
-        patch.setattr(build, "compute_every_step", lambda built: setattr(built.network, "chain", ByHand(MIXED, calls)))
+        patch.setattr(
+            build, "compute_every_step", lambda built: setattr(built.network, "chain", ChainByHand(MIXED, calls))
+        )
         generate(name, "hand", *words)
     generate(name, "exact", *words)
     planned, hand, exact = (tensors(folder)["latents"] for folder in ("planned", "hand", "exact"))
@@ -129,13 +136,64 @@ def test_a_plan_holds_for_every_layout(run_on_ranks, pipelines, name, layout):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_follow_the_plan(generate, pipelines, traced):
+@pytest.mark.parametrize(("compiled", "graphs"), [("compile=regional", None), ("compile=full", 4)])
+def test_compiled_blocks_and_networks_follow_the_plan(generate, pipelines, traced, compiled, graphs):
+    """A whole network has one graph for computed steps and one for each depth."""
     file = write(pipelines["sd3"], MIXED)
-    words = ("cache=planned", file, "compile=regional", "compile.warmup=true")
-    generate("sd3", "compiled", *words)
+    generate("sd3", "compiled", "cache=planned", file, compiled, "compile.warmup=true", "compile.warmup_steps=4")
     assert traced
+    assert graphs is None or len(traced) == graphs
     generate("sd3", "eager", "cache=planned", file)
     assert torch.allclose(*(torch.tensor(tensors(folder)["latents"]) for folder in ("compiled", "eager")), atol=1e-5)
+
+
+@pytest.mark.whole
+def test_each_depth_is_captured_into_a_graph_of_its_own(generate, pipelines, monkeypatch):
+    made: list[Repeated] = []
+    monkeypatch.setattr(Repeated, "made", made, raising=False)
+    monkeypatch.setattr(cuda_graphs, "Recorder", Repeated)
+    monkeypatch.setattr(make, "CAPTURING", ("cuda", "cpu"))
+    file = write(pipelines["flux"], MIXED)
+    for folder, words in (("plain", ()), ("graphs", ("compile.cuda_graphs=true",))):
+        generate("flux", folder, "cache=planned", file, *words)
+    assert (len(made[0].shapes), made[0].replays) == (4, 6)
+    assert (tensors("graphs")["latents"] == tensors("plain")["latents"]).all()
+
+
+class BranchesByHand(ByHand):
+    """Turns back at another skip connection after each computed evaluation."""
+
+    schedule: tuple[int | None, ...] = ()
+
+    @property
+    def branch(self) -> int:
+        return next(depth for depth in self.schedule[max(self.count - 1, 0) :] if depth is not None)
+
+    @branch.setter
+    def branch(self, _: int) -> None: ...
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_a_unet_turns_back_at_the_skip_connections_of_the_plan(sglang, pipelines, monkeypatch, name):
+    schedule = (None, 1, None, 3, 3, None, 0)
+    folder = with_scheduler(pipelines[name], "EulerDiscreteScheduler", steps_offset=1)
+    words = ("sampling.width=48", "sampling.guidance_scale=3.0")
+    file = write(folder, list(schedule), *words, blocks=18)
+    done = sglang("generate", "--model-path", folder, *RUN[:-5], *RUN[-3:], "--width", 48, "--guidance-scale", 3,
+                  "--num-inference-steps", 7, "cache=planned", file)  # fmt: skip
+    assert done.code == 0, done.err
+    monkeypatch.setattr(deep_unet, "ByHand", type("Branches", (BranchesByHand,), {"schedule": schedule}))
+    expected = deep_unet.by_hand(folder, 0, {0, 2, 5}, 7)
+    assert error(tensors("outputs")["latents"][None], expected) <= 1e-5
+
+
+@pytest.mark.whole
+def test_a_plan_of_a_skip_connection_that_a_unet_lacks_is_refused(sglang, pipelines):
+    file = write(pipelines["sd15"], [None, 9, None], blocks=18)
+    done = sglang("generate", "--model-path", pipelines["sd15"], *RUN, "--num-inference-steps", 3, "cache=planned",
+                  file, "dry_run=true")  # fmt: skip
+    assert (done.code, "the schedule of plan.json does not fit this run" in done.err) == (2, True), done.err
 
 
 @pytest.mark.whole

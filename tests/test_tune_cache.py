@@ -42,6 +42,7 @@ def bench(pipelines):
         ("sd3", ()),
         pytest.param("sd3", ("sampling.guidance_batching=sequential",), marks=pytest.mark.slow),
         pytest.param("flux", (), marks=pytest.mark.slow),
+        pytest.param("sd15", ("sampling.guidance_scale=3",), marks=pytest.mark.slow),
     ],
 )
 def test_the_error_of_the_last_step_is_that_of_a_run_which_reuses_it(bench, sglang, pipelines, name, words):
@@ -50,7 +51,10 @@ def test_the_error_of_the_last_step_is_that_of_a_run_which_reuses_it(bench, sgla
     errors = loaded.calibrate(samples).errors
     for depth in loaded.depths:
         depths = [None, None, None, depth]
-        for folder, cache in (("exact", ()), (f"reused{depth}", ("cache=planned", write(pipelines[name], depths)))):
+        for folder, cache in (
+            ("exact", ()),
+            (f"reused{depth}", ("cache=planned", write(pipelines[name], depths, *words, blocks=20))),
+        ):
             done = sglang("generate", "--model-path", pipelines[name], "--prompt", "a cat", *SIZE, "--num-samples", 2,
                           "sampling.batch_size=2", "--num-inference-steps", 4, "output.latents=true", *words, *cache,
                           "--output-path", folder)  # fmt: skip

@@ -23,7 +23,7 @@ from sglang_gen.outputs.save import Saved, kept_latents
 from sglang_gen.parallel import bandwidth
 from sglang_gen.parallel.guidance_split import rounds
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.perf import dump, energy, trace
+from sglang_gen.perf import cache_trace, dump, energy, trace
 from sglang_gen.perf.clock import Clock, timer
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory
@@ -102,7 +102,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float, kept: KeptWeigh
             with meter.generation():
                 saved = _generate(plan, mesh, engine, phases.generate)
             phases.calls.on = False
-            decisions, blocks = engine.cache_decisions(), engine.block_timings()
+            decisions, blocks = engine.cache_trace() if mesh.leads else None, engine.block_timings()
             for _ in range(plan.run.perf.repeat - 1):
                 with meter.generation():
                     phases.repeats.append(_repeat(plan, mesh, engine, Clock(times, memory), saved))
@@ -113,11 +113,18 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float, kept: KeptWeigh
     ranks = mesh.gather_all(
         dump.describe_rank(mesh.rank, phases) | {"comm": sent, "energy_j": meter.generations, "trace": traced}
     )
-    if ranks is None:
+    traces = mesh.gather_all(decisions)
+    if ranks is None or traces is None:
         return None
+    cached = cache_trace.merged(traces)
+    for line in cache_trace.lines(cached or ()):
+        log.info(line)
+    if warning := cache_trace.idle(cached or ()):
+        log.warning(warning)
     log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
     report = dump.build(plan, phases, saved.effective, saved.samples)
-    report |= {"cache": decisions, "block_timings_ms": blocks, "ranks": ranks, "comm": sent, "trace": traced}
+    report |= {"cache": None if cached is None else cache_trace.dumped(cached)}
+    report |= {"block_timings_ms": blocks, "ranks": ranks, "comm": sent, "trace": traced}
     energy.add(report, plan.device)
     return _finish(plan, phases, saved, report, rate, judge)
 

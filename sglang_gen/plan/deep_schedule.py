@@ -26,11 +26,6 @@ def chosen(cache: Cache) -> bool:
     return cache.method is CacheMethod.deepcache
 
 
-def computes_all(cache: Cache) -> bool:
-    """Whether every step of every run is a full one."""
-    return chosen(cache) and cache.steps_computation_mask is None and cache.interval == 1
-
-
 def check_settings(cache: Cache) -> None:
     """Raises UserError for values that are invalid for every model and number of steps."""
     if cache.cache_dit_config:
@@ -123,7 +118,7 @@ def warnings(cache: Cache) -> list[str]:
     found = [f"cache: {name} has no effect {why}" for name, why in idle.items() if _given(cache, name)]
     if chosen(cache) and cache.steps_computation_policy == "static" and cache.steps_computation_mask is None:
         found.append("cache: steps_computation_policy has no effect without steps_computation_mask")
-    if computes_all(cache):
+    if chosen(cache) and cache.interval == 1 and cache.steps_computation_mask is None:
         found.append("cache: interval=1 computes every step in full, so nothing is reused")
     return found
 

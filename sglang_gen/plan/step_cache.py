@@ -1,7 +1,7 @@
 """Settings of the group cache under cache-dit's names, and checks for invalid settings or ones without any reuse."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sglang_gen.config.schema import Cache, CacheMethod, Run
@@ -16,12 +16,8 @@ FIELDS_SET_ELSEWHERE = {
     "quantize_config": "the group quant",
     "attention_backend": "the group attention",
 }
-FIELDS_OUTSIDE = (
-    "method",
-    "cache_dit_config",
-    *deep_schedule.DEEP_KEYS,
-    "plan_file",
-)  # keys of the group that cache-dit does not have
+# Keys of the group that cache-dit does not have.
+FIELDS_OUTSIDE = ("method", "cache_dit_config", "plan_file", *deep_schedule.DEEP_KEYS)
 SWITCHES = ("enable_taylorseer", "enable_calibrator")  # cache-dit's alternatives to calibrator=taylorseer
 # Keys of cache-dit, each with a predicate for legal values and a description of them.
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -94,6 +90,8 @@ def check_cache_settings(run: Run) -> None:
     cache_plan.check_planned(run.cache)
     if deep_schedule.chosen(run.cache):
         deep_schedule.check_settings(run.cache)
+        for key in ("steps_computation_mask", "steps_computation_policy"):
+            _check_value(key, getattr(run.cache, key), {})
     elif is_dbcache(run.cache):
         settings(run.cache)
 
@@ -108,9 +106,7 @@ def settings(cache: Cache) -> dict[str, Any]:
     for key, value in {**typed, **given}.items():
         if key not in RULES:
             raise UserError(f"{CACHE_FLAG}: unknown key '{key}'{nearest(key, RULES)}")
-        fits, named = RULES[key]
-        if not fits(value):
-            raise UserError(f"{_named(key, given)} is {_shown(value)}; it must be {named}")
+        _check_value(key, value, given)
     merged = {**typed, **given, **_calibrator(given)}
     if merged["steps_computation_policy"] == "static" and merged["steps_computation_mask"] is None:
         raise UserError(
@@ -118,6 +114,12 @@ def settings(cache: Cache) -> dict[str, Any]:
             "give steps_computation_mask too, or the policy dynamic"
         )
     return {name: value for name, value in merged.items() if name not in SWITCHES}
+
+
+def _check_value(key: str, value: Any, given: Mapping[str, Any]) -> None:
+    fits, named = RULES[key]
+    if not fits(value):
+        raise UserError(f"{_named(key, given)} is {_shown(value)}; it must be {named}")
 
 
 def _given(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,15 +156,6 @@ def refuse_library_fields(given: Mapping[str, Any]) -> None:
                 f"{CACHE_FLAG}: '{name}' is not supported by the native engine ({meaning}); leave it out or run with "
                 "--backend diffusers"
             )
-
-
-def idle_sentence(changes: Sequence[float], given: Mapping[str, Any]) -> str:
-    """The warning of a generation that reused no step; `changes` are those of its residuals."""
-    nonzero, why = [value for value in changes if value > 0], ""
-    if nonzero:
-        threshold = given["residual_diff_threshold"]
-        why = f"; the residual changed by at least {min(nonzero):.3g}, and residual_diff_threshold is {threshold}"
-    return f"cache: no step was reused, so the cache saved nothing{why}"
 
 
 def _named(key: str, given: Mapping[str, Any]) -> str:

@@ -10,16 +10,16 @@ from sglang_gen.backends.native.plan_bindings import bindings
 from sglang_gen.backends.native.request import check_native_request, evaluations
 from sglang_gen.plan.cache_plan import FORMAT, PLAN_VERSION
 
-BLOCKS = {"sd3": 3, "flux": 4, "sd15": 14}  # of the tiny networks
+BLOCKS = {"sd3": 3, "flux": 4}  # of the tiny networks
 
 
-def content(folder: Path, depths: list[int | None], *words: str) -> dict[str, Any]:
+def content(folder: Path, depths: list[int | None], *words: str, blocks: int | None = None) -> dict[str, Any]:
     """The plan of a run that `plan_of` plans with these overrides and as many steps as the schedule has."""
     steps = f"sampling.num_inference_steps={len(depths)}"
     plan = plan_of(f"model.path={folder}", "sampling.prompt=a cat", steps, *words)
     checked = check_native_request(plan)
     timesteps, _ = evaluations(checked, checked.full_request)
-    blocks = next(count for name, count in BLOCKS.items() if name in folder.name)
+    blocks = blocks or next(count for name, count in BLOCKS.items() if name in folder.name)
     return {
         "format": FORMAT,
         "schema_version": PLAN_VERSION,
@@ -30,6 +30,6 @@ def content(folder: Path, depths: list[int | None], *words: str) -> dict[str, An
     }
 
 
-def write(folder: Path, depths: list[int | None], *words: str, name: str = "plan.json") -> str:
-    Path(name).write_text(json.dumps(content(folder, depths, *words)))
-    return f"cache.plan_file={name}"
+def write(folder: Path, depths: list[int | None], *words: str, blocks: int | None = None) -> str:
+    Path("plan.json").write_text(json.dumps(content(folder, depths, *words, blocks=blocks)))
+    return "cache.plan_file=plan.json"

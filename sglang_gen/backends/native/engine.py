@@ -338,12 +338,10 @@ class NativeEngine:
         trace = [row for cache in self.caches.values() for row in cache.trace([sample.index for sample in batch])]
         if self.calls.on:
             self.trace += trace
-            native_cache.warn_idle(self.plan, trace)
         return {"cache": native_cache.effective(self.plan, trace)}
 
-    def cache_decisions(self) -> dict[str, Any] | None:
-        """Decisions of the step cache in the timed generation."""
-        return native_cache.decisions(self.trace) if self.caches else None
+    def cache_trace(self) -> list[dict[str, Any]] | None:
+        return self.trace if self.caches else None
 
     def traffic(self) -> CommLog:
         return self.comm_log

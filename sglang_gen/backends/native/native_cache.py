@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sglang_gen import log
 from sglang_gen.backends.native import planned_request
 from sglang_gen.config.schema import Cache, GuidanceBatching
 from sglang_gen.engine.caching.block_cache import BlockCache, Ranks
@@ -17,6 +16,7 @@ from sglang_gen.engine.caching.static_cache import StaticCache
 from sglang_gen.errors import UserError
 from sglang_gen.families.contract import Request, Spec
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
+from sglang_gen.perf import cache_trace
 from sglang_gen.plan import cache_plan, deep_schedule, step_cache
 from sglang_gen.types import Plan
 
@@ -128,33 +128,4 @@ def effective(plan: Plan, trace: Trace = ()) -> Any:
     else:
         settings = deep_schedule.settings if deep_schedule.chosen(plan.run.cache) else step_cache.settings
         values = {name: value for name, value in settings(plan.run.cache).items() if value is not None}
-    return values | ({"reused_steps": _reused(trace)} if trace else {})
-
-
-def _reused(trace: Trace) -> int:
-    """The largest number of steps that an image and branch reused."""
-    rows: dict[tuple[int, str], int] = {}
-    for row in trace:
-        place = row["image"], row["branch"]
-        rows[place] = rows.get(place, 0) + (row["decision"] != "computed")
-    return max(rows.values(), default=0)
-
-
-def decisions(trace: Trace) -> dict[str, Any]:
-    """The dump's `cache`: the steps of the first image's conditional branch, and the decisions of all images."""
-    first = min((row["image"] for row in trace), default=0)
-    rows = [row for row in trace if row["image"] == first and row["branch"] == "conditional"]
-    return {
-        "steps": ["compute" if row["decision"] == "computed" else "reuse" for row in rows],
-        "reused": sum(row["decision"] != "computed" for row in rows),
-        "residual_diffs": {str(row["step"]): row["residual"] for row in rows if row["residual"] is not None},
-        "trace": [dict(row) for row in trace],
-    }
-
-
-def warn_idle(plan: Plan, trace: Trace) -> None:
-    """Warn once if no image reused a step; the plan has warned about DeepCache with an interval of 1."""
-    if not _reused(trace) and not deep_schedule.computes_all(plan.run.cache):
-        changes = [row["residual"] for row in trace if row["residual"]]
-        given = step_cache.settings(plan.run.cache) if step_cache.is_dbcache(plan.run.cache) else {}
-        log.warn_once(step_cache.idle_sentence(changes, given))
+    return values | ({"reused_steps": cache_trace.reused_steps(trace)} if trace else {})
