@@ -226,10 +226,23 @@ def command_debug(argv: Sequence[str]) -> int:
 
 
 def command_tune(argv: Sequence[str]) -> int:
-    """`sglang tune cache`: calibrate the schedule of a planned step cache."""
-    if argv[:1] != ["cache"]:
-        raise UserError("sglang tune has the command cache: sglang tune cache --min-psnr 38")
-    return _tune_cache(argv[1:])
+    """`sglang tune`: find the fastest configuration whose images keep a bound, or the schedule of a step cache."""
+    if argv[:1] == ["cache"]:
+        return _tune_cache(argv[1:])
+    from sglang_gen.tune import tuning_options
+
+    parser = build_parser()
+    tuning_options.add_tuning_options(parser)
+    options, overrides = split_argv(argv, parser)
+    given = vars(parser.parse_args(options))
+    if given.get("help"):
+        from sglang_gen.tune.tuning_help import TUNE_HELP
+
+        files.print_result(TUNE_HELP)
+        return 0
+    from sglang_gen.tune import command
+
+    return command.tune(_choices(given, overrides), given)
 
 
 def _tune_cache(argv: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ from sglang_gen.backends.native import build, engine
 from sglang_gen.backends.native.planned_request import fits_guidance
 from sglang_gen.engine import cuda_graphs
 from sglang_gen.engine.caching.cached_chain import Evaluation, generation
-from sglang_gen.engine.caching.planned_cache import PlannedCache, PlannedTransformer, depths_after
+from sglang_gen.engine.caching.planned_cache import PlannedBlocks, PlannedCache, depths_after
 from sglang_gen.errors import UserError
 from sglang_gen.models.chain import Chain
 from sglang_gen.plan import make
@@ -221,7 +221,7 @@ def evaluate(cache: PlannedCache, step: int, branches: tuple[int, ...], blocks: 
 
 
 def test_a_cache_keeps_only_the_residuals_that_are_used_later_and_none_after_the_generation():
-    cache = PlannedTransformer((None, 1, 0, None, 2))
+    cache = PlannedBlocks((None, 1, 0, None, 2))
     assert cache.needed == [(0, 1), (), (), (2,), ()]
     blocks, x = blocks_that_add((1.0, 2.0, 3.0)), torch.zeros(1, 1, 1)
     sums, kept = [], []
@@ -239,7 +239,7 @@ def test_depths_are_those_of_the_steps_that_follow():
 
 
 def test_a_warm_up_takes_every_depth_of_the_schedule_in_turn():
-    cache = PlannedTransformer((None, None, 0, 2))
+    cache = PlannedBlocks((None, None, 0, 2))
     with generation([cache], warming=True):
         for step in range(6):
             evaluate(cache, step, (0,), blocks_that_add((1.0, 2.0, 3.0)), torch.zeros(1, 1, 1))
@@ -247,7 +247,7 @@ def test_a_warm_up_takes_every_depth_of_the_schedule_in_turn():
 
 
 def test_a_warm_up_computes_a_step_with_other_branches_than_the_last_computed_one():
-    cache = PlannedTransformer((None, 0))
+    cache = PlannedBlocks((None, 0))
     with generation([cache], warming=True):
         for step, branches in enumerate(((1, 0), (0,))):
             evaluate(cache, step, branches, blocks_that_add((1.0,)), torch.zeros(len(branches), 1, 1))

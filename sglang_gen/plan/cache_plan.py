@@ -13,7 +13,7 @@ from typing import Any
 from sglang_gen.config.schema import Cache, CacheMethod
 from sglang_gen.errors import UserError, in_our_words
 
-KEY = "cache.plan_file"
+PLAN_KEY = "cache.plan_file"
 FORMAT = "sglang-gen cache plan"
 PLAN_VERSION = 1
 SAME_TIMESTEP = 0.05  # of 1000; machines round timesteps differently
@@ -55,10 +55,10 @@ def check_planned(cache: Cache) -> None:
     """Raises UserError for a plan without cache=planned, cache=planned without one, and settings of other caches."""
     if not chosen(cache):
         if cache.plan_file is not None:
-            raise UserError(f"{KEY} is the schedule of cache=planned; add cache=planned or leave it out")
+            raise UserError(f"{PLAN_KEY} is the schedule of cache=planned; add cache=planned or leave it out")
         return
     if cache.plan_file is None:
-        raise UserError(f"cache=planned needs {KEY}, the file of a schedule that `sglang tune cache` has written")
+        raise UserError(f"cache=planned needs {PLAN_KEY}, the file of a schedule that `sglang tune cache` has written")
     for name, usual in vars(Cache()).items():
         if name not in ("method", "plan_file") and getattr(cache, name) != usual:
             raise UserError(f"cache.{name} has no effect with cache=planned, whose plan decides; leave it out")
@@ -70,12 +70,14 @@ def read_cache_plan(name: str) -> CachePlan:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{KEY}: {name} cannot be read: {in_our_words(error)}") from error
+        raise UserError(f"{PLAN_KEY}: {name} cannot be read: {in_our_words(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{KEY}: {name} is not a cache plan; `sglang tune cache` writes one")
+        raise UserError(f"{PLAN_KEY}: {name} is not a cache plan; `sglang tune cache` writes one")
     version = content.get("schema_version")
     if version != PLAN_VERSION:
-        raise UserError(f"{KEY}: {name} has the version {_shown(version)} of cache plans, and this is {PLAN_VERSION}")
+        raise UserError(
+            f"{PLAN_KEY}: {name} has the version {_shown(version)} of cache plans, and this is {PLAN_VERSION}"
+        )
     bound_to, depths = content.get("bound_to"), content.get("depths")
     blocks, computed = content.get("blocks"), content.get("computed_blocks")
     if (
@@ -86,7 +88,7 @@ def read_cache_plan(name: str) -> CachePlan:
         or not isinstance(depths, list)
         or not _is_schedule(depths, blocks)
     ):
-        raise UserError(f"{KEY}: {name} is damaged; write it again with `sglang tune cache`")
+        raise UserError(f"{PLAN_KEY}: {name} is damaged; write it again with `sglang tune cache`")
     return CachePlan(bound_to, tuple(depths), blocks, computed)
 
 
@@ -108,7 +110,7 @@ def check_bound(plan: CachePlan, name: str, facts: Mapping[str, Any]) -> None:
         if not _agree(key, expected, found):
             values = "" if key in DIGESTS else f" {_shown(expected)}, and this run has {_shown(found)}"
             raise UserError(
-                f"{KEY}: {name} was calibrated with {meaning}{values}; calibrate a plan for this run with "
+                f"{PLAN_KEY}: {name} was calibrated with {meaning}{values}; calibrate a plan for this run with "
                 "`sglang tune cache`"
             )
 

@@ -29,7 +29,7 @@ sglang generate takes as cache=planned cache.plan_file=FILE for the same model, 
 
 Examples:
   sglang tune cache --min-psnr 38
-  sglang tune cache --budget 0.5 --output half.json model=flux_dev sampling.prompts_file=prompts.txt
+  sglang tune cache --budget 0.5 --output half.json --model-path FOLDER sampling.prompts_file=prompts.txt
 
 options:
   --min-psnr DB             find the fewest computed blocks with which every image keeps this PSNR

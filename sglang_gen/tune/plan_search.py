@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from sglang_gen.tune.plan_schedule import PlannedSchedule, Planner
 
-RESOLUTION = 0.01  # fraction of all blocks to which a budget is found
+BUDGET_RESOLUTION = 0.01  # fraction of all blocks to which a budget is found
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PlanSearch:
         found = self.try_budget(least)
         if found.measured.worst >= psnr:
             return found
-        kept, failed, step = None, least, max(round(RESOLUTION * most), 1)
+        kept, failed, step = None, least, max(round(BUDGET_RESOLUTION * most), 1)
         high = most  # the exact run, which need not be measured
         while high - failed > step:
             trial = self.try_budget((high + failed) // 2)

@@ -10,8 +10,6 @@ from sglang_gen.backends.native.plan_bindings import bindings
 from sglang_gen.backends.native.request import check_native_request, evaluations
 from sglang_gen.plan.cache_plan import FORMAT, PLAN_VERSION
 
-BLOCKS = {"sd3": 3, "flux": 4}  # of the tiny networks
-
 
 def content(folder: Path, depths: list[int | None], *words: str, blocks: int | None = None) -> dict[str, Any]:
     """The plan of a run that `plan_of` plans with these overrides and as many steps as the schedule has."""
@@ -19,7 +17,8 @@ def content(folder: Path, depths: list[int | None], *words: str, blocks: int | N
     plan = plan_of(f"model.path={folder}", "sampling.prompt=a cat", steps, *words)
     checked = check_native_request(plan)
     timesteps, _ = evaluations(checked, checked.full_request)
-    blocks = blocks or next(count for name, count in BLOCKS.items() if name in folder.name)
+    config = plan.card.components[checked.spec.network].config
+    blocks = blocks or config["num_layers"] + (config.get("num_single_layers") or 0)
     return {
         "format": FORMAT,
         "schema_version": PLAN_VERSION,

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from sglang_gen.backends.native.plan_bindings import bindings
-from sglang_gen.engine.caching.planned_cache import PlannedCache, PlannedTransformer, PlannedUNet, Schedule
+from sglang_gen.engine.caching.planned_cache import PlannedBlocks, PlannedBranches, PlannedCache, Schedule
 from sglang_gen.errors import UserError
 from sglang_gen.families import registry
 from sglang_gen.families.contract import Request, Spec
@@ -31,13 +31,15 @@ def check_planned_cache(plan: Plan, spec: Spec, request: Request, timesteps: Ten
         or (connections is not None and deepest >= connections)
     ):
         raise UserError(
-            f"{cache_plan.KEY}: the schedule of {name} does not fit this run; write it again with `sglang tune cache`"
+            f"{cache_plan.PLAN_KEY}: the schedule of {name} does not fit this run; write it again with "
+            "`sglang tune cache`"
         )
 
 
 def skip_connections(plan: Plan, spec: Spec) -> int | None:
-    """Number of skip connections of a UNet; None for a transformer."""
-    return None if spec.skip_connections is None else spec.skip_connections(plan.card.components[spec.network].config)
+    """Number of skip connections of the network; None for a transformer."""
+    config = plan.card.components[spec.network].config
+    return None if spec.skip_connections is None else spec.skip_connections(config)
 
 
 def is_guided(plan: Plan, request: Request, numbers: Sequence[int]) -> list[bool]:
@@ -64,7 +66,7 @@ def planned_chain(plan: Plan, schedule: Schedule) -> PlannedCache:
     """The chain that follows a schedule in the network of a plan."""
     spec = registry.by_pipeline_class(plan.pipeline_class)
     assert spec is not None  # the plan chose the native engine
-    return PlannedTransformer(schedule) if spec.skip_connections is None else PlannedUNet(schedule)
+    return PlannedBlocks(schedule) if spec.skip_connections is None else PlannedBranches(schedule)
 
 
 def described(plan: Plan) -> dict[str, Any]:

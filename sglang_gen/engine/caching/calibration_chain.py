@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sglang_gen.engine.caching.cached_chain import CachedChain, Conditions, Evaluation
-from sglang_gen.engine.caching.planned_cache import PlannedCache, PlannedTransformer
+from sglang_gen.engine.caching.planned_cache import PlannedBlocks, PlannedCache
 from sglang_gen.models.chain import Block, State
 
 
@@ -46,7 +46,7 @@ class CalibrationChain(CachedChain):
         if not self.recording:
             return self.chain(blocks, state, conditions, *shared)  # type: ignore[no-any-return]
         self.costs = {depth: self.cache.cost(depth, blocks) for depth in self.depths}
-        if isinstance(self.cache, PlannedTransformer):
+        if isinstance(self.cache, PlannedBlocks):
             images, state = self.cache.stages(self.depths, blocks, state, conditions, *shared)
             before = dict(zip(self.depths, images, strict=True))
             recorded = RecordedEvaluation({depth: state[0] - image for depth, image in before.items()}, before)

@@ -105,7 +105,7 @@ class PlannedCache(PlannedChain):
         raise NotImplementedError
 
 
-class PlannedTransformer(PlannedCache):
+class PlannedBlocks(PlannedCache):
     """Blocks of a transformer, whose state is the image `[B, L, D]` and the text `[B, T, D]`.
 
     At depth d the first d blocks are computed. The others have added a residual to the image.
@@ -137,8 +137,8 @@ class PlannedTransformer(PlannedCache):
         return depth
 
 
-class PlannedUNet(PlannedCache):
-    """Stages of a UNet, whose state is a feature map `[B, C, h, w]` and its skip connections.
+class PlannedBranches(PlannedCache):
+    """Stages of a network with skip connections, whose state is a feature map `[B, C, h, w]` and its skip connections.
 
     A depth is a branch of DeepCache: the number of a skip connection, from the outermost. The stages between its ends
     have given a feature map.
