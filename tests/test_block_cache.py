@@ -13,6 +13,7 @@ from sglang_gen.engine.caching.block_cache import BlockCache
 from sglang_gen.engine.caching.cached_chain import Evaluation, generation
 from sglang_gen.engine.caching.decider import Decider, Rules
 from sglang_gen.engine.caching.extrapolation import History
+from sglang_gen.engine.caching.static_cache import StaticCache
 from sglang_gen.models.chain import Chain
 from sglang_gen.types import Layout
 
@@ -72,6 +73,39 @@ def own(rules: Rules, changes: list[float]) -> list[bool]:
 @given(rules(), st.lists(st.sampled_from((0.0, 0.03, 0.1, 0.5, 2.0)), min_size=STEPS, max_size=STEPS))
 def test_the_decisions_are_those_of_cache_dit(rules, changes):
     assert own(rules, changes) == library(rules, changes)
+
+
+def test_small_changes_add_up_until_nothing_more_is_reused():
+    rules, changes = Rules(0.2, accumulated=0.25), [0.1] * 6
+    assert own(rules, changes) == library(rules, changes) == [False, True, True, True, False, False]
+
+
+STATIC = Rules(0.0, mask=(1, 1, 0, 1, 0, 0, 1, 0, 0, 0), static=True)
+ALL = [((1, 0), False)] * 10
+INTERVAL = [((1, 0), False)] * 5 + [((0,), False)] * 5
+IN_TURN = [((branch,), True) for _ in range(5) for branch in (1, 0)]
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("calls", [ALL, INTERVAL, IN_TURN], ids=["both", "interval", "in turn"])
+def test_a_fixed_plan_is_what_the_general_cache_does_with_it(calls, order):
+    """The one is made to be compiled and captured, the other knows each image."""
+    outputs, decisions = [], []
+    for cache in (BlockCache(STATIC, 1, 1, order), StaticCache(STATIC, 1, 1, order)):
+        made = []
+        with generation([cache]):
+            for call, (branches, sequential) in enumerate(calls):
+                step = call // 2 if sequential else call
+                evaluation = Evaluation(call, step, branches, branches, 1, sequential)
+                x = inputs(10, 2)[step][: len(branches)]
+                cache.before(evaluation)
+                made.append(cache(cached.BLOCKS, (x, torch.ones(len(x), 2, 4)), cached.conditions(x), ())[0])
+                cache.after(evaluation)
+        outputs.append(made)
+        decisions.append(cache.decisions)
+    assert decisions[0] == decisions[1]
+    assert {each.decision for each in decisions[0]} == {"computed", "extrapolated" if order else "reused"}
+    assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

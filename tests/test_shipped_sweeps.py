@@ -94,6 +94,15 @@ def test_the_cache_sweep_completes_and_every_cache_leaves_the_motif(sweep):
 
 
 @pytest.mark.slow
+def test_each_cache_gives_the_same_pictures_on_every_layout(sweep, pool, monkeypatch):
+    monkeypatch.setattr(launcher, "open_ranks", pool.open)
+    rows = sweep("parallel_cache", "--dtype", "float32", "--height", "64", "--width", "64")
+    assert [row["status"] for row in rows] == ["completed"] * 24
+    for number in range(4):
+        check_same_pictures(rows[number::4], EXACT["parallelism"])
+
+
+@pytest.mark.slow
 def test_the_threshold_sweep_moves_away_from_the_exact_picture_as_the_threshold_grows(sweep):
     rows = sweep("cache_threshold")
     assert [row["status"] for row in rows] == ["completed"] * 10

@@ -220,7 +220,7 @@ def warnings(run: Run) -> list[str]:
     if not wanted(run.cache) or cache_plan.chosen(run.cache):
         return []
     if deep_schedule.chosen(run.cache):
-        return deep_schedule.warnings(run.cache)
+        return [*deep_schedule.warnings(run.cache), *_short_warm_up(run)]
     given, usual = settings(run.cache), Cache()
     idle = {}
     if given["steps_computation_policy"] == "static":
@@ -231,4 +231,14 @@ def warnings(run: Run) -> list[str]:
     found = [
         f"cache: {name} has no effect {reason}" for name, reason in idle.items() if given[name] != getattr(usual, name)
     ]
-    return [*found, *deep_schedule.warnings(run.cache)]
+    static = given["steps_computation_policy"] == "static"
+    return [*found, *deep_schedule.warnings(run.cache), *(_short_warm_up(run) if static else ())]
+
+
+def _short_warm_up(run: Run) -> list[str]:
+    """Warns about a warm-up of one step, which compiles or captures no step that reuses."""
+    compiling = run.compile
+    whole = compiling.cuda_graphs or (compiling.enable_torch_compile and not compiling.regional)
+    if not (compiling.warmup and compiling.warmup_steps < 2 and whole):
+        return []
+    return [f"compile.warmup_steps={compiling.warmup_steps} warms up no step that reuses; give it 2"]

@@ -32,14 +32,10 @@ class DeepCache(PlannedChain):
 
     def _clear(self) -> None:
         self.added, self.computed = None, ()
-        self.kept: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # of the last full step, by the branches of a call
+        self.kept: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # of full steps, by the branches of the call
         self.reuses = False
         self.guided: bool | None = None  # whether the last evaluation was guided
         self.decided: int | None = None  # index of the last evaluation
-
-    def begin(self, warming: bool = False) -> None:
-        super().begin(warming)
-        self._clear()
 
     def end(self) -> None:
         self._clear()
@@ -49,8 +45,6 @@ class DeepCache(PlannedChain):
         if evaluation.index != self.decided:  # guidance branches do alike, also if one is computed after the other
             self.reuses = self.guided == evaluation.guided and not self._is_full(evaluation)
             self.guided, self.decided = evaluation.guided, evaluation.index
-            if not self.reuses:
-                self.kept = {}
         self.added = self.kept[evaluation.branches] if self.reuses else None
         self.choice = tuple(self.added[0].shape) if self.added else None
         self.choices.append((evaluation.index, self.choice))
