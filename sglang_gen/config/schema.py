@@ -60,6 +60,7 @@ class CacheMethod(Enum):
     none = "none"
     dbcache = "dbcache"
     deepcache = "deepcache"
+    planned = "planned"
 
 
 class Tracker(Enum):
@@ -186,6 +187,7 @@ class Cache:
     branch: int = 0  # deepcache: skip connection at which a reused step turns back, from the outermost
     center: int | None = None  # deepcache: step around which full forwards are denser; null: evenly spaced
     power: float = 1.4  # deepcache: how much denser
+    plan_file: str | None = None  # planned: the schedule that `sglang tune cache` wrote
 
 
 @dataclass
@@ -351,7 +353,7 @@ def plain(value: Any) -> Any:
 LOCAL = (
     "model.path", "model.configs", "lora.path", "quant.transformer_weights_path", "offload.disk_path",
     "sampling.image_path", "sampling.latents", "sampling.prompts_file", "quality.manifest", "quality.reference",
-    "output.path", "output.perf_dump_path",
+    "cache.plan_file", "output.path", "output.perf_dump_path",
 )  # fmt: skip
 
 # Minimum and maximum of numeric settings; larger values would overflow or exhaust memory.

@@ -106,7 +106,7 @@ class Graphs:
         """Raises RunError for an evaluation that cannot be captured."""
         inputs = (conditioning, self.cache.added if self.cache else None)
         given = tensors((latents, inputs))
-        key = (inputs[1] is None, *((tensor.shape, tensor.dtype) for tensor in given))
+        key = (self.cache.form if self.cache else None, *((tensor.shape, tensor.dtype) for tensor in given))
         if key not in self.captured:
             self.captured[key] = Captured(self._evaluate, latents, inputs, self.recorder)
         prediction, computed = self.captured[key](given)

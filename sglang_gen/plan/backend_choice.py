@@ -82,6 +82,7 @@ NATIVE_ONLY: tuple[tuple[str, Callable[[Run], bool]], ...] = (
     ("compile.cuda_graphs", lambda run: run.compile.cuda_graphs),
     ("perf.blocks", lambda run: run.perf.blocks),
     ("cache=deepcache", lambda run: run.cache.method is CacheMethod.deepcache),
+    ("cache=planned", lambda run: run.cache.method is CacheMethod.planned),
 )
 
 

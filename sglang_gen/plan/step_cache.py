@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang_gen.config.schema import Cache, CacheMethod, Run
 from sglang_gen.errors import UserError, nearest
-from sglang_gen.plan import deep_schedule
+from sglang_gen.plan import cache_plan, deep_schedule
 from sglang_gen.plan.quantization import denoisers
 from sglang_gen.types import ModelCard
 
@@ -17,7 +17,7 @@ FIELDS_SET_ELSEWHERE = {
     "attention_backend": "the group attention",
 }
 # Keys of the group that cache-dit does not have.
-FIELDS_OUTSIDE = ("method", "cache_dit_config", *deep_schedule.DEEP_KEYS)
+FIELDS_OUTSIDE = ("method", "cache_dit_config", "plan_file", *deep_schedule.DEEP_KEYS)
 SWITCHES = ("enable_taylorseer", "enable_calibrator")  # cache-dit's alternatives to calibrator=taylorseer
 # Keys of cache-dit, each with a predicate for legal values and a description of them.
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -80,13 +80,19 @@ def wanted(cache: Cache) -> bool:
     return cache.method is not CacheMethod.none or bool(cache.cache_dit_config)
 
 
+def is_dbcache(cache: Cache) -> bool:
+    """Whether DBCache is requested, whose settings have the names of cache-dit."""
+    return wanted(cache) and cache.method not in (CacheMethod.deepcache, CacheMethod.planned)
+
+
 def check_cache_settings(run: Run) -> None:
     """Raises UserError for settings that are invalid for every model and number of steps."""
+    cache_plan.check_planned(run.cache)
     if deep_schedule.chosen(run.cache):
         deep_schedule.check_settings(run.cache)
         for key in ("steps_computation_mask", "steps_computation_policy"):
             _check_value(key, getattr(run.cache, key), {})
-    elif wanted(run.cache):
+    elif is_dbcache(run.cache):
         settings(run.cache)
 
 
@@ -211,7 +217,7 @@ def refuse_covered(given: Mapping[str, Any], lists: list[int]) -> None:
 
 def warnings(run: Run) -> list[str]:
     """Warns about settings of a step cache that have no effect because of other settings."""
-    if not wanted(run.cache):
+    if not wanted(run.cache) or cache_plan.chosen(run.cache):
         return []
     if deep_schedule.chosen(run.cache):
         return [*deep_schedule.warnings(run.cache), *_short_warm_up(run)]

@@ -94,6 +94,7 @@ class NativeEngine:
         caches = {name: execution.built.cache for name, execution in executions.items()}
         self.caches = {name: cache for name, cache in caches.items() if cache is not None}
         self.trace: list[dict[str, Any]] = []  # decisions of the step cache in the timed generation
+        self.loop = denoise  # which a calibration replaces
         self.offload = ComponentOffload(plan, pipeline.spec, offloaded, components)
         resident = [components[name] for name in self.text_components if name not in self.offload.others]
         coming = [execution.network for execution in executions.values() if execution.built.offloaded]
@@ -234,7 +235,7 @@ class NativeEngine:
                     progress.step()
                     signals.check()
 
-                latents = denoise(predict, scheduler, timesteps, numbers, noise, generators, after_step)
+                latents = self.loop(predict, scheduler, timesteps, numbers, noise, generators, after_step)
         clock.enter("decoding")
         choices = native_cache.choices(self.caches.values(), len(numbers))
         self.comm_log.note(

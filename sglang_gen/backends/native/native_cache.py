@@ -4,6 +4,9 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
+from sglang_gen.backends.native import planned_request
 from sglang_gen.config.schema import Cache, GuidanceBatching
 from sglang_gen.engine.caching.block_cache import BlockCache, Ranks
 from sglang_gen.engine.caching.cached_chain import CachedChain
@@ -11,19 +14,21 @@ from sglang_gen.engine.caching.decider import Rules
 from sglang_gen.engine.caching.deep_cache import DeepCache
 from sglang_gen.engine.caching.static_cache import StaticCache
 from sglang_gen.errors import UserError
-from sglang_gen.families import registry
+from sglang_gen.families.contract import Request, Spec
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.perf import cache_trace
-from sglang_gen.plan import deep_schedule, step_cache
+from sglang_gen.plan import cache_plan, deep_schedule, step_cache
 from sglang_gen.types import Plan
 
 
-def check_native_cache(plan: Plan, networks: Sequence[str], evaluations: int) -> None:
-    """Refuse a cache that does not fit the model, the number of evaluations, compilation or guidance.
+def check_native_cache(plan: Plan, spec: Spec, request: Request, timesteps: Tensor, numbers: Sequence[int]) -> None:
+    """Refuse a cache that does not fit the model, the evaluations, compilation or guidance.
+
+    `timesteps` and `numbers` are the timestep and the step of each evaluation.
 
     Raises UserError.
     """
-    cache, compiling = plan.run.cache, plan.run.compile
+    cache, compiling, networks = plan.run.cache, plan.run.compile, spec.networks_of(plan.card)
     if not step_cache.wanted(cache):
         return
     if len(networks) > 1:
@@ -31,8 +36,10 @@ def check_native_cache(plan: Plan, networks: Sequence[str], evaluations: int) ->
             f"cache: {plan.pipeline_class} denoises with {len(networks)} networks ({', '.join(networks)}), and a step "
             "cache supports one; run with cache=none"
         )
-    spec = registry.by_pipeline_class(plan.pipeline_class)
-    connections = spec.skip_connections if spec else None
+    connections = spec.skip_connections
+    if cache_plan.chosen(cache):
+        planned_request.check_planned_cache(plan, spec, request, timesteps, numbers)
+        return
     if deep_schedule.chosen(cache):
         if connections is None:
             raise UserError(
@@ -40,7 +47,7 @@ def check_native_cache(plan: Plan, networks: Sequence[str], evaluations: int) ->
                 "or cache=none"
             )
         (network,) = networks
-        deep_schedule.check_schedule(cache, connections(plan.card.components[network].config), evaluations)
+        deep_schedule.check_schedule(cache, connections(plan.card.components[network].config), len(timesteps))
         return
     if connections is not None:
         raise UserError(
@@ -50,7 +57,7 @@ def check_native_cache(plan: Plan, networks: Sequence[str], evaluations: int) ->
     settings = step_cache.settings(cache)
     step_cache.refuse_library_fields(settings)
     step_cache.check_blocks(cache, plan.card)
-    step_cache.check_steps(cache, evaluations, evaluations)
+    step_cache.check_steps(cache, len(timesteps), len(timesteps))
     if rules(cache).dynamic and compiling.cuda_graphs:
         raise UserError(
             "cache: a threshold decides in each step what is computed, which CUDA graphs cannot capture; leave out "
@@ -87,6 +94,8 @@ def rules(cache: Cache) -> Rules:
 
 def build_cache(plan: Plan, mesh: Mesh) -> CachedChain:
     """The chain of this rank's network, with the cache of the plan."""
+    if cache_plan.chosen(plan.run.cache):
+        return planned_request.build_planned(plan)
     if deep_schedule.chosen(plan.run.cache):
         return DeepCache(plan.run.cache.branch, partial(deep_schedule.schedule, plan.run.cache))
     given, decides = step_cache.settings(plan.run.cache), rules(plan.run.cache)
@@ -114,6 +123,9 @@ def effective(plan: Plan, trace: Trace = ()) -> Any:
     """The settings of the cache and, after a generation, the largest number of steps that an image reused."""
     if not step_cache.wanted(plan.run.cache):
         return "none"
-    settings = deep_schedule.settings if deep_schedule.chosen(plan.run.cache) else step_cache.settings
-    values = {name: value for name, value in settings(plan.run.cache).items() if value is not None}
+    if cache_plan.chosen(plan.run.cache):
+        values = planned_request.described(plan)
+    else:
+        settings = deep_schedule.settings if deep_schedule.chosen(plan.run.cache) else step_cache.settings
+        values = {name: value for name, value in settings(plan.run.cache).items() if value is not None}
     return values | ({"reused_steps": cache_trace.reused_steps(trace)} if trace else {})

@@ -8,6 +8,7 @@ from sglang_gen.backends.native import memory_policy, native_cache
 from sglang_gen.backends.native.scheduler import build_scheduler
 from sglang_gen.backends.scheduler_trial import check_steps, warn_changed
 from sglang_gen.engine import attention_kernels
+from sglang_gen.engine.denoise import step_numbers
 from sglang_gen.errors import UserError
 from sglang_gen.families import img2img, registry, watermark
 from sglang_gen.families.contract import Request
@@ -94,7 +95,7 @@ def check_native_request(plan: Plan) -> NativeRequest:
     _check_scheduler(native_request, request)
     _check_noise(native_request, request)
     if step_cache.wanted(run.cache):
-        native_cache.check_native_cache(plan, spec.networks_of(plan.card), _evaluations(native_request, request))
+        native_cache.check_native_cache(plan, spec, request, *evaluations(native_request, request))
     return native_request
 
 
@@ -108,10 +109,11 @@ def _check_scheduler(native_request: NativeRequest, request: Request) -> None:
     warn_changed(scheduler, component.config, request.steps)
 
 
-def _evaluations(native_request: NativeRequest, request: Request) -> int:
-    """Number of evaluations of the network in a generation, of which some schedulers need several in a step."""
+def evaluations(native_request: NativeRequest, request: Request) -> tuple[torch.Tensor, list[int]]:
+    """The timestep and the step of each evaluation of the network, of which some schedulers need several in a step."""
     scheduler = build_scheduler(native_request.plan.card.components["scheduler"])
-    return len(native_request.pipeline.schedule(native_request.config, scheduler, request))
+    timesteps = native_request.pipeline.schedule(native_request.config, scheduler, request)
+    return timesteps, step_numbers(len(timesteps), request.steps_run, getattr(scheduler, "order", 1))
 
 
 def _check_noise(native_request: NativeRequest, request: Request) -> None:

@@ -143,6 +143,11 @@ class PlannedChain(CachedChain):
         self.added: tuple[Tensor, ...] | None = None  # for the evaluation that follows; None: it computes everything
         self.computed: tuple[Tensor, ...] = ()  # by the last evaluation
 
+    @property
+    def form(self) -> Hashable:
+        """What distinguishes the graph of the evaluation that follows from others of the same shapes."""
+        return self.added is None
+
 
 @contextmanager
 def generation(caches: Sequence[CachedChain], warming: bool = False) -> Iterator[None]:

@@ -71,7 +71,7 @@ class DeepCache(PlannedChain):
             return self.repeated(self._repeated.pop(0), blocks, state, conditions, *shared)
         if self.added is not None:
             return self._shallow(self.added[0], blocks, state, conditions, *shared)
-        _, up = _ends(blocks, self.branch)
+        _, up = ends(blocks, self.branch)
         state = self.chain(blocks[:up], state, conditions[:up], *shared)
         self.computed = (state[0],)
         return self.chain(blocks[up:], state, conditions[up:], *shared)  # type: ignore[no-any-return]
@@ -80,7 +80,7 @@ class DeepCache(PlannedChain):
         self, deep: Tensor, blocks: Sequence[Any], state: State, conditions: Conditions, *shared: Any
     ) -> State:
         """The state after the shallow stages, with the feature map `deep` in place of the deep ones."""
-        down, up = _ends(blocks, self.branch)
+        down, up = ends(blocks, self.branch)
         _, skips = self.chain(blocks[:down], state, conditions[:down], *shared)
         assert len(skips) == sum(stage.pops for stage in blocks[up:]), "skip connections are left over or missing"
         return self.chain(blocks[up:], (deep, skips), conditions[up:], *shared)  # type: ignore[no-any-return]
@@ -95,7 +95,7 @@ class DeepCache(PlannedChain):
         return self._shallow(state[0].new_empty(choice), blocks, state, conditions, *shared)
 
 
-def _ends(stages: Sequence[Any], branch: int) -> tuple[int, int]:
+def ends(stages: Sequence[Any], branch: int) -> tuple[int, int]:
     """Where the skip connection leads from and to: the number of stages before its push, and the stage that pops it."""
     pushed = [0, *(place + 1 for place, stage in enumerate(stages) if stage.pushes)]
     popped = [place for place, stage in enumerate(stages) if stage.pops]
