@@ -13,9 +13,9 @@ from whole import plan_of
 
 from sglang_gen.backends.native import planned_request
 from sglang_gen.perf import quality
-from sglang_gen.tune import calibration
-from sglang_gen.tune.calibration import sources
+from sglang_gen.tune import plan_calibration as calibration
 from sglang_gen.tune.plan_bench import PlanBench
+from sglang_gen.tune.plan_calibration import sources
 
 FOUR_STEPS = "sampling.num_inference_steps=4"
 SIZE = ("--height", "32", "--width", "32", "--dtype", "float32", "--seed", "7")

@@ -114,8 +114,8 @@ def _check_budget(plan: "Plan", budget: float) -> None:
     Raises UserError.
     """
     from sglang_gen.backends.native import planned_request, request
-    from sglang_gen.tune.calibration import sources
     from sglang_gen.tune.plan_bench import SPAN
+    from sglang_gen.tune.plan_calibration import sources
     from sglang_gen.tune.plan_schedule import Planner
 
     checked = request.check_native_request(plan)

@@ -20,7 +20,7 @@ from sglang_gen.perf import quality
 from sglang_gen.perf.clock import Clock, timer
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory
-from sglang_gen.tune.calibration import Calibrator
+from sglang_gen.tune.plan_calibration import Calibrator
 from sglang_gen.tune.plan_schedule import PlannedSchedule, Planner
 from sglang_gen.tune.plan_search import PlanMeasurement
 from sglang_gen.types import Decoded, Plan, Sample
