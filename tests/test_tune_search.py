@@ -184,6 +184,18 @@ def test_a_manifest_of_few_images_is_searched_too(images):
     assert searched(surface).chosen == surface.optimum()
 
 
+def test_the_baseline_is_compared_even_if_the_budget_ends_before_the_finalists():
+    surface = CostSurface(12)
+    baseline = Candidate((("baseline", "backend=diffusers"),), is_baseline=True)
+    surface.shifts[baseline.changes[0]] = 0.5
+    search = Search(AXES, surface, Bounds(34), 60, baseline=baseline)
+    search.run()
+    assert [images for each, images in surface.measured if each == baseline] == [2]
+    single = next(each for each in search.trials.known if search.trials.keeps(each) and each not in (BASE, baseline))
+    found = math.exp(search.trials.difference(single, baseline).shift)
+    assert found == pytest.approx(surface.time(baseline) / surface.time(single))
+
+
 def test_a_drift_of_the_machine_changes_no_ratio():
     """The machine becomes slower by a half during the search."""
     surface = CostSurface(13)

@@ -96,6 +96,8 @@ class Search:
     def _measure_base(self) -> None:
         self.trials.open(self.counts[0])
         self._note(BASE, self.bench.measure(BASE, self.counts[0]))
+        if self.baseline is not None:  # here too, in case the budget ends before the finalists are measured
+            self._measure(self.baseline, self.counts[0])
 
     def _measure(self, candidate: Candidate, images: int) -> None:
         try:
