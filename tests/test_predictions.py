@@ -27,6 +27,8 @@ from sglang_gen.parallel.collectives import Axis, Traffic
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.plan.make import make_plan
 from sglang_gen.types import Layout, Size
+from tools import predictions
+from tools.bench import folders
 
 KINDS = ("attention sdpa", "attention math", "attention onednn", "product torch", "product onednn", "convolution",
          "move", "copy", "activation", "norm")  # fmt: skip
@@ -297,3 +299,34 @@ def test_every_rank_predicts_its_own(run_on_ranks, monkeypatch, tmp_path, layout
             assert predicted["communication_bytes"]["ratio"] == 1
         reason = predicted["step_ms"]["reason"]
         assert reason.endswith("run sglang perf rates --dtype float32 --ranks 2")
+
+
+@pytest.fixture(scope="module")
+def mid_size(tmp_path_factory):
+    """A folder for models, beside rates that were measured on this machine."""
+    folder = tmp_path_factory.mktemp("predictions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_GEN_CACHE", str(folder / "cache"))
+        predictions.measure_rates("bfloat16", [1, 2])
+    return folder
+
+
+@pytest.mark.slow  # networks of hundreds of MB, in processes of their own
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [("landscape", "single"), ("landscape", "sp2"), ("landscape", "tp2"), ("flux", "single"), ("flux", "tp2"),
+     ("sdxl", "single")],
+)  # fmt: skip
+def test_memory_is_predicted_within_a_tenth_and_work_and_communication_exactly(mid_size, monkeypatch, case, layout):
+    words = [*predictions.WORDS[case], "--dtype", "bfloat16", f"parallel={layout}", "attention=sdpa"]
+    if case in predictions.MODELS:
+        preset, changes = predictions.MODELS[case]
+        words += ["--model-path", str(folders.write(preset, mid_size / case, "cpu", changes))]
+    monkeypatch.setenv("SGLANG_GEN_CACHE", str(mid_size / "cache"))
+    found = predictions.run(words, mid_size / "perf.json")
+    assert len(found["ranks"]) == predictions.LAYOUTS[layout]
+    for rank in found["ranks"]:
+        assert 0.9 < rank["predicted"]["memory_mb"]["ratio"] < 1.1
+        assert rank["predicted"]["flops"]["ratio"] == 1
+        assert rank["predicted"]["communication_bytes"]["ratio"] == (None if layout == "single" else 1)
+        assert rank["predicted"]["total_ms"]["ratio"] > 0.2  # other programs make it larger without a limit
