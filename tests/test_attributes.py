@@ -236,6 +236,7 @@ def test_a_broken_vocabulary_is_refused_with_its_reason(tmp_path, content, reaso
     assert reason in str(caught.value)
 
 
+@pytest.mark.whole
 def test_an_objective_that_the_model_cannot_have_is_refused_in_the_plan(pipelines, sglang):
     words = ("generate", f"quality.manifest={write(LAKE)}", "perf.objective=quality.attribute_accuracy", "dry_run=true")
     assert sglang(*words).code == 0

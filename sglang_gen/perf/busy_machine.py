@@ -55,9 +55,14 @@ def at_mean_speed(dumps: Sequence[Dump]) -> list[Dump] | None:
     ]
 
 
-def about_speeds(rows: Sequence["Row"], found: Speeds | None) -> list[str]:
-    """A note about the adjustment of processor times."""
-    if found is None or not any(row.metric == CPU for row in rows):
+def about_speeds(rows: Sequence["Row"], found: Speeds | None, dumps: Sequence[Dump], method: Method) -> list[str]:
+    """A note about the adjustment of processor times, or about the dumps without a calibration that prevent it."""
+    if method is Method.INDEPENDENT or not any(row.metric == CPU for row in rows):
+        return []
+    without = [dump for dump in dumps if CALIBRATION not in dump.metrics]
+    if 0 < len(without) < len(dumps):
+        return [f"cpu is not adjusted, since {len(without)} of {len(dumps)} dumps have no calibration (perf.calibrate)"]
+    if found is None:
         return []
     change = 100 * (exp(fmean(found[1]) - fmean(found[0])) - 1)
     return [f"cpu is adjusted for the speed of the machine; its calibration takes {change:+.1f} % time"]

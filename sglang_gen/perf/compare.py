@@ -236,7 +236,12 @@ def _judge(comparison: Comparison, base: Sequence[Dump], new: Sequence[Dump], ru
     if not rows:
         raise UserError(f"{new[0].path} and {base[0].path} have no common metric of {', '.join(rules.metrics)}")
     quality, left_out = compare_quality([dump.quality for dump in base], [dump.quality for dump in new])
-    notes = [*comparison.notes, *unjudged, *left_out, *busy_machine.about_speeds(rows, speeds)]
+    notes = [
+        *comparison.notes,
+        *unjudged,
+        *left_out,
+        *busy_machine.about_speeds(rows, speeds, [*base, *new], rules.method),
+    ]
     if by_dump and any(len(values) > 1 for dump in (*base, *new) for values in dump.metrics.values()):
         notes.append("each dump is one observation, the geometric mean of its repeats, since processes differ")
     if rules.single:
