@@ -74,7 +74,7 @@ def described(plan: Plan) -> dict[str, Any]:
     found = cache_plan.read_cache_plan(str(plan.run.cache.plan_file))
     return {
         "method": "planned",
-        "plan_file": plan.run.cache.plan_file,
+        "schedule": list(found.depths),
         "computed_blocks": found.computed_blocks,
         "blocks": found.blocks * len(found.depths),
     }
