@@ -112,7 +112,7 @@ def test_dump_and_log_have_the_decision_of_every_step_image_and_branch(run):
     assert record("outputs")["effective"]["cache"] == dump["effective"]["cache"]
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_evaluations_of_a_scheduler_of_second_order_count_as_steps(pipelines, latents):
     folder = with_scheduler(pipelines["sd15"], "HeunDiscreteScheduler", steps_offset=1)
     ours = latents(folder, *GUIDED, "cache.branch=1", "--perf-dump-path", "perf.json", steps=4)
@@ -120,7 +120,7 @@ def test_evaluations_of_a_scheduler_of_second_order_count_as_steps(pipelines, la
     assert error(ours, by_hand(folder, 1, {0, 3, 6}, 4)) <= 1e-5
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_a_step_in_which_guidance_starts_or_stops_is_a_full_one_in_a_batch_and_branch_by_branch(latents):
     given = (*GUIDED, "cache.interval=9", "sampling.guidance_interval=[0.2,0.7]", "--perf-dump-path", "perf.json")
     conditional = plan("crcrrrcr", branches=("conditional",))
@@ -220,7 +220,7 @@ def test_jobs_of_a_sweep_that_share_weights_share_no_feature_maps(pipelines):
     assert not np.array_equal(shared[0], shared[1])
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_only_the_work_that_was_done_is_counted(latents):
     flops = {}
     for interval in (1, 2):
@@ -244,7 +244,7 @@ LAYOUTS = ("parallel=sp2_tp2", "parallel=tp2", "parallel=ring2", "parallel=ulyss
 
 
 @pytest.mark.parametrize(("name", "branch"), mostly_slow([("sdxl", 1), ("sd15", 3)], ("sdxl", 1)))
-@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, "parallel=ring2"))
+@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, "parallel=tp2"))
 def test_every_layout_gives_the_latents_of_one_process_without_a_collective_of_its_own(
     run_on_ranks, name, layout, branch
 ):

@@ -158,7 +158,7 @@ def test_a_batch_decides_and_computes_as_its_images_alone(run):
     assert_same("batch", "alone", 3)
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [(), ("compile.warmup=true",), ("perf.repeat=2",)], ids=["", "warm-up", "repeat"])
 def test_nothing_is_carried_over_from_a_warm_up_or_a_repeat(run, words):
     given = (*DBCACHE, "cache.max_warmup_steps=1", "cache.residual_diff_threshold=0.9", "--num-samples", 2,
@@ -172,7 +172,7 @@ def test_nothing_is_carried_over_from_a_warm_up_or_a_repeat(run, words):
     assert np.array_equal(tensors("plain", 1)["latents"], tensors("again", 1)["latents"])
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_the_work_that_is_left_out_is_not_counted(run):
     flops = {}
     for folder, words in (("plain", ()), ("cached", STATIC)):
@@ -185,7 +185,10 @@ def test_the_work_that_is_left_out_is_not_counted(run):
 @pytest.mark.whole
 @pytest.mark.parametrize("name", mostly_slow(("sd3", "flux"), "sd3"))
 @pytest.mark.parametrize(("compiled", "words", "graphs"), [
-    ("compile=regional", (*DBCACHE, "cache.max_warmup_steps=2", "cache.residual_diff_threshold=0.62"), None),
+    pytest.param(
+        "compile=regional", (*DBCACHE, "cache.max_warmup_steps=2", "cache.residual_diff_threshold=0.62"), None,
+        marks=pytest.mark.slow,
+    ),
     ("compile=full", STATIC, 2),
 ])  # fmt: skip
 def test_compiled_blocks_and_networks_are_cached_too(run, traced, name, compiled, words, graphs):
@@ -246,7 +249,7 @@ def test_a_field_that_only_the_library_has_is_refused_by_name(run, key, value):
     assert f"'{key}' is not supported by the native engine" in done.lines[-1]
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_blocks_are_timed_and_named_inside_of_a_cache(run):
     done = run("sd3", *STATIC, "perf.blocks=true", "perf.trace=true", "--perf-dump-path", "perf.json", steps=8)
     assert done.code == 0, done.err

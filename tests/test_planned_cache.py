@@ -102,7 +102,7 @@ def test_a_plan_that_computes_all_steps_changes_no_bit_and_says_that_it_saves_no
     ]
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_steps_inside_and_outside_of_the_interval_of_guidance_are_reused_apart(generate, pipelines):
     words = ("sampling.guidance_interval=[0,0.5]",)
     file = write(pipelines["sd3"], [None, 1, 0, None, 2, 0], *words)
@@ -147,7 +147,7 @@ def test_compiled_blocks_and_networks_follow_the_plan(generate, pipelines, trace
     assert torch.allclose(*(torch.tensor(tensors(folder)["latents"]) for folder in ("compiled", "eager")), atol=1e-5)
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_each_depth_is_captured_into_a_graph_of_its_own(generate, pipelines, monkeypatch):
     made: list[Repeated] = []
     monkeypatch.setattr(Repeated, "made", made, raising=False)
@@ -173,7 +173,7 @@ class BranchesByHand(ByHand):
     def branch(self, _: int) -> None: ...
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_a_unet_turns_back_at_the_skip_connections_of_the_plan(sglang, pipelines, monkeypatch, name):
     schedule = (None, 1, None, 3, 3, None, 0)
