@@ -10,10 +10,13 @@ import torch
 from reference import Reference
 
 from sglang_gen import env
+from sglang_gen.backends.native import engine as native_engine
 from sglang_gen.backends.native.build import build
+from sglang_gen.backends.native.engine import NativeEngine
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
 from sglang_gen.dry_run import held_weights, machine_rates, rate_measurement
+from sglang_gen.dry_run import predictions as dry_predictions
 from sglang_gen.dry_run.heap import FIRST_THRESHOLD, Heap
 from sglang_gen.dry_run.live_memory import Alive, workspace_on
 from sglang_gen.dry_run.machine_rates import Rates, at
@@ -23,6 +26,7 @@ from sglang_gen.engine.attention_memory import held_bytes
 from sglang_gen.families import registry
 from sglang_gen.families.contract import Request
 from sglang_gen.hub import resolve
+from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis, Traffic
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.plan.make import make_plan
@@ -330,3 +334,31 @@ def test_memory_is_predicted_within_a_tenth_and_work_and_communication_exactly(m
         assert rank["predicted"]["flops"]["ratio"] == 1
         assert rank["predicted"]["communication_bytes"]["ratio"] == (None if layout == "single" else 1)
         assert rank["predicted"]["total_ms"]["ratio"] > 0.2  # other programs make it larger without a limit
+
+
+def test_a_component_that_cannot_be_traced_is_a_reason_and_no_failure(dump, pipelines, monkeypatch):
+    def failing(*_: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(dry_predictions, "trace_text_encoder", failing)
+    found = dump(pipelines["sd15"], "--backend", "sglang")["predicted"]
+    assert found["memory_mb"]["reason"] == "a component of this model cannot be traced on the meta device"
+    assert found["flops"]["measured"] > 0
+
+
+def test_what_a_step_cache_decides_is_not_predicted(dump, pipelines, monkeypatch):
+    own = NativeEngine.effective
+    monkeypatch.setattr(NativeEngine, "effective", lambda engine: own(engine) | {"cache": {"Fn_compute_blocks": 1}})
+    found = dump(pipelines["sd15"], "--backend", "sglang")["predicted"]
+    for quantity in ("memory_mb", "communication_bytes", "flops", "step_ms", "total_ms"):
+        assert found[quantity]["predicted"] is None
+        assert "step cache" in found[quantity]["reason"]
+
+
+def test_freed_memory_returns_to_the_system_before_each_batch_is_decoded(dump, pipelines, monkeypatch):
+    order: list[str] = []
+    decode = Autoencoder.decode
+    monkeypatch.setattr(native_engine, "return_freed_memory", lambda: order.append("returned"))
+    monkeypatch.setattr(Autoencoder, "decode", lambda vae, latents: order.append("decoded") or decode(vae, latents))
+    dump(pipelines["sd15"], "--backend", "sglang", "--num-samples", 2, "perf.work=false")
+    assert order == ["returned", "decoded"] * 2

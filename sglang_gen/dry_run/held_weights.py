@@ -10,6 +10,7 @@ from torch import nn
 from sglang_gen.backends.native.build import Built, has_channels_last
 from sglang_gen.config.schema import Weights
 from sglang_gen.dry_run.traces import ranks_of_encoder
+from sglang_gen.errors import UserError
 from sglang_gen.families import autoencoder, text_encoders
 from sglang_gen.families.contract import Spec
 from sglang_gen.families.encoder_sizes import COUNT
@@ -41,7 +42,7 @@ def mapped_of(plan: Plan, spec: Spec, networks: Mapping[str, Built]) -> dict[str
 
     On a CPU a weight stays in the file that is mapped, whose pages the kernel can drop, if the file stores it in the
     run's dtype and nothing copies it: fused layers join several tensors, a rank copies its shard, and convolutions
-    with channels last have another layout. Raises UserError for a corrupt file.
+    with channels last have another layout.
     """
     if plan.device != "cpu" or plan.run.model.weights is Weights.random or plan.card.file is not None:
         return {}
@@ -73,7 +74,10 @@ def _stored(component: Component, dtype: str) -> dict[str, Tensor]:
         return {}
     if not any(component.folder.glob("*.safetensors")):
         return {}
-    headers = (read_header(file).tensors for file in in_folder(component.folder))
+    try:
+        headers = [read_header(file).tensors for file in in_folder(component.folder)]
+    except UserError:  # the files were moved or replaced after they had been read
+        return {}
     return {
         name: tensor for tensors in headers for name, tensor in tensors.items() if tensor.dtype == STORED.get(dtype)
     }

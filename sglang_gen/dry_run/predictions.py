@@ -4,11 +4,13 @@ The batches are traced on meta after the run, with the rank's layout, its attent
 """
 
 import statistics
+import traceback
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sglang_gen import log as log_lines
 from sglang_gen.backends.comm_log import CommLog, GeneratedBatch
 from sglang_gen.backends.native.request import pipeline_of
 from sglang_gen.dry_run import machine_rates
@@ -23,6 +25,7 @@ from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.types import Plan
 
 MB = 2**20
+UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError)
 QUANTITIES = ("memory_mb", "communication_bytes", "flops", "step_ms", "total_ms")
 TOKENS_UNLESS_NAMED = 77  # of an encoder whose config does not name its length
 
@@ -95,7 +98,13 @@ def compare(plan: Plan, mesh: Mesh, log: CommLog, measured: Mapping[str, Any]) -
             reason = "this rank generated no batch"
         return {}, {"rates": None, **{name: _entry(None, values[name], reason) for name in QUANTITIES}}
     kernel = str(found.effective.get("attention", "sdpa"))
-    batches = [(traced(plan, mesh, batch, kernel), count) for batch, count in log.batches.items()]
+    try:
+        batches = [(traced(plan, mesh, batch, kernel), count) for batch, count in log.batches.items()]
+    except UNTRACEABLE:  # a text encoder of another library
+        log_lines.debug(f"The run cannot be traced on meta:\n{traceback.format_exc()}")
+        reason = "a component of this model cannot be traced on the meta device"
+        unknown = {name: _entry(None, values[name], reason) for name in QUANTITIES}
+        return predict(plan, mesh, log), {"rates": None, **unknown}
     stages = predict(plan, mesh, log, {one.batch: (one.networks, one.decoding) for one, _ in batches})
     rates = machine_rates.of_run(plan, found.threads)
     memory, parts = _memory(plan, batches, rates, found)

@@ -120,7 +120,7 @@ def _kernels(device: str, dtype: torch.dtype) -> dict[str, Iterator[Call]]:
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(dtype)
 
-    names = [name for name in attention_kernels.legal(device, dtype) if name not in ("auto", "flex", "flash")]
+    names = [name for name in attention_kernels.legal(device, dtype) if name not in ("auto", "flex")]
     found = {f"attention {name}": _attention(attention_kernels.named(name).kernel, drawn) for name in names}
     found["product torch"] = _products(F.linear, drawn)
     if device == "cpu" and dtype is torch.float32 and has_onednn():
