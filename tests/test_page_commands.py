@@ -149,7 +149,8 @@ def run(sglang, command: pages.Command) -> None:
         assert Path(words[words.index("--output") + 1]) in everything() - before
     elif words[0] == "tune":
         kept = [word for place, word in enumerate(words) if "--budget" not in (word, words[max(place - 1, 0)])]
-        done = sglang(*shrunk(kept), "--budget", "15s", "--prompt", "a lake", "--width", "64", "--height", "64")
+        small = ["--budget", "60s", "--axes", "dtype", "--prompt", "a lake", "--width", "64", "--height", "64"]
+        done = sglang(*shrunk(kept), *small)
         assert (done.code, bool(done.out)) == (0, True), f"{command.line}\n{done.out}{done.err}"
     elif words[0] == "debug":
         done = sglang(*shrunk(words))

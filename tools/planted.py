@@ -650,6 +650,36 @@ CACHING = (
            "sglang_gen/engine/cuda_graphs.py", "tests/test_native_cache.py -k captured_into_a_graph",
            "        inputs = (conditioning, self.cache.added if self.cache else None)\n",
            "        inputs = (conditioning, None)\n"),
+
+)
+
+TUNING = (
+    Mutant("The halving goes on with the slower half",
+           "sglang_gen/tune/halving.py", "tests/test_tune_search.py -k 'each_rung or planted'",
+           "remaining[: max(least, math.ceil(len(remaining) / 2))]",
+           "remaining[-max(least, math.ceil(len(remaining) / 2)):]"),
+    Mutant("A candidate that broke the bound once may go on",
+           "sglang_gen/tune/trials.py", "tests/test_tune_search.py -k 'bound or whole_manifest'",
+           "trial.images > 0 and trial.broken is None and trial.lost is None",
+           "trial.images > 0 and trial.lost is None"),
+    Mutant("Of tied candidates the fastest is chosen, whatever it changes",
+           "sglang_gen/tune/search.py", "tests/test_tune_search.py -k tied",
+           "min(self.tied, key=lambda each: len(each.changes), default=None)", "next(iter(self.tied), None)"),
+    Mutant("The noise of a ratio is that of one time",
+           "sglang_gen/tune/trials.py", "tests/test_tune_search.py -k 'students or cover'",
+           "math.sqrt(2 * noise / len(pairs))", "math.sqrt(noise / len(pairs))"),
+    Mutant("Measurements start until the budget has passed",
+           "sglang_gen/tune/search.py", "tests/test_tune_search.py -k budget",
+           "if self.bench.elapsed() + cost <= end:", "if self.bench.elapsed() <= end:"),
+    Mutant("The reference has the dtype of the base although the search changes it",
+           "sglang_gen/tune/space.py", "tests/test_tune.py -k reference",
+           'words = ("dtype=float32",) if "dtype" in self.axes else ()', "words = ()"),
+    Mutant("The warm-up of a candidate has one step",
+           "sglang_gen/tune/measuring.py", "tests/test_tune.py -k first_images",
+           "warmup=True, warmup_steps=steps", "warmup=True, warmup_steps=1"),
+    Mutant("An experiment leaves out what flags have set",
+           "sglang_gen/tune/experiment_file.py", "tests/test_tune.py -k composed_experiment",
+           "    content |= values\n", ""),
 )
 # fmt: on
 MUTANTS = (
@@ -667,4 +697,5 @@ MUTANTS = (
     *VIDEO,
     *GPU,
     *CACHING,
+    *TUNING,
 )

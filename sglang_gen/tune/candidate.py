@@ -86,6 +86,7 @@ class Bench(Protocol):
     """What the search asks of the machine."""
 
     images: int  # of the whole manifest
+    jobs: dict[Candidate, int]  # number of the folder of each measured candidate
 
     def refusal(self, candidate: Candidate) -> str | None:
         """Why the candidate need not or cannot be measured, known without measuring it."""

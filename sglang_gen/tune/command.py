@@ -119,7 +119,6 @@ def _conclude(search: "Search", space: "Space", machine: "Machine", places: Plac
         "conclusion": conclusion,
         "commit_hash": env.commit_hash(),
         "fixed_axes": space.fixed,
-        "jobs": {str(each): number for each, number in machine.jobs.items()},
     }
     files.save_json(places.folder / TUNING_FILE, outcome_dict(search, rows, about))
     log.info(f"Candidates saved to: {places.folder / TUNING_FILE}")

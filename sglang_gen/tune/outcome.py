@@ -27,11 +27,13 @@ class CandidateRow:
     psnr: float | None = None  # of the worst image; infinite if all are identical
     worst: Any = None
     memory: float | None = None
+    job: int | None = None  # number of its folder
     on_front: bool = False  # no candidate on the whole manifest is both faster and closer to the reference
 
     def as_dict(self) -> dict[str, Any]:
         finite = self.psnr is not None and math.isfinite(self.psnr)
         return {
+            "job": self.job,
             "overrides": list(self.candidate.words),
             "changes": dict(self.candidate.changes),
             "verdict": self.verdict,
@@ -89,6 +91,7 @@ def _row(
         psnr=trial.psnr if trial.images else None,
         worst=trial.worst,
         memory=trial.memory,
+        job=search.bench.jobs.get(candidate),
     )
 
 

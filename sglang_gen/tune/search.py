@@ -23,7 +23,7 @@ BESIDE_BASE = 4  # candidates that are measured in one round with the base
 FINALISTS = 3  # candidates that are told apart on the whole manifest
 LEAST_OBSERVATIONS, MOST_OBSERVATIONS = 5, 25  # final rounds of each finalist
 MOST_ENTRANTS = 48  # of the halving
-QUALITY_SLACK = 3.0  # dB by which predictions of quality may be too low
+QUALITY_SLACK = 0.5  # dB by which a prediction may be below the bound; errors of two changes rarely cancel
 SIMPLER = 0.03  # fraction of the time by which a simpler neighbour may be slower and still generates the whole manifest
 ENDS = {"screening": 0.4, "halving": 0.65}  # fraction of the budget at which a phase ends
 
@@ -96,6 +96,8 @@ class Search:
     def _measure_base(self) -> None:
         self.trials.open(self.counts[0])
         self._note(BASE, self.bench.measure(BASE, self.counts[0]))
+        if self.baseline is not None:  # here too, in case the budget ends before the finalists are measured
+            self._measure(self.baseline, self.counts[0])
 
     def _measure(self, candidate: Candidate, images: int) -> None:
         try:
@@ -199,11 +201,21 @@ class Search:
             self._final_round(beside, self.bench.images)
         while reserve and len(self._complete()) < FINALISTS:
             following, reserve = reserve[:FINALISTS], reserve[FINALISTS:]
+            following = self._still_keeping(following)
+            if not following:
+                continue
             goes_on = self._final_round([*following, *beside], self.bench.images)
             if not goes_on and not self._final_round(following[:1], self.bench.images):
                 return
             beside = []
         self._repeat(LEAST_OBSERVATIONS)
+
+    def _still_keeping(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates that keep the bounds on more than the first images, which costs less than all images."""
+        few = [each for each in candidates if self.trials.known[each].images < self.timed]
+        if few:
+            self._round(few, self.timed, self.budget)
+        return [each for each in candidates if self.trials.keeps(each)]
 
     def _final_round(self, entries: Sequence[Candidate], images: int) -> bool:
         return self._round(entries, images, self.budget, is_final=True)

@@ -54,10 +54,9 @@ class Trials:
         """Add a measurement to the last round."""
         trial, images = self.known.setdefault(candidate, Trial()), self.rounds[-1].images
         self.rounds[-1].seconds[candidate] = one.seconds
-        trial.images, trial.seconds = max(trial.images, images), one.seconds
-        trial.overhead = max(
-            one.wall - images * one.seconds, 0.0
-        )  # all of it beyond the processor time, if that counts
+        elapsed = one.seconds if one.elapsed is None else one.elapsed
+        trial.images, trial.seconds = max(trial.images, images), elapsed
+        trial.overhead = max(one.wall - images * elapsed, 0.0)
         if one.psnr < trial.psnr or trial.worst is None:
             trial.psnr, trial.worst = min(one.psnr, trial.psnr), one.worst
         if one.memory is not None:
@@ -88,17 +87,30 @@ class Trials:
         return final or [each for each in both if each.images == most]
 
     def difference(self, one: Candidate, other: Candidate) -> Difference | None:
-        """log(time of `other` / time of `one`), over the rounds that compare them; None if there are none."""
+        """log(time of `other` / time of `one`), over the rounds that compare them; None if nothing does."""
         if one == other:
             return Difference(0.0, 0.0, 1.0)
         pairs = [each.seconds for each in self.shared(one, other)]
         if not pairs:
-            return None
+            return self._by_way_of_base(one, other)
         shift = fmean(math.log(each[other] / each[one]) for each in pairs)
         noise, freedom = self._noise()
         if not freedom:
             return Difference(shift, None, 0.0)
         return Difference(shift, math.sqrt(2 * noise / len(pairs)), float(freedom), 2 * noise)
+
+    def _by_way_of_base(self, one: Candidate, other: Candidate) -> Difference | None:
+        """The difference of two candidates that took part in no common round, from that of each to the base."""
+        if BASE in (one, other):
+            return None
+        to_one, to_other = self.difference(BASE, one), self.difference(BASE, other)
+        if to_one is None or to_other is None:
+            return None
+        shift = to_other.shift - to_one.shift
+        if to_one.error is None or to_other.error is None:
+            return Difference(shift, None, 0.0)
+        variance = to_one.variance + to_other.variance
+        return Difference(shift, math.hypot(to_one.error, to_other.error), to_one.freedom, variance)
 
     def _noise(self) -> tuple[float, int]:
         """Variance of the logarithm of a time, and its degrees of freedom, from all rounds: the final ones if these

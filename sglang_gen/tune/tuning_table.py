@@ -16,18 +16,31 @@ def table_lines(search: Search, rows: Sequence[CandidateRow], limit: int) -> lis
     """The measured candidates as a Markdown table, and below it the others with their reasons."""
     shown = [row for row in rows if row.images]
     columns = [
-        Column("candidate", [str(row.candidate) for row in shown], 0, True),
+        Column("job", ["" if row.job is None else str(row.job) for row in shown]),
+        Column("candidate", [short_name(row.candidate) for row in shown], 0, True),
         Column("speed-up", [_speed_up(row) for row in shown], 10, False, [_speed_up(row, True) for row in shown], 70),
         Column("worst PSNR (dB)", [_psnr(row, search.bench.images) for row in shown], 20),
         Column("memory (MiB)", [_memory(row) for row in shown], 60),
-        Column("verdict", [row.verdict for row in shown], 0),
-        Column("front", ["*" if row.on_front else "" for row in shown], 80),
+        Column("verdict", [f"{row.verdict}{' *' if row.on_front else ''}" for row in shown], 0),
     ]
     fitted, left_out = fit(columns, limit)
     lines = [*render(fitted), ""]
-    for sentence in _below(search, rows, shown, left_out):
+    for sentence in (*_names(shown, fitted[1].cells), *_below(search, rows, shown, left_out)):
         lines += wrapped(f"- {sentence}", limit, "  ")
     return lines
+
+
+def _names(shown: Sequence[CandidateRow], cells: Sequence[str]) -> Iterator[str]:
+    """The candidates whose names are shortened in the table."""
+    for row, cell in zip(shown, cells, strict=True):
+        if "…" in cell:
+            yield escaped(f"{row.job}: {short_name(row.candidate)}")
+
+
+def short_name(candidate: Candidate) -> str:
+    """The candidate with keys that lack their group, such as guidance_interval=[0,0.6]."""
+    return " ".join(word if "=" not in word else f"{word.partition('=')[0].rpartition('.')[2]}={word.partition('=')[2]}"
+                    for word in str(candidate).split(" "))  # fmt: skip
 
 
 def _speed_up(row: CandidateRow, is_brief: bool = False) -> str:
@@ -57,7 +70,7 @@ def _below(
             f"`of N`: the worst of the first N of {search.bench.images} images; the candidate was dropped before it "
             "generated all"
         )
-    if any(row.on_front for row in shown) and "front" not in left_out:
+    if any(row.on_front for row in shown):
         yield "`*`: no other candidate with all images is both faster and closer to the reference"
     if left_out:
         yield f"only in tune.json: {', '.join(left_out)}"
@@ -100,13 +113,15 @@ def conclusion_lines(search: Search, rows: Sequence[CandidateRow]) -> list[str]:
         lines.append(f"{against[0]:.2f} times as fast as the {search.baseline}{interval}")
     if search.is_cut:
         changes = sum(row.verdict == CandidateVerdict.UNMEASURED for row in rows)
-        left = f"{_count(changes, 'change')} and {_count(search.unmeasured, 'promising combination')}"
-        lines.append(f"The budget ended the search before {left} were measured; a larger --budget measures more")
+        left = [_count(number, noun) for number, noun in
+                ((changes, "change"), (search.unmeasured, "promising combination")) if number]  # fmt: skip
+        before = f" before {' and '.join(left)} had been measured" if left else ""
+        lines.append(f"The budget ended the search{before}; a larger --budget tells more candidates apart")
     return lines
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def why_nothing(search: Search) -> str:

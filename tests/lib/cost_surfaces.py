@@ -43,6 +43,7 @@ class CostSurface:
         self.base_error = 10 ** (-drawn.uniform(37, 44) / 10)
         self.hardness = [drawn.uniform(0.3, 1.0) for _ in range(images)]  # of each image
         self.memory: dict[tuple[str, str], float] = {}
+        self.jobs: dict[Candidate, int] = {}
         self.refused: dict[Candidate, str] = {}
         self.failing: set[Candidate] = set()
         self.measured: list[tuple[Candidate, int]] = []
@@ -68,6 +69,7 @@ class CostSurface:
         return self.refused.get(candidate)
 
     def measure(self, candidate: Candidate, images: int) -> Observation:
+        self.jobs.setdefault(candidate, len(self.jobs))
         self.measured.append((candidate, images))
         seconds = self.time(candidate) * math.exp(self.random.gauss(0, self.noise))
         wall = self.overhead + images * seconds
