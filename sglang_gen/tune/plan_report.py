@@ -53,7 +53,7 @@ def content(bench: PlanBench, split: PromptSplit, options: PlanOptions, chosen: 
             "worst_psnr": _decibels(measured.worst),
             "mean_psnr": _decibels(measured.mean),
             "worst_prompt": measured.worst_prompt,
-            "denoising_time": round(measured.time, 4),
+            "time": round(measured.time, 4),
         },
         "commit_hash": env.commit_hash(),
         "versions": dict(env.versions()),
