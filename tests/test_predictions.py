@@ -12,7 +12,6 @@ from reference import Reference
 from sglang_gen import env
 from sglang_gen.backends.native import engine as native_engine
 from sglang_gen.backends.native.build import build
-from sglang_gen.backends.native.engine import NativeEngine
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
 from sglang_gen.dry_run import held_weights, machine_rates, rate_measurement
@@ -346,13 +345,14 @@ def test_a_component_that_cannot_be_traced_is_a_reason_and_no_failure(dump, pipe
     assert found["flops"]["measured"] > 0
 
 
-def test_what_a_step_cache_decides_is_not_predicted(dump, pipelines, monkeypatch):
-    own = NativeEngine.effective
-    monkeypatch.setattr(NativeEngine, "effective", lambda engine: own(engine) | {"cache": {"Fn_compute_blocks": 1}})
-    found = dump(pipelines["sd15"], "--backend", "sglang")["predicted"]
-    for quantity in ("memory_mb", "communication_bytes", "flops", "step_ms", "total_ms"):
-        assert found[quantity]["predicted"] is None
-        assert "step cache" in found[quantity]["reason"]
+def test_the_blocks_that_a_step_cache_chose_are_predicted_and_its_memory_is_not(dump, pipelines):
+    words = ("cache=dbcache", "cache.Fn_compute_blocks=1", "cache.max_warmup_steps=1", "--num-inference-steps", 4,
+             "cache.residual_diff_threshold=1.0")  # fmt: skip
+    found = dump(pipelines["sd3"], "--backend", "sglang", *words)["predicted"]
+    assert found["memory_mb"]["reason"] == "the memory of a step cache is not predicted"
+    assert found["flops"]["ratio"] == 1
+    full = dump(pipelines["sd3"], "--backend", "sglang", "--num-inference-steps", 4)["predicted"]
+    assert found["flops"]["measured"] < full["flops"]["measured"]
 
 
 def test_freed_memory_returns_to_the_system_before_each_batch_is_decoded(dump, pipelines, monkeypatch):
