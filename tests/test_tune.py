@@ -412,7 +412,7 @@ def test_an_experiment_of_the_user_is_not_replaced(sglang, synthetic):
 @pytest.mark.whole
 def test_few_images_are_warned_of(sglang, synthetic):
     done = sglang("tune", "--min-psnr", "34", "--axes", "dtype", "--prompt", "a lake", "--output-path", "tuned")
-    assert "WARNING: The worst of 1 images says little about other prompts" in done.err
+    assert "WARNING: A bound over 1 image says little about other prompts" in done.err
 
 
 @pytest.mark.whole

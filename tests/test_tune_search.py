@@ -118,6 +118,21 @@ def test_a_candidate_that_needs_more_memory_is_not_chosen():
     assert CandidateVerdict.OVER in {row.verdict for row in candidate_rows(search)}
 
 
+def test_the_time_before_the_search_does_not_shorten_its_screening():
+    """The reference may take most of the budget."""
+    surface = CostSurface(1)
+    surface.now = 300.0
+    search = searched(surface, budget=600)
+    assert len([each for each in search.trials.known if len(each.changes) == 1]) == len(search.singles())
+
+
+def test_a_base_without_candidates_is_not_repeated():
+    surface = CostSurface(1)
+    surface.refused = dict.fromkeys(products(), "no")
+    assert searched(surface).chosen == BASE
+    assert surface.measured == [(BASE, 2), (BASE, 16)]
+
+
 def test_refused_and_failed_candidates_have_their_reason_and_do_not_end_the_search():
     surface = CostSurface(6)
     surface.refused = {each: "no such kernel" for each in products() if ("dtype", "dtype=float16") in each.changes}

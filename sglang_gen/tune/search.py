@@ -13,7 +13,16 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from sglang_gen.tune.candidate import BASE, Bench, Bounds, Candidate, CandidateError, CandidateVerdict, Observation
+from sglang_gen.tune.candidate import (
+    BASE,
+    Bench,
+    Bounds,
+    Candidate,
+    CandidateError,
+    CandidateVerdict,
+    Observation,
+    plural,
+)
 from sglang_gen.tune.halving import entrants, halve, image_counts
 from sglang_gen.tune.surrogate import Surrogate
 from sglang_gen.tune.trials import Trials
@@ -25,7 +34,7 @@ LEAST_OBSERVATIONS, MOST_OBSERVATIONS = 5, 25  # final rounds of each finalist
 MOST_ENTRANTS = 48  # of the halving
 QUALITY_SLACK = 0.5  # dB by which a prediction may be below the bound; errors of two changes rarely cancel
 SIMPLER = 0.03  # fraction of the time by which a simpler neighbour may be slower and still generates the whole manifest
-ENDS = {"screening": 0.4, "halving": 0.65}  # fraction of the budget at which a phase ends
+ENDS = {"screening": 0.4, "halving": 0.65}  # when a phase ends, as a fraction of the time that the search has
 
 
 class Search:
@@ -46,11 +55,13 @@ class Search:
         self.counts = image_counts(bench.images, FIRST_IMAGES)
         self.timed = self.counts[min(1, len(self.counts) - 1)]  # images of a round that tells times apart
         self.random = random.Random(seed)
+        self.began = 0.0  # seconds since the start of the command, which include the reference
         self.is_cut = False  # whether the budget ended before the search did
         self.promising: list[Candidate] = []  # combinations, the most promising first
 
     def run(self) -> None:
         """Search until nothing better is expected or the budget is spent. Raises CandidateError if the base fails."""
+        self.began = self.bench.elapsed()
         self._measure_base()
         self._screen()
         self._halve()
@@ -91,7 +102,7 @@ class Search:
         return reason is None
 
     def _ends(self, phase: str) -> float:
-        return self.budget * ENDS.get(phase, 1.0)
+        return self.began + ENDS[phase] * (self.budget - self.began)
 
     def _measure_base(self) -> None:
         self.trials.open(self.counts[0])
@@ -114,7 +125,7 @@ class Search:
         ratio = "" if base is None or candidate == BASE else f", {base / one.seconds:.2f}x"
         quality = "identical" if math.isinf(one.psnr) else f"worst {one.psnr:.2f} dB"
         self.bench.tell(
-            f"{self.bench.elapsed() / 60:.1f} of {self.budget / 60:.3g} min: {candidate}: {images} images, "
+            f"{self.bench.elapsed() / 60:.1f} of {self.budget / 60:.3g} min: {candidate}: {plural(images, 'image')}, "
             f"{one.seconds:.3g} s each{ratio}, {quality}"
         )
 
@@ -166,7 +177,7 @@ class Search:
 
     def _screen(self) -> None:
         field = [each for each in self.singles() if self.allowed(each)]
-        self.bench.tell(f"{len(field)} changes are measured alone, on {self.counts[0]} images each")
+        self.bench.tell(f"{len(field)} changes are measured alone, on {plural(self.counts[0], 'image')} each")
         self._rounds(field, self.counts[0], self._ends("screening"))
 
     def _halve(self) -> None:
@@ -195,7 +206,8 @@ class Search:
         """Have the fastest generate the whole manifest until enough of them keep the bounds, then repeat these."""
         reserve = [each for each in self.trials.fastest(list(self.trials.known)) if each != BASE]
         reserve = [each for each in reserve if (self.trials.shift(each) or 0.0) < 0]
-        self.bench.tell(f"The fastest of {len(reserve)} candidates generate all {self.bench.images} images")
+        if reserve:
+            self.bench.tell(f"The fastest of {len(reserve)} candidates generate all {self.bench.images} images")
         beside = [self.baseline] if self.baseline is not None else []
         if not reserve:
             self._final_round(beside, self.bench.images)
@@ -228,7 +240,7 @@ class Search:
         entries = list(dict.fromkeys([*self._complete()[:FINALISTS], *beside]))
         entries = [each for each in entries if self.trials.keeps(each)]
         entries += [self.baseline] if self.baseline is not None else []
-        while min(map(self._observations, [BASE, *entries])) < observations:
+        while entries and min(map(self._observations, [BASE, *entries])) < observations:
             if not self._final_round(entries, self.timed):
                 return False
         return True

@@ -16,7 +16,7 @@ sglang generate takes as experiment=NAME, and a report with all candidates.
 
 Examples:
   sglang tune --min-psnr 34
-  sglang tune --min-psnr 34 --max-memory 4GB --budget 20m model=sdxl parallel=single quality.manifest=prompts.jsonl
+  sglang tune --min-psnr 34 --max-memory 4GB --model-path ./my-model parallel=single quality.manifest=prompts.jsonl
   sglang tune --min-psnr 34 --axes dtype,compile --baseline "backend=diffusers dtype=float32"
   sglang tune --min-psnr 34 dry_run=true
 
@@ -27,7 +27,7 @@ options:
   --time CLOCK          elapsed (default), or processor: on a machine with other load, one process on a CPU
   --axes A,B            settings to search, see below
   --baseline WORDS      overrides of a configuration that is measured too, to compare with
-  --name NAME           name of the experiment (default: model and bound, such as landscape_34db)
+  --name NAME           name of the experiment (default: the model and the bound)
   --output-path DIR     folder of the results (default: outputs/tune/DATE)
   --config-dir DIR      folder with your own options; the experiment is written to its folder experiment
   -h, --help            show this help

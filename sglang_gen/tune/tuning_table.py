@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from sglang_gen.sweep.columns import Column, escaped, fit, render, wrapped
-from sglang_gen.tune.candidate import Candidate, CandidateVerdict
+from sglang_gen.tune.candidate import Candidate, CandidateVerdict, plural
 from sglang_gen.tune.outcome import CandidateRow, against_baseline, candidate_rows, image_name
 from sglang_gen.tune.search import Search
 
@@ -79,7 +79,7 @@ def _below(
         closest = max(below, key=lambda row: row.psnr or 0.0)
         yield escaped(f"the closest below the bound: {closest.candidate} ({image_name(closest.worst)})")
     for reason, names in _by_reason(rows).items():
-        more = f" and {_count(len(names) - MOST_NAMED, 'other')}" if len(names) > MOST_NAMED else ""
+        more = f" and {plural(len(names) - MOST_NAMED, 'other')}" if len(names) > MOST_NAMED else ""
         yield escaped(f"{', '.join(names[:MOST_NAMED])}{more}: {reason}")
 
 
@@ -103,7 +103,8 @@ def conclusion_lines(search: Search, rows: Sequence[CandidateRow]) -> list[str]:
     row = next(row for row in rows if row.candidate == chosen)
     quality = "identical to the reference" if math.isinf(row.psnr or 0.0) else f"{row.psnr:.2f} dB"
     worst = f" ({image_name(row.worst)})" if row.worst else ""
-    lines = [f"Chosen: {chosen}: {_speed_up(row)} of the base, worst of {search.bench.images} images {quality}{worst}"]
+    ratio = f"{_speed_up(row)} of the base{'' if row.interval else ' (measured too rarely for an interval)'}"
+    lines = [f"Chosen: {chosen}: {ratio}, worst of {plural(search.bench.images, 'image')} {quality}{worst}"]
     if chosen == Candidate():
         lines = [f"No candidate is faster than the base and keeps {search.trials.bounds.psnr:g} dB"]
     if others := [str(each) for each in search.tied if each != chosen]:
@@ -113,15 +114,11 @@ def conclusion_lines(search: Search, rows: Sequence[CandidateRow]) -> list[str]:
         lines.append(f"{against[0]:.2f} times as fast as the {search.baseline}{interval}")
     if search.is_cut:
         changes = sum(row.verdict == CandidateVerdict.UNMEASURED for row in rows)
-        left = [_count(number, noun) for number, noun in
+        left = [plural(number, noun) for number, noun in
                 ((changes, "change"), (search.unmeasured, "promising combination")) if number]  # fmt: skip
         before = f" before {' and '.join(left)} had been measured" if left else ""
         lines.append(f"The budget ended the search{before}; a larger --budget tells more candidates apart")
     return lines
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def why_nothing(search: Search) -> str:
