@@ -8,6 +8,7 @@ _OTHERS = "\n".join(f"{'':4}{axis.name:12}{axis.meaning}" for axis in TUNED_AXES
 
 TUNE_HELP = f"""\
 usage: sglang tune --min-psnr DB [options] [flags and overrides of sglang generate]
+       sglang tune cache ...   (the schedule of a planned step cache: sglang tune cache --help)
 
 Find the fastest configuration whose worst image, over the prompts of a manifest, keeps a PSNR against the images of the
 base configuration without approximations. The base is the request itself; what the request sets is not searched.
