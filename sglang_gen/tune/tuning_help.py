@@ -8,6 +8,7 @@ _OTHERS = "\n".join(f"{'':4}{axis.name:12}{axis.meaning}" for axis in TUNED_AXES
 
 TUNE_HELP = f"""\
 usage: sglang tune --min-psnr DB [options] [flags and overrides of sglang generate]
+       sglang tune cache ...   (the schedule of a planned step cache: sglang tune cache --help)
 
 Find the fastest configuration whose worst image, over the prompts of a manifest, keeps a PSNR against the images of the
 base configuration without approximations. The base is the request itself; what the request sets is not searched.
@@ -16,7 +17,7 @@ sglang generate takes as experiment=NAME, and a report with all candidates.
 
 Examples:
   sglang tune --min-psnr 34
-  sglang tune --min-psnr 34 --max-memory 4GB --budget 20m model=sdxl parallel=single quality.manifest=prompts.jsonl
+  sglang tune --min-psnr 34 --max-memory 4GB --model-path ./my-model parallel=single quality.manifest=prompts.jsonl
   sglang tune --min-psnr 34 --axes dtype,compile --baseline "backend=diffusers dtype=float32"
   sglang tune --min-psnr 34 dry_run=true
 
@@ -27,7 +28,7 @@ options:
   --time CLOCK          elapsed (default), or processor: on a machine with other load, one process on a CPU
   --axes A,B            settings to search, see below
   --baseline WORDS      overrides of a configuration that is measured too, to compare with
-  --name NAME           name of the experiment (default: model and bound, such as landscape_34db)
+  --name NAME           name of the experiment (default: the model and the bound)
   --output-path DIR     folder of the results (default: outputs/tune/DATE)
   --config-dir DIR      folder with your own options; the experiment is written to its folder experiment
   -h, --help            show this help
