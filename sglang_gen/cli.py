@@ -225,11 +225,46 @@ def command_debug(argv: Sequence[str]) -> int:
     return command.parity(compose(_choices(given, overrides)), given)
 
 
+def command_tune(argv: Sequence[str]) -> int:
+    """`sglang tune`: find the fastest configuration whose images keep a bound, or the schedule of a step cache."""
+    if argv[:1] == ["cache"]:
+        return _tune_cache(argv[1:])
+    from sglang_gen.tune import tuning_options
+
+    parser = build_parser()
+    tuning_options.add_tuning_options(parser)
+    options, overrides = split_argv(argv, parser)
+    given = vars(parser.parse_args(options))
+    if given.get("help"):
+        from sglang_gen.tune.tuning_help import TUNE_HELP
+
+        files.print_result(TUNE_HELP)
+        return 0
+    from sglang_gen.tune import command
+
+    return command.tune(_choices(given, overrides), given)
+
+
+def _tune_cache(argv: Sequence[str]) -> int:
+    from sglang_gen.tune import cache_command, plan_options
+
+    parser = build_parser()
+    plan_options.add_plan_options(parser)
+    options, overrides = split_argv(argv, parser)
+    given = vars(parser.parse_args(options))
+    if given.get("help"):
+        files.print_result(plan_options.CACHE_PLAN_HELP)
+        return 0
+    words = plan_options.kept_words(parser, options, overrides)
+    return cache_command.tune_cache(_choices(given, overrides), given, words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": command_generate,
     "models": command_models,
     "perf": command_perf,
     "report": command_report,
+    "tune": command_tune,
     "debug": command_debug,
 }
 

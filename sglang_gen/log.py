@@ -5,8 +5,8 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 _LOGGER = logging.getLogger("sglang_gen")
@@ -98,6 +98,16 @@ def setup(level: str, handler: logging.Handler | None = None) -> None:
     _warned.clear()
     _FOR_DEBUGGING.seen.clear()
     adopt_libraries()
+
+
+@contextmanager
+def redirected(handler: logging.Handler) -> Iterator[None]:
+    """Context in which `handler` takes our lines in place of stderr."""
+    before, _LOGGER.handlers = _LOGGER.handlers, [handler]
+    try:
+        yield
+    finally:
+        _LOGGER.handlers = before
 
 
 def ask_first(may_say: Callable[[int, str], bool]) -> None:

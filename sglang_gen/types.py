@@ -134,8 +134,8 @@ class Engine(Protocol):
         """The settings that take effect, the same whenever it is asked; a batch's own are in `Decoded.effective`."""
         ...
 
-    def cache_decisions(self) -> dict[str, Any] | None:
-        """Decisions of the step cache in the last generation; None without a step cache."""
+    def cache_trace(self) -> "list[dict[str, Any]] | None":
+        """Decisions of the step cache in the timed generation, see `perf.cache_trace`; None without a step cache."""
         ...
 
     def block_timings(self) -> list[dict[str, Any]] | None:

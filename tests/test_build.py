@@ -17,7 +17,7 @@ COMMON = {
     "channels": "keep_all_channels", "tensors": "load_tensors", "memory": "keep_memory_format",
     "collectives": "add_nothing", "sequence": "keep_sequence", "kernel": "choose_kernel", "products": "torch_products",
     "residency": "stay_resident",
-    "blocks": "run_blocks", "compile": "run_eagerly", "graphs": "launch_kernels",
+    "cache": "compute_every_step", "blocks": "run_blocks", "compile": "run_eagerly", "graphs": "launch_kernels",
 }  # fmt: skip
 TENSOR_PARALLEL = {"channels": "shrink", "collectives": "add_collectives"}
 META = {"checkpoint": "no_checkpoint", "tensors": "stay_on_meta"}
@@ -35,6 +35,9 @@ PLANS = {
     "CUDA graphs": (
         ("compile=regional",), Layout(), False,
         {"memory": "channels_last", "compile": "compile_network", "graphs": "capture_graphs"},
+    ),
+    "step cache": (
+        ("cache=dbcache", "cache.Fn_compute_blocks=1"), Layout(), False, {"cache": "cache_steps"},
     ),
     "oneDNN": (("backend.float32_matmul=onednn",), Layout(), False, {"products": "onednn_products"}),
     "a copy on meta": (

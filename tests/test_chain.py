@@ -44,11 +44,10 @@ def links(network: UNet) -> Iterator[tuple]:
         if level.downsample is not None:
             yield "halve", None, None, level.downsample
     yield from (("middle", *pair, None) for pair in network.middle.pairs())
-    upsample = None
     for level in network.up:
-        for number, pair in enumerate(level.pairs()):
-            yield "up", *pair, None if number else upsample
-        upsample = level.upsample
+        pairs = list(level.pairs())
+        yield from (("up", *pair, None) for pair in pairs[:-1])
+        yield "up", *pairs[-1], level.upsample
 
 
 def by_hand(network: UNet, latents, conditions, skipped: range, step: int) -> torch.Tensor:
@@ -63,12 +62,13 @@ def by_hand(network: UNet, latents, conditions, skipped: range, step: int) -> to
         if way == "halve":
             x = resample(x)
         elif way == "up":
-            x = resample(x, *skips[-1].shape[-2:]) if resample is not None else x
             x = torch.cat([x, skips.pop()], dim=1)
         if residual is not None:
             x = residual(x, residual.time(F.silu(embedded))[None])
         if transformer is not None:
             x = transformer(x, [block.cross_attention.read(text) for block in transformer.blocks])
+        if way == "up" and resample is not None:
+            x = resample(x, *skips[-1].shape[-2:])
         if way in ("down", "halve"):
             skips.append(x)
     assert not skips

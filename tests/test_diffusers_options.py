@@ -209,7 +209,7 @@ def test_a_step_cache_is_undone_when_loading_fails_after_it(run, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("sglang_gen.backends.diffusers.engine.compilation.apply", fail)
         settings = '{"Fn_compute_blocks": 1, "max_warmup_steps": 1}'
-        done = run("sd3", "--cache-dit-config", settings, steps=3)
+        done = run("sd3", "--cache-dit-config", settings, "--backend", "diffusers", steps=3)
     assert (done.code, done.lines[-1]) == (1, "ERROR: it failed")
     assert diffusers.StableDiffusion3Pipeline.__call__ is call
 
@@ -227,7 +227,11 @@ def test_a_cache_file_in_the_librarys_layout_is_taken(run):
         ("sd3", '{"parallelism_config": {"ulysses_size": 2}}', "'parallelism_config' is set by the group parallel"),
         ("sd3", '{"quantize_config": {}}', "'quantize_config' is set by the group quant"),
         ("sd3", '{"Fn_compute_blocks": 2, "Bn_compute_blocks": 1}', "covers all 3 blocks, so nothing would be reused"),
-        ("sdxl", '{"Fn_compute_blocks": 1}', "cache-dit works on transformers; StableDiffusionXLPipeline has a UNet"),
+        (
+            "sdxl",
+            '{"Fn_compute_blocks": 1}',
+            "DBCache works on the blocks of a transformer, and Stable",
+        ),
     ],
 )
 def test_cache_settings_that_cannot_act_are_refused(run, name, settings, sentence):
@@ -348,10 +352,13 @@ def test_an_image_that_cannot_be_read_is_refused(run, path, sentence):
     ("words", "sentence"),
     [
         (
-            ("model=sdxl", "cache=dbcache"),
+            ("model=sdxl", "cache=dbcache", "--backend", "diffusers"),
             "cache: cache-dit works on transformers; StableDiffusionXLPipeline has a UNet",
         ),
-        (("model=sdxl", "cache=deepcache"), "cache=deepcache: the diffusers backend has no step cache for UNets"),
+        (
+            ("model=sdxl", "cache=deepcache", "--backend", "diffusers"),
+            "cache=deepcache is supported only by the",
+        ),
         (("model=sdxl", "--attention-backend", "flesh"), "unknown kernel 'flesh'; did you mean 'flash'?"),
         (("--diffusers-kwargs", '{"shfit": 2.0}'), "takes 'shfit'; did you mean 'shift'?"),
         (("--dit-cpu-offload", "--dit-layerwise-offload"), "exclude each other; give one"),

@@ -92,14 +92,19 @@ LEFT_OUT = ("sglang_gen/families/", "sglang_gen/models/", "tools/landscape/", "t
 EXAMPLE = "the example of a command in help names a preset"
 COMPONENT = "a name of a component in model_index.json, which diffusers gives"
 SENTENCE = "a refusal of the diffusers backend says what the library cannot cache"
+METHOD = "DeepCache is a method for UNets, which it and its refusals name"
 ENGINE = "the name of another engine, of its package and of its class"
 REVIEWED: dict[tuple[str, str], str] = {  # (module, text that stands in it) -> reason
     ("sglang_gen/types.py", "unet"): COMPONENT,
     ("sglang_gen/hub/single_file.py", "unet"): COMPONENT,
     ("sglang_gen/config/help.py", "model=sdxl parallel=sp2_tp2"): EXAMPLE,
     ("sglang_gen/config/help.py", "model=sdxl --prompt"): EXAMPLE,
+    ("sglang_gen/tune/tuning_help.py", "model=sdxl parallel=single"): EXAMPLE,
     ("sglang_gen/backends/diffusers/cache.py", "no step cache for UNets"): SENTENCE,
     ("sglang_gen/backends/diffusers/cache.py", " has a UNet"): SENTENCE,
+    ("sglang_gen/backends/native/native_cache.py", "UNet"): METHOD,
+    ("sglang_gen/engine/caching/deep_cache.py", "UNet"): METHOD,
+    ("sglang_gen/plan/deep_schedule.py", "UNet"): METHOD,
     ("sglang_gen/backends/native/safety_checker.py", "clip_input"): "an argument of diffusers' safety checker",
     ("sglang_gen/hub/component_folder.py", "ByT5"): "a tokenizer of transformers that has no vocabulary file",
     ("tools/bench/single_file.py", "stable-diffusion.cpp"): ENGINE,

@@ -28,6 +28,7 @@ LAYERS = (
     ("dry_run", "debug", "report"),
     ("generate",),
     ("sweep", "__init__"),
+    ("tune",),
     ("cli",),
     ("__main__",),
 )
@@ -175,7 +176,8 @@ def test_every_package_has_only_a_docstring_in_its_init():
 def test_help_and_models_import_no_heavy_library():
     code = (
         "import sys; from sglang_gen.cli import main;"
-        "assert [main(words) for words in (['generate', '--help'], ['models'], ['report', '--help'])] == [0, 0, 0];"
+        "commands = (['generate', '--help'], ['models'], ['report', '--help'], ['tune', '--help']);"
+        "assert [main(words) for words in commands] == [0] * 4;"
         "print([name for name in ('torch', 'diffusers', 'transformers', 'hydra', 'omegaconf', 'numpy', 'rich', "
         "'altair', 'jinja2', 'vl_convert', 'PIL') "
         "if name in sys.modules], file=sys.stderr)"

@@ -163,11 +163,6 @@ def test_auto_takes_the_native_engine_where_it_can(run):
         ),
         (
             "sd3",
-            ("cache=dbcache", "cache.Fn_compute_blocks=1", "cache.max_warmup_steps=1"),
-            "it has no step cache yet",
-        ),
-        (
-            "sd3",
             ("--diffusers-kwargs", '{"clip_skip": 1}'),
             "'clip_skip' of --diffusers-kwargs is an argument",
         ),

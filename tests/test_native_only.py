@@ -60,7 +60,7 @@ def test_its_network_takes_other_weights(sglang, folder):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("cache=dbcache",), "ERROR: The native engine cannot run this: it has no step cache yet; and diffusers "),
+        (("quant=int8",), "ERROR: The native engine cannot run this: it has no quantized weights yet; and diffusers "),
         (("--backend", "diffusers"), f"has no {PIPELINE}; run with --backend sglang or auto"),
     ],
 )

@@ -73,7 +73,7 @@ def test_a_run_draws_the_image_of_torchs_kernel(sglang, pipelines, name):
     assert abs(images[1] - images[0]).max() <= 1
 
 
-@pytest.mark.parametrize("word", ["backend=diffusers", "cache=dbcache"])
+@pytest.mark.parametrize("word", ["backend=diffusers", "quant=int8"])
 def test_it_is_refused_on_diffusers_in_the_plan(sglang, word):
     done = sglang("generate", "--prompt", "a", "attention=onednn", word, "dry_run=true")
     assert done.code == 2

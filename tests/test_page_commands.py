@@ -143,6 +143,15 @@ def run(sglang, command: pages.Command) -> None:
     elif words[0] in PRINTS or any(word in PRINTS or word.startswith("dry_run=") for word in words):
         done = sglang(*words)
         assert (done.code, bool(done.out)) == (0, True), f"{command.line}\n{done.err}"
+    elif words[:2] == ["tune", "cache"]:
+        done = sglang(*words)
+        assert (done.code, bool(done.out)) == (0, True), f"{command.line}\n{done.out}{done.err}"
+        assert Path(words[words.index("--output") + 1]) in everything() - before
+    elif words[0] == "tune":
+        kept = [word for place, word in enumerate(words) if "--budget" not in (word, words[max(place - 1, 0)])]
+        small = ["--budget", "60s", "--axes", "dtype", "--prompt", "a lake", "--width", "64", "--height", "64"]
+        done = sglang(*shrunk(kept), *small)
+        assert (done.code, bool(done.out)) == (0, True), f"{command.line}\n{done.out}{done.err}"
     elif words[0] == "debug":
         done = sglang(*shrunk(words))
         assert (done.code, bool(done.out)) == (0, True), f"{command.line}\n{done.out}{done.err}"
@@ -179,8 +188,8 @@ def check_promises(words: list[str], made: set[Path]) -> None:
 
 # Pages whose commands take long together; the others are those that a newcomer meets first.
 LONG = {"README", "attention", "backend", "cache", "command", "comparing", "configuration", "lora", "machine", "model",
-        "offload", "parallel", "parity", "perf", "quality", "quant", "report", "sampling", "sweep", "sweeps",
-        "tracking", "tutorial"}  # fmt: skip
+        "offload", "parallel", "parity", "perf", "planned_cache", "quality", "quant", "report", "reporting_results",
+        "sampling", "sweep", "sweeps", "tracking", "tune", "tutorial"}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -416,8 +416,8 @@ WRONG = [
     (["debug", "parity", "--model-path", "nowhere/at-all"], "A prompt is needed"),
     (["debug", "parity", "--prompt", "x", "--num-gpus", "2", "--dp-size", "2", "--num-samples", "2", "device=cpu"],
      "sglang debug parity runs on one rank; leave out the settings of parallel"),
-    (["debug", "parity", "--prompt", "x", "cache=dbcache"],
-     "sglang debug parity runs both backends, and the native engine cannot run this: it has no step cache yet"),
+    (["debug", "parity", "--prompt", "x", "quant=int8"],
+     "sglang debug parity runs both backends, and the native engine cannot run this: it has no quantized weights yet"),
     (["debug", "party"], "Unknown command 'debug party'; did you mean 'parity'?"),
 ]  # fmt: skip
 

@@ -412,13 +412,26 @@ def test_pairs_that_ran_in_turn_show_a_slowdown_in_spite_of_drift():
     assert rows(report)["total"]["ratio"] == pytest.approx(1.1, rel=0.005)
 
 
+def test_two_recipes_that_ran_in_turn_are_compared_in_pairs():
+    """As in a sweep whose outermost key is perf.tag, which is no part of a recipe."""
+    for number, steps in enumerate((4, 2) * 6):
+        made = ours(1.05**number * (0.9 if steps == 2 else 1.0) * (1 + 0.004 * (number % 3)))
+        made["fingerprint"] = {"hash": f"steps {steps}", "fields": {**made["fingerprint"]["fields"], "steps": steps}}
+        save(f"sweep/{number}/perf.json", {**made, "timestamp": f"2026-01-01T00:{number:02}:00+00:00"})
+    words = ("sweep", "--across", "sampling.num_inference_steps", "--metric", "total")
+    assert perf(*words)[1]["verdict"] == "TOO_NOISY"
+    code, report = perf(*words, "--paired")
+    assert (code, report["verdict"]) == (0, "IMPROVEMENT")
+    assert rows(report)["total"]["ratio"] == pytest.approx(0.945, rel=0.01)  # 0.9 after 5 % of drift
+
+
 @pytest.mark.parametrize(
     ("turns", "words", "sentence"),
     [
         ("BBNN", (), "the dumps of BASE and NEW were not made in turn at 2026-01-01T00:00:00.000+00:00"),
         ("BNB", (), "BASE and NEW have 2 and 1 dumps of a recipe; run both in turn, equally often"),
         ("BN", (), "BASE and NEW have 1 and 1 dumps"),
-        ("BNBN", ("--single",), "leave out --single and --across"),
+        ("BNBN", ("--single",), "--paired computes intervals, and --single none"),
         ("BNBN", ("--metric", "cpu"), "the dumps have no metric 'cpu'"),
     ],
 )

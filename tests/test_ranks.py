@@ -86,7 +86,10 @@ def test_an_error_of_every_rank_is_said_once(run_on_ranks):
         (("parallel.sp_degree=4", "attention=flex"), "attention=flex depends on the positions of tokens in the image"),
         (("parallel=dp2",), "parallel.dp_size is 2 and the run has 1 batch of images"),
         (("parallel=cfg2", "--guidance-scale", "1.0"), "without guidance (--guidance-scale 1.0) there is one branch"),
-        (("parallel=cfg2", "cache=dbcache"), "enable_cfg_parallel and a step cache exclude each other"),
+        (
+            ("parallel=cfg2", "cache=dbcache", "--backend", "diffusers"),
+            "enable_cfg_parallel and a step cache exclude each other",
+        ),
     ],
 )
 def test_a_layout_that_nothing_can_fill_is_refused_before_loading(run_on_ranks, words, sentence):

@@ -182,7 +182,7 @@ def test_kept_and_reused_jobs_are_marked(tmp_path):
     assert [cell[0] for cell in cells(*rows)] == ["job", "0 k", "1 r", "2", "10"]
     text = to_markdown(rows)
     assert "- k: kept from an earlier run of this sweep\n- r: took the weights of an earlier job\n" in text
-    marked = [line.split(",")[-3:-1] for line in to_csv(rows).splitlines()]
+    marked = [line.split(",")[-5:-3] for line in to_csv(rows).splitlines()]
     assert marked == [["kept", "reused"], ["true", ""], ["", "true"], ["", ""], ["", ""]]
 
 

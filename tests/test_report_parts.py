@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 from pathlib import Path
 
@@ -64,6 +65,20 @@ VERDICTS = {
 def test_the_verdict_is_as_certain_as_the_times_allow(tmp_path, name):
     times, sentence = VERDICTS[name]
     assert sentence in verdict(tmp_path, *times)
+
+
+def test_candidates_of_a_tuner_have_its_names_and_its_verdict(tmp_path):
+    job(tmp_path, content=dump([1.0, 1.0]), label="base")
+    job(tmp_path, "compile=full", "dtype=float32", content=dump([0.9, 0.9]), label="compile=full dtype=float32")
+    assert [(cell.label, cell.short) for cell in read_cells([tmp_path])] == [
+        ("base", "base"), ("compile=full dtype=float32", "compile=full dtype=float32")
+    ]  # fmt: skip
+    own = collect(read_cells([tmp_path])).conclusion.headline
+    (tmp_path / "tune.json").write_text(json.dumps({"conclusion": ["Chosen: compile=full", "Tied with it: base"]}))
+    stated = collect(read_cells([tmp_path])).conclusion
+    assert (stated.headline, stated.details) == ("Chosen: compile=full.", ("Tied with it: base.",))
+    (tmp_path / "tune.json").write_text("[]")  # of another program
+    assert collect(read_cells([tmp_path])).conclusion.headline == own
 
 
 def test_saving_and_loading_do_not_count(tmp_path):

@@ -23,7 +23,7 @@ TRANSLATORS = {
     "_failure", "_first_failure", "_clear_frames",
 }  # fmt: skip
 FACTS = {"strerror", "errno", "filename", "msg", "lineno", "pos"}
-OWN = {"UserError", "RunError", "InvalidValueError", "LostError", "Terminated", "KeyboardInterrupt"}
+OWN = {"UserError", "RunError", "InvalidValueError", "LostError", "CandidateError", "Terminated", "KeyboardInterrupt"}
 
 
 def handlers():

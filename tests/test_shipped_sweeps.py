@@ -13,7 +13,7 @@ from sglang_gen.parallel.mesh import AXES
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 STAGES = ("load", "text_encoding", "latents", "denoising", "decoding", "saving")
-PICTURES = {"parallelism": 4}  # of each cell; one elsewhere
+PICTURES = {"parallelism": 4, "interactions": 4}  # of each cell; one elsewhere
 # Least PSNR in dB between a cell's pictures and those of the first: exact up to the order of sums.
 EXACT = {"attention": 40.0, "compile": 40.0, "parallelism": 60.0}
 
@@ -94,12 +94,31 @@ def test_the_cache_sweep_completes_and_every_cache_leaves_the_motif(sweep):
 
 
 @pytest.mark.slow
+def test_each_cache_gives_the_same_pictures_on_every_layout(sweep, pool, monkeypatch):
+    monkeypatch.setattr(launcher, "open_ranks", pool.open)
+    rows = sweep("parallel_cache", "--dtype", "float32", "--height", "64", "--width", "64")
+    assert [row["status"] for row in rows] == ["completed"] * 24
+    for number in range(4):
+        check_same_pictures(rows[number::4], EXACT["parallelism"])
+
+
+@pytest.mark.slow
 def test_the_threshold_sweep_moves_away_from_the_exact_picture_as_the_threshold_grows(sweep):
     rows = sweep("cache_threshold")
     assert [row["status"] for row in rows] == ["completed"] * 10
     for part in (rows[:5], rows[5:]):
         careful, *_, bold = [pictures(row)[0] for row in part]
         assert 30 < psnr(careful, bold) < 60
+
+
+@pytest.mark.slow
+def test_the_interactions_sweep_has_a_cell_for_each_pair(sweep):
+    """Without the second layout, whose ranks would take most of the time to start."""
+    rows = sweep("interactions", "parallel=single", "sampling.num_inference_steps=10")
+    assert len(rows) == 8
+    assert {row["status"] for row in rows} == {"completed"}
+    exact, *others = [pictures(row)[0] for row in rows]
+    assert all(psnr(exact, picture) > 25 for picture in others)
 
 
 @pytest.mark.slow

@@ -11,11 +11,13 @@ from PIL import Image
 from torch import nn
 
 from sglang_gen.backends.diffusers import cache as options
-from sglang_gen.backends.diffusers import engine as backend
+from sglang_gen.backends.diffusers import engine as diffusers_engine
+from sglang_gen.backends.native import engine as native_engine
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
 from sglang_gen.config.schema import Cache, CacheMethod
 from sglang_gen.errors import UserError
+from sglang_gen.perf import cache_trace
 from sglang_gen.plan import checks, step_cache
 
 SIZE = ("--height", 32, "--width", 32, "--seed", 7, "--dtype", "float32")
@@ -35,7 +37,11 @@ def refused(*words: str, **given: object) -> str:
 WRONG = [
     ("Fn_compute_blocks", (0, -1, 1.5, True, "8", None, [1]), f"{WHOLE} 1"),
     ("Bn_compute_blocks", (-1, 0.0, False, "0"), f"{WHOLE} 0"),
-    ("residual_diff_threshold", (0, 0.0, -0.1, "0.1", True, None, [0.1]), "a number above 0"),
+    ("residual_diff_threshold", (-0.1, "0.1", True, None, [0.1]), "a number of at least 0"),
+    ("max_accumulated_residual_diff_threshold", (0, -1, "1", True), "null or a number above 0"),
+    ("cfg_compute_first", (0, "false", None), "true or false"),
+    ("force_refresh_step_hint", (0, 1.5, "3"), "null or a whole number of at least 1"),
+    ("force_refresh_step_policy", ("twice", None), "once or repeat"),
     ("max_warmup_steps", (-1, 2.0, "2", None), f"{WHOLE} 0"),
     ("warmup_interval", (0, -1, True), f"{WHOLE} 1"),
     ("max_cached_steps", (0, -2, 1.0, "1"), LIMIT),
@@ -61,7 +67,8 @@ def test_a_value_of_another_kind_or_range_is_refused_with_its_key_and_what_is_le
 
 
 def test_every_key_of_the_group_has_a_rule():
-    assert set(step_cache.RULES) == {*vars(Cache()), *step_cache.SWITCHES} - set(step_cache.FIELDS_OUTSIDE)
+    keys = {*vars(Cache()), *step_cache.SWITCHES, *step_cache.LIBRARY_FIELDS}
+    assert set(step_cache.RULES) == keys - set(step_cache.FIELDS_OUTSIDE)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,10 @@ def test_every_key_of_the_group_has_a_rule():
     [
         ("cache.Fn_compute_blocks=-1", f"cache.Fn_compute_blocks is -1; it must be {WHOLE} 1"),
         ("cache.Bn_compute_blocks=-1", f"cache.Bn_compute_blocks is -1; it must be {WHOLE} 0"),
-        ("cache.residual_diff_threshold=0", "cache.residual_diff_threshold is 0.0; it must be a number above 0"),
+        (
+            "cache.residual_diff_threshold=-1",
+            "cache.residual_diff_threshold is -1.0; it must be a number of at",
+        ),
         ("cache.residual_diff_threshold=nan", "cache.residual_diff_threshold is nan; it must be a finite number"),
         ("cache.max_warmup_steps=-3", f"cache.max_warmup_steps is -3; it must be {WHOLE} 0"),
         ("cache.max_cached_steps=0", f"cache.max_cached_steps is 0; it must be {LIMIT}"),
@@ -117,7 +127,8 @@ def no_weights(monkeypatch):
     def read(*_):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(backend, "_read", read)
+    monkeypatch.setattr(diffusers_engine, "_read", read)
+    monkeypatch.setattr(native_engine, "build", read)
 
 
 def asked(pipelines, name: str, settings: dict, steps: int, *words: object) -> list[object]:
@@ -163,13 +174,17 @@ def test_a_cache_that_can_reuse_a_step_is_taken(sglang, pipelines, settings, ste
     assert done.code == 0, done.err
 
 
+SPARED = [(8, 0.25, 2), (8, 0.375, 0), (10, 0.25, 0), (8, 1.0, 0)]  # of 10 steps a quarter is two or three
+
+
 @pytest.mark.parametrize(
-    ("steps", "strength", "code"), [(8, 0.25, 2), (8, 0.375, 0), (10, 0.25, 0), (8, 1.0, 0), (8, 1e308, 0)]
-)  # of 10 steps a quarter is two or three, by pipeline
-def test_steps_that_an_input_picture_spares_do_not_count(sglang, pipelines, steps, strength, code):
+    ("backend_name", "steps", "strength", "code"),
+    [*(("sglang", *case) for case in SPARED), *(("diffusers", *case) for case in (*SPARED, (8, 1e308, 0)))],
+)
+def test_steps_that_an_input_picture_spares_do_not_count(sglang, pipelines, backend_name, steps, strength, code):
     Image.new("RGB", (32, 32)).save("picture.png")
     kwargs = ("--image-path", "picture.png", "--diffusers-kwargs", json.dumps({"strength": strength}))
-    done = sglang(*asked(pipelines, "sd3", SMALL, steps, *kwargs, "dry_run=true"))
+    done = sglang(*asked(pipelines, "sd3", SMALL, steps, *kwargs, "dry_run=true", "--backend", backend_name))
     assert (done.code, "covers all 2 steps" in done.err) == (code, code == 2), done.err
 
 
@@ -189,7 +204,7 @@ def test_a_pipeline_that_the_library_does_not_know_is_refused_in_the_plan(sglang
     import cache_dit
 
     monkeypatch.setattr(cache_dit.BlockAdapterRegister, "is_supported", lambda _: False)
-    done = sglang(*asked(pipelines, "sd3", SMALL, 4, "dry_run=true"))
+    done = sglang(*asked(pipelines, "sd3", SMALL, 4, "dry_run=true", "--backend", "diffusers"))
     assert (done.code, done.lines[-1]) == (
         2, "ERROR: cache: cache-dit cannot cache StableDiffusion3Pipeline; run with cache=none",
     )  # fmt: skip
@@ -246,7 +261,7 @@ def test_a_run_that_reused_nothing_says_so(sglang, pipelines, name):
 def test_runs_with_the_same_settings_compare_whatever_they_reused(sglang, pipelines, monkeypatch):
     fingerprints = []
     for reused in (0, 5):
-        monkeypatch.setattr(options.StepCache, "reused", lambda _, reused=reused: reused)
+        monkeypatch.setattr(cache_trace, "reused_steps", lambda _, reused=reused: reused)
         done = sglang(*asked(pipelines, "sd3", SMALL, 4, "--perf-dump-path", f"{reused}.json", "perf=light"))
         assert done.code == 0, done.err
         dump = json.loads(Path(f"{reused}.json").read_text())
@@ -285,10 +300,11 @@ def test_settings_that_act_only_with_another_are_warned_of(sglang, pipelines, se
     ]
 
 
-def test_the_engine_says_the_same_before_and_after_a_generation(sglang, pipelines, monkeypatch):
+@pytest.mark.parametrize(("backend_name", "backend"), [("diffusers", diffusers_engine), ("sglang", native_engine)])
+def test_the_engine_says_the_same_before_and_after_a_generation(sglang, pipelines, monkeypatch, backend_name, backend):
     """The reused steps are those of a batch, and the dump has those of the last one."""
-    seen, close = [], backend.DiffusersEngine.close
-    load = backend.load
+    kind = {"diffusers": "DiffusersEngine", "sglang": "NativeEngine"}[backend_name]
+    seen, close, load = [], getattr(backend, kind).close, backend.load
 
     def loaded(*args):
         engine = load(*args)
@@ -300,9 +316,10 @@ def test_the_engine_says_the_same_before_and_after_a_generation(sglang, pipeline
         close(engine)
 
     monkeypatch.setattr(backend, "load", loaded)
-    monkeypatch.setattr(backend.DiffusersEngine, "close", closed)
+    monkeypatch.setattr(getattr(backend, kind), "close", closed)
     settings = {**SMALL, "residual_diff_threshold": 10.0, "max_cached_steps": 1}
-    done = sglang(*asked(pipelines, "sd3", settings, 4, "--perf-dump-path", "perf.json", "perf=light"))
+    words = ("--perf-dump-path", "perf.json", "perf=light", "--backend", backend_name)
+    done = sglang(*asked(pipelines, "sd3", settings, 4, *words))
     assert done.code == 0, done.err
     assert seen[0] == seen[1]
     assert "reused_steps" not in seen[0]["cache"]

@@ -22,7 +22,10 @@ SWEEPS = Path(__file__).parent.parent / "sweeps"
 TABLE = "++hydra.callbacks.table._target_=sglang_gen.sweep.callback.SweepTable"
 TINY = ("--prompt", "a", "--seed", "1", "--height", "32", "--width", "32", "--num-inference-steps", "1",
         "perf.work=false", "perf.machine_rates=false")  # fmt: skip
-CELLS = {"attention": 9, "cache_dit": 5, "cache_threshold": 10, "compile": 3, "parallelism": 10}
+CELLS = {
+    "attention": 9, "cache_dit": 5, "cache_threshold": 10, "compile": 3, "interactions": 16, "parallel_cache": 24,
+    "parallelism": 10,
+}  # fmt: skip
 
 
 def observation(milliseconds: float) -> dict:

@@ -30,7 +30,7 @@ import pytest
 from tools.planted import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("sglang_gen", "conf", "tests", "pyproject.toml")
+COPIED = ("sglang_gen", "conf", "tests", "tools", "pyproject.toml")
 LIBRARIES = (
     "diffusers.pipelines.auto_pipeline", "diffusers.hooks", "hydra", "hypothesis", "torch.utils.flop_counter",
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Collectives that a rank ran in the timed generation by stage, and the facts from which its traffic is predicted."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,8 @@ class GeneratedBatch:
     """How one batch was generated, as far as its communication depends on it.
 
     `steps` is the step of each evaluation and `networks` the name of the network that computes it, `texts` the encoded
-    texts of each guidance branch, and `encoded` the number of lists of texts that the text encoders encoded.
+    texts of each guidance branch, and `encoded` the number of lists of texts that the text encoders encoded. `choices`
+    are those of the step cache in each evaluation, if there is one.
     """
 
     request: Request
@@ -34,11 +35,14 @@ class GeneratedBatch:
     texts: tuple[tuple[Described, ...], ...]
     encoded: int
     latents: Described
+    choices: tuple[tuple[Hashable, ...], ...] = ()
 
     @property
     def kinds(self) -> list[int]:
-        """For each evaluation the index of the first one of its kind."""
-        return kinds(self.guidance, self.steps, self.networks)
+        """For each evaluation the index of the first one of its kind, of which a step cache left out the same."""
+        plain = kinds(self.guidance, self.steps, self.networks)
+        found: list[Any] = list(zip(plain, self.choices, strict=True)) if self.choices else list(plain)
+        return [found.index(kind) for kind in found]
 
 
 class CommLog:

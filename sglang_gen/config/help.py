@@ -17,6 +17,7 @@ commands:
   models     list the model presets
   perf       compare the performance of runs and commits (sglang perf compare, check, history)
   report     write a page with the images, plots and tables of a sweep
+  tune       find the fastest configuration whose images keep a bound (sglang tune --help)
   debug      compare the native engine with diffusers, module by module (sglang debug parity)
 
 options:

@@ -60,6 +60,7 @@ class CacheMethod(Enum):
     none = "none"
     dbcache = "dbcache"
     deepcache = "deepcache"
+    planned = "planned"
 
 
 class Tracker(Enum):
@@ -172,6 +173,7 @@ class Cache:
     Fn_compute_blocks: int = 8
     Bn_compute_blocks: int = 0
     residual_diff_threshold: float = 0.08
+    max_accumulated_residual_diff_threshold: float | None = None
     max_warmup_steps: int = 8
     warmup_interval: int = 1
     max_cached_steps: int = -1
@@ -181,7 +183,11 @@ class Cache:
     steps_computation_policy: str = "dynamic"
     calibrator: str | None = None
     taylorseer_order: int = 1
-    interval: int = 3  # deepcache: a full forward every `interval` steps
+    interval: int = 3  # deepcache: number of steps from one full forward to the next
+    branch: int = 0  # deepcache: skip connection at which a reused step turns back, from the outermost
+    center: int | None = None  # deepcache: step around which full forwards are denser; null: evenly spaced
+    power: float = 1.4  # deepcache: how much denser
+    plan_file: str | None = None  # planned: the schedule that `sglang tune cache` wrote
 
 
 @dataclass
@@ -228,6 +234,7 @@ class Perf:
     tag: str | None = None
     machine_rates: bool = True  # measure this machine's matmul and memory rates once and cache them
     work: bool = True  # count FLOPs and bytes of each stage, and predict memory and times
+    calibrate: bool = False  # measure a fixed work beside each generation, to which perf check relates processor time
     blocks: bool = False  # time each block of the denoising network
     trace: bool = False  # write a profiler trace of one more batch after the timed generations
     repeat: int = 1  # generations in one process, for more observations and a check that all are identical
@@ -346,7 +353,7 @@ def plain(value: Any) -> Any:
 LOCAL = (
     "model.path", "model.configs", "lora.path", "quant.transformer_weights_path", "offload.disk_path",
     "sampling.image_path", "sampling.latents", "sampling.prompts_file", "quality.manifest", "quality.reference",
-    "output.path", "output.perf_dump_path",
+    "cache.plan_file", "output.path", "output.perf_dump_path",
 )  # fmt: skip
 
 # Minimum and maximum of numeric settings; larger values would overflow or exhaust memory.

@@ -109,15 +109,14 @@ def compare(plan: Plan, mesh: Mesh, log: CommLog, measured: Mapping[str, Any]) -
     rates = machine_rates.of_run(plan, found.threads)
     memory, parts = _memory(plan, batches, rates, found)
     cached = found.effective.get("cache", "none") != "none"
-    steps = "the step cache decides which steps are computed" if cached else None
-    no_time = steps or _no_time(plan, rates, kernel)
+    no_time = _no_time(plan, rates, kernel)
     times = None if no_time or rates is None else _times(plan, batches, rates, kernel)
     slow = no_time or ("the collectives of this machine were not measured" if times is None else None)
     sent = sum(sum(traffic.bytes.values()) for traffic in stages.values())
     entries = {
         "memory_mb": _entry(memory, found.peak_mb, _no_memory(plan, cached, found)) | parts,
-        "communication_bytes": _entry(sent, total_sent, steps),
-        "flops": _entry(_flops(batches), found.flops, steps),
+        "communication_bytes": _entry(sent, total_sent, None),
+        "flops": _entry(_flops(batches), found.flops, None),
         "step_ms": _entry(times and times[0], found.step_ms, slow),
         "total_ms": _entry(times and times[1], found.total_ms, slow),
     }

@@ -117,6 +117,8 @@ def trace_evaluations(built: Built, batch: GeneratedBatch, kinds: Sequence[int],
         trace.again = len(alive.events)
         for kind in kinds:
             current = Kernels(fused)
+            if built.cache is not None and batch.choices:
+                built.cache.repeat(batch.choices[kind])
             with counted() as sent, current:
                 predict(latents, kind)
             trace.evaluations[kind] = StageTrace(sent=sent, kernels=current)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.profiler import record_function
 
+from sglang_gen.engine.caching.cached_chain import runner
 from sglang_gen.models.chain import Block, Chain, State
 
 
@@ -41,9 +42,9 @@ class NamedChain(Chain):
 @contextmanager
 def named_blocks(network: Any, prefix: str = "") -> Iterator[None]:
     """Context in which each block of the network is a range of the profiler; its name follows `prefix`."""
-    chain = network.chain
-    network.chain = NamedChain(network, prefix)
+    holder: Any = runner(network)
+    chain, holder.chain = holder.chain, NamedChain(network, prefix)
     try:
         yield
     finally:
-        network.chain = chain
+        holder.chain = chain

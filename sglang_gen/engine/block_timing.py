@@ -26,25 +26,25 @@ class TimedChain(Chain):
         super().__init__()
         self.names = BlockNames(network)
         self.timer, self.on = timer, False
-        self.blocks: dict[int, BlockCalls] = {}
+        self.blocks: dict[str, BlockCalls] = {}  # in the order of their first call
 
     def forward(
         self, blocks: Sequence[Block], state: State, conditions: Sequence[tuple[Any, ...]], *shared: Any
     ) -> State:
         if not self.on:
             return super().forward(blocks, state, conditions, *shared)
-        for index, (block, condition) in enumerate(zip(blocks, conditions, strict=True)):
+        for block, condition in zip(blocks, conditions, strict=True):
             start = self.timer.mark()
             state = block(*state, *condition, *shared)
-            timed = self.blocks.setdefault(index, BlockCalls(self.names.of(block)))
-            timed.marks.append((start, self.timer.mark()))
+            name = self.names.of(block)
+            self.blocks.setdefault(name, BlockCalls(name)).marks.append((start, self.timer.mark()))
         return state
 
     def report(self) -> list[dict[str, Any]]:
         """`[{name, calls, mean_ms, total_ms}]` of the blocks, in order. Waits for the device."""
         self.timer.synchronise()
         rows = []
-        for _, block in sorted(self.blocks.items()):
+        for block in self.blocks.values():
             times = [self.timer.elapsed_ms(start, stop) for start, stop in block.marks]
             total = sum(times)
             rows.append({"name": block.name, "calls": len(times), "mean_ms": total / len(times), "total_ms": total})

@@ -58,10 +58,10 @@ class Compiled:
         if not regions:
             network.evaluate = self._with_limit(type(network), _compiled(network.evaluate, ranks, options))
 
-    def expect(self, shapes: Shapes) -> None:
-        """Allow the graphs that these shapes need."""
+    def expect(self, shapes: Shapes, graphs: int = 1) -> None:
+        """Allow the graphs that these shapes need, so many for each."""
         for kind, calls in shapes.blocks.items():
-            self.expected.setdefault(kind, set()).update(calls)
+            self.expected.setdefault(kind, set()).update((number, call) for number in range(graphs) for call in calls)
 
     def _with_limit(self, kind: type, compiled: Any) -> Any:
         """Wrap a compiled function so that torch's global recompile limit is the limit of class `kind` in each call."""

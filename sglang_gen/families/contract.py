@@ -189,6 +189,8 @@ class Spec:
     packs_like: tuple[str, ...] = ()  # parts of class names of networks of diffusers with the same `patch`
     most_patches: Callable[[ComponentConfig], int | None] = any_size  # largest number of patches along a side
 
+    skip_connections: Callable[[ComponentConfig], int] | None = None  # number of those of a UNet; None: a transformer
+
     # Parallelism: functions of the denoising network's config
     heads: Callable[[ComponentConfig], tuple[int, ...]] = configured_heads
     head_widths: Callable[[ComponentConfig], tuple[int, ...]] = configured_head_widths  # channels of a head

@@ -40,6 +40,13 @@ def for_each_level(value: Any, levels: int) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value] * levels
 
 
+def skip_connections(config: ComponentConfig) -> int:
+    """Number of skip connections: one for the first convolution, each residual block and each downsampling."""
+    c = {**UNET_DEFAULTS, **config}
+    levels = len(c["block_out_channels"])
+    return sum(for_each_level(c["layers_per_block"], levels)) + levels
+
+
 def heads(config: ComponentConfig) -> tuple[int, ...]:
     """Distinct head counts of the middle block and of the levels with attention, smallest first.
 

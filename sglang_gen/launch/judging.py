@@ -10,7 +10,7 @@ from sglang_gen.config import manifest
 from sglang_gen.config.schema import plain
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.outputs.save import Saved
-from sglang_gen.perf import blank_images, metrics, quality
+from sglang_gen.perf import attributes, blank_images, metrics, quality
 from sglang_gen.plan import image_size
 from sglang_gen.plan.quality_request import AUTO, about_images
 from sglang_gen.types import Plan
@@ -25,6 +25,7 @@ class Judge:
     folder: str | None  # of the reference images
     references: list[Path] | None  # one for each sample
     metrics: dict[str, metrics.Metric]
+    attributes: attributes.Attributes | None  # of the model, if its folder has them
 
     def judge(self, saved: Saved) -> dict[str, Any]:
         """The entry `quality` of the dump. Raises UserError for references that cannot be compared, RunError for a
@@ -40,28 +41,34 @@ class Judge:
         if self.manifest is not None:
             named = {"name": self.manifest.name, "digest": self.manifest.digest}
             report["manifest"] = named | {"samples": len(saved.samples)}
-        if self.metrics:
+        if self.metrics or self.attributes:
             others = None if self.references is None else [quality.read_reference(path) for path in self.references]
-            report["summary"] |= metrics.measure(self.metrics, report["samples"], saved.frames, others)
+            if self.metrics:
+                report["summary"] |= metrics.measure(self.metrics, report["samples"], saved.frames, others)
+            if self.attributes:
+                report |= self.attributes.measure(report["samples"], saved.frames, others)
+                report["summary"][attributes.ACCURACY] = attributes.summary(report["samples"])
         return report
 
 
 def prepared(plan: Plan) -> Judge | None:
     """The judge of a run that asks for the quality of its images; None for another run.
 
-    Raises UserError for a reference that cannot be compared, and for a metric that cannot be loaded.
+    Raises UserError for a reference that cannot be compared, for a metric that cannot be loaded, and for a broken
+    classifier of the model.
     """
     wanted = plan.run.quality
     if about_images(plan.run) is None:
         return None
     named = None if wanted.manifest is None else manifest.read(wanted.manifest)
-    loaded = metrics.load(wanted.metrics)
+    loaded, place = metrics.load(wanted.metrics), attributes.folder_in(plan.card)
+    known = None if place is None else attributes.load(place)
     folder = plan.reference or wanted.reference
     if folder is None or (folder == AUTO and plan.reference is None):  # a dry run makes no reference
-        return Judge(plan, named, None, None, loaded)
+        return Judge(plan, named, None, None, loaded, known)
     samples = [plain(sample) for batch in plan.batches for sample in batch]
     references = quality.counterparts(folder, samples, image_size.expected(plan), named)
-    return Judge(plan, named, folder, references, loaded)
+    return Judge(plan, named, folder, references, loaded, known)
 
 
 def judged(judge: Judge, saved: Saved, report: dict[str, Any]) -> RunError | None:
@@ -78,6 +85,8 @@ def judged(judge: Judge, saved: Saved, report: dict[str, Any]) -> RunError | Non
             judge.plan.run.quality.reference if judge.plan.reference is None else "the reference without approximations"
         )
         log.info(f"Quality against {where}: {quality.sentence(report['quality'])}")
+    if judge.attributes is not None:
+        log.info(f"Quality, attribute accuracy: {attributes.sentence(report['quality'])}")
     for name in judge.metrics:
         log.info(f"Quality, {name}: {metrics.sentence(report['quality']['summary'][name])}")
     return blank

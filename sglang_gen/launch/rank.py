@@ -23,7 +23,7 @@ from sglang_gen.outputs.save import Saved, kept_latents
 from sglang_gen.parallel import bandwidth
 from sglang_gen.parallel.guidance_split import rounds
 from sglang_gen.parallel.mesh import Mesh
-from sglang_gen.perf import dump, energy, trace
+from sglang_gen.perf import cache_trace, calibration, dump, energy, trace
 from sglang_gen.perf.clock import Clock, timer
 from sglang_gen.perf.flops import CallLog
 from sglang_gen.perf.memory import Memory, host_anon_mb
@@ -99,13 +99,15 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float, kept: KeptWeigh
             _warm_up(plan, mesh, engine, phases.warmup)
         mesh.barrier()
         phases.calls.on = True
+        is_shown = plan.run.perf.calibrate and plan.run.output.perf_dump_path is not None
+        calibrated = calibration.calibration(is_shown, plan.dtype)
         with energy.metered(plan.device, _first_here(mesh)) as meter:
-            with meter.generation():
+            with calibrated.generation(), meter.generation():
                 saved = _generate(plan, mesh, engine, phases.generate)
             phases.calls.on = False
-            decisions, blocks = engine.cache_decisions(), engine.block_timings()
+            decisions, blocks = engine.cache_trace() if mesh.leads else None, engine.block_timings()
             for _ in range(plan.run.perf.repeat - 1):
-                with meter.generation():
+                with calibrated.generation(), meter.generation():
                     phases.repeats.append(_repeat(plan, mesh, engine, Clock(times, memory), saved))
         traced = _trace(plan, mesh, engine, trace.TracedClock(times, memory)) if plan.run.perf.trace else None
     finally:
@@ -115,13 +117,20 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float, kept: KeptWeigh
         dump.describe_rank(mesh.rank, phases)
         | {"comm": sent, "predicted": predicted, "energy_j": meter.generations, "trace": traced}
     )
-    if ranks is None:
+    traces = mesh.gather_all(decisions)
+    if ranks is None or traces is None:
         return None
+    cached = cache_trace.merged(traces)
+    for line in cache_trace.lines(cached or ()):
+        log.info(line)
+    if warning := cache_trace.idle(cached or ()):
+        log.warning(warning)
     log.info(f"Total generation time: {phases.generate.total_ms / 1000:.2f}s")
     report = dump.build(plan, phases, saved.effective, saved.samples)
-    report |= {"cache": decisions, "block_timings_ms": blocks, "ranks": ranks, "trace": traced}
-    report |= {"comm": sent, "predicted": predicted}
+    report |= {"cache": None if cached is None else cache_trace.dumped(cached)}
+    report |= {"block_timings_ms": blocks, "ranks": ranks, "trace": traced, "comm": sent, "predicted": predicted}
     energy.add(report, plan.device)
+    calibration.add(report, calibrated)
     return _finish(plan, phases, saved, report, rate, judge)
 
 

@@ -5,7 +5,7 @@ Neither depends on the latents, so `condition` computes all steps' projections a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from typing import Any
@@ -194,8 +194,8 @@ class Level(nn.Module):
 class Stage:
     """One link of the chain: modules that share a place in it, and the skip connections that it pushes and pops.
 
-    Upsampling belongs to the stage that pops the first skip connection of the finer level, so stages that push as many
-    skip connections as they pop can be left out together.
+    Upsampling belongs to the stage that pops the last skip connection of the coarser level, which downsampling pushed,
+    so stages that push as many skip connections as they pop can be left out together.
     """
 
     residual: Any = None
@@ -206,8 +206,6 @@ class Stage:
     pops: int = 0
 
     def __call__(self, x: Tensor, skips: Skips, time: Tensor | None = None, texts: Texts | None = None) -> State:
-        if self.upsample is not None:
-            x = self.upsample(x, *skips[-1].shape[-2:])
         if self.pops:
             x, skips = torch.cat([x, skips[-1]], dim=1), skips[:-1]
         if self.residual is not None:
@@ -216,6 +214,8 @@ class Stage:
             x = self.transformer(x, texts)
         if self.downsample is not None:
             x = self.downsample(x)
+        if self.upsample is not None:
+            x = self.upsample(x, *skips[-1].shape[-2:])
         return x, (*skips, x) if self.pushes else skips
 
 
@@ -266,12 +266,9 @@ class UNet(nn.Module):
             if level.downsample is not None:
                 stages.append(Stage(downsample=level.downsample, pushes=1))
         stages += [Stage(residual, transformer) for residual, transformer in self.middle.pairs()]
-        upsample = None
         for level in self.up:
-            for residual, transformer in level.pairs():
-                stages.append(Stage(residual, transformer, upsample=upsample, pops=1))
-                upsample = None
-            upsample = level.upsample
+            stages += [Stage(residual, transformer, pops=1) for residual, transformer in level.pairs()]
+            stages[-1] = replace(stages[-1], upsample=level.upsample)
         return stages
 
     def forward(self, latents: Tensor, conditioning: Conditioning, step: int) -> Tensor:

@@ -9,7 +9,7 @@ from sglang_gen.config.flags import BY_PATH
 from sglang_gen.config.schema import Run, get
 from sglang_gen.errors import RunError
 
-FILES = ("sampling.image_path", "sampling.latents")
+FILES = ("sampling.image_path", "sampling.latents", "cache.plan_file")
 
 
 def digests(run: Run) -> dict[str, str]:

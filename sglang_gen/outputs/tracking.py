@@ -11,7 +11,7 @@ from sglang_gen import files, log
 from sglang_gen.config.schema import Run, Tracker, plain
 from sglang_gen.errors import RunError, in_our_words
 from sglang_gen.outputs.dump_path import RUNS
-from sglang_gen.perf.dump_numbers import QUALITY, TIMES, peak_memory, times
+from sglang_gen.perf.dump_numbers import ACCURACIES, QUALITY, TIMES, peak_memory, times
 
 LOCK_SECONDS = 60.0  # longest wait for another run that writes its row
 SETTINGS = ("num_inference_steps", "guidance_scale", "seed", "num_samples", "batch_size")
@@ -56,7 +56,7 @@ def row(run: Run, report: Mapping[str, Any], paths: Sequence[Path]) -> dict[str,
         **{f"requested.{name}": _text(value) for name, value in requested.items()},
         **{f"effective.{name}": _text(effective.get(name)) for name in requested},
         "fingerprint": report["fingerprint"]["hash"],
-        "verdict": (report.get("quality") or {}).get("verdict"),
+        **{name: (report.get("quality") or {}).get(name) for name in ("verdict", *ACCURACIES)},
     }
 
 

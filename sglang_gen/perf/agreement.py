@@ -50,6 +50,31 @@ def summary(
     }
 
 
+def compared_summary(
+    values: Sequence[float],
+    references: Sequence[float] | None,
+    entries: Sequence[Mapping[str, Any]],
+    higher_is_better: bool,
+) -> dict[str, Any]:
+    """`summary` of a measure that the images have alone; `references` are its values for the reference images.
+
+    With them the summary also has `{reference_mean, difference, difference_error}`, and the worst image is the one with
+    the worst difference.
+    """
+    own = summary(dict(enumerate(values)), entries, higher_is_better)
+    if references is None or not values:
+        return own
+    differences = [value - other for value, other in zip(values, references, strict=True)]
+    worst = summary(dict(enumerate(differences)), entries, higher_is_better)["worst"]
+    paired = paired_difference(values, references)
+    return own | {
+        "worst": worst | {"value": values[differences.index(worst["value"])], "difference": worst["value"]},
+        "reference_mean": mean_with_error(references)["mean"],
+        "difference": paired["mean"],
+        "difference_error": paired["standard_error"],
+    }
+
+
 def mean_with_error(values: Sequence[float]) -> dict[str, float | None]:
     """`{mean, standard_error}`: s / sqrt(n) with the sample standard deviation s, None for a single value."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

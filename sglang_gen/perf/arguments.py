@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from sglang_gen import destination
 from sglang_gen import files as output
 from sglang_gen.errors import UserError, nearest
+from sglang_gen.perf.busy_machine import QUIET, WALL_CLOCK
 from sglang_gen.perf.compare import JUDGED, KINDS, TOLERANCES, Tolerance
 from sglang_gen.perf.compare_markdown import share
 from sglang_gen.perf.dump_reader import Dump
@@ -32,6 +33,12 @@ METRIC_HELP = """\
   --metric METRIC[,METRIC...]
                             metrics to judge, such as total, stage.denoising or cpu (default: {judged})""".format(
     judged=", ".join(JUDGED)
+)
+CHECK_METRIC_HELP = """\
+  --metric METRIC[,METRIC...]
+                            metrics to judge, such as total, stage.denoising or cpu (default: cpu and memory, and if the
+                            noise is below {quiet:g}% or there is no cpu, {judged})""".format(
+    quiet=100 * QUIET, judged=", ".join(kind for kind in JUDGED if kind in WALL_CLOCK)
 )
 
 
@@ -115,13 +122,16 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def metrics(text: str | None, tolerances: Sequence[str], dumps: Sequence[Dump]) -> tuple[str, ...]:
+def metrics(
+    text: str | None, tolerances: Sequence[str], dumps: Sequence[Dump], default: tuple[str, ...] = JUDGED
+) -> tuple[str, ...]:
     """The metrics of `--metric`, each of which a dump has. Raises UserError for a tolerance of a metric not judged."""
     if text is None:
-        judged: tuple[str, ...] = JUDGED
+        judged = default
     else:
         judged = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-        known = {part for dump in dumps for name in dump.metrics for part in (name, name.partition(".")[0])}
+        names = {name: name.partition(".")[0] for dump in dumps for name in dump.metrics}
+        known = {part for name, kind in names.items() for part in (name, kind) if kind in KINDS}
         for name in judged:
             if name not in known:
                 near = nearest(name, known)

@@ -9,9 +9,10 @@ from pathlib import Path
 from sglang_gen import files as output
 from sglang_gen.errors import UserError
 from sglang_gen.perf import baseline
-from sglang_gen.perf.arguments import METRIC_HELP, Parser, confidence, metrics, tolerance_help, tolerances
+from sglang_gen.perf.arguments import CHECK_METRIC_HELP, Parser, confidence, metrics, tolerance_help, tolerances
 from sglang_gen.perf.baseline import Baseline
-from sglang_gen.perf.compare import Comparison, Report, Rules, compare, worst
+from sglang_gen.perf.busy_machine import CPU, QUIET
+from sglang_gen.perf.compare import JUDGED, Comparison, Report, Rules, compare, worst
 from sglang_gen.perf.compare_command import EXIT_CODES, as_json, write
 from sglang_gen.perf.compare_markdown import changed_fields, markdown
 from sglang_gen.perf.dump_reader import Dump, collect
@@ -20,6 +21,7 @@ from sglang_gen.perf.recipe import differences
 from sglang_gen.perf.statistics import Verdict
 
 CHECK_CONFIDENCE = "99%"
+CHECKED = (CPU, *JUDGED)  # unless others are named
 CHECK_HELP = f"""\
 usage: sglang perf check DUMP [DUMP ...] [options]
 
@@ -34,7 +36,7 @@ options:
   --keep NUMBER             dumps that a baseline keeps, the newest (default: {baseline.KEPT})
   --machine NAME            name of the machine (default: its processor or GPUs). Equal machines may differ in speed, so
                             name each machine, or each kind of CI runner
-{METRIC_HELP}
+{CHECK_METRIC_HELP}
 {tolerance_help(CHECK_CONFIDENCE)}
   --json FILE               write the report as JSON
   --markdown FILE           write the report as Markdown
@@ -80,7 +82,8 @@ def main(argv: Sequence[str]) -> int:
     reports = parser.reports(json=given.json, markdown=given.markdown)
     dumps, known = collect(map(os.path.expanduser, given.paths)), baseline.read_folder(folder)
     parser.check_reports(reports, [*(dump.path for dump in dumps), *(item.path for item in known)])
-    rules = Rules(limits, level, metrics=metrics(given.metric, given.tolerance, dumps), method=Method.DRIFTING)
+    judged = metrics(given.metric, given.tolerance, dumps, CHECKED)
+    rules = Rules(limits, level, metrics=judged, method=Method.DRIFTING, quiet=QUIET if given.metric is None else None)
     groups = _groups(dumps, known, machine, rules)
     written = [_added(group, folder, keep, given.replace) for group in groups if group.accepted(given)]
     report = _report(groups, rules, given)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen.errors import UserError
+from sglang_gen.perf import busy_machine
 from sglang_gen.perf.dump_reader import Dump
 from sglang_gen.perf.log_ratio import Method
 from sglang_gen.perf.paired_quality import QualityRow, compare_quality
@@ -101,6 +102,7 @@ class Rules:
 
     With `single` the ratio alone is compared with the tolerance. Metrics beside `metrics` are left out. Each dump is
     one observation if a side has several dumps, which show how much processes differ, and always with another method.
+    Wall clocks with more noise than `quiet` are not judged if there are processor times.
     """
 
     tolerances: Mapping[str, Tolerance] = field(default_factory=lambda: TOLERANCES)
@@ -109,6 +111,7 @@ class Rules:
     single: bool = False
     metrics: Sequence[str] = JUDGED  # names of metrics, or their first parts, such as stage
     method: Method = Method.INDEPENDENT
+    quiet: float | None = None
 
     def judges(self, name: str) -> bool:
         return name in self.metrics or name.partition(".")[0] in self.metrics
@@ -227,11 +230,18 @@ def _judge(comparison: Comparison, base: Sequence[Dump], new: Sequence[Dump], ru
         left, right = (
             {name: values for name, values in side.items() if len(values) == len(base)} for side in (left, right)
         )
-    rows = [_row(name, left[name], right[name], rules) for name in left if name in right]
+    speeds = busy_machine.speeds(base, new, rules.method)
+    rows = [_row(name, left[name], right[name], rules, speeds) for name in left if name in right]
+    rows, unjudged = busy_machine.judged(rows, rules.quiet)
     if not rows:
         raise UserError(f"{new[0].path} and {base[0].path} have no common metric of {', '.join(rules.metrics)}")
     quality, left_out = compare_quality([dump.quality for dump in base], [dump.quality for dump in new])
-    notes = [*comparison.notes, *left_out]
+    notes = [
+        *comparison.notes,
+        *unjudged,
+        *left_out,
+        *busy_machine.about_speeds(rows, speeds, [*base, *new], rules.method),
+    ]
     if by_dump and any(len(values) > 1 for dump in (*base, *new) for values in dump.metrics.values()):
         notes.append("each dump is one observation, the geometric mean of its repeats, since processes differ")
     if rules.single:
@@ -296,14 +306,17 @@ def tolerance_of(name: str, base: float, rules: Rules) -> float:
     return max(limits.relative, limits.absolute / base)
 
 
-def _row(name: str, base: list[float], new: list[float], rules: Rules) -> Row:
+def _row(
+    name: str, base: list[float], new: list[float], rules: Rules, speeds: busy_machine.Speeds | None = None
+) -> Row:
     unit = unit_of(name)
     left, right = (Values.of([max(value, RESOLUTION[unit]) for value in side]) for side in (base, new))
     tolerance = tolerance_of(name, left.geometric_mean, rules)
     if rules.single:
         ratio = right.geometric_mean / left.geometric_mean
         return Row(name, unit, left, right, ratio, None, tolerance, by_ratio(ratio, tolerance), None)
-    judged = judge(left.observations, right.observations, tolerance, rules.confidence, rules.method.difference)
+    difference = busy_machine.difference(name, rules.method, speeds)
+    judged = judge(left.observations, right.observations, tolerance, rules.confidence, difference)
     return Row(name, unit, left, right, judged.ratio, judged.interval, tolerance, judged.verdict, judged.repeats_needed)
 
 

@@ -44,7 +44,7 @@ options:
                             TOO_NOISY. Without this option, a metric with one observation on each side is never a
                             REGRESSION or an IMPROVEMENT: it passes within its tolerance and is TOO_NOISY beyond
   --paired                  pair the dumps of BASE and NEW in the order of time; they must have been made in turn, so
-                            that the drift of the machine cancels
+                            that the drift of the machine cancels. With --across the sides are two recipes
   --json FILE               write the report as JSON
   --markdown FILE           write the report as Markdown
   -h, --help                show this help
@@ -70,8 +70,8 @@ def main(argv: Sequence[str]) -> int:
     reports = parser.reports(json=given.json, markdown=given.markdown)
     if given.single and given.confidence is not None:
         raise UserError("--confidence has no effect with --single, which computes no intervals; leave out one of them")
-    if given.paired and (given.single or keys):
-        raise UserError("--paired compares one program with another; leave out --single and --across")
+    if given.paired and given.single:
+        raise UserError("--paired computes intervals, and --single none; leave out one of them")
     limits, level = tolerances(given.tolerance), confidence(given.confidence)
     base, new = collect(paths[:1]), collect(paths[1:])
     dumps = [*base, *new]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_gen.perf import attributes
 from sglang_gen.perf.clock import STAGES
 from sglang_gen.perf.log_ratio import quantile
 
@@ -17,6 +18,7 @@ MEMORY = {"peak_host_mb": "peak_host_anon_mb", "peak_device_mb": "peak_allocated
 
 
 QUALITY = ("psnr", "ssim", "max_error")
+ACCURACIES = (attributes.ACCURACY, attributes.REFERENCE_ACCURACY)  # of models with attributes
 
 
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 97.5 %, 1 to 10 degrees

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,12 +28,14 @@ class Watched:
     """A network whose calls count as work of a stage.
 
     `module` holds the weights; `meta_copy` builds what is called on meta, if that is not a copy of the module.
+    `variant` tells how the last call was computed, if calls of the same shapes differ; `meta_copy` gets it as argument.
     """
 
     stage: str
     name: str
     module: nn.Module
-    meta_copy: Callable[[], Any] | None = None
+    meta_copy: Callable[..., Any] | None = None
+    variant: Callable[[], Hashable] | None = None
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     io_bytes: int
+    variant: Hashable = None
     count: int = 1
     counted: "tuple[int, float] | str | None" = None  # the result of `count`, once it is known
 
@@ -69,29 +72,31 @@ class CallLog:
         return Observed(entrance, methods, partial(self.note, network))
 
     def note(self, network: Watched, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record one call of a method."""
+        """Record one call of a method, once it has returned."""
         if not self.on:
             return
         leaves = list(_leaves((args, kwargs)))
-        key = repr((network.name, method, sorted(kwargs), [_signature(leaf) for leaf in leaves]))
+        variant = network.variant() if network.variant and method == "forward" else None
+        key = repr((network.name, method, variant, sorted(kwargs), [_signature(leaf) for leaf in leaves]))
         if key in self.calls:
             self.calls[key].count += 1
             return
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         size = sum(leaf.numel() * leaf.element_size() for leaf in tensors)
-        self.calls[key] = Call(network, method, to_meta(args), to_meta(kwargs), size)
+        self.calls[key] = Call(network, method, to_meta(args), to_meta(kwargs), size, variant)
 
 
 class Observed:
-    """Has the interface of a network, and reports calls of it and of some of its methods before they run."""
+    """Has the interface of a network, and reports calls of it and of some of its methods."""
 
     def __init__(self, network: Any, methods: Collection[str], note: Callable[..., None]) -> None:
-        """`note(method, args, kwargs)` is called for each call."""
+        """`note(method, args, kwargs)` is called after each call."""
         self._network, self._methods, self._note = network, methods, note
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._network(*args, **kwargs)
         self._note("forward", args, kwargs)
-        return self._network(*args, **kwargs)
+        return result
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._network, name)
@@ -99,8 +104,9 @@ class Observed:
             return method
 
         def noted(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
             self._note(name, args, kwargs)
-            return method(*args, **kwargs)
+            return result
 
         return noted
 
@@ -202,8 +208,9 @@ def count(call: Call) -> tuple[int, float] | str:
     Returns the reason as a string if they cannot be counted.
     """
     build, module = call.network.meta_copy, call.network.module
+    variant = () if call.variant is None else (call.variant,)
     try:
-        copy = build() if build else _meta_copy(module, _dtype_of(call))
+        copy = build(*variant) if build else _meta_copy(module, _dtype_of(call))
         weights = list((copy if isinstance(copy, nn.Module) else copy.network).parameters())
         with torch.no_grad(), Used(weights) as used, FlopCounterMode(display=False) as counter:
             getattr(copy, call.method)(*call.args, **call.kwargs)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen.errors import UserError
-from sglang_gen.perf import baseline
+from sglang_gen.perf import baseline, busy_machine
 from sglang_gen.perf.change_points import Change, Place, Rule, find
 from sglang_gen.perf.compare import KINDS, Rules, location, tolerance_of, unit_of
 from sglang_gen.perf.dump_reader import Dump, json_files, parse_dump, parse_json
@@ -54,6 +54,7 @@ class History:
     fingerprint: str | None
     commits: list[Revision]
     series: list[Series]
+    is_adjusted: bool = False  # processor times are those at one speed of the machine
 
 
 def read(paths: Iterable[str]) -> list[tuple[str, Dump]]:
@@ -95,7 +96,9 @@ def histories(dumps: Iterable[tuple[str, Dump]], rules: Rules) -> list[History]:
 
 def _history(machine: str, dumps: Sequence[Dump], rules: Rules) -> History:
     commits: dict[str, list[Dump]] = {}
-    for dump in sorted(dumps, key=lambda dump: dump.origin.date or ""):
+    ordered = sorted(dumps, key=lambda dump: dump.origin.date or "")
+    adjusted = busy_machine.at_mean_speed(ordered) if rules.judges(busy_machine.CPU) else None
+    for dump in adjusted or ordered:
         commits.setdefault(dump.origin.commit or dump.origin.identity, []).append(dump)
     groups = list(commits.values())
     names = dict.fromkeys(name for dump in dumps for name in dump.metrics if rules.judges(name))
@@ -110,6 +113,7 @@ def _history(machine: str, dumps: Sequence[Dump], rules: Rules) -> History:
             _series(name, groups, rules)
             for name in sorted(names, key=lambda name: list(KINDS).index(name.partition(".")[0]))
         ],
+        is_adjusted=adjusted is not None,
     )
 
 

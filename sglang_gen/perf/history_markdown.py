@@ -29,6 +29,8 @@ def _lines(history: History, confidence: float) -> Iterator[str]:
     for series in history.series:
         values = f"{_value(series, 0)} | {_value(series, -1)} | {sparkline(series.values)}"
         yield f"| {cell(series.metric)} | {values} | {len(series.changes) or 'none'} |"
+    if history.is_adjusted:
+        yield from ("", "cpu is adjusted for the speed of the machine, which the calibration of each dump shows.")
     changes = [(series, change) for series in history.series for change in series.changes]
     if changes:
         yield from ("", f"| metric | commit | date | change | {share(confidence)} interval | confidence |")

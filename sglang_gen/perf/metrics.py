@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_gen import env
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, in_our_words, nearest
-from sglang_gen.perf import agreement
+from sglang_gen.perf import agreement, attributes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,8 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if name in agreement.HIGHER_IS_BETTER:
             raise UserError(f"quality.metrics: '{name}' is always measured against quality.reference; leave it out")
+        if name == attributes.ACCURACY:
+            raise UserError(f"quality.metrics: '{name}' is always measured for a model with attributes; leave it out")
         if name not in offered:
             known = ", ".join(sorted(offered)) or "none"
             clause = f"no installed package offers the metric '{name}'{nearest(name, offered)}"
@@ -81,21 +83,13 @@ def sentence(summary: Mapping[str, Any]) -> str:
 
 
 def _summary(name: str, metric: Metric, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    higher = bool(getattr(metric, "higher_is_better", True))
-    values = [entry["metrics"][name] for entry in entries]
-    summary = agreement.summary(dict(enumerate(values)), entries, higher)
-    if "reference_metrics" not in entries[0]:
-        return summary
-    others = [entry["reference_metrics"][name] for entry in entries]
-    differences = [value - other for value, other in zip(values, others, strict=True)]
-    worst = agreement.summary(dict(enumerate(differences)), entries, higher)["worst"]
-    paired = agreement.paired_difference(values, others)
-    return summary | {
-        "worst": worst | {"value": values[differences.index(worst["value"])], "difference": worst["value"]},
-        "reference_mean": agreement.mean_with_error(others)["mean"],
-        "difference": paired["mean"],
-        "difference_error": paired["standard_error"],
-    }
+    paired = "reference_metrics" in entries[0]
+    return agreement.compared_summary(
+        [entry["metrics"][name] for entry in entries],
+        [entry["reference_metrics"][name] for entry in entries] if paired else None,
+        entries,
+        bool(getattr(metric, "higher_is_better", True)),
+    )
 
 
 def _value(name: str, metric: Metric, frame: "Frame", other: "Frame | None", entry: Mapping[str, Any]) -> float:

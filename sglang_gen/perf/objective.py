@@ -7,22 +7,25 @@ from typing import Any
 
 from sglang_gen.config.schema import Run
 from sglang_gen.errors import RunError, UserError
+from sglang_gen.perf.attributes import ACCURACY
 from sglang_gen.perf.clock import STAGES
 from sglang_gen.perf.dump_numbers import times
 
 STEP = "step_ms"  # not a field of the dump: the median denoising step of all repeats
 OBJECTIVE_PEAKS = ("allocated_mb", "reserved_mb", "peak_allocated_mb", "peak_reserved_mb", "peak_host_anon_mb")
+QUALITY_NUMBERS = ("quality.psnr", "quality.ssim", "quality.max_error")
+ATTRIBUTES = f"quality.{ACCURACY}"
 KNOWN = (
     STEP, "total_duration_ms", "cpu_duration_ms", "images_per_second",
     *(f"steps.{stage}.duration_ms" for stage in STAGES),
     *(f"memory_checkpoints.{stage}.{peak}" for stage in STAGES for peak in OBJECTIVE_PEAKS),
     "load.duration_ms", "load.imports_ms", "warmup.duration_ms", "warmup.steps",
-    "quality.psnr", "quality.ssim", "quality.max_error", "energy_j.total", "energy_j.per_image",
+    *QUALITY_NUMBERS, ATTRIBUTES, "energy_j.total", "energy_j.per_image",
 )  # fmt: skip
 # Fields whose keys depend on the run and are known only when it has ended.
 OPEN = ("work", "predicted", "machine", "comm", "ranks", "repeats", "denoise_steps_ms", "requested", "effective",
         "fingerprint", "samples", "cache", "block_timings_ms", "quality.samples", "quality.summary",
-        "energy_j.sources")  # fmt: skip
+        "quality.attributes", "energy_j.sources")  # fmt: skip
 
 
 def check_objective(run: Run) -> None:
@@ -32,15 +35,17 @@ def check_objective(run: Run) -> None:
         return
     if key not in KNOWN and not key.startswith(tuple(f"{name}." for name in OPEN)):
         raise UserError(f"perf.objective: '{key}' is not a number of the perf dump{_near(key, KNOWN)}")
+    measured = key.startswith("quality.summary.") and run.quality.metrics
+    judged = is_about_attributes(key) and run.quality.manifest
     needs = {
-        "quality": run.quality.reference or (key.startswith("quality.summary.") and run.quality.metrics),
+        "quality": run.quality.reference or measured or judged,
         "warmup": run.compile.warmup,
         "work": run.perf.work,
         "predicted": run.perf.work,
         "block_timings_ms": run.perf.blocks,
     }
     names = {
-        "quality": "quality.reference",
+        "quality": "quality.reference or quality.manifest" if is_about_attributes(key) else "quality.reference",
         "warmup": "--warmup",
         "work": "perf.work=true",
         "predicted": "perf.work=true",
@@ -49,6 +54,11 @@ def check_objective(run: Run) -> None:
     head = key.partition(".")[0]
     if head in needs and not needs[head]:
         raise UserError(f"perf.objective: '{key}' needs {names[head]}; without it the perf dump has no such number")
+
+
+def is_about_attributes(key: str) -> bool:
+    """Whether only a model with attributes has this number."""
+    return key == ATTRIBUTES or key.startswith(("quality.attributes.", f"quality.summary.{ACCURACY}."))
 
 
 def value(report: Mapping[str, Any], key: str) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from sglang_gen.perf import agreement
+from sglang_gen.perf import agreement, attributes
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def by_sample(quality: Any) -> Measures:
     samples = quality.get("samples") or [] if isinstance(quality, Mapping) else []
     return {
         (entry.get("index"), entry.get("prompt"), entry.get("seed")): {
-            **{name: entry[name] for name in agreement.HIGHER_IS_BETTER if name in entry},
+            **{name: entry[name] for name in (*agreement.HIGHER_IS_BETTER, attributes.ACCURACY) if name in entry},
             **entry.get("metrics", {}),
         }
         for entry in samples
@@ -51,7 +51,8 @@ def compare_quality(base: Sequence[Measures], new: Sequence[Measures]) -> tuple[
         pairs = [(left[key][name], right[key][name]) for key in left]
         finite = [(one, other) for one, other in pairs if one is not None and other is not None]
         if len(finite) < len(pairs):
-            notes.append(f"{len(pairs) - len(finite)} of {len(pairs)} images have no {name}: they are identical")
+            reason = "their prompts name none" if name == attributes.ACCURACY else "they are identical"
+            notes.append(f"{len(pairs) - len(finite)} of {len(pairs)} images have no {name}: {reason}")
         if finite:
             rows.append(_row(name, finite))
     return rows, notes

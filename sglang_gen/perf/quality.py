@@ -104,6 +104,11 @@ def decibels(error: float) -> float:
     return 10 * math.log10(PEAK**2 / error) if error else math.inf
 
 
+def squared_error_of(psnr: float) -> float:
+    """The mean squared error of a PSNR in dB."""
+    return float(PEAK**2 / 10 ** (psnr / 10))
+
+
 def counterparts(
     reference: str | Path,
     samples: Sequence[Mapping[str, Any]],

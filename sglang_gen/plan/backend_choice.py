@@ -81,6 +81,8 @@ NATIVE_ONLY: tuple[tuple[str, Callable[[Run], bool]], ...] = (
     ("sampling.guidance_batching", lambda run: run.sampling.guidance_batching is not GuidanceBatching.auto),
     ("compile.cuda_graphs", lambda run: run.compile.cuda_graphs),
     ("perf.blocks", lambda run: run.perf.blocks),
+    ("cache=deepcache", lambda run: run.cache.method is CacheMethod.deepcache),
+    ("cache=planned", lambda run: run.cache.method is CacheMethod.planned),
 )
 
 
@@ -124,7 +126,6 @@ def _foreign_weights(path: str) -> str | None:
 NATIVE_LACKS: tuple[tuple[Callable[[Run], object], str], ...] = (
     (lambda run: run.lora.path or run.lora.adapters, "it has no LoRA adapters yet"),
     (lambda run: run.quant.method is not QuantMethod.none, "it has no quantized weights yet"),
-    (lambda run: run.cache.method is not CacheMethod.none or run.cache.cache_dit_config, "it has no step cache yet"),
     # with backend=sglang the engine itself refuses the kernel and names those that run on this machine
     (
         lambda run: run.attention.backend not in ATTENTION and run.backend.name is not BackendName.sglang,

@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     from sglang_gen.config.compose import Composed
 
 # Config paths that this version does not support yet, and the error for a run that sets one of them.
-UNAVAILABLE: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("cache.interval",), "DeepCache is not available in this version; run with cache=none"),
-)
+UNAVAILABLE: tuple[tuple[tuple[str, ...], str], ...] = ()
 
 
 def check_request(composed: "Composed") -> None:

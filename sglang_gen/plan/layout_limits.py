@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 
 from sglang_gen import env
-from sglang_gen.config.schema import CacheMethod, Run
+from sglang_gen.config.schema import Run
 from sglang_gen.errors import UserError
 from sglang_gen.families import registry
 from sglang_gen.families.contract import Limits, Spec, configured_heads
-from sglang_gen.plan import backend_choice, image_size
+from sglang_gen.plan import backend_choice, image_size, step_cache
 from sglang_gen.types import DENOISERS, Layout, ModelCard, Sample, Size
 
 
@@ -162,10 +162,10 @@ def _check_branches(run: Run, backend: str, spec: Spec | None, batches: Sequence
             f"parallel.enable_cfg_parallel: without guidance (--guidance-scale {run.sampling.guidance_scale}) "
             "there is one branch; raise the scale or run with parallel=single"
         )
-    if run.cache.method is not CacheMethod.none or run.cache.cache_dit_config:
+    if backend == "diffusers" and step_cache.wanted(run.cache):
         raise UserError(
-            "parallel.enable_cfg_parallel and a step cache exclude each other: the cache decides for both branches "
-            "together; use one of them"
+            "parallel.enable_cfg_parallel and a step cache exclude each other on the diffusers backend: cache-dit "
+            "decides for both branches together; use one of them, or the native engine (backend=sglang)"
         )
 
 

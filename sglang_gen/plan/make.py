@@ -67,6 +67,11 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     trace_path.check_trace_paths(run, degrees.ranks)
     if run.compile.cuda_graphs and device not in CAPTURING:
         raise UserError("compile.cuda_graphs needs a GPU, and this run computes on the CPU; leave it out")
+    if run.perf.calibrate and device != "cpu":
+        raise UserError(
+            "perf.calibrate relates processor time to that of a fixed work, and this run computes on a GPU, whose time "
+            "is not processor time; leave it out"
+        )
     if run.compile.cuda_graphs and degrees.ring * degrees.ulysses * degrees.tp > 1:
         raise UserError(
             "compile.cuda_graphs captures no network that is split over ranks; leave it out, or run with "
@@ -76,6 +81,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
     random_request.check_random_model(run, card)
     quantization.check_model(run, card, quantization.facts_of(device))
     quality_request.check_exact(run, card)
+    quality_request.check_attributes(run, card)
     plan = Plan(
         run=run,
         sources=sources,

@@ -7,7 +7,7 @@ from sglang_gen.config import manifest
 from sglang_gen.config.schema import QuantMethod, Run
 from sglang_gen.errors import UserError
 from sglang_gen.hub import weight_files
-from sglang_gen.perf import metrics
+from sglang_gen.perf import attributes, metrics, objective
 from sglang_gen.plan import quantization
 from sglang_gen.types import ModelCard
 
@@ -72,6 +72,16 @@ def check_exact(run: Run, card: ModelCard) -> None:
         raise UserError(
             "quality.reference=auto makes the reference in one process, and torchrun has started "
             f"{place.ranks}; name a folder, such as that of a run in one process"
+        )
+
+
+def check_attributes(run: Run, card: ModelCard) -> None:
+    """Raises UserError for an objective that needs a classifier of attributes, if the model's folder has none."""
+    key = run.perf.objective
+    if key is not None and objective.is_about_attributes(key) and attributes.folder_in(card) is None:
+        raise UserError(
+            f"perf.objective: '{key}' needs a classifier in the model's folder ({attributes.VOCABULARY_FILE} and "
+            f"{attributes.CLASSIFIER_FILE}), and {card.name} has none; choose another number"
         )
 
 

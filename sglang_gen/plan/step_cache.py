@@ -6,6 +6,7 @@ from typing import Any
 
 from sglang_gen.config.schema import Cache, CacheMethod, Run
 from sglang_gen.errors import UserError, nearest
+from sglang_gen.plan import cache_plan, deep_schedule
 from sglang_gen.plan.quantization import denoisers
 from sglang_gen.types import ModelCard
 
@@ -15,15 +16,20 @@ FIELDS_SET_ELSEWHERE = {
     "quantize_config": "the group quant",
     "attention_backend": "the group attention",
 }
-FIELDS_OUTSIDE = ("method", "cache_dit_config", "interval")  # keys of the group that cache-dit does not have
+# Keys of the group that cache-dit does not have.
+FIELDS_OUTSIDE = ("method", "cache_dit_config", "plan_file", *deep_schedule.DEEP_KEYS)
 SWITCHES = ("enable_taylorseer", "enable_calibrator")  # cache-dit's alternatives to calibrator=taylorseer
 # Keys of cache-dit, each with a predicate for legal values and a description of them.
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "Fn_compute_blocks": (lambda value: _whole(value, 1), "a whole number of at least 1"),
     "Bn_compute_blocks": (lambda value: _whole(value, 0), "a whole number of at least 0"),
     "residual_diff_threshold": (
-        lambda value: type(value) in (int, float) and 0 < value < math.inf,
-        "a number above 0",
+        lambda value: type(value) in (int, float) and 0 <= value < math.inf,
+        "a number of at least 0",
+    ),
+    "max_accumulated_residual_diff_threshold": (
+        lambda value: value is None or (type(value) in (int, float) and 0 < value < math.inf),
+        "null or a number above 0",
     ),
     "max_warmup_steps": (lambda value: _whole(value, 0), "a whole number of at least 0"),
     "warmup_interval": (lambda value: _whole(value, 1), "a whole number of at least 1"),
@@ -37,7 +43,22 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "steps_computation_policy": (lambda value: value in ("dynamic", "static"), "dynamic or static"),
     "calibrator": (lambda value: value in (None, "taylorseer"), "taylorseer or null"),
     "taylorseer_order": (lambda value: _whole(value, 1), "a whole number of at least 1"),
-    **{name: (lambda value: type(value) is bool, "true or false") for name in SWITCHES},
+    **{
+        name: (lambda value: type(value) is bool, "true or false")
+        for name in (*SWITCHES, "cfg_compute_first", "cfg_diff_compute_separate")
+    },
+    "force_refresh_step_hint": (
+        lambda value: value is None or _whole(value, 1),
+        "null or a whole number of at least 1",
+    ),
+    "force_refresh_step_policy": (lambda value: value in ("once", "repeat"), "once or repeat"),
+}
+# Keys that only --cache-dit-config has, each with the library's default and what it does.
+LIBRARY_FIELDS: Mapping[str, tuple[Any, str]] = {
+    "cfg_compute_first": (False, "it tells cache-dit which of two calls is the conditional one"),
+    "cfg_diff_compute_separate": (True, "false lets one guidance branch decide with the residual of the other"),
+    "force_refresh_step_hint": (None, "it empties the cache within a generation, for pipelines of several passes"),
+    "force_refresh_step_policy": ("once", "it belongs to force_refresh_step_hint"),
 }
 
 
@@ -59,9 +80,19 @@ def wanted(cache: Cache) -> bool:
     return cache.method is not CacheMethod.none or bool(cache.cache_dit_config)
 
 
+def is_dbcache(cache: Cache) -> bool:
+    """Whether DBCache is requested, whose settings have the names of cache-dit."""
+    return wanted(cache) and cache.method not in (CacheMethod.deepcache, CacheMethod.planned)
+
+
 def check_cache_settings(run: Run) -> None:
     """Raises UserError for settings that are invalid for every model and number of steps."""
-    if run.cache.method is not CacheMethod.deepcache and wanted(run.cache):
+    cache_plan.check_planned(run.cache)
+    if deep_schedule.chosen(run.cache):
+        deep_schedule.check_settings(run.cache)
+        for key in ("steps_computation_mask", "steps_computation_policy"):
+            _check_value(key, getattr(run.cache, key), {})
+    elif is_dbcache(run.cache):
         settings(run.cache)
 
 
@@ -75,9 +106,7 @@ def settings(cache: Cache) -> dict[str, Any]:
     for key, value in {**typed, **given}.items():
         if key not in RULES:
             raise UserError(f"{CACHE_FLAG}: unknown key '{key}'{nearest(key, RULES)}")
-        fits, named = RULES[key]
-        if not fits(value):
-            raise UserError(f"{_named(key, given)} is {_shown(value)}; it must be {named}")
+        _check_value(key, value, given)
     merged = {**typed, **given, **_calibrator(given)}
     if merged["steps_computation_policy"] == "static" and merged["steps_computation_mask"] is None:
         raise UserError(
@@ -85,6 +114,12 @@ def settings(cache: Cache) -> dict[str, Any]:
             "give steps_computation_mask too, or the policy dynamic"
         )
     return {name: value for name, value in merged.items() if name not in SWITCHES}
+
+
+def _check_value(key: str, value: Any, given: Mapping[str, Any]) -> None:
+    fits, named = RULES[key]
+    if not fits(value):
+        raise UserError(f"{_named(key, given)} is {_shown(value)}; it must be {named}")
 
 
 def _given(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,6 +146,16 @@ def _calibrator(given: Mapping[str, Any]) -> dict[str, Any]:
         names = [name for name in (*SWITCHES, "calibrator") if name in given]
         raise UserError(f"{CACHE_FLAG}: {' and '.join(names)} contradict each other; give one of them")
     return {"calibrator": calibrator}
+
+
+def refuse_library_fields(given: Mapping[str, Any]) -> None:
+    """Raises UserError for a key of cache-dit that the native engine does not have."""
+    for name, (usual, meaning) in LIBRARY_FIELDS.items():
+        if given.get(name, usual) != usual:
+            raise UserError(
+                f"{CACHE_FLAG}: '{name}' is not supported by the native engine ({meaning}); leave it out or run with "
+                "--backend diffusers"
+            )
 
 
 def _named(key: str, given: Mapping[str, Any]) -> str:
@@ -172,8 +217,10 @@ def refuse_covered(given: Mapping[str, Any], lists: list[int]) -> None:
 
 def warnings(run: Run) -> list[str]:
     """Warns about settings of a step cache that have no effect because of other settings."""
-    if run.cache.method is CacheMethod.deepcache or not wanted(run.cache):
+    if not wanted(run.cache) or cache_plan.chosen(run.cache):
         return []
+    if deep_schedule.chosen(run.cache):
+        return [*deep_schedule.warnings(run.cache), *_short_warm_up(run)]
     given, usual = settings(run.cache), Cache()
     idle = {}
     if given["steps_computation_policy"] == "static":
@@ -181,6 +228,17 @@ def warnings(run: Run) -> list[str]:
             idle[name] = "with steps_computation_policy=static, which reuses every step that the mask marks with 0"
     if given["calibrator"] is None:
         idle["taylorseer_order"] = "without calibrator=taylorseer"
-    return [
+    found = [
         f"cache: {name} has no effect {reason}" for name, reason in idle.items() if given[name] != getattr(usual, name)
     ]
+    static = given["steps_computation_policy"] == "static"
+    return [*found, *deep_schedule.warnings(run.cache), *(_short_warm_up(run) if static else ())]
+
+
+def _short_warm_up(run: Run) -> list[str]:
+    """Warns about a warm-up of one step, which compiles or captures no step that reuses."""
+    compiling = run.compile
+    whole = compiling.cuda_graphs or (compiling.enable_torch_compile and not compiling.regional)
+    if not (compiling.warmup and compiling.warmup_steps < 2 and whole):
+        return []
+    return [f"compile.warmup_steps={compiling.warmup_steps} warms up no step that reuses; give it 2"]

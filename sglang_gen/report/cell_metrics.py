@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from sglang_gen.perf.attributes import ACCURACY, REFERENCE_ACCURACY
 from sglang_gen.perf.dump_numbers import Measure, measure
-from sglang_gen.perf.quality import decibels
+from sglang_gen.perf.quality import decibels, squared_error_of
 from sglang_gen.report.cells import Cell
 from sglang_gen.report.image_data import Embedded
 
@@ -22,6 +23,9 @@ class Metrics:
     psnr: float | None
     ssim: float | None
     memory: float | None  # MiB
+    attributes: float | None = None  # accuracy, and that of the reference's images
+    reference_attributes: float | None = None
+    errors: tuple[float, ...] = ()  # mean squared error of each image against its reference, if all are known
     is_reference: bool = False
 
 
@@ -58,6 +62,9 @@ def metrics(cells: Sequence[Cell], shown: Sequence[Embedded]) -> list[Metrics]:
                 psnr=psnr,
                 ssim=ssim,
                 memory=cell.row.memory.get(column) if column else None,
+                attributes=cell.row.quality.get(ACCURACY),
+                reference_attributes=cell.row.quality.get(REFERENCE_ACCURACY),
+                errors=() if cell.has_random_weights else _errors(cell, images, stated),
                 is_reference=not stated
                 and psnr is not None
                 and bool(images)
@@ -65,6 +72,16 @@ def metrics(cells: Sequence[Cell], shown: Sequence[Embedded]) -> list[Metrics]:
             )
         )
     return found
+
+
+def _errors(cell: Cell, images: Sequence[Embedded], stated: bool) -> tuple[float, ...]:
+    """Of the perf dump if it states them, else of the images of the sweep; empty if one is unknown."""
+    if stated:
+        samples = (cell.row.dump.get("quality") or {}).get("samples") or ()
+        known = [0.0 if one.get("identical") else one.get("psnr") and squared_error_of(one["psnr"]) for one in samples]
+    else:
+        known = [0.0 if one.is_reference else one.squared_error for one in images]
+    return tuple(error for error in known if error is not None) if None not in known else ()
 
 
 def _stated(cell: Cell) -> tuple[float | None, float | None]:

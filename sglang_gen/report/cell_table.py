@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from sglang_gen import log
+from sglang_gen.perf.attributes import percent
 from sglang_gen.perf.dump_numbers import Measure
 from sglang_gen.perf.statistics import geometric_mean
 from sglang_gen.report.cell_metrics import MEMORY_NAMES, Metrics, memory_column
@@ -57,6 +58,7 @@ def table(found: Sequence[Metrics], own: dict[str, list[Setting]]) -> Table:
         f"peak {MEMORY_NAMES[memory]}" if memory else "memory": [_number(one.memory, "{:.0f} MiB") for one in found],
         "PSNR": [_psnr(one) for one in found],
         "SSIM": [_number(one.ssim, "{:.4f}") for one in found],
+        "attributes": [_attributes(one) for one in found],
         "whole job": [_number(one.cell.row.seconds, "{:.1f} s") for one in found],
     }
     if not any(one.cell.row.dump.get("cache") for one in found):
@@ -110,6 +112,14 @@ def _psnr(one: Metrics) -> Entry:
     if one.psnr is not None and math.isinf(one.psnr):
         return Entry("identical", math.inf)
     return _number(one.psnr, "{:.2f} dB")
+
+
+def _attributes(one: Metrics) -> Entry:
+    """The attribute accuracy, and below it that of the reference's images."""
+    if one.attributes is None:
+        return Entry()
+    other = "" if one.reference_attributes is None else f"reference {percent(one.reference_attributes)}"
+    return Entry(percent(one.attributes), one.attributes, other)
 
 
 def _number(value: float | None, form: str) -> Entry:

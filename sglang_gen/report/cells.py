@@ -52,6 +52,8 @@ def read_cells(folders: Sequence[Path]) -> list[Cell]:
         words = [values[key] if key == SWEEP else f"{short[key]}={values[key]}" for key in keys if values[key] != UNSET]
         label = ", ".join(words) or f"job {row.job}"
         short_label = JOIN.join(values.values()) if len(values) > 1 else label
+        if row.label:
+            label = short_label = log.visible(log.shorten(row.label, LONGEST_VALUE))
         cells.append(Cell(folder, row, values, label, short_label, tuple(_seconds(row))))
     return _told_apart(cells)
 

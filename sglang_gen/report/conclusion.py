@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sglang_gen import log
+from sglang_gen.perf.attributes import percent
 from sglang_gen.perf.statistics import MOST_REPEATS, Judgement, Verdict, geometric_mean, judge
+from sglang_gen.report import interactions
 from sglang_gen.report.cell_metrics import MEMORY_NAMES, Metrics, frontier
 
 TOLERANCE = 0.02  # cells whose times differ by less are called equally fast
@@ -32,7 +34,8 @@ def conclude(found: Sequence[Metrics], memory: str | None) -> Conclusion:
     headline, hint, tied = _fastest(timed)
     first = next(one for one in found if one.time is not None)
     speed_up = "" if first is timed[1] and not tied else _against_first(first, timed[0], bool(tied))
-    details = [hint, speed_up, *_properties(timed[0], memory), *_trade(timed)]
+    together = interactions.sentences(interactions.interactions(found))
+    details = [hint, speed_up, *_properties(timed[0], memory), *_trade(timed), *together]
     return Conclusion(headline, tuple(sentence for sentence in (*details, *ended) if sentence))
 
 
@@ -91,6 +94,12 @@ def _properties(one: Metrics, memory: str | None) -> list[str]:
         similar = "" if one.ssim is None else f", SSIM {one.ssim:.4f}"
         quality = f"Its images have {one.psnr:.1f} dB PSNR{similar} against the reference."
         sentences.append("Its images are identical to the reference." if math.isinf(one.psnr) else quality)
+    if one.attributes is not None:
+        other = one.reference_attributes
+        beside = "" if other is None else f", and those of the reference {percent(other)}"
+        sentences.append(
+            f"Its images show {percent(one.attributes)} of the attributes that their prompts name{beside}."
+        )
     if one.memory is not None and memory is not None:
         sentences.append(f"Its peak of {MEMORY_NAMES[memory]} is {mebibytes(one.memory)}.")
     return sentences

@@ -8,12 +8,21 @@ from typing import Any
 
 from sglang_gen.errors import in_our_words
 from sglang_gen.perf.dump_facts import facts
-from sglang_gen.perf.dump_numbers import QUALITY, Measure, energy_per_image, images_per_second, peak_memory, times
+from sglang_gen.perf.dump_numbers import (
+    ACCURACIES,
+    QUALITY,
+    Measure,
+    energy_per_image,
+    images_per_second,
+    peak_memory,
+    times,
+)
 
 NOTE, DUMP = "job.json", "perf.json"  # file names of a job's note and perf dump
+TUNING_FILE = "tune.json"  # of `sglang tune`, in the folder of its candidates
 # Keys of a note: the job was `kept` from an earlier run of the sweep, it `reused` the weights of an earlier job.
 JOB_MARKS = ("kept", "reused")
-RESULTS = (*QUALITY, "identical", "verdict")  # of the entry `quality` of a dump
+RESULTS = (*QUALITY, *ACCURACIES, "identical", "verdict")  # of the entry `quality` of a dump
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class Row:
     quality: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)  # what ran: `model`, `prompt` and others in words
     marks: tuple[str, ...] = ()  # those of JOB_MARKS that the job's note sets
+    label: str | None = None  # how the note names the job, in place of its overrides
     dump: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the whole perf dump; empty if there is none
 
 
@@ -72,6 +82,7 @@ def _read_job(place: Path) -> Row:
         effective=_flattened(dump.get("effective") or {}),
         quality={name: value for name, value in (dump.get("quality") or {}).items() if name in RESULTS},
         facts=facts(dump),
+        label=note.get("label"),
         marks=tuple(mark for mark in JOB_MARKS if note.get(mark) is True),
         dump=dump,
     )
@@ -80,6 +91,12 @@ def _read_job(place: Path) -> Row:
 def read_note(place: Path) -> dict[str, Any]:
     """The note in a job's folder; empty if there is none."""
     return _read(place / NOTE)[0]
+
+
+def read_tuning_conclusion(folder: Path) -> list[str]:
+    """The sentences in which `sglang tune` concluded on the candidates in a folder; none for the folder of a sweep."""
+    found = _read(folder / TUNING_FILE)[0].get("conclusion")
+    return [str(sentence) for sentence in found] if isinstance(found, list) else []
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str | None]:

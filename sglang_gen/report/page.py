@@ -19,6 +19,7 @@ from sglang_gen.report.cells import SWEEP, Cell, short_names
 from sglang_gen.report.conclusion import Conclusion, conclude, duration
 from sglang_gen.report.gallery import SAMPLE, items
 from sglang_gen.report.image_data import FACTORS, Embedded, amplification, embed
+from sglang_gen.report.job_reader import read_tuning_conclusion
 from sglang_gen.report.plots import Plot
 from sglang_gen.report.prediction_table import predicted_table
 from sglang_gen.report.setting_pairs import shared_and_own
@@ -53,9 +54,18 @@ def collect(cells: list[Cell]) -> Content:
         if plot is not None
     ]
     stages, cache = bar_plots.stage_plots(cells), bar_plots.cache_plot(cells)
-    content = Content(cells, shown, found, conclude(found, column), stages, pareto, cache)
+    content = Content(cells, shown, found, _conclusion(found, column), stages, pareto, cache)
     content.absent.extend(_absent(content))
     return content
+
+
+def _conclusion(found: Sequence[Metrics], column: str | None) -> Conclusion:
+    """The verdict on the cells: that of `sglang tune` on its candidates, which it compared in rounds, else our own."""
+    folders = {one.cell.folder for one in found}
+    stated = read_tuning_conclusion(folders.pop()) if len(folders) == 1 else []
+    if not stated:
+        return conclude(found, column)
+    return Conclusion(f"{stated[0]}.", tuple(f"{sentence}." for sentence in stated[1:]))
 
 
 def _absent(content: Content) -> list[str]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 IRRELEVANT = ("output.path", "log_level", "dry_run", "perf.objective", "sweep")
 OUTPUTS = ("output.path", "output.perf_dump_path", "offload.disk_path")
 READ_WHOLE = (
+    "cache.plan_file",
     "sampling.",
     "quality.manifest",
     "lora.",

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 
 from sglang_gen import log
+from sglang_gen.perf.attributes import ACCURACY, REFERENCE_ACCURACY
 from sglang_gen.perf.dump_facts import FACTS
 from sglang_gen.perf.dump_numbers import MEAN_STEP, Measure
 from sglang_gen.report.job_reader import Row
@@ -157,6 +158,7 @@ def _measured(rows: Sequence[Row]) -> list[Column]:
         Column("PSNR (dB)", [_psnr(row) for row in rows], 45),
         Column("SSIM", [digits(row.quality.get("ssim")) for row in rows], 80),
         Column("max error", [digits(row.quality.get("max_error")) for row in rows], 90),
+        _attributes(rows),
     ]
     return _with_status(rows, [column for column in found if any(column.cells)])
 
@@ -230,6 +232,17 @@ def _psnr(row: Row) -> str:
     return "identical" if row.quality.get("identical") else digits(row.quality.get("psnr"))
 
 
+def _attributes(rows: Sequence[Row]) -> Column:
+    """The attribute accuracy, and behind a slash that of the reference."""
+
+    def percent(row: Row, name: str, before: str = "") -> str:
+        value = row.quality.get(name)
+        return "" if value is None else f"{before}{digits(100 * value)}"
+
+    both = [percent(row, ACCURACY) + percent(row, REFERENCE_ACCURACY, " / ") for row in rows]
+    return Column("attributes (%)", both, 47)
+
+
 def digits(value: float | None) -> str:
     """The number with four significant digits, without exponent unless it is tiny."""
     if value is None or isinstance(value, int):
@@ -256,6 +269,10 @@ def _legend(rows: Sequence[Row], columns: Sequence[Column]) -> Iterator[str]:
     if base is not None and "speed-up" in shown:
         mean, why = ("mean ", ", since the steps do not all take the same time") if is_mean_needed(rows) else ("", "")
         yield f"Speed-up: {mean}step time of job {base.job} / that of the job{why}."
+    if "attributes" in shown:
+        cells = [cell for column in columns if column.header == "attributes (%)" for cell in column.cells]
+        other = " / that of the reference's images" if any(" / " in cell for cell in cells) else ""
+        yield f"Attributes: accuracy of the images{other}."
     if shown & {"memory", "device", "host"}:
         on_host = "" if any(row.memory.get("peak_device_mb") for row in rows) else ", on the host"
         yield f"Memory: the highest peak of any rank{on_host}."

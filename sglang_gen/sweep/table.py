@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen import files
-from sglang_gen.perf.dump_numbers import MEAN_STEP, MEMORY, QUALITY, TIMES, Measure
+from sglang_gen.perf.dump_numbers import ACCURACIES, MEAN_STEP, MEMORY, QUALITY, TIMES, Measure
 from sglang_gen.report.job_reader import JOB_MARKS, Row, read_jobs
 from sglang_gen.sweep.markdown import FILE_WIDTH, to_markdown
 from sglang_gen.sweep.measured import speed_ups
@@ -71,7 +71,7 @@ def _added(row: Row, speed_up: Measure | None, of_means: Measure | None) -> dict
     measures = {f"{MEAN_STEP}_s": row.times.get(MEAN_STEP), "speedup": speed_up, "speedup_mean": of_means}
     bounds = {column: value for name, item in measures.items() for column, value in _bounds(name, item).items()}
     marks = {mark: "true" if mark in row.marks else None for mark in JOB_MARKS}
-    return bounds | marks | {"verdict": row.quality.get("verdict")}
+    return bounds | marks | {name: row.quality.get(name) for name in ("verdict", *ACCURACIES)}
 
 
 def _bounds(name: str, item: Measure | None) -> dict[str, float | None]:

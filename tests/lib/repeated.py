@@ -2,6 +2,8 @@
 
 import torch
 
+from sglang_gen.tensor_tree import mapped, tensors
+
 
 class Repeated:
     """A recorder for a CPU. As with a real one nothing is computed before the first replay, and a replay overwrites."""
@@ -13,11 +15,12 @@ class Repeated:
         self.made.append(self)
 
     def record(self, function):
-        output = torch.full_like(function(), torch.nan)
-        self.shapes.append(tuple(output.shape))
+        output = mapped(lambda made: torch.full_like(made, torch.nan), function())
+        self.shapes.append(tuple(tensors(output)[0].shape))
 
         def replay() -> None:
             self.replays += 1
-            output.copy_(function())
+            for kept, made in zip(tensors(output), tensors(function()), strict=True):
+                kept.copy_(made)
 
         return output, replay

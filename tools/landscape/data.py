@@ -17,6 +17,7 @@ from tools.landscape.render import render
 from tools.landscape.scene import ATTRIBUTES, Scene, sample_scene
 
 CHUNK = 250
+HELD_OUT_SEED = 1_000_003  # of renders that nothing is trained on
 
 
 def draw(seed: int, index: int, size: int) -> tuple[Scene, np.ndarray]:

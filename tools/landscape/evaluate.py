@@ -1,8 +1,9 @@
 """Evaluates how well generated images follow their prompts, and how well the autoencoder reconstructs.
 
-    python -m tools.landscape.evaluate --model sglang_gen/assets/landscape --data work/data --out work/evaluation
+    python -m tools.landscape.evaluate --model sglang_gen/assets/landscape --out work/evaluation
 
-Writes evaluation.json, evaluation.md (a table) and grid.png (eight prompts).
+The classifier in the model's folder judges the images (tools.landscape.classifier trains it). Writes evaluation.json,
+evaluation.md (a table) and grid.png (eight prompts).
 """
 
 import argparse
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
 
+from sglang_gen.perf.attributes import CLASSIFIER_FILE, Attributes, load
 from tools.landscape.captions import full_caption
-from tools.landscape.classifier import Classifier, classify, train_classifier
-from tools.landscape.data import draw, tile
+from tools.landscape.classifier import accuracy
+from tools.landscape.data import HELD_OUT_SEED, draw, tile
 from tools.landscape.scene import ATTRIBUTES, sample_scene
-from tools.landscape.train_autoencoder import HELD_OUT_SEED, psnr
+from tools.landscape.train_autoencoder import psnr
 
 SHOWN = (
     "A serene landscape with mountains and a lake at sunset",
@@ -51,34 +54,19 @@ def generate(pipeline: DiffusionPipeline, prompts: list[str], args: argparse.Nam
     return np.round(255 * np.concatenate(images)).astype(np.uint8)
 
 
-def accuracy(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    return dict(zip(ATTRIBUTES, (predicted == labels).mean(0).tolist(), strict=True))
+def trusted(folder: Path) -> dict[str, float]:
+    """The accuracy of the classifier in a model's folder on held-out renders."""
+    with safe_open(folder / CLASSIFIER_FILE, framework="pt") as file:
+        return json.loads(file.metadata()["held_out_accuracy"])
 
 
-def judge(args: argparse.Namespace) -> tuple[Classifier, dict[str, float]]:
-    """A classifier trained on renders, and its accuracy on held-out renders; saved in `args.out`."""
-    path = args.out / "classifier.pt"
-    if path.exists():
-        saved = torch.load(path, map_location=args.device)
-        model = Classifier().to(args.device)
-        model.load_state_dict(saved["weights"])
-        return model.eval(), saved["accuracy"]
-    data = np.load(args.data / "pictures.npy", mmap_mode="r"), np.load(args.data / "labels.npy")
-    model = train_classifier(*data, args.classifier_steps, 32, args.device, args.seed)
-    drawn = [draw(HELD_OUT_SEED, index, data[0].shape[1]) for index in range(500)]
-    labels = np.array([scene.labels() for scene, _ in drawn])
-    trust = accuracy(classify(model, np.stack([image for _, image in drawn]), args.device), labels)
-    torch.save({"weights": model.state_dict(), "accuracy": trust}, path)
-    return model, trust
-
-
-def adherence(pipeline: DiffusionPipeline, model: Classifier, args: argparse.Namespace) -> dict[str, float]:
+def adherence(pipeline: DiffusionPipeline, judge: Attributes, args: argparse.Namespace) -> dict[str, float]:
     """Fraction of generated images that show each attribute of their prompt: "prompts followed" in the table."""
     rng = np.random.default_rng(args.seed)
     scenes = [sample_scene(rng) for _ in range(args.count)]
     images = generate(pipeline, [full_caption(scene, rng) for scene in scenes], args)
     tile(images[: len(images) // 8 * 8], columns=8).save(args.out / "judged.png")
-    return accuracy(classify(model, images, args.device), np.array([scene.labels() for scene in scenes]))
+    return accuracy(judge.classes(images), np.array([scene.labels() for scene in scenes]))
 
 
 def seconds_per_image(pipeline: DiffusionPipeline, args: argparse.Namespace) -> float:
@@ -102,14 +90,14 @@ def evaluate(args: argparse.Namespace) -> dict:
     loaded = time.perf_counter() - started
     pipeline.set_progress_bar_config(disable=True)
     tile(generate(pipeline, list(SHOWN), args), columns=4).save(args.out / "grid.png", optimize=True)
-    classifier, trust = judge(args)
+    judge = load(args.model)
     size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     images = np.stack([draw(HELD_OUT_SEED, index, size)[1] for index in range(256)])
     return {
         "settings": {"steps": args.steps, "guidance": args.guidance, "text_length": args.text_length},
         "dtype": str(args.dtype), "seed": args.seed, "images": args.count, "resolution": size,
-        "adherence": adherence(pipeline, classifier, args),
-        "classifier": trust,
+        "adherence": adherence(pipeline, judge, args),
+        "classifier": trusted(args.model),
         "autoencoder_psnr_db": psnr(pipeline.vae, images, args.device),
         "load_seconds": loaded,
         "seconds_per_image": seconds_per_image(pipeline, args),
@@ -119,14 +107,12 @@ def evaluate(args: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="renders that train the classifier")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--text-length", type=int, default=32)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--classifier-steps", type=int, default=700)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--seed", type=int, default=0)

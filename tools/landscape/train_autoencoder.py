@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from tools.landscape.data import draw
+from tools.landscape.data import HELD_OUT_SEED, draw
 from tools.landscape.presets import PRESETS, Preset
 
-HELD_OUT_SEED = 1_000_003
 CROPPED = 0.85  # fraction of the steps on a quarter of each image, which are four times as fast
 
 

@@ -1,10 +1,10 @@
 """DBCache on a diffusers pipeline through the cache-dit library, with that library's configuration schema."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from sglang_gen import log
 from sglang_gen.backends.diffusers.roles import denoisers
 from sglang_gen.config.schema import Cache, CacheMethod
 from sglang_gen.errors import UserError, in_our_words
@@ -36,7 +36,7 @@ class StepCache:
 
     def __init__(self, pipeline: Any, cache: Cache) -> None:
         """Raises UserError for a pipeline that cache-dit cannot cache, or if more blocks are set than it has."""
-        self.pipeline, self.settings, self.warned = pipeline, settings(cache), False
+        self.pipeline, self.settings = pipeline, settings(cache)
         self._enable()
 
     def _enable(self) -> None:
@@ -46,8 +46,9 @@ class StepCache:
         kind, order = values.pop("calibrator"), values.pop("taylorseer_order")
         calibrator = None
         if kind:
+            with_text = self.settings["Bn_compute_blocks"] > 0 or _returns_text(self.pipeline.transformer)
             calibrator = cache_dit.TaylorSeerCalibratorConfig(
-                taylorseer_order=order, enable_encoder_calibrator=_returns_text(self.pipeline.transformer)
+                taylorseer_order=order, enable_encoder_calibrator=with_text
             )
         try:
             refuse_covered(self.settings, _lists(self.pipeline))
@@ -61,31 +62,33 @@ class StepCache:
                 f"cache: cache-dit cannot cache {type(self.pipeline).__name__}: {in_our_words(error)}"
             ) from error
 
-    def decisions(self, steps: int) -> dict[str, Any]:
-        """Per step of the last generation, compute or reuse, and the residual differences behind the decisions."""
+    def trace(self, steps: int, images: Sequence[int]) -> list[dict[str, Any]]:
+        """The decisions of the last generation. The library decides for all images of a batch together."""
         stats = self._statistics()[0]
-        reused = {int(step) for step in stats.cached_steps}
-        return {
-            "steps": ["reuse" if step in reused else "compute" for step in range(steps)],
-            "reused": len(reused),
-            "residual_diffs": {str(step): float(value) for step, value in stats.residual_diffs.items()},
-        }
+        branches = {"conditional": (stats.cached_steps, stats.residual_diffs)}
+        if stats.cfg_cached_steps or stats.cfg_residual_diffs:
+            branches["unconditional"] = (stats.cfg_cached_steps, stats.cfg_residual_diffs)
+        how = "extrapolated" if self.settings["calibrator"] else "reused"
+        rows = []
+        for branch, (cached, changes) in branches.items():
+            reused = {int(step) for step in cached}
+            compared = {
+                str(step): float(change) for step, change in changes.items() if change >= 0
+            }  # below: not compared
+            for step in range(steps):
+                change = compared.get(str(step))
+                threshold = None if change is None else self.settings["residual_diff_threshold"]
+                decision = how if step in reused else "computed"
+                rows += [
+                    {"step": step, "image": image, "branch": branch, "decision": decision, "residual": change,
+                     "threshold": threshold}
+                    for image in images
+                ]  # fmt: skip
+        return rows
 
     def reused(self) -> int:
         """Number of steps that the last generation reused: the largest over all networks and guidance branches."""
         return max(len(steps) for stats in self._statistics() for steps in (stats.cached_steps, stats.cfg_cached_steps))
-
-    def warn_idle(self) -> None:
-        """Warn once if the last generation reused no step, with the threshold that would have allowed it."""
-        if self.warned or self.reused() > 0:
-            return
-        self.warned = True
-        diffs = [float(value) for stats in self._statistics() for value in stats.residual_diffs.values()]
-        nonzero, why = [value for value in diffs if value > 0], ""
-        if nonzero:
-            threshold = self.settings["residual_diff_threshold"]
-            why = f"; the residual changed by at least {min(nonzero):.3g}, and residual_diff_threshold is {threshold}"
-        log.warning(f"cache: no step was reused, so the cache saved nothing{why}")
 
     def _statistics(self) -> list[Any]:
         """cache-dit's statistics for every list of blocks of every cached network."""

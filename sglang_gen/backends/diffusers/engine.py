@@ -199,6 +199,7 @@ class DiffusersEngine:
         self.plan, self.kind, self.call = plan, call.kind, call.arguments
         pipeline = self.pipeline = built.pipeline
         self.kernel, self.step_cache, self.offloaded = built.kernel, built.step_cache, built.offloaded
+        self.trace: list[dict[str, Any]] = []  # decisions of the step cache in the timed generation
         self.noise = read_noise(plan.run.sampling.latents)
         self.image = _image(plan.run)
         self._effective = built.effective
@@ -256,7 +257,8 @@ class DiffusersEngine:
             clock.leave()
         require_finite(latents.last, "the latents", batch)
         if self.step_cache and self.calls.on:  # a warmup has too few steps, and a repeat reuses the same steps
-            self.step_cache.warn_idle()
+            steps = self.plan.run.sampling.num_inference_steps
+            self.trace += self.step_cache.trace(steps, [sample.index for sample in batch])
         if not self.leads:
             return None
         _warn_blanked(result, batch)
@@ -355,9 +357,8 @@ class DiffusersEngine:
             networks = regional if settings.regional else {}
         return block_ranges.named_blocks(networks)
 
-    def cache_decisions(self) -> dict[str, Any] | None:
-        """The step cache's decisions in the last generation; None without a step cache."""
-        return self.step_cache.decisions(self.plan.run.sampling.num_inference_steps) if self.step_cache else None
+    def cache_trace(self) -> list[dict[str, Any]] | None:
+        return self.trace if self.step_cache else None
 
     def close(self) -> None:
         """Undo changes outside this pipeline: the class that a step cache patches, files of an offloaded network."""

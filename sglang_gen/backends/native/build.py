@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from sglang_gen.backends.native.checkpoint import OpenCheckpoint, open_checkpoint
+from sglang_gen.backends.native.native_cache import build_cache
 from sglang_gen.backends.native.request import pipeline_of
 from sglang_gen.engine import attention_kernels
 from sglang_gen.engine.block_timing import TimedChain
+from sglang_gen.engine.caching.cached_chain import CachedChain, PlannedChain, runner
 from sglang_gen.engine.cuda_graphs import Graphs
 from sglang_gen.engine.memory_format import to_channels_last
 from sglang_gen.engine.residency import Offloaded
@@ -25,7 +27,7 @@ from sglang_gen.models.matmul import onednn_linear
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.parallel.sharded_network import ParallelNetwork, Split
 from sglang_gen.perf.clock import timer
-from sglang_gen.plan import offloading
+from sglang_gen.plan import offloading, step_cache
 from sglang_gen.types import Plan
 from sglang_gen.weights import load
 
@@ -51,6 +53,7 @@ class Built:
     compiled: "Compiled | None" = None
     graphs: Graphs | None = None
     offloaded: Offloaded | None = None  # if the weights are on the host between generations
+    cache: CachedChain | None = None
     timed: TimedChain | None = None
 
     @property
@@ -91,6 +94,7 @@ def steps(plan: Plan, mesh: Mesh, meta: bool = False) -> list[Step]:
     tp, sp = mesh.size("tp") > 1, mesh.axis(SEQUENCE).size > 1
     offloaded = "dit_cpu_offload" in offloading.active(plan.run, plan.device)
     compiles, graphs, timed = plan.run.compile.enable_torch_compile, plan.run.compile.cuda_graphs, plan.run.perf.blocks
+    caches = step_cache.wanted(plan.run.cache)
     return [
         create,  # on meta: shapes are known before anything takes memory
         keep_linear_layers,  # a quantized layer takes another's place before anything asks for its tensors
@@ -103,7 +107,8 @@ def steps(plan: Plan, mesh: Mesh, meta: bool = False) -> list[Step]:
         choose_kernel,  # inside of the wrappers, which merge results if the kernel returns a log-sum-exp
         onednn_products if plan.matmul == "onednn" and not meta else torch_products,
         offload if offloaded and not meta else stay_resident,  # what is complete by now
-        time_blocks if timed and not meta else run_blocks,  # the chain of blocks, where a step cache would stand too
+        cache_steps if caches else compute_every_step,  # takes the place of the chain of blocks
+        time_blocks if timed and not meta else run_blocks,  # inside of the cache, which calls the chain in parts
         compile_network if compiles and not meta else run_eagerly,  # after everything that changes the modules
         capture_graphs if graphs and not meta else launch_kernels,  # a graph records compiled code
     ]
@@ -214,8 +219,17 @@ def stay_resident(built: Built) -> None:
     """The weights stay where they were loaded."""
 
 
+def cache_steps(built: Built) -> None:
+    built.cache = built.network.chain = build_cache(built.plan, built.mesh)
+
+
+def compute_every_step(built: Built) -> None:
+    """Every step computes every block."""
+
+
 def time_blocks(built: Built) -> None:
-    built.timed = built.network.chain = TimedChain(built.network, timer(built.plan.device))
+    built.timed = TimedChain(built.network, timer(built.plan.device))
+    runner(built.network).chain = built.timed
 
 
 def run_blocks(built: Built) -> None:
@@ -234,7 +248,7 @@ def run_eagerly(built: Built) -> None:
 
 
 def capture_graphs(built: Built) -> None:
-    built.graphs = Graphs(built.network)
+    built.graphs = Graphs(built.network, built.cache if isinstance(built.cache, PlannedChain) else None)
 
 
 def launch_kernels(built: Built) -> None:

@@ -1,6 +1,6 @@
 """The native engine: this project's networks and denoising loop with the model's own text encoders and scheduler."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import cycle, islice
@@ -16,7 +16,7 @@ from sglang_gen.backends.comm_log import CommLog, GeneratedBatch, described
 from sglang_gen.backends.diffusers.stages import plain_config
 from sglang_gen.backends.finite import require_finite
 from sglang_gen.backends.memory_error import memory_explained, out_of_memory
-from sglang_gen.backends.native import memory_policy, safety_checker, vae_parallel
+from sglang_gen.backends.native import memory_policy, native_cache, safety_checker, vae_parallel
 from sglang_gen.backends.native.build import build
 from sglang_gen.backends.native.component_offload import ComponentOffload
 from sglang_gen.backends.native.components import read_components
@@ -24,6 +24,7 @@ from sglang_gen.backends.native.execution import Execution, limits, share_graphs
 from sglang_gen.backends.native.request import NativeRequest, check_native_request, warn_ineffective
 from sglang_gen.engine import block_names
 from sglang_gen.engine.block_timing import TimedChain
+from sglang_gen.engine.caching import cached_chain
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
 from sglang_gen.engine.freed_memory import return_freed_memory
@@ -90,6 +91,10 @@ class NativeEngine:
         self.network: Any = self.execution.network
         self.text_components = [name for name in pipeline.spec.text_encoders if name in components]
         offloaded = [execution.built.offloaded for execution in executions.values()]
+        caches = {name: execution.built.cache for name, execution in executions.items()}
+        self.caches = {name: cache for name, cache in caches.items() if cache is not None}
+        self.trace: list[dict[str, Any]] = []  # decisions of the step cache in the timed generation
+        self.loop = denoise  # which a calibration replaces
         self.offload = ComponentOffload(plan, pipeline.spec, offloaded, components)
         resident = [components[name] for name in self.text_components if name not in self.offload.others]
         coming = [execution.network for execution in executions.values() if execution.built.offloaded]
@@ -111,7 +116,7 @@ class NativeEngine:
             calls.watch(Watched("decoding", safety_checker.CHECKER, vision))
         self.observed_networks = {
             name: calls.observed(
-                Watched("denoising", name, execution.network, execution.countable),
+                Watched("denoising", name, execution.network, execution.countable, self._variant(name)),
                 execution.parallel_network.entrance,
                 "condition",
             )
@@ -121,6 +126,11 @@ class NativeEngine:
         self.decoder = calls.observed(decoder, vae, "decode")
         encoder = Watched("latents", "vae", vae, partial(self._vae_meta_copy, pipeline.encoding_dtype))
         self.encoder = calls.observed(encoder, vae, "encode")
+
+    def _variant(self, name: str) -> Callable[[], Hashable] | None:
+        """What tells how the network's last call was computed: the choice of its step cache."""
+        cache = self.caches.get(name)
+        return None if cache is None else lambda: cache.choice
 
     def _encoder_meta_copy(self, encoder: Any) -> Callable[[], Any] | None:
         """Return a function that builds this rank's shard of a text encoder on meta; None if it is not sharded."""
@@ -149,7 +159,7 @@ class NativeEngine:
             **self.execution.effective(),  # the same for all networks
             "offload": self.offload.options,
             "lora": [],
-            "cache": "none",
+            "cache": native_cache.effective(self.plan),
             **memory_policy.of_run(
                 self.plan, self.pipeline.spec.guidance, self.native_request.full_request, self.memory_policy.batched
             ),
@@ -195,7 +205,12 @@ class NativeEngine:
         names = self._network_names(timesteps, request)
 
         def predictor(networks: Mapping[str, Any], texts: Encoded) -> Predict:
-            prepare = partial(self.pipeline.prepare, NetworkSchedule(networks, names), timesteps, request)
+            prepare: Callable[[Encoded], Predict] = partial(
+                self.pipeline.prepare, NetworkSchedule(networks, names), timesteps, request
+            )
+            if self.caches and networks is self.observed_networks:
+                split = self.mesh.size("cfg") > 1
+                prepare = cached_chain.observed(prepare, texts, guidance, numbers, names, self.caches, split)
             return guided(prepare, texts, guidance, numbers, self.mesh.axis("cfg"))
 
         clock.leave()  # settling happens once for a shape and belongs to no stage
@@ -204,9 +219,9 @@ class NativeEngine:
             own = [kind for kind in different if names[kind] == name]
             execution.settle(predictor, own, request, encoded, noise)
         texts = tuple(tuple(map(described, text)) for text in encoded)
-        self.comm_log.note(GeneratedBatch(request, guidance, tuple(numbers), names, texts, lists, described(noise)))
         clock.enter("denoising", request.steps_run)
-        with self.offload.denoising():
+        warming = request.steps != self.plan.run.sampling.num_inference_steps
+        with cached_chain.generation(list(self.caches.values()), warming), self.offload.denoising():
             with self.comm_log.during("conditioning", 1):
                 predict = predictor(self.observed_networks, encoded)
             with (
@@ -220,12 +235,17 @@ class NativeEngine:
                     progress.step()
                     signals.check()
 
-                latents = denoise(predict, scheduler, timesteps, numbers, noise, generators, after_step)
+                latents = self.loop(predict, scheduler, timesteps, numbers, noise, generators, after_step)
         clock.enter("decoding")
+        choices = native_cache.choices(self.caches.values(), len(numbers))
+        self.comm_log.note(
+            GeneratedBatch(request, guidance, tuple(numbers), names, texts, lists, described(noise), choices)
+        )
+        cached = self._note_cache(batch, len(numbers))
         require_finite(latents, "the latents", batch)
         if self.mesh.index("cfg") or self.mesh.index("tp"):
             return None  # another rank decodes the same rows
-        effective = memory_policy.effective(self.plan, guidance, request)
+        effective = memory_policy.effective(self.plan, guidance, request) | cached
         frames = self._decode(latents, request, batch)
         return Decoded(frames, noise, latents, self.pipeline.spec.makes, effective=effective)
 
@@ -314,8 +334,17 @@ class NativeEngine:
                     ranges.enter_context(block_names.named_blocks(execution.network, f"{name}." if several else ""))
             yield
 
-    def cache_decisions(self) -> dict[str, Any] | None:
-        return None
+    def _note_cache(self, batch: tuple[Sample, ...], steps: int) -> dict[str, Any]:
+        """Keep the decisions of the timed generation; `effective` of the batch, if there is a step cache."""
+        if not self.caches:
+            return {}
+        trace = [row for cache in self.caches.values() for row in cache.trace([sample.index for sample in batch])]
+        if self.calls.on:
+            self.trace += trace
+        return {"cache": native_cache.effective(self.plan, trace)}
+
+    def cache_trace(self) -> list[dict[str, Any]] | None:
+        return self.trace if self.caches else None
 
     def traffic(self) -> CommLog:
         return self.comm_log

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -116,7 +116,10 @@ class Execution:
             for kind in kinds:
                 predict(empty, kind)
 
-        self.compiled.expect(self._trace(evaluate))
+        cache = self.built.cache
+        self.compiled.expect(self._trace(evaluate), cache.graphs if cache and not self.built.regions else 1)
+        for choice in cache.partial_choices(len(latents), len(encoded)) if cache else ():
+            self.compiled.expect(self._trace(evaluate, [choice] * (2 * len(kinds))))
 
     def _place_kernel(self, request: Request, encoded: Encoded) -> None:
         """Set the kernel of all attention ops; a pattern of flex needs the grids of the image tokens."""
@@ -130,14 +133,25 @@ class Execution:
     def _summing(self, name: str) -> Any:
         return attention_kernels.kernel_with_lse(name, self.plan.device, self.dtype, self.masked, self.aligned)
 
-    def _trace(self, evaluate: Callable[[Any], None]) -> Shapes:
-        """Shapes of attention and of compiled blocks (else of the whole network) in `evaluate`."""
+    def _trace(self, evaluate: Callable[[Any], None], choices: Sequence[Hashable] = ()) -> Shapes:
+        """Shapes of attention and of compiled blocks (else of the whole network) in `evaluate`.
+
+        `choices` are those of the step cache in the evaluations; it computes everything without them.
+        """
         copy = build(self.plan, self.mesh, self.built.name, meta=True)
+        if copy.cache is not None and choices:
+            copy.cache.repeat(choices)
         return trace_on_meta(copy.parallel, self.built.regions or (type(self.network),), evaluate)
 
-    def countable(self) -> Any:
-        """A meta copy of this rank's network whose matrix products torch's FLOP counter can count."""
-        meta_copy = build(self.plan, self.mesh, self.built.name, meta=True).parallel
+    def countable(self, choice: Hashable = None) -> Any:
+        """A meta copy of this rank's network whose matrix products torch's FLOP counter can count.
+
+        With a `choice` of the step cache it leaves out what the evaluation with this choice left out.
+        """
+        copy = build(self.plan, self.mesh, self.built.name, meta=True)
+        if copy.cache is not None and choice is not None:
+            copy.cache.repeat([choice])
+        meta_copy = copy.parallel
         meta_copy.set_kernel(
             torch.nn.functional.scaled_dot_product_attention,
             attention_kernels.kernel_with_lse("math", "meta", self.dtype),

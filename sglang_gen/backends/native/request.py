@@ -4,15 +4,16 @@ import torch
 
 from sglang_gen import env, log
 from sglang_gen.backends.input_files import read_image, read_noise
-from sglang_gen.backends.native import memory_policy
+from sglang_gen.backends.native import memory_policy, native_cache
 from sglang_gen.backends.native.scheduler import build_scheduler
 from sglang_gen.backends.scheduler_trial import check_steps, warn_changed
 from sglang_gen.engine import attention_kernels
+from sglang_gen.engine.denoise import step_numbers
 from sglang_gen.errors import UserError
 from sglang_gen.families import img2img, registry, watermark
 from sglang_gen.families.contract import Request
 from sglang_gen.families.pipeline_contract import Pipeline
-from sglang_gen.plan import image_size, layout_limits, offloading
+from sglang_gen.plan import image_size, layout_limits, offloading, step_cache
 from sglang_gen.types import Plan
 
 
@@ -93,6 +94,8 @@ def check_native_request(plan: Plan) -> NativeRequest:
     memory_policy.check_guidance_plan(plan, spec.guidance, request)
     _check_scheduler(native_request, request)
     _check_noise(native_request, request)
+    if step_cache.wanted(run.cache):
+        native_cache.check_native_cache(plan, spec, request, *evaluations(native_request, request))
     return native_request
 
 
@@ -104,6 +107,13 @@ def _check_scheduler(native_request: NativeRequest, request: Request) -> None:
     scheduler = build_scheduler(component)
     check_steps(scheduler, native_request.pipeline.schedule(native_request.config, scheduler, request))
     warn_changed(scheduler, component.config, request.steps)
+
+
+def evaluations(native_request: NativeRequest, request: Request) -> tuple[torch.Tensor, list[int]]:
+    """The timestep and the step of each evaluation of the network, of which some schedulers need several in a step."""
+    scheduler = build_scheduler(native_request.plan.card.components["scheduler"])
+    timesteps = native_request.pipeline.schedule(native_request.config, scheduler, request)
+    return timesteps, step_numbers(len(timesteps), request.steps_run, getattr(scheduler, "order", 1))
 
 
 def _check_noise(native_request: NativeRequest, request: Request) -> None:

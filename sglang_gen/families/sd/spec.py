@@ -38,6 +38,7 @@ SPEC = Spec(
     scheduler_settings={"steps_offset": 1, "clip_sample": False},
     schedulers=unet_spec.SCHEDULERS,
     default_size=default_size,
+    skip_connections=unet_spec.skip_connections,
     heads=unet_spec.heads,
     head_widths=unet_spec.head_widths,
     channels=unet_spec.channels,

@@ -27,6 +27,7 @@ SPEC = Spec(
     keeps_image_size=True,
     zero_without_negative=True,
     schedulers=unet_spec.SCHEDULERS,
+    skip_connections=unet_spec.skip_connections,
     heads=unet_spec.heads,
     head_widths=unet_spec.head_widths,
     channels=unet_spec.channels,

@@ -1,0 +1,1 @@
+"""Step caches: denoising steps that reuse what blocks computed in an earlier step."""

@@ -1,0 +1,1 @@
+"""`sglang tune`: the fastest configuration whose images stay close to those of the exact run."""

@@ -1,0 +1,47 @@
+"""Rules out candidates by the estimates of a dry run, before they are measured."""
+
+import math
+
+from sglang_gen import env
+from sglang_gen.dry_run.estimate import estimate
+from sglang_gen.errors import UserError
+from sglang_gen.types import Plan
+
+MOST_PREDICTED = 1.3  # times the predicted step of the base; predictions are less exact than measurements
+
+
+def obstacle(plan: Plan, base: Plan, max_memory: float) -> str | None:
+    """Why a candidate is not worth a measurement; None if it is.
+
+    The estimated memory is that of weights and activations, without the libraries of the process, so that a candidate
+    whose estimate exceeds the bound exceeds it when it runs.
+    """
+    if plan.device == "cpu" and plan.layout.ranks > env.cpu_count() >= base.layout.ranks:
+        return f"{plan.layout.ranks} processes share {env.cpu_count()} processors, so that none is faster"
+    try:
+        of_base = estimate(base)
+        if math.isinf(max_memory) and _predicted_step(of_base) is None:
+            return None
+        own = estimate(plan)
+    except UserError as error:
+        return str(error)
+    if "reason" in own:  # only the native engine is estimated
+        return None
+    needed = own["memory"]["total"]
+    if needed > max_memory:
+        return f"it needs at least {needed / 1e9:.3g} GB per rank, and --max-memory is {max_memory / 1e9:.3g} GB"
+    return _slower(own, of_base)
+
+
+def _slower(own: dict[str, object], base: dict[str, object]) -> str | None:
+    """The obstacle of a candidate that is predicted to be clearly slower, where the rates of the machine are known."""
+    step, of_base = (_predicted_step(one) for one in (own, base))
+    if step is None or of_base is None or step <= MOST_PREDICTED * of_base:
+        return None
+    return f"a step is predicted to take {step / of_base:.2f} times as long as that of the base"
+
+
+def _predicted_step(estimated: dict[str, object]) -> float | None:
+    prediction = estimated.get("prediction")
+    value = prediction.get("step_ms") if isinstance(prediction, dict) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else None

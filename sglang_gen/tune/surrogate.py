@@ -1,0 +1,91 @@
+"""Predicts a combination of changes from the measurements of each change alone.
+
+The logarithms of times add up, and so do the squared errors of images: changes are taken to be independent. The
+prediction decides only in which order combinations are measured, and which of them are not worth it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sglang_gen.tune.candidate import BASE, Candidate
+from sglang_gen.tune.trials import Trials
+
+MOST_PER_AXIS = 4  # changes of one axis that are combined with those of the others
+MOST_COMBINATIONS = 2000  # that are kept while axes are multiplied
+GAIN = 1.0  # dB by which a slower change must be closer to the reference to be combined
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """log(time / time of the base), and PSNR of the worst image in dB."""
+
+    shift: float
+    psnr: float
+
+
+class Surrogate:
+    """Predictions from what `trials` has measured so far."""
+
+    def __init__(self, trials: Trials) -> None:
+        self.trials = trials
+
+    def predict(self, candidate: Candidate) -> Prediction:
+        """The prediction; a change that was not measured alone counts as none."""
+        known = [one for one in candidate.singles if self.trials.is_measured(one)]
+        base = _error(self._psnr(BASE))
+        added = [_error(self._psnr(one)) - base for one in known]
+        # a change that lowers the error of the base cannot lower that of another change
+        error = max(base + sum(added), *(each for each in added if each > 0), 0.0) if added else base
+        return Prediction(sum(self._shift(one) for one in known), _psnr_of(error))
+
+    def _psnr(self, candidate: Candidate) -> float:
+        return self.trials.known[candidate].psnr if self.trials.is_measured(candidate) else math.inf
+
+    def _shift(self, candidate: Candidate) -> float:
+        return self.trials.shift(candidate) or 0.0
+
+    def useful(self, axis: str, words: Sequence[str], slack: float) -> list[Candidate]:
+        """Changes of an axis that are faster than the base or clearly closer to the reference, the fastest first.
+
+        Those that another change of the axis beats in both are left out, and those that are further than `slack` dB
+        below the bound.
+        """
+        singles = [one for word in words if self.trials.is_measured(one := Candidate(((axis, word),)))]
+        found = sorted((one for one in singles if self.trials.known[one].lost is None), key=self._shift)
+        base, best, chosen = self._psnr(BASE), -math.inf, list[Candidate]()
+        for one in found:
+            psnr = self._psnr(one)
+            if psnr < self.trials.bounds.psnr - slack or psnr <= best:
+                continue
+            if self._shift(one) < 0 or psnr > base + GAIN:
+                best = psnr
+                chosen.append(one)
+        return chosen[:MOST_PER_AXIS]
+
+    def combinations(self, axes: Mapping[str, Sequence[str]], slack: float) -> list[Candidate]:
+        """Products of useful changes that are predicted to be faster than the base and not further than `slack` dB
+        below the bound, the fastest first. Single changes are among them.
+        """
+        found = {BASE: Prediction(0.0, self._psnr(BASE))}
+        least = self.trials.bounds.psnr - slack
+        for axis, words in axes.items():
+            changes = [one.changes for one in self.useful(axis, words, slack)]
+            longer = [Candidate((*each.changes, *change)) for each in found for change in changes]
+            found |= {each: one for each in longer if (one := self.predict(each)).psnr >= least}
+            found = dict(sorted(found.items(), key=_order)[:MOST_COMBINATIONS])
+        return [each for each, one in found.items() if each != BASE and one.shift < 0]
+
+
+def _order(item: tuple[Candidate, Prediction]) -> tuple[float, int]:
+    candidate, prediction = item
+    return prediction.shift, len(candidate.changes)
+
+
+def _error(psnr: float) -> float:
+    """The squared error of a PSNR, relative to the squared peak."""
+    return 0.0 if math.isinf(psnr) else 10 ** (-psnr / 10)
+
+
+def _psnr_of(error: float) -> float:
+    return math.inf if error <= 0 else -10 * math.log10(error)
