@@ -12,7 +12,6 @@ from reference import Reference
 from sglang_gen import env
 from sglang_gen.backends.native import engine as native_engine
 from sglang_gen.backends.native.build import build
-from sglang_gen.backends.native.engine import NativeEngine
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
 from sglang_gen.dry_run import held_weights, machine_rates, rate_measurement
@@ -32,7 +31,6 @@ from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.plan.make import make_plan
 from sglang_gen.types import Layout, Size
 from tools import predictions
-from tools.bench import folders
 
 KINDS = ("attention sdpa", "attention math", "attention onednn", "product torch", "product onednn", "convolution",
          "move", "copy", "activation", "norm")  # fmt: skip
@@ -322,10 +320,8 @@ def mid_size(tmp_path_factory):
      ("sdxl", "single")],
 )  # fmt: skip
 def test_memory_is_predicted_within_a_tenth_and_work_and_communication_exactly(mid_size, monkeypatch, case, layout):
-    words = [*predictions.WORDS[case], "--dtype", "bfloat16", f"parallel={layout}", "attention=sdpa"]
-    if case in predictions.MODELS:
-        preset, changes = predictions.MODELS[case]
-        words += ["--model-path", str(folders.write(preset, mid_size / case, "cpu", changes))]
+    model = predictions.model_of(case, mid_size)
+    words = [*predictions.WORDS[case], *model, "--dtype", "bfloat16", f"parallel={layout}", "attention=sdpa"]
     monkeypatch.setenv("SGLANG_GEN_CACHE", str(mid_size / "cache"))
     found = predictions.run(words, mid_size / "perf.json")
     assert len(found["ranks"]) == predictions.LAYOUTS[layout]
@@ -346,13 +342,13 @@ def test_a_component_that_cannot_be_traced_is_a_reason_and_no_failure(dump, pipe
     assert found["flops"]["measured"] > 0
 
 
-def test_what_a_step_cache_decides_is_not_predicted(dump, pipelines, monkeypatch):
-    own = NativeEngine.effective
-    monkeypatch.setattr(NativeEngine, "effective", lambda engine: own(engine) | {"cache": {"Fn_compute_blocks": 1}})
-    found = dump(pipelines["sd15"], "--backend", "sglang")["predicted"]
-    for quantity in ("memory_mb", "communication_bytes", "flops", "step_ms", "total_ms"):
-        assert found[quantity]["predicted"] is None
-        assert "step cache" in found[quantity]["reason"]
+@pytest.mark.whole
+def test_work_of_a_step_cache_is_predicted_from_its_decisions_and_its_memory_is_not(dump, pipelines):
+    words = ("cache=dbcache", "cache.Fn_compute_blocks=1", "cache.max_warmup_steps=1")
+    found = dump(pipelines["sd3"], "--backend", "sglang", *words)["predicted"]
+    assert found["flops"]["ratio"] == 1
+    assert found["memory_mb"]["predicted"] is None
+    assert found["memory_mb"]["reason"] == "the memory of a step cache is not predicted"
 
 
 def test_freed_memory_returns_to_the_system_before_each_batch_is_decoded(dump, pipelines, monkeypatch):
