@@ -31,7 +31,6 @@ from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.plan.make import make_plan
 from sglang_gen.types import Layout, Size
 from tools import predictions
-from tools.bench import folders
 
 KINDS = ("attention sdpa", "attention math", "attention onednn", "product torch", "product onednn", "convolution",
          "move", "copy", "activation", "norm")  # fmt: skip
@@ -321,10 +320,8 @@ def mid_size(tmp_path_factory):
      ("sdxl", "single")],
 )  # fmt: skip
 def test_memory_is_predicted_within_a_tenth_and_work_and_communication_exactly(mid_size, monkeypatch, case, layout):
-    words = [*predictions.WORDS[case], "--dtype", "bfloat16", f"parallel={layout}", "attention=sdpa"]
-    if case in predictions.MODELS:
-        preset, changes = predictions.MODELS[case]
-        words += ["--model-path", str(folders.write(preset, mid_size / case, "cpu", changes))]
+    model = predictions.model_of(case, mid_size)
+    words = [*predictions.WORDS[case], *model, "--dtype", "bfloat16", f"parallel={layout}", "attention=sdpa"]
     monkeypatch.setenv("SGLANG_GEN_CACHE", str(mid_size / "cache"))
     found = predictions.run(words, mid_size / "perf.json")
     assert len(found["ranks"]) == predictions.LAYOUTS[layout]

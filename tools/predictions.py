@@ -1,7 +1,7 @@
 """Compares predictions with measurements on this machine, as a table for docs/performance.md.
 
     python -m tools.predictions                               # measures the rates, then runs every case
-    python -m tools.predictions --case landscape,flux --layout single,tp2 --rounds 3
+    python -m tools.predictions --case landscape --layout single,tp2 --rounds 3
     python -m tools.predictions --keep-rates --folder DIR     # with the rates and models of an earlier call
 
 Each run is a process of its own. The first run of a case is not counted, since `attention=auto` times kernels in it.
@@ -21,45 +21,31 @@ from statistics import median
 from typing import Any
 
 from sglang_gen import env
+from sglang_gen.families import registry
 from tools.bench import folders
 
-T5 = {"d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 1024, "num_layers": 4, "num_decoder_layers": 4}
-CLIP = {"num_hidden_layers": 4, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}
-# Case -> preset and the changes to its configs that make it mid-size: 306 and 355 million numbers in all
-MODELS: dict[str, tuple[str, folders.Configs]] = {
-    "flux": (
-        "flux_dev",
-        {
-            "transformer": {
-                "num_attention_heads": 8,
-                "num_layers": 2,
-                "num_single_layers": 4,
-                "joint_attention_dim": 512,
-            },
-            "text_encoder": {"num_hidden_layers": 4},
-            "text_encoder_2": T5,
-        },
-    ),
-    "sdxl": (
-        "sdxl",
-        {
-            "unet": {
-                "block_out_channels": [160, 320, 640],
-                "transformer_layers_per_block": [1, 1, 2],
-                "attention_head_dim": [2, 4, 8],
-                "cross_attention_dim": 1024,
-                "projection_class_embeddings_input_dim": 512 + 6 * 256,
-            },
-            "text_encoder": CLIP,
-            "text_encoder_2": CLIP | {"projection_dim": 512},
-        },
-    ),
+RUNS = {
+    name.removeprefix("midsize_"): run
+    for spec in registry.specs()
+    for name, run in registry.examples(spec).runs.items()
+    if name.startswith("midsize_")
 }
-WORDS = {
-    "landscape": ("model=landscape", "--num-inference-steps", "28"),
-    **dict.fromkeys(MODELS, ("--num-inference-steps", "4", "--height", "384", "--width", "384")),
+EMBEDDED = "landscape"
+WORDS: dict[str, tuple[str, ...]] = {
+    EMBEDDED: ("model=landscape", "--num-inference-steps", "28"),
+    **{
+        name: ("--num-inference-steps", str(run.steps), "--height", str(run.side), "--width", str(run.side))
+        for name, run in RUNS.items()
+    },
 }
 LAYOUTS = {"single": 1, "sp2": 2, "tp2": 2}
+
+
+def model_of(case: str, folder: Path) -> list[str]:
+    """The words that name a case's model, which is written to the folder unless it is there."""
+    if case == EMBEDDED:
+        return []
+    return ["--model-path", str(folders.write(RUNS[case].preset, folder / case, "cpu", RUNS[case].changes))]
 
 
 def run(words: Sequence[str], dump: Path) -> dict[str, Any]:
@@ -127,10 +113,7 @@ def main() -> None:
             measure_rates(given.dtype, [LAYOUTS[layout] for layout in layouts])
         print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}", flush=True)
         for case in given.case.split(","):
-            words = [*WORDS[case], "--dtype", given.dtype]
-            if case in MODELS:
-                preset, changes = MODELS[case]
-                words += ["--model-path", str(folders.write(preset, folder / case, "cpu", changes))]
+            words = [*WORDS[case], *model_of(case, folder), "--dtype", given.dtype]
             for layout in layouts:
                 dumps = [run([*words, f"parallel={layout}"], folder / "perf.json") for _ in range(1 + given.rounds)]
                 for row in rows(case, layout, dumps[1:]):

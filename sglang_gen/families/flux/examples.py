@@ -19,6 +19,13 @@ LAPTOP = {
     "num_attention_heads": 8, "joint_attention_dim": 1024, "pooled_projection_dim": 768, "guidance_embeds": True,
     "axes_dims_rope": (16, 56, 56),
 }  # fmt: skip
+MIDSIZE: Mapping[str, ComponentConfig] = {
+    "transformer": {"num_attention_heads": 8, "num_layers": 2, "num_single_layers": 4, "joint_attention_dim": 512},
+    "text_encoder": {"num_hidden_layers": 4},
+    "text_encoder_2": {
+        "d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 1024, "num_layers": 4, "num_decoder_layers": 4,
+    },
+}  # fmt: skip
 PUBLISHED = NetworkBenchmark(title="FLUX.1 dev, 1024 x 1024", preset="flux_dev", batch=1, tokens=512, side=64)
 
 
@@ -41,6 +48,10 @@ class FluxExamples(Examples):
         "flux_dev": RunBenchmark(
             title="FLUX.1 dev, 1024 x 1024, 28 steps", preset="flux_dev", side=1024, steps=28, network=PUBLISHED,
             target=3.3,
+        ),
+        "midsize_flux": RunBenchmark(
+            title="a FLUX of 323 M, 384 x 384, 4 steps", preset="flux_dev", side=384, steps=4, changes=MIDSIZE,
+            network=NetworkBenchmark(title="mid-size", preset="flux_dev", batch=1, tokens=512, side=24),
         ),
     }  # fmt: skip
 

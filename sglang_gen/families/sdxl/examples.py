@@ -16,6 +16,15 @@ LAPTOP = {
     "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 6 * 256 + 768,
     "use_linear_projection": True,
 }  # fmt: skip
+NARROW = {"num_hidden_layers": 4, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}
+MIDSIZE: Mapping[str, ComponentConfig] = {
+    "unet": {
+        "block_out_channels": [160, 320, 640], "transformer_layers_per_block": [1, 1, 2],
+        "attention_head_dim": [2, 4, 8], "cross_attention_dim": 1024,
+        "projection_class_embeddings_input_dim": 512 + 6 * 256,
+    },
+    "text_encoder": NARROW, "text_encoder_2": NARROW | {"projection_dim": 512},
+}  # fmt: skip
 PUBLISHED = NetworkBenchmark(title="SDXL, 1024 x 1024, batch 2", preset="sdxl", batch=2, tokens=77, side=128)
 TEXT_ENCODER = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 32,
@@ -68,6 +77,10 @@ class SDXLExamples(UNetExamples):
         "sdxl": RunBenchmark(
             title="SDXL, 1024 x 1024, 50 steps with guidance", preset="sdxl", side=1024, steps=50, network=PUBLISHED,
             target=1.6,
+        ),
+        "midsize_sdxl": RunBenchmark(
+            title="an SDXL of 373 M, 384 x 384, 4 steps with guidance", preset="sdxl", side=384, steps=4,
+            changes=MIDSIZE, network=NetworkBenchmark(title="mid-size", preset="sdxl", batch=2, tokens=77, side=48),
         ),
     }  # fmt: skip
 
