@@ -241,3 +241,15 @@ def test_no_rank_outlives_its_launcher(pipelines, tmp_path, number, code, layout
         word = "Interrupted" if number == signal.SIGINT else "Terminated"
         assert said(rest) == [f"ERROR: {word}"]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")]
+
+
+@pytest.mark.whole
+def test_a_rank_that_cannot_read_its_plan_ends(capfd):
+    """Such as one that runs another version of the code; the launcher would wait for it forever."""
+    ranks = launcher.Ranks(1, "cpu")
+    try:
+        ranks.pipes[0].send_bytes(b"not a job")
+        assert ranks.processes[0].wait(timeout=60) == worker.TERMINATED
+    finally:
+        ranks.stop()
+    assert "Error" in capfd.readouterr().err

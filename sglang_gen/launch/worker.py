@@ -166,9 +166,10 @@ def _report_sigterm(channel: _Channel) -> None:
 
 def _receive(pipe: Connection, jobs: "queue.SimpleQueue[Job]") -> None:
     try:
-        while True:
-            jobs.put(pipe.recv())
-    except (EOFError, OSError):
+        with suppress(EOFError, OSError):  # the launcher has ended
+            while True:
+                jobs.put(pipe.recv())
+    finally:  # also after what this code cannot read: nobody would answer the launcher
         os.kill(os.getpid(), signal.SIGTERM)
 
 
