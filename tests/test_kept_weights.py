@@ -1,6 +1,7 @@
 """Jobs of a sweep that share weights: what the second computes is bit for bit what it computes alone."""
 
 import shutil
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from cases import mostly_whole
 from safetensors.torch import load_file, save_file
+from whole import plan_of
 
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
@@ -15,6 +17,8 @@ from sglang_gen.errors import UserError
 from sglang_gen.generate import execute
 from sglang_gen.launch import kept_weights
 from sglang_gen.launch.session import Session
+from sglang_gen.parallel.mesh import Mesh
+from sglang_gen.types import Layout
 
 USUAL = ("dtype=float32", "sampling.height=32", "sampling.width=32", "sampling.num_inference_steps=3",
          "sampling.seed=7", "sampling.prompt=a cat", "perf.machine_rates=false", "perf.work=false")  # fmt: skip
@@ -159,6 +163,15 @@ def test_a_copy_has_its_own_modules_and_hooks_and_the_memory_of_the_first(monkey
 def test_a_run_outside_of_a_sweep_keeps_nothing(run, monkeypatch):
     monkeypatch.setattr(kept_weights, "_sharing_copy", lambda _: pytest.fail("a copy"))
     assert not reused(run(None, "sd15"))
+
+
+def test_shards_are_not_kept_for_a_group_of_another_name(pipelines):
+    """The ranks of two layouts may form the same groups in another order, and text encoders keep the name of theirs."""
+    plan = plan_of(f"model.path={pipelines['sd3']}", "sampling.prompt=a", "parallel=tp2")
+    identities = [
+        kept_weights._identity(plan, Mesh(Layout(tp=2), 0, {"tp": SimpleNamespace(group_name=name)})) for name in "353"
+    ]
+    assert identities[0] == identities[2] != identities[1]
 
 
 @pytest.fixture

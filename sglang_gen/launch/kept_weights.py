@@ -85,7 +85,8 @@ def _identity(plan: Plan, mesh: Mesh) -> str | None:
     if run.lora.path or run.lora.adapters or offloading.active(run, plan.device):
         return None
     facts = (plan.card, plan.backend, plan.device, plan.dtype, run.model, run.quant, run.offload)
-    shard = (mesh.size("tp"), mesh.index("tp"))
+    tp = mesh.axis("tp")
+    shard = (tp.size, tp.index, tp.group)  # text encoders are loaded with the collectives of this group
     text = json.dumps([plan.pipeline_class, shard, _states(plan.card), *map(plain, facts)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
