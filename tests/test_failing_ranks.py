@@ -244,7 +244,7 @@ def test_no_rank_outlives_its_launcher(pipelines, tmp_path, number, code, layout
 
 
 @pytest.mark.whole
-def test_a_rank_that_cannot_read_its_plan_ends(capfd):
+def test_a_rank_that_cannot_read_its_plan_ends():
     """Such as one that runs another version of the code; the launcher would wait for it forever."""
     ranks = launcher.Ranks(1, "cpu")
     try:
@@ -252,4 +252,3 @@ def test_a_rank_that_cannot_read_its_plan_ends(capfd):
         assert ranks.processes[0].wait(timeout=60) == worker.TERMINATED
     finally:
         ranks.stop()
-    assert "Error" in capfd.readouterr().err
