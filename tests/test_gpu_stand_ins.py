@@ -248,6 +248,7 @@ def gpus(monkeypatch):
         place = env.Torchrun(rank=0, ranks=here, local=0, here=here, node=0)
         monkeypatch.setattr(env, "torchrun", lambda: place if here else None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
         return used
 
     return see
