@@ -120,7 +120,7 @@ def test_evaluations_of_a_scheduler_of_second_order_count_as_steps(pipelines, la
     assert error(ours, by_hand(folder, 1, {0, 3, 6}, 4)) <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_a_step_in_which_guidance_starts_or_stops_is_a_full_one_in_a_batch_and_branch_by_branch(latents):
     given = (*GUIDED, "cache.interval=9", "sampling.guidance_interval=[0.2,0.7]", "--perf-dump-path", "perf.json")
     conditional = plan("crcrrrcr", branches=("conditional",))
@@ -243,6 +243,7 @@ LAYOUTS = ("parallel=sp2_tp2", "parallel=tp2", "parallel=ring2", "parallel=ulyss
            "parallel=dp2", "parallel=cfg2_sp2")  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "branch"), mostly_slow([("sdxl", 1), ("sd15", 3)], ("sdxl", 1)))
 @pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, "parallel=tp2"))
 def test_every_layout_gives_the_latents_of_one_process_without_a_collective_of_its_own(

@@ -74,7 +74,7 @@ def test_a_sample_of_image_to_image_is_the_same_alone_and_in_a_batch(run, photo,
     assert_samples_stand_alone(run, name, "--image-path", photo, "--diffusers-kwargs", '{"strength": 0.6}')
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", mostly_slow([0.6, 1.0], 0.6))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_of_inpainting_is_the_same_alone_and_in_a_batch(pipelines, run, photo, name, strength):

@@ -307,7 +307,7 @@ def test_a_dry_run_shows_memory_communication_products_and_the_prediction(sglang
     assert compiled["products_ms"] == found["prediction"]["products_ms"]
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_a_dry_run_warns_of_more_memory_than_there_is(sglang, monkeypatch):
     words = ("generate", "model=sd15", "parallel=sp2", "device=cpu", "--dtype", "bfloat16", "dry_run=true")
     for bytes_, warned in ((2 * 10**10, False), (2 * 10**9, True)):

@@ -119,7 +119,7 @@ def test_one_run_has_no_turns_to_take(sglang):
     )
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_real_jobs_in_turn_have_the_intervals_and_images_of_all_rounds(sglang, pipelines):
     words = ("--model-path", pipelines["sd15"], "--prompt", "a", "--seed", 1, "--height", 32, "--width", 32)
     done = sglang("generate", *words, "--num-inference-steps", 2, "--output-path", "sweep", "-m", "perf.repeat=2",

@@ -64,7 +64,7 @@ def test_the_time_of_day_is_seen_in_the_sky(sglang):
     assert sky["noon"] > sky["night"] + 60
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_the_negative_prompt_and_the_guidance_act(sglang):
     common = ("generate", "--prompt", "a landscape with hills", "--seed", "5", "--num-inference-steps", "12")
     for extra in ((), ("--negative-prompt", "at night"), ("--guidance-scale", "1")):

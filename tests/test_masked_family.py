@@ -59,7 +59,8 @@ def test_guidance_in_one_batch_gives_the_image_of_guidance_in_turn(run):
     assert_same("batched", "sequential", 2)
 
 
-@pytest.mark.parametrize("layout", mostly_slow(["tp2", "ring2", "ulysses2", "cfg2", "usp4"], "tp2", "ring2", "cfg2"))
+@pytest.mark.whole
+@pytest.mark.parametrize("layout", mostly_slow(["tp2", "ring2", "ulysses2", "cfg2", "usp4"], "tp2"))
 def test_ranks_generate_what_one_process_generates_and_send_what_was_predicted(run, model, ranks, layout):
     """The negative prompt is longer than the prompts; one batch of two and one of one."""
     negative = "blurred, dark and noisy, with lines of text in it"
@@ -152,8 +153,8 @@ def test_an_estimate_counts_texts_of_the_longest_length_and_their_masks(run, mod
     assert found[0]["step"]["flops"] < found[1]["step"]["flops"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("regional", ["true", "false"])
+@pytest.mark.whole
+@pytest.mark.parametrize("regional", mostly_slow(["true", "false"], "false"))
 def test_a_block_is_compiled_once_for_each_length_of_text(run, traced, regional):
     """Both branches in one batch have one length; a third prompt of another length is compiled too, expectedly."""
     words = ("--enable-torch-compile", f"compile.regional={regional}", "compile.warmup=false")

@@ -54,7 +54,7 @@ def test_a_failing_job_does_not_stop_the_others_and_says_why(pipelines, sglang):
     assert [path.parent.name for path in Path("sweep").glob("*/generated_image_0.png")] == ["2"]
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_a_sweep_over_models(pipelines, sglang):
     paths = f"{pipelines['sd15']},{pipelines['sdxl']},/nowhere"
     done = sglang("generate", "-m", f"model.path={paths}", "--prompt", "x", *SMALL, "--output-path", "sweep")
@@ -145,7 +145,7 @@ def test_a_sweep_that_is_cut_short_has_a_table_of_what_is_there(sglang, monkeypa
     assert rows[1]["pictures"] == "1/generated_image_0.png"
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_globs_ranges_and_nothing_to_sweep(composed):
     jobs = composed("-m", "model=glob(sd3*)", "--prompt", "x", "--output-path", "a")
     assert [job.run.model.preset for job in jobs] == ["sd35_large", "sd35_medium", "sd3_medium"]

@@ -144,7 +144,7 @@ def _collectives(folder: str) -> list[dict]:
     return [one for stage in stages for one in stage["collectives"].values()]
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_a_batch_decides_and_computes_as_its_images_alone(run):
     words = (*DBCACHE, "cache.max_warmup_steps=2", "cache.residual_diff_threshold=0.62", "--guidance-scale", 3,
              "--num-samples", 3)  # fmt: skip
@@ -182,7 +182,7 @@ def test_the_work_that_is_left_out_is_not_counted(run):
     assert 0.3 < flops["cached"] / flops["plain"] < 0.9
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mostly_slow(("sd3", "flux"), "sd3"))
 @pytest.mark.parametrize(("compiled", "words", "graphs"), [
     pytest.param(

@@ -121,7 +121,7 @@ def test_weights_that_lack_a_tensor_are_refused_by_its_name(pipelines, run):
     assert "layers.1.mlp.fc1.weight" in done.lines[-1]
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_component_of_the_hub_is_planned_from_its_config_and_runs_natively(
     pipelines, run, tmp_path, monkeypatch, inside

@@ -103,7 +103,7 @@ def test_progress_and_dump_count_the_steps_that_are_run(run, photo, name, steps_
     assert backend == "diffusers" or dump["work"]["latents"]["flops"] > 0  # of encoding the picture
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_an_autoencoder_that_is_at_work_in_float32_is_counted_in_it(run, photo):
     words = ("--image-path", photo, *strength(0.5), "--backend", "sglang", "--perf-dump-path", "perf.json")
     done = run("sdxl", *words, dtype="float16")

@@ -187,9 +187,9 @@ def check_promises(words: list[str], made: set[Path]) -> None:
 
 
 # Pages whose commands take long together; the others are those that a newcomer meets first.
-LONG = {"README", "attention", "backend", "cache", "command", "comparing", "configuration", "lora", "machine", "model",
-        "offload", "parallel", "parity", "perf", "planned_cache", "quality", "quant", "report", "reporting_results",
-        "sampling", "sweep", "sweeps", "tracking", "tune", "tutorial"}  # fmt: skip
+LONG = {"README", "attention", "backend", "cache", "command", "comparing", "configuration", "experiment", "lora",
+        "machine", "model", "offload", "output", "parallel", "parity", "perf", "planned_cache", "quality", "quant",
+        "report", "reporting_results", "sampling", "sweep", "sweeps", "tracking", "tune", "tutorial"}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_a_plan_holds_for_every_layout(run_on_ranks, pipelines, name, layout):
     words = ("--num-samples", 3, "sampling.batch_size=2", "--backend", "sglang", "cache=planned")
@@ -147,7 +148,7 @@ def test_compiled_blocks_and_networks_follow_the_plan(generate, pipelines, trace
     assert torch.allclose(*(torch.tensor(tensors(folder)["latents"]) for folder in ("compiled", "eager")), atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_each_depth_is_captured_into_a_graph_of_its_own(generate, pipelines, monkeypatch):
     made: list[Repeated] = []
     monkeypatch.setattr(Repeated, "made", made, raising=False)
@@ -196,7 +197,7 @@ def test_a_plan_of_a_skip_connection_that_a_unet_lacks_is_refused(sglang, pipeli
     assert (done.code, "the schedule of plan.json does not fit this run" in done.err) == (2, True), done.err
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_a_reused_step_counts_only_the_blocks_that_it_computes(generate, pipelines):
     """The work of the dump, from the decisions of the run."""
     flops = []

@@ -235,7 +235,7 @@ def test_rates_that_cannot_be_measured_are_refused(sglang, words, sentence):
 # The dump
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
 def test_a_dump_has_each_prediction_beside_its_measurement(dump, pipelines, measured, sglang, name):
     assert sglang("perf", "rates", "--dtype", "float32").code == 0

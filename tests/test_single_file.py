@@ -337,7 +337,7 @@ def hub(tmp_path, monkeypatch, pipelines):
     little.close()
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["--model-id=sdxl", "model.configs=stabilityai/stable-diffusion-xl-base-1.0"])
 def test_configs_and_tokenizers_come_from_the_hub_without_weights(pipelines, files, sglang, hub, source):
     done = sglang("generate", "--model-path", files["sdxl"], source, *SMALL)

@@ -195,7 +195,7 @@ def test_a_number_of_torchrun_that_makes_no_sense_is_refused_before_torch_sees_i
     assert sentence in done.lines[0]
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_a_port_that_another_program_has_is_one_sentence():
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))

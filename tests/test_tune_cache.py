@@ -36,7 +36,7 @@ def bench(pipelines):
     return load
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [

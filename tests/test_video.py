@@ -214,6 +214,7 @@ def run_on_ranks(run, ranks, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # imageio's reader, see above
 @pytest.mark.parametrize(
     ("layout", "count"),
