@@ -1,6 +1,7 @@
 """sglang tune: its options, the space of candidates, what it writes, and how it ends. Measurements are synthetic here;
 the slow test measures."""
 
+import html
 import json
 import math
 import re
@@ -447,5 +448,5 @@ def test_the_embedded_model_is_tuned_and_the_printed_command_works(sglang, repor
         path, _, value = word.partition("=")
         if path in ("dtype", "attention"):
             assert record["effective"][path] == value
-    page = Path("tuned/report.html").read_text()
+    page = html.unescape(Path("tuned/report.html").read_text())
     assert all(word in page for word in (">base<", "baseline backend=diffusers", "Trade-offs", found["conclusion"][0]))
