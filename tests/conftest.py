@@ -22,6 +22,7 @@ import torch
 from finished import Finished
 from pool import Pool
 from rank_runs import Processes
+from repeated import Repeated
 
 from sglang_gen import env
 from sglang_gen.launch import launcher
@@ -165,6 +166,19 @@ def sglang(capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
         return Finished(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Repeated]:
+    """CUDA graphs on this CPU; the recorders that were asked for."""
+    from sglang_gen.engine import cuda_graphs
+    from sglang_gen.plan import make
+
+    made: list[Repeated] = []
+    monkeypatch.setattr(Repeated, "made", made, raising=False)
+    monkeypatch.setattr(cuda_graphs, "Recorder", Repeated)
+    monkeypatch.setattr(make, "CAPTURING", ("cuda", "cpu"))
+    return made
 
 
 @pytest.fixture

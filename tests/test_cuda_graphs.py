@@ -23,16 +23,6 @@ NETWORKS = ("sd3", "flux", "sdxl", "sd15")
 
 
 @pytest.fixture
-def recorders(monkeypatch) -> list[Repeated]:
-    """CUDA graphs on this CPU; the recorders that were asked for."""
-    made: list[Repeated] = []
-    monkeypatch.setattr(Repeated, "made", made, raising=False)
-    monkeypatch.setattr(cuda_graphs, "Recorder", Repeated)
-    monkeypatch.setattr(make, "CAPTURING", ("cuda", "cpu"))
-    return made
-
-
-@pytest.fixture
 def both(pipelines, sglang, recorders):
     """The same run without graphs and with; the recorder of the second."""
     run = runner(pipelines, sglang)

@@ -85,7 +85,7 @@ def test_a_transformer_is_refused_by_name(run):
 
 
 def warned(*words: str) -> list[str]:
-    return step_cache.warnings(compose(Choices(("model=sdxl", "cache=deepcache", *words), {})).run)
+    return step_cache.warnings(compose(Choices(("model=sdxl", "cache=deepcache", *words), {})).run, "sglang")
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,6 @@ REVIEWED: dict[tuple[str, str], str] = {  # (module, text that stands in it) -> 
     ("sglang_gen/hub/single_file.py", "unet"): COMPONENT,
     ("sglang_gen/config/help.py", "model=sdxl parallel=sp2_tp2"): EXAMPLE,
     ("sglang_gen/config/help.py", "model=sdxl --prompt"): EXAMPLE,
-    ("sglang_gen/backends/diffusers/cache.py", "no step cache for UNets"): SENTENCE,
     ("sglang_gen/backends/diffusers/cache.py", " has a UNet"): SENTENCE,
     ("sglang_gen/backends/native/native_cache.py", "UNet"): METHOD,
     ("sglang_gen/engine/caching/deep_cache.py", "UNet"): METHOD,

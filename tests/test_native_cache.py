@@ -7,10 +7,6 @@ import numpy as np
 import pytest
 from cases import mostly_slow
 from native import COMMON, assert_same, record, runner, tensors
-from repeated import Repeated
-
-from sglang_gen.engine import cuda_graphs
-from sglang_gen.plan import make
 
 DBCACHE = ("cache=dbcache", "cache.Fn_compute_blocks=1")
 STATIC = (*DBCACHE, "cache.steps_computation_policy=static", "cache.steps_computation_mask=[1,1,0,0,1,0,1,0]")
@@ -199,16 +195,6 @@ def test_compiled_blocks_and_networks_are_cached_too(run, traced, name, compiled
     assert decisions("compiled") == decisions("plain")
     assert graphs is None or len(traced) == graphs
     assert_same("compiled", "plain", 3)
-
-
-@pytest.fixture
-def recorders(monkeypatch) -> list[Repeated]:
-    """CUDA graphs on this CPU; the recorders that were asked for."""
-    made: list[Repeated] = []
-    monkeypatch.setattr(Repeated, "made", made, raising=False)
-    monkeypatch.setattr(cuda_graphs, "Recorder", Repeated)
-    monkeypatch.setattr(make, "CAPTURING", ("cuda", "cpu"))
-    return made
 
 
 @pytest.mark.whole

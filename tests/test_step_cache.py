@@ -289,6 +289,12 @@ def test_the_record_says_how_many_steps_were_reused(sglang, pipelines):
             [f"{name} has no effect with steps_computation_policy=static, which reuses every step that the mask marks "
              "with 0" for name in ("residual_diff_threshold", "max_cached_steps", "max_continuous_cached_steps")],
         ),
+        (
+            {"steps_computation_mask": [1, 0, 1, 0], "steps_computation_policy": "static", "enable_separate_cfg": True},
+            ["enable_separate_cfg has no effect with steps_computation_policy=static, which decides alike for all "
+             "branches"],
+        ),
+        ({"residual_diff_threshold": 0}, ["residual_diff_threshold=0 reuses no step, so the cache saves nothing"]),
         ({"max_cached_steps": 1, "enable_taylorseer": True, "taylorseer_order": 2}, []),
     ],
 )  # fmt: skip

@@ -15,17 +15,15 @@ from moving_family.pipeline import PIPELINE
 from moving_family.spec import SPEC
 from native import error
 from rank_runs import assert_every_rank_as_predicted
-from repeated import Repeated
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sglang_gen.engine import attention_autotune, cuda_graphs
+from sglang_gen.engine import attention_autotune
 from sglang_gen.engine.cfg import Guidance, kinds
 from sglang_gen.families.contract import Video
 from sglang_gen.launch import launcher
 from sglang_gen.outputs import video_audio
 from sglang_gen.perf import dump, flops
-from sglang_gen.plan import make
 
 STEPS, SCALE = 4, 3.0
 SIDES = ("--height", 16, "--width", 24)
@@ -263,16 +261,6 @@ def test_one_kernel_is_chosen_on_the_shapes_of_both_networks_and_a_record_pins_i
     assert done.code == 0, done.err
     assert len(timed) == 1
     assert error(latents("again"), latents("outputs")) == 0
-
-
-@pytest.fixture
-def recorders(monkeypatch) -> list[Repeated]:
-    """CUDA graphs on this CPU; the recorders that were asked for."""
-    made: list[Repeated] = []
-    monkeypatch.setattr(Repeated, "made", made, raising=False)
-    monkeypatch.setattr(cuda_graphs, "Recorder", Repeated)
-    monkeypatch.setattr(make, "CAPTURING", ("cuda", "cpu"))
-    return made
 
 
 def test_each_network_has_a_graph_of_its_own(run, recorders):

@@ -15,7 +15,7 @@ usage: sglang COMMAND ...
 commands:
   generate   generate images, videos or audio with a diffusion model
   models     list the model presets
-  perf       compare the performance of runs and commits (sglang perf compare, check, history)
+  perf       compare the performance of runs and commits (sglang perf compare, check, history, rates)
   report     write a page with the images, plots and tables of a sweep
   tune       find the fastest configuration whose images keep a bound (sglang tune --help)
   debug      compare the native engine with diffusers, module by module (sglang debug parity)

@@ -108,7 +108,7 @@ def make_plan(composed: "Composed", card: ModelCard) -> Plan:
             *remote_code.warnings(run.model, card, sources),
             *(layout_limits.machine_warnings(here, device) if run.dry_run else ()),
             *offloading.warnings(run, device),
-            *step_cache.warnings(run),
+            *step_cache.warnings(run, backend),
             *guidance.warnings(run, user_gave(run, sources, "sampling.guidance_scale"), card),
         ),
         notices=(

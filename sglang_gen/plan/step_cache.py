@@ -215,7 +215,7 @@ def refuse_covered(given: Mapping[str, Any], lists: list[int]) -> None:
         )
 
 
-def warnings(run: Run) -> list[str]:
+def warnings(run: Run, backend: str) -> list[str]:
     """Warns about settings of a step cache that have no effect because of other settings."""
     if not wanted(run.cache) or cache_plan.chosen(run.cache):
         return []
@@ -223,15 +223,19 @@ def warnings(run: Run) -> list[str]:
         return [*deep_schedule.warnings(run.cache), *_short_warm_up(run)]
     given, usual = settings(run.cache), Cache()
     idle = {}
-    if given["steps_computation_policy"] == "static":
+    static = given["steps_computation_policy"] == "static"
+    if static:
         for name in ("residual_diff_threshold", "max_cached_steps", "max_continuous_cached_steps"):
             idle[name] = "with steps_computation_policy=static, which reuses every step that the mask marks with 0"
+        if backend == "sglang":
+            idle["enable_separate_cfg"] = "with steps_computation_policy=static, which decides alike for all branches"
     if given["calibrator"] is None:
         idle["taylorseer_order"] = "without calibrator=taylorseer"
     found = [
         f"cache: {name} has no effect {reason}" for name, reason in idle.items() if given[name] != getattr(usual, name)
     ]
-    static = given["steps_computation_policy"] == "static"
+    if not static and given["residual_diff_threshold"] == 0:
+        found.append("cache: residual_diff_threshold=0 reuses no step, so the cache saves nothing")
     return [*found, *deep_schedule.warnings(run.cache), *(_short_warm_up(run) if static else ())]
 
 

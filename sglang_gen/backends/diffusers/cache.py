@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from sglang_gen.backends.diffusers.roles import denoisers
-from sglang_gen.config.schema import Cache, CacheMethod
+from sglang_gen.config.schema import Cache
 from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.plan.step_cache import check_blocks, check_steps, refuse_covered, settings, wanted
 from sglang_gen.types import ModelCard
@@ -19,8 +19,6 @@ def check_cache_support(cache: Cache, card: ModelCard, pipeline_class: Any, call
     """
     if not wanted(cache):
         return
-    if cache.method is CacheMethod.deepcache:
-        raise UserError("cache=deepcache: the diffusers backend has no step cache for UNets")
     if "transformer" not in card.components:
         raise UserError(f"cache: cache-dit works on transformers; {card.pipeline_class} has a UNet")
     import cache_dit
