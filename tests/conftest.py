@@ -14,6 +14,7 @@ os.environ["SGLANG_GEN_CPU_DTYPE"] = "float32"  # dtype=auto, whatever this proc
 os.environ["HF_HUB_OFFLINE"] = "0"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import one_rank
 import pytest
 import sentences
 import tiers
@@ -25,11 +26,11 @@ from rank_runs import Processes
 from repeated import Repeated
 
 from sglang_gen import env
-from sglang_gen.launch import launcher
+from sglang_gen.launch import launcher, rank, session
 from sglang_gen.report import vega_scripts
 
 torch.set_num_threads(1)
-MISSING = vega_scripts.missing
+MISSING, PREDICTIONS, PROCESSES = vega_scripts.missing, rank.PREDICTIONS, session.processes
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -152,6 +153,28 @@ def _sweeps_without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vega_scripts, "missing", MISSING)
+
+
+@pytest.fixture(autouse=True)
+def _dumps_without_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictions take up to 0.3 s; the tests of predictions ask for them with the fixture `predictions`."""
+    monkeypatch.setattr(rank, "PREDICTIONS", "no_predictions")
+
+
+@pytest.fixture
+def predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank, "PREDICTIONS", PREDICTIONS)
+
+
+@pytest.fixture(autouse=True)
+def _sessions_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process takes seconds to import torch; the tests of a session's processes ask with the fixture `processes`."""
+    monkeypatch.setattr(session, "processes", one_rank.processes)
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "processes", PROCESSES)
 
 
 @pytest.fixture

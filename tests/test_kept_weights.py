@@ -1,6 +1,8 @@
 """Jobs of a sweep that share weights: what the second computes is bit for bit what it computes alone."""
 
+import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import diffusers
@@ -13,7 +15,7 @@ from whole import plan_of
 
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
-from sglang_gen.errors import UserError
+from sglang_gen.errors import RunError, UserError
 from sglang_gen.generate import execute
 from sglang_gen.launch import kept_weights
 from sglang_gen.launch.session import Session
@@ -137,7 +139,7 @@ def test_encoders_that_leave_a_full_device_are_not_kept_on_it(run, session, monk
     monkeypatch.setattr("sglang_gen.backends.native.engine.stored_bytes", lambda tensor: 10**8)
     result = run(session, "sdxl", "backend=sglang")
     assert result.report["effective"]["released"] == ["text_encoder", "text_encoder_2"]
-    assert "components" not in session._kept._loaded
+    assert "components" not in session._ranks.kept._loaded
     again = run(session, "sdxl", "backend=sglang")
     assert_equal(again, result)
 
@@ -215,6 +217,20 @@ def test_a_job_that_fails_on_ranks_leaves_none_of_them_to_the_next(run, session)
     again = run(session, "sd15", "parallel=tp2")
     assert not reused(again)
     assert_equal(again, first)
+
+
+@pytest.mark.whole
+def test_a_job_of_one_rank_that_is_killed_ends_neither_the_session_nor_the_next(run, session, counted, processes):
+    first = run(session, "sd15")
+    assert reused(run(session, "sd15"))
+    assert counted == [1]
+    assert first.report["ranks"][0]["host_anon_loading_mb"]
+    os.kill(session._ranks.processes[0].pid, signal.SIGKILL)
+    with pytest.raises(RunError, match="Rank 0 was ended by SIGKILL; it may have run out of memory"):
+        run(session, "sd15")
+    last = run(session, "sd15")
+    assert not reused(last)
+    assert_equal(last, first)
 
 
 @pytest.mark.slow

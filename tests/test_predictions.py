@@ -32,6 +32,7 @@ from sglang_gen.plan.make import make_plan
 from sglang_gen.types import Layout, Size
 from tools import predictions
 
+pytestmark = pytest.mark.usefixtures("predictions")
 KINDS = ("attention sdpa", "attention math", "attention onednn", "product torch", "product onednn", "convolution",
          "move", "copy", "activation", "norm")  # fmt: skip
 MIB = 2**20

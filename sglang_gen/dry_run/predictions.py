@@ -127,7 +127,7 @@ def _entry(predicted: float | None, measured: float | None, reason: str | None) 
     """`{predicted, measured, ratio}`, with `reason` if there is no prediction. The ratio is measured / predicted."""
     if reason is not None or predicted is None:
         return {"predicted": None, "measured": _rounded(measured), "ratio": None, "reason": reason or "not measured"}
-    ratio = None if measured is None or not predicted else round(measured / predicted, 4)
+    ratio = None if measured is None or not predicted else float(f"{measured / predicted:.4g}")
     return {"predicted": _rounded(predicted), "measured": _rounded(measured), "ratio": ratio}
 
 

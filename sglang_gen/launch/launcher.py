@@ -14,15 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from sglang_gen import env, log, signals
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.launch.worker import PATIENCE, RECEIVED_SIGTERM, TERMINATED, Done, Failure, Job, LogLine
 from sglang_gen.types import Plan, Result
-
-if TYPE_CHECKING:
-    from sglang_gen.launch.kept_weights import KeptWeights
 
 # The working directory is last in sys.path, so that a user's queue.py does not shadow the standard library's.
 _WORKER = (
@@ -49,12 +46,12 @@ def launch(plan: Plan, started: float, fresh: bool = False) -> Result:
         return ranks.run(plan, started)
 
 
-def here(plan: Plan, started: float, kept: "KeptWeights | None" = None) -> Result:
+def here(plan: Plan, started: float) -> Result:
     """Carry out a plan of one rank in this process."""
     from sglang_gen.launch import rank
     from sglang_gen.parallel.mesh import Mesh
 
-    result = rank.run(plan, Mesh(), started, kept)
+    result = rank.run(plan, Mesh(), started)
     assert result is not None  # rank 0 always returns a result
     return result
 

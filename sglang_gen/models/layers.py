@@ -224,13 +224,33 @@ class GroupNorm(nn.GroupNorm, OwnTensors):
         """`[B, C, ...]` -> the same shape."""
         if self.moments is None:
             return super().forward(x)
-        groups = torch.unflatten(x, 1, (self.num_groups, -1))  # [B, G, C / G, ...], a view in any memory format
-        wide = groups.to(torch.promote_types(x.dtype, torch.float32))
-        expand = (..., *[None] * (wide.ndim - 2))
-        mean, variance = self.moments(wide)  # [B, G] each
-        normed = ((wide - mean[expand]) * torch.rsqrt(variance + self.eps)[expand]).flatten(1, 2)
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        return (normed * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+        width, inside = self.num_channels // self.num_groups, x.numel() // (len(x) * self.num_groups)
+        mean, variance = self.moments(*group_moments(wide, self.num_groups), inside)  # [B, G] each
+        scale = torch.rsqrt(variance + self.eps).repeat_interleave(width, dim=1) * weight
+        shift = bias - mean.repeat_interleave(width, dim=1) * scale
+        expand = (..., *[None] * (x.ndim - 2))
+        return torch.addcmul(shift[expand], wide, scale[expand]).to(x.dtype)
+
+
+def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance `[B, G]` of the groups of channels of `[B, C, ...]`, by torch's fused group norm.
+
+    On a CPU it is up to twenty times as fast as a reduction over several dimensions. A compiler fuses reductions.
+    """
+    if torch.compiler.is_compiling():
+        grouped = torch.unflatten(x, 1, (groups, -1))
+        variance, mean = torch.var_mean(grouped, dim=tuple(range(2, grouped.ndim)), correction=0)
+        return mean, variance
+    batch, channels, *inside = x.shape
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        rows = x.movedim(1, 3).flatten(0, 2)  # a batch of one image may have a stride that the fused norm does not take
+        x = rows.unflatten(0, (batch, *inside)).movedim(3, 1)
+    else:
+        x = x.flatten(2).contiguous()
+    _, mean, deviation = torch.native_group_norm(x, None, None, batch, channels, math.prod(inside), groups, 0.0)
+    return mean, deviation**-2  # of a constant group 1 / deviation is infinite
 
 
 class Embedding(nn.Embedding, OwnTensors):

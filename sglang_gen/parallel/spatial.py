@@ -75,13 +75,10 @@ class RowMoments(nn.Module):
         super().__init__()
         self.axis = axis
 
-    def forward(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's rows by group, `[B, G, C / G, ...]` -> mean and variance `[B, G]`."""
-        inside = tuple(range(2, groups.ndim))
-        mean = groups.mean(dim=inside)
-        squares = (groups - mean[(..., *[None] * len(inside))]).square().sum(dim=inside)
-        count = torch.full_like(mean, groups[0, 0].numel())
-        means, squares, counts = gather(torch.stack([mean, squares, count]), self.axis).wait().unbind(1)  # [R, B, G]
+    def forward(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance `[B, G]` of this rank's rows, `count` numbers in each group -> those of all ranks' rows."""
+        own = torch.stack([mean, variance * count, torch.full_like(mean, count)])
+        means, squares, counts = gather(own, self.axis).wait().unbind(1)  # [R, B, G]
         total = counts.sum(dim=0)
         mean = (means * counts).sum(dim=0) / total
         squares = squares.sum(dim=0) + (counts * (means - mean).square()).sum(dim=0)
