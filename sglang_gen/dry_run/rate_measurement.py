@@ -32,6 +32,7 @@ Draw = Callable[..., Tensor]  # random numbers of a shape
 Call = tuple[float, Callable[[], Any]]  # (FLOPs or bytes, function)
 SECONDS = 0.04  # for the measurement of one call, which is repeated at least `LEAST` times
 LEAST, MOST = 3, 200
+TOGETHER, BETWEEN_COLLECTIVES = 150, 3e7  # collectives for a mean, and FLOPs of the product before each
 RATES_PATIENCE = 300.0  # seconds until a rank has measured everything
 
 
@@ -79,8 +80,8 @@ def _content(ranks: mesh.Mesh, device: str, dtype: torch.dtype) -> dict[str, Any
     gc.collect()
     before = host_anon_mb()
 
-    def curve(calls: Iterator[Call], together: bool = False) -> Curve:
-        return [(work, _seconds(call, wait, ranks, together)) for work, call in calls]
+    def curve(calls: Iterator[Call]) -> Curve:
+        return [(work, _seconds(call, wait, ranks)) for work, call in calls]
 
     curves = {kind: curve(calls) for kind, calls in _kernels(device, dtype).items()}
     gc.collect()
@@ -89,37 +90,61 @@ def _content(ranks: mesh.Mesh, device: str, dtype: torch.dtype) -> dict[str, Any
     launch_us = _launch_us(curves, device, dtype, wait)
     collectives = {}
     if (axis := ranks.axis("tp")).size > 1:
-        collectives = {name: curve(calls, together=True) for name, calls in _collectives(axis, device).items()}
+        products = _products(F.linear, partial(_drawn, device, dtype))
+        product = next(call for flops, call in products if flops >= BETWEEN_COLLECTIVES)
+        collectives = {
+            name: [(sent, _seconds_together(call, product, wait, ranks)) for sent, call in calls]
+            for name, calls in _collectives(axis, device).items()
+        }
     library = max(after - before, 0.0) if device == "cpu" and before is not None and after is not None else 0.0
     return {"curves": curves, "collectives": collectives, "launch_us": launch_us, "library_mb": round(library, 2)}
 
 
-def _seconds(call: Callable[[], Any], wait: Callable[[], None], ranks: mesh.Mesh, together: bool) -> float:
-    """Median seconds of a call; `together`: the ranks start each call at the same time, and equally often."""
+def _seconds(call: Callable[[], Any], wait: Callable[[], None], ranks: mesh.Mesh) -> float:
+    """Median seconds of a call."""
     # On one thread processor time, which the other programs of a busy machine change less than the time on the wall.
-    alone = not together and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: list[float] = []
     call()
     ranks.barrier()
     begun = time.perf_counter()
-    while len(times) < LEAST or (len(times) < MOST and time.perf_counter() - begun < SECONDS and not together):
+    while len(times) < LEAST or (len(times) < MOST and time.perf_counter() - begun < SECONDS):
         wait()
         start = clock()
         call()
         wait()
         times.append(clock() - start)
-        if together and len(times) >= 10 * LEAST:
-            break
     return sorted(times)[len(times) // 2]
+
+
+def _seconds_together(
+    call: Callable[[], Any], product: Callable[[], Any], wait: Callable[[], None], ranks: mesh.Mesh
+) -> float:
+    """Mean seconds that a collective call adds to a product before it.
+
+    A rank waits for the others, whose products do not take equally long. One in five calls takes many times the median,
+    so a step with many calls takes their mean.
+    """
+
+    def mean(*calls: Callable[[], Any]) -> float:
+        for each in calls:
+            each()
+        ranks.barrier()
+        wait()
+        start = time.perf_counter()
+        for _ in range(TOGETHER):
+            for each in calls:
+                each()
+        wait()
+        return (time.perf_counter() - start) / TOGETHER
+
+    alone = mean(product)
+    return max(mean(product, call) - alone, 1e-6)
 
 
 def _kernels(device: str, dtype: torch.dtype) -> dict[str, Iterator[Call]]:
     """Calls of growing work, by kind of kernel."""
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(dtype)
-
+    drawn = partial(_drawn, device, dtype)
     names = [name for name in attention_kernels.legal(device, dtype) if name not in ("auto", "flex")]
     found = {f"attention {name}": _attention(attention_kernels.named(name).kernel, drawn) for name in names}
     found["product torch"] = _products(F.linear, drawn)
@@ -134,6 +159,10 @@ def _kernels(device: str, dtype: torch.dtype) -> dict[str, Iterator[Call]]:
         "activation": numbers(lambda x: F.gelu(x, approximate="tanh"), traffic=2),
         "norm": numbers(lambda x: F.layer_norm(x, (64,)), traffic=2),
     }
+
+
+def _drawn(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
 
 
 def _products(linear: Callable[..., Any], drawn: Draw) -> Iterator[Call]:
@@ -184,7 +213,7 @@ def _launch_us(curves: dict[str, Curve], device: str, dtype: torch.dtype, wait: 
     calls = 1 + sum(kernels.products.values()) + sum(kernels.others.values())  # 1: attention
     alone = sum(kernels.products.values()) * curves["product torch"][0][1] + curves["attention sdpa"][0][1]
     alone += sum(count * curves[kind][0][1] for (kind, _), count in kernels.others.items())
-    whole = _seconds(lambda: block(x), wait, mesh.Mesh(), together=False)
+    whole = _seconds(lambda: block(x), wait, mesh.Mesh())
     return float(round(max(whole - alone, 0.0) / calls * 1e6, 3))
 
 
