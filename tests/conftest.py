@@ -17,6 +17,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import one_rank
 import pytest
 import sentences
+import shared_loader
 import tiers
 import tiny
 import torch
@@ -26,6 +27,7 @@ from rank_runs import Processes
 from repeated import Repeated
 
 from sglang_gen import env
+from sglang_gen.config import compose
 from sglang_gen.launch import launcher, rank, session
 from sglang_gen.report import vega_scripts
 
@@ -142,6 +144,13 @@ def _private_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
     monkeypatch.setenv("SGLANG_GEN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.delenv("SGLANG_USE_MODELSCOPE", raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compositions_with_one_loader() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compose, "compose_partly", shared_loader.compose_partly)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -100,7 +100,6 @@ def test_the_collectives_of_all_ranks_complete_in_every_layout(name, ranks):
     ("name", "layout"),
     mostly_slow(
         itertools.product(CONFIGS, (Layout(ring=2, ulysses=2, tp=2), Layout(dp=2, cfg=2, ring=2))),
-        ("sd3", Layout(ring=2, ulysses=2, tp=2)),
         ("flux", Layout(ring=2, ulysses=2, tp=2)),
         ("sdxl", Layout(dp=2, cfg=2, ring=2)),
     ),

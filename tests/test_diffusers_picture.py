@@ -69,7 +69,7 @@ def masked(**others: object) -> tuple[str, str]:
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_slow(NAMES, "sd3", "flux"))
 def test_a_sample_of_image_to_image_is_the_same_alone_and_in_a_batch(run, photo, name):
     assert_samples_stand_alone(run, name, "--image-path", photo, "--diffusers-kwargs", '{"strength": 0.6}')
 

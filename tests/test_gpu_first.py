@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import mostly_slow
 from fake_cuda import fake_cuda, guard
 from repeated import Repeated
 
@@ -160,7 +161,7 @@ def test_a_mode_that_fails_is_a_line_of_the_table(gpu, monkeypatch):
     assert rows["| compile=regional"].startswith(f"| compile=regional | {FAILED}: RuntimeError: no capture")
 
 
-@pytest.mark.parametrize("mode", ["regional", "full"])
+@pytest.mark.parametrize("mode", mostly_slow(["regional", "full"], "regional"))
 def test_a_network_is_compiled_by_blocks_or_as_a_whole(traced, mode):
     work = network.chosen(CPU)["flux_dev"]
     model, condition, latents = network.drawn(work, CPU)

@@ -252,7 +252,7 @@ def test_compilation_without_a_compiler_is_refused(run, monkeypatch):
         assert "needs a C++ compiler" in done.err
 
 
-@pytest.mark.parametrize("name", mostly_slow(["sd3", "flux", "sdxl", "sd15"], "flux", "sdxl"))
+@pytest.mark.parametrize("name", mostly_slow(["sd3", "flux", "sdxl", "sd15"], "sdxl"))
 @pytest.mark.parametrize("regional", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_the_graphs_of_a_network_are_as_many_as_expected(run, traced, name, regional):
     assert run(name, folder="eager").code == 0

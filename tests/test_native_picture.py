@@ -115,14 +115,19 @@ def test_an_autoencoder_that_is_at_work_in_float32_is_counted_in_it(run, photo):
 @pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "scheduler", "settings"),
-    [
+    mostly_slow(
+        [
+            ("sdxl", "EulerAncestralDiscreteScheduler", {}),
+            ("sd15", "HeunDiscreteScheduler", {}),
+            ("sdxl", "HeunDiscreteScheduler", {}),
+            ("sdxl", "PNDMScheduler", {"skip_prk_steps": True}),
+            ("sd15", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+            ("sdxl", "LCMScheduler", {}),
+        ],
         ("sdxl", "EulerAncestralDiscreteScheduler", {}),
         ("sd15", "HeunDiscreteScheduler", {}),
-        ("sdxl", "HeunDiscreteScheduler", {}),
-        ("sdxl", "PNDMScheduler", {"skip_prk_steps": True}),
         ("sd15", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-        ("sdxl", "LCMScheduler", {}),
-    ],
+    ),
 )
 def test_schedulers_start_in_the_middle_as_they_do_in_diffusers(pipelines, run, photo, name, scheduler, settings):
     model = with_scheduler(pipelines[name], scheduler, steps_offset=1, **settings)

@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import tiny
 import torch
+from cases import mostly_slow
 from native import assert_same, error, record, tensors
 from original_layout import save
 from safetensors import safe_open
@@ -50,7 +51,7 @@ def scheduler_of(sglang, *words: object, folder: str) -> dict:
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("backend", ["sglang", "diffusers"])
+@pytest.mark.parametrize("backend", mostly_slow(["sglang", "diffusers"], "sglang"))
 def test_a_file_with_the_markers_gives_the_latents_of_a_folder_whose_scheduler_says_so(
     pipelines, marked, sglang, backend
 ):

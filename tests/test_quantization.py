@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from cases import mostly_slow
 from diffusers.configuration_utils import register_to_config
 from networks import CLASSES, effective, picture
 from safetensors.torch import load_file, save_file
@@ -50,7 +51,7 @@ def drawn(pipelines, name: str, network) -> np.ndarray:
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", sorted(CLASSES))
+@pytest.mark.parametrize("name", mostly_slow(sorted(CLASSES), "flux"))
 def test_int8_gives_the_picture_of_diffusers_own_quantizer(pipelines, run, name):
     assert run(name, "--perf-dump-path", "plain.json", "--backend", "diffusers").code == 0
     done = run(name, "quant=int8", "--perf-dump-path", "int8.json")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from cases import mostly_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_runs import assert_same, record
@@ -32,7 +33,7 @@ def test_data_parallel_groups_share_the_pictures_and_keep_their_order(run_on_ran
     assert record("two")["effective"]["parallel"] == {"dp": 2, "cfg": 1, "ring": 1, "ulysses": 1, "tp": 1}
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", mostly_slow(["sd15", "sdxl", "sd3"], "sdxl"))
 def test_guidance_branches_on_two_ranks_give_the_picture_of_one(run_on_ranks, name):
     words = ("--num-samples", "2", "sampling.batch_size=2", "--negative-prompt", "a dog", "--backend", "diffusers",
              "--perf-dump-path")  # fmt: skip

@@ -9,6 +9,7 @@ import original_layout
 import pytest
 import tiny
 import torch
+from cases import mostly_slow
 from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from little_hub import LittleHub
@@ -122,7 +123,7 @@ def both_make_the_same(sglang, *words: object, folder: str = "", tolerance: floa
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", mostly_slow(["sd15", "sdxl", "sd3", "flux"], "sdxl", "flux"))
 def test_the_native_engine_reads_a_single_file(pipelines, files, sglang, name):
     both_make_the_same(sglang, "--model-path", files[name], f"model.configs={pipelines[name]}")
     for where in ((pipelines[name],), (files[name], f"model.configs={pipelines[name]}")):

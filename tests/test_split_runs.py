@@ -14,19 +14,26 @@ from rank_runs import assert_as_predicted, assert_every_rank_as_predicted, asser
 BATCH = ("--num-samples", "3", "sampling.batch_size=3", "--backend", "sglang")
 TRUE_CFG = ("--negative-prompt", "a dog", "--diffusers-kwargs", '{"true_cfg_scale": 3.0}')
 T5 = ("sd3", "flux")
-RUNS = [
+RUNS = mostly_slow(
+    [
+        ("sdxl", "parallel=sp2_tp2", ("--guidance-scale", "3", "--height", "36", "--width", "44")),
+        ("sdxl", "parallel=cfg2_sp2_tp2", ("--guidance-scale", "3")),
+        ("sd15", "parallel=ulysses2", ("--height", "40", "--negative-prompt", "a dog")),
+        ("sd3", "parallel=cfg2_sp2", ("--height", "36", "--width", "20")),
+        ("sd3", "parallel=usp4", ("--guidance-scale", "1")),
+        ("sd3", "parallel=cfg2", ("sampling.guidance_interval=[0.5,1]",)),
+        ("sd15", "parallel=cfg2", ("--negative-prompt", "a dog")),
+        ("sd3", "parallel=tp2", ("--guidance-scale", "3", "--negative-prompt", "a dog")),
+        ("flux", "parallel=tp2", ()),
+        ("flux", "parallel=cfg2_sp2", TRUE_CFG),
+        ("flux", "parallel.ring_degree=4", ("--height", "20", "--width", "44")),
+    ],
     ("sdxl", "parallel=sp2_tp2", ("--guidance-scale", "3", "--height", "36", "--width", "44")),
-    pytest.param("sdxl", "parallel=cfg2_sp2_tp2", ("--guidance-scale", "3"), marks=pytest.mark.slow),  # eight ranks
-    ("sd15", "parallel=ulysses2", ("--height", "40", "--negative-prompt", "a dog")),
-    ("sd3", "parallel=cfg2_sp2", ("--height", "36", "--width", "20")),
     ("sd3", "parallel=usp4", ("--guidance-scale", "1")),
     ("sd3", "parallel=cfg2", ("sampling.guidance_interval=[0.5,1]",)),
-    ("sd15", "parallel=cfg2", ("--negative-prompt", "a dog")),
     ("sd3", "parallel=tp2", ("--guidance-scale", "3", "--negative-prompt", "a dog")),
     ("flux", "parallel=tp2", ()),
-    ("flux", "parallel=cfg2_sp2", TRUE_CFG),
-    ("flux", "parallel.ring_degree=4", ("--height", "20", "--width", "44")),
-]  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(("name", "layout", "words"), RUNS)

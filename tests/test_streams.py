@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import mostly_slow
 
 from sglang_gen import files, log
 from sglang_gen.perf import compare_markdown
@@ -26,7 +27,9 @@ def command(*words: object, redirect: str = "", **variables: str) -> subprocess.
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("words", [["dry_run=true"], ["dry_run=json"], ["--cfg", "job"], ["sampling.seed=x"]])
+@pytest.mark.parametrize(
+    "words", mostly_slow([["dry_run=true"], ["dry_run=json"], ["--cfg", "job"], ["sampling.seed=x"]], ["dry_run=json"])
+)
 def test_a_stream_of_ascii_gets_escapes(words):
     settings = {"PYTHONIOENCODING": "ascii", "LANG": "C", "PYTHONUTF8": "0"}
     done = command("generate", "--prompt", PROMPT, f"--output-path=\u00fc {PROMPT}", *words, **settings)

@@ -30,6 +30,7 @@ from tools.landscape import manifest
 
 CALIBRATION_PROMPTS = range(64, 80)  # the scenes after those of the manifests; half are for calibration
 SCM_STEPS = 28  # number of steps of the presets with a mask
+CONF = Path(__file__).parents[2] / "conf" / "cache"
 PRESETS = ("dbcache", "dbcache_taylorseer", "scm_slow", "scm_fast")
 Dump = dict[str, Any]
 
@@ -50,7 +51,7 @@ def cells(steps: int, plans: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"none": {"method": "none"}}
     for preset in PRESETS:
         if steps == SCM_STEPS or not preset.startswith("scm"):
-            settings = yaml.safe_load((Path("conf/cache") / f"{preset}.yaml").read_text(encoding="utf-8"))
+            settings = yaml.safe_load((CONF / f"{preset}.yaml").read_text(encoding="utf-8"))
             found[preset] = {**settings, "Fn_compute_blocks": 1}
     found |= {f"threshold_{value}": dbcache(value) for value in (0.12, 0.2, 0.3, 0.5)}
     found |= {f"taylorseer_{value}": dbcache(value, "taylorseer") for value in (0.2, 0.3, 0.5)}
