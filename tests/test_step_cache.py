@@ -189,14 +189,15 @@ def test_steps_that_an_input_picture_spares_do_not_count(sglang, pipelines, back
 
 
 @pytest.mark.whole
-def test_a_scheduler_of_second_order_calls_the_network_twice_in_a_step(sglang, tmp_path):
+@pytest.mark.parametrize("backend_name", ["sglang", "diffusers"])
+def test_a_scheduler_of_second_order_calls_the_network_twice_in_a_step(sglang, tmp_path, backend_name):
     folder = tiny.sd3(tmp_path / "heun")
     for path in (folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"):
         path.write_text(path.read_text().replace("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"))
     where = {"sd3": folder}
     for length, code in ((4, 2), (7, 0)):
         settings = {"Fn_compute_blocks": 1, "steps_computation_mask": [1] + [0] * (length - 1)}
-        done = sglang(*asked(where, "sd3", settings, 4))
+        done = sglang(*asked(where, "sd3", settings, 4, "--backend", backend_name, "dry_run=true"))
         assert (done.code, "has 4 entries, the run has 7 steps" in done.err) == (code, code == 2), done.err
 
 
@@ -271,9 +272,11 @@ def test_runs_with_the_same_settings_compare_whatever_they_reused(sglang, pipeli
     assert fingerprints[0]["fields"]["cache"]["max_warmup_steps"] == 2
 
 
-def test_the_record_says_how_many_steps_were_reused(sglang, pipelines):
+@pytest.mark.whole
+@pytest.mark.parametrize(("backend_name", "name"), [("sglang", "sd3"), ("diffusers", "flux")])
+def test_the_record_says_how_many_steps_were_reused(sglang, pipelines, backend_name, name):
     settings = {**SMALL, "residual_diff_threshold": 10.0, "max_cached_steps": 3}
-    done = sglang(*asked(pipelines, "sd3", settings, 8))
+    done = sglang(*asked(pipelines, name, settings, 8, "--backend", backend_name))
     assert done.code == 0, done.err
     assert not [line for line in done.lines if line.startswith("WARNING: ")]
     assert record()["effective"]["cache"]["reused_steps"] == 3

@@ -175,7 +175,7 @@ WEIGHTS = (
            "if missing or surplus:", "if missing:"),
     Mutant("Shift and scale stay in the order of FLUX's authors",
            "sglang_gen/families/flux/original.py",
-           "tests/test_transformer_weights.py tests/test_single_file.py -k 'flux and original'",
+           "tests/test_single_file.py -k 'native_engine_reads and flux'",
            "tensor = tensor.roll(len(tensor) // 2, 0)", "tensor = tensor.clone()"),
 )
 
