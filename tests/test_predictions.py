@@ -42,7 +42,8 @@ def rates(ranks: int = 1, seconds: float = 1e-3, **changes: object) -> Rates:
     """Every kernel and collective takes so long, however small or large it is up to 10^12 FLOPs or bytes."""
     flat = [(1.0, seconds), (1e12, seconds)]
     collectives = dict.fromkeys(("all_reduce", "all_gather", "all_to_all"), flat) if ranks > 1 else {}
-    found = Rates("2026-01-02T03:04:05+00:00", 1, ranks, 0.0, 5.0, dict.fromkeys(KINDS, flat), collectives)
+    between = (collectives, collectives, (seconds, 2 * seconds))
+    found = Rates("2026-01-02T03:04:05+00:00", 1, ranks, 0.0, 5.0, dict.fromkeys(KINDS, flat), *between)
     return replace(found, **changes)
 
 
@@ -187,12 +188,14 @@ def test_a_product_takes_the_longer_of_its_arithmetic_and_its_bytes_and_each_ker
     assert found == {"products_ms": 2 * 2.5 + 5.5 + 2.5, "attention_ms": 3.5, "elementwise_ms": 4.5}
 
 
-def test_collectives_take_the_time_of_their_mean_size():
+def test_collectives_take_the_time_of_their_mean_size_and_of_what_is_computed_before_them():
     sent = Traffic({"all_reduce tp": 4}, {"all_reduce tp": 4000})
-    found = rates(ranks=2, collectives={"all_reduce": [(100.0, 1.0), (1000.0, 3.0)]})
-    assert found.seconds_between_ranks(sent) == 12.0
-    assert rates(ranks=1).seconds_between_ranks(sent) is None
-    assert rates(ranks=1).seconds_between_ranks(Traffic()) == 0
+    found = rates(ranks=2, collectives={"all_reduce": [(100.0, 1.0), (1000.0, 3.0)]},
+                  later={"all_reduce": [(100.0, 2.0), (1000.0, 5.0)]}, between_s=(0.5, 1.5))  # fmt: skip
+    expected = {0.0: 12.0, 4 * 0.5: 12.0, 4 * 1.0: 16.0, 4 * 1.5: 20.0, 100.0: 20.0}
+    assert {computing: found.seconds_between_ranks(sent, computing) for computing in expected} == expected
+    assert rates(ranks=1).seconds_between_ranks(sent, 1.0) is None
+    assert rates(ranks=1).seconds_between_ranks(Traffic(), 1.0) == 0
 
 
 def test_rates_are_kept_for_each_dtype_and_number_of_ranks_and_a_broken_file_counts_as_none(tmp_path):

@@ -126,10 +126,13 @@ def _by_measured_rates(plan: Plan, trace: NetworkTrace) -> dict[str, Any] | None
     rates = _rates(plan)
     if rates is None or plan.run.compile.enable_torch_compile or plan.run.compile.cuda_graphs:
         return None
-    between = rates.seconds_between_ranks(trace.step)
-    if between is None or f"attention {kernel_of(plan)}" not in rates.curves:
+    if f"attention {kernel_of(plan)}" not in rates.curves:
         return None
-    times = rates.parts(trace.kernels, kernel_of(plan), plan.matmul) | {"communication_ms": between}
+    times = rates.parts(trace.kernels, kernel_of(plan), plan.matmul)
+    between = rates.seconds_between_ranks(trace.step, sum(times.values()))
+    if between is None:
+        return None
+    times |= {"communication_ms": between}
     rounded = {name: round(1000 * seconds, 3) for name, seconds in times.items()}
     named = {"machine": "this machine", "measured_at": rates.measured_at}
     return {**named, **rounded, "step_ms": round(1000 * sum(times.values()), 3), "measured": False}

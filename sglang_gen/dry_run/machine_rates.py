@@ -21,13 +21,15 @@ from sglang_gen.perf.machine import describe
 from sglang_gen.types import Plan
 
 Curve = list[tuple[float, float]]  # (work, seconds) of a call, in order; work is FLOPs or bytes
-RATES_METHOD = 2  # a new one does not read the rates of an older one
+RATES_METHOD = 3  # a new one does not read the rates of an older one
 
 
 @dataclass(frozen=True)
 class Rates:
     """`curves` by kind of kernel, `collectives` by name, `launch_us` of Python between two kernels.
 
+    The longer ranks compute before a collective, the longer one of them waits for the others. `collectives` have been
+    measured after products of `between_s[0]` seconds, and `later` after those of `between_s[1]`.
     `library_mb` is the memory that torch's libraries keep once their kernels have run: compiled code and buffers.
     """
 
@@ -38,6 +40,8 @@ class Rates:
     library_mb: float
     curves: Mapping[str, Curve]
     collectives: Mapping[str, Curve]
+    later: Mapping[str, Curve]
+    between_s: tuple[float, float]
 
     def seconds(self, kernels: Kernels, attention: str, matmul: str) -> float:
         """Seconds of kernels that Python launches in sequence; products and attention by the kernels of these names."""
@@ -62,14 +66,17 @@ class Rates:
             ),
         }
 
-    def seconds_between_ranks(self, sent: Traffic) -> float | None:
-        """Seconds of the collectives of `sent`; None if they were not measured."""
-        total = 0.0
+    def seconds_between_ranks(self, sent: Traffic, computing: float) -> float | None:
+        """Seconds of the collectives of `sent` among so many seconds of kernels; None if they were not measured."""
+        total, calls = 0.0, sum(sent.calls.values())
+        short, long = self.between_s
+        part = min(max((computing / calls - short) / (long - short), 0.0), 1.0) if calls and long > short else 0.0
         for name, count in sent.calls.items():
-            curve = self.collectives.get(name.split()[0])
-            if curve is None:
+            curves = [curves.get(name.split()[0]) for curves in (self.collectives, self.later)]
+            if curves[0] is None or curves[1] is None:
                 return None
-            total += count * at(curve, sent.bytes[name] / count)
+            after_short, after_long = (at(curve, sent.bytes[name] / count) for curve in curves if curve is not None)
+            total += count * ((1 - part) * after_short + part * after_long)
         return total
 
 
@@ -106,7 +113,8 @@ def read(path: Path) -> Rates | None:
     """Kept rates; None if there are none or the file is incomplete."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         content = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("curves", "collectives"):
+        content["between_s"] = tuple(content["between_s"])
+        for name in ("curves", "collectives", "later"):
             content[name] = {kind: [tuple(point) for point in curve] for kind, curve in content[name].items()}
         return Rates(**content)
     return None

@@ -212,8 +212,9 @@ def _times(plan: Plan, batches: list[tuple[BatchTrace, int]], rates: Rates, kern
     for one, count in batches:
 
         def seconds(trace: Any, attention: str = "sdpa", matmul: str = "torch") -> float | None:
-            between = rates.seconds_between_ranks(trace.sent)
-            return None if between is None else between + rates.seconds(trace.kernels, attention, matmul)
+            computing = rates.seconds(trace.kernels, attention, matmul)
+            between = rates.seconds_between_ranks(trace.sent, computing)
+            return None if between is None else between + computing
 
         evaluations = {kind: seconds(one.evaluation(kind), kernel, plan.matmul) for kind in one.evaluations}
         others = [(seconds(trace), lists) for trace, lists in one.texts]

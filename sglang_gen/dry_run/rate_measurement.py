@@ -32,7 +32,7 @@ Draw = Callable[..., Tensor]  # random numbers of a shape
 Call = tuple[float, Callable[[], Any]]  # (FLOPs or bytes, function)
 SECONDS = 0.04  # for the measurement of one call, which is repeated at least `LEAST` times
 LEAST, MOST = 3, 200
-TOGETHER, BETWEEN_COLLECTIVES = 150, 3e7  # collectives for a mean, and FLOPs of the product before each
+TOGETHER, BETWEEN_COLLECTIVES = 100, (3e7, 3e8)  # collectives for a mean, and FLOPs of the products before each
 RATES_PATIENCE = 300.0  # seconds until a rank has measured everything
 
 
@@ -88,16 +88,10 @@ def _content(ranks: mesh.Mesh, device: str, dtype: torch.dtype) -> dict[str, Any
     return_freed_memory()
     after = host_anon_mb()
     launch_us = _launch_us(curves, device, dtype, wait)
-    collectives = {}
-    if (axis := ranks.axis("tp")).size > 1:
-        products = _products(F.linear, partial(_drawn, device, dtype))
-        product = next(call for flops, call in products if flops >= BETWEEN_COLLECTIVES)
-        collectives = {
-            name: [(sent, _seconds_together(call, product, wait, ranks)) for sent, call in calls]
-            for name, calls in _collectives(axis, device).items()
-        }
+    collectives, between_s = _between_ranks(ranks, device, dtype, wait)
     library = max(after - before, 0.0) if device == "cpu" and before is not None and after is not None else 0.0
-    return {"curves": curves, "collectives": collectives, "launch_us": launch_us, "library_mb": round(library, 2)}
+    between = {"collectives": collectives[0], "later": collectives[1], "between_s": between_s}
+    return {"curves": curves, **between, "launch_us": launch_us, "library_mb": round(library, 2)}
 
 
 def _seconds(call: Callable[[], Any], wait: Callable[[], None], ranks: mesh.Mesh) -> float:
@@ -117,14 +111,16 @@ def _seconds(call: Callable[[], Any], wait: Callable[[], None], ranks: mesh.Mesh
     return sorted(times)[len(times) // 2]
 
 
-def _seconds_together(
-    call: Callable[[], Any], product: Callable[[], Any], wait: Callable[[], None], ranks: mesh.Mesh
-) -> float:
-    """Mean seconds that a collective call adds to a product before it.
+def _between_ranks(
+    ranks: mesh.Mesh, device: str, dtype: torch.dtype, wait: Callable[[], None]
+) -> tuple[list[dict[str, Curve]], list[float]]:
+    """Curves of collectives after a short and after a long product, by name, and the seconds of these products.
 
     A rank waits for the others, whose products do not take equally long. One in five calls takes many times the median,
     so a step with many calls takes their mean.
     """
+    if (axis := ranks.axis("tp")).size == 1:
+        return [{}, {}], [0.0, 0.0]
 
     def mean(*calls: Callable[[], Any]) -> float:
         for each in calls:
@@ -138,8 +134,18 @@ def _seconds_together(
         wait()
         return (time.perf_counter() - start) / TOGETHER
 
-    alone = mean(product)
-    return max(mean(product, call) - alone, 1e-6)
+    found: list[dict[str, Curve]] = []
+    seconds: list[float] = []
+    for least in BETWEEN_COLLECTIVES:
+        products = _products(F.linear, partial(_drawn, device, dtype))
+        product = next(call for flops, call in products if flops >= least)
+        alone = mean(product)
+        seconds.append(alone)
+        found.append({
+            name: [(sent, max(mean(product, call) - alone, 1e-6)) for sent, call in calls]
+            for name, calls in _collectives(axis, device).items()
+        })  # fmt: skip
+    return found, seconds
 
 
 def _kernels(device: str, dtype: torch.dtype) -> dict[str, Iterator[Call]]:
