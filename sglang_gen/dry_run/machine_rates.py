@@ -21,7 +21,7 @@ from sglang_gen.perf.machine import describe
 from sglang_gen.types import Plan
 
 Curve = list[tuple[float, float]]  # (work, seconds) of a call, in order; work is FLOPs or bytes
-RATES_METHOD = 3  # a new one does not read the rates of an older one
+RATES_METHOD = 4  # a new one does not read the rates of an older one
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Rates:
 
     The longer ranks compute before a collective, the longer one of them waits for the others. `collectives` have been
     measured after products of `between_s[0]` seconds, and `later` after those of `between_s[1]`.
-    `library_mb` is the memory that torch's libraries keep once their kernels have run: compiled code and buffers.
+    `library_mb` is the memory that torch's libraries keep once their kernels have run, and `shape_mb` what they keep
+    for each shape of a kind of kernel: oneDNN generates code for it.
     """
 
     measured_at: str
@@ -38,6 +39,7 @@ class Rates:
     ranks: int
     launch_us: float
     library_mb: float
+    shape_mb: Mapping[str, float]
     curves: Mapping[str, Curve]
     collectives: Mapping[str, Curve]
     later: Mapping[str, Curve]
@@ -65,6 +67,11 @@ class Rates:
                 for (kind, moved), calls in kernels.others.items()
             ),
         }
+
+    def libraries_mb(self, products: int, convolutions: int, matmul: str) -> float:
+        """Memory of libraries that have computed products and convolutions of so many shapes."""
+        product = self.shape_mb.get(f"product {matmul}", self.shape_mb.get("product torch", 0.0))
+        return self.library_mb + products * product + convolutions * self.shape_mb.get("convolution", 0.0)
 
     def seconds_between_ranks(self, sent: Traffic, computing: float) -> float | None:
         """Seconds of the collectives of `sent` among so many seconds of kernels; None if they were not measured."""

@@ -166,16 +166,29 @@ def _memory(
         held = {name: 0 if found.reused else size - mapped.get(name, 0) for name, size in weights.items()}
     else:
         base, held = 0.0, weights
-    libraries = rates.library_mb if rates and plan.device == "cpu" else 0.0
+    libraries = 0.0
+    if rates and plan.device == "cpu":
+        libraries = rates.libraries_mb(*_shapes([one for one, _ in batches]), plan.matmul)
     peak = most_memory(held, _as_estimated(stages), offloaded_stages(plan, spec))
     parts = {
         "process": round(base, 2),
         "weights": round(sum(held.values()) / MB, 2),
         "mapped": round(sum(mapped.values()) / MB, 2),
-        "libraries": libraries,
+        "libraries": round(libraries, 2),
         "stages": {name: round(size / MB, 2) for name, size in stages.items()},
     }
     return base + libraries + peak / MB, parts
+
+
+def _shapes(batches: list[BatchTrace]) -> tuple[int, int]:
+    """The numbers of products and of convolutions that differ in FLOPs or bytes."""
+    stages = [trace for one in batches for trace, _ in one.texts]
+    stages += [one.decoding for one in batches if one.decoding]
+    stages += [each for one in batches for network in one.networks.values() for each in network.evaluations.values()]
+    kernels = [stage.kernels for stage in stages]
+    kernels += [network.conditioning_kernels for one in batches for network in one.networks.values()]
+    products = {shape for each in kernels for shape in each.products}
+    return len(products), len({shape for each in kernels for shape in each.convolutions})
 
 
 def _as_estimated(stages: Mapping[str, int]) -> dict[str, int]:

@@ -32,6 +32,7 @@ Draw = Callable[..., Tensor]  # random numbers of a shape
 Call = tuple[float, Callable[[], Any]]  # (FLOPs or bytes, function)
 SECONDS = 0.04  # for the measurement of one call, which is repeated at least `LEAST` times
 LEAST, MOST = 3, 200
+SHAPES = 12  # whose memory is measured
 TOGETHER, BETWEEN_COLLECTIVES = 100, (3e7, 3e8)  # collectives for a mean, and FLOPs of the products before each
 RATES_PATIENCE = 300.0  # seconds until a rank has measured everything
 
@@ -89,9 +90,41 @@ def _content(ranks: mesh.Mesh, device: str, dtype: torch.dtype) -> dict[str, Any
     after = host_anon_mb()
     launch_us = _launch_us(curves, device, dtype, wait)
     collectives, between_s = _between_ranks(ranks, device, dtype, wait)
-    library = max(after - before, 0.0) if device == "cpu" and before is not None and after is not None else 0.0
     between = {"collectives": collectives[0], "later": collectives[1], "between_s": between_s}
-    return {"curves": curves, **between, "launch_us": launch_us, "library_mb": round(library, 2)}
+    found = {"curves": curves, **between, "launch_us": launch_us, "library_mb": 0.0, "shape_mb": {}}
+    if device == "cpu" and before is not None and after is not None:
+        kept = {kind: _kept_mb(calls) for kind, calls in _shapes(dtype).items()}
+        shapes = sum(len(curves[kind]) * size for kind, size in kept.items())
+        found |= {"library_mb": round(max(after - before - shapes, 0.0), 2), "shape_mb": kept}
+    return found
+
+
+def _shapes(dtype: torch.dtype) -> dict[str, list[Callable[[], Any]]]:
+    """Products and convolutions of shapes that have not been computed before, by kind of kernel."""
+    drawn = partial(_drawn, "cpu", dtype)
+    linears: dict[str, Callable[..., Any]] = {"product torch": F.linear}
+    if dtype is torch.float32 and has_onednn():
+        linears["product onednn"] = onednn_linear
+    found: dict[str, list[Callable[[], Any]]] = {
+        kind: [partial(linear, drawn(1, 40 + rows, 96), drawn(160, 96), drawn(160)) for rows in range(SHAPES)]
+        for kind, linear in linears.items()
+    }
+    found["convolution"] = [
+        partial(F.conv2d, drawn(1, 24, side, 20), drawn(40, 24, 3, 3), drawn(40), padding=1)
+        for side in range(20, 20 + SHAPES)
+    ]
+    return found
+
+
+def _kept_mb(calls: Sequence[Callable[[], Any]]) -> float:
+    """Megabytes that libraries keep for each call, whose shapes differ."""
+    gc.collect()
+    return_freed_memory()
+    before = host_anon_mb() or 0.0
+    for call in calls:
+        call()
+    return_freed_memory()
+    return round(max((host_anon_mb() or 0.0) - before, 0.0) / len(calls), 3)
 
 
 def _seconds(call: Callable[[], Any], wait: Callable[[], None], ranks: mesh.Mesh) -> float:
