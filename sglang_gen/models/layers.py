@@ -237,9 +237,10 @@ class GroupNorm(nn.GroupNorm, OwnTensors):
 def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance `[B, G]` of the groups of channels of `[B, C, ...]`, by torch's fused group norm.
 
-    On a CPU it is up to twenty times as fast as a reduction over several dimensions. A compiler fuses reductions.
+    On a CPU it is up to twenty times as fast as a reduction over several dimensions. A GPU reduces as fast, in any memory
+    format, and a compiler fuses reductions.
     """
-    if torch.compiler.is_compiling():
+    if x.is_cuda or torch.compiler.is_compiling():
         grouped = torch.unflatten(x, 1, (groups, -1))
         variance, mean = torch.var_mean(grouped, dim=tuple(range(2, grouped.ndim)), correction=0)
         return mean, variance
