@@ -140,7 +140,7 @@ PARALLEL = (
            "squares.sum(dim=0) + (counts * (means - mean).square()).sum(dim=0)", "squares.sum(dim=0)"),
     Mutant("The inverse of the deviation is taken for the variance of a split group norm",
            "sglang_gen/models/layers.py", "tests/test_split_decoder.py -k layer_over_uneven_rows",
-           "return mean, deviation**-2", "return mean, deviation"),
+           "return mean, inverse**-2", "return mean, inverse"),
     Mutant("A rank's own part is missing in what it gathers",
            "sglang_gen/parallel/collectives.py", "tests/test_split_decoder.py -k few_rows",
            "    gathered[index] = x\n", ""),

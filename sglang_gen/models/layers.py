@@ -237,7 +237,7 @@ class GroupNorm(nn.GroupNorm, OwnTensors):
 def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance `[B, G]` of the groups of channels of `[B, C, ...]`, by torch's fused group norm.
 
-    On a CPU it is up to twenty times as fast as a reduction over several dimensions. A GPU reduces as fast, in any memory
+    On a CPU it is up to twenty times as fast as a reduction over several dimensions. A GPU reduces fast in any memory
     format, and a compiler fuses reductions.
     """
     if x.is_cuda or torch.compiler.is_compiling():
@@ -250,8 +250,8 @@ def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         x = rows.unflatten(0, (batch, *inside)).movedim(3, 1)
     else:
         x = x.flatten(2).contiguous()
-    _, mean, deviation = torch.native_group_norm(x, None, None, batch, channels, math.prod(inside), groups, 0.0)
-    return mean, deviation**-2  # of a constant group 1 / deviation is infinite
+    _, mean, inverse = torch.native_group_norm(x, None, None, batch, channels, math.prod(inside), groups, 0.0)
+    return mean, inverse**-2  # of the deviation, which is 0 in a constant group
 
 
 class Embedding(nn.Embedding, OwnTensors):
