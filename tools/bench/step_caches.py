@@ -29,6 +29,7 @@ from sglang_gen import env
 from tools.landscape import manifest
 
 CALIBRATION_PROMPTS = range(64, 80)  # the scenes after those of the manifests; half are for calibration
+STDERR = 2  # file descriptor: standard output is for the table
 SCM_STEPS = 28  # number of steps of the presets with a mask
 CONF = Path(__file__).parents[2] / "conf" / "cache"
 PRESETS = ("dbcache", "dbcache_taylorseer", "scm_slow", "scm_fast")
@@ -60,7 +61,7 @@ def cells(steps: int, plans: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 def sglang(*words: str) -> None:
     command = [sys.executable, "-m", "sglang_gen", *words]
-    done = subprocess.run(command, check=False, stdout=sys.stderr, env=env.rank_variables(threads=None))
+    done = subprocess.run(command, check=False, stdout=STDERR, env=env.rank_variables(threads=None))
     if done.returncode:
         raise SystemExit(f"sglang {' '.join(words)}: exit code {done.returncode}")
 
