@@ -140,10 +140,9 @@ def models() -> str:
     known = presets.load()
     width = max(len(preset.name) for preset in known)
     where = max(len(preset.path or "") for preset in known)
-    embedded = {"landscape": "(inside the package)", "custom": "(--model-path)"}
-    rows = [
-        f"{preset.name.ljust(width)}  {(preset.path or embedded.get(preset.name, '')).ljust(where)}  "
-        f"{preset.description}"
-        for preset in known
-    ]
+
+    def place(preset: presets.Preset) -> str:
+        return preset.path or ("(inside the package)" if preset.is_embedded else "(--model-path)")
+
+    rows = [f"{each.name.ljust(width)}  {place(each).ljust(where)}  {each.description}" for each in known]
     return "\n".join(rows)

@@ -18,6 +18,7 @@ class Preset:
     name: str
     path: str | None
     description: str
+    is_embedded: bool = False  # its weights are part of the package
 
 
 def load(config_dir: str | None = None) -> list[Preset]:
@@ -44,9 +45,11 @@ def _read(path: Path) -> Preset:
         text = path.read_text(encoding="utf-8")
         content = parse_yaml(text)
     model = content.get("model") if isinstance(content, dict) else None
-    hub_id = model.get("path") if isinstance(model, dict) else None
+    model = model if isinstance(model, dict) else {}
+    hub_id = model.get("path") if isinstance(model.get("path"), str) else None
     comments = [line.lstrip("# ").rstrip() for line in text.splitlines() if re.match(r"# (?!@package)", line)]
-    return Preset(path.stem, hub_id if isinstance(hub_id, str) else None, comments[0] if comments else "")
+    embedded = hub_id is None and model.get("preset") is not None
+    return Preset(path.stem, hub_id, comments[0] if comments else "", embedded)
 
 
 def by_path(path: str, known: list[Preset]) -> str | None:
