@@ -1,5 +1,6 @@
 """What a run is predicted to hold, send, compute and take: the traces, the rates, and the dump beside measurements."""
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,21 +11,23 @@ import torch
 from reference import Reference
 
 from sglang_gen import env
-from sglang_gen.backends.native import engine as native_engine
+from sglang_gen.backends.native import vae_parallel
 from sglang_gen.backends.native.build import build
 from sglang_gen.config.choices import Choices
 from sglang_gen.config.compose import compose
 from sglang_gen.dry_run import held_weights, machine_rates, rate_measurement
 from sglang_gen.dry_run import predictions as dry_predictions
 from sglang_gen.dry_run.heap import FIRST_THRESHOLD, Heap
-from sglang_gen.dry_run.live_memory import Alive, workspace_on
+from sglang_gen.dry_run.live_memory import RETURNED, Alive, workspace_on
 from sglang_gen.dry_run.machine_rates import Rates, at
 from sglang_gen.dry_run.roofline import Kernels
 from sglang_gen.dry_run.traces import trace_decoding, trace_text_encoder
+from sglang_gen.engine import freed_memory
 from sglang_gen.engine.attention_memory import held_bytes
-from sglang_gen.families import registry
+from sglang_gen.families import autoencoder, registry
 from sglang_gen.families.contract import Request
-from sglang_gen.hub import resolve
+from sglang_gen.hub import component_classes, resolve
+from sglang_gen.launch.rank import BACKENDS
 from sglang_gen.models.vae import Autoencoder
 from sglang_gen.parallel.collectives import Axis, Traffic
 from sglang_gen.parallel.mesh import Mesh
@@ -132,8 +135,7 @@ def test_a_heap_keeps_what_lies_below_a_block_in_use_and_returns_its_top_and_map
     assert 18 * MIB <= most < 19 * MIB  # the hole of block 3 is too small for block 5
     heap.replay([(6, 8 * MIB)])
     assert heap.held < 19 * MIB  # and holds block 6
-    heap.replay([(6, None)])
-    heap.return_freed()
+    heap.replay([(6, None), RETURNED])
     assert 10 * MIB <= heap.held < 10 * MIB + FIRST_THRESHOLD
 
 
@@ -148,8 +150,8 @@ def test_text_encoders_are_traced_as_torch_runs_them(pipelines, name):
         assert found.kernels.attention  # and no product of scores
 
 
-def planned(model: Path, dtype: str):
-    run = compose(Choices((f"model.path={model}", "sampling.prompt=a", f"dtype={dtype}", "backend=sglang")))
+def planned(model: Path, dtype: str, backend: str = "sglang"):
+    run = compose(Choices((f"model.path={model}", "sampling.prompt=a", f"dtype={dtype}", f"backend={backend}")))
     return make_plan(run, resolve.find(run.run.model, weights=True))
 
 
@@ -365,10 +367,45 @@ def test_the_blocks_that_a_step_cache_chose_are_predicted_and_its_memory_is_not(
     assert found["flops"]["measured"] < full["flops"]["measured"]
 
 
-def test_freed_memory_returns_to_the_system_before_each_batch_is_decoded(dump, pipelines, monkeypatch):
-    order: list[str] = []
-    decode = Autoencoder.decode
-    monkeypatch.setattr(native_engine, "return_freed_memory", lambda: order.append("returned"))
-    monkeypatch.setattr(Autoencoder, "decode", lambda vae, latents: order.append("decoded") or decode(vae, latents))
-    dump(pipelines["sd15"], "--backend", "sglang", "--num-samples", 2, "perf.work=false")
-    assert order == ["returned", "decoded"] * 2
+@pytest.mark.parametrize(("name", "backend", "scheduler"), [
+    ("sd15", "sglang", True), ("sd3", "sglang", False), ("sd3", "diffusers", True),
+])  # fmt: skip
+def test_classes_of_other_libraries_are_imported_before_the_memory_that_a_run_adds_to(
+    pipelines, monkeypatch, name, backend, scheduler
+):
+    plan = planned(pipelines[name], "float32", backend)
+    module = importlib.import_module(BACKENDS[backend])
+    seen = []
+    monkeypatch.setattr(component_classes, "named", lambda component: seen.append(component.class_name))
+    module.import_classes(plan)
+    parts = plan.card.components
+    expected = [key for key in parts if key.startswith("text_encoder") or (key == "scheduler" and scheduler)]
+    assert {parts[key].class_name for key in expected} <= set(seen)
+    assert (parts["scheduler"].class_name in seen) == scheduler
+
+
+def test_freed_memory_returns_before_each_level_with_a_large_input_and_is_traced_there(monkeypatch, pipelines):
+    card = resolve.read_card(pipelines["sd15"], "sd15", weights=False)
+    family, request = rehearsed.FAMILIES["sd"], Request(Size(64, 64), rehearsed.FACTOR, 1, 1.0, None)
+    config = autoencoder.config(card.components["vae"].config)
+    latents = torch.randn(family.autoencoder_shape(config, request, 2))
+    network = vae_parallel.split(Autoencoder(config), Axis("sp", 1, 0))
+    order: list[object] = []
+    monkeypatch.setattr(freed_memory, "return_freed_memory", lambda: order.append("returned"))
+    for level in network.decoder.up:
+        level.register_forward_pre_hook(lambda _, args: order.append(args[0].nbytes))
+    network.decode(latents)
+    sizes = order.copy()
+    assert len(sizes) == len(config.widths)
+    assert max(sizes) < freed_memory.LARGE  # a small model returns nothing
+    large = sorted(sizes)[1]
+    monkeypatch.setattr(freed_memory, "LARGE", large)
+    order.clear()
+    network.decode(latents)
+    assert order == [part for size in sizes for part in (["returned", size] if size >= large else [size])]
+    assert 0 < order.count("returned") < len(sizes)
+    traced = trace_decoding(family, Axis("sp", 1, 0), card, request, 2, torch.float32, "cpu")
+    assert traced.events.count(RETURNED) == order.count("returned")
+    order.clear()
+    network.to("meta").decode(latents.to("meta"))
+    assert "returned" not in order  # only a CPU's memory comes from the heap

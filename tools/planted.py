@@ -189,6 +189,15 @@ WEIGHTS = (
 )
 
 ENGINE = (
+    Mutant("Freed memory returns before every level of a decoder, however small",
+           "sglang_gen/engine/freed_memory.py", "tests/test_predictions.py -k freed_memory_returns",
+           "if args[0].nbytes < LARGE:", "if args[0].nbytes == 0:"),
+    Mutant("A trace forgets where freed memory returns",
+           "sglang_gen/dry_run/live_memory.py", "tests/test_predictions.py -k freed_memory_returns",
+           "self.events.append(RETURNED)", "self.events.append((self.count, None))"),
+    Mutant("diffusers' scheduler is imported while loading is measured",
+           "sglang_gen/backends/native/engine.py", "tests/test_predictions.py -k classes_of_other_libraries",
+           '(name == "scheduler" and not has_own_scheduler(component))', 'False'),
     Mutant("Guidance starts from the prediction with text",
            "sglang_gen/engine/cfg.py", "tests/test_native.py -k 'both_backends and sd3'",
            "prediction = without + guidance.scale", "prediction = with_text + guidance.scale"),

@@ -105,7 +105,6 @@ def _estimate(plan: Plan) -> dict[str, Any]:
     if plan.run.sampling.image_path:
         alive["encoding"] = occupied.stage(trace_encoding(pipeline, plan.card, request, dtype, plan.device))
     alive["step"] = max(occupied.stage(one) for one in traces.values())
-    occupied.return_freed()
     alive["decoding"] = occupied.stage(decoding)
     total = most_memory(weights, alive, offloaded_stages(plan, pipeline.spec))
     return {

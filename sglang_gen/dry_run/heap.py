@@ -9,7 +9,7 @@ raises the threshold to its size, up to 32 MiB. The top of the heap returns once
 import bisect
 from collections.abc import Iterable
 
-from sglang_gen.dry_run.live_memory import Event
+from sglang_gen.dry_run.live_memory import RETURNED, Event
 
 FIRST_THRESHOLD = 128 * 1024  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD
 LARGEST_THRESHOLD = 32 * 2**20
@@ -33,11 +33,13 @@ class Heap:
         return self.end + self.top + self.mapped
 
     def replay(self, events: Iterable[Event]) -> int:
-        """Allocate and release blocks; returns the peak of `held` meanwhile."""
+        """Allocate and release blocks, and return freed memory; returns the peak of `held` meanwhile."""
         self.most = self.held
         for number, size in events:
             if size is not None:
                 self.allocate(number, size)
+            elif (number, size) == RETURNED:
+                self.return_freed()
             elif number in self.blocks:
                 self.release(number)
         return self.most

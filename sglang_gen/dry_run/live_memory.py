@@ -18,6 +18,7 @@ from sglang_gen.engine.meta_trace import fused_attention
 
 Workspace = Callable[[Any, tuple[Any, ...], Any], int]  # (operator, arguments, result) -> bytes held during the call
 Event = tuple[int, int | None]  # number of a block, and its bytes; None where it is released
+RETURNED: Event = (0, None)  # freed memory is returned to the operating system
 
 
 def no_workspace(func: Any, args: tuple[Any, ...], out: Any) -> int:
@@ -48,7 +49,7 @@ def workspace_on(device: str, channels_last: bool) -> Workspace:
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of live tensors, now and at their peak. The tensors in `known` are not counted.
 
-    `workspace` is what kernels hold during a call. `events` has all allocations in order.
+    `workspace` is what kernels hold during a call. `events` has all allocations in order, numbered from 1.
     """
 
     def __init__(self, known: Iterable[Tensor], workspace: Workspace = no_workspace) -> None:
@@ -81,6 +82,10 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         size = storage.nbytes()
         self.seen[storage] = size
         weakref.finalize(storage, self._release, self._allocate(size), size).atexit = False
+
+    def add_return(self) -> None:
+        """Freed memory is returned to the operating system now."""
+        self.events.append(RETURNED)
 
     def _allocate(self, size: int) -> int:
         self.count += 1

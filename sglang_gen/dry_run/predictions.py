@@ -158,8 +158,6 @@ def _memory(
             ("denoising", [*one.networks.values()]),
             ("decoding", [one.decoding] if one.decoding else []),
         ):
-            if name == "decoding":
-                occupied.return_freed()
             stages[name] = max([stages.get(name, 0), *map(occupied.stage, traces)])
     if plan.device == "cpu":
         base = found.base_mb or 0.0

@@ -15,6 +15,7 @@ from sglang_gen.backends.native.build import Built, build, has_channels_last
 from sglang_gen.dry_run.heap import Heap
 from sglang_gen.dry_run.live_memory import Alive, Event, FusedAttention, workspace_on
 from sglang_gen.dry_run.roofline import Kernels
+from sglang_gen.engine import freed_memory
 from sglang_gen.engine.attention_memory import held_bytes
 from sglang_gen.engine.cfg import Guidance, guided
 from sglang_gen.engine.memory_format import pixel_values, to_bytes
@@ -189,6 +190,7 @@ def _traced(module: Any, device: str, compute: Callable[[], Any]) -> StageTrace:
         torch.no_grad(),
         counted() as trace.sent,
         Alive(weights, workspace_on(device, channels_last=False)) as alive,
+        freed_memory.traced(alive.add_return),
         trace.kernels,
         FusedAttention(trace.kernels.add_attention),
     ):
@@ -221,11 +223,6 @@ class Occupied:
             most = max(most, self.heap.replay(self._renumbered(trace.events[trace.again :])))
         return most
 
-    def return_freed(self) -> None:
-        """What the engine does before it decodes on a CPU."""
-        if self.heap is not None:
-            self.heap.return_freed()
-
     def _renumbered(self, events: Sequence[Event]) -> Iterator[Event]:
         first, self.number = self.number, self.number + max((number for number, _ in events), default=0)
-        return ((first + number, size) for number, size in events)
+        return ((first + number if number else number, size) for number, size in events)

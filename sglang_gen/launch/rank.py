@@ -15,7 +15,6 @@ import torch
 from sglang_gen import env, files, log, signals
 from sglang_gen.config.schema import Tracker
 from sglang_gen.errors import UserError
-from sglang_gen.hub import component_classes
 from sglang_gen.launch import judging, numerics
 from sglang_gen.launch.kept_weights import KeptWeights
 from sglang_gen.outputs import decoded_bytes, trace_path, tracking
@@ -84,7 +83,7 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float, kept: KeptWeigh
         load=Clock(times, memory), generate=Clock(times, memory), calls=CallLog(), replays=plan.run.compile.cuda_graphs
     )
     backend = importlib.import_module(BACKENDS[plan.backend])  # takes seconds and is timed separately from loading
-    _import_classes(plan)
+    backend.import_classes(plan)
     judge = judging.prepared(plan) if mesh.rank == 0 else None
     phases.imports_ms = 1000 * (time.perf_counter() - started)
     phases.loading_mb = host_anon_mb()
@@ -132,13 +131,6 @@ def _run(plan: Plan, mesh: Mesh, memory: Memory, started: float, kept: KeptWeigh
     energy.add(report, plan.device)
     calibration.add(report, calibrated)
     return _finish(plan, phases, saved, report, rate, judge)
-
-
-def _import_classes(plan: Plan) -> None:
-    """Import text encoders' classes, which takes longer than loading a small model, so that loading is timed alone."""
-    for component in plan.card.components.values():
-        if component.library == "transformers":
-            component_classes.named(component)
 
 
 def _first_here(mesh: Mesh) -> bool:

@@ -59,6 +59,13 @@ from sglang_gen.weights import gguf, replacement
 TEXTS = re.compile("(negative_)?prompt_[0-9]")  # arguments for further text encoders
 
 
+def import_classes(plan: Plan) -> None:
+    """Import the classes of text encoders and of the scheduler, so that loading is timed alone."""
+    for name, component in plan.card.components.items():
+        if component.library == "transformers" or name == "scheduler":
+            component_classes.named(component)
+
+
 def load(plan: Plan, mesh: Mesh, calls: CallLog, kept: KeptWeights | None = None) -> "DiffusersEngine":
     """Load the plan's pipeline or take it from `kept`, apply all options, and place it on this rank's device.
 

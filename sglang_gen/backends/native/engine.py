@@ -22,22 +22,33 @@ from sglang_gen.backends.native.component_offload import ComponentOffload
 from sglang_gen.backends.native.components import read_components
 from sglang_gen.backends.native.execution import Execution, limits, share_graphs
 from sglang_gen.backends.native.request import NativeRequest, check_native_request, warn_ineffective
+from sglang_gen.backends.native.scheduler import has_own_scheduler
 from sglang_gen.engine import block_names
 from sglang_gen.engine.block_timing import TimedChain
 from sglang_gen.engine.caching import cached_chain
 from sglang_gen.engine.cfg import Encoded, Guidance, guided, kinds
 from sglang_gen.engine.denoise import Predict, denoise, step_numbers
-from sglang_gen.engine.freed_memory import return_freed_memory
 from sglang_gen.engine.memory_format import pixel_values, to_bytes
 from sglang_gen.errors import LOADING_ERRORS, RunError, UserError, in_our_words, is_out_of_memory
 from sglang_gen.families import img2img, prediction
 from sglang_gen.families.contract import Request
 from sglang_gen.families.prediction import NetworkSchedule
+from sglang_gen.hub import component_classes
 from sglang_gen.launch.kept_weights import KeptWeights
 from sglang_gen.parallel.mesh import SEQUENCE, Mesh
 from sglang_gen.perf.clock import Clock
 from sglang_gen.perf.flops import CallLog, Watched, stored_bytes
 from sglang_gen.types import Decoded, Plan, Sample
+
+
+def import_classes(plan: Plan) -> None:
+    """Import the classes of text encoders, and that of the scheduler unless it is our own.
+
+    This takes more time and memory than loading a small model, so it is done before loading is measured.
+    """
+    for name, component in plan.card.components.items():
+        if component.library == "transformers" or (name == "scheduler" and not has_own_scheduler(component)):
+            component_classes.named(component)
 
 
 def load(plan: Plan, mesh: Mesh, calls: CallLog, kept: KeptWeights | None = None) -> "NativeEngine":
@@ -301,8 +312,6 @@ class NativeEngine:
 
     def _decode(self, latents: Tensor, request: Request, batch: tuple[Sample, ...]) -> "np.ndarray[Any, Any]":
         """Frames `[B, F, H, W, 3]` uint8."""
-        if self.plan.device == "cpu":  # the largest tensors come now, and do not fit into what smaller ones left
-            return_freed_memory()
         with self.comm_log.during("decoding", 1), self.offload.stage(["vae"]):
             decoded = self.pipeline.decode(self.decoder, latents, request)
         values = pixel_values(decoded)
