@@ -84,6 +84,19 @@ PIPELINES = (
 )
 
 PARALLEL = (
+    Mutant("Shared memory is written one operation before all ranks have read it",
+           "sglang_gen/parallel/shared_memory.py", "tests/test_shared_memory.py -k slowest_rank",
+           "SLOTS = 2 * UNFINISHED", "SLOTS = 2 * UNFINISHED - 1"),
+    Mutant("Ranks of several machines try to share memory",
+           "sglang_gen/parallel/shared_memory.py", "tests/test_shared_memory.py -k only_if_each",
+           "if machines.count(machines[0]) == len(machines):", "if machines:"),
+    Mutant("A rank reads the message to its neighbour",
+           "sglang_gen/parallel/shared_memory.py", "tests/test_shared_memory.py -k of_gloo",
+           "(rank, self.memory[rank][slot, self.index], received[rank])",
+           "(rank, self.memory[rank][slot, rank - self.index], received[rank])"),
+    Mutant("A process of another user may join the ranks",
+           "sglang_gen/parallel/shared_memory.py", "tests/test_shared_memory.py -k only_if_each",
+           "return int(struct.unpack(PEER, content)[1]) == os.getuid()", "return True"),
     Mutant("A shorter branch of guidance attends to its padding",
            "sglang_gen/families/prediction.py", "tests/test_masked_texts.py -k predict_what_they_predict",
            "(0, longest - text.shape[1])) for text", "(0, longest - text.shape[1]), value=1) for text"),

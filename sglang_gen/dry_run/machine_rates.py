@@ -21,7 +21,7 @@ from sglang_gen.perf.machine import describe
 from sglang_gen.types import Plan
 
 Curve = list[tuple[float, float]]  # (work, seconds) of a call, in order; work is FLOPs or bytes
-RATES_METHOD = 4  # a new one does not read the rates of an older one
+RATES_METHOD = 5  # a new one does not read the rates of an older one
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.nn import functional as F
 
-# Bytes of a tensor up to which two ranks add up gathered parts, which sends as much. Gloo's all-reduce of few bytes
-# takes 0.7 ms longer than its all-gather, and that of megabytes less.
+from sglang_gen.parallel import shared_memory
+from sglang_gen.parallel.shared_memory import Channel, Transfer
+
+# Bytes of a tensor up to which two ranks without shared memory add up gathered parts, which sends as much. Gloo's
+# all-reduce of few bytes takes 0.7 ms longer than messages, and that of megabytes less.
 GATHERED_SUM = 512 * 1024
 
 
@@ -85,7 +88,7 @@ def _size(x: Tensor) -> int:
 class Messages:
     """Messages to and from the ranks of a gloo group, with the `wait` of a `dist.Work`."""
 
-    def __init__(self, works: "Iterable[dist.Work | None]") -> None:
+    def __init__(self, works: "Iterable[dist.Work | Transfer | None]") -> None:
         self.works = list(works)
 
     def wait(self) -> None:
@@ -97,7 +100,7 @@ class Messages:
 class Pending:
     """The result of an asynchronous collective."""
 
-    def __init__(self, tensor: Tensor, source: Tensor, work: "dist.Work | Messages | None" = None) -> None:
+    def __init__(self, tensor: Tensor, source: Tensor, work: "dist.Work | Messages | Transfer | None" = None) -> None:
         self.tensor, self.source, self.work = tensor, source, work
 
     def wait_before(self, x: Tensor) -> Tensor:
@@ -126,10 +129,10 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     x = x.contiguous()
     if x.is_meta:
         return x
-    if x.device.type == "cpu" and axis.size == 2 and _size(x) <= GATHERED_SUM:
-        parts, messages = _gather_by_messages(x, _group(axis))
-        messages.wait()
-        return parts[0] + parts[1]
+    if x.device.type == "cpu" and _is_summed_from_parts(x, axis):
+        parts, work = _gather_on_cpu(x, axis)
+        work.wait()
+        return parts[0] + parts[1] if axis.size == 2 else parts.sum(dim=0, dtype=x.dtype)
     total = x.clone()
     dist.all_reduce(total, group=_group(axis))
     return total
@@ -142,8 +145,8 @@ def gather(x: Tensor, axis: Axis) -> Pending:
     _record("all_gather", axis.name, (axis.size - 1) * _size(x))
     x = x.contiguous()
     if x.device.type == "cpu":
-        gathered, messages = _gather_by_messages(x, _group(axis))
-        return Pending(gathered, x, messages)
+        gathered, arriving = _gather_on_cpu(x, axis)
+        return Pending(gathered, x, arriving)
     gathered = x.new_empty((axis.size, *x.shape))
     if x.is_meta:
         return Pending(gathered, x)
@@ -152,18 +155,29 @@ def gather(x: Tensor, axis: Axis) -> Pending:
     return Pending(gathered, x, work)
 
 
-def _gather_by_messages(x: Tensor, group: "dist.ProcessGroup") -> tuple[Tensor, Messages]:
+def _is_summed_from_parts(x: Tensor, axis: Axis) -> bool:
+    """Whether ranks on CPUs add up gathered parts, in the same order on all of them, in place of gloo's all-reduce."""
+    if shared_memory.channel(axis.group) is not None:
+        return _size(x) <= shared_memory.LARGEST
+    return axis.size == 2 and _size(x) <= GATHERED_SUM
+
+
+def _gather_on_cpu(x: Tensor, axis: Axis) -> "tuple[Tensor, Messages | Transfer]":
     """The result of an all-gather `[ranks, ...]` and the messages that fill it.
 
     Gloo's own all-gather copies everything once more, in threads whose memory is not returned, and takes longer.
     """
-    size, index = group.size(), group.rank()
-    gathered = x.new_empty((size, *x.shape))
-    gathered[index] = x
+    gathered = x.new_empty((axis.size, *x.shape))
     if not x.numel():
         return gathered, Messages(())
+    channel = shared_memory.channel(axis.group)
+    if channel is not None and _size(x) <= shared_memory.LARGEST:
+        return gathered, channel.gather(x.view(-1), gathered.view(axis.size, -1))
+    group = _group(axis)
+    index = group.rank()
+    gathered[index] = x
     works: list[dist.Work | None] = []
-    for other in ((index + step) % size for step in range(1, size)):
+    for other in ((index + step) % axis.size for step in range(1, axis.size)):
         works.append(dist.isend(x, group=group, group_dst=other))
         works.append(dist.irecv(gathered[other], group=group, group_src=other))
     return gathered, Messages(works)
@@ -177,9 +191,29 @@ def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis
     arriving = x.new_empty(sum(received))
     if x.is_meta:
         return Pending(arriving, x)
+    if (channel := shared_memory.channel(axis.group)) is not None:
+        parts, places = torch.split(x.contiguous(), list(sent)), torch.split(arriving, list(received))
+        return Pending(arriving, x, _exchange_on_cpu(parts, places, axis, channel))
     group = _group(axis)
     work = dist.all_to_all_single(arriving, x, list(received), list(sent), group=group, async_op=True)
     return Pending(arriving, x, work)
+
+
+def _exchange_on_cpu(sent: Sequence[Tensor], received: Sequence[Tensor], axis: Axis, channel: Channel) -> Messages:
+    """The messages of an all-to-all of flat tensors, one to and one from each rank; large ones are gloo's."""
+    received[channel.index].copy_(sent[channel.index])
+    works: list[dist.Work | Transfer | None] = [channel.exchange(_small(sent), _small(received))]
+    for rank in channel.sockets:
+        if _size(sent[rank]) > shared_memory.LARGEST:
+            works.append(dist.isend(sent[rank], group=_group(axis), group_dst=rank))
+        if _size(received[rank]) > shared_memory.LARGEST:
+            works.append(dist.irecv(received[rank], group=_group(axis), group_src=rank))
+    return Messages(works)
+
+
+def _small(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The parts that are no larger than a message through shared memory; the others without their numbers."""
+    return [part if _size(part) <= shared_memory.LARGEST else part[:0] for part in parts]
 
 
 def start_gather_along(x: Tensor, dim: int, lengths: Sequence[int], axis: Axis) -> Pending:
@@ -203,7 +237,7 @@ def gather_along(x: Tensor, dim: int, lengths: Sequence[int], axis: Axis) -> Ten
 # The same collectives as custom operators for compiled code. They wait only in `_arrived`, which also takes the source
 # so that it is kept alive until then; inductor_lowering.py keeps them in program order. A started collective is looked
 # up by the address of its output.
-_started: dict[int, "dist.Work | Messages"] = {}
+_started: dict[int, "dist.Work | Messages | Transfer"] = {}
 
 
 def _start(pending: Pending) -> Tensor:

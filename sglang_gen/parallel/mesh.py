@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_gen.errors import LostError, RunError
+from sglang_gen.parallel import shared_memory
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.types import Layout
 
@@ -185,6 +186,9 @@ def form(layout: Layout, rank: int, store: Any, device: str, minutes: float) -> 
                 groups[axis] = group
     if device == "cuda":
         _connect(groups)
+    else:
+        for group in groups.values():
+            shared_memory.connect(group, timeout.total_seconds())
     return Mesh(layout, rank, groups)
 
 
@@ -232,5 +236,6 @@ def explained(who: str, minutes: float) -> Iterator[None]:
 
 def leave() -> None:
     """Destroy the process groups, if `join` or `form` created them."""
+    shared_memory.disconnect()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -19,6 +19,7 @@ from sglang_gen.dry_run import traffic
 from sglang_gen.engine import cuda_graphs
 from sglang_gen.hub import resolve
 from sglang_gen.launch import rank
+from sglang_gen.parallel import shared_memory
 from sglang_gen.parallel.mesh import Mesh
 from sglang_gen.plan import checks, make
 from sglang_gen.types import Plan
@@ -48,6 +49,11 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def through_shared_memory() -> int:
+    """Collectives of this process that did not call torch.distributed."""
+    return sum(channel.started for channel in shared_memory._channels.values())
+
+
 @dataclass
 class Happened:
     """On one rank."""
@@ -69,8 +75,12 @@ def generated(mesh: Mesh, planned: Plan) -> Happened:
 
     def sampled(*args: Any) -> Any:
         found.order.append("sampled")
+        before = through_shared_memory()
         with Operators(found.sampling, found.on_meta):
-            return sample(*args)
+            decoded = sample(*args)
+        if after := through_shared_memory() - before:
+            found.sampling["shared memory"] += after
+        return decoded
 
     def predicted(*args: Any) -> Any:
         found.order.append("predicted")
