@@ -30,8 +30,8 @@ class Rates:
 
     The longer ranks compute before a collective, the longer one of them waits for the others. `collectives` have been
     measured after products of `between_s[0]` seconds, and `later` after those of `between_s[1]`.
-    `library_mb` is the memory that torch's libraries keep once their kernels have run, and `shape_mb` what they keep
-    for each shape of a kind of kernel: oneDNN generates code for it.
+    `library_mb` is the memory that torch's libraries keep once their kernels have run, `shape_mb` what they keep for
+    each shape of a kind of kernel, and `shape_s` the seconds that its first call takes longer: oneDNN generates code.
     """
 
     measured_at: str
@@ -40,6 +40,7 @@ class Rates:
     launch_us: float
     library_mb: float
     shape_mb: Mapping[str, float]
+    shape_s: Mapping[str, float]
     curves: Mapping[str, Curve]
     collectives: Mapping[str, Curve]
     later: Mapping[str, Curve]
@@ -70,8 +71,11 @@ class Rates:
 
     def libraries_mb(self, products: int, convolutions: int, matmul: str) -> float:
         """Memory of libraries that have computed products and convolutions of so many shapes."""
-        product = self.shape_mb.get(f"product {matmul}", self.shape_mb.get("product torch", 0.0))
-        return self.library_mb + products * product + convolutions * self.shape_mb.get("convolution", 0.0)
+        return self.library_mb + _of_shapes(self.shape_mb, products, convolutions, matmul)
+
+    def first_calls_s(self, products: int, convolutions: int, matmul: str) -> float:
+        """Seconds that the first products and convolutions of so many shapes take longer than later ones."""
+        return _of_shapes(self.shape_s, products, convolutions, matmul)
 
     def seconds_between_ranks(self, sent: Traffic, computing: float) -> float | None:
         """Seconds of the collectives of `sent` among so many seconds of kernels; None if they were not measured."""
@@ -85,6 +89,11 @@ class Rates:
             after_short, after_long = (at(curve, sent.bytes[name] / count) for curve in curves if curve is not None)
             total += count * ((1 - part) * after_short + part * after_long)
         return total
+
+
+def _of_shapes(each: Mapping[str, float], products: int, convolutions: int, matmul: str) -> float:
+    product = each.get(f"product {matmul}", each.get("product torch", 0.0))
+    return products * product + convolutions * each.get("convolution", 0.0)
 
 
 def at(curve: Curve, work: float) -> float:

@@ -241,4 +241,5 @@ def _times(plan: Plan, batches: list[tuple[BatchTrace, int]], rates: Rates, kern
             by_step[number] += evaluations[kind] or 0.0  # type: ignore[assignment]
         steps += [*by_step.values()] * count
         total += count * (sum(by_step.values()) + sum((value or 0.0) * times for value, times in others))
+    total += rates.first_calls_s(*_shapes([one for one, _ in batches]), plan.matmul)
     return 1000 * statistics.median(steps), 1000 * total

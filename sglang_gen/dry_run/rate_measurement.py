@@ -3,6 +3,7 @@
 import datetime
 import gc
 import multiprocessing
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +31,12 @@ from sglang_gen.types import Layout
 
 Draw = Callable[..., Tensor]  # random numbers of a shape
 Call = tuple[float, Callable[[], Any]]  # (FLOPs or bytes, function)
+Computation = tuple[Callable[[], Any], ...]
 SECONDS = 0.04  # for the measurement of one call, which is repeated at least `LEAST` times
 LEAST, MOST = 3, 200
 SHAPES = 12  # whose memory is measured
 TOGETHER, BETWEEN_COLLECTIVES = 100, (3e7, 3e8)  # collectives for a mean, and FLOPs of the products before each
+ROUNDS, FEWER = 3, 2**21  # means, of which the median counts; bytes of collectives whose means are of fewer calls
 RATES_PATIENCE = 300.0  # seconds until a rank has measured everything
 
 
@@ -91,11 +94,13 @@ def _content(ranks: mesh.Mesh, device: str, dtype: torch.dtype) -> dict[str, Any
     launch_us = _launch_us(curves, device, dtype, wait)
     collectives, between_s = _between_ranks(ranks, device, dtype, wait)
     between = {"collectives": collectives[0], "later": collectives[1], "between_s": between_s}
-    found = {"curves": curves, **between, "launch_us": launch_us, "library_mb": 0.0, "shape_mb": {}}
+    found = {"curves": curves, **between, "launch_us": launch_us, "library_mb": 0.0, "shape_mb": {}, "shape_s": {}}
     if device == "cpu" and before is not None and after is not None:
-        kept = {kind: _kept_mb(calls) for kind, calls in _shapes(dtype).items()}
-        shapes = sum(len(curves[kind]) * size for kind, size in kept.items())
-        found |= {"library_mb": round(max(after - before - shapes, 0.0), 2), "shape_mb": kept}
+        first = {kind: _first_calls(calls) for kind, calls in _shapes(dtype).items()}
+        shapes = sum(len(curves[kind]) * size for kind, (size, _) in first.items())
+        found |= {"library_mb": round(max(after - before - shapes, 0.0), 2)}
+        found |= {"shape_mb": {kind: size for kind, (size, _) in first.items()}}
+        found |= {"shape_s": {kind: seconds for kind, (_, seconds) in first.items()}}
     return found
 
 
@@ -116,66 +121,76 @@ def _shapes(dtype: torch.dtype) -> dict[str, list[Callable[[], Any]]]:
     return found
 
 
-def _kept_mb(calls: Sequence[Callable[[], Any]]) -> float:
-    """Megabytes that libraries keep for each call, whose shapes differ."""
+def _first_calls(calls: Sequence[Callable[[], Any]]) -> tuple[float, float]:
+    """Of calls of new shapes: megabytes that libraries keep for each, and seconds that its first call takes longer."""
     gc.collect()
     return_freed_memory()
     before = host_anon_mb() or 0.0
-    for call in calls:
-        call()
+    first = statistics.median(_timed(call) for call in calls)
     return_freed_memory()
-    return round(max((host_anon_mb() or 0.0) - before, 0.0) / len(calls), 3)
+    kept = round(max((host_anon_mb() or 0.0) - before, 0.0) / len(calls), 3)
+    return kept, max(first - statistics.median(_timed(call) for call in calls), 0.0)
+
+
+def _timed(call: Callable[[], Any], wait: Callable[[], None] = lambda: None) -> float:
+    """Seconds of a call; on one thread of the processor, whose time other programs of a busy machine change less."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    wait()
+    start = clock()
+    call()
+    wait()
+    return clock() - start
 
 
 def _seconds(call: Callable[[], Any], wait: Callable[[], None], ranks: mesh.Mesh) -> float:
     """Median seconds of a call."""
-    # On one thread processor time, which the other programs of a busy machine change less than the time on the wall.
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: list[float] = []
     call()
     ranks.barrier()
     begun = time.perf_counter()
     while len(times) < LEAST or (len(times) < MOST and time.perf_counter() - begun < SECONDS):
-        wait()
-        start = clock()
-        call()
-        wait()
-        times.append(clock() - start)
+        times.append(_timed(call, wait))
     return sorted(times)[len(times) // 2]
 
 
 def _between_ranks(
     ranks: mesh.Mesh, device: str, dtype: torch.dtype, wait: Callable[[], None]
 ) -> tuple[list[dict[str, Curve]], list[float]]:
-    """Curves of collectives after a short and after a long product, by name, and the seconds of these products.
+    """Curves of collectives after a short and after a long computation, by name, and the seconds of these computations.
 
-    A rank waits for the others, whose products do not take equally long. One in five calls takes many times the median,
-    so a step with many calls takes their mean.
+    A computation is a block of small kernels and a product. A rank waits for the others, which do not compute equally
+    long, and some calls take many times the median, so a step with many calls takes their mean.
     """
     if (axis := ranks.axis("tp")).size == 1:
         return [{}, {}], [0.0, 0.0]
 
-    def mean(*calls: Callable[[], Any]) -> float:
+    def mean(*calls: Callable[[], Any], times: int = TOGETHER) -> float:
         for each in calls:
             each()
         ranks.barrier()
         wait()
         start = time.perf_counter()
-        for _ in range(TOGETHER):
+        for _ in range(times):
             for each in calls:
                 each()
         wait()
-        return (time.perf_counter() - start) / TOGETHER
+        return (time.perf_counter() - start) / times
 
+    block, x = _Block().to(device, dtype), torch.randn(1, 8, 16, device=device).to(dtype)
     found: list[dict[str, Curve]] = []
     seconds: list[float] = []
     for least in BETWEEN_COLLECTIVES:
         products = _products(F.linear, partial(_drawn, device, dtype))
-        product = next(call for flops, call in products if flops >= least)
-        alone = mean(product)
-        seconds.append(alone)
+        computation = (partial(block, x), next(call for flops, call in products if flops >= least))
+
+        def longer(sent: float, call: Callable[[], Any], computation: Computation = computation) -> float:
+            times = TOGETHER if sent < FEWER else TOGETHER // 10
+            rounds = ((mean(*computation, call, times=times), mean(*computation, times=times)) for _ in range(ROUNDS))
+            return statistics.median(both - alone for both, alone in rounds)
+
+        seconds.append(statistics.median(mean(*computation) for _ in range(ROUNDS)))
         found.append({
-            name: [(sent, max(mean(product, call) - alone, 1e-6)) for sent, call in calls]
+            name: [(sent, max(longer(sent, call), 1e-6)) for sent, call in calls]
             for name, calls in _collectives(axis, device).items()
         })  # fmt: skip
     return found, seconds
