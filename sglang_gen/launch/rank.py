@@ -187,7 +187,7 @@ def _predicted(
 def _link(plan: Plan, mesh: Mesh) -> float | None:
     """Measured bandwidth between ranks in GB/s; None if the dump does not need it. A collective call."""
     wanted = plan.run.output.perf_dump_path and plan.run.perf.machine_rates and plan.run.machine.name == "auto"
-    return bandwidth.gb_per_s(plan.device) if wanted and mesh.layout.ranks > 1 else None
+    return bandwidth.gb_per_s(mesh, plan.device) if wanted and mesh.layout.ranks > 1 else None
 
 
 def _kinds(plan: Plan, mesh: Mesh) -> list[tuple[Sample, ...]]:

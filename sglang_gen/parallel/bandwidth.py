@@ -5,18 +5,25 @@ import time
 import torch
 import torch.distributed as dist
 
-SIZE = {"cpu": 2**24, "cuda": 2**28}  # bytes: about the traffic of a layer; large enough to hide kernel launches
-REPEATS = 5
+from sglang_gen.parallel.collectives import all_reduce
+from sglang_gen.parallel.mesh import AXES, Mesh
+
+SIZE = {"cpu": 2**22, "cuda": 2**28}  # bytes: about the traffic of a layer; large enough to hide kernel launches
+REPEATS = 12  # the first messages of CPU ranks touch memory that they have not used before
 
 
-def gb_per_s(device: str) -> float:
-    """Bandwidth in 10^9 bytes per second that leave this rank in the fastest of several all-reduces. Collective."""
-    ranks, tensor = dist.get_world_size(), torch.zeros(SIZE[device] // 4, device=device)
+def gb_per_s(mesh: Mesh, device: str) -> float:
+    """Bandwidth of the fastest of several all-reduces along the axis with most ranks, in 10^9 bytes per second.
+
+    An all-reduce over n ranks counts as 2 (n - 1) / n of the tensor. Collective.
+    """
+    axis = max((mesh.axis(name) for name in AXES), key=lambda each: each.size)
+    tensor = torch.zeros(SIZE[device] // 4, device=device)
     seconds = []
     for _ in range(REPEATS + 1):  # the first is a warm-up
         dist.barrier()
         start = time.perf_counter()
-        dist.all_reduce(tensor)
-        float(tensor[0])  # waits for the result on a GPU
+        total = all_reduce(tensor, axis)
+        float(total[0])  # waits for the result on a GPU
         seconds.append(time.perf_counter() - start)
-    return round(2 * (ranks - 1) / ranks * SIZE[device] / min(seconds[1:]) / 1e9, 3)
+    return round(2 * (axis.size - 1) / axis.size * SIZE[device] / min(seconds[1:]) / 1e9, 3)

@@ -129,10 +129,14 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     x = x.contiguous()
     if x.is_meta:
         return x
-    if x.device.type == "cpu" and _is_summed_from_parts(x, axis):
-        parts, work = _gather_on_cpu(x, axis)
-        work.wait()
-        return parts[0] + parts[1] if axis.size == 2 else parts.sum(dim=0, dtype=x.dtype)
+    if x.device.type == "cpu":
+        channel = shared_memory.channel(axis.group)
+        if channel is not None and x.numel() and _size(x) <= shared_memory.LARGEST:
+            return channel.sum(x.view(-1)).view(x.shape)
+        if channel is None and axis.size == 2 and _size(x) <= GATHERED_SUM:
+            parts, messages = _gather_on_cpu(x, axis)
+            messages.wait()
+            return parts[0] + parts[1]
     total = x.clone()
     dist.all_reduce(total, group=_group(axis))
     return total
@@ -153,13 +157,6 @@ def gather(x: Tensor, axis: Axis) -> Pending:
     group = _group(axis)
     work = dist.all_gather_into_tensor(gathered.view(-1), x.view(-1), group=group, async_op=True)
     return Pending(gathered, x, work)
-
-
-def _is_summed_from_parts(x: Tensor, axis: Axis) -> bool:
-    """Whether ranks on CPUs add up gathered parts, in the same order on all of them, in place of gloo's all-reduce."""
-    if shared_memory.channel(axis.group) is not None:
-        return _size(x) <= shared_memory.LARGEST
-    return axis.size == 2 and _size(x) <= GATHERED_SUM
 
 
 def _gather_on_cpu(x: Tensor, axis: Axis) -> "tuple[Tensor, Messages | Transfer]":

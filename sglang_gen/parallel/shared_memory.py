@@ -28,6 +28,7 @@ UNFINISHED = 3  # operations that a rank has started and not finished
 SLOTS = 2 * UNFINISHED
 CONNECTION_PATIENCE = 10.0  # seconds until a connection to a rank that answered a moment ago fails
 DIGEST, OFFER = 16, 24  # bytes of a digest, and of what a rank tells the others: its machine and its address
+Arriving = tuple[int, Tensor | None, Tensor | None]
 PEER = "3i"  # process, user and group at the other end of a socket
 
 
@@ -48,6 +49,16 @@ class Channel:
         gathered[self.index] = x
         return self._start([(n, self.memory[n][slot, (n + 1) % ranks], gathered[n]) for n in self.sockets])
 
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of a flat tensor over the ranks, added up in the same order on all of them. Collective."""
+        slot, ranks = self._next_slot(), len(self.memory)
+        self._write(x, slot, (self.index + 1) % ranks)
+        self._start([(rank, None, None) for rank in self.sockets]).wait()
+        size = x.numel() * x.element_size()
+        parts = [memory[slot, (rank + 1) % ranks, :size].view(x.dtype) for rank, memory in enumerate(self.memory)]
+        parts[self.index] = x
+        return parts[0] + parts[1] if ranks == 2 else torch.stack(parts).sum(dim=0, dtype=x.dtype)
+
     def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> "Transfer":
         """Start sending flat tensors, `sent[r]` to rank r, and receiving `received[r]` from rank r. Collective.
 
@@ -64,8 +75,9 @@ class Channel:
             oldest = self.unfinished.popleft()
             for rank, source, destination in oldest.arriving:
                 self._await(rank)
-                content = _content(destination)
-                content.copy_(source[: len(content)])
+                if source is not None and destination is not None:
+                    content = _content(destination)
+                    content.copy_(source[: len(content)])
             oldest.finished = True
 
     def close(self) -> None:
@@ -83,7 +95,7 @@ class Channel:
         content = _content(x)
         self.memory[self.index][slot, place, : len(content)] = content
 
-    def _start(self, arriving: "list[tuple[int, Tensor, Tensor]]") -> "Transfer":
+    def _start(self, arriving: "list[Arriving]") -> "Transfer":
         for rank, connection in self.sockets.items():
             try:
                 connection.send(b"\0")
@@ -108,10 +120,10 @@ class Channel:
 class Transfer:
     """An operation that was started, with the `wait` of a `dist.Work`.
 
-    `arriving` has for every other rank the memory that it writes and the tensor that takes its message.
+    `arriving` has for every other rank the memory that it writes and the tensor that takes its message, if one does.
     """
 
-    def __init__(self, channel: Channel, arriving: list[tuple[int, Tensor, Tensor]]) -> None:
+    def __init__(self, channel: Channel, arriving: list[Arriving]) -> None:
         self.channel, self.arriving, self.finished = channel, arriving, False
 
     def wait(self) -> None:
