@@ -24,9 +24,9 @@ REVIEWED = {
         "noise levels stay on the CPU, where the loop reads them without waiting for the GPU",
     ("parallel/mesh.py", "torch.frombuffer(bytearray(data), dtype=torch.uint8)"):
         "bytes that gloo sends; a buffer of Python is on the CPU",
-    ("parallel/shared_memory.py", "torch.frombuffer(bytearray(_offer(listening)), dtype=torch.uint8)"):
+    ("parallel/rank_connections.py", "torch.frombuffer(bytearray(own.to_bytes()), dtype=torch.uint8)"):
         "likewise",
-    ("parallel/shared_memory.py", "torch.frombuffer(memory, dtype=torch.uint8)"):
+    ("parallel/rank_connections.py", "torch.frombuffer(memory, dtype=torch.uint8)"):
         "memory that is mapped is on the CPU",
 }  # fmt: skip
 

@@ -67,8 +67,9 @@ def test_a_rank_that_a_signal_ends_is_named_and_ends_the_run_within_seconds(
 
 
 @pytest.mark.slow
-def test_a_rank_that_waits_in_a_collective_says_at_once_that_it_received_sigterm(run_on_ranks, pool):
-    """Rank 0 is stopped, so the main thread of rank 1 never returns to Python."""
+@pytest.mark.parametrize("layout", ["parallel=tp2", "parallel=dp2"])
+def test_a_rank_that_waits_in_a_collective_says_at_once_that_it_received_sigterm(run_on_ranks, pool, layout):
+    """Rank 0 is stopped. Under dp2 rank 1 waits for it in gloo, where its main thread never returns to Python."""
 
     def stop_and_terminate() -> None:
         os.kill(pool.ranks.processes[0].pid, signal.SIGSTOP)
@@ -76,7 +77,7 @@ def test_a_rank_that_waits_in_a_collective_says_at_once_that_it_received_sigterm
         os.kill(pool.ranks.processes[1].pid, signal.SIGTERM)
 
     with meanwhile(stop_and_terminate) as stopped:
-        done = run_on_ranks("sd15", "parallel=tp2", "--num-samples", "99999")
+        done = run_on_ranks("sd15", layout, "--num-samples", "99999")
     assert time.monotonic() - stopped[0] < 7  # a second more
     assert [line for line in done.lines if not line.startswith("INFO: ")] == [TERMINATED]
 

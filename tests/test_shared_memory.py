@@ -1,20 +1,27 @@
 """Collectives of ranks on one machine, which send through shared memory: the same results as gloo's, in any order."""
 
+import mmap
 import random
 import socket
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from sglang_gen.errors import LostError, RunError
-from sglang_gen.parallel import mesh, shared_memory
+from sglang_gen.parallel import mesh, rank_connections, shared_memory
 from sglang_gen.parallel.collectives import Axis, all_reduce, exchange, gather
+from sglang_gen.parallel.rank_connections import Offer
 from sglang_gen.parallel.shared_memory import LARGEST, SLOTS, UNFINISHED, Channel
 from sglang_gen.types import Layout
 
+ACCEPTED = rank_connections._accepted
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
 
 
@@ -128,38 +135,65 @@ def test_ranks_may_wait_in_any_order_and_at_any_time(ranks):
 def connected_anew(joined: mesh.Mesh, on_one: str) -> tuple[bool, list[int]]:
     """Whether there is a channel after `on_one` has happened on one rank, and what a gather gives then."""
     axis, group = joined.axis("tp"), joined.groups["tp"]
-    before = (shared_memory._offer, shared_memory.os.getuid, shared_memory.mmap.mmap, shared_memory.CONNECTION_PATIENCE)
     kept = shared_memory._channels.pop(axis.group)
-    shared_memory.CONNECTION_PATIENCE = 0.5
-    if axis.index == 1:
-        if on_one == "another machine":
-            shared_memory._offer = lambda listening: bytes(16) + before[0](listening)[16:]
-        elif on_one == "another user":
-            shared_memory.os.getuid = lambda: before[1]() + 1
-        elif on_one == "no memory":
-            shared_memory.mmap.mmap = lambda *_: (_ for _ in ()).throw(OSError())
-        elif on_one == "no Linux":
-            shared_memory._listening_socket, listening = lambda: None, shared_memory._listening_socket
-    try:
-        shared_memory.connect(group, 60.0)
+    with ExitStack() as changed:
+        changed.enter_context(patch.object(rank_connections, "CONNECTION_PATIENCE", 0.5))
+        if axis.index == 1:
+            changed.enter_context(broken(on_one, rank_connections._offer))
+        rank_connections.connect(group, 60.0)
         opened = shared_memory.channel(axis.group)
-        return opened is not None, gather(torch.tensor([axis.index]), axis).wait().flatten().tolist()
-    finally:
-        if opened is not None:
-            opened.close()
-        shared_memory._channels[axis.group] = kept
-        shared_memory._offer, shared_memory.os.getuid, shared_memory.mmap.mmap, shared_memory.CONNECTION_PATIENCE = (
-            before
+        try:
+            return opened is not None, gather(torch.tensor([axis.index]), axis).wait().flatten().tolist()
+        finally:
+            if opened is not None:
+                opened.close()
+            shared_memory.add(axis.group, kept)
+
+
+def broken(how: str, offer: Callable[..., Offer]) -> AbstractContextManager[object]:
+    """On this rank the connection fails in such a way."""
+    failing = {"no memory": (mmap, "mmap"), "no name of the machine": (Path, "read_bytes")}
+    if how in failing:
+        return patch.object(*failing[how], side_effect=OSError)
+    if how == "no Linux":
+        return patch.object(rank_connections, "_listening_socket", lambda _: None)
+    if how == "another machine":
+        return patch.object(rank_connections, "_offer", lambda listening: replace(offer(listening), machine=bytes(16)))
+    if how == "another secret":  # a rank that connects to it does not know the right one
+        return patch.object(
+            rank_connections, "_accepted", lambda listening, _, end: ACCEPTED(listening, b"?" * 16, end)
         )
-        if on_one == "no Linux" and axis.index == 1:
-            shared_memory._listening_socket = listening
+    if how == "silence":
+        return patch.object(rank_connections.socket.socket, "connect", lambda *_: time.sleep(1))
+    return nullcontext()
 
 
-@pytest.mark.parametrize("on_one", ["", "another machine", "another user", "no memory", "no Linux"])
+@pytest.mark.parametrize(
+    "on_one", ["", "another machine", "no memory", "no name of the machine", "no Linux", "silence"]
+)
 def test_a_group_has_a_channel_only_if_each_of_its_ranks_can(ranks, on_one):
     for size in (2, 3):
         found = ranks.run(Layout(tp=size), connected_anew, on_one)
         assert found == [(not on_one, list(range(size)))] * size
+
+
+def test_a_rank_that_does_not_know_the_secret_is_not_connected(ranks):
+    found = ranks.run(Layout(tp=3), connected_anew, "another secret")
+    assert found == [(False, [0, 1, 2])] * 3
+
+
+@pytest.mark.parametrize("said", [b"", b"?", b"?" * 16 + b"\1", b"s" * 16 + b"\1"])
+def test_a_process_that_connects_is_a_rank_if_it_knows_the_secret(said):
+    with ExitStack() as ending:
+        listening = rank_connections._listening_socket(ending)
+        connection = ending.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        connection.connect(listening.getsockname())
+        connection.sendall(said)
+        started = time.monotonic()
+        rank, accepted = rank_connections._accepted(listening, b"s" * 16, started + 0.2)
+        accepted.close()
+        assert rank == (1 if said.startswith(b"s") else -1)
+        assert time.monotonic() - started < 2  # a process that says nothing is not waited for
 
 
 @pytest.fixture
@@ -184,20 +218,24 @@ def test_a_rank_whose_other_rank_has_ended_says_so(pair):
     with pytest.raises(LostError, match="Rank 0 lost the connection to another rank"), mesh.explained("Rank 0", 1.0):
         transfer.wait()
     with pytest.raises(LostError, match="Rank 0 lost"), mesh.explained("Rank 0", 1.0):
+        transfer.wait()
+    with pytest.raises(LostError, match="Rank 0 lost"), mesh.explained("Rank 0", 1.0):
         gathered(channel)
 
 
 def test_a_rank_that_waits_too_long_says_how_to_wait_longer(pair):
     channel, _ = pair
-    channel.sockets[1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, shared_memory.limit(0.02))
+    channel.sockets[1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, rank_connections.limit(0.02))
     with pytest.raises(RunError, match=r"waited 0\.5 minutes.*timeout_minutes"), mesh.explained("Rank 0", 0.5):
         gathered(channel)
 
 
 def test_channels_end_with_the_process_groups(monkeypatch, pair):
     channel, _ = pair
+    channel.gather(torch.ones(3), torch.empty(2, 3))
     monkeypatch.setattr(shared_memory, "_channels", {"a group": channel})
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     mesh.leave()
     assert shared_memory.channel("a group") is None
     assert channel.sockets[1].fileno() == -1
+    assert not channel.unfinished

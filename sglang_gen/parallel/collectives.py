@@ -189,7 +189,7 @@ def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis
     if x.is_meta:
         return Pending(arriving, x)
     if (channel := shared_memory.channel(axis.group)) is not None:
-        parts, places = torch.split(x.contiguous(), list(sent)), torch.split(arriving, list(received))
+        parts, places = torch.split(x.detach().contiguous(), list(sent)), torch.split(arriving, list(received))
         return Pending(arriving, x, _exchange_on_cpu(parts, places, axis, channel))
     group = _group(axis)
     work = dist.all_to_all_single(arriving, x, list(received), list(sent), group=group, async_op=True)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_gen.errors import LostError, RunError
-from sglang_gen.parallel import shared_memory
+from sglang_gen.parallel import rank_connections, shared_memory
 from sglang_gen.parallel.collectives import Axis
 from sglang_gen.types import Layout
 
@@ -188,7 +188,7 @@ def form(layout: Layout, rank: int, store: Any, device: str, minutes: float) -> 
         _connect(groups)
     else:
         for group in groups.values():
-            shared_memory.connect(group, timeout.total_seconds())
+            rank_connections.connect(group, timeout.total_seconds())
     return Mesh(layout, rank, groups)
 
 
@@ -235,7 +235,7 @@ def explained(who: str, minutes: float) -> Iterator[None]:
 
 
 def leave() -> None:
-    """Destroy the process groups, if `join` or `form` created them."""
+    """Destroy the process groups, if `join` or `form` created them, and close what their ranks share."""
     shared_memory.disconnect()
     if dist.is_initialized():
         dist.destroy_process_group()

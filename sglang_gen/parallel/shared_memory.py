@@ -1,23 +1,17 @@
 """Messages between the ranks of one machine, through shared memory (Linux).
 
 Gloo hands every message to a thread, which may wait for a core while the ranks compute: of the collectives between
-products one in five takes 4 ms. Here a rank copies what it sends to memory that the other ranks map, and writes a byte
-to a socket, which wakes the rank that waits for it.
+matrix products one in five takes 4 ms. Here a rank copies what it sends to memory that the other ranks map, and writes
+a byte to a socket, which wakes the rank that waits for it. `rank_connections.py` opens the sockets and maps the memory.
 
 All ranks of a group start the same operations in the same order. Before a rank starts operation n, it finishes
 operation n - UNFINISHED, which every other rank has started by then. These ranks have finished operation
 n - 2 * UNFINISHED, so nobody reads its memory any more, and operation n takes it.
 """
 
-import hashlib
-import mmap
-import os
 import socket
-import struct
 from collections import deque
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,10 +20,7 @@ from torch import Tensor
 LARGEST = 4 * 2**20  # bytes of a message
 UNFINISHED = 3  # operations that a rank has started and not finished
 SLOTS = 2 * UNFINISHED
-CONNECTION_PATIENCE = 10.0  # seconds until a connection to a rank that answered a moment ago fails
-DIGEST, OFFER = 16, 24  # bytes of a digest, and of what a rank tells the others: its machine and its address
 Arriving = tuple[int, Tensor | None, Tensor | None]
-PEER = "3i"  # process, user and group at the other end of a socket
 
 
 class Channel:
@@ -72,15 +63,17 @@ class Channel:
     def finish(self, transfer: "Transfer") -> None:
         """Finish operations up to this one."""
         while not transfer.finished:
-            oldest = self.unfinished.popleft()
+            oldest = self.unfinished[0]
             for rank, source, destination in oldest.arriving:
                 self._await(rank)
                 if source is not None and destination is not None:
                     content = _content(destination)
                     content.copy_(source[: len(content)])
             oldest.finished = True
+            self.unfinished.popleft()
 
     def close(self) -> None:
+        self.unfinished.clear()
         for connection in self.sockets.values():
             connection.close()
 
@@ -138,109 +131,14 @@ def channel(group: str) -> Channel | None:
     return _channels.get(group)
 
 
-def connect(group: Any, seconds: float) -> None:
-    """Open a channel between the ranks of a gloo group if all of them can. A message is awaited so long. Collective."""
-    listening = _listening_socket()
-    offer = torch.frombuffer(bytearray(_offer(listening)), dtype=torch.uint8)
-    offers = [torch.empty_like(offer) for _ in range(group.size())]
-    dist.all_gather(offers, offer, group=group)
-    machines, addresses = zip(*(_parts(each) for each in offers), strict=True)
-    opened = None
-    if listening is not None:
-        with listening:
-            if machines.count(machines[0]) == len(machines):
-                opened = _open(group.rank(), addresses, listening, seconds)
-    can = torch.tensor([opened is not None], dtype=torch.uint8, device="cpu")
-    dist.all_reduce(can, dist.ReduceOp.MIN, group=group)
-    if opened is not None and can:
-        _channels[group.group_name] = opened
-    elif opened is not None:
-        opened.close()
+def add(group: str, opened: Channel) -> None:
+    _channels[group] = opened
 
 
 def disconnect() -> None:
     """Close all channels."""
     while _channels:
         _channels.popitem()[1].close()
-
-
-def _listening_socket() -> socket.socket | None:
-    """A socket at an address that the kernel chooses, in the abstract namespace, which has no files."""
-    if not hasattr(os, "memfd_create"):
-        return None
-    try:
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listening.bind("")
-        listening.listen()
-        listening.settimeout(CONNECTION_PATIENCE)
-    except OSError:
-        return None
-    return listening
-
-
-def _offer(listening: socket.socket | None) -> bytes:
-    """What the other ranks need: a digest of the machine and its network namespace, and the socket's address."""
-    if listening is None:
-        return os.urandom(DIGEST).ljust(OFFER, b"\0")  # like no other rank's
-    machine = Path("/proc/sys/kernel/random/boot_id").read_bytes() + str(os.stat("/proc/self/ns/net").st_ino).encode()
-    address: bytes = listening.getsockname()
-    return hashlib.sha256(machine).digest()[:DIGEST] + address.removeprefix(b"\0").ljust(OFFER - DIGEST, b"\0")
-
-
-def _parts(offer: Tensor) -> tuple[bytes, bytes]:
-    content = offer.numpy().tobytes()
-    return content[:DIGEST], b"\0" + content[DIGEST:].rstrip(b"\0")
-
-
-def _open(index: int, addresses: Sequence[bytes], listening: socket.socket, seconds: float) -> Channel | None:
-    """Connect to the ranks before this one, accept those behind it, and map their memory; None if something fails."""
-    sockets: dict[int, socket.socket] = {}
-    files: dict[int, int] = {}
-    try:
-        files[index] = os.memfd_create("sglang_gen")
-        os.ftruncate(files[index], SLOTS * len(addresses) * LARGEST)  # takes memory only where something is written
-        for rank in range(index):
-            sockets[rank] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sockets[rank].connect(addresses[rank])
-            sockets[rank].sendall(bytes([index]))
-        while len(sockets) < len(addresses) - 1:
-            connection, _ = listening.accept()
-            if _has_own_user(connection):
-                sockets[connection.recv(1)[0]] = connection
-            else:
-                connection.close()
-        for connection in sockets.values():
-            if not _has_own_user(connection):
-                raise PermissionError("another user answers at the address of a rank")
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit(seconds))
-            socket.send_fds(connection, [b"\0"], [files[index]])
-        for rank, connection in sockets.items():
-            files[rank] = socket.recv_fds(connection, 1, 1)[1][0]
-        memory = [_mapped(files[rank], len(addresses)) for rank in range(len(addresses))]
-    except (OSError, IndexError):  # IndexError: a rank that ended has sent nothing
-        for connection in sockets.values():
-            connection.close()
-        return None
-    finally:
-        for file in files.values():  # mappings stay
-            os.close(file)
-    return Channel(index, sockets, memory)
-
-
-def limit(seconds: float) -> bytes:
-    """The time that a socket waits, as the kernel takes it; 0 would be without end."""
-    return struct.pack("ll", int(seconds), max(int(seconds % 1 * 1e6), 1))
-
-
-def _has_own_user(connection: socket.socket) -> bool:
-    """Whether the process at the other end runs as this user: names of sockets have no permissions."""
-    content = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(PEER))
-    return int(struct.unpack(PEER, content)[1]) == os.getuid()
-
-
-def _mapped(file: int, ranks: int) -> Tensor:
-    memory = mmap.mmap(file, SLOTS * ranks * LARGEST)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(SLOTS, ranks, LARGEST)
 
 
 def _content(x: Tensor) -> Tensor:
