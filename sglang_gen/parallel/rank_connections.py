@@ -26,7 +26,7 @@ from sglang_gen.parallel import shared_memory
 from sglang_gen.parallel.shared_memory import LARGEST, SLOTS, Channel
 
 CONNECTION_PATIENCE = 10.0  # seconds until a connection to ranks that answered a moment ago fails
-DIGEST, ADDRESS = 16, 8  # bytes
+DIGEST, ADDRESS = 16, 8  # bytes of a machine's digest or a secret, and of an address
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Offer:
 
 
 def _from_bytes(content: bytes) -> Offer:
-    """The address begins with a zero, which `rstrip` leaves."""
+    """An offer that arrived. Its address begins with a zero byte and has no other."""
     return Offer(content[:DIGEST], content[DIGEST : 2 * DIGEST], b"\0" + content[2 * DIGEST :].strip(b"\0"))
 
 

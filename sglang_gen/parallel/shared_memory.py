@@ -20,7 +20,7 @@ from torch import Tensor
 LARGEST = 4 * 2**20  # bytes of a message
 UNFINISHED = 3  # operations that a rank has started and not finished
 SLOTS = 2 * UNFINISHED
-Arriving = tuple[int, Tensor | None, Tensor | None]
+Arriving = tuple[int, Tensor | None, Tensor | None]  # rank, the memory that it writes, and the tensor for its message
 
 
 class Channel:
