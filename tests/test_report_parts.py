@@ -9,11 +9,11 @@ from pathlib import Path
 import altair
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from sweep_folders import cache_and_guidance, dump, job, pixels
 
 from sglang_gen.perf import quality
-from sglang_gen.report import image_data
+from sglang_gen.report import cells, grid_image, image_data
 from sglang_gen.report.cell_metrics import frontier, metrics
 from sglang_gen.report.cells import read_cells
 from sglang_gen.report.conclusion import conclude, duration
@@ -257,3 +257,26 @@ def test_every_plot_is_valid_vega_lite(tmp_path):
     assert len(plots) == 9
     for plot in plots:
         altair.LayerChart.from_dict(plot.spec, validate=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("threshold=0.16", "threshold=0.16"),
+        ("residual_diff_threshold=0.16", "residual...old=0.16"),
+        ("a" * 19, "a" * 19),
+    ],
+)
+def test_a_long_name_keeps_its_last_characters_where_the_names_of_cells_differ(text, short):
+    assert cells.without_middle(text, 19) == short
+    assert len(short) <= 19
+
+
+def test_names_in_a_grid_keep_their_last_characters():
+    draw, font = ImageDraw.Draw(Image.new("RGB", (4, 4))), ImageFont.load_default()
+    name = "residual_diff_threshold=0.0001"
+    fitted = grid_image._fitted(draw, name, int(draw.textlength(name, font)) - 20, font)
+    assert fitted.endswith("0.0001")
+    assert "..." in fitted
+    assert draw.textlength(fitted, font) <= draw.textlength(name, font) - 20
+    assert grid_image._fitted(draw, name, 1000, font) == name

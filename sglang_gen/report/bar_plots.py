@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang_gen.perf.clock import STAGES
 from sglang_gen.perf.dump_numbers import measure
-from sglang_gen.report.cells import Cell
+from sglang_gen.report.cells import Cell, without_middle
 from sglang_gen.report.conclusion import duration
 from sglang_gen.report.plots import ACCENT, INK, MUTED, Plot, finished, interval_of, unit_of
 
@@ -16,7 +16,7 @@ STAGE_COLOURS = {name: f"var(--stage-{index})" for index, name in enumerate(STAG
 DECISIONS = {"compute": "var(--accent)", "reuse": "var(--faint)"}  # colours of a step cache's decisions
 MOST_BARS = 32  # cells in a plot
 BAND = 36  # height of a bar with its label, in pixels
-LABEL_PIXELS = 190
+LABEL_PIXELS, LABEL = 190, 30  # of the name of a cell, and its characters
 
 
 def stage_plots(cells: Sequence[Cell]) -> list[Plot]:
@@ -140,7 +140,8 @@ def _banded(rows: Sequence[dict[str, Any]]) -> Any:
     """A chart with a band per cell, in the order of the cells, without an axis."""
     import altair as alt
 
-    return alt.Chart(alt.Data(values=list(rows))).encode(y=alt.Y("order:O", axis=None, scale=alt.Scale(padding=0)))
+    named = [row | {"short": without_middle(row["short"], LABEL)} if "short" in row else row for row in rows]
+    return alt.Chart(alt.Data(values=named)).encode(y=alt.Y("order:O", axis=None, scale=alt.Scale(padding=0)))
 
 
 def _names(base: Any) -> Any:

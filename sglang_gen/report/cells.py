@@ -83,6 +83,12 @@ def _swept(settings: Sequence[Mapping[str, str]]) -> list[str]:
     return sorted(swept, key=lambda key: key != SWEEP)  # stable: the sweep first, then the order of the command line
 
 
+def without_middle(text: str, length: int) -> str:
+    """At most `length` characters of a text, from both of its ends: names of cells often differ in the last ones."""
+    front = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:front]}...{text[len(text) - (length - 3 - front) :]}"
+
+
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """The last part of each key, or the whole key if two keys end alike."""
     ends = [key.rpartition(".")[2] for key in keys]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sglang_gen import files
 from sglang_gen.errors import InvalidValueError
-from sglang_gen.report.cells import UNSET, short_names
+from sglang_gen.report.cells import UNSET, short_names, without_middle
 from sglang_gen.report.image_data import Embedded
 from sglang_gen.report.page import MARK, axes
 
@@ -139,9 +139,6 @@ def _place(
 def _fitted(
     draw: "ImageDraw.ImageDraw", text: str, width: int, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont"
 ) -> str:
-    """The text, shortened to `width` pixels."""
-    if draw.textlength(text, font) <= width:
-        return text
-    while text and draw.textlength(f"{text}...", font) > width:
-        text = text[:-1]
-    return f"{text}..."
+    """The text, without its middle if it has more than `width` pixels."""
+    lengths = range(len(text), 3, -1)
+    return next((part for n in lengths if draw.textlength(part := without_middle(text, n), font) <= width), text[:1])

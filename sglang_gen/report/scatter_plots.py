@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from sglang_gen.report.cell_metrics import MEMORY_NAMES, Metrics, frontier
+from sglang_gen.report.cells import without_middle
 from sglang_gen.report.conclusion import duration
 from sglang_gen.report.plots import ACCENT, INK, MUTED, Plot, finished, interval_of, unit_of
 
-MOST_NAMES = 8  # points of a frontier that are labelled
+MOST_NAMES, NAME = 8, 24  # points of a frontier that are labelled, and characters of a label
 
 
 def quality_plot(found: Sequence[Metrics]) -> Plot | None:
@@ -53,7 +54,8 @@ def memory_plot(found: Sequence[Metrics], column: str | None) -> Plot | None:
 def _point(one: Metrics, factor: float) -> dict[str, Any]:
     assert one.time is not None
     text = duration(one.time.median, one.time.low, one.time.high)
-    return {"cell": one.cell.label, "short": one.cell.short, "x": factor * one.time.median, "time": text,
+    short = without_middle(one.cell.short, NAME)
+    return {"cell": one.cell.label, "short": short, "x": factor * one.time.median, "time": text,
             **interval_of(one.time, factor)}  # fmt: skip
 
 
