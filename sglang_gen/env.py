@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from sglang_gen.errors import UserError
 
+EMBEDDED_MODEL = "landscape"  # its preset and its folder
 VERSION = "0.1.0"
 LOOPBACK = "lo"  # Linux's name of the interface
 PACKAGES = (
@@ -100,7 +101,7 @@ def conf_dir() -> Path:
 
 
 def embedded_model() -> Path:
-    return Path(__file__).parent / "assets" / "landscape"
+    return Path(__file__).parent / "assets" / EMBEDDED_MODEL
 
 
 def manifests() -> Path:

@@ -160,8 +160,8 @@ def _to_run(cfg: DictConfig, later: Mapping[str, Any]) -> Run:
 def _complete(run: Run, sources: dict[str, str], named: bool, seed: int | None) -> list[str]:
     """Fill in the example prompt of a chosen preset and the sweep's seed. Returns notices about both."""
     notices = []
-    if run.model.path is None and run.model.preset == "landscape" and not named:
-        notices.append("No model given: using the embedded model 'landscape'")
+    if run.model.path is None and run.model.preset == env.EMBEDDED_MODEL and not named:
+        notices.append(f"No model given: using the embedded model '{env.EMBEDDED_MODEL}'")
     if run.quality.manifest is not None:  # its lines are the prompts, and they do not depend on a drawn seed
         run.sampling.seed = run.sampling.seed or 0
     elif run.sampling.prompt is None and not run.sampling.prompts_file and not run.sampling.prompts:

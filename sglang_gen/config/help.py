@@ -64,7 +64,8 @@ def generate(_parser: Any = None) -> str:
         "usage: sglang generate --model-path MODEL --prompt TEXT [options] [group=option ...] [key.path=value ...]",
         "",
         "Generate images, videos or audio with a diffusion model, from a prompt and optionally an input image. Without",
-        "--model-path or model=NAME, the embedded model 'landscape' is used. dry_run=true prints the plan of a run.",
+        f"--model-path or model=NAME, the embedded model '{env.EMBEDDED_MODEL}' is used. dry_run=true prints the plan "
+        "of a run.",
         "",
         "Examples:",
         '  sglang generate --prompt "A serene landscape with mountains and a lake at sunset" --seed 42',

@@ -58,7 +58,7 @@ def _find(model: Model, weights: bool, replaced: Collection[str]) -> ModelCard:
     if name is None:
         raise UserError("No model is named: give --model-path or model=NAME (sglang models lists the names)")
     if model.path is None:
-        return read_card(env.embedded_model(), "landscape", weights)
+        return read_card(env.embedded_model(), env.EMBEDDED_MODEL, weights)
     folder = Path(model.path).expanduser()
     try:
         is_folder, is_file = folder.is_dir(), folder.is_file()

@@ -114,7 +114,7 @@ def _check_values(run: Run) -> None:
         check_plain(plain(run))
     except InvalidValueError as error:
         raise UserError(str(error)) from None
-    if run.model.path is None and run.model.preset != "landscape":
+    if run.model.path is None and run.model.preset != env.EMBEDDED_MODEL:
         raise UserError("No model is named: give --model-path or model=NAME (sglang models lists the names)")
     for path in leaves():
         value = get(run, path)
