@@ -8,14 +8,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 
 class Terminated(BaseException):
     """SIGTERM was received; propagates like KeyboardInterrupt so that no partial file remains."""
 
 
-_received: list[type[BaseException]] = []  # exceptions raised by the handlers of the command that runs
+_received: list[type[BaseException]] = []  # exceptions raised by the handlers of this command or rank
 
 
 def leave_quietly() -> None:
@@ -40,11 +40,11 @@ def raised() -> Iterator[None]:
     before: dict[int, Any] = {}
     try:
         if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
-            before[signal.SIGINT] = signal.signal(signal.SIGINT, _raise)
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _raise)
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, raise_exception)
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, raise_exception)
     except ValueError:  # not the main thread
         pass
-    hook, sys.unraisablehook = sys.unraisablehook, _raise_again
+    hook, sys.unraisablehook = sys.unraisablehook, send_again
     try:
         yield
     finally:
@@ -53,22 +53,27 @@ def raised() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _raise(number: int, frame: Any) -> None:
+def raise_exception(number: int, frame: Any = None) -> NoReturn:
+    """Handler of a signal that raises its exception, which `check` and `heeded` raise again where it is lost."""
     error = KeyboardInterrupt if number == signal.SIGINT else Terminated
     _received.append(error)
     raise error
 
 
-def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Send the signal again, a moment later, if its exception came up where Python discards one, as in a `__del__`."""
+def send_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Send the signal again, a moment later, if its exception came up where Python discards one, as in a `__del__`.
+
+    A `sys.unraisablehook`. The signal is not sent if another handler has been set by then.
+    """
     if not issubclass(unraisable.exc_type, (KeyboardInterrupt, Terminated)):
         sys.__unraisablehook__(unraisable)
         return
     number = signal.SIGINT if issubclass(unraisable.exc_type, KeyboardInterrupt) else signal.SIGTERM
+    handler = signal.getsignal(number)
     import threading
 
     def send() -> None:
-        if signal.getsignal(number) is _raise:
+        if signal.getsignal(number) is handler:
             os.kill(os.getpid(), number)
 
     timer = threading.Timer(0.05, send)

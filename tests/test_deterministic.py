@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +78,7 @@ def test_a_rank_fixes_it_before_it_has_a_plan(monkeypatch):
     monkeypatch.setattr(worker, "Connection", connect)
     monkeypatch.setattr(worker, "_die_with", lambda launcher: None)
     monkeypatch.setattr(worker.sys, "argv", ["worker", "0", "1"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which main replaces
     try:
         with pytest.raises(ConnectionError, match=":4096:8"):
             worker.main()

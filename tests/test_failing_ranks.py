@@ -253,3 +253,48 @@ def test_a_rank_that_cannot_read_its_plan_ends():
         assert ranks.processes[0].wait(timeout=60) == worker.TERMINATED
     finally:
         ranks.stop()
+
+
+# A rank whose run loses the exception of SIGTERM, in one of three ways.
+LOSING = """
+import os, signal, sys, time
+from sglang_gen import signals
+from sglang_gen.launch import worker
+
+class Deaf:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+def run(job, kept):
+    try:
+        if job.plan == "discarded":  # Python prints what is raised while it deletes an object, and goes on
+            Deaf()
+            time.sleep(10)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except signals.Terminated:  # as compiled code does
+            if job.plan == "replaced":
+                raise RuntimeError("could not determine the shape") from None
+        signals.check()
+        print("the run went on")
+    finally:
+        print("cleaned up", flush=True)
+
+worker._run, worker.level, worker.log.setup = run, lambda plan, rank: "info", lambda level, handler: None
+sys.exit(worker.main())
+"""
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("way", ["discarded", "swallowed", "replaced"])
+def test_a_rank_whose_run_loses_sigterm_still_cleans_up_and_ends_without_a_word(way):
+    ours, theirs = Pipe()
+    words = [sys.executable, "-c", LOSING, str(theirs.fileno()), str(os.getpid())]
+    with subprocess.Popen(words, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:  # fmt: skip
+        theirs.close()
+        ours.send(worker.Job(way, 0, 0, ".", 0.0, False))
+        assert process.communicate(timeout=60) == ("cleaned up\n", "")
+    assert process.returncode == worker.TERMINATED

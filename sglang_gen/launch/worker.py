@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from sglang_gen import env, log
+from sglang_gen import env, log, signals
 from sglang_gen.errors import LostError, RunError, UserError, unexpected
 from sglang_gen.signals import Terminated
 from sglang_gen.types import Plan, Result
@@ -90,7 +90,7 @@ class _Channel:
                 self.sending = False
         if main and self.terminated:
             self.terminated = False
-            raise Terminated
+            signals.raise_exception(signal.SIGTERM)
 
 
 def main() -> int:
@@ -107,8 +107,14 @@ def main() -> int:
             if channel.sending:
                 channel.terminated = True
                 return
-            raise Terminated
+            signals.raise_exception(signum)
 
+    def discarded(unraisable: "sys.UnraisableHookArgs") -> None:
+        nonlocal leaving
+        leaving = leaving and not issubclass(unraisable.exc_type, Terminated)
+        signals.send_again(unraisable)
+
+    sys.unraisablehook = discarded
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the launcher blocked it
     signal.signal(signal.SIGTERM, terminate)
@@ -201,7 +207,9 @@ def _serve(job: Job, channel: _Channel, kept: "KeptWeights") -> bool:
     from sglang_gen.parallel import mesh
 
     try:
-        send(Done(_run(job, kept)))
+        with signals.heeded():
+            result = _run(job, kept)
+        send(Done(result))
     except (UserError, RunError) as error:
         send(_failure(job.rank, error, isinstance(error, UserError), str(error)))
         return False
