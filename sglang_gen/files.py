@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -140,22 +141,40 @@ def save_bytes(path: Path, data: bytes, stream: bool = False) -> None:
         raise _write_error(error, path) from error
 
 
-def save_numbered(folder: Path, stem: str, files: Callable[[str], Mapping[str, Write]]) -> Path:
-    """Write the files of one result as `folder/stem_N.suffix` with the first free N. Returns the path of the first.
+def save_numbered(
+    folder: Path,
+    name: str,
+    write: Callable[[BinaryIO, dict[str, Any]], object],
+    record: Callable[[str], dict[str, Any]],
+    latents: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write one result, its record as JSON, and `latents`, tensors by name, as safetensors. Returns the result's path.
 
-    `files("stem_N")` returns a writer for each suffix. A number is free if no file of that stem has it, with any
-    suffix. All files are complete before the first is linked to its name, which claims the number. Raises RunError.
+    `name`, such as image.png, becomes image_N.png in `folder` with the first N that no file of that stem has, with any
+    suffix. `record(file name)` is the record of the result, and `write(file, record)` writes the result. All files are
+    complete before the first is linked to its name, which claims the number. Raises RunError.
     """
     path = folder
+    stem, suffix = os.path.splitext(name)
+
+    def writers(content: dict[str, Any]) -> dict[str, Write]:
+        found: dict[str, Write] = {
+            suffix: lambda file: write(file, content),
+            ".json": lambda file: file.write(record_bytes(content)),
+        }
+        if latents is not None:
+            found[".safetensors"] = lambda file: file.write(safetensors_bytes(latents))
+        return found
+
     try:
         number = _next_number(folder, stem)
         while True:
             finished: dict[Path, Path] = {}
             with ExitStack() as stack:
-                for suffix, write in files(f"{stem}_{number}").items():
-                    path = folder / f"{stem}_{number}{suffix}"
-                    finished[path] = stack.enter_context(_temporary(folder, suffix))
-                    _fill(finished[path], write)
+                for ending, writer in writers(record(f"{stem}_{number}{suffix}")).items():
+                    path = folder / f"{stem}_{number}{ending}"
+                    finished[path] = stack.enter_context(_temporary(folder, ending))
+                    _fill(finished[path], writer)
                 first, *others = finished
                 if _claim(finished[first], first):
                     for path in others:
@@ -212,21 +231,10 @@ def save_image(
 
     `latents`, tensors by name, are saved as a safetensors file of the same name. Raises RunError.
     """
-
-    def files(name: str) -> dict[str, Write]:
-        content = record(f"{name}.png")
-        writers: dict[str, Write] = {
-            ".png": lambda file: _write_png(file, frame, content),
-            ".json": lambda file: file.write(record_bytes(content)),
-        }
-        if latents is not None:
-            writers[".safetensors"] = lambda file: file.write(safetensors_bytes(latents))
-        return writers
-
-    return save_numbered(folder, "generated_image", files)
+    return save_numbered(folder, "generated_image.png", partial(_write_png, frame), record, latents)
 
 
-def _write_png(file: BinaryIO, frame: Any, record: dict[str, Any]) -> None:
+def _write_png(frame: Any, file: BinaryIO, record: dict[str, Any]) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 

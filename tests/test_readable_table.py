@@ -302,6 +302,17 @@ def test_a_table_that_cannot_be_printed_is_one_line_or_none_if_nobody_reads(tmp_
     assert (tmp_path / "table.md").exists()
 
 
+def test_a_sweep_that_was_interrupted_before_its_first_job_has_no_table_and_says_nothing_of_it(tmp_path, monkeypatch):
+    lines: list[str] = []
+    for level in ("info", "error"):
+        monkeypatch.setattr(log, level, lines.append)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    assert (lines, list(tmp_path.iterdir())) == ([], [])
+
+
 def test_an_interrupted_sweep_has_a_table_and_prints_none(tmp_path, capsys):
     (tmp_path / "0").mkdir()
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})

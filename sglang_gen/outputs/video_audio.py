@@ -3,12 +3,13 @@
 import json
 import wave
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from sglang_gen.files import Write, record_bytes, safetensors_bytes, save_numbered
+from sglang_gen.files import save_numbered
 
 FRAMES_PER_SECOND = 16  # default frame rate of a video
 
@@ -21,21 +22,10 @@ def save_video(
     latents: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save uint8 [F, H, W, 3] frames as the next generated_video_N.mp4 (H.264), with its record inside and as JSON."""
-
-    def files(name: str) -> dict[str, Write]:
-        content = record(f"{name}.mp4")
-        writers: dict[str, Write] = {
-            ".mp4": lambda file: _write_mp4(file, frames, fps, content),
-            ".json": lambda file: file.write(record_bytes(content)),
-        }
-        if latents is not None:
-            writers[".safetensors"] = lambda file: file.write(safetensors_bytes(latents))
-        return writers
-
-    return save_numbered(folder, "generated_video", files)
+    return save_numbered(folder, "generated_video.mp4", partial(_write_mp4, frames, fps), record, latents)
 
 
-def _write_mp4(file: BinaryIO, frames: "np.ndarray[Any, Any]", fps: int, record: dict[str, Any]) -> None:
+def _write_mp4(frames: "np.ndarray[Any, Any]", fps: int, file: BinaryIO, record: dict[str, Any]) -> None:
     """Write with ffmpeg to the open file's name. Odd sizes are kept and use 4:4:4 chroma, which supports them."""
     import imageio.v2 as imageio
 
@@ -59,21 +49,10 @@ def save_sound(
     latents: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save float [C, T] samples in [-1, 1] as the next generated_audio_N.wav (16 bit), with its record as JSON."""
-
-    def files(name: str) -> dict[str, Write]:
-        content = record(f"{name}.wav")
-        writers: dict[str, Write] = {
-            ".wav": lambda file: _write_wav(file, samples, rate),
-            ".json": lambda file: file.write(record_bytes(content)),
-        }
-        if latents is not None:
-            writers[".safetensors"] = lambda file: file.write(safetensors_bytes(latents))
-        return writers
-
-    return save_numbered(folder, "generated_audio", files)
+    return save_numbered(folder, "generated_audio.wav", partial(_write_wav, samples, rate), record, latents)
 
 
-def _write_wav(file: BinaryIO, samples: "np.ndarray[Any, Any]", rate: int) -> None:
+def _write_wav(samples: "np.ndarray[Any, Any]", rate: int, file: BinaryIO, _record: dict[str, Any]) -> None:
     data = np.rint(np.clip(samples, -1, 1).T * 32767).astype("<i2")  # [T, C]
     with wave.open(file, "wb") as sound:
         sound.setnchannels(data.shape[1])

@@ -34,7 +34,10 @@ class SweepTable(Callback):  # type: ignore[misc]  # Hydra has no types
         has_ended = isinstance(sys.exception(), Exception | None)  # a signal is a BaseException
         folder = Path(config.hydra.sweep.dir)
         try:
-            for path in table.write_table(folder):
+            saved = table.write_table(folder)
+            if not saved:  # a signal came before the first job
+                return
+            for path in saved:
                 log.info(f"Table of the sweep saved to: {path}")
             if has_ended:
                 with contextlib.suppress(BrokenPipeError):  # the reader has what it wanted

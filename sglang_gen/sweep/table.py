@@ -85,8 +85,13 @@ def _rounded(value: float | None) -> float | None:
 
 
 def write_table(folder: Path) -> list[Path]:
-    """Write `table.csv` and `table.md` of the sweep in `folder` atomically. Raises RunError."""
+    """Write `table.csv` and `table.md` of the sweep in `folder` atomically. Returns their paths; none without a job.
+
+    Raises RunError.
+    """
     rows = read_jobs(folder)
+    if not rows:
+        return []
     tables = {"table.csv": to_csv(rows), "table.md": to_markdown(rows, _title(folder))}
     for name, text in tables.items():
         files.save_bytes(folder / name, text.encode())
