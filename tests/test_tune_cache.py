@@ -165,7 +165,7 @@ def test_a_bound_that_no_schedule_keeps_is_a_failure_and_leaves_no_file(tune):
         (("--budget", "0.5", "--min-psnr", "30"), "needs either --min-psnr"),
         (("--budget", "1.5"), "--budget: '1.5' is not a fraction above 0 and at most 1, such as 0.5"),
         (("--budget", "nan"), "--budget: 'nan' is not a fraction"),
-        (("--min-psnr", "-3"), "--min-psnr: '-3' is not dB above 0 and at most 100"),
+        (("--min-psnr", "-3"), "--min-psnr: '-3' is not a number of dB between 0 and 100, such as 34"),
         (("--budget", "0.5", "--calibration-prompts", "0"), "--calibration-prompts: '0' is not a whole number of at"),
         (("--budget", "0.5", "--calibration-prompts", "3"), "--calibration-prompts is 3, and the request has 3"),
         (("--budget", "0.1"), "--budget is 0.1, and at least 1 of 6 steps have to be computed; give at least 0.167"),

@@ -1,18 +1,17 @@
 """The options of `sglang tune cache` beside those of `sglang generate`, and its help page."""
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sglang_gen.errors import UserError
+from sglang_gen.tune.decibels import decibels, finite
 from sglang_gen.tune.prompt_split import DEFAULT_CALIBRATION
 
 PLAN_OPTIONS = ("min-psnr", "budget", "output", "calibration-prompts")
 DEFAULT_OUTPUT = "cache_plan.json"
-HIGHEST_PSNR = 100.0  # dB
 # Settings of prompts and of what is saved, which the printed command leaves out.
 LEFT_OUT = ("sampling.prompt", "sampling.num_samples", "sampling.seed", "quality.", "output.", "perf.", "tracking")
 # Options of `sglang generate` that print or run something else.
@@ -68,20 +67,17 @@ def read_plan_options(given: Mapping[str, Any]) -> PlanOptions:
             "of the blocks that are computed"
         )
     return PlanOptions(
-        None if psnr is None else _number("--min-psnr", psnr, HIGHEST_PSNR, f"dB above 0 and at most {HIGHEST_PSNR:g}"),
-        None if budget is None else _number("--budget", budget, 1.0, "a fraction above 0 and at most 1, such as 0.5"),
+        None if psnr is None else decibels(psnr),
+        None if budget is None else _fraction(budget),
         Path(output or DEFAULT_OUTPUT).expanduser(),
         None if prompts is None else _count(prompts),
     )
 
 
-def _number(option: str, text: str, most: float, legal: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= most:
-        raise UserError(f"{option}: '{text}' is not {legal}")
+def _fraction(text: str) -> float:
+    value = finite(text)
+    if value is None or not 0 < value <= 1:
+        raise UserError(f"--budget: '{text}' is not a fraction above 0 and at most 1, such as 0.5")
     return value
 
 

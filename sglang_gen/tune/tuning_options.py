@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_gen.errors import UserError, nearest
+from sglang_gen.tune.decibels import decibels, finite
 
 DEFAULT_BUDGET = "20m"
 TIME_UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 MEMORY_UNITS = {"mb": 1e6, "gb": 1e9, "mib": 2.0**20, "gib": 2.0**30}
-LARGEST_PSNR = 100.0  # dB; images of 8 bits that differ by less are identical
 CLOCKS = ("elapsed", "processor")  # values of --time
 OWN_OPTIONS = ("min-psnr", "max-memory", "budget", "time", "axes", "baseline", "name")
 # Options of `sglang generate` that print or run something else.
@@ -47,7 +47,7 @@ def read_tuning_options(given: Mapping[str, Any]) -> TuningOptions:
     if own["min-psnr"] is None:
         raise UserError("sglang tune needs the PSNR that every image must keep, such as --min-psnr 34")
     return TuningOptions(
-        min_psnr=_decibels(own["min-psnr"]),
+        min_psnr=decibels(own["min-psnr"]),
         max_memory=math.inf if own["max-memory"] is None else _memory(own["max-memory"]),
         budget=_duration(DEFAULT_BUDGET if own["budget"] is None else own["budget"]),
         axes=None if own["axes"] is None else _names(own["axes"]),
@@ -57,16 +57,9 @@ def read_tuning_options(given: Mapping[str, Any]) -> TuningOptions:
     )
 
 
-def _decibels(text: str) -> float:
-    value = _number(re.sub(r"\s*dB$", "", text, flags=re.IGNORECASE))
-    if value is None or not 0 < value <= LARGEST_PSNR:
-        raise UserError(f"--min-psnr: '{text}' is not a number of dB between 0 and {LARGEST_PSNR:g}, such as 34")
-    return value
-
-
 def _memory(text: str) -> float:
     found = re.fullmatch(r"([\d.]+)\s*([a-z]+)", text.lower())
-    value = _number(found[1]) if found and found[2] in MEMORY_UNITS else None
+    value = finite(found[1]) if found and found[2] in MEMORY_UNITS else None
     if found is None or value is None or value <= 0:
         raise UserError(f"--max-memory: '{text}' is not an amount above 0 in MB, GB, MiB or GiB, such as 4GB")
     return value * MEMORY_UNITS[found[2]]
@@ -75,7 +68,7 @@ def _memory(text: str) -> float:
 def _duration(text: str) -> float:
     parts = re.findall(r"([\d.]+)\s*([a-z]+)\s*", text.lower())
     is_whole = bool(re.fullmatch(r"(?:[\d.]+\s*[a-z]+\s*)+", text.lower()))
-    values = [(_number(number), unit) for number, unit in parts]
+    values = [(finite(number), unit) for number, unit in parts]
     known = [value * TIME_UNITS[unit] for value, unit in values if value is not None and unit in TIME_UNITS]
     if not is_whole or len(known) < len(values) or not 0 < sum(known) < math.inf:
         raise UserError(f"--budget: '{text}' is not a duration above 0 in s, m or h, such as 20m or 1h30m")
@@ -86,14 +79,6 @@ def _clock(text: str) -> str:
     if text not in CLOCKS:
         raise UserError(f"--time: '{text}' is not one of {' and '.join(CLOCKS)}{nearest(text, CLOCKS)}")
     return text
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def _names(text: str) -> tuple[str, ...]:
