@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sglang_gen import files, log
-from sglang_gen.config.schema import BackendName, leaves, user_gave
+from sglang_gen.config.schema import BackendName
 from sglang_gen.debug import report
 from sglang_gen.debug.verdict import PARITY_TOLERANCES, Tolerance
 from sglang_gen.errors import UserError, nearest
@@ -168,11 +168,9 @@ def _on(composed: "Composed", name: BackendName) -> "Composed":
 
 
 def _warn(composed: "Composed", plan: "Plan") -> None:
-    for warning in plan.warnings:
-        if not warning.startswith(IDLE):
-            log.warning(warning)
-    for path in leaves():
-        if path.startswith(IDLE) and user_gave(composed.run, composed.sources, path):
-            log.warning(f"{path} has no effect on sglang debug parity")
+    from sglang_gen.plan import idle_settings
+
+    for warning in idle_settings.warnings(composed, plan, IDLE, "sglang debug parity"):
+        log.warning(warning)
     if len(plan.batches) > 1:
         log.warning(f"Only the first of {len(plan.batches)} batches is compared")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sglang_gen import env, files, log
-from sglang_gen.config.schema import BackendName, leaves, user_gave
+from sglang_gen.config.schema import BackendName
 from sglang_gen.errors import RunError, UserError
 from sglang_gen.tune.plan_options import PlanOptions, read_plan_options
 from sglang_gen.tune.prompt_split import PromptSplit, indices, split_samples
@@ -69,7 +69,7 @@ def _composed(choices: "Choices") -> "Composed":
 def _planned(composed: "Composed", options: PlanOptions) -> "Plan":
     """The plan of the exact run on the native engine, with local weights. Raises UserError."""
     from sglang_gen.hub import resolve
-    from sglang_gen.plan import checks, make, step_cache, stored_dtype
+    from sglang_gen.plan import checks, idle_settings, make, step_cache, stored_dtype
 
     run = composed.run
     if step_cache.wanted(run.cache) or run.cache.plan_file:
@@ -99,12 +99,8 @@ def _planned(composed: "Composed", options: PlanOptions) -> "Plan":
             "compile=none or compile=regional"
         )
     _check_budget(plan, options.budget or 1.0)
-    for warning in plan.warnings:
-        if not warning.startswith(IDLE_SETTINGS):
-            log.warning(warning)
-    for path in leaves():
-        if path.startswith(IDLE_SETTINGS) and user_gave(composed.run, composed.sources, path):
-            log.warning(f"{path} has no effect on sglang tune cache")
+    for warning in idle_settings.warnings(composed, plan, IDLE_SETTINGS, "sglang tune cache"):
+        log.warning(warning)
     return stored_dtype.require(make.complete(composed, plan, resolve.find_weights(plan.run)))
 
 
