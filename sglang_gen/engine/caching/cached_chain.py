@@ -72,6 +72,10 @@ class CachedChain(Chain):
     def forward(self, blocks: Sequence[Block], state: State, conditions: Conditions, *shared: Any) -> State:
         if self._repeated is not None:
             return self.repeated(self._repeated.pop(0), blocks, state, conditions, *shared)
+        return self.run(blocks, state, conditions, *shared)
+
+    def run(self, blocks: Sequence[Block], state: State, conditions: Conditions, *shared: Any) -> State:
+        """The state after the evaluation that goes on."""
         if self.evaluation is None:  # outside of a generation nothing is reused
             return self.chain(blocks, state, conditions, *shared)  # type: ignore[no-any-return]
         state = self.evaluated(self.evaluation, blocks, state, conditions, *shared)
@@ -147,6 +151,16 @@ class PlannedChain(CachedChain):
     def form(self) -> Hashable:
         """What distinguishes the graph of the evaluation that follows from others of the same shapes."""
         return self.added is None
+
+    def decide(self, evaluation: Evaluation, how: str, choice: Hashable) -> None:
+        """Record what is done in the evaluation that follows, which is the same for all images and branches."""
+        self.choice = choice
+        self.choices.append((evaluation.index, choice))
+        self.decisions += [
+            Decision(evaluation.step, image, BRANCHES[branch], how)
+            for image in range(evaluation.images)
+            for branch in evaluation.together
+        ]
 
 
 @contextmanager

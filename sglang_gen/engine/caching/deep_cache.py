@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sglang_gen.engine.caching.cached_chain import BRANCHES, Conditions, Decision, Evaluation, PlannedChain
+from sglang_gen.engine.caching.cached_chain import Conditions, Evaluation, PlannedChain
 from sglang_gen.models.chain import Block, State
 
 
@@ -46,14 +46,9 @@ class DeepCache(PlannedChain):
             self.reuses = self.guided == evaluation.guided and not self._is_full(evaluation)
             self.guided, self.decided = evaluation.guided, evaluation.index
         self.added = self.kept[evaluation.branches] if self.reuses else None
-        self.choice = tuple(self.added[0].shape) if self.added else None
-        self.choices.append((evaluation.index, self.choice))
-        how = "reused" if self.reuses else "computed"
-        self.decisions += [
-            Decision(evaluation.step, image, BRANCHES[branch], how)
-            for image in range(evaluation.images)
-            for branch in evaluation.together
-        ]
+        self.decide(
+            evaluation, "reused" if self.reuses else "computed", tuple(self.added[0].shape) if self.added else None
+        )
 
     def _is_full(self, evaluation: Evaluation) -> bool:
         """Whether the schedule computes the evaluation. A warm-up compiles, so all but its first reuse."""
@@ -65,10 +60,8 @@ class DeepCache(PlannedChain):
         self.added, self.computed = None, ()
         super().after(evaluation)
 
-    def forward(self, blocks: Sequence[Block], state: State, conditions: Conditions, *shared: Any) -> State:
+    def run(self, blocks: Sequence[Block], state: State, conditions: Conditions, *shared: Any) -> State:
         """Only `added` and `computed` differ between steps, so this can be compiled and captured."""
-        if self._repeated is not None:
-            return self.repeated(self._repeated.pop(0), blocks, state, conditions, *shared)
         if self.added is not None:
             return self._shallow(self.added[0], blocks, state, conditions, *shared)
         _, up = ends(blocks, self.branch)

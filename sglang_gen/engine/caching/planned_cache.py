@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sglang_gen.engine.caching.cached_chain import BRANCHES, Conditions, Decision, Evaluation, PlannedChain
+from sglang_gen.engine.caching.cached_chain import Conditions, Evaluation, PlannedChain
 from sglang_gen.engine.caching.deep_cache import ends
 from sglang_gen.models.chain import Block, State
 
@@ -43,14 +43,8 @@ class PlannedCache(PlannedChain):
         super().before(evaluation)
         self.depth = self._depth(evaluation)
         self.added = None if self.depth is None else (self.kept[evaluation.branches][self.depth],)
-        self.choice = None if self.added is None else (self.depth, tuple(self.added[0].shape))
-        self.choices.append((evaluation.index, self.choice))
-        how = "computed" if self.depth is None else "reused"
-        self.decisions += [
-            Decision(evaluation.step, image, BRANCHES[branch], how)
-            for image in range(evaluation.images)
-            for branch in evaluation.together
-        ]
+        choice = None if self.added is None else (self.depth, tuple(self.added[0].shape))
+        self.decide(evaluation, "computed" if self.depth is None else "reused", choice)
 
     def _depth(self, evaluation: Evaluation) -> int | None:
         """The depth of an evaluation. A warm-up, whose steps are not those of the schedule, takes depths in turn."""
@@ -61,10 +55,8 @@ class PlannedCache(PlannedChain):
             depth = self.schedule[evaluation.step]
         return depth if depth in self.kept.get(evaluation.branches, ()) else None
 
-    def forward(self, blocks: Sequence[Block], state: State, conditions: Conditions, *shared: Any) -> State:
+    def run(self, blocks: Sequence[Block], state: State, conditions: Conditions, *shared: Any) -> State:
         """Only `depth`, `added` and `computed` differ between steps, so this can be compiled and captured."""
-        if self._repeated is not None:
-            return self.repeated(self._repeated.pop(0), blocks, state, conditions, *shared)
         if self.added is not None and self.depth is not None:
             return self.reused(self.depth, self.added[0], blocks, state, conditions, *shared)
         state, self.computed = self.full(self.depths, blocks, state, conditions, *shared)

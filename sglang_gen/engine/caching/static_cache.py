@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_gen.engine.caching.cached_chain import BRANCHES, Conditions, Decision, Evaluation, PlannedChain
+from sglang_gen.engine.caching.cached_chain import Conditions, Evaluation, PlannedChain
 from sglang_gen.engine.caching.decider import Decider, Rules
 from sglang_gen.engine.caching.extrapolation import History
 from sglang_gen.models.chain import Block, State
@@ -47,22 +47,13 @@ class StaticCache(PlannedChain):
         if reused:
             slot.decider.reuse(step)
             self.added = tuple(history.at(step) for history in slot.middle)
-        how = "computed" if not reused else "extrapolated" if self.order else "reused"
-        self.decisions += [
-            Decision(step, image, BRANCHES[branch], how)
-            for image in range(evaluation.images)
-            for branch in evaluation.together
-        ]
-        self.choice = reused
-        self.choices.append((evaluation.index, reused))
+        self.decide(evaluation, "computed" if not reused else "extrapolated" if self.order else "reused", reused)
 
     def _slot(self, evaluation: Evaluation) -> Slot:
         rules = WARMING if self.warming else self.rules
         return self.slots.setdefault(evaluation.branches if evaluation.sequential else (), Slot(Decider(rules)))
 
-    def forward(self, blocks: Sequence[Block], state: State, conditions: Conditions, *shared: Any) -> State:
-        if self._repeated is not None:
-            return self.repeated(self._repeated.pop(0), blocks, state, conditions, *shared)
+    def run(self, blocks: Sequence[Block], state: State, conditions: Conditions, *shared: Any) -> State:
         middle = slice(self.first, len(blocks) - self.last)
         state = self.chain(blocks[: self.first], state, conditions[: self.first], *shared)
         if self.added is None:
