@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,6 +145,14 @@ def _private_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
     monkeypatch.setenv("SGLANG_GEN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.delenv("SGLANG_USE_MODELSCOPE", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _log_of_a_new_process() -> None:
+    """The command of an earlier test has set up the log, and `caplog` would hear nothing of it."""
+    logger = logging.getLogger("sglang_gen")
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -39,13 +39,19 @@ def hang(settings: Settings) -> str:
     return ""
 
 
-WORKS = {
-    "good": lambda settings: f"on a {settings.device}",
-    "bad": fail,
-    "dead": lambda settings: os._exit(3),
-    "partly": lambda settings: f"| one | fine |\n| other | {FAILED}: no kernel |",
-    "not here": skip,
-}
+def good(settings: Settings) -> str:
+    return f"on a {settings.device}"
+
+
+def die(settings: Settings) -> str:
+    os._exit(3)
+
+
+def partly(settings: Settings) -> str:
+    return f"| one | fine |\n| other | {FAILED}: no kernel |"
+
+
+WORKS = {"good": good, "bad": fail, "dead": die, "partly": partly, "not here": skip}
 
 
 def test_a_section_that_fails_or_dies_is_named_and_does_not_end_the_others():
@@ -79,7 +85,7 @@ def test_a_section_that_hangs_is_ended_and_a_spent_budget_skips_the_rest(monkeyp
 
 def test_the_command_writes_the_report_and_its_exit_code_says_whether_a_section_failed(monkeypatch, capfd):
     assert main(["--device", "cpu", "--size", "tiny", "--only", "environment,graphs", "--output", "a.md"]) == 0
-    assert "| CUDA graphs | skipped | 0 | a CPU has no CUDA graphs |" in Path("a.md").read_text()
+    assert re.search(r"\| CUDA graphs \| skipped \| \d+ \| a CPU has no CUDA graphs \|", Path("a.md").read_text())
     monkeypatch.setitem(SECTIONS, "rates", Section("rates", fail, 60))
     assert main(["--device", "cpu", "--size", "tiny", "--only", "rates", "--output", "b.md"]) == 1
     assert re.search(r"\| rates \| failed \| \d+ \| RuntimeError: CUDA error", Path("b.md").read_text())

@@ -43,7 +43,7 @@ def model(pipelines, tmp_path_factory):
 def run(sglang, model, request, monkeypatch):
     """Make a video; ffmpeg, which is a process, is left out of `make check`."""
     if not request.node.get_closest_marker("whole"):
-        monkeypatch.setattr(video_audio, "_write_mp4", lambda file, frames, fps, record: file.write(frames.tobytes()))
+        monkeypatch.setattr(video_audio, "_write_mp4", lambda frames, fps, file, record: file.write(frames.tobytes()))
 
     def generate(*words: object, folder: str = "outputs", sides=SIDES, path=model):
         return sglang("generate", "--model-path", path, "--backend", "sglang", "--prompt", "a fox runs", *sides,
