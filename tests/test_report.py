@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from sweep_folders import PROMPT, cache_and_guidance, dump, job, pixels
 
-from sglang_gen.report import vega_scripts
+from sglang_gen.report import bar_plots, vega_scripts
+from sglang_gen.report.cells import read_cells
 from sglang_gen.report.write import write_report
 
 pytestmark = pytest.mark.usefixtures("reports")
@@ -114,7 +115,28 @@ def test_plots_show_stages_with_intervals_trade_offs_with_their_frontier_and_the
     best = {row["short"] for row in quality if row.get("frontier")}
     assert best == {"none\u00a0·\u00a03", "dbcache\u00a0·\u00a03"}
     decisions = rows_of(plots["Decisions"])
-    assert [row["decision"] for row in decisions if "decision" in row] == ["compute", "reuse", "compute", "reuse"]
+    assert [row["decision"] for row in decisions if "decision" in row] == ["computed", "reused", "computed", "reused"]
+
+
+def test_the_strip_of_a_step_cache_shows_all_images_and_branches(tmp_path):
+    reused = {0: set(), 1: {1, 3}, 2: {1, 2, 3}}
+    trace = [
+        {"step": step, "image": image, "branch": branch, "decision": "reused" if step in reused[image] else "computed",
+         "residual": None if step == 0 else 0.01 * (image + 1), "threshold": 0.1}
+        for image in reused for step in range(4) for branch in ("conditional", "unconditional")
+    ]  # fmt: skip
+    cache = {"steps": ["compute"] * 4, "reused": 0, "residual_diffs": {}, "trace": trace}
+    job(tmp_path, "cache=dbcache", content=dump([1.0], cache=cache), images=[pixels()])
+    plot = bar_plots.cache_plot(read_cells([tmp_path]))
+    rows = rows_of(plot.spec)
+    strip = [(row["decision"], row["share"], row["change"]) for row in rows if "decision" in row]
+    assert strip == [
+        ("computed", "0 of 6 images and guidance branches", "not measured"),
+        ("in part", "4 of 6 images and guidance branches", "0.01 to 0.03"),
+        ("in part", "2 of 6 images and guidance branches", "0.01 to 0.03"),
+        ("in part", "4 of 6 images and guidance branches", "0.01 to 0.03"),
+    ]
+    assert {row["text"] for row in rows if "text" in row} == {"42% of 4 steps reused"}
 
 
 def rows_of(plot: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 The name of a cell stands above its bar instead of beside it, so that bars keep their width on a narrow screen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sglang_gen.perf.clock import STAGES
@@ -13,7 +13,8 @@ from sglang_gen.report.conclusion import duration
 from sglang_gen.report.plots import ACCENT, INK, MUTED, Plot, finished, interval_of, unit_of
 
 STAGE_COLOURS = {name: f"var(--stage-{index})" for index, name in enumerate(STAGES)}
-DECISIONS = {"compute": "var(--accent)", "reuse": "var(--faint)"}  # colours of a step cache's decisions
+# Colours of what a step cache decided for the images and guidance branches of a step.
+DECISIONS = {"computed": "var(--accent)", "in part": "var(--half)", "reused": "var(--faint)"}
 MOST_BARS = 32  # cells in a plot
 BAND = 36  # height of a bar with its label, in pixels
 LABEL_PIXELS, LABEL = 190, 30  # of the name of a cell, and its characters
@@ -109,31 +110,52 @@ def cache_plot(cells: Sequence[Cell]) -> Plot | None:
     rows, names = [], []
     traced = [cell for cell in cells if (cell.row.dump.get("cache") or {}).get("steps")][:MOST_BARS]
     for order, cell in enumerate(traced):
-        trace = cell.row.dump["cache"]
-        changes = trace.get("residual_diffs") or {}
-        steps = trace["steps"]
-        reused = sum(decision == "reuse" for decision in steps)
-        names.append(
-            {"order": order, "cell": cell.label, "short": cell.short, "text": f"{reused} of {len(steps)} steps reused"}
-        )
-        for step, decision in enumerate(steps):
-            change = changes.get(str(step))
-            rows.append({"order": order, "cell": cell.label, "short": cell.short, "step": step,
-                         "next": step + 1, "decision": str(decision),
-                         "change": "not measured" if change is None else f"{change:.3g}"})  # fmt: skip
+        steps = _decisions(cell.row.dump["cache"])
+        names.append({"order": order, "cell": cell.label, "short": cell.short, "text": _reused(steps)})
+        rows += [{"order": order, "cell": cell.label, "short": cell.short, **step} for step in steps]
     if not rows:
         return None
+    colours = {name: colour for name, colour in DECISIONS.items() if any(row["decision"] == name for row in rows)}
     strips = _banded(rows).mark_bar(size=11, yOffset=8, stroke="var(--paper)", strokeWidth=1).encode(
         x=alt.X("step:Q", title="denoising step", axis=alt.Axis(tickMinStep=1, grid=False),
                 scale=alt.Scale(nice=False)),
         x2="next:Q",
-        color=alt.Color("decision:N", scale=alt.Scale(domain=list(DECISIONS), range=list(DECISIONS.values())),
+        color=alt.Color("decision:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())),
                         legend=alt.Legend(title=None, orient="top", symbolType="square")),
         tooltip=[alt.Tooltip("cell:N", title="cell"), alt.Tooltip("step:Q"), alt.Tooltip("decision:N"),
-                 alt.Tooltip("change:N", title="change of the residual")],
+                 alt.Tooltip("share:N", title="reused"), alt.Tooltip("change:N", title="change of the residual")],
     )  # fmt: skip
     base = _banded(names)
     return Plot("Decisions", "", finished(alt.layer(strips, _names(base), _numbers(base)), BAND * len(names)), True)
+
+
+def _decisions(cache: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the dump's `cache` says of each step, over all images and guidance branches."""
+    short = [{"step": step, "decision": decision, "residual": (cache.get("residual_diffs") or {}).get(str(step))}
+             for step, decision in enumerate(cache["steps"])]  # fmt: skip
+    found: dict[int, list[Mapping[str, Any]]] = {}
+    for row in cache.get("trace") or short:
+        found.setdefault(row["step"], []).append(row)
+    return [_step(step, rows) for step, rows in sorted(found.items())]
+
+
+def _reused(steps: Sequence[Mapping[str, Any]]) -> str:
+    whole = sum(step["decision"] == "reused" for step in steps)
+    if any(step["decision"] == "in part" for step in steps):
+        share = sum(step["reused"] for step in steps) / sum(step["count"] for step in steps)
+        return f"{share:.0%} of {len(steps)} steps reused"
+    return f"{whole} of {len(steps)} steps reused"
+
+
+def _step(step: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    reused, count = sum(row["decision"] not in ("computed", "compute") for row in rows), len(rows)
+    changes = sorted({f"{row['residual']:.3g}" for row in rows if row["residual"] is not None}, key=float)
+    return {
+        "step": step, "next": step + 1, "reused": reused, "count": count,
+        "decision": "computed" if not reused else "reused" if reused == count else "in part",
+        "share": f"{reused} of {count} images and guidance branches" if count > 1 else "yes" if reused else "no",
+        "change": " to ".join(dict.fromkeys((changes[0], changes[-1]))) if changes else "not measured",
+    }  # fmt: skip
 
 
 def _banded(rows: Sequence[dict[str, Any]]) -> Any:
