@@ -260,9 +260,22 @@ def test_candidates_are_pruned_by_their_predicted_time(monkeypatch):
     monkeypatch.setattr(
         pruning, "estimate", lambda plan: {"memory": memory, "prediction": {"step_ms": times[plan.dtype]}}
     )
-    reason = searched.refusal(one("dtype", "dtype=bfloat16"))
+    reason = searched.slowness(one("dtype", "dtype=bfloat16"))
     assert reason == "a step is predicted to take 1.40 times as long as that of the base"
-    assert searched.refusal(one("dtype", "dtype=float16")) is None
+    assert searched.slowness(one("dtype", "dtype=float16")) is None
+    assert searched.refusal(one("dtype", "dtype=bfloat16")) is None
+
+
+def test_intervals_and_batch_sizes_that_come_to_the_same_are_one_candidate():
+    flags = {"sampling.prompt": "a", "sampling.num_samples": 2, "sampling.num_inference_steps": 4}
+    searched = space(axes=("guidance", "throughput"), flags=flags)
+    found = {word: searched.refusal(one("guidance", word)) for word in searched.axes["guidance"]}
+    end = "sampling.guidance_interval=[0,{}]".format
+    assert found[end(0.9)] == "it is the same as base"
+    measured = [word for word, reason in found.items() if reason is None]
+    assert len(measured) == len({round(4 * float(word.rpartition(",")[2].rstrip("]"))) for word in found} - {4})
+    sizes = {word: searched.refusal(one("throughput", word)) for word in searched.axes["throughput"] if "batch" in word}
+    assert [reason for reason in sizes.values() if reason is None] == [None]
 
 
 def test_by_processor_time_layouts_of_several_processes_are_left_out():
@@ -385,7 +398,7 @@ def test_a_base_that_cannot_be_measured_is_an_error(sglang, synthetic, monkeypat
 
     monkeypatch.setattr(Machine, "measure", measure)
     done = sglang("tune", "--min-psnr", "34", "--axes", "dtype", "--output-path", "tuned")
-    assert (done.code, done.lines[-1]) == (1, "ERROR: The base configuration was failed: memory ran out")
+    assert (done.code, done.lines[-1]) == (1, "ERROR: The base configuration failed: memory ran out")
 
 
 @pytest.mark.whole

@@ -315,3 +315,87 @@ def test_the_table_fits_the_width_and_has_every_verdict():
     )
     narrow = table_lines(search, candidate_rows(search), 60)
     assert max(map(len, narrow)) <= 60
+
+
+def broken_base(seed: int, remedy: tuple[str, str]) -> CostSurface:
+    """A surface whose base has 30 dB, and one change that brings it to 50 dB and makes it slower."""
+    surface = CostSurface(seed)
+    surface.interactions.clear()
+    surface.hardness, surface.base_error = [1.0] * 16, 1e-3
+    surface.errors = dict.fromkeys(surface.errors, 0.0) | {remedy: -0.99e-3}
+    surface.shifts[remedy] = 0.4
+    return surface
+
+
+@pytest.mark.parametrize("remedy", [("dtype", "dtype=float32"), ("layout", "parallel=tp2")])
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("is_predicted", [False, True])
+def test_a_slower_candidate_is_chosen_where_the_base_breaks_the_bound(seed, remedy, is_predicted):
+    surface = broken_base(seed, remedy)
+    if is_predicted:  # and would not be measured beside a base that keeps it
+        surface.slower[Candidate((remedy,))] = "a step is predicted to take 1.50 times as long"
+    search = searched(surface)
+    assert search.chosen == surface.optimum()
+    assert remedy in search.chosen.changes
+    lines = conclusion_lines(search, candidate_rows(search))
+    assert lines[1] == "The base does not keep the bounds (below the bound): the worst of 16 images 30.00 dB, 1 GB"
+
+
+def test_a_slower_candidate_is_found_where_the_base_breaks_the_bound_on_later_images():
+    surface = broken_base(0, ("dtype", "dtype=float32"))
+    surface.hardness = [0.1] * 4 + [1.0] * 12
+    surface.shifts = {change: abs(shift) for change, shift in surface.shifts.items()}
+    surface.slower[Candidate((("dtype", "dtype=float32"),))] = "a step is predicted to take 1.50 times as long"
+    assert searched(surface).chosen == surface.optimum() == Candidate((("dtype", "dtype=float32"),))
+
+
+def test_a_slower_candidate_is_chosen_where_the_base_takes_too_much_memory():
+    surface = CostSurface(0)
+    small = ("layout", "parallel=sp2")
+    surface.shifts = {change: abs(shift) for change, shift in surface.shifts.items()}
+    surface.errors = dict.fromkeys(surface.errors, 0.0)
+    surface.memory = {small: -5e8}
+    surface.interactions.clear()
+    assert searched(surface, memory=6e8).chosen == Candidate((small,))
+
+
+def test_a_candidate_that_is_predicted_to_be_slower_is_not_measured_beside_a_base_that_keeps_the_bounds():
+    surface = CostSurface(0)
+    change = Candidate((("dtype", "dtype=float32"),))
+    surface.slower[change] = "a step is predicted to take 1.50 times as long"
+    search = searched(surface)
+    assert change not in {each for each, _ in surface.measured}
+    assert search.trials.known[change].lost == (CandidateVerdict.REFUSED, surface.slower[change])
+
+
+def test_the_sentence_without_a_candidate_names_the_bound_that_none_keeps():
+    surface = CostSurface(4)
+    assert why_nothing(searched(surface, memory=5e8)) == (
+        "No candidate keeps 0.5 GB: base takes the least, 1 GB; raise --max-memory, or let the search change more axes"
+    )
+    trials = Search(AXES, surface, Bounds(34.0), LONG)
+    trials.trials.lose(BASE, CandidateVerdict.FAILED, "No space left on device")
+    assert why_nothing(trials) == "No candidate could be measured: base: No space left on device"
+
+
+def test_candidates_that_are_tied_with_as_many_changes_are_not_said_to_have_more():
+    surface = CostSurface(0)
+    surface.shifts = dict.fromkeys(surface.shifts, 0.2)
+    surface.errors = dict.fromkeys(surface.errors, 0.0)
+    surface.interactions.clear()
+    alike = [("compile", "compile=full"), ("guidance", "g=0.5")]
+    surface.shifts |= dict.fromkeys(alike, -0.3)
+    surface.interactions[frozenset(alike)] = 0.6
+    search = searched(surface)
+    said = "\n".join(conclusion_lines(search, candidate_rows(search)))
+    assert set(search.tied) == {Candidate((change,)) for change in alike}
+    (other,) = {*search.tied} - {search.chosen}
+    assert f"Tied with it, and measured slower: {other}" in said
+
+
+def test_an_interrupted_search_says_so_of_what_it_has_not_measured():
+    search = searched(CostSurface(0), budget=20)
+    search.is_interrupted = True
+    text = "\n".join(table_lines(search, candidate_rows(search), 200))
+    assert "not measured, the search was interrupted" in text
+    assert "budget was spent" not in text

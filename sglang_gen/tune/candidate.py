@@ -97,6 +97,10 @@ class Bench(Protocol):
         """Why the candidate need not or cannot be measured, known without measuring it."""
         ...
 
+    def slowness(self, candidate: Candidate) -> str | None:
+        """Why the candidate is not worth a measurement if the base keeps the bounds: it is predicted to be slower."""
+        ...
+
     def measure(self, candidate: Candidate, images: int) -> Observation:
         """Generate the first `images` images of the manifest. Raises CandidateError."""
         ...

@@ -87,8 +87,10 @@ def _search(space: "Space", machine: "Machine", options: TuningOptions, places: 
         search.run()
     except CandidateError as error:
         kind = UserError if error.status is CandidateVerdict.REFUSED else RunError
-        raise kind(f"The base configuration was {error.status}: {error.reason}") from error
+        was = "failed" if error.status is CandidateVerdict.FAILED else f"was {error.status}"
+        raise kind(f"The base configuration {was}: {error.reason}") from error
     except (KeyboardInterrupt, Terminated) as stop:
+        search.is_interrupted = True
         if search.trials.known:
             best = _conclude(search, space, machine, places)
             stop.add_note("no candidate had generated all images" if best is None else f"the best so far: {best}")
@@ -200,7 +202,8 @@ def _described(space: "Space") -> str:
     from sglang_gen.tune.candidate import Candidate
 
     found = {
-        axis: {word: space.refusal(Candidate(((axis, word),))) for word in words} for axis, words in space.axes.items()
+        axis: {word: space.refusal(one := Candidate(((axis, word),))) or space.slowness(one) for word in words}
+        for axis, words in space.axes.items()
     }
     if space.base.run.dry_run == "json":
         return json.dumps(found, indent=2, ensure_ascii=False)

@@ -43,6 +43,9 @@ class Machine:
     def refusal(self, candidate: Candidate) -> str | None:
         return self.space.refusal(candidate)
 
+    def slowness(self, candidate: Candidate) -> str | None:
+        return self.space.slowness(candidate)
+
     def prepare(self) -> None:
         """Find or make the images of the reference. Raises RunError."""
         stated = self.space.stated_reference

@@ -57,13 +57,15 @@ class Search:
         self.random = random.Random(seed)
         self.began = 0.0  # seconds since the start of the command, which include the reference
         self.is_cut = False  # whether the budget ended before the search did
+        self.is_interrupted = False  # whether a signal ended the search
+        self.slower: set[Candidate] = set()  # refused because they are predicted to be slower
         self.promising: list[Candidate] = []  # combinations, the most promising first
 
     def run(self) -> None:
         """Search until nothing better is expected or the budget is spent. Raises CandidateError if the base fails."""
         self.began = self.bench.elapsed()
         self._measure_base()
-        self._screen()
+        self._screen(self._ends("screening"))
         self._halve()
         self._finish()
         self._refine()
@@ -94,11 +96,16 @@ class Search:
     def allowed(self, candidate: Candidate) -> bool:
         """Whether a candidate can be measured; notes why not."""
         known = self.trials.known.get(candidate)
-        if known is not None:
+        if known is not None and candidate not in self.slower:
             return known.lost is None
         reason = self.bench.refusal(candidate)
+        self.slower.discard(candidate)
+        if reason is None and not self.trials.breaks(BASE) and (reason := self.bench.slowness(candidate)) is not None:
+            self.slower.add(candidate)
         if reason is not None:
             self.trials.lose(candidate, CandidateVerdict.REFUSED, reason)
+        elif known is not None:  # it was refused before the base broke a bound
+            del self.trials.known[candidate]
         return reason is None
 
     def _ends(self, phase: str) -> float:
@@ -175,10 +182,11 @@ class Search:
             if place < len(words)
         ]
 
-    def _screen(self) -> None:
-        field = [each for each in self.singles() if self.allowed(each)]
-        self.bench.tell(f"{len(field)} changes are measured alone, on {plural(self.counts[0], 'image')} each")
-        self._rounds(field, self.counts[0], self._ends("screening"))
+    def _screen(self, end: float) -> None:
+        field = [each for each in self.singles() if self.allowed(each) and not self.trials.is_measured(each)]
+        changes = f"{plural(len(field), 'change')} {'is' if len(field) == 1 else 'are'}"
+        self.bench.tell(f"{changes} measured alone, on {plural(self.counts[0], 'image')} each")
+        self._rounds(field, self.counts[0], end)
 
     def _halve(self) -> None:
         field = self.surrogate.combinations(self.axes, QUALITY_SLACK)
@@ -204,23 +212,32 @@ class Search:
 
     def _finish(self) -> None:
         """Have the fastest generate the whole manifest until enough of them keep the bounds, then repeat these."""
-        reserve = [each for each in self.trials.fastest(list(self.trials.known)) if each != BASE]
-        reserve = [each for each in reserve if (self.trials.shift(each) or 0.0) < 0]
+        reserve = self._reserve()
         if reserve:
             self.bench.tell(f"The fastest of {len(reserve)} candidates generate all {self.bench.images} images")
         beside = [self.baseline] if self.baseline is not None else []
         if not reserve:
             self._final_round(beside, self.bench.images)
+            reserve = self._reserve()
         while reserve and len(self._complete()) < FINALISTS:
-            following, reserve = reserve[:FINALISTS], reserve[FINALISTS:]
-            following = self._still_keeping(following)
-            if not following:
-                continue
-            goes_on = self._final_round([*following, *beside], self.bench.images)
-            if not goes_on and not self._final_round(following[:1], self.bench.images):
-                return
-            beside = []
+            following = self._still_keeping(reserve[:FINALISTS])
+            if following:
+                goes_on = self._final_round([*following, *beside], self.bench.images)
+                if not goes_on and not self._final_round(following[:1], self.bench.images):
+                    return
+                beside = []
+            reserve = self._reserve()
         self._repeat(LEAST_OBSERVATIONS)
+
+    def _reserve(self) -> list[Candidate]:
+        """The candidates that keep the bounds and have not generated the whole manifest, the fastest first: those that
+        are faster than the base, or all if the base breaks a bound.
+        """
+        if self.trials.breaks(BASE) and any([self.allowed(each) for each in list(self.slower)]):  # noqa: C419 - all
+            self._screen(self.budget)
+        found = [each for each in self.trials.fastest(list(self.trials.known)) if each != BASE]
+        found = [each for each in found if self.trials.known[each].images < self.bench.images]
+        return [each for each in found if self.trials.breaks(BASE) or (self.trials.shift(each) or 0.0) < 0]
 
     def _still_keeping(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates that keep the bounds on more than the first images, which costs less than all images."""

@@ -15,6 +15,7 @@ from sglang_gen.config.schema import Quality, Run, Tracker, get, plain, user_gav
 from sglang_gen.errors import UserError
 from sglang_gen.hub import resolve
 from sglang_gen.plan import checks, make
+from sglang_gen.plan.guidance import guided_steps
 from sglang_gen.plan.quality_request import AUTO
 from sglang_gen.tune import axes as tuned_axes
 from sglang_gen.tune import pruning
@@ -52,6 +53,7 @@ class Space:
         _check_decided(self.base)
         self.card: ModelCard = resolve.find(self.base.run.model, weights=False)
         self._planned: dict[Candidate, Planned | str] = {BASE: self._plan_base()}
+        self._slowness: dict[Candidate, str] = {}
         self._same = {_identity(self.base_plan): BASE}  # the first candidate of each plan
         fixed = tuned_axes.fixed_axes(self.choices, self.base.sources)
         chosen = tuned_axes.select(options.axes, fixed)
@@ -76,9 +78,14 @@ class Space:
         return found
 
     def refusal(self, candidate: Candidate) -> str | None:
-        """Why a candidate is not measured: the plan refuses it, it equals the base, or an estimate rules it out."""
+        """Why a candidate is not measured: the plan refuses it, it equals another, or it needs too much memory."""
         found = self._of(candidate)
         return found if isinstance(found, str) else None
+
+    def slowness(self, candidate: Candidate) -> str | None:
+        """Why a candidate is not worth a measurement if the base keeps the bounds: it is predicted to be slower."""
+        self._of(candidate)
+        return self._slowness.get(candidate)
 
     def reference(self) -> Composed:
         """The run whose exact images are the reference: the base, in float32 if the search may change the dtype."""
@@ -118,7 +125,10 @@ class Space:
         shares_images = self.base_plan.layout.dp == 1 and tuned_axes.THROUGHPUT not in self.axes
         if found.plan.layout.dp > 1 and shares_images:
             return "data parallelism makes no image faster; --axes with throughput searches it"
-        return pruning.obstacle(found.plan, self.base_plan, self.options.max_memory) or found
+        against = pruning.obstacles(found.plan, self.base_plan, self.options.max_memory)
+        if against.slowness is not None:
+            self._slowness[candidate] = against.slowness
+        return against.refusal or found
 
     def _choices(self, words: tuple[str, ...]) -> Choices:
         return replace(self.choices, overrides=(*self.choices.overrides, *words))
@@ -218,7 +228,11 @@ def _identity(plan: Plan) -> str:
     for group in ("output", "perf", "quality", "tracking", "sweep", "log_level", "dry_run", "machine"):
         del run[group]
     run["backend"]["name"], run["dtype"], run["parallel"] = plan.backend, plan.dtype, plain(plan.layout)
-    return json.dumps([run, plan.matmul, plan.device], sort_keys=True, default=str)
+    sampling, batches = run["sampling"], [len(batch) for batch in plan.batches]
+    del sampling["guidance_interval"], sampling["batch_size"]  # what they come to is compared
+    steps = sampling["num_inference_steps"]
+    guided = list(guided_steps(plan.run.sampling.guidance_interval, steps))
+    return json.dumps([run, guided, batches, plan.matmul, plan.device], sort_keys=True, default=str)
 
 
 @contextmanager

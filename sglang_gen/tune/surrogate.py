@@ -46,19 +46,21 @@ class Surrogate:
         return self.trials.shift(candidate) or 0.0
 
     def useful(self, axis: str, words: Sequence[str], slack: float) -> list[Candidate]:
-        """Changes of an axis that are faster than the base or clearly closer to the reference, the fastest first.
+        """Changes of an axis that are faster than the base, clearly closer to the reference, or keep a bound that the
+        base breaks, the fastest first.
 
         Those that another change of the axis beats in both are left out, and those that are further than `slack` dB
-        below the bound.
+        below the bound, or below the base if it breaks the bound itself.
         """
         singles = [one for word in words if self.trials.is_measured(one := Candidate(((axis, word),)))]
         found = sorted((one for one in singles if self.trials.known[one].lost is None), key=self._shift)
         base, best, chosen = self._psnr(BASE), -math.inf, list[Candidate]()
+        least = min(self.trials.bounds.psnr, base) - slack
         for one in found:
             psnr = self._psnr(one)
-            if psnr < self.trials.bounds.psnr - slack or psnr <= best:
+            if psnr < least or psnr <= best:
                 continue
-            if self._shift(one) < 0 or psnr > base + GAIN:
+            if self._shift(one) < 0 or psnr > base + GAIN or (self.trials.breaks(BASE) and self.trials.keeps(one)):
                 best = psnr
                 chosen.append(one)
         return chosen[:MOST_PER_AXIS]
@@ -66,15 +68,28 @@ class Surrogate:
     def combinations(self, axes: Mapping[str, Sequence[str]], slack: float) -> list[Candidate]:
         """Products of useful changes that are predicted to be faster than the base and not further than `slack` dB
         below the bound, the fastest first. Single changes are among them.
+
+        If the base breaks a bound, slower products are among them too.
         """
-        found = {BASE: Prediction(0.0, self._psnr(BASE))}
+        base, order = self._psnr(BASE), list(axes)
         least = self.trials.bounds.psnr - slack
-        for axis, words in axes.items():
-            changes = [one.changes for one in self.useful(axis, words, slack)]
-            longer = [Candidate((*each.changes, *change)) for each in found for change in changes]
-            found |= {each: one for each in longer if (one := self.predict(each)).psnr >= least}
+        useful = {axis: self.useful(axis, words, slack) for axis, words in axes.items()}
+        mending = [axis for axis in order if base < least and any(self._psnr(one) > base for one in useful[axis])]
+        found = {BASE: Prediction(0.0, base)}
+        for axis in (*mending, *(axis for axis in order if axis not in mending)):
+            bound = -math.inf if axis in mending[:-1] else least
+            longer = [_with(each, one, order) for each in found for one in useful[axis]]
+            found |= {each: self.predict(each) for each in longer}
+            found = {each: one for each, one in found.items() if one.psnr >= bound}
             found = dict(sorted(found.items(), key=_order)[:MOST_COMBINATIONS])
-        return [each for each, one in found.items() if each != BASE and one.shift < 0]
+        most = math.inf if self.trials.breaks(BASE) else 0.0
+        return [each for each, one in found.items() if each != BASE and one.shift < most]
+
+
+def _with(candidate: Candidate, single: Candidate, order: Sequence[str]) -> Candidate:
+    """The candidate with one more change, its changes in the order of the axes."""
+    changes = (*candidate.changes, *single.changes)
+    return Candidate(tuple(sorted(changes, key=lambda change: order.index(change[0]))))
 
 
 def _order(item: tuple[Candidate, Prediction]) -> tuple[float, int]:

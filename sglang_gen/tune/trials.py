@@ -79,6 +79,10 @@ class Trials:
         trial = self.known.get(candidate)
         return trial is not None and trial.images > 0 and trial.broken is None and trial.lost is None
 
+    def breaks(self, candidate: Candidate) -> bool:
+        """Whether the candidate was measured and has broken a bound."""
+        return candidate in self.known and self.known[candidate].broken is not None
+
     def shared(self, one: Candidate, other: Candidate) -> list[Round]:
         """The rounds that compare two candidates: the final ones in which both took part, else those of most images."""
         both = [each for each in self.rounds if one in each.seconds and other in each.seconds]

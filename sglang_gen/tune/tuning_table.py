@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from sglang_gen.sweep.columns import Column, escaped, fit, render, wrapped
-from sglang_gen.tune.candidate import Candidate, CandidateVerdict, plural
+from sglang_gen.tune.candidate import BASE, Candidate, CandidateVerdict, plural
 from sglang_gen.tune.outcome import CandidateRow, against_baseline, candidate_rows, image_name
 from sglang_gen.tune.search import Search
 
@@ -78,18 +78,19 @@ def _below(
     if below:
         closest = max(below, key=lambda row: row.psnr or 0.0)
         yield escaped(f"the closest below the bound: {closest.candidate} ({image_name(closest.worst)})")
-    for reason, names in _by_reason(rows).items():
+    for reason, names in _by_reason(rows, search.is_interrupted).items():
         more = f" and {plural(len(names) - MOST_NAMED, 'other')}" if len(names) > MOST_NAMED else ""
         yield escaped(f"{', '.join(names[:MOST_NAMED])}{more}: {reason}")
 
 
-def _by_reason(rows: Sequence[CandidateRow]) -> dict[str, list[str]]:
+def _by_reason(rows: Sequence[CandidateRow], is_interrupted: bool) -> dict[str, list[str]]:
     """Names of candidates by the reason why they have no measurement; of refused ones the options alone."""
     found: dict[str, list[str]] = {}
     for row in rows:
         is_lost = row.verdict in (CandidateVerdict.REFUSED, CandidateVerdict.FAILED)
         if row.verdict == CandidateVerdict.UNMEASURED:
-            found.setdefault("not measured, the budget was spent", []).append(str(row.candidate))
+            why = "the search was interrupted" if is_interrupted else "the budget was spent"
+            found.setdefault(f"not measured, {why}", []).append(str(row.candidate))
         elif is_lost and row.reason and len(row.candidate.words) == 1 and not row.reason.startswith(SAME):
             found.setdefault(f"{row.verdict}: {row.reason}", []).append(str(row.candidate))
     return found
@@ -107,8 +108,13 @@ def conclusion_lines(search: Search, rows: Sequence[CandidateRow]) -> list[str]:
     lines = [f"Chosen: {chosen}: {ratio}, worst of {plural(search.bench.images, 'image')} {quality}{worst}"]
     if chosen == Candidate():
         lines = [f"No candidate is faster than the base and keeps {search.trials.bounds.psnr:g} dB"]
-    if others := [str(each) for each in search.tied if each != chosen]:
-        lines.append(f"Tied with it, and chosen against because of more changes: {'; '.join(others)}")
+    base = next(row for row in rows if row.candidate == BASE)
+    if base.verdict in (CandidateVerdict.BELOW, CandidateVerdict.OVER):
+        lines.append(f"The base does not keep the bounds ({base.verdict}): {_measured(base)}")
+    others = [each for each in search.tied if each != chosen]
+    for more, why in ((True, "chosen against because of more changes"), (False, "measured slower")):
+        if named := [str(each) for each in others if (len(each.changes) > len(chosen.changes)) == more]:
+            lines.append(f"Tied with it, and {why}: {'; '.join(named)}")
     if (against := against_baseline(search)) is not None:
         interval = "" if against[1] is None else f" ({against[1][0]:.2f} to {against[1][1]:.2f})"
         lines.append(f"{against[0]:.2f} times as fast as the {search.baseline}{interval}")
@@ -131,12 +137,25 @@ def why_nothing(search: Search) -> str:
             "or use a manifest with fewer prompts"
         )
     measured = [row for row in rows if row.psnr is not None and not row.candidate.is_baseline]
-    best = max(measured, key=lambda row: (row.images, row.psnr or 0.0), default=None)
-    if best is None:
-        return "No candidate could be measured"
     bounds = search.trials.bounds
-    memory = "" if math.isinf(bounds.memory) else f" in {bounds.memory / 1e9:.3g} GB"
-    return (
-        f"No candidate keeps {bounds.psnr:g} dB{memory}: the worst of {best.images} images of {best.candidate} has "
-        f"{best.psnr:.2f} dB; lower --min-psnr, or let the search change more axes"
-    )
+    if below := [row for row in measured if row.verdict == CandidateVerdict.BELOW]:
+        best = max(below, key=lambda row: (row.images, row.psnr or 0.0))
+        memory = "" if math.isinf(bounds.memory) else f" in {bounds.memory / 1e9:.3g} GB"
+        return (
+            f"No candidate keeps {bounds.psnr:g} dB{memory}: the worst of {plural(best.images, 'image')} of "
+            f"{best.candidate} has {best.psnr:.2f} dB; lower --min-psnr, or let the search change more axes"
+        )
+    if over := [row for row in measured if row.verdict == CandidateVerdict.OVER and row.memory is not None]:
+        least = min(over, key=lambda row: row.memory or 0.0)
+        return (
+            f"No candidate keeps {bounds.memory / 1e9:.3g} GB: {least.candidate} takes the least, "
+            f"{(least.memory or 0.0) / 1e9:.3g} GB; raise --max-memory, or let the search change more axes"
+        )
+    failed = [row for row in rows if row.verdict == CandidateVerdict.FAILED]
+    return f"No candidate could be measured{f': {failed[0].candidate}: {failed[0].reason}' if failed else ''}"
+
+
+def _measured(row: CandidateRow) -> str:
+    quality = "identical to the reference" if math.isinf(row.psnr or 0.0) else f"{row.psnr:.2f} dB"
+    memory = "" if row.memory is None else f", {row.memory / 1e9:.3g} GB"
+    return f"the worst of {plural(row.images, 'image')} {quality}{memory}"

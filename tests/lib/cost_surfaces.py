@@ -45,6 +45,7 @@ class CostSurface:
         self.memory: dict[tuple[str, str], float] = {}
         self.jobs: dict[Candidate, int] = {}
         self.refused: dict[Candidate, str] = {}
+        self.slower: dict[Candidate, str] = {}  # changes that are predicted to be slower
         self.failing: set[Candidate] = set()
         self.measured: list[tuple[Candidate, int]] = []
         self.seconds, self.overhead = 0.8, 2.0  # of an image of the base, and of every measurement
@@ -67,6 +68,9 @@ class CostSurface:
 
     def refusal(self, candidate: Candidate) -> str | None:
         return self.refused.get(candidate)
+
+    def slowness(self, candidate: Candidate) -> str | None:
+        return next((reason for one, reason in self.slower.items() if set(one.changes) <= set(candidate.changes)), None)
 
     def measure(self, candidate: Candidate, images: int) -> Observation:
         self.jobs.setdefault(candidate, len(self.jobs))
