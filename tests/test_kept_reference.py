@@ -151,7 +151,7 @@ def test_a_reference_is_made_once_and_kept(pipelines, sglang, makes):
              "--perf-dump-path", "perf.json")  # fmt: skip
     first = sglang(*words)
     assert first.code == 0, first.err
-    assert "INFO: Making the quality reference: 1 images without cache, quantization" in first.err
+    assert "INFO: Making the quality reference: 1 image without cache, quantization" in first.err
     assert "INFO: Quality against the reference without approximations: identical" in first.err
     (folder,) = Path(env.cache_dir(), "references").glob("*/")
     found = json.loads(Path("perf.json").read_text())["quality"]

@@ -88,6 +88,7 @@ def test_an_unknown_name_is_refused_with_those_of_the_package():
         (("sampling.prompts=[{prompt: a}]",), "sampling.prompts"),
         (("sampling.prompts_file=two.jsonl",), "sampling.prompts_file"),
         (("sampling.num_samples=2",), "sampling.num_samples"),
+        (("--num-samples", "1"), "sampling.num_samples"),
     ],
 )
 def test_other_settings_that_decide_samples_are_refused_by_name(sglang, words, path):

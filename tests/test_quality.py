@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -270,3 +271,16 @@ def test_a_comparison_that_fails_after_the_run_costs_neither_the_dump_nor_the_jo
     assert (dump["quality"], dump["total_duration_ms"] > 0) == (None, True)
     assert Path("sweep/0/runs.csv").exists()
     assert "- 0: The images are saved, but not compared: " in Path("sweep/table.md").read_text()
+
+
+def test_a_reference_that_cannot_be_read_is_told_from_one_that_is_not_there(tmp_path, monkeypatch):
+    samples = [{"prompt": "a lake", "seed": 1}]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"The reference folder .*file cannot be read: Not a directory"):
+        quality.counterparts(tmp_path / "file", samples)
+    (tmp_path / "folder" / "generated_image_0.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"generated_image_0\.json in the reference folder cannot be read: Is a dir"):
+        quality.counterparts(tmp_path / "folder", samples)
+    monkeypatch.setattr(os, "listdir", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(UserError, match=r"The reference folder .*folder cannot be read: Permission denied"):
+        quality.counterparts(tmp_path / "folder", samples)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -201,12 +202,16 @@ def _name(sample: Mapping[str, Any]) -> str:
 
 def _records(folder: Path, manifest: Manifest | None) -> dict[tuple[Any, Any], list[tuple[Path, Any]]]:
     """(prompt, seed) -> images with their negative prompts, from the run records of a folder."""
-    if not folder.is_dir():
-        raise UserError(f"The reference folder {folder} does not exist")
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".json") and not name.startswith("."))
+    except FileNotFoundError:
+        raise UserError(f"The reference folder {folder} does not exist") from None
+    except OSError as error:
+        raise UserError(f"The reference folder {folder} cannot be read: {error.strerror}") from None
     records: dict[tuple[Any, Any], list[tuple[Path, Any]]] = {}
     manifests: dict[str | None, str] = {}  # digest -> name
-    for path in sorted(folder.glob("*.json")):
-        content = {} if path.name.startswith(".") else _record(path)
+    for path in (folder / name for name in names):
+        content = _record(path)
         if sample := content.get("sample"):
             image, key = path.with_suffix(".png"), (sample.get("prompt"), sample.get("seed"))
             records.setdefault(key, []).append((image, sample.get("negative_prompt")))
@@ -227,7 +232,9 @@ def _record(path: Path) -> dict[str, Any]:
     """A run record; empty for any other JSON file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        raise UserError(f"{path} in the reference folder cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
         raise UserError(f"{path} in the reference folder is not valid JSON") from None
     sample = content.get("sample") if isinstance(content, dict) else None
     return content if isinstance(sample, dict) and {"prompt", "seed"} <= sample.keys() else {}

@@ -34,12 +34,12 @@ def check_quality(run: Run, sources: dict[str, str]) -> None:
 
 def _prompts_beside(run: Run, sources: dict[str, str]) -> Iterator[str]:
     """Settings that decide samples too. The record of a run with a manifest repeats its prompts."""
-    sampling = run.sampling
+    sampling, number = run.sampling, sources.get("sampling.num_samples")
     found = {
         "sampling.prompt": sampling.prompt is not None,
         "sampling.prompts": bool(sampling.prompts) and sources.get("sampling.prompts") != "file",
         "sampling.prompts_file": bool(sampling.prompts_file) and sources.get("sampling.prompts_file") != "file",
-        "sampling.num_samples": sampling.num_samples != 1,
+        "sampling.num_samples": sampling.num_samples != 1 or number in ("flag", "override"),
     }
     yield from (path for path, is_set in found.items() if is_set)
 
