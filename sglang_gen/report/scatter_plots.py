@@ -10,6 +10,7 @@ from sglang_gen.report.conclusion import duration
 from sglang_gen.report.plots import ACCENT, INK, MUTED, Plot, finished, interval_of, unit_of
 
 MOST_NAMES, NAME = 8, 24  # points of a frontier that are labelled, and characters of a label
+WIDE = 8.0  # ratio of the longest to the shortest time from which the axis is logarithmic
 
 
 def quality_plot(found: Sequence[Metrics]) -> Plot | None:
@@ -77,13 +78,17 @@ def _scatter(
     """Points with intervals of time, a step line through the frontier, and names of its points."""
     import altair as alt
 
-    middle = (min(row["x"] for row in rows) + max(row["x"] for row in rows)) / 2
+    least, most = min(row["x"] for row in rows), max(row["x"] for row in rows)
+    is_wide = 0 < WIDE * least < most  # one slow cell would leave the others in a corner
+    middle = math.sqrt(least * most) if is_wide else (least + most) / 2
     for index in chosen:
         rows[index]["frontier"] = True
     line = [rows[index] for index in chosen]
     axis = alt.Axis() if labels is None else alt.Axis(labelExpr=labels[0], values=labels[1])
     y = alt.Y("y:Q", title=titles[1], scale=alt.Scale(zero=False, padding=18), axis=axis)
-    x = alt.X("x:Q", title=titles[0], scale=alt.Scale(zero=False, padding=18), axis=alt.Axis(tickCount=5))
+    scale = alt.Scale(type="log", nice=False, padding=18) if is_wide else alt.Scale(zero=False, padding=18)
+    ticks = alt.Axis(values=_powers(least, most)) if is_wide else alt.Axis(tickCount=5)
+    x = alt.X("x:Q", title=titles[0] + " (logarithmic)" * is_wide, scale=scale, axis=ticks)
     base = alt.Chart(alt.Data(values=rows)).encode(y=y)
     best = alt.Chart(alt.Data(values=line)).encode(x=x, y=y)
     tooltip = [alt.Tooltip("cell:N", title="cell"), alt.Tooltip("time:N", title="time per image")]
@@ -97,9 +102,31 @@ def _scatter(
         base.mark_point(size=70, filled=True, opacity=1, strokeWidth=1.5, stroke=ACCENT).encode(
             x=x, tooltip=tooltip, fill=alt.condition("datum.frontier", alt.value(ACCENT), others)
         ),
-        *_point_names(line, middle, {"x": x, "y": y}),
+        *_point_names(_told_apart(line, rows, is_wide), middle, {"x": x, "y": y}),
     ]
     return finished(alt.layer(*layers), 300)
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten between two times."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [round(factor * 10.0**exponent, 9) for exponent in exponents for factor in (1, 2, 5)
+            if low <= factor * 10.0**exponent <= high]  # fmt: skip
+
+
+def _told_apart(line: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], is_wide: bool) -> list[dict[str, Any]]:
+    """The points of a line whose names do not cover one another; a name is a third as wide as a plot."""
+
+    def places(name: str, is_log: bool) -> list[float]:
+        values = [math.log(row[name]) if is_log else row[name] for row in (*line, *rows)]
+        return [(value - min(values)) / (max(values) - min(values) or 1.0) for value in values]
+
+    kept: list[int] = []
+    across, up = places("x", is_wide), places("y", False)
+    for index in range(len(line)):
+        if not any(abs(across[index] - across[one]) < 1 / 3 and abs(up[index] - up[one]) < 0.05 for one in kept):
+            kept.append(index)
+    return [line[index] for index in kept]
 
 
 def _point_names(line: Sequence[dict[str, Any]], middle: float, position: dict[str, Any]) -> list[Any]:
