@@ -337,6 +337,8 @@ def test_a_slower_candidate_is_chosen_where_the_base_breaks_the_bound(seed, reme
     search = searched(surface)
     assert search.chosen == surface.optimum()
     assert remedy in search.chosen.changes
+    assert any(len(each.changes) > 1 for each in search.promising)
+    assert all(remedy in each.changes for each in search.promising)
     lines = conclusion_lines(search, candidate_rows(search))
     assert lines[1] == "The base does not keep the bounds (below the bound): the worst of 16 images 30.00 dB, 1 GB"
 
