@@ -186,6 +186,11 @@ def shorten(text: str, length: int = 100) -> str:
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
+def quantity(number: int, noun: str) -> str:
+    """`1 dump`, `2 dumps`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Progress:
     """Denoising progress of one batch: a bar on a terminal, `Progress: 40% [20/50 steps]` lines elsewhere."""
 

@@ -53,6 +53,37 @@ def raised() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Context that blocks SIGINT, here and in processes started inside, until these unblock it with a handler set.
+
+    Otherwise Ctrl-C would make a rank print a traceback while its interpreter starts, or while this process tells it
+    what to do. A thread that does not block SIGINT, such as one of torch, may receive it, so the handler waits too.
+    """
+    import threading
+
+    received: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    waits = callable(handler) and threading.current_thread() is threading.main_thread()
+    if waits:
+        signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        if waits:
+            signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if received:
+            signal.raise_signal(signal.SIGINT)
+
+
+def ignore_interrupts() -> None:
+    """Ignore SIGINT in a process that was started in `interrupts_held`; the process that started it answers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def raise_exception(number: int, frame: Any = None) -> NoReturn:
     """Handler of a signal that raises its exception, which `check` and `heeded` raise again where it is lost."""
     error = KeyboardInterrupt if number == signal.SIGINT else Terminated

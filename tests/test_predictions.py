@@ -1,7 +1,9 @@
 """What a run is predicted to hold, send, compute and take: the traces, the rates, and the dump beside measurements."""
 
+import errno
 import importlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,6 +253,35 @@ def test_rates_that_cannot_be_measured_are_refused(sglang, words, sentence):
     done = sglang("perf", "rates", *words)
     assert done.code == 2
     assert sentence in done.err
+
+
+@pytest.mark.parametrize("blocked", ["file", "folder"])
+def test_rates_that_cannot_be_kept_are_not_measured(sglang, monkeypatch, tmp_path, blocked):
+    def measure(*_: object) -> Rates:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(rate_measurement, "measure", measure)
+    monkeypatch.setenv("SGLANG_GEN_CACHE", str(tmp_path / "cache"))
+    if blocked == "file":
+        (tmp_path / "cache").write_text("")
+    else:
+        monkeypatch.setattr(machine_rates, "cache_file", lambda *_: tmp_path)
+    done = sglang("perf", "rates", "--dtype", "float32")
+    assert (done.code, done.out) == (2, "")
+    assert "The rates cannot be kept: " in done.err
+    assert "cannot be written" in done.err
+
+
+def test_rates_that_cannot_be_kept_after_all_are_shown(sglang, measured, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(machine_rates, "save", full)
+    done = sglang("perf", "rates", "--dtype", "float32")
+    assert done.code == 1
+    assert done.out.startswith("float32, 1 rank of ")
+    assert "kept in" not in done.out
+    assert "No space left on device" in done.err
 
 
 # The dump

@@ -214,3 +214,22 @@ def test_a_signal_at_any_moment_ends_the_command_in_one_line(pipelines, layout):
             assert (process.returncode, said(rest)) in [(code, [sentence]), (-number, [])], seconds
             assert gone(family, within=1)
     assert not list(Path().glob("outputs/.tmp*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for children in /proc")
+def test_an_interrupt_while_ranks_start_prints_nothing_of_theirs(tmp_path):
+    code = "import sys; from sglang_gen.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "SGLANG_GEN_CACHE": str(tmp_path)}
+    for wait in (0.0, 0.05):
+        done = subprocess.Popen(
+            [sys.executable, "-c", code, "perf", "rates", "--ranks", "2", "--dtype", "float32"],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, text=True, process_group=0,
+        )  # fmt: skip
+        while len(children(done.pid)) < 2 and done.poll() is None:
+            time.sleep(0.002)
+        time.sleep(wait)
+        os.killpg(done.pid, signal.SIGINT)  # as a terminal does
+        assert "SpawnProcess" not in (text := done.communicate(timeout=60)[1]), text
+        assert done.returncode == 130
+        assert "Traceback" not in text

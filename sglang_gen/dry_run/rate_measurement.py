@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sglang_gen import signals
 from sglang_gen.dry_run.machine_rates import Curve, Rates
 from sglang_gen.dry_run.roofline import Kernels
 from sglang_gen.engine import attention_kernels
@@ -46,13 +48,15 @@ def measure(ranks: int, threads: int, device: str, dtype: str) -> Rates:
     Raises RunError if a process ends without an answer.
     """
     store, context = mesh.local_store(), multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # starting it unblocks SIGINT
     pipes = [context.Pipe() for _ in range(ranks)]
     work = [(rank, ranks, threads, store.port, device, dtype, pipes[rank][1]) for rank in range(ranks)]
     processes = [context.Process(target=_serve, args=each, daemon=True) for each in work]
-    for process, (_, theirs) in zip(processes, pipes, strict=True):
-        process.start()
-        theirs.close()
     try:
+        with signals.interrupts_held():
+            for process, (_, theirs) in zip(processes, pipes, strict=True):
+                process.start()
+                theirs.close()
         if not pipes[0][0].poll(RATES_PATIENCE):
             raise RunError(f"The rates were not measured within {RATES_PATIENCE:.0f} seconds")
         content: dict[str, Any] = pipes[0][0].recv()
@@ -62,12 +66,14 @@ def measure(ranks: int, threads: int, device: str, dtype: str) -> Rates:
         raise RunError("A process that measured the rates ended without an answer") from None
     finally:
         for process in processes:
-            process.kill()
+            if process.pid is not None:
+                process.kill()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Rates(measured_at=now, threads=threads, ranks=ranks, **content)
 
 
 def _serve(rank: int, ranks: int, threads: int, port: int, device: str, dtype: str, pipe: Connection) -> None:
+    signals.ignore_interrupts()
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     pair = mesh.join(Layout(tp=ranks), rank, port, device) if ranks > 1 else mesh.Mesh()

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sglang_gen import env, files
+from sglang_gen import env, files, log
 from sglang_gen.errors import RunError, UserError, in_our_words, nearest
 
 RATES_HELP = """\
@@ -42,8 +42,26 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--dtype is '{dtype}'{nearest(dtype, RATES_DTYPES)}; it must be one of {known}")
     _check_machine(given.device, given.ranks)
     for dtype in dtypes:
-        files.print_result(_measured(given.device, dtype, given.ranks))
+        _check_place(given.device, dtype, given.ranks)
+    for dtype in dtypes:
+        _measure(given.device, dtype, given.ranks)
     return 0
+
+
+def _check_place(device: str, dtype: str, ranks: int) -> None:
+    """Raises UserError, or RunError on a full disk, if the rates could not be kept after they are measured."""
+    from sglang_gen.dry_run import machine_rates
+
+    try:
+        files.prepare_file(machine_rates.cache_file(device, dtype, ranks, _threads(ranks)))
+    except (UserError, RunError) as error:
+        raise type(error)(f"The rates cannot be kept: {error}") from error
+
+
+def _threads(ranks: int) -> int:
+    import torch
+
+    return min(torch.get_num_threads(), max(env.cpu_count() // ranks, 1))
 
 
 def _check_machine(device: str, ranks: int) -> None:
@@ -56,25 +74,25 @@ def _check_machine(device: str, ranks: int) -> None:
         raise UserError(f"--ranks is {ranks} and this machine has {most} {unit}; it must be 1 to {most}")
 
 
-def _measured(device: str, dtype: str, ranks: int) -> str:
-    """Measure and keep the rates of one dtype; a line about them."""
-    import torch
-
+def _measure(device: str, dtype: str, ranks: int) -> None:
+    """Measure and keep the rates of one dtype, and print a line about them, also if they cannot be kept."""
     from sglang_gen.dry_run import machine_rates, rate_measurement
 
-    threads = min(torch.get_num_threads(), max(env.cpu_count() // ranks, 1))
+    threads = _threads(ranks)
     rates = rate_measurement.measure(ranks, threads, device, dtype)
     path = machine_rates.cache_file(device, dtype, ranks, threads)
-    try:
-        machine_rates.save(rates, path)
-    except OSError as error:
-        raise RunError(f"The rates cannot be kept in {path}: {in_our_words(error)}") from error
     speeds = ", ".join(
         f"{kind} {curve[-1][0] / curve[-1][1] / 1e9:.3g}"
         for kind, curve in {**rates.curves, **rates.collectives}.items()
     )
-    plural = f"{ranks} rank{'s' * (ranks > 1)} of {threads} thread{'s' * (threads > 1)}"
-    return (
-        f"{dtype}, {plural}: {speeds} (GFLOP/s or GB/s of the largest call); {rates.launch_us:.1f} us of Python per "
-        f"kernel; kept in {path}"
+    sizes = f"{log.quantity(ranks, 'rank')} of {log.quantity(threads, 'thread')}"
+    line = (
+        f"{dtype}, {sizes}: {speeds} (GFLOP/s or GB/s of the largest call); {rates.launch_us:.1f} us of Python per "
+        "kernel"
     )
+    try:
+        machine_rates.save(rates, path)
+    except OSError as error:
+        files.print_result(line)
+        raise RunError(f"The rates cannot be kept in {path}: {in_our_words(error)}") from error
+    files.print_result(f"{line}; kept in {path}")

@@ -66,19 +66,6 @@ def open_ranks(count: int, device: str) -> "Iterator[Ranks]":
         ranks.stop()
 
 
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Context that blocks SIGINT, here and in processes started inside, until these unblock it with a handler set.
-
-    Otherwise Ctrl-C would make a rank print a traceback while its interpreter starts.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _name(number: int) -> str:
     """The name of a signal; real-time signals have numbers only."""
     return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
@@ -94,7 +81,7 @@ class Ranks:
         self.speakers: dict[tuple[int, str], int] = {}  # (level, line) -> the rank that logged it first
         threads = max(env.cpu_count() // count, 1) if device == "cpu" else None
         try:
-            with _interrupts_held():
+            with signals.interrupts_held():
                 for _ in range(count):
                     self._start(env.rank_variables(threads))
         except BaseException:

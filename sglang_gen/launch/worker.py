@@ -115,8 +115,7 @@ def main() -> int:
         signals.send_again(unraisable)
 
     sys.unraisablehook = discarded
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the launcher blocked it
+    signals.ignore_interrupts()  # the launcher blocked them
     signal.signal(signal.SIGTERM, terminate)
     env.collect_rarely()
     env.prepare_libraries()
