@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_gen.errors import InvalidValueError
 from sglang_gen.perf.paired_quality import by_sample, compare_quality
 
 
@@ -33,7 +34,30 @@ def test_images_that_are_identical_to_their_reference_are_left_out_of_psnr():
     psnr = rows[0]
     assert (psnr.images, psnr.difference, psnr.standard_error) == (1, 3.0, None)
     assert rows[1].images == 2
-    assert notes == ["1 of 2 images have no psnr: they are identical"]
+    assert notes == ["no psnr for 1 of 2 images: identical to their reference are 1 of base"]
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "sides"),
+    [
+        ([None, None], [44.75, 40.0], "2 of 2 images: identical to their reference are 2 of base"),
+        ([44.75, 40.0], [None, 41.0], "1 of 2 images: identical to their reference are 1 of new"),
+        ([None, 40.0], [None, None], "2 of 2 images: identical to their reference are 1 of base and 2 of new"),
+        ([None], [None], "1 of 1 image: identical to their reference are 1 of base and 1 of new"),
+    ],
+)
+def test_the_note_says_whose_images_are_identical(base, new, sides):
+    assert compare_quality([by_sample(quality(base))], [by_sample(quality(new))])[1] == [f"no psnr for {sides}"]
+
+
+def test_a_measure_that_is_no_number_or_that_one_image_lacks_is_no_crash():
+    odd = quality([30.0, 31.0])
+    odd["samples"][1].pop("psnr")
+    rows, _ = compare_quality([by_sample(odd)], [by_sample(quality([30.0, 31.0]))])
+    assert [row.measure for row in rows] == ["ssim", "max_error", "brightness"]
+    for value in ("30", True, [30]):
+        with pytest.raises(InvalidValueError, match=r"the measure psnr of an image is .*, not a number"):
+            by_sample({"samples": [{"psnr": value}]})
 
 
 def test_runs_over_other_samples_are_not_compared():
