@@ -1,9 +1,11 @@
 """The table of a sweep: what each job left behind, the callback that writes it, and the sweeps that are shipped."""
 
 import csv
+import errno
 import io
 import json
 import math
+import os
 import statistics
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import yaml
 from sglang_gen import env
 from sglang_gen.config import compose
 from sglang_gen.config.choices import Choices
+from sglang_gen.errors import UserError
 from sglang_gen.perf.dump_numbers import measure
 from sglang_gen.report import job_reader
 from sglang_gen.sweep import multirun
@@ -276,3 +279,25 @@ def test_every_cell_of_every_shipped_sweep_composes():
         runs = [job.result for job in jobs]
         assert len(runs) == CELLS[name]
         assert len({repr(run) for run in runs}) == len(runs), f"{name} has two equal cells"
+
+
+def test_a_folder_that_cannot_be_read_is_not_a_sweep_without_jobs(tmp_path, monkeypatch):
+    for name in ("0", "other"):
+        (tmp_path / name).mkdir()
+    known, closed = os.stat, [tmp_path / "0"]
+
+    def refused(path: object, *_: object, **__: object) -> object:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    def stat(path: object, **options: object) -> object:
+        return refused(path) if Path(str(path)).parent in closed else known(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    (row,) = job_reader.read_jobs(tmp_path)
+    assert (row.status, row.error) == ("unfinished", "job.json cannot be read: Permission denied")
+    closed.append(tmp_path / "other")
+    with pytest.raises(UserError, match=r"other/job.json cannot be read: Permission denied"):
+        job_reader.read_jobs(tmp_path)
+    monkeypatch.setattr(os, "listdir", refused)
+    with pytest.raises(UserError, match=f"^{tmp_path} cannot be read: Permission denied"):
+        job_reader.read_jobs(tmp_path)

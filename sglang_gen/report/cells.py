@@ -1,5 +1,6 @@
 """The cells of one or more sweeps: each job with its values of the swept keys, its label and its observations."""
 
+import os.path
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ def read_cells(folders: Sequence[Path]) -> list[Cell]:
     """The cells of the sweeps in `folders`, in the order of folders and jobs. Raises UserError if there is no job."""
     found: list[tuple[Path, Row]] = []
     for folder in folders:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"The folder {folder} does not exist; give the folder of a sweep")
         rows = read_jobs(folder)
         if not rows:

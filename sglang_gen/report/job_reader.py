@@ -1,12 +1,13 @@
 """Reads the jobs of a sweep, one `Row` each, from the files in their folders. Does not import Hydra."""
 
 import json
+import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_gen.errors import in_our_words
+from sglang_gen.errors import UserError, in_our_words
 from sglang_gen.perf.dump_facts import facts
 from sglang_gen.perf.dump_numbers import (
     ACCURACIES,
@@ -49,10 +50,16 @@ class Row:
 
 
 def read_jobs(folder: Path) -> list[Row]:
-    """One row per job folder of the sweep in `folder`, in the order of the jobs. Failed jobs have `error` set."""
-    places = [
-        place for place in folder.iterdir() if (place / NOTE).exists() or (place.is_dir() and place.name.isdigit())
-    ]
+    """One row per job folder of the sweep in `folder`, in the order of the jobs. Failed jobs have `error` set.
+
+    Raises UserError for a folder that cannot be read.
+    """
+    try:
+        places = [
+            place for place in folder.iterdir() if (place.is_dir() and place.name.isdigit()) or (place / NOTE).exists()
+        ]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {in_our_words(error)}") from error
     places.sort(
         key=lambda place: (not place.name.isdigit(), int(place.name) if place.name.isdigit() else 0, place.name)
     )
@@ -73,7 +80,7 @@ def _read_job(place: Path) -> Row:
         overrides=tuple(note.get("overrides", ())),
         error=note.get("error") or problem,
         seconds=note.get("seconds"),
-        outputs=tuple(f"{place.name}/{name}" for name in note.get("files", ()) if (place / name).exists()),
+        outputs=tuple(f"{place.name}/{name}" for name in note.get("files", ()) if os.path.exists(place / name)),
         times=times(dump),
         images_per_second=images_per_second(dump, len(samples)),
         joules_per_image=energy_per_image(dump),
@@ -101,9 +108,9 @@ def read_tuning_conclusion(folder: Path) -> list[str]:
 
 def _read(path: Path) -> tuple[dict[str, Any], str | None]:
     """The JSON object in a file and None, or an empty dict and an error sentence."""
-    if path.exists() and not path.is_file():  # reading a FIFO would block
-        return {}, f"{path.name} is not a regular file"
     try:
+        if path.exists() and not path.is_file():  # reading a FIFO would block
+            return {}, f"{path.name} is not a regular file"
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}, f"{path.name} is missing"
