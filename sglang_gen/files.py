@@ -71,6 +71,27 @@ def check_file(path: Path, stream: bool = False) -> None:
         raise _write_error(error, path, UserError) from None
 
 
+@contextmanager
+def alone(path: Path, lock: Path, seconds: float, kind: type[Exception] = RunError) -> Iterator[None]:
+    """Context in which no other process that names the file `lock` changes `path`. Raises an error of this kind."""
+    from filelock import FileLock, Timeout
+
+    if lock.is_symlink():  # older versions of filelock truncate the link's target
+        raise kind(f"{path} cannot be written: {lock.name} is a symbolic link")
+    held = FileLock(lock, timeout=seconds)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except Timeout:
+        raise kind(f"{path} has been locked by another run for {seconds:.0f} s") from None
+    except OSError as error:
+        raise _write_error(error, path, kind) from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
 def check_folder(path: Path) -> None:
     """Raises UserError if `path` is not a folder and cannot become one, because a file has its name or a parent's."""
     for place in (path, *path.parents):

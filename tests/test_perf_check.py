@@ -1,13 +1,19 @@
 """`sglang perf check`: dumps against the baseline of their machine and fingerprint, and what is added to it."""
 
+import errno
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import dumps
 import pytest
 
 from sglang_gen.errors import UserError
-from sglang_gen.perf import command
+from sglang_gen.perf import check_command, command
 
 FILE = Path("perf_baseline/amd-epyc-7b13/landscape-aaaa.json")
 
@@ -23,6 +29,12 @@ def make(folder: str, factor: float = 1.0, start: int = 0, count: int = 6, **opt
         noise = 1 + 0.003 * ((number * 7) % 5 - 2)
         dumps.save(f"{folder}/{number}.json", dumps.ours(factor * noise, number, **options))
     return folder
+
+
+def entry(**changes: object) -> dict:
+    """The observation of one dump in a baseline."""
+    known = {"commit": "c", "date": dumps.stamp(0), "id": "i", "images": 2, "metrics": {"total": [9820.0]}}
+    return {**known, **changes}
 
 
 def kept() -> list[dict]:
@@ -126,11 +138,122 @@ def test_two_repeats_of_one_process_prove_nothing_about_the_next_process():
 
 def test_each_machine_has_a_baseline_of_its_own():
     check(make("dumps"), "--save", "--machine", "runner-1")
-    assert [path.name for path in Path("perf_baseline").iterdir()] == ["runner-1"]
+    assert [path.name for path in Path("perf_baseline").iterdir() if path.is_dir()] == ["runner-1"]
     make("next", start=10)
     assert check("next", "--machine", "runner-2")[0] == 3
     assert check("next", "--machine", "runner-1")[0] == 0
     assert check("next")[0] == 3
+
+
+def test_the_folder_is_the_machine_whatever_it_was_called_when_its_dumps_were_saved(capsys):
+    check(make("before", count=20), "--save")
+    FILE.parent.rename("perf_baseline/perf-1")
+    shutil.copytree("perf_baseline/perf-1", "perf_baseline/perf-2")
+    slow = make("slow", 1.1, start=30)
+    for machine in ("perf-1", "perf-2"):
+        code, report = check(slow, "--machine", machine, "--save")
+        assert (code, report["verdict"], report["saved"]) == (1, "REGRESSION", [])
+    assert check(make("same", start=40), "--machine", "perf-2", "--save")[0] == 0
+    sizes = {}
+    for machine in ("perf-1", "perf-2"):
+        content = json.loads(Path(f"perf_baseline/{machine}/{FILE.name}").read_text(encoding="utf-8"))
+        sizes[machine] = content["machine"], len(content["observations"])
+    assert sizes == {"perf-1": ("amd-epyc-7b13", 20), "perf-2": ("perf-2", 26)}
+    assert command.main(["history", "perf_baseline", "--metric", "total"]) == 0
+    assert re.findall("on (perf-[12])", capsys.readouterr().out) == ["perf-1", "perf-2"]
+
+
+@pytest.mark.whole
+def test_checks_that_run_at_once_keep_the_dumps_of_all():
+    for number in range(8):
+        make(str(number), start=10 * number, count=2)
+    code = "import sys; from sglang_gen.perf import command; sys.exit(command.main(sys.argv[1:]))"
+    words = [[sys.executable, "-c", code, "check", str(number), "--save", "--metric", "total"] for number in range(8)]
+    processes = [subprocess.Popen(each, stdout=subprocess.DEVNULL) for each in words]
+    assert {process.wait() for process in processes} <= {0, 3}
+    assert len(kept()) == 16
+
+
+def test_a_baseline_that_another_check_keeps_locked_is_an_error_in_one_sentence(monkeypatch):
+    from filelock import FileLock
+
+    check(make("dumps"), "--save")
+    monkeypatch.setattr(check_command, "LONGEST_WAIT", 0.1)
+    make("next", start=20)
+    with FileLock("perf_baseline/.lock"):
+        with pytest.raises(UserError, match="perf_baseline has been locked by another run for 0 s"):
+            command.main(["check", "next", "--save"])
+        assert check("next")[0] == 0  # which changes nothing
+
+
+@pytest.mark.parametrize("command_", [["check", "new", "--baseline", "b"], ["history", "b"], ["compare", "b", "new"]])
+@pytest.mark.parametrize("place", ["b", "b/m"])
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(command_, place, monkeypatch):
+    dumps.save("b/m/a.json", dumps.ours())
+    make("new", count=1)
+    known = os.scandir
+
+    def scandir(path):
+        if str(path) == place:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return known(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=f"^{place} cannot be read: Permission denied$"):
+        command.main(command_)
+
+
+@pytest.mark.parametrize("words", ["check new --baseline b/m", "history b/m", "compare b/m new"])
+def test_a_folder_that_cannot_be_reached_is_not_a_missing_one(words, monkeypatch):
+    make("new", count=1)
+    known = os.stat
+
+    def stat(path, **options):
+        if str(path) == "b/m":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return known(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(UserError, match=r"^b/m cannot be read: Permission denied$"):
+        command.main(words.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"observations": [entry(metrics={"total": [0]})]}, "its total_duration_ms is zero"),
+        (
+            {"observations": [entry(metrics={"total": [1e15]})]},
+            "total is 1000000000000000.0, not a number",
+        ),
+        ({"observations": [entry(metrics={"total": [10**400]})]}, "total is 1000000000000000"),
+        ({"observations": [entry(metrics={"total": ["9"]})]}, 'total is "9", not a number'),
+        ({"observations": [entry(metrics={"total": [True]})]}, "total is true, not a number"),
+        ({"observations": [entry(metrics={"total": []})]}, "a value is missing"),
+        ({"observations": [entry(metrics={"step": [1.0]})]}, "a value is missing"),
+        ({"observations": [entry(metrics={"total": [1.0], "cpu": [0]})]}, "its cpu_duration_ms is zero"),
+        ({"observations": [entry(metrics={"total": [1.0], "calibration": [0]})]}, "its calibration_cpu_ms is zero"),
+        ({"observations": [entry(images="2")]}, 'images is "2", not a number of images'),
+        ({"observations": [entry(date="yesterday")]}, 'its timestamp is "yesterday", not a date'),
+        ({"observations": [entry(commit=5)]}, "commit is 5, not a text"),
+        ({"observations": [5]}, "its observations do not have the layout of a baseline"),
+        ({"observations": 5}, "its observations do not have the layout of a baseline"),
+        ({"fingerprint": {"hash": "aaaa", "fields": []}}, "fingerprint.fields is [], not an object"),
+        ({"fingerprint": {"hash": 5, "fields": {}}}, "fingerprint.hash is 5, not a text"),
+        ({"meta": {}}, "a value is missing"),
+        ({"meta": []}, "its observations do not have the layout of a baseline"),
+    ],
+)
+def test_a_baseline_that_was_edited_by_hand_is_refused_with_its_name(changes, sentence):
+    make("dumps", count=1)
+    whole = {"baseline_version": 1, "machine": "m", "meta": {"model": "m", "prompt": "p"}}
+    good = {**whole, "fingerprint": {"hash": "aaaa", "fields": {}}, "observations": [entry()]}
+    dumps.save("b/m/a.json", {**good, **changes})
+    for words in (["check", "dumps", "--baseline", "b", "--machine", "m"], ["history", "b"]):
+        with pytest.raises(UserError) as error:
+            command.main(words)
+        assert str(error.value).startswith("b/m/a.json cannot be read: ")
+        assert sentence in str(error.value)
 
 
 def test_dumps_of_sglang_have_a_baseline():
@@ -160,10 +283,17 @@ def test_the_processor_time_is_judged_by_default_and_the_noisy_wall_clock_is_not
         (["dumps", "--keep", "3"], "--keep has no effect without --save or --replace"),
         (["dumps", "--save", "--keep", "none"], "--keep: 'none' is not a number of dumps, such as 50"),
         (["dumps", "--machine", "../x"], "--machine: '../x' may have letters, digits"),
+        (["dumps", "--machine", ""], "--machine: '' may have letters, digits"),
+        (["dumps", "--baseline", ""], "--baseline must name a file, not ''"),
+        (["dumps", "--confidence", ""], "--confidence: '' is not a percentage"),
+        (["dumps", "--save", "--replace"], "--save and --replace are two ways to change a baseline; leave out one"),
+        (["dumps", "--save", "--baseline", "file"], "file cannot be written: It is not a folder"),
+        (["dumps", "--baseline", "twice"], "twice/m/a.json and twice/m/b.json are baselines of one recipe and machine"),
+        (["dumps", "--save", "--baseline", "taken"], "taken/amd-epyc-7b13/landscape-aaaa.json would be replaced, and"),
         (["dumps", "--baseline", "file"], "--baseline: file is not a folder"),
         (["dumps", "--baseline", "odd"], "odd/a.json is not a baseline of sglang perf check"),
         (["dumps", "--baseline", "newer"], "newer/a.json has baseline version 9, this program reads version 1"),
-        (["dumps", "--baseline", "broken"], "broken/a.json cannot be read: its observations do not have the layout"),
+        (["dumps", "--baseline", "broken"], "broken/a.json cannot be read: total is -1, not a number of at least 0"),
         (["dumps", "--baseline", "empty"], "empty/a.json has no observations; delete it"),
         (["old.json", "--save"], "old.json has no timestamp, so it cannot be added to a baseline"),
         (["dumps", "--metric", "cpu"], "the dumps have no metric 'cpu'"),
@@ -179,6 +309,9 @@ def test_wrong_usage_of_check_is_one_sentence(argv, sentence):
     dumps.save("newer/a.json", {**whole, "baseline_version": 9, "observations": []})
     dumps.save("broken/a.json", {**whole, "observations": [{"metrics": {"total": [-1]}}]})
     dumps.save("empty/a.json", {**whole, "observations": []})
+    good = {**whole, "meta": {"model": "m", "prompt": "p"}, "observations": [entry()]}
+    for name in ("twice/m/a.json", "twice/m/b.json", "taken/amd-epyc-7b13/landscape-aaaa.json"):
+        dumps.save(name, good)
     Path("file").write_text("")
     with pytest.raises(UserError) as error:
         command.main(["check", *argv])

@@ -64,13 +64,14 @@ def rows(report: dict) -> dict[str, dict]:
 
 
 @pytest.mark.whole
-def test_a_dump_of_a_real_run_passes_against_itself(pipelines, sglang, capsys):
+def test_a_dump_of_a_real_run_passes_against_its_equal(pipelines, sglang, capsys):
     small = ("--height", "32", "--width", "32", "--num-inference-steps", "2", "perf.machine_rates=false")
     done = sglang(
         "generate", "--model-path", pipelines["sd3"], "--prompt", "a", *small, "--perf-dump-path", "perf.json"
     )
     assert done.code == 0, done.err
-    code, report = perf("perf.json", "perf.json")
+    other = {**json.loads(Path("perf.json").read_text()), "request_id": "another run"}
+    code, report = perf("perf.json", save("other.json", other))
     assert (code, report["verdict"], report["exit_code"]) == (0, "PASS", 0)
     assert {"total", "stage.load", "stage.denoising", "stage.decoding", "stage.saving", "step"} <= set(rows(report))
     assert all(row["ratio"] == 1 and row["interval"] is None for row in rows(report).values())
@@ -304,7 +305,8 @@ def test_every_tolerance_can_be_changed(words, code):
 def test_the_confidence_widens_the_interval():
     for number, shift in enumerate((0.0, 0.003, -0.002)):
         save(f"base/{number}.json", ours(1 + shift))
-    narrow, wide = (rows(perf("base", "base", "--confidence", text)[1])["total"]["interval"] for text in ("80%", "99"))
+        save(f"new/{number}.json", ours(1 + shift))
+    narrow, wide = (rows(perf("base", "new", "--confidence", text)[1])["total"]["interval"] for text in ("80%", "99"))
     assert wide[0] < narrow[0] < 1 < narrow[1] < wide[1]
 
 
@@ -442,11 +444,58 @@ def test_dumps_that_are_no_pairs_are_refused(turns, words, sentence):
     assert sentence in str(error.value)
 
 
+def test_the_same_run_on_both_sides_is_refused():
+    for number in range(3):
+        made = {**ours(1 + number / 100), "timestamp": f"2026-01-01T00:0{number}:00+00:00", "request_id": f"{number}"}
+        save(f"base/{number}.json", made)
+        if number == 1:
+            save("part/1.json", made)
+        save(f"later/{number}.json", {**made, **times(2.0)})
+    for words in (["base", "base"], ["base/0.json", "./base/0.json"], ["base", "base", "--paired"]):
+        with pytest.raises(
+            UserError, match=r"^base/0.json is on both sides, and cannot be compared with itself; leave"
+        ):
+            command.main(["compare", *words])
+    with pytest.raises(UserError, match=r"^part/1.json, the same run as base/1.json, is on both sides"):
+        command.main(["compare", "base", "part"])
+    with pytest.raises(
+        UserError, match=r"BASE and NEW both have a dump of 2026-01-01T00:00:00.000\+00:00, so they are"
+    ):
+        command.main(["compare", "base", "later", "--paired"])
+    assert perf("base", "later")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"fingerprint": {"hash": "aaaa", "fields": [1]}}, "fingerprint.fields is [1], not an object"),
+        ({"fingerprint": {"hash": ["a"], "fields": {}}}, 'fingerprint.hash is ["a"], not a text'),
+        ({"fingerprint": [1]}, "its entries do not have the layout of a dump"),
+        ({"cpu_duration_ms": 0}, "its cpu_duration_ms is zero"),
+        ({"total_duration_ms": 1e300}, "total_duration_ms is 1e+300, not a number of at least 0 and below 1e+15"),
+        ({"quality": {"samples": [{"psnr": "30"}]}}, 'the measure psnr of an image is "30", not a number'),
+    ],
+)
+def test_a_dump_that_was_edited_by_hand_is_refused_with_its_name(changes, sentence):
+    words = ["compare", save("base.json", ours()), save("new.json", {**ours(), **changes})]
+    for argv in (words, ["check", "new.json", "--save"]):
+        with pytest.raises(UserError) as error:
+            command.main(argv)
+        assert str(error.value) == f"new.json cannot be compared: {sentence}"
+    assert not Path("perf_baseline").exists()
+
+
+def test_a_fingerprint_never_names_a_file_elsewhere():
+    odd = {**ours(hash_="../../../up"), "timestamp": "2026-01-01T00:00:00+00:00"}
+    assert command.main(["check", save("odd.json", odd), "--save", "--machine", "m"]) == 0
+    assert [path.parent for path in Path().rglob("landscape-*.json")] == [Path("perf_baseline/m")]
+
+
 def test_several_dumps_of_a_side_are_one_observation_each():
     for number in range(3):
         repeats = [times(1 + number / 10 + index / 1000) for index in range(4)]
         save(f"base/{number}.json", {**ours(), "repeats": repeats})
-    _, report = perf("base", "base")
+    _, report = perf("base", save("new.json", ours()))
     assert len(rows(report)["total"]["base"]["observations"]) == 3
     assert "each dump is one observation" in " ".join(report["comparisons"][0]["notes"])
     _, report = perf("base/0.json", "base/1.json")

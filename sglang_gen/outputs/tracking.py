@@ -70,15 +70,8 @@ def append_row(path: Path, values: Mapping[str, Any]) -> None:
     A new column is added at the end and is empty in older rows. A column that only the file has is empty in the new
     row. Raises RunError.
     """
-    from filelock import FileLock, Timeout
-
-    locked = path.with_name(f".{path.name}.lock")
-    if locked.is_symlink():  # older versions of filelock truncate the link's target
-        raise RunError(f"{path} cannot be written: {locked.name} is a symbolic link")
-    lock = FileLock(locked, timeout=LOCK_SECONDS)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with lock:
+        with files.alone(path, path.with_name(f".{path.name}.lock"), LOCK_SECONDS):
             header, rows = _read_rows(path)
             columns = list(dict.fromkeys([*header, *values]))
             text = io.StringIO(newline="")
@@ -86,8 +79,6 @@ def append_row(path: Path, values: Mapping[str, Any]) -> None:
             writer.writeheader()
             writer.writerows([*rows, values])
             files.save_bytes(path, text.getvalue().encode())
-    except Timeout:
-        raise RunError(f"{path} has been locked by another run for {LOCK_SECONDS:.0f} s") from None
     except OSError as error:
         raise RunError(f"{path} cannot be written: {in_our_words(error)}") from error
 

@@ -7,6 +7,7 @@ as one new line.
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from sglang_gen import files
-from sglang_gen.errors import UserError
-from sglang_gen.perf.dump_reader import Dump, Origin, parse_json
+from sglang_gen.errors import InvalidValueError, UserError, in_our_words
+from sglang_gen.perf.dump_reader import (
+    Dump,
+    Origin,
+    check_times,
+    fingerprint_of,
+    is_folder,
+    json_files,
+    number_of,
+    parse_json,
+    utc,
+)
 
 BASELINE_VERSION = 1
 KEPT = 50  # dumps of a baseline, unless another number is given
@@ -25,7 +36,10 @@ _FIELDS = {"baseline_version", "machine", "meta", "fingerprint", "observations"}
 
 @dataclass(frozen=True)
 class Baseline:
-    """The observations of one recipe on one machine, as dumps in the order of time."""
+    """The observations of one recipe on one machine, as dumps in the order of time.
+
+    The machine is that of the folder of the file, which may have been renamed or copied.
+    """
 
     path: Path
     machine: str
@@ -55,22 +69,33 @@ def check_machine(name: str) -> str:
 
 def read_folder(folder: Path) -> list[Baseline]:
     """The baselines in `folder`, in the order of their paths; none if it does not exist. Raises UserError."""
-    if folder.exists() and not folder.is_dir():
+    if (is_there := is_folder(folder)) is None:
+        return []
+    if not is_there:
         raise UserError(f"--baseline: {folder} is not a folder")
-    return [read_file(path) for path in sorted(folder.rglob("*.json")) if not path.name.startswith(".")]
+    known: dict[tuple[str, str], Baseline] = {}
+    for path in json_files(folder):
+        found = of_folder(parse(path, parse_json(path)), folder)
+        other = known.setdefault((found.machine, found.recipe), found)
+        if other is not found:
+            raise UserError(f"{other.path} and {path} are baselines of one recipe and machine; delete one of them")
+    return list(known.values())
+
+
+def of_folder(found: Baseline, root: Path) -> Baseline:
+    """A baseline that lies in `root`, with the machine that the folder inside of `root` is named after, if any."""
+    return found if found.path.parent == root else replace(found, machine=found.path.parent.name)
 
 
 def is_baseline(content: Any) -> bool:
     return isinstance(content, dict) and content.keys() >= _FIELDS
 
 
-def read_file(path: Path) -> Baseline:
-    """Raises UserError for a file that is not a baseline, is broken, or was written by a newer version."""
-    return parse(path, parse_json(path))
-
-
 def parse(path: Path, content: Any) -> Baseline:
-    """The baseline in the parsed JSON of a file. Raises UserError as `read_file` does."""
+    """The baseline in the parsed JSON of a file.
+
+    Raises UserError for a file that is not a baseline, is broken, or was written by a newer version.
+    """
     if not is_baseline(content):
         raise UserError(f"{path} is not a baseline of sglang perf check")
     if content["baseline_version"] != BASELINE_VERSION:
@@ -80,25 +105,34 @@ def parse(path: Path, content: Any) -> Baseline:
     try:
         dumps = [_dump(path, content, entry) for entry in content["observations"]]
         machine = str(content["machine"])
-    except (TypeError, AttributeError, KeyError, ValueError):
-        raise UserError(f"{path} cannot be read: its observations do not have the layout of a baseline") from None
+    except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
+        own = isinstance(error, InvalidValueError)
+        reason = in_our_words(error) if own else "its observations do not have the layout of a baseline"
+        raise UserError(f"{path} cannot be read: {reason}") from None
     if not dumps:
         raise UserError(f"{path} has no observations; delete it")
     return Baseline(path, machine, dumps)
 
 
 def _dump(path: Path, content: Mapping[str, Any], entry: Mapping[str, Any]) -> Dump:
-    metrics = {name: [float(value) for value in values] for name, values in entry["metrics"].items()}
-    if not all(metrics.values()) or not all(0 <= value < 1e15 for values in metrics.values() for value in values):
-        raise ValueError("a value is missing or out of range")
+    metrics = {name: [number_of(value, name) for value in values] for name, values in entry["metrics"].items()}
+    check_times(metrics)
+    hash_, fields = fingerprint_of(content["fingerprint"])
+    meta, images, commit = content["meta"], entry["images"], entry["commit"]
+    if "total" not in metrics or not all(metrics.values()) or not {"model", "prompt"} <= meta.keys():
+        raise InvalidValueError("a value is missing")
+    if images is not None and not (type(images) is int and images > 0):
+        raise InvalidValueError(f"images is {json.dumps(images)[:40]}, not a number of images")
+    if commit is not None and not isinstance(commit, str):
+        raise InvalidValueError(f"commit is {json.dumps(commit)[:40]}, not a text")
     return Dump(
         path=path,
-        meta=dict(content["meta"]),
-        fingerprint=content["fingerprint"]["hash"],
-        fields=dict(content["fingerprint"]["fields"]),
+        meta=dict(meta),
+        fingerprint=hash_,
+        fields=fields,
         metrics=metrics,
-        images=entry["images"],
-        origin=Origin(entry["commit"], str(entry["date"]), str(entry["id"]), ()),
+        images=images,
+        origin=Origin(commit, utc(entry["date"]), str(entry["id"]), ()),
     )
 
 
@@ -106,7 +140,7 @@ def add(baseline: Baseline | None, dumps: Sequence[Dump], folder: Path, keep: in
     """The baseline with these dumps of its recipe, and the `keep` newest of all; with `anew` without its own.
 
     A dump that the baseline has counts once. A new baseline is in `folder`, which has the name of the machine. Raises
-    UserError for a dump without a date.
+    UserError for a dump without a date, and for a new baseline whose file exists.
     """
     for dump in dumps:
         if dump.origin.date is None:
@@ -115,11 +149,14 @@ def add(baseline: Baseline | None, dumps: Sequence[Dump], folder: Path, keep: in
     by_identity = {dump.origin.identity: dump for dump in (*old, *dumps)}
     ordered = sorted(by_identity.values(), key=lambda dump: (dump.origin.date or "", dump.origin.identity))
     path = baseline.path if baseline else folder / _file_name(dumps[0])
+    if baseline is None and os.path.lexists(path):
+        raise UserError(f"{path} would be replaced, and is no baseline of the recipe of {dumps[0].path}; move it away")
     return Baseline(path, folder.name, [replace(dump, path=path) for dump in ordered[-keep:]])
 
 
 def _file_name(dump: Dump) -> str:
-    short = dump.fingerprint or hashlib.sha256(dump.recipe.encode()).hexdigest()[:16]
+    is_name = dump.fingerprint is not None and re.fullmatch(r"[A-Za-z0-9]{1,64}", dump.fingerprint)
+    short = dump.fingerprint if is_name else hashlib.sha256(dump.recipe.encode()).hexdigest()[:16]
     model = _slug(Path(str(dump.meta.get("model"))).name, "model")
     return f"{model}-{short}.json"
 

@@ -3,10 +3,12 @@
 import argparse
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sglang_gen import files as output
+from sglang_gen import log
 from sglang_gen.errors import UserError
 from sglang_gen.perf import baseline
 from sglang_gen.perf.arguments import CHECK_METRIC_HELP, Parser, confidence, metrics, tolerance_help, tolerances
@@ -22,6 +24,7 @@ from sglang_gen.perf.statistics import Verdict
 
 CHECK_CONFIDENCE = "99%"
 CHECKED = (CPU, *JUDGED)  # unless others are named
+LOCK_FILE, LONGEST_WAIT = ".lock", 60.0  # of a baseline's folder, and the seconds in which another run adds to it
 CHECK_HELP = f"""\
 usage: sglang perf check DUMP [DUMP ...] [options]
 
@@ -29,10 +32,12 @@ Compare perf dumps, or folders of them, with a baseline: the observations of ear
 the same machine, which a folder holds as small JSON files. Verdicts are those of sglang perf compare.
 
 options:
-  --baseline FOLDER         the folder of the baselines (default: perf_baseline)
+  --baseline FOLDER         the folder of the baselines (default: perf_baseline); each folder in it is a machine, which
+                            may be renamed or copied
   --save                    add the dumps to the baseline, except for those of a recipe with a REGRESSION; the first
                             dumps of a recipe make a new baseline
-  --replace                 the same without exception, and without the earlier observations: accept the new times
+  --replace                 in place of --save: without exception, and without the earlier observations, which accepts
+                            the new times
   --keep NUMBER             dumps that a baseline keeps, the newest (default: {baseline.KEPT})
   --machine NAME            name of the machine (default: its processor or GPUs). Equal machines may differ in speed, so
                             name each machine, or each kind of CI runner
@@ -76,26 +81,41 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("sglang perf check needs at least one perf dump or folder of dumps")
     if given.keep is not None and not (given.save or given.replace):
         raise UserError("--keep has no effect without --save or --replace")
-    keep, machine = _number(given.keep), given.machine and baseline.check_machine(given.machine)
-    folder = Path(os.path.expanduser("perf_baseline" if given.baseline is None else given.baseline))
-    limits, level = tolerances(given.tolerance), confidence(given.confidence or CHECK_CONFIDENCE)
+    if given.save and given.replace:
+        raise UserError("--save and --replace are two ways to change a baseline; leave out one of them")
+    keep, machine = _number(given.keep), None if given.machine is None else baseline.check_machine(given.machine)
+    name = "perf_baseline" if given.baseline is None else given.baseline
+    parser.check_name("--baseline", name)
+    folder = Path(os.path.expanduser(name))
+    limits = tolerances(given.tolerance)
+    level = confidence(CHECK_CONFIDENCE if given.confidence is None else given.confidence)
+    rules = Rules(limits, level, method=Method.DRIFTING, quiet=QUIET if given.metric is None else None)
     reports = parser.reports(json=given.json, markdown=given.markdown)
-    dumps, known = collect(map(os.path.expanduser, given.paths)), baseline.read_folder(folder)
-    parser.check_reports(reports, [*(dump.path for dump in dumps), *(item.path for item in known)])
-    judged = metrics(given.metric, given.tolerance, dumps, CHECKED)
-    rules = Rules(limits, level, metrics=judged, method=Method.DRIFTING, quiet=QUIET if given.metric is None else None)
-    groups = _groups(dumps, known, machine, rules)
-    written = [_added(group, folder, keep, given.replace) for group in groups if group.accepted(given)]
-    report = _report(groups, rules, given)
-    for item in written:
-        baseline.save(item)
+    dumps = collect(map(os.path.expanduser, given.paths))
+    rules = replace(rules, metrics=metrics(given.metric, given.tolerance, dumps, CHECKED))
+    with _held(folder) if given.save or given.replace else nullcontext():
+        known = baseline.read_folder(folder)
+        parser.check_reports(reports, [*(dump.path for dump in dumps), *(item.path for item in known)])
+        groups = _groups(dumps, known, machine, rules)
+        written = [_added(group, folder, keep, given.replace) for group in groups if group.accepted(given)]
+        report = _report(groups, rules, given)
+        for item in written:
+            output.prepare_file(item.path)
+        for item in written:
+            baseline.save(item)
     remarks = [
         *_remarks(groups, given, folder),
-        *(f"- saved: {item.path}, {len(item.dumps)} dumps" for item in written),
+        *(f"- saved: {item.path}, {log.quantity(len(item.dumps), 'dump')}" for item in written),
     ]
     content = {**as_json(report), "baseline": str(folder), "saved": [str(item.path) for item in written]}
     write(reports, content, "\n".join([markdown(report), *(["", *remarks] if remarks else [])]))
     return EXIT_CODES[report.verdict]
+
+
+def _held(folder: Path) -> AbstractContextManager[None]:
+    """Context in which no other check adds to the baselines in `folder`, which is created. Raises UserError."""
+    output.check_folder(folder)
+    return output.alone(folder, folder / LOCK_FILE, LONGEST_WAIT, UserError)
 
 
 def _number(text: str | None) -> int:

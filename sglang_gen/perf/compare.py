@@ -1,6 +1,6 @@
 """Compares perf dumps of two sides: pairs them by recipe (what was run) and judges each metric."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -223,6 +223,7 @@ def _judge(comparison: Comparison, base: Sequence[Dump], new: Sequence[Dump], ru
     by_dump = rules.method is not Method.INDEPENDENT or max(len(base), len(new)) > 1
     if by_dump:
         base, new = (sorted(side, key=lambda dump: dump.origin.date or "") for side in (base, new))
+    _check_runs(base, new)
     if rules.method is Method.PAIRED:
         check_turns(base, new)
     left, right = (observations(side, rules, by_dump) for side in (base, new))
@@ -275,6 +276,22 @@ def observations(dumps: Sequence[Dump], rules: Rules, by_dump: bool) -> dict[str
     return found
 
 
+def _check_runs(base: Sequence[Dump], new: Sequence[Dump]) -> None:
+    """Raises UserError if a run is on both sides: it proves nothing, and makes the sides alike."""
+    runs = {key: dump for dump in base for key in _keys_of(dump)}
+    for dump in new:
+        if other := next((runs[key] for key in _keys_of(dump) if key in runs), None):
+            what = dump.path if dump.path == other.path else f"{dump.path}, the same run as {other.path},"
+            raise UserError(f"{what} is on both sides, and cannot be compared with itself; leave it out of one side")
+
+
+def _keys_of(dump: Dump) -> Iterator[object]:
+    """What tells that two dumps are one run: the file, or a copy of it."""
+    yield dump.path.resolve()
+    if dump.origin.date is not None:
+        yield dump.origin.identity
+
+
 def check_turns(base: Sequence[Dump], new: Sequence[Dump]) -> None:
     """Raises UserError unless the dumps, in the order of time, are pairs of one of each side."""
     if len(base) != len(new) or len(base) < 2:
@@ -282,6 +299,9 @@ def check_turns(base: Sequence[Dump], new: Sequence[Dump]) -> None:
             f"--paired: BASE and NEW have {len(base)} and {len(new)} dumps of a recipe; run both in turn, equally "
             "often and at least twice"
         )
+    both = {dump.origin.date for dump in base} & {dump.origin.date for dump in new} - {None}
+    if both:
+        raise UserError(f"--paired: BASE and NEW both have a dump of {min(map(str, both))}, so they are the same runs")
     sides = sorted([(dump.origin.date or "", side) for side, dumps in enumerate((base, new)) for dump in dumps])
     for (date, first), (_, second) in zip(sides[::2], sides[1::2], strict=True):
         if first == second or not date:
@@ -324,7 +344,7 @@ def _rate(dumps: Sequence[Dump]) -> float | None:
     """Images per second; not judged, since it is derived from the total time."""
     if dumps[0].images is None:
         return None
-    return dumps[0].images * 1000 / geometric_mean([value for dump in dumps for value in dump.metrics["total"]])
+    return dumps[0].images * 1000 / location("total", [value for dump in dumps for value in dump.metrics["total"]])
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:

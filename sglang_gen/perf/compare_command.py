@@ -30,7 +30,7 @@ usage: sglang perf compare BASE NEW [NEW ...] [options]
 
 Compare the performance of two programs. BASE and NEW are perf dumps (sglang generate --perf-dump-path FILE) or folders
 of perf dumps. All NEW are compared with BASE together. Dumps with the same fingerprint (model, settings, machine) are
-repeats of one recipe; more repeats give narrower confidence intervals.
+repeats of one recipe; more repeats give narrower confidence intervals. No run may be on both sides.
 
 With --across, recipes may differ in these keys, and only in these. With one FOLDER, such as that of a sweep, each
 recipe is compared with the first in the folder that differs from it in no other key.

@@ -7,12 +7,13 @@ A dump is a JSON object with `total_duration_ms` and `steps`. Ours have `schema_
 import datetime
 import hashlib
 import json
-import math
+import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn
 
 from sglang_gen.config.schema import SCHEMA_VERSION
 from sglang_gen.errors import InvalidValueError, UserError, in_our_words
@@ -20,6 +21,8 @@ from sglang_gen.perf.paired_quality import Measures, by_sample
 
 PEAKS = ("peak_allocated_mb", "peak_reserved_mb", "peak_host_anon_mb")
 CALIBRATION = "calibration"  # processor time of the fixed work of perf.calibrate; no metric of the program
+MOST_OF_A_METRIC = 1e15  # milliseconds or MB; a larger number is a mistake
+WHOLE_TIMES = {"total": "total_duration_ms", "cpu": "cpu_duration_ms", CALIBRATION: "calibration_cpu_ms"}
 NO_COMMIT = ("N/A", "unknown")  # upstream's, if it is not in a checkout
 
 
@@ -58,19 +61,55 @@ def collect(paths: Iterable[str | Path]) -> list[Dump]:
     """
     collected: dict[Path, Dump] = {}
     for path in map(Path, paths):
-        if not path.exists():
+        folder = is_folder(path)
+        if folder is None:
             raise UserError(f"{path} does not exist")
-        dumps = [read(file) for file in json_files(path)] if path.is_dir() else [read(path, strict=True)]
+        dumps = [read(file) for file in json_files(path)] if folder else [read(path, strict=True)]
         if not any(dumps):
             raise UserError(f"The folder {path} holds no perf dump")
         collected |= {dump.path.resolve(): dump for dump in dumps if dump is not None}
     return list(collected.values())
 
 
+def is_folder(path: Path) -> bool | None:
+    """Whether `path` is a folder, not a file; None if there is neither. Raises UserError if it cannot be reached."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def json_files(folder: Path) -> list[Path]:
-    """JSON files in the order of their paths, numbers by value: the jobs of a sweep in their order."""
-    files = [path for path in folder.rglob("*.json") if path.is_file() and not path.name.startswith(".")]
+    """JSON files in the order of their paths, numbers by value: the jobs of a sweep in their order.
+
+    Raises UserError for a folder inside that cannot be read.
+    """
+    files = [
+        path
+        for place, _, names in os.walk(folder, onerror=_refuse_folder)
+        for path in (Path(place, name) for name in names if name.endswith(".json") and not name.startswith("."))
+        if _is_file(path)
+    ]
     return sorted(files, key=lambda path: ([_natural(part) for part in path.parts], path))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:  # removed meanwhile, or a link to nothing
+        return False
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise _unreadable(error.filename, error) from error
+
+
+def _unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read: {in_our_words(error)}")
 
 
 def _natural(part: str) -> tuple[int, int, str]:
@@ -97,7 +136,7 @@ def parse_json(path: Path) -> Any:
     except RecursionError:
         raise UserError(f"{path} is nested too deeply") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise _unreadable(path, error) from error
 
 
 def parse_dump(path: Path, content: Any, strict: bool = False) -> Dump | None:
@@ -126,6 +165,7 @@ def _dump(path: Path, content: Mapping[str, Any]) -> Dump:
         metrics = _metrics(content)
         denoising = content.get("denoise_steps_ms") or next(iter(_repeats(content))).get("denoise_steps_ms") or ()
         meta, fingerprint = content.get("meta") or {}, content.get("fingerprint") or {}
+        hash_, fields = fingerprint_of(fingerprint)
         named = {"model": meta.get("model"), "prompt": meta.get("prompt")}
         samples = content.get("samples")
         return Dump(
@@ -134,8 +174,8 @@ def _dump(path: Path, content: Mapping[str, Any]) -> Dump:
                 **named,
                 "denoising_steps": len({_step_number(index, entry) for index, entry in enumerate(denoising)}),
             },
-            fingerprint=fingerprint.get("hash"),
-            fields=fingerprint.get("fields") or {},
+            fingerprint=hash_,
+            fields=fields,
             metrics=metrics,
             images=len(samples) if samples else None,
             quality=by_sample(content.get("quality")),
@@ -145,6 +185,16 @@ def _dump(path: Path, content: Mapping[str, Any]) -> Dump:
         own = isinstance(error, InvalidValueError)
         reason = in_our_words(error) if own else "its entries do not have the layout of a dump"
         raise UserError(f"{path} cannot be compared: {reason}") from None
+
+
+def fingerprint_of(entry: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Hash and fields of the entry `fingerprint`. Raises InvalidValueError for values of another kind."""
+    hash_, fields = entry.get("hash"), entry.get("fields")
+    if hash_ is not None and not (isinstance(hash_, str) and hash_):
+        raise InvalidValueError(f"fingerprint.hash is {_short(hash_)}, not a text")
+    if fields is not None and not isinstance(fields, dict):
+        raise InvalidValueError(f"fingerprint.fields is {_short(fields)}, not an object")
+    return hash_, fields or {}
 
 
 def _origin(content: Mapping[str, Any], metrics: Mapping[str, list[float]]) -> Origin:
@@ -164,7 +214,7 @@ def utc(date: Any) -> str:
         moment = datetime.datetime.fromisoformat(date)
         moment = moment.replace(tzinfo=datetime.UTC) if moment.tzinfo is None else moment.astimezone(datetime.UTC)
     except (TypeError, ValueError, OverflowError):
-        raise InvalidValueError(f"its timestamp is {json.dumps(date)[:40]}, not a date of ISO 8601") from None
+        raise InvalidValueError(f"its timestamp is {_short(date)}, not a date of ISO 8601") from None
     return moment.isoformat(timespec="milliseconds")
 
 
@@ -182,30 +232,29 @@ def _metrics(content: Mapping[str, Any]) -> dict[str, list[float]]:
     for repeat in _repeats(content):
         for name, value in _times(repeat).items():
             metrics.setdefault(name, []).append(value)
-    if not all(metrics["total"]):
-        raise InvalidValueError("its total_duration_ms is zero")
+    check_times(metrics)
     once = {name: value for name, value in _stages(content).items() if name not in metrics}
     for checkpoint in (content.get("memory_checkpoints") or {}).values():
         for peak in PEAKS:
             if checkpoint.get(peak) is not None:
                 name = f"memory.{peak.removesuffix('_mb')}"
-                once[name] = max(once.get(name, 0.0), _number(checkpoint[peak], peak))
+                once[name] = max(once.get(name, 0.0), number_of(checkpoint[peak], peak))
     return metrics | {name: [value] for name, value in once.items()}
 
 
 def _times(repeat: Mapping[str, Any]) -> dict[str, float]:
     steps = [
-        _number(entry["duration_ms"] if isinstance(entry, dict) else entry, "a denoising step")
+        number_of(entry["duration_ms"] if isinstance(entry, dict) else entry, "a denoising step")
         for entry in repeat.get("denoise_steps_ms") or ()
     ]
     middle = {"step": median(steps)} if steps else {}
     cpu, fixed = repeat.get("cpu_duration_ms"), repeat.get("calibration_cpu_ms")
     return {
-        "total": _number(repeat["total_duration_ms"], "total_duration_ms"),
+        "total": number_of(repeat["total_duration_ms"], "total_duration_ms"),
         **_stages(repeat),
         **middle,
-        **({} if cpu is None else {"cpu": _number(cpu, "cpu_duration_ms")}),
-        **({CALIBRATION: _number(fixed, "calibration_cpu_ms")} if fixed else {}),
+        **({} if cpu is None else {"cpu": number_of(cpu, "cpu_duration_ms")}),
+        **({CALIBRATION: number_of(fixed, "calibration_cpu_ms")} if fixed else {}),
     }
 
 
@@ -213,11 +262,26 @@ def _stages(content: Mapping[str, Any]) -> dict[str, float]:
     stages: dict[str, float] = {}
     for entry in content.get("steps") or ():
         name = f"stage.{entry['name']}"
-        stages[name] = stages.get(name, 0.0) + _number(entry["duration_ms"], f"the stage {entry['name']}")
+        what = f"the stage {entry['name']}"
+        stages[name] = number_of(stages.get(name, 0.0) + number_of(entry["duration_ms"], what), what)
     return stages
 
 
-def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise InvalidValueError(f"{what} is {json.dumps(value)[:40]}, not a number of at least 0")
+def check_times(metrics: Mapping[str, Sequence[float]]) -> None:
+    """Raises InvalidValueError for a whole time of zero, which nothing takes; a stage or a step may round to zero."""
+    for name, field_name in WHOLE_TIMES.items():
+        if not all(metrics.get(name, ())):
+            raise InvalidValueError(f"its {field_name} is zero")
+
+
+def number_of(value: Any, what: str) -> float:
+    """A time or an amount of memory. Raises InvalidValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < MOST_OF_A_METRIC:
+        raise InvalidValueError(
+            f"{what} is {_short(value)}, not a number of at least 0 and below {MOST_OF_A_METRIC:.0e}"
+        )
     return float(value)
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:40]
