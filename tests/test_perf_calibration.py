@@ -201,7 +201,7 @@ def test_dumps_without_a_calibration_are_counted_and_prevent_the_adjustment():
     dumps.save(place, {key: value for key, value in json.loads(place.read_text()).items() if "calibration" not in key})
     _, comparison = check("new")
     (note,) = (note for note in comparison["notes"] if "adjusted" in note)
-    assert note == "cpu is not adjusted, since 1 of 30 dumps have no calibration (perf.calibrate)"
+    assert note == "cpu is not adjusted, since 1 of 30 dumps has no calibration (perf.calibrate)"
 
 
 def test_the_calibration_is_no_metric_of_the_program():

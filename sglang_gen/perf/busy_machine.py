@@ -61,7 +61,8 @@ def about_speeds(rows: Sequence["Row"], found: Speeds | None, dumps: Sequence[Du
         return []
     without = [dump for dump in dumps if CALIBRATION not in dump.metrics]
     if 0 < len(without) < len(dumps):
-        return [f"cpu is not adjusted, since {len(without)} of {len(dumps)} dumps have no calibration (perf.calibrate)"]
+        have = f"{len(without)} of {len(dumps)} dumps {'has' if len(without) == 1 else 'have'}"
+        return [f"cpu is not adjusted, since {have} no calibration (perf.calibrate)"]
     if found is None:
         return []
     change = 100 * (exp(fmean(found[1]) - fmean(found[0])) - 1)

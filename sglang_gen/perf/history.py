@@ -1,5 +1,6 @@
 """The history of each recipe: the values of its metrics at each commit, and the commits that changed them."""
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,9 +9,9 @@ from typing import Any
 
 from sglang_gen.errors import UserError
 from sglang_gen.perf import baseline, busy_machine
-from sglang_gen.perf.change_points import Change, Place, Rule, find
+from sglang_gen.perf.change_points import Change, Place, Rule, find, is_by_dump
 from sglang_gen.perf.compare import KINDS, Rules, location, tolerance_of, unit_of
-from sglang_gen.perf.dump_reader import Dump, json_files, parse_dump, parse_json
+from sglang_gen.perf.dump_reader import Dump, is_folder, json_files, parse_dump, parse_json
 from sglang_gen.perf.statistics import geometric_mean
 
 
@@ -34,7 +35,8 @@ class Revision:
 class Series:
     """A metric at the commits that have it: their indices, the geometric means of their dumps, and the changes.
 
-    `Change.index` is an index of `values`.
+    `Change.index` is an index of `values`. `is_by_dump` says that each dump was an observation, since there are few
+    commits.
     """
 
     metric: str
@@ -42,6 +44,7 @@ class Series:
     commits: list[int]
     values: list[float]
     changes: list[Change]
+    is_by_dump: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,11 @@ def read(paths: Iterable[str]) -> list[tuple[str, Dump]]:
     """
     found: dict[tuple[str, str], tuple[str, Dump]] = {}
     for path in map(Path, map(os.path.expanduser, paths)):
-        if not path.exists():
+        is_there = is_folder(path)
+        if is_there is None:
             raise UserError(f"{path} does not exist")
-        files = json_files(path) if path.is_dir() else [path]
-        dumps = [pair for file in files for pair in _read_file(file, strict=not path.is_dir())]
+        files = json_files(path) if is_there else [path]
+        dumps = [pair for file in files for pair in _read_file(file, path if is_there else None)]
         if not dumps:
             raise UserError(f"The folder {path} holds no perf dump and no baseline")
         for machine, dump in dumps:
@@ -77,12 +81,14 @@ def read(paths: Iterable[str]) -> list[tuple[str, Dump]]:
     return list(found.values())
 
 
-def _read_file(path: Path, strict: bool) -> list[tuple[str, Dump]]:
+def _read_file(path: Path, root: Path | None) -> list[tuple[str, Dump]]:
+    """The dumps of a file with their machines; `root` is the folder that was named, None if the file itself was."""
     content = parse_json(path)
     if baseline.is_baseline(content):
         known = baseline.parse(path, content)
-        return [(known.machine, dump) for dump in known.dumps]
-    dump = parse_dump(path, content, strict)
+        machine = known.machine if root is None else baseline.of_folder(known, root).machine
+        return [(machine, dump) for dump in known.dumps]
+    dump = parse_dump(path, content, strict=root is None)
     return [] if dump is None else [(baseline.machine_of(dump), dump)]
 
 
@@ -110,18 +116,20 @@ def _history(machine: str, dumps: Sequence[Dump], rules: Rules) -> History:
         fingerprint=first.fingerprint,
         commits=[Revision(group[0].origin.commit, group[0].origin.date or "", len(group)) for group in groups],
         series=[
-            _series(name, groups, rules)
+            _series(name, groups, rules, is_adjusted=name == busy_machine.CPU and adjusted is not None)
             for name in sorted(names, key=lambda name: list(KINDS).index(name.partition(".")[0]))
         ],
         is_adjusted=adjusted is not None,
     )
 
 
-def _series(name: str, groups: Sequence[Sequence[Dump]], rules: Rules) -> Series:
+def _series(name: str, groups: Sequence[Sequence[Dump]], rules: Rules, is_adjusted: bool) -> Series:
     places: dict[int, Place] = {}
     for index, group in enumerate(groups):
         values = [location(name, dump.metrics[name]) for dump in group if name in dump.metrics]
         if values:
-            places[index] = Place(geometric_mean(values), len(values))
-    found = find(list(places.values()), Rule(lambda base: tolerance_of(name, base, rules), rules.confidence))
-    return Series(name, unit_of(name), list(places), [place.value for place in places.values()], found)
+            places[index] = Place(geometric_mean(values), len(values), [math.log(value) for value in values])
+    found = list(places.values())
+    rule = Rule(lambda base: tolerance_of(name, base, rules), rules.confidence, is_adjusted)
+    values = [place.value for place in found]
+    return Series(name, unit_of(name), list(places), values, find(found, rule), is_by_dump(found, rule))

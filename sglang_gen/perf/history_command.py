@@ -9,6 +9,7 @@ from sglang_gen.config.schema import plain
 from sglang_gen.errors import UserError
 from sglang_gen.perf import history, history_page
 from sglang_gen.perf.arguments import METRIC_HELP, Parser, confidence, metrics, tolerance_help, tolerances
+from sglang_gen.perf.change_points import ENOUGH_DUMPS, FEW_COMMITS
 from sglang_gen.perf.compare import Rules
 from sglang_gen.perf.history_markdown import markdown
 
@@ -20,6 +21,7 @@ usage: sglang perf history PATH [PATH ...] [options]
 Show the metrics of perf dumps over commits, in the order of time, and the commits at which they changed. Each PATH is a
 perf dump, a baseline of sglang perf check, or a folder of them. Dumps of one commit are repeats. Each fingerprint and
 machine has a history of its own. Dumps of SGLang are read too.
+Changes are found in {FEW_COMMITS} or more commits, or in fewer that have {ENOUGH_DUMPS} quiet dumps each.
 
 options:
 {METRIC_HELP}
@@ -44,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("sglang perf history needs at least one perf dump, baseline or folder of them")
     if importlib.util.find_spec("ruptures") is None:
         raise UserError("sglang perf history needs the package ruptures: pip install 'sglang-gen[history]'")
-    limits, level = tolerances(given.tolerance), confidence(given.confidence or HISTORY_CONFIDENCE)
+    limits = tolerances(given.tolerance)
+    level = confidence(HISTORY_CONFIDENCE if given.confidence is None else given.confidence)
     reports = parser.reports(html=given.html, json=given.json, markdown=given.markdown)
     dumps = history.read(given.paths)
     parser.check_reports(reports, [dump.path for _, dump in dumps])

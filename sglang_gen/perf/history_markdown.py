@@ -6,12 +6,17 @@ from itertools import pairwise
 from statistics import fmean
 
 from sglang_gen import log
-from sglang_gen.perf.change_points import Change
+from sglang_gen.perf.busy_machine import QUIET
+from sglang_gen.perf.change_points import ENOUGH_DUMPS, FEW_COMMITS, QUIET_ADJUSTED, Change
 from sglang_gen.perf.compare_markdown import cell, share
 from sglang_gen.perf.history import History, Series
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_BLOCKS = 60  # longer series are averaged
+REMEDY = (
+    f"It takes {FEW_COMMITS} commits, or {ENOUGH_DUMPS} dumps of each that vary by {share(QUIET)} or less, or by "
+    f"{share(QUIET_ADJUSTED)} after the adjustment by their calibration."
+)
 LEAST_SPAN = 0.02  # log ratio that the blocks span at least, so that small noise looks small
 
 
@@ -23,7 +28,7 @@ def markdown(histories: Sequence[History], confidence: float) -> str:
 def _lines(history: History, confidence: float) -> Iterator[str]:
     commits, dumps = history.commits, sum(commit.dumps for commit in history.commits)
     yield from ("", f"## {cell(history.model)}, {cell(history.prompt)}, on {history.machine}", "")
-    counts = f"{dumps} dump{'s' * (dumps > 1)} of {len(commits)} commit{'s' * (len(commits) > 1)}"
+    counts = f"{log.quantity(dumps, 'dump')} of {log.quantity(len(commits), 'commit')}"
     yield f"{counts}, {commits[0].date[:10]} to {commits[-1].date[:10]}."
     yield from ("", "| metric | first | last | history | changes |", "|---|---|---|---|---|")
     for series in history.series:
@@ -31,6 +36,10 @@ def _lines(history: History, confidence: float) -> Iterator[str]:
         yield f"| {cell(series.metric)} | {values} | {len(series.changes) or 'none'} |"
     if history.is_adjusted:
         yield from ("", "cpu is adjusted for the speed of the machine, which the calibration of each dump shows.")
+    hidden = [series.metric for series in history.series if len(series.commits) < FEW_COMMITS and not series.is_by_dump]
+    if len(commits) > 1 and hidden:
+        names = "no metric" if len(hidden) == len(history.series) else f"none of {cell(', '.join(hidden), 400)}"
+        yield from ("", f"Few commits: {names} shows its noise well, so changes may not be found. {REMEDY}")
     changes = [(series, change) for series in history.series for change in series.changes]
     if changes:
         yield from ("", f"| metric | commit | date | change | {share(confidence)} interval | confidence |")

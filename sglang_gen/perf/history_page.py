@@ -63,7 +63,8 @@ def _section(history: History, confidence: float) -> Iterator[str]:
     dumps = sum(commit.dumps for commit in history.commits)
     yield f"<h2>{_text(history.model)}, {_text(history.prompt)}</h2>"
     yield (
-        f'<p class="muted">{_text(history.machine)}, {dumps} dumps of {len(history.commits)} commits, fingerprint '
+        f'<p class="muted">{_text(history.machine)}, {log.quantity(dumps, "dump")} of '
+        f"{log.quantity(len(history.commits), 'commit')}, fingerprint "
         f"{_text(history.fingerprint or 'absent')}</p>"
     )
     yield from _changes(history, confidence)
@@ -122,7 +123,8 @@ def _plot(history: History, series: Series) -> Iterator[str]:
         yield f'<text class="{kind}" x="{place}" y="{TOP - 10}" text-anchor="{anchor}">{label}</text>'
     for index, value in zip(series.commits, values, strict=True):
         commit_ = history.commits[index]
-        title = f"{_text(commit_.short)}, {commit_.date[:10]}: {value:.6g} {series.unit} ({commit_.dumps} dumps)"
+        count = log.quantity(commit_.dumps, "dump")
+        title = f"{_text(commit_.short)}, {commit_.date[:10]}: {value:.6g} {series.unit} ({count})"
         yield f'<circle class="dot" cx="{x(index)}" cy="{y(value)}" r="3.5"><title>{title}</title></circle>'
     yield f'<text x="{LEFT}" y="{HEIGHT - 8}">{_text(history.commits[0].short)}</text>'
     yield f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{_text(history.commits[-1].short)}</text>'
