@@ -85,7 +85,7 @@ def _make(
     plan = make.make_plan(composed, card)
     count = sum(map(len, plan.batches))
     log.info(
-        f"Making the quality reference: {count} image{'' if count == 1 else 's'} without cache, quantization and other "
+        f"Making the quality reference: {log.quantity(count, 'image')} without cache, quantization and other "
         f"approximations, in one process ({plan.backend}, {plan.dtype}); it is kept in {folder}"
     )
     try:

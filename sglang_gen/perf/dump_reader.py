@@ -78,7 +78,7 @@ def is_folder(path: Path) -> bool | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, in_our_words(error)) from error
 
 
 def json_files(folder: Path) -> list[Path]:
@@ -101,15 +101,15 @@ def _is_file(path: Path) -> bool:
     except FileNotFoundError:  # removed meanwhile, or a link to nothing
         return False
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, in_our_words(error)) from error
 
 
 def _refuse_folder(error: OSError) -> NoReturn:
-    raise _unreadable(error.filename, error) from error
+    raise _unreadable(error.filename, in_our_words(error)) from error
 
 
-def _unreadable(path: str | Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be read: {in_our_words(error)}")
+def _unreadable(path: str | Path, reason: str) -> UserError:
+    return UserError(f"{path} cannot be read: {reason}")
 
 
 def _natural(part: str) -> tuple[int, int, str]:
@@ -136,7 +136,7 @@ def parse_json(path: Path) -> Any:
     except RecursionError:
         raise UserError(f"{path} is nested too deeply") from None
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, in_our_words(error)) from error
 
 
 def parse_dump(path: Path, content: Any, strict: bool = False) -> Dump | None:

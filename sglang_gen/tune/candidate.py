@@ -74,11 +74,6 @@ class Bounds:
         return CandidateVerdict.OVER if one.memory is not None and one.memory > self.memory else None
 
 
-def plural(number: int, noun: str) -> str:
-    """`1 image`, `2 images`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 class CandidateError(Exception):
     """A candidate cannot be measured: its status, refused or failed, and the reason."""
 

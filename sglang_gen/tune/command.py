@@ -177,8 +177,6 @@ def _check(space: "Space", places: Places) -> None:
 
 def _tell(space: "Space", options: TuningOptions) -> None:
     """Log what is searched."""
-    from sglang_gen.tune.candidate import plural
-
     for notice in space.base.notices:
         log.info(notice)
     for warning in space.base_plan.warnings:
@@ -192,7 +190,7 @@ def _tell(space: "Space", options: TuningOptions) -> None:
     )
     if space.images < FEW_IMAGES:
         log.warning(
-            f"A bound over {plural(space.images, 'image')} says little about other prompts; give more with "
+            f"A bound over {log.quantity(space.images, 'image')} says little about other prompts; give more with "
             "quality.manifest=FILE or --num-samples"
         )
 

@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from sglang_gen import log
 from sglang_gen.tune.candidate import (
     BASE,
     Bench,
@@ -21,7 +22,6 @@ from sglang_gen.tune.candidate import (
     CandidateError,
     CandidateVerdict,
     Observation,
-    plural,
 )
 from sglang_gen.tune.halving import entrants, halve, image_counts
 from sglang_gen.tune.surrogate import Surrogate
@@ -132,8 +132,8 @@ class Search:
         ratio = "" if base is None or candidate == BASE else f", {base / one.seconds:.2f}x"
         quality = "identical" if math.isinf(one.psnr) else f"worst {one.psnr:.2f} dB"
         self.bench.tell(
-            f"{self.bench.elapsed() / 60:.1f} of {self.budget / 60:.3g} min: {candidate}: {plural(images, 'image')}, "
-            f"{one.seconds:.3g} s each{ratio}, {quality}"
+            f"{self.bench.elapsed() / 60:.1f} of {self.budget / 60:.3g} min: {candidate}: "
+            f"{log.quantity(images, 'image')}, {one.seconds:.3g} s each{ratio}, {quality}"
         )
 
     def _fits(self, entries: Iterable[Candidate], images: int, end: float) -> bool:
@@ -184,8 +184,8 @@ class Search:
 
     def _screen(self, end: float) -> None:
         field = [each for each in self.singles() if self.allowed(each) and not self.trials.is_measured(each)]
-        changes = f"{plural(len(field), 'change')} {'is' if len(field) == 1 else 'are'}"
-        self.bench.tell(f"{changes} measured alone, on {plural(self.counts[0], 'image')} each")
+        changes = f"{log.quantity(len(field), 'change')} {'is' if len(field) == 1 else 'are'}"
+        self.bench.tell(f"{changes} measured alone, on {log.quantity(self.counts[0], 'image')} each")
         self._rounds(field, self.counts[0], end)
 
     def _halve(self) -> None:

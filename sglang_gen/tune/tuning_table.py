@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from sglang_gen import log
 from sglang_gen.sweep.columns import Column, escaped, fit, render, wrapped
-from sglang_gen.tune.candidate import BASE, Candidate, CandidateVerdict, plural
+from sglang_gen.tune.candidate import BASE, Candidate, CandidateVerdict
 from sglang_gen.tune.outcome import CandidateRow, against_baseline, candidate_rows, image_name
 from sglang_gen.tune.search import Search
 
@@ -79,7 +80,7 @@ def _below(
         closest = max(below, key=lambda row: row.psnr or 0.0)
         yield escaped(f"the closest below the bound: {closest.candidate} ({image_name(closest.worst)})")
     for reason, names in _by_reason(rows, search.is_interrupted).items():
-        more = f" and {plural(len(names) - MOST_NAMED, 'other')}" if len(names) > MOST_NAMED else ""
+        more = f" and {log.quantity(len(names) - MOST_NAMED, 'other')}" if len(names) > MOST_NAMED else ""
         yield escaped(f"{', '.join(names[:MOST_NAMED])}{more}: {reason}")
 
 
@@ -105,7 +106,7 @@ def conclusion_lines(search: Search, rows: Sequence[CandidateRow]) -> list[str]:
     quality = "identical to the reference" if math.isinf(row.psnr or 0.0) else f"{row.psnr:.2f} dB"
     worst = f" ({image_name(row.worst)})" if row.worst else ""
     ratio = f"{_speed_up(row)} of the base{'' if row.interval else ' (measured too rarely for an interval)'}"
-    lines = [f"Chosen: {chosen}: {ratio}, worst of {plural(search.bench.images, 'image')} {quality}{worst}"]
+    lines = [f"Chosen: {chosen}: {ratio}, worst of {log.quantity(search.bench.images, 'image')} {quality}{worst}"]
     if chosen == Candidate():
         lines = [f"No candidate is faster than the base and keeps {search.trials.bounds.psnr:g} dB"]
     base = next(row for row in rows if row.candidate == BASE)
@@ -120,7 +121,7 @@ def conclusion_lines(search: Search, rows: Sequence[CandidateRow]) -> list[str]:
         lines.append(f"{against[0]:.2f} times as fast as the {search.baseline}{interval}")
     if search.is_cut:
         changes = sum(row.verdict == CandidateVerdict.UNMEASURED for row in rows)
-        left = [plural(number, noun) for number, noun in
+        left = [log.quantity(number, noun) for number, noun in
                 ((changes, "change"), (search.unmeasured, "promising combination")) if number]  # fmt: skip
         before = f" before {' and '.join(left)} had been measured" if left else ""
         lines.append(f"The budget ended the search{before}; a larger --budget tells more candidates apart")
@@ -142,7 +143,7 @@ def why_nothing(search: Search) -> str:
         best = max(below, key=lambda row: (row.images, row.psnr or 0.0))
         memory = "" if math.isinf(bounds.memory) else f" in {bounds.memory / 1e9:.3g} GB"
         return (
-            f"No candidate keeps {bounds.psnr:g} dB{memory}: the worst of {plural(best.images, 'image')} of "
+            f"No candidate keeps {bounds.psnr:g} dB{memory}: the worst of {log.quantity(best.images, 'image')} of "
             f"{best.candidate} has {best.psnr:.2f} dB; lower --min-psnr, or let the search change more axes"
         )
     if over := [row for row in measured if row.verdict == CandidateVerdict.OVER and row.memory is not None]:
@@ -158,4 +159,4 @@ def why_nothing(search: Search) -> str:
 def _measured(row: CandidateRow) -> str:
     quality = "identical to the reference" if math.isinf(row.psnr or 0.0) else f"{row.psnr:.2f} dB"
     memory = "" if row.memory is None else f", {row.memory / 1e9:.3g} GB"
-    return f"the worst of {plural(row.images, 'image')} {quality}{memory}"
+    return f"the worst of {log.quantity(row.images, 'image')} {quality}{memory}"
