@@ -76,10 +76,10 @@ def alone(path: Path, lock: Path, seconds: float, kind: type[Exception] = RunErr
     """Context in which no other process that names the file `lock` changes `path`. Raises an error of this kind."""
     from filelock import FileLock, Timeout
 
-    if lock.is_symlink():  # older versions of filelock truncate the link's target
-        raise kind(f"{path} cannot be written: {lock.name} is a symbolic link")
     held = FileLock(lock, timeout=seconds)
     try:
+        if lock.is_symlink():  # older versions of filelock truncate the link's target
+            raise kind(f"{path} cannot be written: {lock.name} is a symbolic link")
         lock.parent.mkdir(parents=True, exist_ok=True)
         held.acquire()
     except Timeout:

@@ -16,6 +16,7 @@ class Terminated(BaseException):
 
 
 _received: list[type[BaseException]] = []  # exceptions raised by the handlers of this command or rank
+_heard: list[type[BaseException]] = []  # those of them that were raised again
 
 
 def leave_quietly() -> None:
@@ -37,6 +38,7 @@ def raised() -> Iterator[None]:
     Outside of the main thread the host program owns the signals, and nothing changes.
     """
     _received.clear()
+    _heard.clear()
     before: dict[int, Any] = {}
     try:
         if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
@@ -66,14 +68,14 @@ def interrupts_held() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     waits = callable(handler) and threading.current_thread() is threading.main_thread()
-    if waits:
-        signal.signal(signal.SIGINT, lambda number, _: received.append(number))
     try:
+        if waits:
+            signal.signal(signal.SIGINT, lambda number, _: received.append(number))
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if waits:
             signal.signal(signal.SIGINT, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if received:
             signal.raise_signal(signal.SIGINT)
 
@@ -94,17 +96,18 @@ def raise_exception(number: int, frame: Any = None) -> NoReturn:
 def send_again(unraisable: "sys.UnraisableHookArgs") -> None:
     """Send the signal again, a moment later, if its exception came up where Python discards one, as in a `__del__`.
 
-    A `sys.unraisablehook`. The signal is not sent if another handler has been set by then.
+    A `sys.unraisablehook`. The signal is not sent if `check` or `heeded` has raised its exception by then, which would
+    be interrupted while it cleans up, or if another handler has been set.
     """
     if not issubclass(unraisable.exc_type, (KeyboardInterrupt, Terminated)):
         sys.__unraisablehook__(unraisable)
         return
     number = signal.SIGINT if issubclass(unraisable.exc_type, KeyboardInterrupt) else signal.SIGTERM
-    handler = signal.getsignal(number)
+    handler, heard = signal.getsignal(number), len(_heard)
     import threading
 
     def send() -> None:
-        if signal.getsignal(number) is handler:
+        if signal.getsignal(number) is handler and len(_heard) == heard:
             os.kill(os.getpid(), number)
 
     timer = threading.Timer(0.05, send)
@@ -122,6 +125,7 @@ def heeded() -> Iterator[None]:
         yield
     except Exception as error:
         if _received:
+            _heard.append(_received[0])
             raise _received[0] from error
         raise
     check()
@@ -130,6 +134,7 @@ def heeded() -> Iterator[None]:
 def check() -> None:
     """Raise the exception of a signal that was received before and discarded by a library."""
     if _received:
+        _heard.append(_received[0])
         raise _received[0]
 
 

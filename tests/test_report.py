@@ -140,14 +140,16 @@ def test_the_strip_of_a_step_cache_shows_all_images_and_branches(tmp_path):
 
 
 def test_a_cell_that_is_much_slower_leaves_the_others_apart_and_names_do_not_cover_one_another(tmp_path):
-    for label, seconds, mean in (("a", 1.0, 100), ("b", 1.01, 101), ("c", 2.0, 130), ("slow", 40.0, 131)):
+    for label, seconds, mean in (("a", [0.9, 1.1], 100), ("b", [1.01], 101), ("c", [2.0], 130), ("slow", [40.0], 131)):
         quality = {"samples": [{"index": 0, "psnr": float(mean), "ssim": 1.0}], "psnr": float(mean), "ssim": 1.0}
-        job(tmp_path, f"cache={label}", content=dump([seconds], quality=quality), images=[pixels()])
+        job(tmp_path, f"cache={label}", content=dump(seconds, quality=quality), images=[pixels()])
     plot = scatter_plots.quality_plot(cell_metrics.metrics(read_cells([tmp_path]), []))
     assert plot is not None
     axes = [layer["encoding"]["x"] for layer in plot.spec["layer"] if "axis" in layer["encoding"].get("x", {})]
     assert {axis["scale"]["type"] for axis in axes} == {"log"}
     assert axes[0]["axis"]["values"] == [1.0, 2.0, 5.0, 10.0, 20.0]
+    lows = [row["low"] for row in rows_of(plot.spec) if "low" in row]
+    assert min(lows) == pytest.approx(0.5)  # the interval of two repeats that differ begins at 0
     texts = [layer for layer in plot.spec["layer"] if layer["mark"]["type"] == "text"]
     named = [row["cell"] for layer in texts for row in layer["data"]["values"]]
     assert named == ["cache=a", "cache=c", "cache=slow"]

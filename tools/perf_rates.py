@@ -26,7 +26,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sglang_gen.perf.busy_machine import CPU, QUIET
-from sglang_gen.perf.change_points import ENOUGH_DUMPS, Change, Place, Rule, find
+from sglang_gen.perf.change_points import Change, Place, Rule, find
 from sglang_gen.perf.compare import TOLERANCES
 from sglang_gen.perf.covariance import adjusted, adjusted_pairs, at_one_speed
 from sglang_gen.perf.dump_reader import CALIBRATION, collect
@@ -152,15 +152,13 @@ def slower(dump: Dump) -> Dump:
     return {metric: value if metric == CALIBRATION else SLOWDOWN * value for metric, value in dump.items()}
 
 
-def over_commits(
-    dumps: list[Dump], metric: str, repeats: int, trials: int, commits: int = COMMITS
-) -> tuple[float, float, float]:
+def over_commits(dumps: list[Dump], metric: str, repeats: int, trials: int) -> tuple[float, float, float]:
     """Shares of steady histories with a change, and of slowdowns not found near and not found at their commit."""
     generator, alarms, far, lost = random.Random(0), 0, 0, 0
     for _ in range(trials):
-        series = resample(dumps, commits * repeats, generator)
+        series = resample(dumps, COMMITS * repeats, generator)
         alarms += bool(changes(series, metric, repeats))
-        at = generator.randrange(2, commits - 1) if commits > 3 else generator.randrange(1, commits)
+        at = generator.randrange(2, COMMITS - 1)
         changed = [slower(dump) if index >= at * repeats else dump for index, dump in enumerate(series)]
         found = [change.index for change in changes(changed, metric, repeats) if change.verdict is Verdict.REGRESSION]
         lost += at not in found
@@ -171,18 +169,15 @@ def over_commits(
 def changes(series: list[Dump], metric: str, repeats: int) -> list[Change]:
     """The changes of a history of commits with so many dumps; processor times with a calibration are adjusted."""
     logs = [math.log(dump[metric]) for dump in series]
-    is_adjusted = metric == CPU and CALIBRATION in series[0]
-    if is_adjusted:
+    if metric == CPU and CALIBRATION in series[0]:
         logs = at_one_speed(logs, [math.log(dump[CALIBRATION]) for dump in series])
-    commits = [logs[at : at + repeats] for at in range(0, len(logs), repeats)]
-    places = [Place(math.exp(fmean(own)), repeats, own) for own in commits]
-    return find(places, Rule(lambda _: TOLERANCE, is_adjusted=is_adjusted))
+    means = [fmean(logs[at : at + repeats]) for at in range(0, len(logs), repeats)]
+    return find([Place(math.exp(value), repeats) for value in means], Rule(lambda _: TOLERANCE))
 
 
 Rates = Callable[[list[Dump], str, int], tuple[float, float, float]]
 PAIRS = (10, 15, 20)
 REPEATS = (1, 3, 5)  # dumps of each commit of a history
-FEW = (2, 3, 5)  # commits of a short history, each with ENOUGH_DUMPS
 CHECKS = ((20, 5), (20, 10), (40, 10))  # dumps of the baseline, and new ones
 
 
@@ -199,8 +194,8 @@ def procedures() -> dict[str, Rates]:
             one_after_the_other(dumps, base, new), by_metric(metric, Method.DRIFTING, 0.99), trials
         )
 
-    def history(repeats: int, commits: int = COMMITS) -> Rates:
-        return lambda dumps, metric, trials: over_commits(dumps, metric, repeats, trials, commits)
+    def history(repeats: int) -> Rates:
+        return lambda dumps, metric, trials: over_commits(dumps, metric, repeats, trials)
 
     return {
         "compare, 20 dumps and then 20": lambda dumps, metric, trials: rated(
@@ -209,7 +204,6 @@ def procedures() -> dict[str, Rates]:
         **{f"compare --paired, {count} pairs": paired(count) for count in PAIRS},
         **{f"check, {new} dumps against {base}": check(base, new) for base, new in CHECKS},
         **{f"history, {COMMITS} commits with {repeats} dumps": history(repeats) for repeats in REPEATS},
-        **{f"history, {few} commits with {ENOUGH_DUMPS} dumps": history(ENOUGH_DUMPS, few) for few in FEW},
     }
 
 
@@ -242,9 +236,6 @@ def calibrated(recorded: dict[str, list[Dump]], trials: int) -> Iterator[str]:
         for count in REPEATS if name == other else ():
             cells = _shares(over_commits(dumps, CPU, count, trials))
             yield f"| {name} | {other} | history --metric cpu, {COMMITS} commits with {count} dumps | {cells} |"
-        for count in FEW if name == other else ():
-            cells = _shares(over_commits(dumps, CPU, ENOUGH_DUMPS, trials, count))
-            yield f"| {name} | {other} | history --metric cpu, {count} commits with {ENOUGH_DUMPS} dumps | {cells} |"
 
 
 def _shares(found: tuple[float, float, float]) -> str:

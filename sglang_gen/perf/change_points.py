@@ -15,10 +15,8 @@ T is Student's t variable with n - k degrees of freedom, and n - 1 the number of
 (Bonferroni). The noise is that of the machine, so one variance serves all segments, and a short one can be judged. The
 confidence is 1 - p.
 
-A few commits do not show their noise. If there are fewer than FEW_COMMITS, and each has ENOUGH_DUMPS, all places are
-proposed, and the dumps take the place of the commits in these formulas, as in `sglang perf check`. They show the noise
-within a commit, and not what differs from one session to the next, so it must be at most QUIET, or QUIET_ADJUSTED for
-times that are adjusted for the speed of the machine. tools/perf_rates.py has the rates.
+Few commits do not show their noise: two never show a change, and fewer than FEW_COMMITS hide many. Their dumps cannot
+take their place, because they do not show what differs from one session of measurements to the next.
 
 A machine whose speed drifts makes neighboring commits alike. The correlation of neighbors within segments increases e
 (`log_ratio.Noise`).
@@ -30,30 +28,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
-from sglang_gen.perf.busy_machine import QUIET
 from sglang_gen.perf.log_ratio import Noise
 from sglang_gen.perf.statistics import Verdict, geometric_mean
 
+FEW_COMMITS = 8  # with fewer, a change of 10 % may not be found at any noise of a machine
 LEAST_DUMPS = 2  # in a segment; a single dump may be slow for any reason
-FEW_COMMITS = 8  # with fewer, their values alone hide many changes
-ENOUGH_DUMPS = 10  # of each of few commits
-QUIET_ADJUSTED = 0.05  # noise of dumps up to which those of few commits decide, if adjusted for the machine's speed
 PENALTY = 2.0  # times the variance and the logarithm of the number of commits
 
 
 @dataclass(frozen=True)
 class Place:
-    """A commit of a series: the value of a metric at it, and the number of its dumps.
-
-    `logs` are the logarithms of the values of its dumps, in the order of time.
-    """
+    """A commit of a series: the value of a metric at it, and the number of its dumps."""
 
     value: float
     dumps: int
-    logs: Sequence[float] = ()
-
-
-Logs = Callable[[Sequence[Place]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -71,33 +59,19 @@ class Change:
 
 @dataclass(frozen=True)
 class Rule:
-    """What is a change: `tolerance` is the relative tolerance at a base value.
-
-    `is_adjusted` says that the values are those at one speed of the machine.
-    """
+    """What is a change: `tolerance` is the relative tolerance at a base value."""
 
     tolerance: Callable[[float], float]
     confidence: float = 0.99
-    is_adjusted: bool = False
-
-
-def is_by_dump(places: Sequence[Place], rule: Rule) -> bool:
-    """Whether each dump is an observation, since there are few commits."""
-    if not 2 <= len(places) < FEW_COMMITS or any(len(place.logs) < ENOUGH_DUMPS for place in places):
-        return False
-    most = QUIET_ADJUSTED if rule.is_adjusted else QUIET
-    return Noise.of([place.logs for place in places]).variance <= most**2
 
 
 def find(places: Sequence[Place], rule: Rule) -> list[Change]:
     """The change points of a series, in the order of time."""
-    by_dump = is_by_dump(places, rule)
-    logs = _logs_of_dumps if by_dump else _logs
-    bounds = [0, *(range(1, len(places)) if by_dump else _proposed(places)), len(places)]
+    bounds = [0, *_proposed(places), len(places)]
     while len(bounds) > 2:
-        noise = Noise.of([logs(places[start:end]) for start, end in pairwise(bounds)])
+        noise = Noise.of([_logs(places[start:end]) for start, end in pairwise(bounds)])
         changes = [
-            _judged(places, (bounds[at - 1], bounds[at], bounds[at + 1]), noise, rule, logs)
+            _judged(places, (bounds[at - 1], bounds[at], bounds[at + 1]), noise, rule)
             for at in range(1, len(bounds) - 1)
         ]
         weakest = min(range(len(changes)), key=lambda at: changes[at].confidence)
@@ -123,19 +97,15 @@ def _proposed(places: Sequence[Place]) -> list[int]:
     return found[:-1]
 
 
-def _judged(places: Sequence[Place], bounds: tuple[int, int, int], noise: Noise, rule: Rule, logs: Logs) -> Change:
+def _judged(places: Sequence[Place], bounds: tuple[int, int, int], noise: Noise, rule: Rule) -> Change:
     start, middle, end = bounds
     base, new, tries = places[start:middle], places[middle:end], len(places) - 1
-    found = noise.difference(logs(base), logs(new))
+    found = noise.difference(_logs(base), _logs(new))
     enough = all(sum(place.dumps for place in side) >= LEAST_DUMPS for side in (base, new))
     p_value = tries * found.p_value(rule.tolerance(geometric_mean([place.value for place in base])))
     verdict = Verdict.REGRESSION if found.shift > 0 else Verdict.IMPROVEMENT
     interval = found.interval(1 - (1 - rule.confidence) / tries) or (0.0, math.inf)
     return Change(middle, math.exp(found.shift), interval, 1 - min(1.0, p_value) if enough else 0.0, verdict)
-
-
-def _logs_of_dumps(places: Sequence[Place]) -> list[float]:
-    return [value for place in places for value in place.logs]
 
 
 def _logs(places: Sequence[Place]) -> list[float]:

@@ -1,6 +1,5 @@
 """The history of each recipe: the values of its metrics at each commit, and the commits that changed them."""
 
-import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 from sglang_gen.errors import UserError
 from sglang_gen.perf import baseline, busy_machine
-from sglang_gen.perf.change_points import Change, Place, Rule, find, is_by_dump
+from sglang_gen.perf.change_points import Change, Place, Rule, find
 from sglang_gen.perf.compare import KINDS, Rules, location, tolerance_of, unit_of
 from sglang_gen.perf.dump_reader import Dump, is_folder, json_files, parse_dump, parse_json
 from sglang_gen.perf.statistics import geometric_mean
@@ -35,8 +34,7 @@ class Revision:
 class Series:
     """A metric at the commits that have it: their indices, the geometric means of their dumps, and the changes.
 
-    `Change.index` is an index of `values`. `is_by_dump` says that each dump was an observation, since there are few
-    commits.
+    `Change.index` is an index of `values`.
     """
 
     metric: str
@@ -44,7 +42,6 @@ class Series:
     commits: list[int]
     values: list[float]
     changes: list[Change]
-    is_by_dump: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,20 +113,18 @@ def _history(machine: str, dumps: Sequence[Dump], rules: Rules) -> History:
         fingerprint=first.fingerprint,
         commits=[Revision(group[0].origin.commit, group[0].origin.date or "", len(group)) for group in groups],
         series=[
-            _series(name, groups, rules, is_adjusted=name == busy_machine.CPU and adjusted is not None)
+            _series(name, groups, rules)
             for name in sorted(names, key=lambda name: list(KINDS).index(name.partition(".")[0]))
         ],
         is_adjusted=adjusted is not None,
     )
 
 
-def _series(name: str, groups: Sequence[Sequence[Dump]], rules: Rules, is_adjusted: bool) -> Series:
+def _series(name: str, groups: Sequence[Sequence[Dump]], rules: Rules) -> Series:
     places: dict[int, Place] = {}
     for index, group in enumerate(groups):
         values = [location(name, dump.metrics[name]) for dump in group if name in dump.metrics]
         if values:
-            places[index] = Place(geometric_mean(values), len(values), [math.log(value) for value in values])
-    found = list(places.values())
-    rule = Rule(lambda base: tolerance_of(name, base, rules), rules.confidence, is_adjusted)
-    values = [place.value for place in found]
-    return Series(name, unit_of(name), list(places), values, find(found, rule), is_by_dump(found, rule))
+            places[index] = Place(geometric_mean(values), len(values))
+    found = find(list(places.values()), Rule(lambda base: tolerance_of(name, base, rules), rules.confidence))
+    return Series(name, unit_of(name), list(places), [place.value for place in places.values()], found)

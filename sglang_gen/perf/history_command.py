@@ -9,7 +9,7 @@ from sglang_gen.config.schema import plain
 from sglang_gen.errors import UserError
 from sglang_gen.perf import history, history_page
 from sglang_gen.perf.arguments import METRIC_HELP, Parser, confidence, metrics, tolerance_help, tolerances
-from sglang_gen.perf.change_points import ENOUGH_DUMPS, FEW_COMMITS
+from sglang_gen.perf.change_points import FEW_COMMITS
 from sglang_gen.perf.compare import Rules
 from sglang_gen.perf.history_markdown import markdown
 
@@ -21,7 +21,7 @@ usage: sglang perf history PATH [PATH ...] [options]
 Show the metrics of perf dumps over commits, in the order of time, and the commits at which they changed. Each PATH is a
 perf dump, a baseline of sglang perf check, or a folder of them. Dumps of one commit are repeats. Each fingerprint and
 machine has a history of its own. Dumps of SGLang are read too.
-Changes are found in {FEW_COMMITS} or more commits, or in fewer that have {ENOUGH_DUMPS} quiet dumps each.
+Fewer than {FEW_COMMITS} commits do not show their noise, and changes among them may not be found.
 
 options:
 {METRIC_HELP}

@@ -6,16 +6,15 @@ from itertools import pairwise
 from statistics import fmean
 
 from sglang_gen import log
-from sglang_gen.perf.busy_machine import QUIET
-from sglang_gen.perf.change_points import ENOUGH_DUMPS, FEW_COMMITS, QUIET_ADJUSTED, Change
+from sglang_gen.perf.change_points import FEW_COMMITS, Change
 from sglang_gen.perf.compare_markdown import cell, share
 from sglang_gen.perf.history import History, Series
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_BLOCKS = 60  # longer series are averaged
-REMEDY = (
-    f"It takes {FEW_COMMITS} commits, or {ENOUGH_DUMPS} dumps of each that vary by {share(QUIET)} or less, or by "
-    f"{share(QUIET_ADJUSTED)} after the adjustment by their calibration."
+TOO_FEW = (
+    f"Fewer than {FEW_COMMITS} commits do not show their noise, so changes may not be found; sglang perf check and "
+    "sglang perf compare judge two programs by their dumps."
 )
 LEAST_SPAN = 0.02  # log ratio that the blocks span at least, so that small noise looks small
 
@@ -36,10 +35,8 @@ def _lines(history: History, confidence: float) -> Iterator[str]:
         yield f"| {cell(series.metric)} | {values} | {len(series.changes) or 'none'} |"
     if history.is_adjusted:
         yield from ("", "cpu is adjusted for the speed of the machine, which the calibration of each dump shows.")
-    hidden = [series.metric for series in history.series if len(series.commits) < FEW_COMMITS and not series.is_by_dump]
-    if len(commits) > 1 and hidden:
-        names = "no metric" if len(hidden) == len(history.series) else f"none of {cell(', '.join(hidden), 400)}"
-        yield from ("", f"Few commits: {names} shows its noise well, so changes may not be found. {REMEDY}")
+    if 1 < len(commits) < FEW_COMMITS:
+        yield from ("", TOO_FEW)
     changes = [(series, change) for series in history.series for change in series.changes]
     if changes:
         yield from ("", f"| metric | commit | date | change | {share(confidence)} interval | confidence |")

@@ -6,9 +6,10 @@ from html import escape
 from itertools import pairwise
 
 from sglang_gen import env, log
+from sglang_gen.perf.change_points import FEW_COMMITS
 from sglang_gen.perf.compare_markdown import share
 from sglang_gen.perf.history import History, Series
-from sglang_gen.perf.history_markdown import certainty, interval, percent
+from sglang_gen.perf.history_markdown import TOO_FEW, certainty, interval, percent
 from sglang_gen.perf.statistics import Verdict, geometric_mean
 
 WIDTH, HEIGHT = 860, 190
@@ -67,6 +68,8 @@ def _section(history: History, confidence: float) -> Iterator[str]:
         f"{log.quantity(len(history.commits), 'commit')}, fingerprint "
         f"{_text(history.fingerprint or 'absent')}</p>"
     )
+    if 1 < len(history.commits) < FEW_COMMITS:
+        yield f'<p class="muted">{TOO_FEW}</p>'
     yield from _changes(history, confidence)
     for series in history.series:
         if series.values:
