@@ -80,6 +80,8 @@ def _scatter(
 
     least, most = min(row["x"] for row in rows), max(row["x"] for row in rows)
     is_wide = 0 < WIDE * least < most  # one slow cell would leave the others in a corner
+    if is_wide:  # a logarithmic axis has no place for an interval that begins at 0
+        rows = [row | {"low": max(row["low"], least / 2)} if "low" in row else row for row in rows]
     middle = math.sqrt(least * most) if is_wide else (least + most) / 2
     for index in chosen:
         rows[index]["frontier"] = True
@@ -87,8 +89,6 @@ def _scatter(
     axis = alt.Axis() if labels is None else alt.Axis(labelExpr=labels[0], values=labels[1])
     y = alt.Y("y:Q", title=titles[1], scale=alt.Scale(zero=False, padding=18), axis=axis)
     scale = alt.Scale(type="log", nice=False, padding=18) if is_wide else alt.Scale(zero=False, padding=18)
-    if is_wide:  # a logarithmic axis has no place for an interval that begins at 0
-        rows = [row | {"low": max(row["low"], least / 2)} if "low" in row else row for row in rows]
     ticks = alt.Axis(values=_powers(least, most)) if is_wide else alt.Axis(tickCount=5)
     x = alt.X("x:Q", title=titles[0] + " (logarithmic)" * is_wide, scale=scale, axis=ticks)
     base = alt.Chart(alt.Data(values=rows)).encode(y=y)
