@@ -54,7 +54,9 @@ def test_a_prompt_cannot_steer_the_terminal_and_its_record_keeps_it(sglang, pipe
     assert 'Generating with prompt: "a  [31mred b' in done.err
     assert not CONTROL.search(done.err)
     assert json.loads(Path("outputs/generated_image_0.json").read_text())["sample"]["prompt"] == HOSTILE
-    done = sglang("perf", "compare", "p.json", "p.json", "--markdown", "m.md")
+    again = json.loads(Path("p.json").read_text()) | {"timestamp": "2026-01-01T00:00:00+00:00"}
+    Path("q.json").write_text(json.dumps(again))
+    done = sglang("perf", "compare", "p.json", "q.json", "--markdown", "m.md")
     assert "u001b[31mred" in done.out
     assert not CONTROL.search(done.out + Path("m.md").read_text())
 

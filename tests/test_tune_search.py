@@ -333,7 +333,7 @@ def broken_base(seed: int, remedy: tuple[str, str]) -> CostSurface:
 def test_a_slower_candidate_is_chosen_where_the_base_breaks_the_bound(seed, remedy, is_predicted):
     surface = broken_base(seed, remedy)
     if is_predicted:  # and would not be measured beside a base that keeps it
-        surface.slower[Candidate((remedy,))] = "a step is predicted to take 1.50 times as long"
+        surface.slower[Candidate((remedy,))] = 1.5
     search = searched(surface)
     assert search.chosen == surface.optimum()
     assert remedy in search.chosen.changes
@@ -347,7 +347,7 @@ def test_a_slower_candidate_is_found_where_the_base_breaks_the_bound_on_later_im
     surface = broken_base(0, ("dtype", "dtype=float32"))
     surface.hardness = [0.1] * 4 + [1.0] * 12
     surface.shifts = {change: abs(shift) for change, shift in surface.shifts.items()}
-    surface.slower[Candidate((("dtype", "dtype=float32"),))] = "a step is predicted to take 1.50 times as long"
+    surface.slower[Candidate((("dtype", "dtype=float32"),))] = 1.5
     assert searched(surface).chosen == surface.optimum() == Candidate((("dtype", "dtype=float32"),))
 
 
@@ -364,10 +364,13 @@ def test_a_slower_candidate_is_chosen_where_the_base_takes_too_much_memory():
 def test_a_candidate_that_is_predicted_to_be_slower_is_not_measured_beside_a_base_that_keeps_the_bounds():
     surface = CostSurface(0)
     change = Candidate((("dtype", "dtype=float32"),))
-    surface.slower[change] = "a step is predicted to take 1.50 times as long"
+    surface.slower[change] = 1.5
     search = searched(surface)
     assert change not in {each for each, _ in surface.measured}
-    assert search.trials.known[change].lost == (CandidateVerdict.REFUSED, surface.slower[change])
+    assert search.trials.known[change].lost == (
+        CandidateVerdict.REFUSED,
+        "a step is predicted to take 1.50 times as long as that of the base",
+    )
 
 
 def test_the_sentence_without_a_candidate_names_the_bound_that_none_keeps():
@@ -401,3 +404,44 @@ def test_an_interrupted_search_says_so_of_what_it_has_not_measured():
     text = "\n".join(table_lines(search, candidate_rows(search), 200))
     assert "not measured, the search was interrupted" in text
     assert "budget was spent" not in text
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_closer_than_a_base_that_breaks_the_bound_later_is_tried_first(seed):
+    """The budget does not suffice for the others, which are faster and break the bound on the later images too."""
+    surface = broken_base(seed, ("dtype", "dtype=float32"))
+    surface.hardness = [0.1] * 4 + [1.0] * 12
+    search = searched(surface, budget=300)
+    assert search.chosen is not None
+    assert ("dtype", "dtype=float32") in search.chosen.changes
+
+
+def test_if_the_budget_is_spent_before_those_that_keep_the_bound_have_all_images_this_is_said():
+    surface = broken_base(0, ("dtype", "dtype=float32"))
+    surface.hardness = [0.1] * 4 + [1.0] * 12
+    search = searched(surface, budget=130)
+    assert search.chosen is None
+    assert "raise --budget" in why_nothing(search)
+
+
+def test_a_change_that_saves_memory_is_combined_with_the_others_where_the_base_takes_too_much():
+    surface = CostSurface(0)
+    surface.interactions.clear()
+    surface.errors = dict.fromkeys(surface.errors, 0.0)
+    small, fast = ("layout", "parallel=sp2"), ("layout", "parallel=tp2")
+    surface.shifts |= {small: 0.1, fast: -0.3}
+    surface.memory = {small: -5e8}
+    search = searched(surface, budget=400, memory=6e8)
+    assert search.promising
+    assert all(small in each.changes for each in search.promising)
+    allowed = [each for each in products() if small in each.changes]
+    assert surface.time(search.chosen) <= 1.02 * min(map(surface.time, allowed))
+
+
+def test_a_candidate_that_is_predicted_to_be_much_slower_does_not_overrun_the_budget():
+    surface = broken_base(0, ("dtype", "dtype=float32"))
+    slow = Candidate((("dtype", "dtype=float16"),))
+    surface.shifts["dtype", "dtype=float16"] = math.log(300)
+    surface.slower[slow] = 300.0
+    searched(surface, budget=300)
+    assert surface.now <= 300 * 1.02

@@ -74,6 +74,11 @@ class Bounds:
         return CandidateVerdict.OVER if one.memory is not None and one.memory > self.memory else None
 
 
+def slowness_sentence(ratio: float) -> str:
+    """Why a candidate is not worth a measurement beside a base that keeps the bounds."""
+    return f"a step is predicted to take {ratio:.2f} times as long as that of the base"
+
+
 class CandidateError(Exception):
     """A candidate cannot be measured: its status, refused or failed, and the reason."""
 
@@ -92,8 +97,8 @@ class Bench(Protocol):
         """Why the candidate need not or cannot be measured, known without measuring it."""
         ...
 
-    def slowness(self, candidate: Candidate) -> str | None:
-        """Why the candidate is not worth a measurement if the base keeps the bounds: it is predicted to be slower."""
+    def slowness(self, candidate: Candidate) -> float | None:
+        """How many times as long as the base the candidate is predicted to take, if it is clearly slower."""
         ...
 
     def measure(self, candidate: Candidate, images: int) -> Observation:

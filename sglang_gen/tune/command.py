@@ -197,12 +197,13 @@ def _tell(space: "Space", options: TuningOptions) -> None:
 
 def _described(space: "Space") -> str:
     """The changes of every axis, with what the plan or an estimate says against them; JSON with dry_run=json."""
-    from sglang_gen.tune.candidate import Candidate
+    from sglang_gen.tune.candidate import Candidate, slowness_sentence
 
-    found = {
-        axis: {word: space.refusal(one := Candidate(((axis, word),))) or space.slowness(one) for word in words}
-        for axis, words in space.axes.items()
-    }
+    def against(candidate: Candidate) -> str | None:
+        ratio = space.slowness(candidate)
+        return space.refusal(candidate) or (None if ratio is None else slowness_sentence(ratio))
+
+    found = {axis: {word: against(Candidate(((axis, word),))) for word in words} for axis, words in space.axes.items()}
     if space.base.run.dry_run == "json":
         return json.dumps(found, indent=2, ensure_ascii=False)
     lines = []

@@ -43,7 +43,7 @@ class Machine:
     def refusal(self, candidate: Candidate) -> str | None:
         return self.space.refusal(candidate)
 
-    def slowness(self, candidate: Candidate) -> str | None:
+    def slowness(self, candidate: Candidate) -> float | None:
         return self.space.slowness(candidate)
 
     def prepare(self) -> None:

@@ -13,10 +13,12 @@ MOST_PREDICTED = 1.3  # times the predicted step of the base; predictions are le
 
 @dataclass(frozen=True)
 class Obstacles:
-    """Why a candidate cannot keep the bounds or be measured, and why it is not worth a measurement; None if it is."""
+    """Why a candidate cannot keep the bounds or be measured, and how many times as long as the base it is predicted to
+    take; None if it can, and if it is not clearly slower.
+    """
 
     refusal: str | None = None
-    slowness: str | None = None
+    slowness: float | None = None
 
 
 def obstacles(plan: Plan, base: Plan, max_memory: float) -> Obstacles:
@@ -44,12 +46,12 @@ def obstacles(plan: Plan, base: Plan, max_memory: float) -> Obstacles:
     return Obstacles(slowness=_slower(own, of_base))
 
 
-def _slower(own: dict[str, object], base: dict[str, object]) -> str | None:
-    """The sentence about a candidate that is predicted to be clearly slower, where the machine's rates are known."""
+def _slower(own: dict[str, object], base: dict[str, object]) -> float | None:
+    """The predicted ratio of a candidate that is clearly slower, where the machine's rates are known."""
     step, of_base = (_predicted_step(one) for one in (own, base))
     if step is None or of_base is None or step <= MOST_PREDICTED * of_base:
         return None
-    return f"a step is predicted to take {step / of_base:.2f} times as long as that of the base"
+    return step / of_base
 
 
 def _predicted_step(estimated: dict[str, object]) -> float | None:

@@ -22,9 +22,10 @@ from sglang_gen.tune.candidate import (
     CandidateError,
     CandidateVerdict,
     Observation,
+    slowness_sentence,
 )
 from sglang_gen.tune.halving import entrants, halve, image_counts
-from sglang_gen.tune.surrogate import Surrogate
+from sglang_gen.tune.surrogate import GAIN, Surrogate
 from sglang_gen.tune.trials import Trials
 
 FIRST_IMAGES = 2  # images of the first rung
@@ -100,8 +101,9 @@ class Search:
             return known.lost is None
         reason = self.bench.refusal(candidate)
         self.slower.discard(candidate)
-        if reason is None and not self.trials.breaks(BASE) and (reason := self.bench.slowness(candidate)) is not None:
+        if reason is None and not self.trials.breaks(BASE) and (ratio := self.bench.slowness(candidate)) is not None:
             self.slower.add(candidate)
+            reason = slowness_sentence(ratio)
         if reason is not None:
             self.trials.lose(candidate, CandidateVerdict.REFUSED, reason)
         elif known is not None:  # it was refused before the base broke a bound
@@ -138,7 +140,7 @@ class Search:
 
     def _fits(self, entries: Iterable[Candidate], images: int, end: float) -> bool:
         """Whether the measurements are expected to end before `end`; otherwise the search was cut."""
-        cost = sum(self.trials.cost(each, images) for each in entries)
+        cost = sum(self.trials.cost(each, images, self.bench.slowness(each) or 1.0) for each in entries)
         if self.bench.elapsed() + cost <= end:
             return True
         self.is_cut = True
@@ -231,13 +233,20 @@ class Search:
 
     def _reserve(self) -> list[Candidate]:
         """The candidates that keep the bounds and have not generated the whole manifest, the fastest first: those that
-        are faster than the base, or all if the base breaks a bound.
+        are faster than the base, or all if the base breaks a bound, and first those that are closer to the reference.
         """
         if self.trials.breaks(BASE) and any([self.allowed(each) for each in list(self.slower)]):  # noqa: C419 - all
-            self._screen(self.budget)
+            now = self.bench.elapsed()
+            self._screen(now + (self.budget - now) / 2)  # the rest is for whole manifests
         found = [each for each in self.trials.fastest(list(self.trials.known)) if each != BASE]
         found = [each for each in found if self.trials.known[each].images < self.bench.images]
-        return [each for each in found if self.trials.breaks(BASE) or (self.trials.shift(each) or 0.0) < 0]
+        if not self.trials.breaks(BASE):
+            return [each for each in found if (self.trials.shift(each) or 0.0) < 0]
+        if (
+            self.trials.known[BASE].broken is CandidateVerdict.BELOW
+        ):  # what is as close as the base breaks the bound too
+            found.sort(key=lambda each: not self.trials.is_closer(each, BASE, GAIN))
+        return found
 
     def _still_keeping(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates that keep the bounds on more than the first images, which costs less than all images."""

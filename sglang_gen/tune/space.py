@@ -53,7 +53,7 @@ class Space:
         _check_decided(self.base)
         self.card: ModelCard = resolve.find(self.base.run.model, weights=False)
         self._planned: dict[Candidate, Planned | str] = {BASE: self._plan_base()}
-        self._slowness: dict[Candidate, str] = {}
+        self._slowness: dict[Candidate, float] = {}
         self._same = {_identity(self.base_plan): BASE}  # the first candidate of each plan
         fixed = tuned_axes.fixed_axes(self.choices, self.base.sources)
         chosen = tuned_axes.select(options.axes, fixed)
@@ -82,8 +82,8 @@ class Space:
         found = self._of(candidate)
         return found if isinstance(found, str) else None
 
-    def slowness(self, candidate: Candidate) -> str | None:
-        """Why a candidate is not worth a measurement if the base keeps the bounds: it is predicted to be slower."""
+    def slowness(self, candidate: Candidate) -> float | None:
+        """How many times as long as the base a candidate is predicted to take, if it is clearly slower."""
         self._of(candidate)
         return self._slowness.get(candidate)
 

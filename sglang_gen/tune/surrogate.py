@@ -49,27 +49,34 @@ class Surrogate:
         """Changes of an axis that are faster than the base, clearly closer to the reference, or keep a bound that the
         base breaks, the fastest first.
 
-        Those that another change of the axis beats in both are left out, and those that are further than `slack` dB
-        below the bound, or below the base if it breaks the bound itself.
+        Those that another change of the axis beats in both are left out, unless they alone keep the bound of memory,
+        and those that are further than `slack` dB below the bound, or below the base if it breaks the bound itself.
         """
         singles = [one for word in words if self.trials.is_measured(one := Candidate(((axis, word),)))]
         found = sorted((one for one in singles if self.trials.known[one].lost is None), key=self._shift)
         base, best, chosen = self._psnr(BASE), -math.inf, list[Candidate]()
         least = min(self.trials.bounds.psnr, base) - slack
-        for one in found:
+        saving = [one for one in found if self._saves_memory(one)]
+        for one in (*saving, *(one for one in found if one not in saving)):
             psnr = self._psnr(one)
-            if psnr < least or psnr <= best:
+            if psnr < least or (psnr <= best and one not in saving):
                 continue
             if self._shift(one) < 0 or psnr > base + GAIN or (self.trials.breaks(BASE) and self.trials.keeps(one)):
-                best = psnr
+                best = max(psnr, best) if one not in saving else best
                 chosen.append(one)
         return chosen[:MOST_PER_AXIS]
+
+    def _saves_memory(self, single: Candidate) -> bool:
+        """Whether a change alone keeps the bound of memory, which the base breaks."""
+        base, own = self._known_memory(BASE), self._known_memory(single)
+        return base is not None and own is not None and base > self.trials.bounds.memory >= own
 
     def combinations(self, axes: Mapping[str, Sequence[str]], slack: float) -> list[Candidate]:
         """Products of useful changes that are predicted to be faster than the base and not further than `slack` dB
         below the bound, the fastest first. Single changes are among them.
 
-        If the base breaks a bound, slower products are among them too.
+        If the base breaks a bound, slower products are among them too; if it takes too much memory, only those with a
+        change that saves enough.
         """
         base, order = self._psnr(BASE), list(axes)
         least = self.trials.bounds.psnr - slack
@@ -83,7 +90,17 @@ class Surrogate:
             found = {each: one for each, one in found.items() if one.psnr >= bound}
             found = dict(sorted(found.items(), key=_order)[:MOST_COMBINATIONS])
         most = math.inf if self.trials.breaks(BASE) else 0.0
-        return [each for each, one in found.items() if each != BASE and one.shift < most]
+        saving = [one for axis in order for one in useful[axis] if self._saves_memory(one)]
+        memory = self._known_memory(BASE)
+        over = memory is not None and memory > self.trials.bounds.memory
+        return [
+            each for each, one in found.items()
+            if each != BASE and one.shift < most and (not over or any(single in saving for single in each.singles))
+        ]  # fmt: skip
+
+    def _known_memory(self, candidate: Candidate) -> float | None:
+        trial = self.trials.known.get(candidate)
+        return None if trial is None else trial.memory
 
 
 def _with(candidate: Candidate, single: Candidate, order: Sequence[str]) -> Candidate:

@@ -29,6 +29,7 @@ class Trial:
 
     images: int = 0  # the most that it generated at once
     psnr: float = math.inf  # of the worst image so far
+    psnrs: dict[int, float] = field(default_factory=dict)  # of the worst of the first images, by their number
     worst: object = None
     memory: float | None = None
     overhead: float = 0.0  # seconds of a measurement beside its generation: loading, warm-up, compilation
@@ -56,6 +57,7 @@ class Trials:
         self.rounds[-1].seconds[candidate] = one.seconds
         elapsed = one.seconds if one.elapsed is None else one.elapsed
         trial.images, trial.seconds = max(trial.images, images), elapsed
+        trial.psnrs[images] = one.psnr
         trial.overhead = max(one.wall - images * elapsed, 0.0)
         if one.psnr < trial.psnr or trial.worst is None:
             trial.psnr, trial.worst = min(one.psnr, trial.psnr), one.worst
@@ -82,6 +84,12 @@ class Trials:
     def breaks(self, candidate: Candidate) -> bool:
         """Whether the candidate was measured and has broken a bound."""
         return candidate in self.known and self.known[candidate].broken is not None
+
+    def is_closer(self, candidate: Candidate, other: Candidate, margin: float) -> bool:
+        """Whether the worst image of a candidate is closer to the reference by so many dB, on the same first images."""
+        own, theirs = (self.known[each].psnrs for each in (candidate, other))
+        both = own.keys() & theirs.keys()
+        return bool(both) and own[max(both)] > theirs[max(both)] + margin
 
     def shared(self, one: Candidate, other: Candidate) -> list[Round]:
         """The rounds that compare two candidates: the final ones in which both took part, else those of most images."""
@@ -161,10 +169,10 @@ class Trials:
         """Candidates that generated all `images` and keep the bounds, the fastest first."""
         return self.fastest(each for each, trial in self.known.items() if trial.images >= images)
 
-    def cost(self, candidate: Candidate, images: int) -> float:
+    def cost(self, candidate: Candidate, images: int, factor: float = 1.0) -> float:
         """Expected seconds of a measurement, from earlier ones of the candidate, of its changes alone or of the base.
 
-        Zero before the base was measured.
+        Zero before the base was measured. A candidate that was not measured is predicted to be slower by `factor`.
         """
         trial = self.known.get(candidate)
         if trial is not None and trial.images:
@@ -172,4 +180,4 @@ class Trials:
         known = [self.known[each] for each in (BASE, *candidate.singles) if self.is_measured(each)]
         if not known:
             return 0.0
-        return max(each.overhead for each in known) + images * fmean([each.seconds for each in known])
+        return factor * (max(each.overhead for each in known) + images * fmean([each.seconds for each in known]))

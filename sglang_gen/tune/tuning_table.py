@@ -132,10 +132,12 @@ def why_nothing(search: Search) -> str:
     """Why no candidate is chosen."""
     rows = candidate_rows(search)
     whole = [row for row in rows if row.images == search.bench.images and not row.candidate.is_baseline]
-    if not whole and search.is_cut:
+    still_keeping = [each for each in search.trials.known if search.trials.keeps(each) and not each.is_baseline]
+    if search.is_cut and (still_keeping or not whole):
+        which = "the candidates that keep the bounds so far" if still_keeping and whole else "a candidate"
         return (
-            f"The budget was spent before a candidate had generated all {search.bench.images} images: raise --budget, "
-            "or use a manifest with fewer prompts"
+            f"The budget was spent before {which} had generated all {search.bench.images} images: raise --budget, or "
+            "use a manifest with fewer prompts"
         )
     measured = [row for row in rows if row.psnr is not None and not row.candidate.is_baseline]
     bounds = search.trials.bounds

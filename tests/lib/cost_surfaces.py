@@ -45,7 +45,7 @@ class CostSurface:
         self.memory: dict[tuple[str, str], float] = {}
         self.jobs: dict[Candidate, int] = {}
         self.refused: dict[Candidate, str] = {}
-        self.slower: dict[Candidate, str] = {}  # changes that are predicted to be slower
+        self.slower: dict[Candidate, float] = {}  # how much slower a change is predicted to be
         self.failing: set[Candidate] = set()
         self.measured: list[tuple[Candidate, int]] = []
         self.seconds, self.overhead = 0.8, 2.0  # of an image of the base, and of every measurement
@@ -69,8 +69,8 @@ class CostSurface:
     def refusal(self, candidate: Candidate) -> str | None:
         return self.refused.get(candidate)
 
-    def slowness(self, candidate: Candidate) -> str | None:
-        return next((reason for one, reason in self.slower.items() if set(one.changes) <= set(candidate.changes)), None)
+    def slowness(self, candidate: Candidate) -> float | None:
+        return next((ratio for one, ratio in self.slower.items() if set(one.changes) <= set(candidate.changes)), None)
 
     def measure(self, candidate: Candidate, images: int) -> Observation:
         self.jobs.setdefault(candidate, len(self.jobs))
