@@ -95,7 +95,7 @@ def alone(path: Path, lock: Path, seconds: float, kind: type[Exception] = RunErr
 def check_folder(path: Path) -> None:
     """Raises UserError if `path` is not a folder and cannot become one, because a file has its name or a parent's."""
     for place in (path, *path.parents):
-        if place.is_dir():
+        if os.path.isdir(place):
             return
         if os.path.lexists(place):
             raise UserError(f"{path} cannot be written: {'It' if place == path else place} is not a folder")

@@ -161,6 +161,32 @@ def test_the_folder_is_the_machine_whatever_it_was_called_when_its_dumps_were_sa
     assert sizes == {"perf-1": ("amd-epyc-7b13", 20), "perf-2": ("perf-2", 26)}
     assert command.main(["history", "perf_baseline", "--metric", "total"]) == 0
     assert re.findall("on (perf-[12])", capsys.readouterr().out) == ["perf-1", "perf-2"]
+    named = ["perf_baseline/perf-1", f"perf_baseline/perf-2/{FILE.name}"]
+    assert command.main(["history", *named, "--metric", "total"]) == 0
+    assert re.findall("on (perf-[12])", capsys.readouterr().out) == ["perf-1", "perf-2"]
+
+
+def test_a_dump_and_its_copies_count_once(capsys):
+    make("dumps", count=6)
+    shutil.copytree("dumps", "copies")
+    check(make("before", start=20, count=20), "--save")
+    both, alone = (check(words[0], *words[1:])[1] for words in (("dumps", "copies"), ("dumps",)))
+    assert both["comparisons"] == alone["comparisons"]
+
+
+def test_a_baseline_in_a_folder_that_is_closed_is_refused_by_its_name(monkeypatch):
+    make("new", count=1)
+    known = os.stat
+
+    def closed(path, **options):
+        if str(path) == "b/.lock":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return known(path, **options)
+
+    Path("b").mkdir()
+    monkeypatch.setattr(os, "stat", closed)
+    with pytest.raises(UserError, match=r"^b cannot be written: Permission denied$"):
+        command.main(["check", "new", "--baseline", "b", "--save"])
 
 
 @pytest.mark.whole

@@ -30,6 +30,7 @@ from sglang_gen.perf.dump_reader import (
 )
 
 BASELINE_VERSION = 1
+DEFAULT_FOLDER = "perf_baseline"  # with a folder for each machine
 KEPT = 50  # dumps of a baseline, unless another number is given
 _FIELDS = {"baseline_version", "machine", "meta", "fingerprint", "observations"}
 

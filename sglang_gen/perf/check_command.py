@@ -32,8 +32,8 @@ Compare perf dumps, or folders of them, with a baseline: the observations of ear
 the same machine, which a folder holds as small JSON files. Verdicts are those of sglang perf compare.
 
 options:
-  --baseline FOLDER         the folder of the baselines (default: perf_baseline); each folder in it is a machine, which
-                            may be renamed or copied
+  --baseline FOLDER         the folder of the baselines (default: {baseline.DEFAULT_FOLDER}); each folder in it is
+                            a machine, and may be renamed or copied
   --save                    add the dumps to the baseline, except for those of a recipe with a REGRESSION; the first
                             dumps of a recipe make a new baseline
   --replace                 in place of --save: without exception, and without the earlier observations, which accepts
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     if given.save and given.replace:
         raise UserError("--save and --replace are two ways to change a baseline; leave out one of them")
     keep, machine = _number(given.keep), None if given.machine is None else baseline.check_machine(given.machine)
-    name = "perf_baseline" if given.baseline is None else given.baseline
+    name = baseline.DEFAULT_FOLDER if given.baseline is None else given.baseline
     parser.check_name("--baseline", name)
     folder = Path(os.path.expanduser(name))
     limits = tolerances(given.tolerance)

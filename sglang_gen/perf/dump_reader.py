@@ -55,11 +55,11 @@ class Dump:
 
 
 def collect(paths: Iterable[str | Path]) -> list[Dump]:
-    """Read the dumps at `paths`, each a dump file or a folder that contains dumps; duplicate files count once.
+    """Read the dumps at `paths`, each a dump file or a folder that contains dumps; a file and its copies count once.
 
     Raises UserError for files that are missing, broken, or written by a newer version.
     """
-    collected: dict[Path, Dump] = {}
+    collected: dict[object, Dump] = {}
     for path in map(Path, paths):
         folder = is_folder(path)
         if folder is None:
@@ -67,7 +67,8 @@ def collect(paths: Iterable[str | Path]) -> list[Dump]:
         dumps = [read(file) for file in json_files(path)] if folder else [read(path, strict=True)]
         if not any(dumps):
             raise UserError(f"The folder {path} holds no perf dump")
-        collected |= {dump.path.resolve(): dump for dump in dumps if dump is not None}
+        for dump in filter(None, dumps):
+            collected.setdefault(dump.origin.identity if dump.origin.date else dump.path.resolve(), dump)
     return list(collected.values())
 
 

@@ -83,7 +83,8 @@ def _read_file(path: Path, root: Path | None) -> list[tuple[str, Dump]]:
     content = parse_json(path)
     if baseline.is_baseline(content):
         known = baseline.parse(path, content)
-        machine = known.machine if root is None else baseline.of_folder(known, root).machine
+        folder = path.resolve().parent  # its name is the machine, also if the folder or the file was named
+        machine = known.machine if folder.name == baseline.DEFAULT_FOLDER else folder.name
         return [(machine, dump) for dump in known.dumps]
     dump = parse_dump(path, content, strict=root is None)
     return [] if dump is None else [(baseline.machine_of(dump), dump)]
