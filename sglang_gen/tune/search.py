@@ -235,16 +235,15 @@ class Search:
         """The candidates that keep the bounds and have not generated the whole manifest, the fastest first: those that
         are faster than the base, or all if the base breaks a bound, and first those that are closer to the reference.
         """
-        if self.trials.breaks(BASE) and any([self.allowed(each) for each in list(self.slower)]):  # noqa: C419 - all
+        if self.trials.breaks(BASE) and any([self.allowed(each) for each in list(self.slower)]):  # noqa: C419 - each is asked
             now = self.bench.elapsed()
             self._screen(now + (self.budget - now) / 2)  # the rest is for whole manifests
         found = [each for each in self.trials.fastest(list(self.trials.known)) if each != BASE]
         found = [each for each in found if self.trials.known[each].images < self.bench.images]
         if not self.trials.breaks(BASE):
             return [each for each in found if (self.trials.shift(each) or 0.0) < 0]
-        if (
-            self.trials.known[BASE].broken is CandidateVerdict.BELOW
-        ):  # what is as close as the base breaks the bound too
+        if self.trials.known[BASE].broken is CandidateVerdict.BELOW:
+            # what is no closer to the reference than the base breaks the bound too
             found.sort(key=lambda each: not self.trials.is_closer(each, BASE, GAIN))
         return found
 
