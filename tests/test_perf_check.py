@@ -166,6 +166,17 @@ def test_the_folder_is_the_machine_whatever_it_was_called_when_its_dumps_were_sa
     assert re.findall("on (perf-[12])", capsys.readouterr().out) == ["perf-1", "perf-2"]
 
 
+@pytest.mark.parametrize("place", ["perf-2", f"perf-2/{FILE.name}"])
+def test_a_link_in_place_of_a_baseline_is_refused(place):
+    """Dumps of one machine would be written to the baseline of another."""
+    check(make("before", count=20), "--save")
+    link = Path("perf_baseline", place)
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to((FILE if place.endswith(".json") else FILE.parent).absolute())
+    with pytest.raises(UserError, match=f"^{link} is a symbolic link"):
+        command.main(["check", make("next", start=30), "--machine", "perf-2", "--save"])
+
+
 def test_a_dump_and_its_copies_count_once(capsys):
     make("dumps", count=6)
     shutil.copytree("dumps", "copies")

@@ -75,7 +75,11 @@ def read_folder(folder: Path) -> list[Baseline]:
     if not is_there:
         raise UserError(f"--baseline: {folder} is not a folder")
     known: dict[tuple[str, str], Baseline] = {}
-    for path in json_files(folder):
+    paths = json_files(folder)
+    machines = (path for path in folder.glob("*") if path.is_dir())
+    if link := next((path for path in (*machines, *paths) if path.is_symlink()), None):
+        raise UserError(f"{link} is a symbolic link, and what it names belongs to another machine; copy that instead")
+    for path in paths:
         found = of_folder(parse(path, parse_json(path)), folder)
         other = known.setdefault((found.machine, found.recipe), found)
         if other is not found:
