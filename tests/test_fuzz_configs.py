@@ -129,7 +129,7 @@ def test_a_damaged_configuration_file_ends_in_one_sentence(pipelines, sglang, pa
         problem = ran_into(done.code, done.lines, done.err)
         (Path("own") / name).unlink()
         if problem is not None:
-            wrong.append((problem, name, content, done.lines[-1:]))
+            wrong.append((problem, done.err, name, content))
     assert wrong == []
 
 
