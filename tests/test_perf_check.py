@@ -185,17 +185,22 @@ def test_a_dump_and_its_copies_count_once(capsys):
     assert both["comparisons"] == alone["comparisons"]
 
 
-def test_a_baseline_in_a_folder_that_is_closed_is_refused_by_its_name(monkeypatch):
-    make("new", count=1)
+def close(monkeypatch, place: str) -> None:
+    """Let nobody ask for the kind of this file."""
     known = os.stat
 
-    def closed(path, **options):
-        if str(path) == "b/.lock":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    def stat(path, **options):
+        if str(path) == place:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), place)
         return known(path, **options)
 
+    monkeypatch.setattr(os, "stat", stat)
+
+
+def test_a_baseline_in_a_folder_that_is_closed_is_refused_by_its_name(monkeypatch):
+    make("new", count=1)
     Path("b").mkdir()
-    monkeypatch.setattr(os, "stat", closed)
+    close(monkeypatch, "b/.lock")
     with pytest.raises(UserError, match=r"^b cannot be written: Permission denied$"):
         command.main(["check", "new", "--baseline", "b", "--save"])
 
@@ -243,14 +248,7 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(command_, place, monke
 @pytest.mark.parametrize("words", ["check new --baseline b/m", "history b/m", "compare b/m new"])
 def test_a_folder_that_cannot_be_reached_is_not_a_missing_one(words, monkeypatch):
     make("new", count=1)
-    known = os.stat
-
-    def stat(path, **options):
-        if str(path) == "b/m":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return known(path, **options)
-
-    monkeypatch.setattr(os, "stat", stat)
+    close(monkeypatch, "b/m")
     with pytest.raises(UserError, match=r"^b/m cannot be read: Permission denied$"):
         command.main(words.split())
 
